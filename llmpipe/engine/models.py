@@ -1,0 +1,156 @@
+"""Models and tokenizers: choose for the hardware, load, adapt to the tokenizer, convert."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmpipe import launch, rundir
+from llmpipe.engine import upstream
+from llmpipe.errors import DATA, INTEGRITY, UserError
+from llmpipe.recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What this process trains on, and how the recipe's `auto`s were decided."""
+
+    device: str
+    processes: int
+    threads: int
+    micro_batch_size: int
+    accumulation: int
+    bf16: bool
+    attention: str
+
+    def describe(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+        return {**vars(self), "device_name": name}
+
+    def resume_key(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be bitwise the straight one."""
+        return {k: v for k, v in vars(self).items() if k != "accumulation"}
+
+
+def hardware(recipe: Recipe, say: Say) -> Hardware:
+    """Decide device, precision, attention and micro-batch, and say why."""
+    upstream.silence()
+    on_gpu = torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or launch.thread_count(recipe.launch, processes)
+    torch.set_num_threads(threads)
+    wanted = recipe.optim.precision
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
+    if wanted == "bf16" and not has_bf16 and on_gpu:
+        raise UserError("optim.precision: bf16: this GPU has no bf16", "set optim.precision: fp32")
+    bf16 = wanted == "bf16" or (wanted == "auto" and has_bf16)
+    why = "the recipe asks for it" if wanted != "auto" else f"the hardware has {'it' if bf16 else 'no fast bf16'}"
+    attention, attention_why = upstream.choose_attention("cuda" if on_gpu else "cpu", recipe.data.packing)
+    micro = launch.micro_batch_size(recipe, processes, on_gpu)
+    found = Hardware(
+        device="cuda" if on_gpu else "cpu",
+        processes=processes,
+        threads=threads,
+        micro_batch_size=micro,
+        accumulation=recipe.optim.batch_size // (micro * processes),
+        bf16=bf16,
+        attention=attention,
+    )
+    say(
+        f"hardware: {processes} x {found.device}, {threads} threads each; batch {recipe.optim.batch_size} = "
+        f"{micro} x {found.accumulation} accumulated x {processes}"
+    )
+    say(f"precision: {'bf16 arithmetic' if bf16 else 'fp32'}, fp32 master weights ({why})")
+    say(f"attention: {attention} ({attention_why})")
+    return found
+
+
+def _cpu_has_bf16() -> bool:
+    """bf16 matrix products in hardware (AVX-512 BF16 or AMX); elsewhere they are slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal language model in fp32 from safetensors. Raises UserError (3) when a tensor is missing or left over."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded as a causal language model: {first}", code=DATA) from error
+    problems = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
+    if problems or report.get("error_msgs"):
+        what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in problems.items())
+        raise UserError(f"{folder}: the weights do not fit the model ({what or report['error_msgs']})", code=INTEGRITY)
+    return model
+
+
+def load(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, found: Hardware, *, stop: list[str], packed: bool, say: Say
+) -> PreTrainedModel:
+    """The model to train: fp32, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns."""
+    model = load_model(folder, found.attention)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        # mean_resizing draws new rows from the old ones' distribution (Hewitt 2021), so that they start out harmless
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        say(f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old")
+    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
+    generation = model.generation_config
+    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    upstream.speed_up(model, device_type=found.device)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"model: {type(model).__name__}, {count / 1e6:,.1f} M parameters, all trained")
+    return model
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """A GGUF file as safetensors in fp32 with its tokenizer: dequantized once, then a model folder like any other."""
+    upstream.silence()
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{file}: cannot be read as GGUF: {str(error).strip().splitlines()[0]}") from error
+    with rundir.publishing(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+
+def memory_gb() -> float:
+    """Peak memory so far: of the GPU when there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,408 @@
+"""The training loop's surroundings, shared by every stage with a Hugging Face trainer underneath.
+
+`durable(SFTTrainer)` is that trainer with exact checkpoints, signals served at the end of a step, a stop on NaN before
+the optimizer sees it, and a held-out loss per token that does not depend on batch or process count. The loop itself,
+the loss and the optimizer stay the library's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from trl import SFTConfig
+
+from llmpipe import rundir
+from llmpipe.engine import checkpoints, models
+from llmpipe.engine.generate import own_rng
+from llmpipe.engine.progress import Progress
+from llmpipe.errors import NUMERIC, Stopped, UserError
+from llmpipe.recipe import Recipe
+from llmpipe.rundir import Artifact
+
+WALL_CLOCK = ("seconds", "tokens_per_second", "memory_gb")  # not part of what a resumed run must repeat
+
+
+def dataset(path: Path) -> Dataset | None:
+    """Prepared rows, memory-mapped; None when the file is absent."""
+    return Dataset.from_file(str(path)) if path.exists() else None
+
+
+def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware) -> SFTConfig:
+    """The recipe as TRL's configuration. Raises UserError when `trainer:` holds what the configuration refuses."""
+    optim = recipe.optim
+    trackers(recipe, artifact)
+    ours: dict[str, Any] = {
+        "output_dir": str(artifact.path),
+        "run_name": f"{artifact.run.name}-{artifact.name}",
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": optim.learning_rate,
+        "per_device_train_batch_size": hardware.micro_batch_size,
+        "per_device_eval_batch_size": hardware.micro_batch_size,
+        "gradient_accumulation_steps": hardware.accumulation,
+        "num_train_epochs": optim.epochs,
+        "max_steps": optim.steps or -1,
+        "lr_scheduler_type": optim.scheduler,
+        "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "adam_epsilon": optim.epsilon,
+        "max_grad_norm": optim.max_grad_norm,
+        "bf16": hardware.bf16,
+        "use_cpu": hardware.device == "cpu",
+        "gradient_checkpointing": recipe.launch.activation_checkpointing,
+        "max_length": recipe.data.max_length,
+        "packing": recipe.data.packing,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": recipe.log.every,
+        "logging_nan_inf_filter": False,
+        "report_to": recipe.log.trackers or "none",
+        "disable_tqdm": True,
+        "average_tokens_across_devices": True,
+    }
+    try:
+        return SFTConfig(**ours, **recipe.trainer)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}", "see the fields of TRL's SFTConfig") from error
+
+
+def trackers(recipe: Recipe, artifact: Artifact) -> None:
+    """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
+    home = artifact.run / ".trackers" / artifact.name
+    if recipe.log.trackers:
+        home.mkdir(parents=True, exist_ok=True)
+        token = home / "run_id"
+        if not token.exists():
+            token.write_text(os.urandom(4).hex())
+        os.environ.setdefault("WANDB_RUN_ID", token.read_text())
+        os.environ.setdefault("WANDB_RESUME", "allow")
+        os.environ.setdefault("WANDB_DIR", str(home))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))
+
+
+class _Interrupted(Exception):
+    """A signal arrived inside evaluation."""
+
+
+class _Loop(TrainerCallback):
+    """Decides at the end of each step what follows it: log, evaluate, save, stop."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._on_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        last = step >= state.max_steps
+        due = trainer.recipe.evaluation.every
+        control.should_evaluate = trainer.eval_dataset is not None and (last or bool(due and step % due == 0))
+        control.should_save = last or step % trainer.recipe.checkpoint.every == 0
+        control.should_log = control.should_log or last
+        if trainer._stop_asked():
+            trainer._pending_evaluation = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        self.trainer._write_metrics(logs)
+
+
+def durable(trainer_class: type[Trainer]) -> type:
+    """`trainer_class` with llmpipe's loop. Call `attach` before `fit`."""
+    return type(f"Durable{trainer_class.__name__}", (_Durable, trainer_class), {})
+
+
+class _Durable:
+    """Mixed in before a transformers Trainer; see the module's docstring."""
+
+    def attach(
+        self, artifact: Artifact, recipe: Recipe, identity: str, hardware: models.Hardware, signals: Any, say: Any, *, inexact: bool
+    ) -> None:
+        """Bind the trainer to its artifact and look for a checkpoint to go on from."""
+        self.artifact, self.recipe, self.identity, self.hardware = artifact, recipe, identity, hardware
+        self.signals, self.say = signals, say
+        self._pending_evaluation = False
+        self._stopped: int | None = None
+        self._best: tuple[float, int] | None = None
+        self._worse = 0
+        self._tokens = 0
+        self._last_logged = (time.monotonic(), 0)
+        self._begun = time.monotonic()
+        self._restored: dict[str, Any] | None = None
+        self._exact = True
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Loop(self))
+        self._progress = Progress(say) if self.is_world_process_zero() else None
+        picked = checkpoints.pick(artifact.checkpoints, identity, hardware.resume_key(), say, inexact=inexact)
+        self._checkpoint, self._exact = picked if picked else (None, True)
+        if self.is_world_process_zero():
+            kept = rundir.read_json(self._checkpoint / checkpoints.STATE)["metrics_bytes"] if self._checkpoint else 0
+            with (artifact.path / "metrics.jsonl").open("ab") as file:
+                file.truncate(kept)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+        return self._checkpoint is not None
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint when there is one; returns the last metrics.
+
+        Raises Stopped when a signal was served (a checkpoint is written then) and UserError (4) on NaN or Inf.
+        """
+        self.signals.deferred = True
+        checkpoint = self._checkpoint
+        if checkpoint:
+            state = rundir.read_json(checkpoint / "trainer_state.json")
+            self.say(f"resuming from {checkpoint.name} of {state['max_steps']}")
+            self._restored = rundir.read_json(checkpoint / checkpoints.STATE)
+            self._best = tuple(self._restored["best"]) if self._restored["best"] else None
+            self._worse = self._restored["worse"]
+            if state["global_step"] >= state["max_steps"] or self._restored["finished"]:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+                if self._restored["pending_evaluation"]:
+                    self._evaluate(None, None)
+                    if self._stopped:
+                        raise self._stop()
+                return self._finish()
+        elif self.eval_dataset is not None:
+            try:
+                self.evaluate()
+            except _Interrupted:
+                raise Stopped(self._stopped, "stopped before the first step") from None
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self._stopped:
+            raise self._stop()
+        return self._finish()
+
+    def _stop(self) -> Stopped:
+        return Stopped(self._stopped, f"stopped at step {self.state.global_step}, checkpoint written")
+
+    def _finish(self) -> dict[str, Any]:
+        """Load the best weights when the recipe keeps those, and gather what the manifest says."""
+        self.signals.deferred = False
+        if self._progress:
+            self._progress.close()
+        if self.recipe.evaluation.keep_best and self._best and self._best[1] != self.state.global_step:
+            path = checkpoints.folder(self.artifact.checkpoints, self._best[1])
+            if problems := checkpoints.verify(path):
+                raise UserError(f"{path}/{problems[0]}", "the best checkpoint is damaged; --fresh trains anew", 3)
+            self._load_from_checkpoint(str(path))
+            self.say(f"keeping the best: step {self._best[1]}, held-out loss {self._best[0]:.4f}")
+        self.accelerator.wait_for_everyone()
+        lines = [json.loads(x) for x in (self.artifact.path / "metrics.jsonl").read_text().splitlines()]
+        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        final = {"loss": next((x["loss"] for x in reversed(lines) if "loss" in x), None)}
+        if held_out:
+            best = self._best[0] if self.recipe.evaluation.keep_best and self._best else held_out[-1]
+            final |= {"eval_loss_before": held_out[0], "eval_loss": best}
+            self.say(f"held-out loss: {held_out[0]:.4f} before, {best:.4f} after (nats per supervised token)")
+        return final
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the training itself."""
+        kept = self._best[1] if self.recipe.evaluation.keep_best and self._best else self.state.global_step
+        return {"steps": self.state.global_step, "published_step": kept, "tokens": self._tokens, "exact_resume": self._exact}
+
+    # --- signals -----------------------------------------------------------------------------------------------------
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was told to stop; all ranks get the same answer."""
+        code = self._agree(self.signals.code or 0)
+        if code:
+            self._stopped = code
+        return bool(code)
+
+    def _agree(self, value: int) -> int:
+        """The greatest value over all ranks."""
+        if self.args.world_size == 1:
+            return value
+        box = torch.tensor(value, device=self.args.device)
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return int(box)
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        self._tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            raise self._not_finite("gradient norm", norm)
+        return norm
+
+    def _not_finite(self, what: str, value: Any) -> UserError:
+        return UserError(
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}; stopped before the optimizer step",
+            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
+            NUMERIC,
+        )
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out loss in nats per supervised token, the same for every batch size and process count.
+
+        Each rank takes every world-size-th batch; sums and counts are added over ranks. The generators of Python,
+        NumPy and torch are left as they were found.
+        """
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        totals = torch.zeros(3, dtype=torch.float64)
+        was_training = self.model.training
+        self.model.eval()
+        with own_rng(), torch.no_grad():
+            for start in range(self.args.process_index * size, len(rows), self.args.world_size * size):
+                if self.signals.code:
+                    totals[2] = self.signals.code
+                    break
+                batch = self._prepare_inputs(self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))]))
+                count = (batch["labels"][:, 1:] != -100).sum()
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, batch)
+                totals[0] += loss.double().cpu() * count.cpu()
+                totals[1] += count.cpu()
+        self._metrics["eval"].clear()  # TRL's averages over batches
+        if self.args.world_size > 1:
+            shared = totals[:2].to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
+            torch.distributed.all_reduce(shared)
+            totals[:2] = shared.cpu()
+        if code := self._agree(int(totals[2])):
+            self._stopped = code
+            self.model.train(was_training)
+            raise _Interrupted
+        metrics = {"eval_loss": float(totals[0] / totals[1])}
+        if not math.isfinite(metrics["eval_loss"]):
+            raise self._not_finite("held-out loss", metrics["eval_loss"])
+        self.log(dict(metrics))  # in eval mode still: the trainer underneath keeps its training averages then
+        self.model.train(was_training)
+        self.control.should_evaluate = False
+        return metrics
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluate inside the loop; note the best; a signal in the middle leaves the evaluation for the resumed run."""
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except _Interrupted:
+            self._pending_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {"eval_loss": math.inf}
+        step, loss, wanted = self.state.global_step, metrics["eval_loss"], self.recipe.evaluation
+        if self._best is None or loss < self._best[0]:
+            self._best, self._worse = (loss, step), 0
+            self.control.should_save = self.control.should_save or wanted.keep_best
+        else:
+            self._worse += 1
+            if wanted.patience and self._worse >= wanted.patience and step < self.state.max_steps:
+                self.say(f"step {step}: no better for {self._worse} evaluations; stopping early")
+                self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's own checkpoint, published whole; every rank writes its part."""
+        step, main, where = self.state.global_step, self.is_world_process_zero(), self.artifact.checkpoints
+        about = {"identity": self.identity, "machine": self.hardware.resume_key(), "exact": self._exact}
+        state = self._gather_state()
+        output, self.args.output_dir = self.args.output_dir, str(where / f".step-{step}.staging")
+        if main and self._progress:
+            self._progress.note(f"saving step {step}")
+        with checkpoints.writing(where, step, about, lambda: state) if main else nullcontext():
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                inner = Path(self.args.output_dir, f"checkpoint-{step}")
+                for path in inner.iterdir():
+                    path.rename(inner.parent / path.name)
+                inner.rmdir()
+        self.args.output_dir = output
+        if main:
+            keep_best = self.recipe.evaluation.keep_best and self._best
+            checkpoints.rotate(where, self.recipe.checkpoint.keep, {self._best[1]} if keep_best else set())
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card in a checkpoint."""
+
+    def _gather_state(self) -> dict[str, Any]:
+        """What the library does not keep: sums since the last log, per rank, and llmpipe's own counters."""
+        mine = {
+            "loss_sum": float(self._tr_loss),
+            "last_logged": self._globalstep_last_logged,
+            "averages": {k: list(v) for k, v in self._metrics["train"].items()},
+            "train_tokens": self._total_train_tokens,
+            "tokens": self._tokens,
+        }
+        ranks = [mine]
+        if self.args.world_size > 1:
+            ranks = [None] * self.args.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        metrics = self.artifact.path / "metrics.jsonl"
+        if self.is_world_process_zero() and metrics.exists():
+            rundir.fsync(metrics)
+        return {
+            "ranks": ranks,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "best": self._best,
+            "worse": self._worse,
+            "pending_evaluation": self._pending_evaluation,
+            "finished": self.control.should_training_stop and not self._stopped,
+        }
+
+    def _on_begin(self) -> None:
+        """Put the counters back, after the library has restored its own; then do an evaluation that was left over."""
+        if self._progress:
+            self._progress.begin(self.state.global_step, self.state.max_steps)
+        if not self._restored:
+            return
+        mine = self._restored["ranks"][min(self.args.process_index, len(self._restored["ranks"]) - 1)]
+        self._tr_loss += mine["loss_sum"]
+        self._globalstep_last_logged = mine["last_logged"]
+        self._metrics["train"] = defaultdict(list, {k: list(v) for k, v in mine["averages"].items()})
+        self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
+        self._last_logged = (time.monotonic(), self._tokens)
+        if self._restored["pending_evaluation"]:
+            self._evaluate(None, None)
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def _write_metrics(self, logs: dict[str, float]) -> None:
+        """One line in metrics.jsonl and one on the screen."""
+        if not self.is_world_process_zero() or "train_runtime" in logs:
+            return
+        now = time.monotonic()
+        line: dict[str, Any] = {"step": self.state.global_step, **logs}
+        if "loss" in logs:
+            since, tokens = self._last_logged
+            everywhere = (self._tokens - tokens) * self.args.world_size
+            line["tokens_per_second"] = round(everywhere / max(now - since, 1e-9), 1)
+            self._last_logged = (now, self._tokens)
+        line |= {"memory_gb": round(models.memory_gb(), 3), "seconds": round(now - self._begun, 3)}
+        with (self.artifact.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._progress:
+            self._progress.show(line)

@@ -1,0 +1,164 @@
+"""Every override of a TRL or transformers internal. `tests/engine/test_upstream.py` fails when one of them moves.
+
+On CPU an SFT step loses most of its time in two places, and both are mended here without touching the result:
+
+- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the logits in a dozen fp32 passes
+  and multiplies the gradients in fp32. `speed_up` scores only the positions that have a label, and lets the forward pass leave
+  the gradients behind (the idea of Liger's fused cross-entropy, https://arxiv.org/abs/2410.10989);
+- attention: a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask, d1^2+d2^2+d3^2 document by document.
+  `choose_attention` names the implementation that does the latter.
+
+On CUDA both have better answers upstream (Triton kernels, flash-attention's varlen path), and nothing is changed.
+"""
+
+import logging
+import warnings
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+from trl.kernels import ChunkedLogProbFunction
+
+DOCUMENTS = "llmpipe_documents"
+TILE = 256  # tokens whose fp32 logits exist at once: 50 MB at a vocabulary of 49,152
+
+
+def choose_attention(device_type: str, packed: bool) -> tuple[str, str]:
+    """The `attn_implementation` to load a model with for training, and a sentence that says why."""
+    if device_type == "cpu":
+        return "sdpa", "on CPU sdpa, which then runs document by document instead of under one dense mask"
+    if packed and device_type == "cuda" and is_flash_attn_2_available():
+        return "flash_attention_2", "flash-attention's varlen kernel keeps packed documents apart without a mask"
+    return "sdpa", "PyTorch's scaled dot product attention; a packed row gets one dense block mask"
+
+
+def speed_up(model, *, device_type: str) -> None:
+    """On CPU: sdpa attention of `model` document by document, and TRL's fused head through `LogProbs`. Elsewhere nothing.
+
+    Call before the trainer is made. A model that was loaded with another attention (or knows no sdpa) keeps it. The saved
+    configuration names no attention, so nothing of this is left in the artifact.
+    """
+    if device_type != "cpu":
+        return
+    import trl.trainer.utils  # here, since it imports bitsandbytes, which `silence` has to precede
+
+    AttentionInterface.register(DOCUMENTS, documents_attention)
+    AttentionMaskInterface.register(DOCUMENTS, documents_mask)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(DOCUMENTS)
+    trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")  # there it only decides `compact`
+    trl.trainer.utils._ChunkedLogProbFunction = LogProbs
+
+
+def documents_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, attention_mask=None, local_size=None,
+                   use_vmap=False, allow_is_causal_skip=True, device="cpu", **kwargs):  # fmt: skip
+    """What stands for the mask in `documents_attention`.
+
+    Returns None (plain causal), the documents' lengths of a packed row as int64 [documents], or sdpa's bool
+    [batch, 1, q_length, kv_length] where neither is enough: left padding, a cache, a sliding window, bidirectional blocks.
+    """
+    whole = q_length == kv_length and not use_vmap and (local_size is None or local_size >= q_length)
+    if whole and attention_mask is not None and allow_is_causal_skip and not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+        return None  # padding on the right: no real token comes after it, so causal order hides it
+    if whole and attention_mask is None and not allow_is_causal_skip and batch_size == 1:
+        here = torch.arange(1, q_length, device=device)
+        zero = torch.zeros_like(here)
+        if not mask_function(zero, zero, here - 1, here).any():  # nothing looks ahead
+            starts = (~mask_function(zero, zero, here, here - 1)).nonzero().flatten() + 1
+            return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), q_length)]).diff()
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset=q_offset, mask_function=mask_function, device=device,
+                     attention_mask=attention_mask, local_size=local_size, use_vmap=use_vmap,
+                     allow_is_causal_skip=allow_is_causal_skip, **kwargs)  # fmt: skip
+
+
+def documents_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Causal attention within each document of one packed row; everything else goes to transformers' sdpa.
+
+    query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim], attention_mask from `documents_mask`.
+    Returns [1, tokens, heads, dim] and None (no weights).
+    """
+    if attention_mask is None or attention_mask.ndim != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("attention document by document knows no soft cap and no position bias: load the model with `eager`")
+    lengths = attention_mask.tolist()
+    gqa = query.shape[1] != key.shape[1]
+    # `split`, not slices: its gradient is one concatenation, that of a slice a whole row of zeros for each document
+    done = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=gqa)
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    ]
+    return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+
+
+class LogProbs(torch.autograd.Function):
+    """`trl.kernels.ChunkedLogProbFunction` for SFT on CPU: the same arguments and outputs, fewer passes.
+
+    hidden [n, width], weight [vocab, width], targets [n] -> log-probabilities [n], entropy [n], None, None, is_top1 [n].
+    d log p_t / d logits = onehot(t) - p needs nothing from the backward pass but one factor per token, so the forward
+    pass keeps it (in the matrix products' precision: n x vocab x 2 bytes in bf16) along with its product with the weight.
+    """
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+        plain = bias is None and softcap is None and scale == temperature == 1.0 and "is_top1" in outputs
+        if hidden.device.type != "cpu" or not plain or "mean_logits" in outputs:
+            return ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
+            )
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        learning = torch.is_grad_enabled()  # inside `forward` it is always off
+        logprobs, entropy, top1 = super(LogProbs, LogProbs).apply(hidden, weight, targets, learning, dtype)
+        return logprobs, entropy, None, None, top1
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)  # it would round the entropy's product
+    def forward(ctx, hidden, weight, targets, learning, dtype):
+        h, w, n = hidden.to(dtype), weight.to(dtype), len(targets)
+        logprobs, entropy = torch.empty(n), torch.empty(n)
+        top1 = torch.empty(n, dtype=torch.bool)
+        grad_logits = torch.empty(n, len(w) if learning else 0, dtype=dtype)
+        grad_hidden = torch.empty_like(h)
+        for start in range(0, n, TILE):
+            tile = slice(start, start + TILE)
+            t = targets[tile, None]
+            z = (h[tile] @ w.T).float()
+            p = z.softmax(-1)
+            peak, best = z.max(-1, keepdim=True)
+            log_z = peak - p.gather(1, best).log()  # the largest p is at least 1/vocab: its logarithm is safe
+            logprobs[tile] = (z.gather(1, t) - log_z).squeeze(1)
+            entropy[tile] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
+            top1[tile] = (best == t).squeeze(1)
+            if learning:
+                grad_logits[tile] = p.neg_().scatter_add_(1, t, torch.ones_like(peak))
+                grad_hidden[tile] = grad_logits[tile] @ w
+        ctx.save_for_backward(h, grad_hidden, grad_logits)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(entropy, top1)
+        return logprobs, entropy, top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        h, grad_hidden, grad_logits = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = (grad_logits.T @ (h * grad[:, None]).to(h.dtype)).to(weight_dtype)
+        return (grad_hidden * grad[:, None]).to(hidden_dtype), to_weight, None, None, None
+
+
+NOISE = {  # logger -> start of a line that is of no use to the user, and why
+    # bitsandbytes probes an optional 4-bit kernel of the Hub at import; without it the built-in one runs
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+
+
+def silence() -> None:
+    """Drop the lines that say nothing to a user: by logger name and by warning, each with its reason. Call before importing."""
+    for name, start in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
+    # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)

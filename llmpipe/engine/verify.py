@@ -1,0 +1,111 @@
+"""Publish a trained model and prove that what lies on the disk is what was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmpipe import rundir
+from llmpipe.engine.generate import own_rng
+from llmpipe.engine.models import load_model, load_tokenizer
+from llmpipe.errors import INTEGRITY, NUMERIC, UserError
+
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
+
+
+def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Save to a staging folder, reload from there, compare, rename to `target`. Returns what was checked.
+
+    Raises UserError (3) when the saved model is not the trained one; nothing is published then.
+    """
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with rundir.publishing(target) as staging:
+        model.set_attn_implementation("sdpa")  # the training attention is llmpipe's own, and no part of the model
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        checked = compare(model, tokenizer, staging)
+    say(f"verified: {checked['tensors']} tensors, logits differ by {checked['max_logit_difference']:.1e} after reloading")
+    trainer.accelerator.wait_for_everyone()
+    return checked
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Hand-off contract, rule 4: tensors, logits on probes, tokenizer, template, stop tokens, stopping."""
+
+    def refuse(why: str, code: int = INTEGRITY) -> None:
+        raise UserError(f"verification failed: {why}", "nothing was published; the checkpoints are kept", code)
+
+    again = load_tokenizer(folder)
+    for what in ("pad_token_id", "eos_token_id", "chat_template"):
+        if getattr(again, what) != getattr(tokenizer, what):
+            refuse(f"{what} is {getattr(again, what)!r} after reloading, {getattr(tokenizer, what)!r} in training")
+    ids = tokenizer(PROBE)["input_ids"]
+    if again(PROBE)["input_ids"] != ids:
+        refuse("the tokenizer splits a probe text differently after reloading")
+
+    trained = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    seen = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = file.get_tensor(name)
+                if tensor.numel() == 0:
+                    refuse(f"{path.name}: {name} is empty")
+                if not torch.isfinite(tensor).all():
+                    refuse(f"{path.name}: {name} holds NaN or Inf", NUMERIC)
+                if name not in trained or not torch.equal(tensor, trained[name].to(tensor.dtype)):
+                    refuse(f"{path.name}: {name} is not the tensor that was trained")
+                seen += 1
+
+    reloaded = load_model(folder).to(model.device).eval()  # refuses missing and unexpected tensors
+    if reloaded.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        refuse("the embeddings have fewer rows than the tokenizer has tokens")
+    was_training = model.training
+    model.eval()
+    probe = torch.tensor([(ids * 4)[:64]], device=model.device)
+    with own_rng(), torch.no_grad():
+        difference = float((model(probe).logits - reloaded(probe).logits).abs().max())
+        stop = reloaded.generation_config.eos_token_id
+        ended = [_stops(reloaded, probe, token) for token in (stop if isinstance(stop, list) else [stop])]
+    model.train(was_training)
+    if not math.isfinite(difference) or difference > 1e-5:
+        refuse(f"logits on a probe differ by {difference:.2e} after reloading")
+    if tokenizer.eos_token_id not in (stop if isinstance(stop, list) else [stop]) or not all(ended):
+        refuse("generation does not stop at the end of a turn")
+    return {"tensors": seen, "max_logit_difference": difference, "stops_at": stop}
+
+
+class _Say(LogitsProcessor):
+    """Make the model say `token` as its third word."""
+
+    def __init__(self, token: int, begin: int):
+        self.token, self.begin = token, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -math.inf)
+        third = input_ids.shape[1] - self.begin == 2
+        other = 0 if self.token else 1
+        forced[:, self.token if third else other] = 0.0
+        return forced
+
+
+def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int) -> bool:
+    """Whether generation as configured in the saved folder ends when `token` is said."""
+    begin = probe.shape[1]
+    out = model.generate(
+        input_ids=probe,
+        attention_mask=torch.ones_like(probe),
+        max_new_tokens=8,
+        logits_processor=LogitsProcessorList([_Say(token, begin)]),
+    )
+    return out.shape[1] - begin == 3

@@ -1,0 +1,36 @@
+"""What a user reads when something is wrong, and the exit code the shell sees.
+
+A `UserError` says what went wrong in the user's words and what to do next; `cli` and `worker` are the only places
+that catch it. Anything else that escapes is a bug and is shown as one.
+"""
+
+DONE = 0
+DATA = 2  # recipe or data
+INTEGRITY = 3  # a file, a parent or a template is not what was recorded
+NUMERIC = 4  # NaN, Inf, nothing to learn from
+RESOURCES = 5  # disk, memory
+BUSY = 75  # another process holds the run directory (EX_TEMPFAIL)
+SIGINT = 130
+SIGTERM = 143
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: `message` is what went wrong, `hint` what to do, `code` the exit code."""
+
+    def __init__(self, message: str, hint: str | None = None, code: int = DATA):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class Stopped(Exception):
+    """A signal was served at a step's end and a checkpoint written; `code` is 130 or 143."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+        self.message = message

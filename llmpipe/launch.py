@@ -1,0 +1,224 @@
+"""The process boundary: who starts whom, how signals and exit codes cross it.
+
+    llmpipe sft r.yaml                     the parent: plans, holds the lock, starts one worker after the other
+      python -m llmpipe.worker prepare D   rows -> tokens, no torch, no process group
+      python -m llmpipe.worker train D     one process, or accelerate with several of them
+
+Launchers swallow exit codes, so a worker says how it ended in `outcome.json` and the parent ends with that. A signal to
+the parent goes to the workers themselves, not to the launcher between, which would kill them after 30 s. Workers die
+with their parent (PR_SET_PDEATHSIG). Under an outside launcher every process is the command: rank 0 does the parent's
+work and the others wait for its word in a file, never in a collective, which would time out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llmpipe import rundir
+from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
+from llmpipe.recipe import Launch, Recipe
+from llmpipe.rundir import Artifact
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """SIGINT and SIGTERM: at once by default, noted for the end of the step inside training; a second Ctrl-C at once."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self.deferred = False
+
+    def install(self) -> Signals:
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        code = SIGINT if number == signal.SIGINT else SIGTERM
+        again = self.code is not None and number == signal.SIGINT
+        self.code = self.code or code
+        if not self.deferred or again:
+            raise Stopped(self.code, "stopped")
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent ends; end now when it already has."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent is not None and os.getppid() != parent:
+            os._exit(137)
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def gpus() -> int:
+    """GPUs that a worker will see, counted without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def process_count(launch: Launch) -> int:
+    return launch.processes if isinstance(launch.processes, int) else max(1, gpus())
+
+
+def thread_count(launch: Launch, processes: int) -> int:
+    return launch.threads if isinstance(launch.threads, int) else max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def micro_batch_size(recipe: Recipe, processes: int, on_gpu: bool) -> int:
+    """Sequences per process and forward pass; raises UserError when `optim.batch_size` does not divide."""
+    total, launch = recipe.optim.batch_size, recipe.launch
+    if total % processes:
+        raise UserError(
+            f"optim.batch_size ({total}) must be a multiple of launch.processes ({processes})",
+            f"set optim.batch_size to {total - total % processes or processes}",
+        )
+    share = total // processes
+    if isinstance(launch.micro_batch_size, int):
+        if share % launch.micro_batch_size:
+            raise UserError(
+                f"optim.batch_size ({total}) must be a multiple of launch.micro_batch_size ({launch.micro_batch_size}) "
+                f"x launch.processes ({processes})",
+                "change one of them; accumulation makes up the rest",
+            )
+        return launch.micro_batch_size
+    most = max(1, (8192 if on_gpu else 2048) // recipe.data.max_length)
+    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+
+
+# --- the parent ------------------------------------------------------------------------------------------------------
+
+
+def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool) -> None:
+    """Run one worker action to its end. Raises what it ended with: UserError or Stopped."""
+    processes = process_count(recipe.launch) if action == "train" else 1
+    threads = thread_count(recipe.launch, processes)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--num_cpu_threads_per_process", str(threads), "--main_process_port", str(free_port())]
+    command += ["-m", "llmpipe.worker", action, str(artifact.path)]
+    command += ["--inexact"] * inexact + ["--debug"] * debug
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER} | environment_for(threads)
+    environment["LLMPIPE_PARENT"] = str(os.getpid())
+    outcome_path = artifact.path / "outcome.json"
+    outcome_path.unlink(missing_ok=True)
+
+    log = (artifact.path / "log.txt").open("ab") if processes > 1 else None
+    parent = os.getpid()
+    worker = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=log,  # a launcher prints a traceback of its own for every worker that fails
+        process_group=0,
+        preexec_fn=lambda: die_with_parent(parent),
+    )
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for pid in ranks(worker.pid) if processes > 1 else [worker.pid]:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = worker.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if log:
+            log.close()
+    finish(rundir.read_json(outcome_path), status, artifact)
+
+
+def ranks(launcher: int) -> list[int]:
+    """Pids of the processes that a launcher started; the launcher itself before it has started any."""
+    try:
+        return [int(p) for p in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()] or [launcher]
+    except OSError:
+        return [launcher]
+
+
+def finish(outcome: dict | None, status: int, artifact: Artifact) -> None:
+    """Turn a worker's outcome into an exception, or nothing when it is done."""
+    if outcome is not None:
+        if outcome["code"] in (SIGINT, SIGTERM):
+            raise Stopped(outcome["code"], outcome["message"])
+        if outcome["code"]:
+            raise UserError(outcome["message"], outcome.get("hint"), outcome["code"])
+        return
+    if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        raise UserError(
+            "the worker was killed (SIGKILL), most likely for want of memory",
+            "lower launch.micro_batch_size or data.max_length; the same command goes on from the last checkpoint",
+            RESOURCES,
+        )
+    if status:
+        raise UserError(f"the worker ended with status {status}", f"see {artifact.path / 'log.txt'}", code=1)
+
+
+def environment_for(threads: int) -> dict[str, str]:
+    """Environment of every worker: fixed threads, and libraries that report nothing to anybody."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- under an outside launcher ---------------------------------------------------------------------------------------
+
+
+def outside() -> bool:
+    """Whether accelerate or torchrun started this very command. RANK is unset with one process."""
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def give_word(artifact: Artifact, action: str) -> None:
+    """Rank 0 tells the other ranks of this launch what it decided."""
+    path = artifact.run / ".locks" / f"{artifact.name}.word"
+    rundir.write_json(path, {"action": action, "host": socket.gethostname(), "parent": os.getppid(), "time": time.time()})
+
+
+def wait_for_word(artifact: Artifact, sleep: Callable[[float], None] = time.sleep) -> str:
+    """Wait for rank 0's decision: its word is of this launch when it shares our parent, or is younger than we are."""
+    path = artifact.run / ".locks" / f"{artifact.name}.word"
+    begun = time.time() - 60  # clocks of two machines may differ by this much
+    while True:
+        word: Any = rundir.read_json(path)
+        if word and word["host"] == socket.gethostname() and word["parent"] == os.getppid():
+            return word["action"]
+        if word and word["host"] != socket.gethostname() and word["time"] > begun:
+            return word["action"]
+        sleep(0.2)

@@ -1,0 +1,22 @@
+"""`llmpipe init DIR`: a recipe to start from, commented, and a few rows to try it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmpipe.errors import UserError
+
+
+def write_starter(folder: Path) -> list[Path]:
+    """Copy the starter files into `folder`. Raises UserError when one of them is there already; nothing is overwritten."""
+    sources = sorted((Path(__file__).parent / "starter").iterdir())
+    targets = [folder / source.name for source in sources]
+    if taken := [target for target in targets if target.exists()]:
+        raise UserError(f"{taken[0]}: is there already", "give another folder; nothing was written")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source, target in zip(sources, targets, strict=True):
+            target.write_bytes(source.read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    return targets

@@ -1,0 +1,93 @@
+"""`llmpipe show`: the short form of a run, as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmpipe import rundir
+from llmpipe.errors import UserError
+from llmpipe.rundir import Artifact
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def show_run(path: Path) -> str:
+    """Every artifact of a run, or one of them, a paragraph each."""
+    if (path / "recipe.yaml").exists():
+        return "\n".join(describe(Artifact(path)))
+    found = rundir.artifacts(path)
+    if not found:
+        raise UserError(f"{path}: holds no artifacts", "give the folder that `run:` of a recipe names")
+    return "\n\n".join("\n".join(describe(artifact)) for artifact in found)
+
+
+def describe(artifact: Artifact) -> list[str]:
+    """One artifact: status, lineage, rows, training, size. A damaged manifest is said, not raised."""
+    lines = [f"{artifact.path}"]
+    if not artifact.finished:
+        steps = sorted(int(p.name[5:]) for p in artifact.checkpoints.glob("step-*"))
+        outcome = rundir.read_json(artifact.path / "outcome.json") or {}
+        ended = f"; last ended with: {outcome['message']}" if outcome.get("code") else ""
+        at = f"checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
+        return [f"{artifact.path}  not finished, {at}{ended}", *losses(artifact)]
+    try:
+        manifest = artifact.manifest()
+    except UserError as error:
+        return [f"{artifact.path}  DAMAGED: {error.message}"]
+    rows, training = manifest["data"]["rows"], manifest["training"]
+    rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
+    lines[0] += f"  finished {manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
+    parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
+    lines.append(f"  from       {parents or manifest['base']['reference']}")
+    lines.append(
+        f"  rows       {rows['read']:,} read = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({rejected}); "
+        f"{rows['truncated']:,} truncated, {rows['split']:,} split; {rows['train']:,} train, {rows['eval']:,} held out"
+    )
+    tokens = manifest["data"]["tokens"]
+    share = tokens["train_supervised"] / max(tokens["train"], 1)
+    lines.append(f"  tokens     {tokens['train']:,} per epoch, {share:.0%} supervised")
+    lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
+    lines += losses(artifact)
+    return lines
+
+
+def losses(artifact: Artifact) -> list[str]:
+    """Loss curves of metrics.jsonl as sparklines."""
+    path = artifact.path / "metrics.jsonl"
+    if not path.exists():
+        return []
+    metrics: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that is being written
+            break
+    out = []
+    for name, title in (("loss", "loss"), ("eval_loss", "held out")):
+        values = [line[name] for line in metrics if name in line]
+        if values:
+            out.append(f"  {title:<10} {values[0]:.4f} -> {values[-1]:.4f}  {sparkline(values)}")
+    return out
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """Values as a row of bars, at most `width` of them, from the lowest to the highest."""
+    if len(values) > width:
+        edges = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in values)
+
+
+def size_of(manifest: dict[str, Any]) -> str:
+    """Bytes of the published files, 1,234,567 -> '1.2 MB'."""
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+
+
+def duration_of(manifest: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(manifest["seconds"]), 60)
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

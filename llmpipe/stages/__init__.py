@@ -1,0 +1,56 @@
+"""One light file per stage: its recipe and its story. `STAGES` is the one table of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from llmpipe.errors import UserError
+
+if TYPE_CHECKING:
+    from llmpipe.recipe import Recipe
+    from llmpipe.rundir import Artifact
+
+STAGES = {"sft": "supervised fine-tuning: learn to answer from examples"}
+
+
+@dataclass
+class Job:
+    """One artifact being made: what a stage's `prepare` and `train` are given."""
+
+    artifact: Artifact
+    recipe: Recipe
+    model: Path
+    """Folder of the model to start from, as safetensors and JSON."""
+    plan: dict[str, Any]
+    """plan.json: what was asked, its identity and the parents."""
+    say: Callable[[str], None]
+    """Prints a line and keeps it in log.txt."""
+    signals: Any
+    """`launch.Signals`: whether a stop was asked for."""
+    inexact: bool = False
+    """Resume although the machine's settings changed."""
+
+    @property
+    def prepared(self) -> Path:
+        """Where the run keeps tokenized rows."""
+        return self.artifact.run / ".prepared"
+
+
+def stage(name: str) -> ModuleType:
+    """The module of a stage: `Schema`, `ACCEPTS`, `MAKES`, `prepare(job)` and `train(job)`."""
+    if name not in STAGES:
+        match = difflib.get_close_matches(str(name), STAGES, n=1)
+        hint = f"; did you mean '{match[0]}'?" if match else ""
+        raise UserError(f"stage: '{name}' is not a stage{hint}", f"there are: {', '.join(STAGES)}")
+    return importlib.import_module(f"llmpipe.stages.{name}")
+
+
+def schema(name: str) -> type[Recipe]:
+    """The recipe class of a stage."""
+    return stage(name).Schema

@@ -1,0 +1,201 @@
+"""What is started: `python -m llmpipe.worker ACTION FOLDER`. Folder -> recipe -> the stage's `prepare` or `train`.
+
+ACTION is `convert` (a GGUF file -> safetensors), `prepare` (rows -> tokens) or `train`. However it ends, outcome.json
+says so; a user's mistake prints nothing here, the parent prints it once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmpipe import __version__, launch, rundir
+from llmpipe.errors import DONE, Stopped, UserError
+from llmpipe.recipe import dump, parse, validate
+from llmpipe.rundir import Artifact, Lock
+from llmpipe.stages import Job, schema, stage
+
+VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "safetensors")
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def main(arguments: list[str]) -> int:
+    parent = os.environ.get("LLMPIPE_PARENT")
+    ranked = "RANK" in os.environ  # the launcher in between is the parent then
+    launch.die_with_parent(int(parent) if parent and not ranked else None)
+    signals = launch.Signals().install()
+    action, folder = arguments[0], Path(arguments[1])
+    artifact = Artifact(folder)
+    return guarded(artifact, lambda: act(action, artifact, signals, inexact="--inexact" in arguments), "--debug" in arguments)
+
+
+def guarded(artifact: Artifact, work: Any, debug: bool = False) -> int:
+    """Run `work`; its end, whatever it is, becomes outcome.json and an exit code."""
+    outcome: dict[str, Any] = {"code": DONE}
+    try:
+        work()
+    except Stopped as stop:
+        outcome = {"code": stop.code, "message": stop.message}
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        outcome = {"code": error.code, "message": error.message, "hint": error.hint}
+    except OSError as error:
+        mended = rundir.disk_full(error, artifact.path)
+        if not isinstance(mended, UserError):
+            raise
+        outcome = {"code": mended.code, "message": mended.message, "hint": mended.hint}
+    path = artifact.path / "outcome.json"
+    if launch.rank() == 0 or (outcome["code"] != DONE and not path.exists()):
+        rundir.write_json(path, outcome)
+    return outcome["code"]
+
+
+def act(action: str, artifact: Artifact, signals: launch.Signals, *, inexact: bool = False) -> None:
+    job = open_job(artifact, signals, inexact=inexact)
+    if action == "convert":
+        convert(job)
+    elif action == "prepare":
+        prepare(job)
+    else:
+        train(job)
+
+
+def open_job(artifact: Artifact, signals: launch.Signals, *, inexact: bool = False) -> Job:
+    """The job that a folder holds: its resolved recipe and its plan."""
+    path = artifact.path / "recipe.yaml"
+    values, where = parse(path.read_text(encoding="utf-8"), str(path))
+    recipe = validate(values, where, schema(values["stage"]), str(path))
+    plan = rundir.read_json(artifact.path / "plan.json")
+    log = (artifact.path / "log.txt").open("a", encoding="utf-8")
+
+    def say(line: str) -> None:
+        if launch.rank() == 0:
+            print(line, flush=True)
+            print(line, file=log, flush=True)
+
+    return Job(artifact, recipe, model_folder(plan, artifact), plan, say, signals, inexact)
+
+
+def model_folder(plan: dict[str, Any], artifact: Artifact) -> Path:
+    """Where the model of a plan lies; a Hub model is fetched at its pinned commit, a GGUF file was converted."""
+    model = plan["model"]
+    if model["kind"] == "gguf":
+        return artifact.run / ".prepared" / f"gguf-{model['identity']['gguf'][:16]}"
+    if model["kind"] == "hub":
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        identity = model["identity"]
+        return Path(snapshot_download(identity["hub"], revision=identity["revision"], allow_patterns=patterns))
+    return Path(model["folder"]).expanduser()
+
+
+def convert(job: Job) -> None:
+    from llmpipe.engine.models import convert_gguf
+
+    if not (job.model / "config.json").exists():
+        job.say(f"model: {job.recipe.model}: reading GGUF, once for this run")
+        convert_gguf(Path(job.recipe.model).expanduser(), job.model)
+
+
+def prepare(job: Job) -> None:
+    from llmpipe.plan import check_folder
+
+    check_folder(job.model)
+    prepared = stage(job.recipe.stage).prepare(job)
+    rundir.write_json(job.artifact.path / "prepared.json", prepared)
+
+
+def train(job: Job) -> None:
+    """Train and commit. Rank 0 holds the write lock: a parent that died must not admit a second writer."""
+    artifact, main = job.artifact, launch.rank() == 0
+    lock = Lock(artifact, "write").acquire(wait=10) if main else None
+    begun = time.time()
+    prepared = rundir.read_json(artifact.path / "prepared.json")
+    made = stage(job.recipe.stage).train(job, prepared)
+    if main:
+        rejected = job.prepared / prepared["data"] / "rejected.jsonl"
+        (artifact.path / "rejected.jsonl").write_bytes(rejected.read_bytes())
+        manifest = artifact.commit(describe(job, prepared, made, time.time() - begun))
+        job.say(f"{artifact.path}: {manifest['kind']} published, {len(manifest['files'])} files, {manifest['fingerprint'][:12]}")
+    if lock:
+        lock.release()
+
+
+def describe(job: Job, prepared: dict[str, Any], made: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The manifest, less its file table: what was made, of what, by what, on what."""
+    drop = {"version", "key", "data", "tokenizer", "template", "template_name", "vocab_size", "stop_tokens", "seconds"}
+    drop |= {"eos_token", "pad_token"}
+    return {
+        "version": 1,
+        "kind": stage(job.recipe.stage).MAKES,
+        "stage": job.recipe.stage,
+        "name": job.artifact.name,
+        "identity": job.plan["identity"],
+        "asked": job.plan["asked"],
+        "parents": job.plan["model"]["parents"],
+        "base": {"reference": job.recipe.model, **job.plan["model"]["identity"]},
+        "tokenizer": {
+            "sha256": prepared["tokenizer"],
+            "template": prepared["template"],
+            "template_name": prepared["template_name"],
+            "eos_token": prepared["eos_token"],
+            "pad_token": prepared["pad_token"],
+            "stop_tokens": prepared["stop_tokens"],
+        },
+        "vocab_size": prepared["vocab_size"],
+        "data": {key: value for key, value in prepared.items() if key not in drop},
+        "seed": job.recipe.seed,
+        **made,
+        "llmpipe": __version__,
+        "git": git_commit(),
+        "versions": {"python": platform.python_version(), **{n: installed(n) for n in VERSIONS}},
+        "machine": {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "seconds": round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that llmpipe runs from, with a + when it was changed; None when it is installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(root)]
+        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*run, "status", "--porcelain", "llmpipe"], capture_output=True, text=True, check=True).stdout
+        return commit + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_plan(artifact: Artifact, recipe: Any, plan: Any) -> None:
+    """Leave what `open_job` reads: the resolved recipe and the plan."""
+    artifact.path.mkdir(parents=True, exist_ok=True)
+    run = recipe.run if not os.path.isabs(os.path.expanduser(recipe.run)) else f"runs/{artifact.run.name}"
+    (artifact.path / "recipe.yaml").write_text(dump(recipe.model_copy(update={"run": run})), encoding="utf-8")
+    model = {"kind": plan.model.kind, "identity": plan.model.identity, "parents": plan.model.parents}
+    if plan.model.folder and plan.model.kind in ("folder", "artifact"):
+        model["folder"] = os.path.relpath(plan.model.folder) if not plan.model.folder.is_absolute() else str(plan.model.folder)
+    rundir.write_json(artifact.path / "plan.json", {"identity": plan.identity, "asked": plan.asked, "model": model})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
