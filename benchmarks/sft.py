@@ -94,10 +94,10 @@ def measure(args) -> dict:
         start = end = None
 
         def on_step_begin(self, *_, **__):
-            self.start = self.start or time.perf_counter()
+            self.start = self.start or (time.perf_counter(), time.process_time())
 
         def on_step_end(self, *_, **__):
-            self.end = time.perf_counter()
+            self.end = time.perf_counter(), time.process_time()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = tokenize(args.rows, args.count, args.max_length, tokenizer)
@@ -106,9 +106,11 @@ def measure(args) -> dict:
         run = {"trl": run_trl, "llmpipe": run_llmpipe}[args.side]
         trainer = run(args, datasets.Dataset.from_list(rows), tokenizer, clock, out)
     history = [step for step in trainer.state.log_history if "loss" in step]
+    seconds, cpu = (end - start for start, end in zip(clock.start, clock.end))
     return {
-        "seconds": clock.end - clock.start,
-        "rows_per_second": len(rows) / (clock.end - clock.start),
+        "seconds": seconds,
+        "cpu": cpu,
+        "rows_per_second": len(rows) / seconds,
         "peak": resident("VmHWM") - bare,
         "losses": [step["loss"] for step in history],
         "accuracy": [step.get("mean_token_accuracy") for step in history],
@@ -152,11 +154,12 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
-    ratios, peaks = [], {"trl": [], "llmpipe": []}
+    ratios, cpu, peaks = [], [], {"trl": [], "llmpipe": []}
     for pair in range(args.pairs):
         trl = spawn(args, "trl", args.packing and not args.against_unpacked)
         own = spawn(args, "llmpipe", args.packing)
         ratios.append(own["rows_per_second"] / trl["rows_per_second"])
+        cpu.append(trl["cpu"] / own["cpu"])
         peaks["trl"].append(trl["peak"])
         peaks["llmpipe"].append(own["peak"])
         apart = max((abs(a - b) for a, b in zip(trl["losses"], own["losses"])), default=math.nan)
@@ -167,6 +170,7 @@ def main() -> None:
     print("losses  trl    ", *(f"{loss:.5f}" for loss in trl["losses"]))
     print("losses  llmpipe", *(f"{loss:.5f}" for loss in own["losses"]))
     print(f"ratio: median {statistics.median(ratios):.2f}, 95 % lower bound {lower_bound(ratios):.2f} ({len(ratios)} pairs)")
+    print(f"ratio of processor seconds, for a busy machine: median {statistics.median(cpu):.2f}, bound {lower_bound(cpu):.2f}")
     for side, values in peaks.items():
         print(f"peak above the bare import, {side}: {statistics.median(values) / 2**30:.2f} GiB (highest {max(values) / 2**30:.2f})")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,16 @@ def prepare(job: Job) -> None:
 def train(job: Job) -> None:
     """Train and commit. Rank 0 holds the write lock: a parent that died must not admit a second writer."""
     artifact, main = job.artifact, launch.rank() == 0
-    lock = Lock(artifact, "write").acquire(wait=10) if main else None
     begun = time.time()
-    prepared = rundir.read_json(artifact.path / "prepared.json")
-    made = stage(job.recipe.stage).train(job, prepared)
-    if main:
+    with Lock(artifact, "write").acquire(wait=10) if main else nullcontext():
+        prepared = rundir.read_json(artifact.path / "prepared.json")
+        made = stage(job.recipe.stage).train(job, prepared)
+        if not main:
+            return
         rejected = job.prepared / prepared["data"] / "rejected.jsonl"
         (artifact.path / "rejected.jsonl").write_bytes(rejected.read_bytes())
         manifest = artifact.commit(describe(job, prepared, made, time.time() - begun))
         job.say(f"{artifact.path}: {manifest['kind']} published, {len(manifest['files'])} files, {manifest['fingerprint'][:12]}")
-    if lock:
-        lock.release()
 
 
 def describe(job: Job, prepared: dict[str, Any], made: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Encoder:
         self.eos_text = text_eos
         self.eos = backend.token_to_id(text_eos)
         ends = self.template.ends if self.template else ()
-        self.ends = {backend.token_to_id(end) for end in ends}
+        self.ends = {tokenizer.ids(end)[-1] for end in ends}
 
     def batch(self, rows: list[tuple[int, Any]], format: str, columns: dict[str, str]) -> Batch:
         """Rows of one file -> tokens. A row's own mistakes end up in `rejected`; nothing is raised for them."""

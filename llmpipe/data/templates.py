@@ -109,6 +109,7 @@ ALPACA = r"""
 {%- if add_generation_prompt %}{{- '### Response:\n' }}{%- endif %}
 """
 
+_OTHER = "data.template names another one"
 BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA}
 _MARKER = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
 
@@ -185,6 +186,10 @@ class Tokenizer:
             self.raw = full.to_str()
             self.load()
         return new
+
+    def last(self, text: str) -> str:
+        """The last token of a text that consists of added tokens."""
+        return self.backend.id_to_token(self.ids(text)[-1])
 
     def save(self, folder: Path, template: str | None) -> None:
         """Write what `AutoTokenizer.from_pretrained(folder)` reads; the tokenizer that is published with the model."""
@@ -342,7 +347,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
 class Template:
     """A compiled chat template with the tokenizer's special tokens and the recipe's extra variables.
 
-    `ends`: the end-of-turn tokens that it writes after an assistant's turn, the last turn's first.
+    `ends`: what it writes to end an assistant's turn, the last turn's first (see learn_ends).
     """
 
     def __init__(self, text: str, special: dict[str, str], kwargs: dict[str, Any], ends: tuple[str, ...] = ()):
@@ -363,7 +368,7 @@ class Template:
             self.compiled = self.environment.from_string(text)
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             line = getattr(error, "lineno", 1)
-            raise UserError(f"chat template, line {line}: {error}", "data.template names another one") from None
+            raise UserError(f"chat template, line {line}: {error}", _OTHER) from None
         self.marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
 
     def render(self, messages: list[dict], tools: list | None = None, prompt: bool = False) -> tuple[str, list[Span]]:
@@ -391,32 +396,56 @@ class Template:
         Each span is (start, end) in characters and ends behind the turn's end-of-turn token. Raises Rejected.
         """
         messages = [_clean(message) for message in messages]
-        text, spans = self.render(messages, tools)
-        _check_complete(text, messages)
+        try:
+            text, spans = self.render(messages, tools)
+        except Rejected:
+            if not any("tool_calls" in message for message in messages):
+                raise
+            messages = [_arguments_as_text(message) for message in messages]  # as DeepSeek's templates want them
+            text, spans = self.render(messages, tools)
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked:
-            if first and len(spans) != len(spoken):
+            spans = [self._to_end(text, *span) for span in spans]
+            if len(spans) != len(spoken):
                 raise Rejected("template renders turns inconsistently", "markers and assistant turns differ in number")
-            if first:
-                spans = [span for i, span in zip(spoken, spans, strict=True) if i >= first]
-            return text, [self._to_end(text, *span) for span in spans]
-        spans, marks = [], None
-        for i in (i for i in spoken if i >= first):
-            # A template may refuse a conversation that stops early, or render it differently: then only marks help.
-            start = self._prefix(text, messages[:i], tools, True) if i else None
-            end = len(text) if i == len(messages) - 1 else self._prefix(text, messages[: i + 1], tools, False)
-            if start is None or end is None or end <= start:
-                marks = self._marks(text, messages, tools) if marks is None else marks
-                start, end = self._by_marks(text, marks, i, start)
-            spans.append(self._to_end(text, start, end))
-        return text, spans
+        else:
+            spans = self._spans(text, messages, tools, spoken)
+        for i, (start, end) in zip(spoken, spans, strict=True):
+            # What a template silently leaves out would teach something else than the row says.
+            for call in messages[i].get("tool_calls") or []:
+                if call["function"]["name"] not in text[start:end]:
+                    raise Rejected("template drops tool calls", "the chat template does not render them; chatml does")
+        if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+            raise Rejected("template drops the system turn", "the chat template does not render it; chatml does")
+        return text, [span for i, span in zip(spoken, spans, strict=True) if i >= first]
 
-    def _prefix(self, text: str, messages: list[dict], tools: list | None, prompt: bool) -> int | None:
+    def _spans(self, text: str, messages: list[dict], tools: list | None, spoken: list[int]) -> list[Span]:
+        """The assistant's turns of a template without markers."""
+        spans, marks = [], None
+        for i in spoken:
+            # A template may refuse a conversation that stops early, or render it differently: then only marks help.
+            prompt = self.attempt(messages[:i], tools, True) if i else None
+            start = len(prompt) if prompt is not None and text.startswith(prompt) else None
+            if i == len(messages) - 1:
+                end: int | None = len(text)
+            else:
+                whole = self.attempt(messages[: i + 1], tools, False)
+                end = len(whole) if whole is not None and text.startswith(whole) else None
+            if start is not None and end is not None and start < end:
+                last = None
+                for last in self._end.finditer(text, start, end):
+                    pass
+                spans.append((start, last.end()) if last else self._to_end(text, start, end))
+                continue
+            marks = self._marks(text, messages, tools) if marks is None else marks
+            spans.append(self._by_marks(text, marks, i, start, prompt))
+        return spans
+
+    def attempt(self, messages: list[dict], tools: list | None, prompt: bool) -> str | None:
         try:
-            part, _ = self.render(messages, tools, prompt)
+            return self.render(messages, tools, prompt)[0]
         except Rejected:
             return None
-        return len(part) if text.startswith(part) else None
 
     def _marks(self, text: str, messages: list[dict], tools: list | None) -> list[Span | None]:
         """Where each message's content lies in `text`: found by marking both ends of every content and rendering."""
@@ -441,50 +470,58 @@ class Template:
             raise Rejected("template renders turns inconsistently", "a turn changes with what surrounds it")
         return [None if start is None and end is None else (start, end) for start, end in places]
 
-    def _by_marks(self, text: str, marks: list[Span | None], i: int, start: int | None) -> Span:
-        mark = marks[i] or (None, None)
-        # Thinking that a template cuts out of an earlier turn takes the first mark with it; the prompt still tells.
-        begin = start if start is not None else mark[0]
-        inside = mark[1] if mark[1] is not None else begin
-        following = next((m[0] for m in marks[i + 1 :] if m and m[0] is not None), len(text))
-        if begin is None or inside is None or (mark[0] is not None and mark[0] < begin):
+    def _by_marks(self, text: str, marks: list[Span | None], i: int, begin: int | None, prompt: str | None) -> Span:
+        start, stop = marks[i] or (None, None)
+        if begin is None:
+            begin = start
+        if begin is None and prompt is not None:
+            # Thinking that is cut out of an earlier turn takes the first mark along, and the prompt may end with
+            # "<think>": the turn begins where the prompt and the conversation part.
+            begin = len(os.path.commonprefix([prompt, text]))
+        before = max((m[1] for m in marks[:i] if m and m[1] is not None), default=0)
+        after = min((m[0] for m in marks[i + 1 :] if m and m[0] is not None), default=len(text))
+        if begin is None or not before <= begin <= (begin if start is None else start) <= (stop or begin) <= after:
             raise Rejected("template renders turns inconsistently", f"message {i + 1} cannot be found again")
-        end = self._end.search(text, inside)
-        if not end or end.end() > following:
+        end = self._end.search(text, stop or begin)
+        if not end or end.end() > after:
             raise Rejected("end of turn not supervised", f"message {i + 1} has no end-of-turn token")
         return begin, end.end()
 
     def _to_end(self, text: str, start: int, end: int) -> Span:
-        """Move the span's end to just behind its end-of-turn token, if there is one."""
+        """Move the end of a marked span to just behind its end-of-turn token, if there is one."""
         last = None
         for last in self._end.finditer(text, start, end):
             pass
         if last and not text[last.end() : end].strip():
-            # Phi-3 writes <|end|> and then <|endoftext|>: the first of several is where the turn ends.
-            stop = last.end()
-            for earlier in reversed(list(self._end.finditer(text, start, last.start()))):
-                if text[earlier.end() : last.start()].strip():
-                    break
-                last, stop = earlier, earlier.end()
-            return start, stop
-        rest = text[end:]
-        after = self._end.match(text, end + len(rest) - len(rest.lstrip()))
-        return (start, after.end()) if after else (start, end)
+            return start, last.end()
+        space = end
+        while space < len(text) and text[space].isspace():
+            space += 1
+        after = self._end.match(text, space)
+        return start, after.end() if after else end
 
     def learn_ends(self, tokenizer: Tokenizer) -> tuple[str, ...]:
-        """The end-of-turn tokens, found by rendering a small conversation and looking behind the assistant's words."""
-        any_token = re.compile("|".join(re.escape(token) for token in tokenizer.markers()) or r"(?!)")
-        text, _ = self.render(_talk("user", "assistant", "user", "assistant"))
+        """What ends the assistant's turns, found by rendering a small conversation and looking behind its words.
+
+        Most often one token; Cohere writes two without a space, and the last of them stops a generation. Raises
+        UserError when there is none.
+        """
+        token = "|".join(re.escape(token) for token in tokenizer.markers()) or r"(?!)"
+        try:
+            text, _ = self.render(_talk("user", "assistant", "user", "assistant"))
+        except Rejected as error:
+            raise UserError(f"the chat template cannot render a conversation: {error.detail}", _OTHER) from None
         at = [text.find(f"turn{i}") for i in range(4)]
         if min(at) < 0:
-            raise UserError("the chat template leaves out turns of a conversation", "data.template names another one")
-        final = any_token.search(text, at[3])
+            raise UserError("the chat template leaves out turns of a conversation", _OTHER)
+        final = re.compile(f"(?:{token})+").search(text, at[3])
         if not final:
             raise UserError("the chat template writes no end-of-turn token after the assistant: the model would never "
                             "learn to stop", "end the assistant's turn with {{ eos_token }}, or set data.template: chatml")
-        between = any_token.findall(text, at[1], at[2])
         ends = [final.group()]
-        if len(between) > 1 and between[0] not in ends:  # gpt-oss ends inner turns differently; one alone is a header
+        between = re.compile(token).findall(text, at[1], at[2])
+        # gpt-oss ends inner turns with another token; one token alone would be the next turn's header.
+        if len(between) > 1 and not "".join(between).startswith(ends[0]):
             ends.append(between[0])
         return tuple(ends)
 
@@ -503,14 +540,15 @@ def _clean(message: dict) -> dict:
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
-def _check_complete(text: str, messages: list[dict]) -> None:
-    """A template that silently leaves out a tool call or the system turn would teach something else than the row."""
-    for message in messages:
-        for call in message.get("tool_calls") or []:
-            if (call.get("function") or call)["name"] not in text:
-                raise Rejected("template drops tool calls", "the chat template does not render them; chatml does")
-        if message["role"] == "system" and message["content"].strip() not in text:
-            raise Rejected("template drops the system turn", "the chat template does not render it; chatml does")
+def _arguments_as_text(message: dict) -> dict:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
 
 
 @contextmanager
@@ -556,20 +594,21 @@ class Choice:
                 try_out(text, tokenizer.special, kwargs)
             plain = Template(text, tokenizer.special, kwargs)
             if template != "auto":
-                shown = text + plain.render(_talk("user", "assistant"))[0]
+                shown = text + (plain.attempt(_talk("user", "assistant"), None, True) or "")
                 self.added = tokenizer.add(sorted(set(_MARKER.findall(shown))))
             ends = plain.learn_ends(tokenizer)
             if template != "auto":
-                tokenizer.special["eos_token"] = ends[0]
+                tokenizer.special["eos_token"] = tokenizer.last(ends[0])
             self.template = Template(text, tokenizer.special, kwargs, ends)
             bos = tokenizer.id("bos_token")
             start = tokenizer.ids(self.template.render(_talk("user", "assistant"))[0])[:2]
             if bos is not None and start == [bos, bos]:
-                raise UserError("the chat template writes the first token twice", "data.template names another one")
+                raise UserError("the chat template writes the first token twice", _OTHER)
         if "eos_token" not in tokenizer.special:
-            tokenizer.special["eos_token"] = self.template.ends[0]
+            tokenizer.special["eos_token"] = tokenizer.last(self.template.ends[0])
         self.text_eos = own_eos or tokenizer.special["eos_token"]  # what ends a plain text
-        self.stops = list(dict.fromkeys([*(self.template.ends[:1] if self.template else ()), self.text_eos]))
+        ends = self.template.ends[:1] if self.template else ()
+        self.stops = list(dict.fromkeys([*(tokenizer.last(end) for end in ends), self.text_eos]))
         if self.added:
             self.notes.append(f"added to the tokenizer for the template {template}: {' '.join(self.added)}")
         if "pad_token" not in tokenizer.special:
@@ -595,7 +634,7 @@ def try_out(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> None:
     child = [sys.executable, "-m", "llmpipe.data.templates"]
     task = json.dumps({"text": text, "special": special, "kwargs": kwargs})
     refusal = UserError("the chat template takes too long or too much memory for a conversation of two turns: refused",
-                        "data.template names another one")
+                        _OTHER)
     try:
         result = subprocess.run(child, input=task.encode(), capture_output=True, timeout=MAX_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
@@ -603,7 +642,7 @@ def try_out(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> None:
     if result.returncode:
         raise refusal
     if problem := result.stdout.decode(errors="replace").strip():
-        raise UserError(f"the chat template cannot be used: {problem}", "data.template names another one")
+        raise UserError(f"the chat template cannot be used: {problem}", _OTHER)
 
 
 def _try_out() -> None:

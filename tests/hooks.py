@@ -1,0 +1,132 @@
+"""Faults put into a trial: a kill, a signal, NaN or a full disk at one exact moment."""
+
+import errno
+import os
+import re
+import signal
+
+
+def __getattr__(name):
+    """`kill_after_checkpoint_6` is `kill_after_checkpoint` with 6."""
+    found = re.fullmatch(r"(.+?)_(\d+)", name)
+    if not found or found[1] not in globals():
+        raise AttributeError(name)
+    return lambda: globals()[found[1]](int(found[2]))
+
+
+def _after(owner, name, action):
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        out = original(*args, **kwargs)
+        action(*args, **kwargs)
+        return out
+
+    setattr(owner, name, wrapped)
+
+
+def _before(owner, name, action):
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def kill_after_checkpoint(step):
+    from llmpipe.engine import training
+
+    def action(self, *_):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _after(training._Durable, "_save_checkpoint", action)
+
+
+def _signal_in_step(step, number):
+    from llmpipe.engine import training
+
+    def action(self, *_):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    _before(training._Durable, "training_step", action)
+
+
+def term_in_step(step):
+    _signal_in_step(step, signal.SIGTERM)
+
+
+def int_in_step(step):
+    _signal_in_step(step, signal.SIGINT)
+
+
+def term_in_evaluation():
+    from llmpipe.engine import training
+
+    original = training._Durable.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    training._Durable.evaluate = evaluate
+
+
+def term_in_save(step):
+    from llmpipe.engine import training
+
+    def action(self, *_):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _before(training._Durable, "_gather_state", action)
+
+
+def term_in_prepare():
+    from llmpipe.data import prepare
+
+    _before(prepare, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def nan_loss(step):
+    from llmpipe.engine import training
+    from trl import SFTTrainer
+
+    original = SFTTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == step - 1 and model.training else loss
+
+    SFTTrainer.compute_loss = compute_loss
+    assert training
+
+
+def nan_gradient(step):
+    from transformers import Trainer
+
+    original = Trainer._clip_grad_norm
+
+    def clip(self, model):
+        if self.state.global_step == step - 1:
+            next(model.parameters()).grad[0] = float("inf")
+        return original(self, model)
+
+    Trainer._clip_grad_norm = clip
+
+
+def disk_full_at(step):
+    from transformers import Trainer
+
+    original = Trainer._save_optimizer_and_scheduler
+
+    def save(self, output_dir):
+        if self.state.global_step == step:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, output_dir)
+
+    Trainer._save_optimizer_and_scheduler = save

@@ -1,0 +1,126 @@
+"""A command's whole life inside one process, so that heavy libraries are imported once; and the same in forked trials.
+
+`command` is `llmpipe STAGE RECIPE` with its workers run here instead of as subprocesses. `Trial` forks it from a server
+that has imported torch but started no thread.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from llmpipe import launch, rundir
+from llmpipe.errors import Stopped, UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "tiny"
+WALL_CLOCK = ("tokens_per_second", "memory_gb", "seconds")
+
+
+def recipe(run: Path, **changes) -> dict:
+    """A tiny sft recipe: twelve steps, evaluation, checkpoints, samples. `changes` name dotted fields, __ for the dot."""
+    values = {
+        "stage": "sft",
+        "run": str(run),
+        "model": str(TINY / "model"),
+        "data": {"train": [{"path": str(TINY / "rows.jsonl")}], "eval": {"holdout": 0.1}, "max_length": 64},
+        "optim": {"learning_rate": 1e-3, "batch_size": 4, "steps": 12, "precision": "fp32"},
+        "evaluation": {"every": 5},
+        "checkpoint": {"every": 3},
+        "log": {"every": 2},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 2},
+        "samples": {"prompts": ["What is 2 + 2?"], "max_new_tokens": 4},
+    }
+    for dotted, value in changes.items():
+        target = values
+        *path, last = dotted.split("__")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    return values
+
+
+def write(run: Path, **changes) -> Path:
+    path = run.parent / f"{run.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe(run, **changes)))
+    return path
+
+
+def start_here(action, artifact, recipe, *, inexact, debug):
+    """`launch.start` without a process of its own."""
+    from llmpipe.worker import act, guarded
+
+    signals = launch.Signals()
+    if multiprocessing.parent_process() is not None:  # a trial: signals reach it
+        signals.install()
+    (artifact.path / "outcome.json").unlink(missing_ok=True)
+    status = guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact))
+    launch.finish(rundir.read_json(artifact.path / "outcome.json"), status, artifact)
+
+
+def command(path: Path, sets=(), **options) -> rundir.Artifact:
+    """Run the recipe's stage to its end in this process; raises what the command would have printed."""
+    from llmpipe import cli
+
+    original, launch.start = launch.start, start_here
+    try:
+        made = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
+        cli.make(made, **options)
+        return rundir.Artifact(Path(made.run) / made.artifact)
+    finally:
+        launch.start = original
+
+
+def essence(artifact: rundir.Artifact) -> dict:
+    """What must be bitwise equal: every file in model/, the samples, and the metrics less wall-clock figures."""
+    files = {name: entry["sha256"] for name, entry in rundir.table(artifact.model).items()}
+    metrics = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    for line in metrics:
+        for name in WALL_CLOCK:
+            line.pop(name, None)
+    return {"files": files, "metrics": metrics, "samples": (artifact.path / "samples.jsonl").read_text()}
+
+
+# --- forked trials ---------------------------------------------------------------------------------------------------
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["llmpipe.cli", "llmpipe.worker", "llmpipe.engine.training", "llmpipe.engine.verify", "trl.trainer.sft_trainer"])
+
+
+def _trial(path: str, out: str, sets: tuple[str, ...], hook: str | None) -> None:
+    sys.stdout = sys.stderr = os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), "w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    if hook:
+        import tests.hooks
+
+        getattr(tests.hooks, hook)()
+    try:
+        command(Path(path), sets)
+    except UserError as error:
+        print(f"error: {error}")
+        os._exit(error.code)
+    except Stopped as stop:
+        print(stop.message)
+        os._exit(stop.code)
+    os._exit(0)
+
+
+class Trial:
+    """One command in a forked process; `kill`, `terminate` and `exitcode` are multiprocessing's."""
+
+    def __init__(self, path: Path, sets=(), hook: str | None = None):
+        self.out = path.with_suffix(".out")
+        self.process = _server.Process(target=_trial, args=(str(path), str(self.out), tuple(sets), hook))
+        self.process.start()
+
+    def wait(self, seconds: float = 120) -> int:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "the trial hangs:\n" + self.text()
+        return self.process.exitcode
+
+    def text(self) -> str:
+        return self.out.read_text() if self.out.exists() else ""
