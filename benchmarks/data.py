@@ -45,7 +45,9 @@ def make_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=1000,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
@@ -89,8 +91,18 @@ def measure(count: int, model: Path | None, processes: str) -> dict:
         if model is None:
             model = folder / "model"
             make_model(model)
-        command = [sys.executable, __file__, "--one", str(folder / "rows.jsonl"), "--model", str(model), "--cache",
-                   str(folder / "cache"), "--processes", processes]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            str(folder / "rows.jsonl"),
+            "--model",
+            str(model),
+            "--cache",
+            str(folder / "cache"),
+            "--processes",
+            processes,
+        ]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
             child.stdout.readline()
             imported = resident(child.pid)
@@ -105,9 +117,14 @@ def measure(count: int, model: Path | None, processes: str) -> dict:
             sys.exit(child.returncode)
         seconds = time.perf_counter() - started
         record = json.loads(next(folder.glob("cache/*/prepared.json")).read_text())
-        return {"rows": count, "tokens": record["tokens"]["train"], "processes": record["processes"],
-                "seconds": round(seconds, 1), "rows_per_second": round(count / seconds),
-                "peak_mb_above_import": round((peak - imported) / 2**20, 1)}
+        return {
+            "rows": count,
+            "tokens": record["tokens"]["train"],
+            "processes": record["processes"],
+            "seconds": round(seconds, 1),
+            "rows_per_second": round(count / seconds),
+            "peak_mb_above_import": round((peak - imported) / 2**20, 1),
+        }
 
 
 def main() -> None:

@@ -109,13 +109,19 @@ def _trial(path: str, out: str, sets: tuple[str, ...], hook: str | None) -> None
     os._exit(0)
 
 
+def forked(target, *args):
+    """`target(*args)` in a process that has the heavy libraries, and nothing that another test did to them."""
+    process = _server.Process(target=target, args=args)
+    process.start()
+    return process
+
+
 class Trial:
     """One command in a forked process; `kill`, `terminate` and `exitcode` are multiprocessing's."""
 
     def __init__(self, path: Path, sets=(), hook: str | None = None):
         self.out = path.with_suffix(".out")
-        self.process = _server.Process(target=_trial, args=(str(path), str(self.out), tuple(sets), hook))
-        self.process.start()
+        self.process = forked(_trial, str(path), str(self.out), tuple(sets), hook)
 
     def wait(self, seconds: float = 120) -> int:
         self.process.join(seconds)

@@ -21,6 +21,7 @@ import numpy as np
 from llmpipe.data import templates
 from llmpipe.data.formats import Rejected, convert
 from llmpipe.data.sources import Bad, parse
+from llmpipe.data.tokenizer import Tokenizer
 
 IGNORED = -100
 
@@ -51,8 +52,16 @@ class Batch:
 class Encoder:
     """Tokenizer and template of one preparation; `batch` turns rows into a Batch."""
 
-    def __init__(self, tokenizer: templates.Tokenizer, template: templates.Template | None, text_eos: str, *,
-                 max_length: int, loss: str, seed: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: templates.Template | None,
+        text_eos: str,
+        *,
+        max_length: int,
+        loss: str,
+        seed: int,
+    ):
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
@@ -149,8 +158,9 @@ class Encoder:
         if truncated:
             total = max((stop for _, stop in ended if stop <= self.max_length), default=0)
             if not total:
-                raise Rejected("too long", f"{len(encoding):,} tokens, and no assistant turn ends within "
-                                           f"{self.max_length:,}")
+                raise Rejected(
+                    "too long", f"{len(encoding):,} tokens, and no assistant turn ends within {self.max_length:,}"
+                )
         ids = np.array(numbers[:total], np.int32)
         if self.learn_all:
             return Encoded([ids], [ids], truncated)
@@ -171,14 +181,12 @@ class Encoder:
     def _pair(self, prompt: list[int], whole: list[int]) -> Encoded:
         """As TRL does: the completion begins where prompt and prompt + completion stop being alike."""
         ids = np.array([*self.bos, *whole, self.eos], np.int32)
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
-                      min(len(prompt), len(whole)))
         if len(ids) > self.max_length:
             raise Rejected("too long", f"{len(ids):,} tokens, {self.max_length:,} fit")
         if self.learn_all:
             return Encoded([ids], [ids], False)
         labels = ids.copy()
-        labels[: len(self.bos) + shared] = IGNORED
+        labels[: len(self.bos) + templates.shared(prompt, whole)] = IGNORED
         return Encoded([ids], [labels], False)
 
 
@@ -198,7 +206,7 @@ _encoder: Encoder | None = None
 
 def load(folder: str, ends: list[str], kwargs: dict[str, Any], text_eos: str, **how: Any) -> Encoder:
     """The encoder of a saved `tokenizer/` folder: what is published is what tokenized."""
-    tokenizer = templates.Tokenizer(Path(folder))
+    tokenizer = Tokenizer(Path(folder))
     text = tokenizer.template
     template = None if text is None else templates.Template(text, tokenizer.special, kwargs, tuple(ends))
     return Encoder(tokenizer, template, text_eos, **how)

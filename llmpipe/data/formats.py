@@ -3,7 +3,7 @@
 `convert` answers one of
 
     {"text": str}                                               text
-    {"messages": [{"role", "content", ...}], "tools": [...]}    alpaca, sharegpt, messages
+    {"messages": [{"role", "content", ...}], "tools": [...]}    alpaca, sharegpt, messages; "weight": 0 is not learned
     {"messages", "tools", "first": n}                           prompt-completion of messages: learn from message n on
     {"prompt": str, "completion": str}                          prompt-completion of strings
     {"prompt", "chosen", "rejected"}                            preference: all strings, or all lists of messages
@@ -58,6 +58,8 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Names that mean one thing only; anything else wants `columns:`.
 SYNONYMS = (
+    {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    {"question": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "answer": "completion"},
     {"query": "prompt", "response": "completion"},
     {"prompt": "prompt", "response": "completion"},
@@ -75,7 +77,9 @@ _ROLES = {
 }  # fmt: skip
 
 
-def detect(columns: list[str], format: str, mapping: dict[str, str], where: str) -> tuple[str, dict[str, str], list[str]]:
+def detect(
+    columns: list[str], format: str, mapping: dict[str, str], where: str
+) -> tuple[str, dict[str, str], list[str]]:
     """The format of rows with these columns -> (format, {your name: the format's name}, columns not used).
 
     Raises UserError naming the columns found and what each format needs.
@@ -92,7 +96,8 @@ def detect(columns: list[str], format: str, mapping: dict[str, str], where: str)
             raise UserError(f"{where}: two columns are called '{name}' after mapping", f"found: {shown}")
     candidates: list[dict[str, str]] = [mapping]
     if not mapping:
-        candidates += [pair for pair in SYNONYMS if set(pair) <= set(columns)]
+        fitting = [names for names in SYNONYMS if set(names) <= set(columns) and not _clash(names, columns)]
+        candidates = [n for n in fitting if "chosen" in n] + candidates + [n for n in fitting if "chosen" not in n]
     layouts = LAYOUTS if format == "auto" else {format: LAYOUTS[format]}
     for strict in (True, False):
         for names in candidates:
@@ -109,6 +114,10 @@ def detect(columns: list[str], format: str, mapping: dict[str, str], where: str)
         f"{where}: {'no format fits' if format == 'auto' else f'format {format} does not fit'} the columns {shown}",
         f"needed are {needs_text}. Map yours with columns, such as {{question: prompt, answer: completion}}",
     )
+
+
+def _clash(names: dict[str, str], columns: list[str]) -> bool:
+    return any(name in columns and name not in names for name in names.values())
 
 
 def convert(row: dict[str, Any], format: str, columns: dict[str, str]) -> dict[str, Any]:
@@ -215,8 +224,12 @@ def _preference(values: dict) -> dict:
         texts = {name: text_of(values[name], name) for name in ("prompt", "chosen", "rejected")}
         if system := _optional(values.get("system"), "system").strip():
             messages = [{"role": "system", "content": system}, {"role": "user", "content": texts["prompt"]}]
-            return {"prompt": messages, "chosen": _answer(chosen, "chosen"), "rejected": _answer(rejected, "rejected"),
-                    "tools": tools_of(values.get("tools"))}
+            return {
+                "prompt": messages,
+                "chosen": _answer(chosen, "chosen"),
+                "rejected": _answer(rejected, "rejected"),
+                "tools": tools_of(values.get("tools")),
+            }
         return texts
     good, bad = _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if prompt is None or prompt == []:
@@ -295,6 +308,8 @@ def conversation(value: Any, name: str) -> list[dict]:
                 raise Rejected("bad tool call", f"{at}: only the assistant calls tools")
             message["tool_calls"] = _calls(calls, at)
             message["content"] = message["content"] or ""
+        if item.get("weight") == 0:  # OpenAI's way to say that a turn is context, not a lesson
+            message["weight"] = 0
         for extra in ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning"):
             if item.get(extra) is not None:
                 message[extra] = text_of(item[extra], f"{at}, {extra}", empty=True)
@@ -307,8 +322,10 @@ def _joined(parts: list, at: str) -> str:
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(text, str):
+        if kind != "text":
             raise Rejected("unsupported content", f"{at}: a part of type {str(kind)[:40]!r}; only text is supported")
+        if not isinstance(text, str):
+            raise Rejected("unsupported content", f"{at}: a part without 'text'")
         texts.append(text)
     return "".join(texts)
 

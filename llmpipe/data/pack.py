@@ -21,7 +21,7 @@ LIST = pa.list_(pa.int32())
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
-    """Indices of `lengths` -> bins whose lengths sum to at most `size`; longest first, each into the fullest bin it fits."""
+    """Indices of `lengths` -> bins of at most `size` in sum: longest first, each into the fullest bin that takes it."""
     bins: list[list[int]] = []
     spaces: list[int] = []  # distinct free spaces, ascending
     by_space: dict[int, list[int]] = {}

@@ -17,6 +17,7 @@ row goes to train as often as its source's weight says, which may be never (`uns
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -31,10 +32,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmpipe.data import encode, sources, templates
+from llmpipe.data import encode, sources, templates, tokenizer
 from llmpipe.data.formats import detect
 from llmpipe.data.pack import Output
-from llmpipe.errors import NUMERIC, RESOURCES, UserError
+from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, Source, digest, is_local, science
 
 VERSION = 1
@@ -58,7 +59,7 @@ def _relative(path: str) -> str:
 
 
 def plan_key(data: Data, model: Path, seed: int, purpose: str = "sft") -> dict[str, Any]:
-    """What identifies the prepared data: `{"key", "sources": [{"path", "files", "revision"}], "tokenizer", "template"}`.
+    """What identifies prepared data: `{"key", "sources": [{"path", "files", "revision"}], "tokenizer", "template"}`.
 
     Cheap: files are hashed, nothing is tokenized. The key changes with the content of every file, the tokenizer, the
     template and the recipe's fields, not with where things lie. Raises UserError for a missing or unreadable file.
@@ -78,10 +79,19 @@ def _plan(data: Data, model: Path, seed: int, purpose: str) -> tuple[dict[str, A
     for section in (*fields["train"], *fields["eval"]["sources"]):
         del section["path"]
     fields["template"] = None  # its text counts, not its name
-    plan = {"tokenizer": templates.identity(model), "template": None if source is None else digest(source)}
+    plan = {"tokenizer": tokenizer.identity(model), "template": None if source is None else digest(source)}
     contents = [{"files": [(f["name"], f["sha256"]) for f in o["files"]], "revision": o["revision"]} for o in named]
-    key = digest({"version": VERSION, "purpose": purpose, "seed": seed, "data": fields, "sources": contents,
-                  "own": data.template == "auto", **plan})
+    key = digest(
+        {
+            "version": VERSION,
+            "purpose": purpose,
+            "seed": seed,
+            "data": fields,
+            "sources": contents,
+            "own": data.template == "auto",
+            **plan,
+        }
+    )
     return {"key": key, "sources": named, **plan}, origins
 
 
@@ -120,32 +130,53 @@ def prepare(
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
         _sync(cache)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"the disk of {_near(cache)} is full", "make room, and start again", RESOURCES) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     rows, tokens = record["rows"], record["tokens"]
     learned = tokens["train_supervised"] / max(1, tokens["train"])
-    say(f"data: {rows['train']:,} rows to train on"
+    say(
+        f"data: {rows['train']:,} rows to train on"
         + (f", {rows['eval']:,} held out" if rows["eval"] else "")
         + f"; {tokens['train']:,} tokens, {learned:.0%} of them learned; {record['sequences']['train']:,} sequences"
         + (f"; {rows['rejected']:,} rejected" if rows["rejected"] else "")
         + (f"; {rows['truncated']:,} truncated" if rows["truncated"] else "")
-        + (f"; {rows['split']:,} split" if rows["split"] else ""))
+        + (f"; {rows['split']:,} split" if rows["split"] else "")
+    )
     return final
 
 
-def _make(data: Data, model: Path, cache: Path, folder: Path, seed: int, say: Callable[[str], None], progress: bool,
-          plan: dict, origins: list[dict]) -> dict[str, Any]:
+def _make(
+    data: Data,
+    model: Path,
+    cache: Path,
+    folder: Path,
+    seed: int,
+    say: Callable[[str], None],
+    progress: bool,
+    plan: dict,
+    origins: list[dict],
+) -> dict[str, Any]:
     choice = templates.Choice(model, data.template, data.chat_template_kwargs)
     for note in choice.notes:
         say(f"data: {note}")
     choice.save(folder / "tokenizer")
     how = {"text_eos": choice.text_eos, "max_length": data.max_length, "loss": data.loss, "seed": seed}
     encoder = encode.Encoder(choice.tokenizer, choice.template, **how)
-    spec = {"folder": str(folder / "tokenizer"), "ends": list(choice.template.ends if choice.template else ()),
-            "kwargs": data.chat_template_kwargs, **how}
+    spec = {
+        "folder": str(folder / "tokenizer"),
+        "ends": list(choice.template.ends if choice.template else ()),
+        "kwargs": data.chat_template_kwargs,
+        **how,
+    }
     all_sources = [*data.train, *data.eval.sources]
-    streams = [_stream(source, origin, say, choice.template is not None)
-               for source, origin in zip(all_sources, origins, strict=True)]
+    streams = [
+        _stream(source, origin, say, choice.template is not None)
+        for source, origin in zip(all_sources, origins, strict=True)
+    ]
     size = sum(file.bytes for origin in origins for file in origin["files"])
     small = size < SMALL and all(origin["files"] for origin in origins)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -168,8 +199,11 @@ def _make(data: Data, model: Path, cache: Path, folder: Path, seed: int, say: Ca
     wrote = train.close()
     held_out.close()
     if not wrote or not train.supervised:
-        raise UserError("no row is left to train on: there would be nothing to learn",
-                        "see data.eval.holdout and the weights of the sources", NUMERIC)
+        raise UserError(
+            "no row is left to train on: there would be nothing to learn",
+            "see data.eval.holdout and the weights of the sources",
+            NUMERIC,
+        )
     total = {name: sum(record[name] for record in records) for name in ("read", "kept", "truncated", "split", "pieces")}
     reasons = sum((Counter(record["rejected"]) for record in records), Counter())
     special = choice.tokenizer.special
@@ -177,11 +211,22 @@ def _make(data: Data, model: Path, cache: Path, folder: Path, seed: int, say: Ca
         "version": VERSION,
         "key": plan["key"],
         "sources": records,
-        "rows": {**total, "rejected": sum(reasons.values()), "rejected_by_reason": dict(sorted(reasons.items())),
-                 "duplicates": spool.duplicates, "unseen": unseen, "overlap": overlap, "train": train.rows,
-                 "eval": held_out.rows},
-        "tokens": {"train": train.tokens, "train_supervised": train.supervised, "eval": held_out.tokens,
-                   "eval_supervised": held_out.supervised},
+        "rows": {
+            **total,
+            "rejected": sum(reasons.values()),
+            "rejected_by_reason": dict(sorted(reasons.items())),
+            "duplicates": spool.duplicates,
+            "unseen": unseen,
+            "overlap": overlap,
+            "train": train.rows,
+            "eval": held_out.rows,
+        },
+        "tokens": {
+            "train": train.tokens,
+            "train_supervised": train.supervised,
+            "eval": held_out.tokens,
+            "eval_supervised": held_out.supervised,
+        },
         "sequences": {"train": train.sequences, "eval": held_out.sequences},
         "lengths": {"p50": train.quantile(0.5), "p95": train.quantile(0.95), "max": train.quantile(1.0)},
         "tokenizer": choice.tokenizer.sha256,
@@ -226,14 +271,27 @@ def _stream(source: Source, origin: dict, say: Callable[[str], None], has_templa
         isinstance(row.get(yours), list | dict) for row in sample for yours in used if format == "prompt-completion"
     )
     if chat and not has_template:
-        raise UserError(f"{shown}: the rows are conversations, and the model's tokenizer has no chat template",
-                        "set data.template: chatml")
+        raise UserError(
+            f"{shown}: the rows are conversations, and the model's tokenizer has no chat template",
+            "set data.template: chatml",
+        )
     names = ", ".join(yours if yours == name else f"{yours} as {name}" for yours, name in used.items())
     say(f"data: {shown}: format {format} ({names})" + (f"; not used: {', '.join(unused)}" if unused else ""))
-    record = {"path": origin["path"], "format": format, "columns": used, "unused_columns": unused,
-              "files": [{"name": file.name, "sha256": file.sha256, "rows": 0} for file in files],
-              "revision": origin["revision"], "weight": source.weight, "read": 0, "kept": 0, "rejected": {},
-              "truncated": 0, "split": 0, "pieces": 0}
+    record = {
+        "path": origin["path"],
+        "format": format,
+        "columns": used,
+        "unused_columns": unused,
+        "files": [{"name": file.name, "sha256": file.sha256, "rows": 0} for file in files],
+        "revision": origin["revision"],
+        "weight": source.weight,
+        "read": 0,
+        "kept": 0,
+        "rejected": {},
+        "truncated": 0,
+        "split": 0,
+        "pieces": 0,
+    }
     return {"chunks": itertools.chain([first], chunks), "format": format, "columns": used, "record": record}
 
 
@@ -265,8 +323,11 @@ def _encoded(
             index, chunk, future = under_way.popleft()
             yield index, chunk, future.result()
     except BrokenProcessPool:
-        raise UserError("a process that tokenizes died, most likely for lack of memory",
-                        "set data.processes to a smaller number", RESOURCES) from None
+        raise UserError(
+            "a process that tokenizes died, most likely for lack of memory",
+            "set data.processes to a smaller number",
+            RESOURCES,
+        ) from None
     finally:
         workers = list((pool._processes or {}).values())
         pool.shutdown(wait=not under_way, cancel_futures=True)
@@ -278,8 +339,15 @@ def _encoded(
 class _Spool:
     """Tokens of the first pass on disk, and 8 bytes of hash per row; both go when the second pass is over."""
 
-    SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("hash", pa.uint64()),
-                        ("source", pa.int32()), ("first", pa.bool_())])
+    SCHEMA = pa.schema(
+        [
+            ("ids", pa.list_(pa.int32())),
+            ("labels", pa.list_(pa.int32())),
+            ("hash", pa.uint64()),
+            ("source", pa.int32()),
+            ("first", pa.bool_()),
+        ]
+    )
 
     def __init__(self, folder: Path):
         self.read = self.rejected_count = self.duplicates = 0
@@ -300,8 +368,9 @@ class _Spool:
         for path in self.paths.values():
             path.unlink()
 
-    def add(self, index: int, is_eval: bool, origin: dict, record: dict, chunk: sources.Chunk,
-            batch: encode.Batch) -> None:
+    def add(
+        self, index: int, is_eval: bool, origin: dict, record: dict, chunk: sources.Chunk, batch: encode.Batch
+    ) -> None:
         file = origin["files"][chunk.file] if origin["files"] else None
         name, shown = (file.name, file.shown) if file else (origin["path"], origin["path"])
         self.read += batch.read
@@ -327,10 +396,9 @@ class _Spool:
         count = len(batch.lengths)
         first = np.zeros(count, bool)
         first[np.cumsum(batch.pieces) - batch.pieces] = True
-        self.writer.write_batch(pa.record_batch([
-            pa.ListArray.from_arrays(offsets, pa.array(batch.ids)), pa.ListArray.from_arrays(offsets, pa.array(batch.labels)),
-            pa.array(np.repeat(batch.hashes, batch.pieces)), pa.array(np.full(count, index, np.int32)), pa.array(first),
-        ], schema=self.SCHEMA))  # fmt: skip
+        lists = (pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (batch.ids, batch.labels))
+        plain = (np.repeat(batch.hashes, batch.pieces), np.full(count, index, np.int32), first)
+        self.writer.write_batch(pa.record_batch([*lists, *map(pa.array, plain)], schema=self.SCHEMA))
         batch.hashes.tofile(self.files["eval" if is_eval else "train"])
 
     def finish(self, share: float, say: Callable[[str], None]) -> int:
@@ -416,14 +484,15 @@ def _refuse(data: Data, cache: Path, folder: Path, records: list[dict], spool: _
     reasons = sum((Counter(record["rejected"]) for record in records), Counter())
     cache.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "rejected.jsonl", cache / "rejected.jsonl")
-    lines = [f"{rejected:,} of {read:,} rows cannot be used ({rejected / max(1, read):.1%}; data.max_rejected allows "
-             f"{data.max_rejected:.1%}): " + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common()),
-             *spool.first_rejected]
+    lines = [
+        f"{rejected:,} of {read:,} rows cannot be used ({rejected / max(1, read):.1%}; data.max_rejected allows "
+        f"{data.max_rejected:.1%}): " + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common()),
+        *spool.first_rejected,
+    ]
     if rejected > len(spool.first_rejected):
         lines.append("...")
-    learned_nothing = not kept and set(reasons) <= NOTHING_LEARNED
-    raise UserError("\n".join(lines), f"all of them are listed in {_near(cache / 'rejected.jsonl')}; mend them, or raise "
-                    "data.max_rejected", NUMERIC if learned_nothing else UserError("").code)
+    hint = f"all of them are listed in {_near(cache / 'rejected.jsonl')}; mend them, or raise data.max_rejected"
+    raise UserError("\n".join(lines), hint, NUMERIC if not kept and set(reasons) <= NOTHING_LEARNED else DATA)
 
 
 def _near(path: Path) -> str:
@@ -450,8 +519,12 @@ class _Bar:
         done += sum(f.bytes for f in origins[index]["files"][: chunk.file]) + chunk.position
         spent = now - self.start
         left = f", {spent * (self.size - done) / done:,.0f} s left" if 0 < done <= self.size else ""
-        print(f"\r\x1b[Kdata: {rows:,} rows, {rows / max(spent, 1e-3):,.0f} rows/s{left}", end="", file=sys.stderr,
-              flush=True)
+        print(
+            f"\r\x1b[Kdata: {rows:,} rows, {rows / max(spent, 1e-3):,.0f} rows/s{left}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def done(self) -> None:
         if self.on:

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from llmpipe.recipe import Source, is_local, near
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MAX_LINE = 64 << 20  # bytes of one row
 PASSAGE = 32 << 10  # bytes of one passage of a .txt file
+_NOT_SPACE = re.compile(r"[ \t\r\n,]*")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, under errors="surrogateescape"
 CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 10
 
 
@@ -90,8 +93,9 @@ def files_of(source: Source) -> list[File]:
         shown = given if len(found) == 1 and path.is_file() else str(Path(os.path.relpath(p, root)))
         shown = shown if shown == given else os.path.join(given if path.is_dir() else str(root), shown)
         if p.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{shown}: {p.suffix or 'no suffix'} is not a known kind of file",
-                            f"known are {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"{shown}: {p.suffix or 'no suffix'} is not a known kind of file", f"known are {', '.join(SUFFIXES)}"
+            )
         try:
             with p.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -173,7 +177,8 @@ def parse(line: bytes) -> dict[str, Any] | Bad:
     except json.JSONDecodeError as error:
         if "\x00" in text:
             return Bad("NUL character", f"at position {text.index(chr(0)) + 1}")
-        cut = " (the line is cut off)" if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated") else ""
+        cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        cut = " (the line is cut off)" if cut_off else ""
         return Bad("bad JSON", f"{error.msg} at position {error.pos + 1}{cut}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
         return Bad("bad JSON", str(error)[:100])
@@ -190,49 +195,46 @@ def _json(file: File, position: list[int]) -> Iterator[Row]:
         yield from _jsonl(file, position)
         return
     if head[:1] != b"[":
-        raise UserError(f"{file.shown}: is neither a list of rows nor one row per line",
-                        "a .json file holds [{...}, {...}] or one {...} per line")
+        raise UserError(
+            f"{file.shown}: is neither a list of rows nor one row per line",
+            "a .json file holds [{...}, {...}] or one {...} per line",
+        )
     decoder = json.JSONDecoder()
-    number = 0
-    with file.path.open(encoding="utf-8-sig", newline="") as stream:
-        window, at, step, ended, line = stream.read(1 << 18), 0, 1 << 18, False, 1
-
-        def broken(message: str, where: int) -> UserError:
-            return UserError(f"{file.shown}:{number + 1}: row {number + 1} (line {line + window.count(chr(10), 0, where)})"
-                             f" is not valid JSON: {message}", "a JSON list cannot be read past a mistake; JSON Lines can")
-
-        try:
-            at = window.index("[") + 1
-            while True:
-                while at < len(window) and window[at] in " \t\r\n,":
-                    at += 1
-                if at < len(window) and window[at] == "]":
-                    return
-                try:
-                    if at >= len(window):
-                        raise json.JSONDecodeError("the file is cut off", window, at)
-                    row, end = decoder.raw_decode(window, at)
-                    if end >= len(window) and not ended:  # a number may go on in the next block
-                        raise json.JSONDecodeError("more", window, at)
-                except (ValueError, RecursionError) as error:
-                    if ended or len(window) - at > MAX_LINE:
-                        message = getattr(error, "msg", str(error)[:100])
-                        raise broken(message, getattr(error, "pos", at)) from None
-                    line += window.count("\n", 0, at)
-                    more = stream.read(step)
-                    window, at, ended, step = window[at:] + more, 0, not more, min(step * 2, MAX_LINE)
-                    continue
-                number += 1
-                position[0] += end - at
-                is_row = isinstance(row, dict)
-                yield number, row if is_row else Bad("not an object", f"a row is {{...}}, not {window[at:end][:20]}"), end - at
-                at = end
-                if at > 1 << 20:
-                    line += window.count("\n", 0, at)
-                    window, at, step = window[at:], 0, 1 << 18
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.shown}:{number + 1}: after row {number}: not UTF-8: byte "
-                            f"0x{error.object[error.start]:02x}", "save the file as UTF-8") from None
+    number, line = 0, 1  # rows so far, and the line that the window begins on
+    with file.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        window, ended, step = stream.read(1 << 18), False, 1 << 18
+        at = window.index("[") + 1
+        while True:
+            at = _NOT_SPACE.match(window, at).end()
+            if window[at : at + 1] == "]":
+                return
+            try:
+                if at == len(window):
+                    raise json.JSONDecodeError("the file is cut off", window, at)
+                row, end = decoder.raw_decode(window, at)
+                if end == len(window) and not ended:  # a number may go on in the next block
+                    raise json.JSONDecodeError("", window, at)
+            except (ValueError, RecursionError) as error:
+                if ended or len(window) - at > MAX_LINE:
+                    line += window.count("\n", 0, getattr(error, "pos", at))
+                    raise UserError(
+                        f"{file.shown}:{number + 1}: row {number + 1} (line {line}) is not valid JSON: "
+                        f"{getattr(error, 'msg', str(error)[:100])}",
+                        "a JSON list cannot be read past a mistake; one row per line (.jsonl) can",
+                    ) from None
+                line += window.count("\n", 0, at)
+                more = stream.read(step)
+                window, at, ended, step = window[at:] + more, 0, not more, min(step * 2, MAX_LINE)
+                continue
+            number += 1
+            text, at, step = window[at:end], end, 1 << 18
+            position[0] += len(text)
+            if _ESCAPED.search(text):
+                yield number, Bad("not UTF-8", "save the file as UTF-8"), len(text)
+            elif not isinstance(row, dict):
+                yield number, Bad("not an object", f"a row is {{...}}, not {text[:20]}"), len(text)
+            else:
+                yield number, row, len(text)
 
 
 def _csv(file: File, position: list[int]) -> Iterator[Row]:
@@ -262,7 +264,7 @@ def _csv(file: File, position: list[int]) -> Iterator[Row]:
             continue
         if len(fields) != len(header):
             yield number, Bad("wrong number of fields", f"{len(fields)} instead of {len(header)}"), size
-        elif any("\udc80" <= char <= "\udcff" for field in fields if not field.isascii() for char in field):
+        elif _ESCAPED.search("".join(fields)):
             yield number, Bad("not UTF-8", "save the file as UTF-8"), size
         else:
             yield number, dict(zip(header, fields, strict=True)), size
@@ -360,7 +362,8 @@ def hub_chunks(source: Source, revision: str) -> Iterator[Chunk]:
     try:
         rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source.path}: {str(error).strip().splitlines()[0]}", "see subset, split and revision") from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source.path}: {reason}", "see subset, split and revision") from None
     end = len(rows) if source.limit is None else min(len(rows), source.limit)
     for start in range(0, end, CHUNK_ROWS):
         part = rows[start : min(start + CHUNK_ROWS, end)]

@@ -1,9 +1,8 @@
-"""The light tokenizer, the chat template, and which characters of a rendered conversation the assistant spoke.
+"""The chat template, and which characters of a rendered conversation the assistant spoke.
 
-Nothing here imports transformers: `tokenizer.json` goes to the `tokenizers` library and the template to Jinja, set up
-as transformers sets it up, so token ids equal `apply_chat_template(tokenize=True)` (a test holds this). A template
-comes with the model and is as untrusted as the model: it runs in Jinja's sandbox, is tried once in a child process
-with little memory and time, and every later rendering is bounded in time and size.
+Jinja is set up as transformers sets it up, so token ids equal `apply_chat_template(tokenize=True)` (a test holds this).
+A template comes with the model and is as untrusted as the model: it runs in Jinja's sandbox, is tried once in a child
+process with little memory and time, and every later rendering is bounded in time and size.
 
 Spans of assistant turns come from `{% generation %}` markers where the template has them; otherwise from rendering the
 conversation up to each turn; and where a template rewrites earlier turns (Qwen3 drops their thinking) from marks put
@@ -13,7 +12,6 @@ as a target never learns to stop (transformers#48016), and never includes the wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -30,247 +29,26 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
-import tokenizers
 
 from llmpipe.data.formats import Rejected
-from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.data.tokenizer import Tokenizer, own_template, sha256_of
+from llmpipe.errors import UserError
 
 Span = tuple[int, int]
 MAX_CHARS = 64_000_000  # a rendered conversation larger than this is no conversation
 MAX_SECONDS = 4.0  # for one rendering, and for the first trial of a template
 
-# --- built-in templates: `{% generation %}` holds the turn with its end-of-turn token ---------------------------------
-
-CHATML = r"""
-{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
-    {{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
-    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\n' }}
-        {%- generation %}
-            {{- message.content or '' }}
-            {%- for call in message.tool_calls or [] %}
-                {%- set call = call.function or call %}
-                {%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}
-                {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
-                {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-                {{- '}\n</tool_call>' }}
-            {%- endfor %}
-            {{- '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\n' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- elif not (tools and loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
-"""
-
-LLAMA3 = r"""
-{%- if tools %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
-{%- for message in messages %}
-    {%- if message.tool_calls or message.role == 'tool' %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}{{- (message.content | trim) + '<|eot_id|>' }}{%- endgeneration %}
-    {%- else %}
-        {{- (message.content | trim) + '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
-"""
-
-ALPACA = r"""
-{%- if messages[0].role == 'system' %}
-    {{- messages[0].content + '\n\n' }}
-{%- else %}
-    {{- 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n' }}
-{%- endif %}
-{%- if tools %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
-{%- for message in messages %}
-    {%- if message.tool_calls or message.role == 'tool' %}{{- raise_exception('this template has no tools; chatml has') }}{%- endif %}
-    {%- if message.role == 'user' %}
-        {{- '### Instruction:\n' + message.content + '\n\n' }}
-    {%- elif message.role == 'assistant' %}
-        {{- '### Response:\n' }}
-        {%- generation %}{{- message.content + eos_token }}{%- endgeneration %}
-        {{- '\n\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '### Response:\n' }}{%- endif %}
-"""
-
 _OTHER = "data.template names another one"
-BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA}
+BUILT_IN = ("chatml", "alpaca", "llama3")  # files beside this one
 _MARKER = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
-
-
-# --- the tokenizer ---------------------------------------------------------------------------------------------------
-
-
-class Tokenizer:
-    """`tokenizer.json` and the special tokens of a model folder, without transformers.
-
-    `ids(text)` equals `AutoTokenizer(text, add_special_tokens=False)`. Raises UserError (code 3) when the folder's
-    files are missing or broken.
-    """
-
-    def __init__(self, folder: Path):
-        self.raw = _read(folder / "tokenizer.json")
-        self.config = _read_json(folder / "tokenizer_config.json", optional=True)
-        self.template = _own_template(folder, self.config)
-        self.load()
-        self.special: dict[str, str] = {}  # bos_token, eos_token, ... as the template may use them
-        for name, text in _named(folder, self.config).items():
-            if self.backend.token_to_id(text) is not None:
-                self.special[name] = text
-        if "eos_token" not in self.special:  # GPT-2's own class knew it; the model's config still does
-            number = _read_json(folder / "config.json", optional=True).get("eos_token_id")
-            number = number[0] if isinstance(number, list) and number else number
-            if isinstance(number, int) and (text := self.backend.id_to_token(number)):
-                self.special["eos_token"] = text
-        bos = self.id("bos_token")
-        adds = self.config.get("add_bos_token")
-        if not isinstance(adds, bool):
-            adds = bos is not None and self.starts[:1] == [bos]
-        self.bos = bos if adds else None  # what starts a text; a chat template writes its own
-
-    def load(self) -> None:
-        """Build the backend from `self.raw`."""
-        try:
-            self.backend = tokenizers.Tokenizer.from_str(self.raw)
-            self.starts = self.backend.encode("a").ids
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer.json of the model cannot be used: {error}", code=INTEGRITY) from None
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        # It adds special tokens, which are never asked for, and trims offsets, which would leave gaps in the masks.
-        self.backend.post_processor = None
-
-    def id(self, name: str) -> int | None:
-        text = self.special.get(name)
-        return None if text is None else self.backend.token_to_id(text)
-
-    def ids(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    @property
-    def sha256(self) -> str:
-        """Hash of what decides token ids: tokenizer.json and the special tokens."""
-        return _sha256(self.raw + json.dumps(self.special, sort_keys=True))
-
-    @property
-    def vocab_size(self) -> int:
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    def markers(self) -> list[str]:
-        """The added tokens that a rendered text can contain, longest first."""
-        known = [token.content for token in self.backend.get_added_tokens_decoder().values()]
-        return sorted(known, key=len, reverse=True)
-
-    def add(self, tokens: list[str]) -> list[str]:
-        """Make each of `tokens` one special token; the ones that were not are returned."""
-        new = [token for token in tokens if self.ids(token) != [self.backend.token_to_id(token)]]
-        if new:
-            full = tokenizers.Tokenizer.from_str(self.raw)
-            full.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
-            self.raw = full.to_str()
-            self.load()
-        return new
-
-    def last(self, text: str) -> str:
-        """The last token of a text that consists of added tokens."""
-        return self.backend.id_to_token(self.ids(text)[-1])
-
-    def save(self, folder: Path, template: str | None) -> None:
-        """Write what `AutoTokenizer.from_pretrained(folder)` reads; the tokenizer that is published with the model."""
-        folder.mkdir(parents=True, exist_ok=True)
-        # Named here: nothing that makes a loader run code or add tokens that tokenizer.json lacks.
-        kept = ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "model_max_length", "padding_side",
-                "truncation_side", "model_input_names")
-        config = {name: self.config[name] for name in kept if name in self.config}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
-        for name, text in (
-            ("tokenizer.json", self.raw),
-            ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)),
-            ("chat_template.jinja", template),
-        ):
-            if text is not None:
-                folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
-
-
-def identity(folder: Path) -> str:
-    """Hash of the files that decide a model's tokenizer, without loading it."""
-    config = _read_json(folder / "tokenizer_config.json", optional=True)
-    model = _read_json(folder / "config.json", optional=True)
-    named = {**_named(folder, config), "add_bos_token": config.get("add_bos_token"), "eos": model.get("eos_token_id")}
-    return _sha256(_read(folder / "tokenizer.json") + json.dumps(named, sort_keys=True))
-
-
-def _named(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name, wherever this folder keeps them."""
-    named = {**_read_json(folder / "special_tokens_map.json", optional=True), **config}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise UserError(f"the model folder has no {path.name}", code=INTEGRITY) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
-
-
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path.name} of the model is not a JSON object", code=INTEGRITY)
-    return value
-
-
-def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
-    try:
-        return folder.joinpath("chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template.jinja of the model cannot be read: {error}", code=INTEGRITY) from None
-    own = config.get("chat_template")
-    if isinstance(own, list):
-        named = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
-        own = named.get("default")
-    return own if isinstance(own, str) and own.strip() else None
 
 
 def template_source(tokenizer_folder: Path, choice: str) -> str | None:
     """The text of the chosen template before it meets a tokenizer: what a cache key hashes."""
     if choice == "auto":
-        return _own_template(tokenizer_folder, _read_json(tokenizer_folder / "tokenizer_config.json", optional=True))
-    if choice in BUILT_IN:
-        return BUILT_IN[choice]
-    path = Path(choice).expanduser()
+        return own_template(tokenizer_folder)
+    built_in = choice in BUILT_IN
+    path = Path(__file__).with_name(f"{choice}.jinja") if built_in else Path(choice).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -339,8 +117,9 @@ def _raise(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
-            sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -385,13 +164,22 @@ class Template:
                     raise Rejected("template too large", f"renders more than {MAX_CHARS:,} characters")
         except Rejected:
             raise
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
-                RecursionError, MemoryError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise Rejected("template refuses", f"{error}"[:200] or type(error).__name__) from None
         return "".join(parts), environment.spans
 
     def turns(self, messages: list[dict], tools: list | None = None, first: int = 0) -> tuple[str, list[Span]]:
-        """Render a conversation; the spans of the assistant turns from message `first` on.
+        """Render a conversation; the spans of the assistant turns from message `first` on, less those of weight 0.
 
         Each span is (start, end) in characters and ends behind the turn's end-of-turn token. Raises Rejected.
         """
@@ -407,6 +195,8 @@ class Template:
         if self.marked:
             spans = [self._to_end(text, *span) for span in spans]
             if len(spans) != len(spoken):
+                if not first and not any("tool_calls" in message or "weight" in message for message in messages):
+                    return text, spans  # Phi-3 marks its closing token apart
                 raise Rejected("template renders turns inconsistently", "markers and assistant turns differ in number")
         else:
             spans = self._spans(text, messages, tools, spoken)
@@ -417,7 +207,9 @@ class Template:
                     raise Rejected("template drops tool calls", "the chat template does not render them; chatml does")
         if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
             raise Rejected("template drops the system turn", "the chat template does not render it; chatml does")
-        return text, [span for i, span in zip(spoken, spans, strict=True) if i >= first]
+        return text, [
+            span for i, span in zip(spoken, spans, strict=True) if i >= first and messages[i].get("weight") != 0
+        ]
 
     def _spans(self, text: str, messages: list[dict], tools: list | None, spoken: list[int]) -> list[Span]:
         """The assistant's turns of a template without markers."""
@@ -432,10 +224,8 @@ class Template:
                 whole = self.attempt(messages[: i + 1], tools, False)
                 end = len(whole) if whole is not None and text.startswith(whole) else None
             if start is not None and end is not None and start < end:
-                last = None
-                for last in self._end.finditer(text, start, end):
-                    pass
-                spans.append((start, last.end()) if last else self._to_end(text, start, end))
+                ends = [match.end() for match in self._end.finditer(text, start, end)]
+                spans.append((start, ends[-1]) if ends else self._to_end(text, start, end))
                 continue
             marks = self._marks(text, messages, tools) if marks is None else marks
             spans.append(self._by_marks(text, marks, i, start, prompt))
@@ -455,7 +245,7 @@ class Template:
             if isinstance(content, str) and content.strip():
                 core = content.strip()  # templates trim: the marks go inside the outer whitespace
                 left = content.index(core)
-                content = f"{content[:left]}\ue000{i}\ue001{core}\ue002{i}\ue003{content[left + len(core):]}"
+                content = f"{content[:left]}\ue000{i}\ue001{core}\ue002{i}\ue003{content[left + len(core) :]}"
                 message = {**message, "content": content}
             marked.append(message)
         rendered, _ = self.render(marked, tools)
@@ -477,7 +267,7 @@ class Template:
         if begin is None and prompt is not None:
             # Thinking that is cut out of an earlier turn takes the first mark along, and the prompt may end with
             # "<think>": the turn begins where the prompt and the conversation part.
-            begin = len(os.path.commonprefix([prompt, text]))
+            begin = shared(prompt, text)
         before = max((m[1] for m in marks[:i] if m and m[1] is not None), default=0)
         after = min((m[0] for m in marks[i + 1 :] if m and m[0] is not None), default=len(text))
         if begin is None or not before <= begin <= (begin if start is None else start) <= (stop or begin) <= after:
@@ -489,11 +279,9 @@ class Template:
 
     def _to_end(self, text: str, start: int, end: int) -> Span:
         """Move the end of a marked span to just behind its end-of-turn token, if there is one."""
-        last = None
-        for last in self._end.finditer(text, start, end):
-            pass
-        if last and not text[last.end() : end].strip():
-            return start, last.end()
+        inside = [match.end() for match in self._end.finditer(text, start, end)]
+        if inside and not text[inside[-1] : end].strip():
+            return start, inside[-1]
         space = end
         while space < len(text) and text[space].isspace():
             space += 1
@@ -516,14 +304,24 @@ class Template:
             raise UserError("the chat template leaves out turns of a conversation", _OTHER)
         final = re.compile(f"(?:{token})+").search(text, at[3])
         if not final:
-            raise UserError("the chat template writes no end-of-turn token after the assistant: the model would never "
-                            "learn to stop", "end the assistant's turn with {{ eos_token }}, or set data.template: chatml")
+            raise UserError(
+                "the chat template writes no end-of-turn token after the assistant: a model would never learn to stop",
+                "end the assistant's turn with {{ eos_token }}, or set data.template: chatml",
+            )
         ends = [final.group()]
+        if re.sub(token, "", text[final.end() :]).strip():
+            # Llama 3's first template always goes on with the next header: only the first token ends the turn.
+            ends = [re.compile(token).match(text, final.start()).group()]
         between = re.compile(token).findall(text, at[1], at[2])
         # gpt-oss ends inner turns with another token; one token alone would be the next turn's header.
         if len(between) > 1 and not "".join(between).startswith(ends[0]):
             ends.append(between[0])
         return tuple(ends)
+
+
+def shared(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences have in common from the start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _talk(*roles: str) -> list[dict]:
@@ -552,18 +350,18 @@ def _arguments_as_text(message: dict) -> dict:
 
 
 @contextmanager
-def bounded(seconds: float = MAX_SECONDS):
+def bounded() -> Iterator[Callable[[], Any]]:
     """Within this block `tick()` restarts a clock, and a rendering that outlasts it is Rejected (main thread only)."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
 
     def late(signum: int, frame: Any) -> None:
-        raise Rejected("template too large", f"a row takes longer than {seconds:g} s to render")
+        raise Rejected("template too large", f"a row takes longer than {MAX_SECONDS:g} s to render")
 
     before = signal.signal(signal.SIGALRM, late)
     try:
-        yield lambda: signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, MAX_SECONDS)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -576,18 +374,22 @@ class Choice:
     """A tokenizer made ready for training: its template, what was added, and what stops a generation."""
 
     def __init__(self, folder: Path, template: str, kwargs: dict[str, Any]):
-        """`template` as in `data.template`. Raises UserError for a missing, broken, endless or hostile template and a tokenizer without eos."""
+        """`template` as in `data.template`.
+
+        Raises UserError for a missing, broken, endless or hostile template, and for a tokenizer without eos.
+        """
         self.tokenizer = tokenizer = Tokenizer(folder)
         self.name, self.notes, self.added = template, [], []
         self.template: Template | None = None
         own_eos = tokenizer.special.get("eos_token")
         text = tokenizer.template if template == "auto" else template_source(folder, template)
         if own_eos is None and (text is None or "eos_token" in text):
-            raise UserError("the tokenizer has no end-of-sequence token",
-                            "set eos_token in its tokenizer_config.json, or set data.template: chatml")
+            raise UserError(
+                "the tokenizer has no end-of-sequence token",
+                "set eos_token in its tokenizer_config.json, or set data.template: chatml",
+            )
         if text is not None:
             if template in BUILT_IN:
-                text = text.lstrip("\n")
                 if tokenizer.bos is not None:  # a base model expects its first token before a conversation, too
                     text = "{{- bos_token }}" + text
             else:
@@ -597,7 +399,7 @@ class Choice:
                 shown = text + (plain.attempt(_talk("user", "assistant"), None, True) or "")
                 self.added = tokenizer.add(sorted(set(_MARKER.findall(shown))))
             ends = plain.learn_ends(tokenizer)
-            if template != "auto":
+            if template != "auto" and "eos_token" not in text:  # one that writes eos_token means the old one
                 tokenizer.special["eos_token"] = tokenizer.last(ends[0])
             self.template = Template(text, tokenizer.special, kwargs, ends)
             bos = tokenizer.id("bos_token")
@@ -613,12 +415,13 @@ class Choice:
             self.notes.append(f"added to the tokenizer for the template {template}: {' '.join(self.added)}")
         if "pad_token" not in tokenizer.special:
             tokenizer.special["pad_token"] = tokenizer.special["eos_token"]
-            self.notes.append(f"the tokenizer has no pad token; {tokenizer.special['eos_token']} pads, and no label "
-                              "is built from it")
+            self.notes.append(
+                f"the tokenizer has no pad token; {tokenizer.special['eos_token']} pads, and no label is built from it"
+            )
 
     @property
     def template_sha(self) -> str | None:
-        return None if self.template is None else _sha256(self.template.text)
+        return None if self.template is None else sha256_of(self.template.text)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(folder, self.template.text if self.template else None)
@@ -627,14 +430,20 @@ class Choice:
 # --- the first trial of an untrusted template ------------------------------------------------------------------------
 
 
+_tried: set[str] = set()
+
+
 def try_out(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> None:
     """Render small conversations in a child process with 2 GiB and a few seconds. Raises UserError."""
+    task = json.dumps({"text": text, "special": special, "kwargs": kwargs})
+    if task in _tried:
+        return
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     child = [sys.executable, "-m", "llmpipe.data.templates"]
-    task = json.dumps({"text": text, "special": special, "kwargs": kwargs})
-    refusal = UserError("the chat template takes too long or too much memory for a conversation of two turns: refused",
-                        _OTHER)
+    refusal = UserError(
+        "the chat template takes too long or too much memory for a conversation of two turns: refused", _OTHER
+    )
     try:
         result = subprocess.run(child, input=task.encode(), capture_output=True, timeout=MAX_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
@@ -643,6 +452,7 @@ def try_out(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> None:
         raise refusal
     if problem := result.stdout.decode(errors="replace").strip():
         raise UserError(f"the chat template cannot be used: {problem}", _OTHER)
+    _tried.add(task)
 
 
 def _try_out() -> None:

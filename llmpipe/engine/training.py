@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig
 
@@ -94,6 +95,34 @@ def trackers(recipe: Recipe, artifact: Artifact) -> None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))
 
 
+class Order(Sampler):
+    """The order of an epoch: `rows` shuffled by seed + epoch as Accelerate does it, then the fillers.
+
+    Accelerate evens out the last batch of several processes with rows from the start of the epoch, which are then seen
+    twice. Here it is evened out with fillers, sequences without a label: they weigh nothing.
+    """
+
+    def __init__(self, rows: int, fillers: int, seed: int):
+        self.rows, self.fillers, self.seed, self.epoch = rows, fillers, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, self.rows + self.fillers)
+
+
+def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
+    """`rows` and `count` short sequences of which nothing is learned."""
+    if not count:
+        return rows
+    filler: dict[str, list] = {"input_ids": [token, token], "labels": [-100, -100], "seq_lengths": [2]}
+    columns = {name: [filler[name]] * count for name in rows.column_names}
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
+
+
 class _Interrupted(Exception):
     """A signal arrived inside evaluation."""
 
@@ -106,6 +135,9 @@ class _Loop(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._on_begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._order.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
@@ -146,6 +178,10 @@ class _Durable:
         self._begun = time.monotonic()
         self._restored: dict[str, Any] | None = None
         self._exact = True
+        count, together = len(self.train_dataset), hardware.micro_batch_size * hardware.processes
+        fillers = -count % together if hardware.processes > 1 else 0
+        self._order = Order(count, fillers, recipe.seed)
+        self.train_dataset = with_fillers(self.train_dataset, fillers, self.processing_class.pad_token_id)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
         self._progress = Progress(say) if self.is_world_process_zero() else None
@@ -261,6 +297,9 @@ class _Durable:
             NUMERIC,
         )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
+
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -279,12 +318,10 @@ class _Durable:
                     totals[2] = self.signals.code
                     break
                 batch = self._prepare_inputs(self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))]))
-                count = (batch["labels"][:, 1:] != -100).sum()
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model, batch)
-                totals[0] += loss.double().cpu() * count.cpu()
-                totals[1] += count.cpu()
-        self._metrics["eval"].clear()  # TRL's averages over batches
+                    out = self.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's head; no collective in it
+                totals[0] -= out.log_probs.double().sum().cpu()
+                totals[1] += out.label_mask.sum().cpu()
         if self.args.world_size > 1:
             shared = totals[:2].to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
             torch.distributed.all_reduce(shared)

@@ -86,12 +86,15 @@ def documents_attention(module, query, key, value, attention_mask, dropout=0.0, 
         raise ValueError("attention document by document knows no soft cap and no position bias: load the model with `eager`")
     lengths = attention_mask.tolist()
     gqa = query.shape[1] != key.shape[1]
-    # `split`, not slices: its gradient is one concatenation, that of a slice a whole row of zeros for each document
-    done = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=gqa)
-        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    ]
-    return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+    # fp32 also under autocast: the backward pass of PyTorch's CPU kernel takes 2.8 ms in fp32 and 9.1 ms in bf16 at 150 tokens,
+    # and the same at 1,000. `split`, not slices: a slice's gradient is a whole row of zeros for each document.
+    parts = zip(*(tensor.float().split(lengths, dim=2) for tensor in (query, key, value)))
+    with torch.autocast("cpu", enabled=False):
+        done = [
+            scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=gqa)
+            for q, k, v in parts
+        ]
+    return torch.cat(done, dim=2).transpose(1, 2).contiguous().to(value.dtype), None
 
 
 class LogProbs(torch.autograd.Function):

@@ -30,7 +30,6 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say:
         return {}
     model = trainer.accelerator.unwrap_model(trainer.model)
     with rundir.publishing(target) as staging:
-        model.set_attn_implementation("sdpa")  # the training attention is llmpipe's own, and no part of the model
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         checked = compare(model, tokenizer, staging)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+
+from llmpipe.data.formats import Rejected, convert, detect
+from llmpipe.errors import UserError
+
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "format", "used"),
+    [
+        ("text", {}, "text", {"text": "text"}),
+        ("id instruction input output text", {}, "alpaca", {k: k for k in ("instruction", "input", "output")}),
+        ("conversations tools", {}, "sharegpt", {"conversations": "conversations", "tools": "tools"}),
+        ("messages source", {}, "messages", {"messages": "messages"}),
+        ("prompt completion", {}, "prompt-completion", {"prompt": "prompt", "completion": "completion"}),
+        ("prompt chosen rejected messages", {}, "preference", {k: k for k in ("chosen", "rejected", "prompt")}),
+        ("conversations chosen rejected", {}, "preference",
+         {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"}),
+        ("prompt question chosen rejected", {}, "preference", {k: k for k in ("chosen", "rejected", "prompt")}),
+        ("prompt", {}, "prompt", {"prompt": "prompt"}),
+        ("question answer", {}, "prompt-completion", {"question": "prompt", "answer": "completion"}),
+        ("prompt response", {}, "prompt-completion", {"prompt": "prompt", "response": "completion"}),
+        ("instruction context response", {}, "alpaca",
+         {"instruction": "instruction", "response": "output", "context": "input"}),
+        ("Frage Antwort", {"Frage": "prompt", "Antwort": "completion"}, "prompt-completion",
+         {"Frage": "prompt", "Antwort": "completion"}),
+    ],
+)  # fmt: skip
+def test_detect(columns, mapping, format, used):
+    assert detect(columns.split(), "auto", mapping, "d")[:2] == (format, used)
+
+
+def test_detect_names_what_it_found_and_what_is_needed():
+    with pytest.raises(UserError, match="no format fits the columns a, b") as error:
+        detect(["a", "b"], "auto", {}, "d")
+    assert "alpaca: instruction, output" in error.value.hint and "columns" in error.value.hint
+    with pytest.raises(UserError, match="format alpaca does not fit the columns text"):
+        detect(["text"], "alpaca", {}, "d")
+    with pytest.raises(UserError, match="no column 'questoin'; did you mean 'question'"):
+        detect(["question", "answer"], "auto", {"questoin": "prompt"}, "d")
+    with pytest.raises(UserError, match="two columns are called 'prompt'"):
+        detect(["question", "prompt"], "auto", {"question": "prompt"}, "d")
+
+
+def same(format: str, row: dict) -> dict:
+    return convert(row, format, {name: name for name in row})
+
+
+def test_alpaca():
+    row = {"instruction": "q", "input": "", "output": "a"}
+    assert same("alpaca", row) == {"messages": [U, A], "tools": None}
+    assert same("alpaca", row | {"input": "more"})["messages"][0]["content"] == "q\n\nmore"
+    got = same("alpaca", row | {"system": "s", "history": [["q1", "a1"]]})["messages"]
+    assert [m["content"] for m in got] == ["s", "q1", "a1", "q", "a"]
+
+
+def test_sharegpt():
+    call = '{"name": "f", "arguments": {"x": 1}}'
+    turns = [("human", "q"), ("function_call", call), ("observation", "1"), ("gpt", "a")]
+    row = {"conversations": [{"from": f, "value": v} for f, v in turns], "system": "s", "tools": '[{"name": "f"}]'}
+    got = same("sharegpt", row)
+    assert got["tools"] == [{"name": "f"}]
+    assert got["messages"] == [
+        {"role": "system", "content": "s"}, U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "1"}, A,
+    ]  # fmt: skip
+
+
+def test_messages():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    got = same("messages", {"messages": [U, {"role": "assistant", "content": parts}]})
+    assert got["messages"][1]["content"] == "ab"
+    text_arguments = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    got = same("messages", {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [text_arguments]}]})
+    assert got["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "1"}]}
+    assert same("messages", {"messages": '[{"role": "assistant", "content": "a"}]'})["messages"] == [A]  # a CSV cell
+
+
+def test_prompt_completion():
+    assert same("prompt-completion", {"prompt": "q", "completion": "a"}) == {"prompt": "q", "completion": "a"}
+    got = same("prompt-completion", {"prompt": [U], "completion": [A]})
+    assert got == {"messages": [U, A], "tools": None, "first": 1}
+
+
+def test_preference():
+    texts = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert same("preference", texts) == texts
+    b = {"role": "assistant", "content": "b"}
+    whole = {"prompt": [U], "chosen": [A], "rejected": [b], "tools": None}
+    assert same("preference", {"prompt": [U], "chosen": [A], "rejected": [b]}) == whole
+    assert same("preference", {"chosen": [U, A], "rejected": [U, b]}) == whole  # implicit prompt
+    assert same("preference", {"prompt": "q", "chosen": [U, A], "rejected": [U, b]}) == whole  # UltraFeedback
+    dicts = {"prompt": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+             "rejected": {"role": "assistant", "content": "b"}}  # fmt: skip
+    assert same("preference", dicts) == whole
+    for row, reason in (
+        (texts | {"rejected": "a"}, "chosen equals rejected"),
+        ({"chosen": [U, A], "rejected": [A, b]}, "no common prompt"),
+        (texts | {"chosen": ""}, "empty text"),
+        ({"prompt": [U], "chosen": [U], "rejected": [b]}, "no assistant turn"),
+    ):
+        with pytest.raises(Rejected) as error:
+            same("preference", row)
+        assert error.value.reason == reason
+
+
+def test_prompt():
+    assert same("prompt", {"prompt": "q"}) == {"prompt": "q"}
+    assert same("prompt", {"prompt": [U]}) == {"prompt": [U], "tools": None}
+    assert same("prompt", {"prompt": "q", "system": "s"})["prompt"][0]["role"] == "system"

@@ -1,0 +1,197 @@
+"""The rooms of the package and who may import whom, held by reading the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llmpipe"
+FILES = sorted(PACKAGE.rglob("*.py"))
+IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+# A room may import its own floor and the floors below.
+FLOORS = [
+    {"__init__"},
+    {"errors"},
+    {"recipe"},
+    {"rundir", "plan", "data"},
+    {"launch", "stages", "engine", "report"},
+    {"worker", "cli"},
+    {"__main__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+NEVER = {"engine": {"cli", "plan", "stages", "worker"}, "data": {"engine"}, "report": {"engine", "stages"}}
+NARROWS: dict[str, str] = {}  # stage -> the stage that it narrows, and so may import
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
+MAX_LINES = 8_000
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name or attribute, or nothing."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, path: Path, depth: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(module, line, depth) of every import; depth 0 runs when the file is imported. Imports for types do not count."""
+    package = ["llmpipe", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.iter_child_nodes(tree):
+        if for_types_only(node):
+            continue
+        inside = depth + isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno, depth) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{module}.{alias.name}", node.lineno, depth) for alias in node.names)
+        yield from imports(node, path, inside)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def own_rooms(path: Path) -> Iterator[tuple[str, list[str], int, int]]:
+    """(room, parts of the module, line, depth) of every import from llmpipe."""
+    for module, line, depth in imports(parsed(path), path):
+        parts = module.split(".")
+        if parts[0] == "llmpipe" and len(parts) > 1:
+            room = parts[1] if parts[1] in FLOOR else "__init__"  # from llmpipe import __version__
+            yield room, parts, line, depth
+
+
+def test_every_file_has_a_floor():
+    assert {room_of(path) for path in FILES} <= set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_go_down(path):
+    room = room_of(path)
+    for other, _, line, _ in own_rooms(path):
+        assert FLOOR[other] <= FLOOR[room], f"{path.name}:{line}: {room} imports {other}, which is above it"
+        assert other not in NEVER.get(room, set()), f"{path.name}:{line}: {room} never imports {other}"
+
+
+def test_rooms_form_no_ring():
+    needs: dict[str, set[str]] = {room: set() for room in FLOOR}
+    for path in FILES:
+        needs[room_of(path)] |= {other for other, *_ in own_rooms(path)} - {room_of(path)}
+    done: list[str] = []
+    while ready := [room for room in needs if room not in done and needs[room] <= set(done)]:
+        done += ready
+    assert sorted(set(needs) - set(done)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_heavy_libraries_are_imported_behind_the_engines_door(path):
+    room = room_of(path)
+    for module, line, depth in imports(parsed(path), path):
+        name = module.split(".")[0]
+        if room != "engine" and name in HEAVY:
+            assert depth, f"{path.name}:{line}: {name} at module level; import it inside the function"
+            assert name != "torch", f"{path.name}:{line}: torch is imported in llmpipe/engine only"
+    for other, _, line, depth in own_rooms(path):
+        if room not in ("engine",) and other == "engine":
+            assert depth, f"{path.name}:{line}: the engine is reached inside a function, so that the rest stays light"
+
+
+def test_stages_do_not_import_each_other():
+    for path in sorted((PACKAGE / "stages").glob("*.py")):
+        for room, parts, line, _ in own_rooms(path):
+            if room == "stages" and len(parts) > 2 and (PACKAGE / "stages" / f"{parts[2]}.py").exists():
+                assert NARROWS.get(path.stem) == parts[2], f"{path.name}:{line}: imports the stage {parts[2]}"
+
+
+def test_every_stage_is_in_the_table():
+    from llmpipe.stages import STAGES
+
+    files = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
+    assert files == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    "module", ["llmpipe.cli", "llmpipe.worker", "llmpipe.plan", "llmpipe.stages.sft", "llmpipe.data.prepare"]
+)
+def test_importing_leaves_the_heavy_libraries_out(module):
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+CALLS = {
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+    "os.system": "starts a shell",
+    "os.popen": "starts a shell",
+    "subprocess.getoutput": "starts a shell",
+    "subprocess.getstatusoutput": "starts a shell",
+    "torch.load": "unpickles",
+    "yaml.load": "builds objects; parse with llmpipe.recipe.parse",
+    "yaml.unsafe_load": "builds objects",
+    "yaml.full_load": "builds objects",
+    "numpy.load": "may unpickle; read safetensors or Arrow",
+    "np.load": "may unpickle; read safetensors or Arrow",
+}
+MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_source_holds_nothing_that_runs_what_it_reads(path):
+    for node in ast.walk(parsed(path)):
+        at = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            assert name not in CALLS, f"{at}: {name} {CALLS.get(name)}"
+            for keyword in node.keywords:
+                literal = keyword.value.value if isinstance(keyword.value, ast.Constant) else "not a literal"
+                if keyword.arg == "shell":
+                    assert literal is False, f"{at}: shell={literal}; give an argument list"
+                if keyword.arg == "trust_remote_code":
+                    assert literal is False, f"{at}: trust_remote_code only as a literal False"
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if (
+                    isinstance(key, ast.Constant)
+                    and key.value == "trust_remote_code"
+                    and isinstance(value, ast.Constant)
+                ):
+                    assert value.value is not True, f"{at}: trust_remote_code only as a literal False"
+        elif isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & MODULES, at
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in MODULES, at
+            imported = {f"{node.module}.{alias.name}" for alias in node.names}
+            assert not imported & set(CALLS), f"{at}: {imported & set(CALLS)}"
+
+
+def test_the_rules_see_what_they_forbid():
+    """The tests above would pass on anything if the reader of imports were blind."""
+    source = "import torch\nfrom llmpipe import cli\ndef f():\n    from trl import SFTTrainer\n"
+    source += "if TYPE_CHECKING:\n    import peft\n"
+    found = list(imports(ast.parse(source), PACKAGE / "plan.py"))
+    assert found == [("torch", 1, 0), ("llmpipe.cli", 2, 0), ("trl.SFTTrainer", 4, 1)]
+    assert list(imports(ast.parse("from . import cli\nfrom ..engine import x"), PACKAGE / "stages" / "sft.py")) == [
+        ("llmpipe.stages.cli", 1, 0),
+        ("llmpipe.engine.x", 2, 0),
+    ]
+
+
+def test_size_is_a_feature():
+    lines = sum(len(path.read_text(encoding="utf-8").split("\n")) - 1 for path in FILES)
+    assert lines < MAX_LINES

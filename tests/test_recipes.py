@@ -1,0 +1,183 @@
+"""Every recipe that ships is valid, says how it is run, and does what its comments promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from llmpipe.recipe import Recipe, is_local, load, load_pipeline, read
+from llmpipe.stages import STAGES, schema
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+STARTER = ROOT / "llmpipe" / "report" / "starter" / "sft.yaml"
+
+
+def recipes_in(path: Path) -> list[Recipe]:
+    values, _ = read(path)
+    if "stages" in values:
+        return load_pipeline(path, schema)
+    return [load(path, schema(values["stage"]))]
+
+
+def sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Every section class that a recipe class reaches, by name."""
+    found, todo = {}, [model]
+    while todo:
+        section = todo.pop()
+        if found.setdefault(section.__name__, section) is not section or not section.model_fields:
+            continue
+        for field in section.model_fields.values():
+            todo += [inner for inner in models_in(field.annotation) if inner.__name__ not in found]
+    return found
+
+
+def models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for arg in getattr(annotation, "__args__", ()) for found in models_in(arg)]
+
+
+def questions(path: Path) -> list[str]:
+    rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [message["content"] for row in rows for message in row if message["role"] == "user"]
+
+
+def test_they_are_all_found():
+    names = [str(path.relative_to(ROOT / "recipes")) for path in SHIPPED]
+    assert names == ["alpaca.yaml", "quickstart.yaml", "sft.yaml", "tiny/sft.yaml"]
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, STARTER], ids=lambda path: str(path.relative_to(ROOT)))
+def test_valid_and_begins_with_its_command(path):
+    recipes = recipes_in(path)
+    assert recipes
+    command = path.read_text(encoding="utf-8").split("\n")[0]
+    verb = "run" if "stages" in read(path)[0] else recipes[0].stage
+    assert command == f"# llmpipe {verb} {'sft.yaml' if path == STARTER else path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_local_files_exist(path):
+    for recipe in recipes_in(path):
+        sources = [source.path for source in [*recipe.data.train, *recipe.data.eval.sources]]
+        for name in [recipe.model, *sources]:
+            if is_local(name) and not name.startswith("./models/"):
+                assert (ROOT / name).exists(), f"{path}: {name}"
+        assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"
+
+
+def test_runs_do_not_overlap():
+    places = [(recipe.run, recipe.artifact) for path in SHIPPED for recipe in recipes_in(path)]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_the_recipe_that_it_takes_when_none_is_named(stage):
+    path = ROOT / "recipes" / f"{stage}.yaml"
+    assert path in SHIPPED
+    assert load(path, schema(stage)).run == f"runs/{stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_documented(stage):
+    missing = [
+        f"{name}.{field_name}"
+        for name, section in sections(schema(stage)).items()
+        for field_name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_of_the_json_schema_is_documented(stage):
+    document = schema(stage).model_json_schema()
+    parts = {stage: document, **document.get("$defs", {})}
+    missing = [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, field in part.get("properties", {}).items()
+        if not field.get("description")
+    ]
+    assert missing == []
+
+
+def test_quickstart_runs_on_any_machine():
+    (recipe,) = recipes_in(ROOT / "recipes" / "quickstart.yaml")
+    assert recipe.launch.processes == 1, "batch_size 2 does not divide among eight GPUs"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert recipe.model == "./" + re.search(r"^MODEL := (.*)$", makefile, re.M)[1]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "sft", "tiny/sft"])
+def test_recipes_without_a_process_count_fit_eight_gpus(name):
+    (recipe,) = recipes_in(ROOT / "recipes" / f"{name}.yaml")
+    assert recipe.launch.processes == "auto"
+    assert recipe.optim.batch_size % 8 == 0
+
+
+def test_quickstart_rows_are_what_the_generator_makes():
+    made = runpy.run_path(str(ROOT / "recipes" / "make_quickstart.py"))["rows"]()
+    lines = (ROOT / "recipes" / "quickstart.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    assert [json.loads(line) for line in lines] == list(made)
+    assert len(set(lines)) == len(lines) == 1100
+
+
+def test_quickstart_answers_are_right():
+    """An independent reading of the prompts: sums, differences, comparisons, letters."""
+    checked = 0
+    for line in (ROOT / "recipes" / "quickstart.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        prompt, answer = (message["content"] for message in json.loads(line)["messages"])
+        numbers = [int(n) for n in re.findall(r"\d+", prompt)]
+        if match := re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)\.", answer):
+            a, b, c = int(match[1]), int(match[3]), int(match[4])
+            assert sorted(numbers) == sorted((a, b))
+            assert c == (a + b if match[2] == "+" else a - b), line
+        elif match := re.fullmatch(r"(\d+) is larger\.", answer):
+            assert int(match[1]) == max(numbers), line
+        elif match := re.fullmatch(r"(\d+) is (even|odd)\.", answer):
+            assert numbers == [int(match[1])] and (numbers[0] % 2 == 0) == (match[2] == "even"), line
+        elif match := re.fullmatch(r"'(\w+)' has (\d+) letters\.", answer):
+            assert match[1] in prompt and len(match[1]) == int(match[2]), line
+        elif match := re.fullmatch(r"(\w(?:-\w)+)\.", answer):
+            assert f"'{match[1].replace('-', '')}'" in prompt, line
+        elif match := re.fullmatch(r"(\w+, \w+, \w+)\.", answer):
+            words = match[1].split(", ")
+            assert words == sorted(words) and all(word in prompt for word in words), line
+        else:
+            continue
+        checked += 1
+    assert checked > 700
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sft"])
+def test_sample_prompts_are_not_trained_on(name):
+    (recipe,) = recipes_in(ROOT / "recipes" / f"{name}.yaml")
+    assert len(recipe.samples.prompts) >= 3
+    assert not set(recipe.samples.prompts) & set(questions(ROOT / "recipes" / "quickstart.jsonl"))
+
+
+def test_the_tiny_model_is_tiny_and_loads_nothing_but_data():
+    folder = ROOT / "recipes" / "tiny" / "model"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 700_000
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (512, 2, 0)
+    asked = questions(ROOT / "recipes" / "tiny" / "rows.jsonl")
+    (recipe,) = recipes_in(ROOT / "recipes" / "tiny" / "sft.yaml")
+    assert [prompt in asked for prompt in recipe.samples.prompts] == [True, True, False]
