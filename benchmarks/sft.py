@@ -2,9 +2,9 @@
 
     python benchmarks/sft.py --model DIR --rows alpaca.json --packing --pairs 8
 
-Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare imports
-take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock runs from the
-first step's start to the last step's end; loading, tokenizing and packing are outside.
+Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
+imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
+runs from the first step's start to the last step's end; loading, tokenizing and packing are outside.
 `--rows`: a JSON list of Alpaca rows (instruction, input, output).
 """
 
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 # One-sided 95 % quantile of Student's t, by degrees of freedom; 1.645 from there on.
-T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753]
+T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761]
 
 
 def tokenize(path: str, count: int, max_length: int, tokenizer) -> list[dict[str, list[int]]]:
@@ -38,9 +38,10 @@ def tokenize(path: str, count: int, max_length: int, tokenizer) -> list[dict[str
 
 def common(args, out: str) -> dict:
     """What both sides are told: nothing here is a matter of speed."""
-    precision = {"bf16": args.precision == "bf16"}
-    return dict(output_dir=out, max_length=args.max_length, packing=args.packing, num_train_epochs=1, learning_rate=2e-5,
-                use_cpu=True, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0, **precision)  # fmt: skip
+    return dict(  # noqa: C408  names of fields
+                output_dir=out, max_length=args.max_length, packing=args.packing, bf16=args.precision == "bf16", seed=0,
+                num_train_epochs=1, learning_rate=2e-5, use_cpu=True, logging_steps=1, save_strategy="no",
+                report_to="none", disable_tqdm=True)  # fmt: skip
 
 
 def run_trl(args, dataset, tokenizer, callback, out: str):
@@ -71,7 +72,7 @@ def run_llmpipe(args, dataset, tokenizer, callback, out: str):
     asked = common(args, out)
     if not args.packing:
         asked |= {"padding_free": True, "max_length": None}  # the rows are cut already
-    micro = args.micro_batch
+    micro = args.micro_batch or (1 if args.packing else min(4, args.batch))
     config = SFTConfig(**asked, per_device_train_batch_size=micro, gradient_accumulation_steps=args.batch // micro,
                        gradient_checkpointing=args.checkpointing)  # fmt: skip
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
@@ -106,7 +107,7 @@ def measure(args) -> dict:
         run = {"trl": run_trl, "llmpipe": run_llmpipe}[args.side]
         trainer = run(args, datasets.Dataset.from_list(rows), tokenizer, clock, out)
     history = [step for step in trainer.state.log_history if "loss" in step]
-    seconds, cpu = (end - start for start, end in zip(clock.start, clock.end))
+    seconds, cpu = (end - start for start, end in zip(clock.start, clock.end, strict=True))
     return {
         "seconds": seconds,
         "cpu": cpu,
@@ -120,7 +121,7 @@ def measure(args) -> dict:
 def spawn(args, side: str, packing: bool) -> dict:
     """`measure` in a fresh process; the last line it prints is the result."""
     argv = [arg for arg in sys.argv[1:] if arg != "--packing"] + ["--side", side] + ["--packing"] * packing
-    done = subprocess.run([sys.executable, __file__, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -142,12 +143,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="rows used")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--packing", action="store_true")
-    parser.add_argument("--against-unpacked", action="store_true", help="bare TRL stays unpacked, whatever --packing says")
+    parser.add_argument("--against-unpacked", action="store_true", help="bare TRL stays unpacked")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help="rows (packed: packed rows) per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=1, help="llmpipe's share of it per forward")
-    parser.add_argument("--checkpointing", action="store_true", help="llmpipe recomputes activations, as TRL's default does")
+    parser.add_argument("--micro-batch", type=int, help="llmpipe's share of it per forward (packed 1, else 4)")
+    parser.add_argument("--checkpointing", action="store_true", help="llmpipe recomputes activations, as TRL does")
     parser.add_argument("--side", choices=["trl", "llmpipe"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -162,17 +163,19 @@ def main() -> None:
         cpu.append(trl["cpu"] / own["cpu"])
         peaks["trl"].append(trl["peak"])
         peaks["llmpipe"].append(own["peak"])
-        apart = max((abs(a - b) for a, b in zip(trl["losses"], own["losses"])), default=math.nan)
-        if len(trl["losses"]) != len(own["losses"]):
-            apart = math.nan  # other batches, nothing to compare
-        print(f"pair {pair + 1}: trl {trl['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}, "
-              f"peaks {trl['peak'] / 2**30:.2f} and {own['peak'] / 2**30:.2f} GiB, losses apart {apart:.1e}", flush=True)  # fmt: skip
+        apart = math.nan  # packed against unpacked: other batches, nothing to compare
+        if len(trl["losses"]) == len(own["losses"]):
+            apart = max(abs(a - b) for a, b in zip(trl["losses"], own["losses"], strict=True))
+        seconds = f"trl {trl['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}"
+        memory = f"peaks {trl['peak'] / 2**30:.2f} and {own['peak'] / 2**30:.2f} GiB"
+        print(f"pair {pair + 1}: {seconds}, {memory}, losses apart {apart:.1e}", flush=True)
     print("losses  trl    ", *(f"{loss:.5f}" for loss in trl["losses"]))
     print("losses  llmpipe", *(f"{loss:.5f}" for loss in own["losses"]))
-    print(f"ratio: median {statistics.median(ratios):.2f}, 95 % lower bound {lower_bound(ratios):.2f} ({len(ratios)} pairs)")
-    print(f"ratio of processor seconds, for a busy machine: median {statistics.median(cpu):.2f}, bound {lower_bound(cpu):.2f}")
+    for what, values in {"ratio": ratios, "ratio of processor seconds, for a busy machine": cpu}.items():
+        print(f"{what}: median {statistics.median(values):.2f}, 95 % lower bound {lower_bound(values):.2f}")
     for side, values in peaks.items():
-        print(f"peak above the bare import, {side}: {statistics.median(values) / 2**30:.2f} GiB (highest {max(values) / 2**30:.2f})")
+        middle, highest = statistics.median(values) / 2**30, max(values) / 2**30
+        print(f"peak above the bare import, {side}: {middle:.2f} GiB (highest {highest:.2f})")
 
 
 if __name__ == "__main__":

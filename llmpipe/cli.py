@@ -12,7 +12,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # typer imports pydantic; looking for its plugins takes longer than help
+os.environ.setdefault(
+    "PYDANTIC_DISABLE_PLUGINS", "__all__"
+)  # typer imports pydantic; looking for its plugins takes longer than help
 
 import typer
 
@@ -32,9 +34,13 @@ app = typer.Typer(
     help="The whole road of making a language model, one verified stage after the other.",
 )
 
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; recipes/STAGE.yaml if not given.")]
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; recipes/STAGE.yaml if not given.")
+]
 RunOption = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Run directory, instead of the recipe's.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; repeatable.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Move an artifact that is there aside and start anew.")]
 InexactOption = Annotated[
     bool, typer.Option("--inexact-resume", help="Resume although processes, micro-batch or threads changed.")
@@ -54,12 +60,16 @@ def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] |
     if path is None:
         path = Path("recipes", f"{name}.yaml")
         if not path.exists():
-            raise UserError(f"no recipe named, and there is no {path} here", f"llmpipe {name} RECIPE, or llmpipe init DIR")
+            raise UserError(
+                f"no recipe named, and there is no {path} here", f"llmpipe {name} RECIPE, or llmpipe init DIR"
+            )
         say(f"no recipe named: using {path}")
     return load(path, schema(name), [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
 
 
-def make(recipe: Recipe, *, fresh: bool = False, inexact: bool = False, debug: bool = False, only_prepare: bool = False) -> None:
+def make(
+    recipe: Recipe, *, fresh: bool = False, inexact: bool = False, debug: bool = False, only_prepare: bool = False
+) -> None:
     """Plan and make one artifact; the parent's side of `launch`."""
     from llmpipe import launch, plan
     from llmpipe.rundir import Artifact, Lock
@@ -104,7 +114,9 @@ def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
     os.environ |= {k: v for k, v in launch.environment_for(1).items() if k != "OMP_NUM_THREADS"}
     code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
     if code:
-        launch.finish(rundir.read_json(artifact.path / "outcome.json") or {"code": code, "message": "stopped"}, code, artifact)
+        launch.finish(
+            rundir.read_json(artifact.path / "outcome.json") or {"code": code, "message": "stopped"}, code, artifact
+        )
 
 
 def _add_stage(name: str, story: str) -> None:
@@ -176,7 +188,9 @@ def show_schema(name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".j
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; made if it is not there.")]) -> None:
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; made if it is not there.")],
+) -> None:
     """Write a starter recipe with comments, and a few rows to try it on."""
     from llmpipe.report.starter import write_starter
 

@@ -12,6 +12,7 @@ work and the others wait for its word in a file, never in a collective, which wo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,14 +30,23 @@ from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
 from llmpipe.recipe import Launch, Recipe
 from llmpipe.rundir import Artifact
 
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
 class Signals:
-    """SIGINT and SIGTERM: at once by default, noted for the end of the step inside training; a second Ctrl-C at once."""
+    """SIGINT and SIGTERM: at once by default, at the end of the step inside training; a second Ctrl-C at once."""
 
     def __init__(self) -> None:
         self.code: int | None = None
@@ -100,7 +110,7 @@ def micro_batch_size(recipe: Recipe, processes: int, on_gpu: bool) -> int:
                 "change one of them; accumulation makes up the rest",
             )
         return launch.micro_batch_size
-    most = max(1, (8192 if on_gpu else 2048) // recipe.data.max_length)
+    most = max(1, (8192 if on_gpu else 1024) // recipe.data.max_length)  # tokens that keep the hardware busy
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
 
 
@@ -135,10 +145,8 @@ def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, deb
 
     def forward(number: int, _: FrameType | None) -> None:
         for pid in ranks(worker.pid) if processes > 1 else [worker.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -208,7 +216,9 @@ def rank() -> int:
 def give_word(artifact: Artifact, action: str) -> None:
     """Rank 0 tells the other ranks of this launch what it decided."""
     path = artifact.run / ".locks" / f"{artifact.name}.word"
-    rundir.write_json(path, {"action": action, "host": socket.gethostname(), "parent": os.getppid(), "time": time.time()})
+    rundir.write_json(
+        path, {"action": action, "host": socket.gethostname(), "parent": os.getppid(), "time": time.time()}
+    )
 
 
 def wait_for_word(artifact: Artifact, sleep: Callable[[float], None] = time.sleep) -> str:

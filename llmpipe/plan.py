@@ -105,7 +105,9 @@ def _from_hub(name: str, revision: str | None) -> Model:
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            return Model("hub", {"hub": name, "revision": HfApi().model_info(name, revision=revision, timeout=10).sha}, None)
+            return Model(
+                "hub", {"hub": name, "revision": HfApi().model_info(name, revision=revision, timeout=10).sha}, None
+            )
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403, 404):
@@ -130,6 +132,7 @@ def _from_hub(name: str, revision: str | None) -> Model:
 
 def check_folder(folder: Path) -> None:
     """Refuse a model folder that is not plain safetensors + JSON before any library opens it. Raises UserError (3)."""
+
     def refuse(path: Path, why: str) -> None:
         raise UserError(f"{path}: {why}", "llmpipe loads safetensors, JSON and text only", INTEGRITY)
 
@@ -147,7 +150,9 @@ def check_folder(folder: Path) -> None:
     names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else {"model.safetensors"}
     for name in sorted(map(str, names)):
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            refuse(folder / "model.safetensors.index.json", f"weight_map names {name!r}, outside the folder's safetensors")
+            refuse(
+                folder / "model.safetensors.index.json", f"weight_map names {name!r}, outside the folder's safetensors"
+            )
         if not (folder / name).is_file() and not (folder / "adapter_model.safetensors").is_file():
             refuse(folder / name, "missing: no safetensors weights")
 
@@ -203,8 +208,7 @@ def _same_size(path: Path, size: int) -> bool:
 
 def _refuse_other(artifact: Artifact, recipe: Recipe, old: dict, new: dict, verb: str) -> None:
     try:  # a field that the old document does not know takes its default
-        known = {k: v for k, v in old["recipe"].items()}
-        filled = science(type(recipe).model_validate({**known, "run": recipe.run}))
+        filled = science(type(recipe).model_validate({**old["recipe"], "run": recipe.run}))
         old = {**old, "recipe": filled}
     except ValidationError:
         pass  # a field that no longer exists: shown as a difference

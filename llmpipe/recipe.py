@@ -305,8 +305,10 @@ def _plain(node: yaml.Node, name: str, loc: Loc, where: Where, problems: list[st
             continue
         key = key_node.value
         if key in out:
-            problems.append(f"{key_at}: {_dotted((*loc, key))}: given twice; the first is on line "
-                            f"{where[(*loc, key)].rpartition(':')[2]}")
+            problems.append(
+                f"{key_at}: {_dotted((*loc, key))}: given twice; the first is on line "
+                f"{where[(*loc, key)].rpartition(':')[2]}"
+            )
             continue
         out[key] = _plain(value_node, name, (*loc, key), where, problems)
         where[(*loc, key)] = key_at
@@ -501,9 +503,7 @@ def load(path: Path, schema: type[Recipe], sets: list[str] | None = None) -> Rec
     return validate(values, where, schema, str(path))
 
 
-def load_pipeline(
-    path: Path, schema: Callable[[str], type[Recipe]], sets: list[str] | None = None
-) -> list[Recipe]:
+def load_pipeline(path: Path, schema: Callable[[str], type[Recipe]], sets: list[str] | None = None) -> list[Recipe]:
     """Read a pipeline: `run:` and a list `stages:` of recipes, all checked before the first one starts."""
     values, where = read(path)
     name = str(path)
@@ -531,7 +531,10 @@ def load_pipeline(
             prefix = "" if error.message.startswith(name) or error.message.startswith("--set") else f"{at}: "
             problems.append(prefix + error.message)
     names = [recipe.artifact for recipe in recipes]
-    problems += [f"{name}:1: two stages are called '{n}'; give one a `name:`" for n in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        f"{name}:1: two stages are called '{n}'; give one a `name:`"
+        for n in sorted({n for n in names if names.count(n) > 1})
+    ]
     if problems:
         raise UserError("\n".join(problems))
     return recipes

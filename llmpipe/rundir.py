@@ -227,7 +227,9 @@ class Artifact:
         """Rename the folder to NAME.old-1, -2, ...; nothing is deleted."""
         if not self.path.exists():
             return None
-        taken = [int(m[1]) for p in self.run.iterdir() if (m := re.fullmatch(re.escape(self.name) + r"\.old-(\d+)", p.name))]
+        taken = [
+            int(m[1]) for p in self.run.iterdir() if (m := re.fullmatch(re.escape(self.name) + r"\.old-(\d+)", p.name))
+        ]
         aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
         self.path.rename(aside)
         fsync(self.run)
@@ -246,7 +248,10 @@ def artifacts(run: Path) -> list[Artifact]:
     found = [
         Artifact(p)
         for p in run.iterdir()
-        if p.is_dir() and not p.name.startswith(".") and not re.search(r"\.old-\d+$", p.name) and (p / "recipe.yaml").exists()
+        if p.is_dir()
+        and not p.name.startswith(".")
+        and not re.search(r"\.old-\d+$", p.name)
+        and (p / "recipe.yaml").exists()
     ]
     return sorted(found, key=lambda a: (a.path / "recipe.yaml").stat().st_mtime)
 

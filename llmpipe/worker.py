@@ -23,7 +23,17 @@ from llmpipe.recipe import dump, parse, validate
 from llmpipe.rundir import Artifact, Lock
 from llmpipe.stages import Job, schema, stage
 
-VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "safetensors")
+VERSIONS = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "safetensors",
+)
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -34,7 +44,9 @@ def main(arguments: list[str]) -> int:
     signals = launch.Signals().install()
     action, folder = arguments[0], Path(arguments[1])
     artifact = Artifact(folder)
-    return guarded(artifact, lambda: act(action, artifact, signals, inexact="--inexact" in arguments), "--debug" in arguments)
+    return guarded(
+        artifact, lambda: act(action, artifact, signals, inexact="--inexact" in arguments), "--debug" in arguments
+    )
 
 
 def guarded(artifact: Artifact, work: Any, debug: bool = False) -> int:
@@ -75,12 +87,12 @@ def open_job(artifact: Artifact, signals: launch.Signals, *, inexact: bool = Fal
     values, where = parse(path.read_text(encoding="utf-8"), str(path))
     recipe = validate(values, where, schema(values["stage"]), str(path))
     plan = rundir.read_json(artifact.path / "plan.json")
-    log = (artifact.path / "log.txt").open("a", encoding="utf-8")
 
     def say(line: str) -> None:
         if launch.rank() == 0:
             print(line, flush=True)
-            print(line, file=log, flush=True)
+            with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
+                print(line, file=log)
 
     return Job(artifact, recipe, model_folder(plan, artifact), plan, say, signals, inexact)
 
@@ -127,7 +139,8 @@ def train(job: Job) -> None:
         rejected = job.prepared / prepared["data"] / "rejected.jsonl"
         (artifact.path / "rejected.jsonl").write_bytes(rejected.read_bytes())
         manifest = artifact.commit(describe(job, prepared, made, time.time() - begun))
-        job.say(f"{artifact.path}: {manifest['kind']} published, {len(manifest['files'])} files, {manifest['fingerprint'][:12]}")
+        count = len(manifest["files"])
+        job.say(f"{artifact.path}: {manifest['kind']} published, {count} files, {manifest['fingerprint'][:12]}")
 
 
 def describe(job: Job, prepared: dict[str, Any], made: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -180,7 +193,9 @@ def git_commit() -> str | None:
     try:
         run = ["git", "-C", str(root)]
         commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*run, "status", "--porcelain", "llmpipe"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*run, "status", "--porcelain", "llmpipe"], capture_output=True, text=True, check=True
+        ).stdout
         return commit + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -193,7 +208,9 @@ def write_plan(artifact: Artifact, recipe: Any, plan: Any) -> None:
     (artifact.path / "recipe.yaml").write_text(dump(recipe.model_copy(update={"run": run})), encoding="utf-8")
     model = {"kind": plan.model.kind, "identity": plan.model.identity, "parents": plan.model.parents}
     if plan.model.folder and plan.model.kind in ("folder", "artifact"):
-        model["folder"] = os.path.relpath(plan.model.folder) if not plan.model.folder.is_absolute() else str(plan.model.folder)
+        model["folder"] = (
+            os.path.relpath(plan.model.folder) if not plan.model.folder.is_absolute() else str(plan.model.folder)
+        )
     rundir.write_json(artifact.path / "plan.json", {"identity": plan.identity, "asked": plan.asked, "model": model})
 
 

@@ -93,8 +93,9 @@ def term_in_prepare():
 
 
 def nan_loss(step):
-    from llmpipe.engine import training
     from trl import SFTTrainer
+
+    from llmpipe.engine import training
 
     original = SFTTrainer.compute_loss
 

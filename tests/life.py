@@ -21,7 +21,7 @@ WALL_CLOCK = ("tokens_per_second", "memory_gb", "seconds")
 
 
 def recipe(run: Path, **changes) -> dict:
-    """A tiny sft recipe: twelve steps, evaluation, checkpoints, samples. `changes` name dotted fields, __ for the dot."""
+    """A tiny sft recipe of twelve steps; `changes` name dotted fields, with __ for the dot."""
     values = {
         "stage": "sft",
         "run": str(run),
@@ -87,7 +87,9 @@ def essence(artifact: rundir.Artifact) -> dict:
 # --- forked trials ---------------------------------------------------------------------------------------------------
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["llmpipe.cli", "llmpipe.worker", "llmpipe.engine.training", "llmpipe.engine.verify", "trl.trainer.sft_trainer"])
+_server.set_forkserver_preload(
+    ["llmpipe.cli", "llmpipe.worker", "llmpipe.engine.training", "llmpipe.engine.verify", "trl.trainer.sft_trainer"]
+)
 
 
 def _trial(path: str, out: str, sets: tuple[str, ...], hook: str | None) -> None:

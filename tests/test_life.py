@@ -48,7 +48,9 @@ def test_the_manifest_says_what_was_made(straight):
     assert manifest["training"]["steps"] == 12
     assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"]
     assert manifest["verified"]["max_logit_difference"] == 0
-    assert str(straight.run) not in json.dumps({**manifest, "asked": {}, "base": {}}), "an absolute path in the manifest"
+    assert str(straight.run) not in json.dumps({**manifest, "asked": {}, "base": {}}), (
+        "an absolute path in the manifest"
+    )
 
 
 def test_the_model_is_the_trained_one(straight):
@@ -285,7 +287,11 @@ def test_keep_best_and_patience(tmp_path):
     )  # fmt: skip
     artifact = life.command(path)
     manifest = artifact.manifest()
-    losses = {x["step"]: x["eval_loss"] for x in map(json.loads, (artifact.path / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in x}
+    losses = {
+        x["step"]: x["eval_loss"]
+        for x in map(json.loads, (artifact.path / "metrics.jsonl").read_text().splitlines())
+        if "eval_loss" in x
+    }
     best = min((s for s in losses if s), key=losses.get)
     assert manifest["training"]["published_step"] == best
     assert manifest["final"]["eval_loss"] == losses[best]

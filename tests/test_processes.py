@@ -19,7 +19,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(life.ROOT), "CUDA_VISIBLE_DEVICES
 
 
 def start(command, cwd=life.ROOT):
-    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run(command, cwd=life.ROOT):
@@ -77,7 +79,7 @@ def losses(artifact):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_codes_and_orphans(tmp_path, longer, processes):
-    """SIGTERM -> 143, SIGINT -> 130, kill -9 of the parent leaves nobody; the end is the straight run's all the same."""
+    """SIGTERM -> 143, SIGINT -> 130, kill -9 of the parent leaves nobody; the end is the straight run's."""
     settings = {"launch__processes": processes, "launch__micro_batch_size": 2, "optim__steps": 40, "log__every": 1}
     settings |= {"evaluation__every": 10, "optim__batch_size": 8}
     path = life.write(tmp_path / "run", **settings)
@@ -126,7 +128,9 @@ def test_codes_of_failures(tmp_path, processes):
 def test_outside_launchers(tmp_path, straight, command):
     """`accelerate launch llmpipe sft` from the checkout, with one and two processes, and as a module from anywhere."""
     micro = 2 if "--multi_gpu" in command else 4
-    path = life.write(tmp_path / "run", optim__steps=6, log__every=1, launch__micro_batch_size=micro, launch__processes="auto")
+    path = life.write(
+        tmp_path / "run", optim__steps=6, log__every=1, launch__micro_batch_size=micro, launch__processes="auto"
+    )
     code, out = run([*command, str(path)], cwd=tmp_path if "-m" in command[3:] else life.ROOT)
     assert code == 0, out
     artifact = Artifact(tmp_path / "run" / "sft")

@@ -45,7 +45,9 @@ def problems(tmp_path, text, sets=()):
 
 
 def test_reads_a_recipe(tmp_path):
-    recipe = load(write(tmp_path, GOOD), SFT, ["optim.epochs=2", "data.train.1.limit=5", "launch.processes=2", "seed=7"])
+    recipe = load(
+        write(tmp_path, GOOD), SFT, ["optim.epochs=2", "data.train.1.limit=5", "launch.processes=2", "seed=7"]
+    )
     assert recipe.optim.learning_rate == 1e-5
     assert (recipe.optim.epochs, recipe.data.train[1].limit, recipe.launch.processes, recipe.seed) == (2.0, 5, 2, 7)
     assert recipe.data.train[0].weight == 2.0
@@ -57,7 +59,9 @@ def test_every_problem_at_once_with_its_line(tmp_path):
     found = problems(tmp_path, text)
     assert any(line.startswith("r.yaml:3: modle: unknown key; did you mean 'model'?") for line in found)
     assert any(line.startswith("r.yaml:7: data.train.0.wieght: unknown key; did you mean 'weight'?") for line in found)
-    assert any(line.startswith("r.yaml:11: optim.learning_rate: should be a valid number, not 'fast'") for line in found)
+    assert any(
+        line.startswith("r.yaml:11: optim.learning_rate: should be a valid number, not 'fast'") for line in found
+    )
     assert any("model: required, but missing" in line for line in found)
     assert len(found) == 4
 
@@ -113,7 +117,8 @@ def test_refuses_what_yaml_would_let_pass(tmp_path, text, message):
 def test_scalars_are_yaml_1_2():
     values, _ = parse("a: 1e-5\nb: no\nc: 12:30\nd: 0x10\ne: 1_000\nf: ~\ng: '1'\nh: .5\ni: off\nj: 1.\nk: 010", "x")
     assert values == {
-        "a": 1e-5, "b": "no", "c": "12:30", "d": "0x10", "e": 1000, "f": None, "g": "1", "h": 0.5, "i": "off", "j": 1.0, "k": 10
+        "a": 1e-5, "b": "no", "c": "12:30", "d": "0x10", "e": 1000, "f": None, "g": "1", "h": 0.5, "i": "off", "j": 1.0,
+        "k": 10,
     }  # fmt: skip
 
 
@@ -127,9 +132,14 @@ def test_sets_are_located(tmp_path):
 
 def test_the_escape_hatch_is_checked_by_name(tmp_path):
     assert len(config_fields("trl", "trainer.sft_config", "SFTConfig")) > 100
-    text = GOOD + "trainer:\n  neftune_noise_alhpa: 5\n  learning_rate: 1\n  activation_ofloading: true\n  save_stepz: 4\n"
+    text = (
+        GOOD + "trainer:\n  neftune_noise_alhpa: 5\n  learning_rate: 1\n  activation_ofloading: true\n  save_stepz: 4\n"
+    )
     found = problems(tmp_path, text)
-    assert found[0] == "r.yaml:14: trainer.neftune_noise_alhpa: SFTConfig has no such field; did you mean 'neftune_noise_alpha'?"
+    assert (
+        found[0]
+        == "r.yaml:14: trainer.neftune_noise_alhpa: SFTConfig has no such field; did you mean 'neftune_noise_alpha'?"
+    )
     assert found[1] == "r.yaml:15: trainer.learning_rate: llmpipe sets this itself; use optim.learning_rate"
     assert found[2].endswith("did you mean 'activation_offloading'?")
     assert "save_steps" in found[3]
@@ -146,7 +156,9 @@ def test_identity_is_science_only(tmp_path):
 
 
 def test_pipeline(tmp_path):
-    inner = "\n".join("    " + line for line in GOOD.splitlines() if not line.startswith("run:")).replace("    stage", "  - stage", 1)
+    inner = "\n".join("    " + line for line in GOOD.splitlines() if not line.startswith("run:")).replace(
+        "    stage", "  - stage", 1
+    )
     path = write(tmp_path, f"run: runs/p\nstages:\n{inner}\n")
     assert [r.run for r in load_pipeline(path, schema)] == ["runs/p"]
     path.write_text(path.read_text().replace("learning_rate", "learning_rat").replace("run:", "rum:"))
@@ -166,7 +178,9 @@ def mutate(text: str, rng: random.Random) -> bytes:
         elif kind == 1:
             del data[at : at + rng.randint(1, 20)]
         elif kind == 2:
-            data[at:at] = rng.choice([b"&a ", b"*a ", b"!!x ", b": ", b"- ", b"[", b"}", b"\t", b"'", b'"', b"\x00", b"%", b"{a: "])
+            data[at:at] = rng.choice(
+                [b"&a ", b"*a ", b"!!x ", b": ", b"- ", b"[", b"}", b"\t", b"'", b'"', b"\x00", b"%", b"{a: "]
+            )
         elif kind == 3:
             data[at:at] = "".join(rng.choices(string.printable, k=5)).encode()
         elif kind == 4:

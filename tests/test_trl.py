@@ -1,4 +1,4 @@
-"""The trainer underneath is TRL's: the same losses as the bare SFTTrainer, and the same for every way to cut a batch."""
+"""The trainer underneath is TRL's: the losses of the bare SFTTrainer, the same for every way to cut a batch."""
 
 import json
 
@@ -34,7 +34,8 @@ def _bare_trl(folder, packing):
     arguments = SFTConfig(
         output_dir=folder, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="cosine",
         warmup_steps=0.03, max_steps=STEPS, logging_steps=1, bf16=False, use_cpu=True, seed=42, data_seed=42,
-        gradient_checkpointing=False, max_length=128, packing=packing, save_strategy="no", report_to="none", disable_tqdm=True,
+        gradient_checkpointing=False, max_length=128, packing=packing, save_strategy="no", report_to="none",
+        disable_tqdm=True,
         model_init_kwargs={"dtype": torch.float32}, dataset_kwargs={"skip_prepare_dataset": packing},
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -62,7 +63,7 @@ def rows_for_trl():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_equal_bare_trl(tmp_path, packing):
-    """Unpacked, TRL tokenizes by itself; packed, it gets our sequences, since it breaks ties of equal lengths at random."""
+    """Unpacked, TRL tokenizes by itself; packed, it gets our sequences, since it breaks ties of length at random."""
     from datasets import Dataset
 
     rows = rows_for_trl()
@@ -70,8 +71,8 @@ def test_losses_equal_bare_trl(tmp_path, packing):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     mine = life.command(
         life.write(
-            tmp_path / "run", data={"train": [{"path": str(path)}], "max_length": 128, "packing": packing}, evaluation={},
-            optim__steps=STEPS, log__every=1, launch__micro_batch_size=4, samples={},
+            tmp_path / "run", data={"train": [{"path": str(path)}], "max_length": 128, "packing": packing},
+            evaluation={}, optim__steps=STEPS, log__every=1, launch__micro_batch_size=4, samples={},
         )
     )  # fmt: skip
     theirs = Dataset.from_list(rows)
@@ -91,9 +92,16 @@ def probe_logits(artifact):
 @pytest.mark.parametrize("packing", [False, True])
 def test_batch_cut_any_way_is_one_trajectory(tmp_path, packing):
     """8x1 = 4x2 = 1x8: losses and probe logits within 1e-4 after ten steps."""
-    settings = {"optim__batch_size": 8, "optim__steps": STEPS, "log__every": 1, "data__packing": packing, "evaluation": {}}
+    settings = {
+        "optim__batch_size": 8,
+        "optim__steps": STEPS,
+        "log__every": 1,
+        "data__packing": packing,
+        "evaluation": {},
+    }
     made = [
-        life.command(life.write(tmp_path / f"run{micro}", **settings, launch__micro_batch_size=micro)) for micro in (8, 4, 1)
+        life.command(life.write(tmp_path / f"run{micro}", **settings, launch__micro_batch_size=micro))
+        for micro in (8, 4, 1)
     ]
     logits = [probe_logits(artifact) for artifact in made]
     for artifact, found in zip(made[1:], logits[1:], strict=True):

@@ -67,7 +67,12 @@ def answer(
 
 
 def answer_samples(
-    trainer: Any, tokenizer: PreTrainedTokenizerBase, samples: Samples, path: Path, when: str, kwargs: dict | None = None
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    path: Path,
+    when: str,
+    kwargs: dict | None = None,
 ) -> None:
     """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers that are there are kept."""
     if not trainer.is_world_process_zero():
@@ -84,5 +89,7 @@ def answer_samples(
         kept += [{"when": when, "prompt": p, **a} for p, a in zip(samples.prompts, answers, strict=True)]
         if when == "after":
             for line in kept:
-                trainer.say(f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{'' if line['ended'] else ' (cut)'}")
+                trainer.say(
+                    f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{'' if line['ended'] else ' (cut)'}"
+                )
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")

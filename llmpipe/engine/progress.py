@@ -38,7 +38,11 @@ class Progress:
             self.say(f"step {step:>6}  held-out loss {line['eval_loss']:.4f}")
             return
         parts = [f"step {step:>6}/{self.last}", f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2e}"]
-        parts += [f"grad {line['grad_norm']:.2f}", f"{line['tokens_per_second']:,.0f} tok/s", f"{line['memory_gb']:.1f} GB"]
+        parts += [
+            f"grad {line['grad_norm']:.2f}",
+            f"{line['tokens_per_second']:,.0f} tok/s",
+            f"{line['memory_gb']:.1f} GB",
+        ]
         if step > self.first:
             rate = (time.monotonic() - self.begun) / (step - self.first)
             parts.append(f"ETA {duration(rate * (self.last - step))}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware)
     try:
         return SFTConfig(**ours, **recipe.trainer)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"trainer: {str(error).strip().splitlines()[0]}", "see the fields of TRL's SFTConfig") from error
+        raise UserError(
+            f"trainer: {str(error).strip().splitlines()[0]}", "see the fields of TRL's SFTConfig"
+        ) from error
 
 
 def trackers(recipe: Recipe, artifact: Artifact) -> None:
@@ -164,7 +166,15 @@ class _Durable:
     """Mixed in before a transformers Trainer; see the module's docstring."""
 
     def attach(
-        self, artifact: Artifact, recipe: Recipe, identity: str, hardware: models.Hardware, signals: Any, say: Any, *, inexact: bool
+        self,
+        artifact: Artifact,
+        recipe: Recipe,
+        identity: str,
+        hardware: models.Hardware,
+        signals: Any,
+        say: Any,
+        *,
+        inexact: bool,
     ) -> None:
         """Bind the trainer to its artifact and look for a checkpoint to go on from."""
         self.artifact, self.recipe, self.identity, self.hardware = artifact, recipe, identity, hardware
@@ -255,7 +265,12 @@ class _Durable:
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the training itself."""
         kept = self._best[1] if self.recipe.evaluation.keep_best and self._best else self.state.global_step
-        return {"steps": self.state.global_step, "published_step": kept, "tokens": self._tokens, "exact_resume": self._exact}
+        return {
+            "steps": self.state.global_step,
+            "published_step": kept,
+            "tokens": self._tokens,
+            "exact_resume": self._exact,
+        }
 
     # --- signals -----------------------------------------------------------------------------------------------------
 
@@ -302,7 +317,9 @@ class _Durable:
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Held-out loss in nats per supervised token, the same for every batch size and process count.
 
         Each rank takes every world-size-th batch; sums and counts are added over ranks. The generators of Python,
@@ -317,7 +334,9 @@ class _Durable:
                 if self.signals.code:
                     totals[2] = self.signals.code
                     break
-                batch = self._prepare_inputs(self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))]))
+                batch = self._prepare_inputs(
+                    self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+                )
                 with self.compute_loss_context_manager():
                     out = self.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's head; no collective in it
                 totals[0] -= out.log_probs.double().sum().cpu()

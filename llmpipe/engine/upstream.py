@@ -1,12 +1,12 @@
 """Every override of a TRL or transformers internal. `tests/engine/test_upstream.py` fails when one of them moves.
 
-On CPU an SFT step loses most of its time in two places, and both are mended here without touching the result:
+On CPU an SFT step loses most of its time in two places, and both are mended by `speed_up` without changing the result:
 
-- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the logits in a dozen fp32 passes
-  and multiplies the gradients in fp32. `speed_up` scores only the positions that have a label, and lets the forward pass leave
-  the gradients behind (the idea of Liger's fused cross-entropy, https://arxiv.org/abs/2410.10989);
+- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the logits in a dozen
+  fp32 passes and multiplies the gradients in fp32. `LogProbs` scores only the positions that have a label, and its
+  forward pass leaves the gradients behind (the idea of Liger's fused cross-entropy, https://arxiv.org/abs/2410.10989);
 - attention: a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask, d1^2+d2^2+d3^2 document by document.
-  `choose_attention` names the implementation that does the latter.
+  `documents_attention` does the latter.
 
 On CUDA both have better answers upstream (Triton kernels, flash-attention's varlen path), and nothing is changed.
 """
@@ -36,9 +36,9 @@ def choose_attention(device_type: str, packed: bool) -> tuple[str, str]:
 
 
 def speed_up(model, *, device_type: str) -> None:
-    """On CPU: sdpa attention of `model` document by document, and TRL's fused head through `LogProbs`. Elsewhere nothing.
+    """On CPU: `model`'s sdpa document by document, and TRL's fused head through `LogProbs`. Elsewhere nothing.
 
-    Call before the trainer is made. A model that was loaded with another attention (or knows no sdpa) keeps it. The saved
+    Call before training. A model that was loaded with another attention (or knows no sdpa) keeps it. The saved
     configuration names no attention, so nothing of this is left in the artifact.
     """
     if device_type != "cpu":
@@ -49,19 +49,20 @@ def speed_up(model, *, device_type: str) -> None:
     AttentionMaskInterface.register(DOCUMENTS, documents_mask)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(DOCUMENTS)
-    trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")  # there it only decides `compact`
+    trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")  # decides `compact`
     trl.trainer.utils._ChunkedLogProbFunction = LogProbs
 
 
-def documents_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, attention_mask=None, local_size=None,
-                   use_vmap=False, allow_is_causal_skip=True, device="cpu", **kwargs):  # fmt: skip
+def documents_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, attention_mask=None,
+                   local_size=None, use_vmap=False, allow_is_causal_skip=True, device="cpu", **kwargs):  # fmt: skip
     """What stands for the mask in `documents_attention`.
 
-    Returns None (plain causal), the documents' lengths of a packed row as int64 [documents], or sdpa's bool
-    [batch, 1, q_length, kv_length] where neither is enough: left padding, a cache, a sliding window, bidirectional blocks.
+    Returns None (plain causal), the documents' lengths of a packed row as int64 [documents], or sdpa's bool [batch, 1,
+    q_length, kv_length] where neither is enough: left padding, a cache, a sliding window, bidirectional blocks.
     """
     whole = q_length == kv_length and not use_vmap and (local_size is None or local_size >= q_length)
-    if whole and attention_mask is not None and allow_is_causal_skip and not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+    padded = attention_mask is not None and allow_is_causal_skip
+    if whole and padded and not (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
         return None  # padding on the right: no real token comes after it, so causal order hides it
     if whole and attention_mask is None and not allow_is_causal_skip and batch_size == 1:
         here = torch.arange(1, q_length, device=device)
@@ -81,14 +82,14 @@ def documents_attention(module, query, key, value, attention_mask, dropout=0.0, 
     Returns [1, tokens, heads, dim] and None (no weights).
     """
     if attention_mask is None or attention_mask.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("attention document by document knows no soft cap and no position bias: load the model with `eager`")
+        raise ValueError("attention by document knows no soft cap and no position bias: load the model with `eager`")
     lengths = attention_mask.tolist()
     gqa = query.shape[1] != key.shape[1]
-    # fp32 also under autocast: the backward pass of PyTorch's CPU kernel takes 2.8 ms in fp32 and 9.1 ms in bf16 at 150 tokens,
-    # and the same at 1,000. `split`, not slices: a slice's gradient is a whole row of zeros for each document.
-    parts = zip(*(tensor.float().split(lengths, dim=2) for tensor in (query, key, value)))
+    # fp32 also under autocast: the backward pass of PyTorch's CPU kernel takes 2.8 ms in fp32 and 9.1 ms in bf16 at 150
+    # tokens, and the same at 1,000. `split`, not slices: a slice's gradient is a row of zeros for each document.
+    parts = zip(*(tensor.float().split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     with torch.autocast("cpu", enabled=False):
         done = [
             scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=gqa)
@@ -100,9 +101,9 @@ def documents_attention(module, query, key, value, attention_mask, dropout=0.0, 
 class LogProbs(torch.autograd.Function):
     """`trl.kernels.ChunkedLogProbFunction` for SFT on CPU: the same arguments and outputs, fewer passes.
 
-    hidden [n, width], weight [vocab, width], targets [n] -> log-probabilities [n], entropy [n], None, None, is_top1 [n].
+    hidden [n, width], weight [vocab, width], targets [n] -> log-probabilities, entropy, None, None, is_top1, each [n].
     d log p_t / d logits = onehot(t) - p needs nothing from the backward pass but one factor per token, so the forward
-    pass keeps it (in the matrix products' precision: n x vocab x 2 bytes in bf16) along with its product with the weight.
+    pass keeps it (in the products' precision: n x vocab x 2 bytes in bf16) along with its product with the weight.
     """
 
     @staticmethod
@@ -160,7 +161,7 @@ NOISE = {  # logger -> start of a line that is of no use to the user, and why
 
 
 def silence() -> None:
-    """Drop the lines that say nothing to a user: by logger name and by warning, each with its reason. Call before importing."""
+    """Drop the lines that say nothing to a user. Call before TRL's trainers, and so bitsandbytes, are imported."""
     for name, start in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
     # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's

@@ -19,7 +19,9 @@ from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 
 
-def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def publish(
+    trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Save to a staging folder, reload from there, compare, rename to `target`. Returns what was checked.
 
     Raises UserError (3) when the saved model is not the trained one; nothing is published then.
@@ -33,7 +35,8 @@ def publish(trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         checked = compare(model, tokenizer, staging)
-    say(f"verified: {checked['tensors']} tensors, logits differ by {checked['max_logit_difference']:.1e} after reloading")
+    difference = f"{checked['max_logit_difference']:.1e}"
+    say(f"verified: {checked['tensors']} tensors, logits differ by {difference} after reloading")
     trainer.accelerator.wait_for_everyone()
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def describe(artifact: Artifact) -> list[str]:
         return [f"{artifact.path}  DAMAGED: {error.message}"]
     rows, training = manifest["data"]["rows"], manifest["training"]
     rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
-    lines[0] += f"  finished {manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
+    lines[0] += (
+        f"  finished {manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
+    )
     parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
     lines.append(f"  from       {parents or manifest['base']['reference']}")
     lines.append(
@@ -76,7 +79,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
     """Values as a row of bars, at most `width` of them, from the lowest to the highest."""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
-        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in values)

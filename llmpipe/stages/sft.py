@@ -127,7 +127,9 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     rows = job.prepared / prepared["data"]
     hardware = models.hardware(recipe, say)
     tokenizer = models.load_tokenizer(rows / "tokenizer")
-    model = models.load(job.model, tokenizer, hardware, stop=prepared["stop_tokens"], packed=recipe.data.packing, say=say)
+    model = models.load(
+        job.model, tokenizer, hardware, stop=prepared["stop_tokens"], packed=recipe.data.packing, say=say
+    )
 
     arguments = training.sft_arguments(recipe, artifact, hardware)
     trainer = training.durable(SFTTrainer)(

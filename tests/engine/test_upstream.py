@@ -123,17 +123,15 @@ def test_generation_from_left_padding_is_equal():
 
 @pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("items", [None, 37])
-def test_head_equals_trls(padding_free, items):
+def test_head_equals_trls(padding_free, items, monkeypatch):
     plain, fast = pair()
     given = batch(padding_free)
-    own = trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction
-    try:
-        trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction = lambda _: False, ChunkedLogProbFunction
+    with monkeypatch.context() as bare:
+        bare.setattr(trl.trainer.utils, "_use_triton", lambda _: False)
+        bare.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
         trl.trainer.utils.add_fused_lm_head(plain, outputs=OUTPUTS)
         expected = plain(**given, num_items_in_batch=items, fused_lm_head=True)
         expected.loss.backward()
-    finally:
-        trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction = own
     trl.trainer.utils.add_fused_lm_head(fast, outputs=OUTPUTS)
     found = fast(**given, num_items_in_batch=items, fused_lm_head=True)
     found.loss.backward()
@@ -175,8 +173,9 @@ def test_log_probs_edges():
     assert hidden.grad.abs().sum() > 0
     with torch.no_grad():
         assert not call(upstream.LogProbs, hidden, weight, targets)[0].requires_grad
-    for outputs in (("log_probs",), ("log_probs", "entropy"), (*OUTPUTS, "mean_logits")):  # RLHF's and DPO's stay TRL's
-        expected, found = (call(f, hidden, weight, targets, outputs) for f in (ChunkedLogProbFunction, upstream.LogProbs))
+    for outputs in (("log_probs",), ("log_probs", "entropy"), (*OUTPUTS, "mean_logits")):  # GRPO's and DPO's stay TRL's
+        functions = ChunkedLogProbFunction, upstream.LogProbs
+        expected, found = (call(function, hidden, weight, targets, outputs) for function in functions)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
@@ -229,7 +228,8 @@ def test_canary_fused_head():
     assert source.count("_ChunkedLogProbFunction.apply(") == 1
     assert inspect.getsource(trl.trainer.utils).count("_use_triton") == 2  # its import and `compact`
     assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == [
-        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "outputs",
     ]  # fmt: skip
     sft = inspect.getsource(trl.SFTTrainer)
     assert 'outputs=("log_probs", "entropy", "is_top1")' in sft
@@ -237,8 +237,8 @@ def test_canary_fused_head():
 
 
 def test_canary_attention():
-    needed = {"batch_size", "q_length", "kv_length", "q_offset", "mask_function", "attention_mask", "local_size", "use_vmap",
-              "allow_is_causal_skip", "device"}  # fmt: skip
+    needed = {"batch_size", "q_length", "kv_length", "q_offset", "mask_function", "attention_mask", "local_size",
+              "use_vmap", "allow_is_causal_skip", "device"}  # fmt: skip
     assert needed <= set(inspect.signature(transformers.masking_utils.sdpa_mask).parameters)
     expected = ["module", "query", "key", "value", "attention_mask", "dropout", "scaling"]
     assert list(inspect.signature(sdpa_attention_forward).parameters)[:7] == expected
