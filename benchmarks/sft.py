@@ -9,8 +9,10 @@ runs from the first step's start to the last step's end; loading, tokenizing and
 """
 
 import argparse
+import contextlib
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,18 +24,33 @@ from pathlib import Path
 T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761]
 
 
-def tokenize(path: str, count: int, max_length: int, tokenizer) -> list[dict[str, list[int]]]:
-    """The first `count` rows as `input_ids` and `labels` (-100 on the prompt), cut at `max_length` tokens."""
-    rows = []
-    for row in json.loads(Path(path).read_text())[:count]:
-        question = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = tokenizer(row["output"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
-        ids, labels = prompt + answer, [-100] * len(prompt) + answer
-        rows.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    return rows
+def prepare(args, home: Path, packing: bool) -> Path:
+    """`llmpipe prepare` on the first `count` rows; the artifact's folder, ready to train."""
+    rows = json.loads(Path(args.rows).read_text())[: args.count]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
+    recipe = {
+        "stage": "sft",
+        "name": "packed" if packing else "unpacked",
+        "run": str(home),
+        "model": args.model,
+        "seed": 0,
+        "data": {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing},
+        "optim": {
+            "learning_rate": 2e-5, "batch_size": args.batch, "precision": args.precision,
+            "scheduler": "linear", "warmup": 0,
+        },
+        "log": {"every": 1},
+        "checkpoint": {"every": 10**6},
+        "launch": launch | ({"micro_batch_size": args.micro_batch} if args.micro_batch else {}),
+    }  # fmt: skip
+    path = home / f"{recipe['name']}.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    done = subprocess.run([sys.executable, "-m", "llmpipe", "prepare", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"llmpipe prepare failed:\n{done.stdout}{done.stderr}")
+    print(done.stdout.splitlines()[-1], flush=True)
+    return home / recipe["name"]
 
 
 def common(args, out: str) -> dict:
@@ -57,27 +74,24 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     return trainer
 
 
-def run_llmpipe(args, dataset, tokenizer, callback, out: str):
-    """The same trainer on llmpipe's engine, with the micro-batch that llmpipe chooses."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
+def run_llmpipe(args, folder: Path, callback):
+    """The stage itself, as the worker runs it: training, checkpoint, verification; the clock sees the steps."""
+    from llmpipe import launch, rundir, worker
+    from llmpipe.engine import training
+    from llmpipe.stages import stage
 
-    from llmpipe.engine.upstream import choose_attention, silence, speed_up
+    attach, seen = training._Durable.attach, []
 
-    silence()
-    attention, _ = choose_attention("cpu", packed=args.packing)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention)
-    speed_up(model, device_type="cpu")
-    asked = common(args, out)
-    if not args.packing:
-        asked |= {"padding_free": True, "max_length": None}  # the rows are cut already
-    micro = args.micro_batch or (1 if args.packing else min(4, args.batch))
-    config = SFTConfig(**asked, per_device_train_batch_size=micro, gradient_accumulation_steps=args.batch // micro,
-                       gradient_checkpointing=args.checkpointing)  # fmt: skip
-    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
-    trainer.train()
-    return trainer
+    def attached(trainer, *positional, **named):
+        attach(trainer, *positional, **named)
+        trainer.add_callback(callback)
+        seen.append(trainer)
+
+    training._Durable.attach = attached
+    job = worker.open_job(rundir.Artifact(folder), launch.Signals())
+    with contextlib.redirect_stdout(sys.stderr):
+        stage("sft").train(job, rundir.read_json(folder / "prepared.json"))
+    return seen[0]
 
 
 def measure(args) -> dict:
@@ -100,12 +114,16 @@ def measure(args) -> dict:
         def on_step_end(self, *_, **__):
             self.end = time.perf_counter(), time.process_time()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = tokenize(args.rows, args.count, args.max_length, tokenizer)
     clock = Clock()
+    home = Path(args.home)
+    rows = datasets.Dataset.from_file(str(next(home.glob(f".prepared/{key_of(home / 'unpacked')}/train.arrow"))))
     with tempfile.TemporaryDirectory() as out:
-        run = {"trl": run_trl, "llmpipe": run_llmpipe}[args.side]
-        trainer = run(args, datasets.Dataset.from_list(rows), tokenizer, clock, out)
+        if args.side == "trl":
+            trainer = run_trl(args, rows, AutoTokenizer.from_pretrained(args.model), clock, out)
+        else:
+            shutil.copytree(home / ("packed" if args.packing else "unpacked"), Path(out, "sft"))
+            Path(out, ".prepared").symlink_to(home / ".prepared")
+            trainer = run_llmpipe(args, Path(out, "sft"), clock)
     history = [step for step in trainer.state.log_history if "loss" in step]
     seconds, cpu = (end - start for start, end in zip(clock.start, clock.end, strict=True))
     return {
@@ -118,9 +136,15 @@ def measure(args) -> dict:
     }
 
 
-def spawn(args, side: str, packing: bool) -> dict:
+def key_of(folder: Path) -> str:
+    """The folder of `.prepared` that holds an artifact's rows."""
+    return json.loads((folder / "prepared.json").read_text())["data"]
+
+
+def spawn(args, home: Path, side: str, packing: bool) -> dict:
     """`measure` in a fresh process; the last line it prints is the result."""
-    argv = [arg for arg in sys.argv[1:] if arg != "--packing"] + ["--side", side] + ["--packing"] * packing
+    argv = [arg for arg in sys.argv[1:] if arg != "--packing"] + ["--side", side, "--home", str(home)]
+    argv += ["--packing"] * packing
     done = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")
@@ -147,18 +171,30 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help="rows (packed: packed rows) per optimizer step")
-    parser.add_argument("--micro-batch", type=int, help="llmpipe's share of it per forward (packed 1, else 4)")
+    parser.add_argument(
+        "--micro-batch", type=int, help="llmpipe's share of it per forward; its own choice unless given"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="llmpipe recomputes activations, as TRL does")
     parser.add_argument("--side", choices=["trl", "llmpipe"], help=argparse.SUPPRESS)
+    parser.add_argument("--home", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args)))
         return
 
+    with tempfile.TemporaryDirectory() as home:
+        prepare(args, Path(home), packing=False)
+        if args.packing:
+            prepare(args, Path(home), packing=True)
+        compare(args, Path(home))
+
+
+def compare(args, home: Path) -> None:
+    """The pairs, one after the other, and what they say."""
     ratios, cpu, peaks = [], [], {"trl": [], "llmpipe": []}
     for pair in range(args.pairs):
-        trl = spawn(args, "trl", args.packing and not args.against_unpacked)
-        own = spawn(args, "llmpipe", args.packing)
+        trl = spawn(args, home, "trl", args.packing and not args.against_unpacked)
+        own = spawn(args, home, "llmpipe", args.packing)
         ratios.append(own["rows_per_second"] / trl["rows_per_second"])
         cpu.append(trl["cpu"] / own["cpu"])
         peaks["trl"].append(trl["peak"])

@@ -110,7 +110,8 @@ def micro_batch_size(recipe: Recipe, processes: int, on_gpu: bool) -> int:
                 "change one of them; accumulation makes up the rest",
             )
         return launch.micro_batch_size
-    most = max(1, (8192 if on_gpu else 1024) // recipe.data.max_length)  # tokens that keep the hardware busy
+    tokens = 8192 if on_gpu else 1024  # enough to keep the hardware busy
+    most = max(1 if recipe.data.packing else 4, tokens // recipe.data.max_length)  # unpacked rows are mostly short
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
 
 

@@ -5,7 +5,6 @@ What is saved here is what is published with the model, and loads with `AutoToke
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,18 @@ from typing import Any
 import tokenizers
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.recipe import digest
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.jinja")
+# What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which tokenizer.json lacks.
+KEPT = (
+    "add_bos_token add_eos_token clean_up_tokenization_spaces model_max_length padding_side truncation_side "
+    "model_input_names"
+).split()
 
 
 class Tokenizer:
-    """`tokenizer.json` and the special tokens of a model folder, without transformers.
+    """`tokenizer.json` and the special tokens of a model folder.
 
     `ids(text)` equals `AutoTokenizer(text, add_special_tokens=False)`. Raises UserError (code 3) when the folder's
     files are missing or broken.
@@ -24,15 +31,18 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         self.raw = _read(folder / "tokenizer.json")
-        self.config = _read_json(folder / "tokenizer_config.json", optional=True)
+        if self.raw is None:
+            raise UserError("the model folder has no tokenizer.json", code=INTEGRITY)
+        self.config = _read_json(folder / "tokenizer_config.json")
         self.template = own_template(folder)
         self.load()
         self.special: dict[str, str] = {}  # bos_token, eos_token, ... as the template may use them
-        for name, text in _named(folder, self.config).items():
-            if self.backend.token_to_id(text) is not None:
+        for name, value in {**_read_json(folder / "special_tokens_map.json"), **self.config}.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str) and self.backend.token_to_id(text) is not None:
                 self.special[name] = text
         if "eos_token" not in self.special:  # GPT-2's own class knew it; the model's config still does
-            number = _read_json(folder / "config.json", optional=True).get("eos_token_id")
+            number = _read_json(folder / "config.json").get("eos_token_id")
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(number, int) and (text := self.backend.id_to_token(number)):
                 self.special["eos_token"] = text
@@ -61,10 +71,14 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def last(self, text: str) -> str:
+        """The last token of a text that consists of added tokens."""
+        return self.backend.id_to_token(self.ids(text)[-1])
+
     @property
     def sha256(self) -> str:
         """Hash of what decides token ids: tokenizer.json and the special tokens."""
-        return sha256_of(self.raw + json.dumps(self.special, sort_keys=True))
+        return digest([self.raw, self.special])
 
     @property
     def vocab_size(self) -> int:
@@ -85,85 +99,44 @@ class Tokenizer:
             self.load()
         return new
 
-    def last(self, text: str) -> str:
-        """The last token of a text that consists of added tokens."""
-        return self.backend.id_to_token(self.ids(text)[-1])
-
     def save(self, folder: Path, template: str | None) -> None:
-        """Write what `AutoTokenizer.from_pretrained(folder)` reads; the tokenizer that is published with the model."""
+        """Write what `AutoTokenizer.from_pretrained(folder)` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Named here: nothing that makes a loader run code or add tokens that tokenizer.json lacks.
-        kept = (
-            "add_bos_token",
-            "add_eos_token",
-            "clean_up_tokenization_spaces",
-            "model_max_length",
-            "padding_side",
-            "truncation_side",
-            "model_input_names",
-        )
-        config = {name: self.config[name] for name in kept if name in self.config}
+        config = {name: self.config[name] for name in KEPT if name in self.config}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
-        for name, text in (
-            ("tokenizer.json", self.raw),
-            ("tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)),
-            ("chat_template.jinja", template),
-        ):
-            if text is not None:
-                folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
+        files = {"tokenizer.json": self.raw, "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True)}
+        for name, text in (files if template is None else files | {"chat_template.jinja": template}).items():
+            folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
+
+
+def own_template(folder: Path) -> str | None:
+    """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
+    own = _read(folder / "chat_template.jinja") or _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(own, list):
+        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}.get("default")
+    return own if isinstance(own, str) and own.strip() else None
 
 
 def identity(folder: Path) -> str:
     """Hash of the files that decide a model's tokenizer, without loading it."""
-    config = _read_json(folder / "tokenizer_config.json", optional=True)
-    model = _read_json(folder / "config.json", optional=True)
-    named = {**_named(folder, config), "add_bos_token": config.get("add_bos_token"), "eos": model.get("eos_token_id")}
-    return sha256_of(_read(folder / "tokenizer.json") + json.dumps(named, sort_keys=True))
+    return digest([_read(folder / name) for name in FILES])
 
 
-def _named(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name, wherever this folder keeps them."""
-    named = {**_read_json(folder / "special_tokens_map.json", optional=True), **config}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
-
-
-def sha256_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path) -> str:
+def _read(path: Path) -> str | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
-        raise UserError(f"the model folder has no {path.name}", code=INTEGRITY) from None
+        return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
 
 
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path))
+        value = json.loads(_read(path) or "{}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
     if not isinstance(value, dict):
         raise UserError(f"{path.name} of the model is not a JSON object", code=INTEGRITY)
     return value
-
-
-def own_template(folder: Path) -> str | None:
-    """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
-    try:
-        return folder.joinpath("chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template.jinja of the model cannot be read: {error}", code=INTEGRITY) from None
-    own = _read_json(folder / "tokenizer_config.json", optional=True).get("chat_template")
-    if isinstance(own, list):
-        named = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}
-        own = named.get("default")
-    return own if isinstance(own, str) and own.strip() else None

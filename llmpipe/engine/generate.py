@@ -84,8 +84,7 @@ def answer_samples(
     if samples.prompts:
         with own_rng():
             prompts = [render(tokenizer, prompt, kwargs) for prompt in samples.prompts]
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            answers = answer(model, tokenizer, prompts, samples.max_new_tokens)
+            answers = answer(trainer.plain_model(), tokenizer, prompts, samples.max_new_tokens)
         kept += [{"when": when, "prompt": p, **a} for p, a in zip(samples.prompts, answers, strict=True)]
         if when == "after":
             for line in kept:

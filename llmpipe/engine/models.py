@@ -43,7 +43,6 @@ class Hardware:
 
 def hardware(recipe: Recipe, say: Say) -> Hardware:
     """Decide device, precision, attention and micro-batch, and say why."""
-    upstream.silence()
     on_gpu = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or launch.thread_count(recipe.launch, processes)

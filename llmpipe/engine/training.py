@@ -7,6 +7,7 @@ the loss and the optimizer stay the library's.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -64,8 +65,10 @@ def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware)
         "bf16": hardware.bf16,
         "use_cpu": hardware.device == "cpu",
         "gradient_checkpointing": recipe.launch.activation_checkpointing,
-        "max_length": recipe.data.max_length,
+        "max_length": recipe.data.max_length if recipe.data.packing else None,  # rows are cut already
         "packing": recipe.data.packing,
+        # unpacked rows are laid end to end too, instead of padded, where attention can keep them apart for free
+        "padding_free": recipe.data.packing or hardware.device == "cpu" or hardware.attention != "sdpa",
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -85,6 +88,9 @@ def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware)
 
 def trackers(recipe: Recipe, artifact: Artifact) -> None:
     """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
+    for name in recipe.log.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed", f"pip install {name}")
     home = artifact.run / ".trackers" / artifact.name
     if recipe.log.trackers:
         home.mkdir(parents=True, exist_ok=True)
@@ -271,6 +277,10 @@ class _Durable:
             "tokens": self._tokens,
             "exact_resume": self._exact,
         }
+
+    def plain_model(self) -> Any:
+        """The model without DDP and autocast around it, as a reader of the saved files has it."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     # --- signals -----------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def publish(
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return {}
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.plain_model()
     with rundir.publishing(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

@@ -118,6 +118,9 @@ def prepare(job: Job) -> dict[str, Any]:
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.engine import upstream
+
+    upstream.silence()
     from trl import SFTTrainer
 
     from llmpipe.engine import models, training, verify

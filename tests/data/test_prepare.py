@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe.data.pack import best_fit
-from llmpipe.data.prepare import plan_key, prepare
+from llmpipe.data.prepare import key_of, prepare
 from llmpipe.errors import UserError
 from llmpipe.recipe import Data
 
@@ -77,13 +77,13 @@ def test_same_bytes_for_any_number_of_processes(here, base):
     rows = [*ALPACA, {"instruction": "x", "output": 7}] * 4
     write(Path("d.jsonl"), rows)
     results = []
-    for processes in (1, 2, 3):
+    for processes in (1, 2):
         make(base, "d.jsonl", template="chatml", cache=Path(f"c{processes}"), processes=processes, seed=5,
              eval={"holdout": 0.1})  # fmt: skip
         folders = [p for p in Path(f"c{processes}").iterdir() if p.name[0] != "."]
         assert len(folders) == 1
         results.append((folders[0].name, files(folders[0])))
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
 
 
 def test_cache_is_reused_and_follows_content(here, base):
@@ -97,10 +97,10 @@ def test_cache_is_reused_and_follows_content(here, base):
     assert first.joinpath("prepared.json").stat().st_mtime_ns == stamp
     assert sorted(p.name for p in Path("cache").iterdir()) == [first.name]
     assert sorted(p.name for p in first.iterdir()) == ["prepared.json", "rejected.jsonl", "tokenizer", "train.arrow"]
-    assert plan_key(data, base, 0)["key"] == first.name == json.loads((first / "prepared.json").read_text())["key"]
+    assert key_of(data, base, 0)[0] == first.name == json.loads((first / "prepared.json").read_text())["key"]
 
     def key(model=base, seed=0, **fields) -> str:
-        return plan_key(Data.model_validate({**data.model_dump(), **fields}), model, seed)["key"]
+        return key_of(Data.model_validate({**data.model_dump(), **fields}), model, seed)[0]
 
     write(Path("b/d.jsonl"), ALPACA[:5])
     assert key(train=[{"path": "./b/d.jsonl"}]) == first.name  # not where it lies
@@ -118,11 +118,16 @@ def test_cache_is_reused_and_follows_content(here, base):
 def test_unfinished_folder_is_replaced(here, base):
     write(Path("d.jsonl"), ALPACA[:5])
     data = Data.model_validate({"train": [{"path": "d.jsonl"}], "template": "chatml"})
-    key = plan_key(data, base, 0)["key"]
+    key = key_of(data, base, 0)[0]
     Path("cache", key).mkdir(parents=True)
     Path("cache", key, "train.arrow").write_text("half")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getpid(), os.getppid()):
+        Path("cache", f".{key}.{process}").mkdir()
     folder = prepare(data, base, Path("cache"), seed=0, say=lambda line: None)
     assert folder.joinpath("prepared.json").exists() and folder.joinpath("train.arrow").stat().st_size > 100
+    assert {p.name for p in Path("cache").iterdir()} == {key, f".{key}.{os.getppid()}"}  # which still runs
 
 
 def test_holdout_is_exact_and_disjoint(here, base):

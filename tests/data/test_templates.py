@@ -193,7 +193,7 @@ def test_doubled_first_token(here):
     ],
 )
 def test_hostile_template_is_refused(tmp_path, bomb, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 2.0)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
     model = make_model(tmp_path / "m", template=bomb)
     started = time.monotonic()
     with pytest.raises(UserError, match="chat template"):
@@ -202,7 +202,7 @@ def test_hostile_template_is_refused(tmp_path, bomb, monkeypatch):
 
 
 def test_bomb_that_waits_for_a_row(here, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
     template = (
         "{% for m in messages %}{% if m.content == 'now' %}{% for a in range(99999) %}{% for b in range(99999) %}"
         "{% endfor %}{% endfor %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
@@ -227,7 +227,7 @@ def test_saved_folder_holds_nothing_that_runs(here, smol):
 def test_named_templates_in_the_config(tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SMOL}]
     model = make_model(tmp_path / "m", special=("<|im_end|>", "<|im_start|>"), chat_template=named)
-    assert Choice(model, "auto", {}).template.text == SMOL
+    assert Choice(model, "auto", {}).template == SMOL
 
 
 def test_syntax_error_has_a_line():
