@@ -111,7 +111,7 @@ def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
     from llmpipe.worker import act, guarded
 
     signals = launch.Signals().install()
-    os.environ |= {k: v for k, v in launch.environment_for(1).items() if k != "OMP_NUM_THREADS"}
+    os.environ |= {k: v for k, v in launch.environment_for("train", 1).items() if k != "OMP_NUM_THREADS"}
     code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
     if code:
         launch.finish(

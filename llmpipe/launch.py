@@ -129,7 +129,7 @@ def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, deb
         command += ["--num_cpu_threads_per_process", str(threads), "--main_process_port", str(free_port())]
     command += ["-m", "llmpipe.worker", action, str(artifact.path)]
     command += ["--inexact"] * inexact + ["--debug"] * debug
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER} | environment_for(threads)
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER} | environment_for(action, threads)
     environment["LLMPIPE_PARENT"] = str(os.getpid())
     outcome_path = artifact.path / "outcome.json"
     outcome_path.unlink(missing_ok=True)
@@ -186,10 +186,14 @@ def finish(outcome: dict | None, status: int, artifact: Artifact) -> None:
         raise UserError(f"the worker ended with status {status}", f"see {artifact.path / 'log.txt'}", code=1)
 
 
-def environment_for(threads: int) -> dict[str, str]:
-    """Environment of every worker: fixed threads, and libraries that report nothing to anybody."""
+def environment_for(action: str, threads: int) -> dict[str, str]:
+    """Environment of a worker: fixed threads, and libraries that report nothing to anybody."""
     return {
         "OMP_NUM_THREADS": str(threads),
+        # a thread that waits sleeps: spinning gains nothing alone and costs a multiple where cores are shared
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # the libraries' bars for every file read and written; `prepare` has one of its own
+        "TQDM_DISABLE": "" if action == "prepare" else "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

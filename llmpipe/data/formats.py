@@ -240,6 +240,10 @@ def _preference(values: dict) -> dict:
     else:
         raise Rejected("no common prompt", "chosen and rejected do not begin alike")
     chosen, rejected = chosen[shared:], rejected[shared:]
+    if chosen == rejected:
+        raise Rejected("chosen equals rejected")
+    if not chosen or not rejected:
+        raise Rejected("no assistant turn", "an answer is no longer than the prompt")
     if "system" in (chosen[0]["role"], rejected[0]["role"]):
         raise Rejected("system turn not first", "in an answer")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools_of(values)}
@@ -331,7 +335,9 @@ def _call(call: Any, at: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise Rejected("bad tool call", f"{at}: a call has no function name")
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
     if isinstance(arguments, str):  # OpenAI sends text; templates expect the object
         arguments = _parsed(arguments, "bad tool call", f"{at}, arguments")
     if not isinstance(arguments, dict):

@@ -14,9 +14,7 @@ On CUDA both have better answers upstream (Triton kernels, flash-attention's var
 import logging
 import warnings
 
-import datasets
 import torch
-import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -168,6 +166,3 @@ def silence() -> None:
         logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
     # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    # a bar for every save and load of a file; llmpipe says itself what is being saved
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

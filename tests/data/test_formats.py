@@ -102,6 +102,12 @@ def test_preference():
         ({"chosen": [U, A], "rejected": [A, b]}, "no common prompt"),
         (texts | {"chosen": ""}, "empty text"),
         ({"prompt": [U], "chosen": [U], "rejected": [b]}, "no assistant turn"),
+        ({"prompt": [U, A], "chosen": [U, A], "rejected": [U, A, U, b]}, "no assistant turn"),
+        ({"prompt": [U], "chosen": [A], "rejected": "a"}, "chosen equals rejected"),
+        (
+            {"prompt": "q", "chosen": [{"role": "system", "content": "s"}, U, A], "rejected": [b]},
+            "system turn not first",
+        ),
     ):
         with pytest.raises(Rejected) as error:
             same("preference", row)
