@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,9 @@ def make(
         if launch.wait_for_word(artifact) == "train":
             train_here(artifact, inexact, debug)
         return
-    with Lock(artifact).acquire():
+    parent = plan.parent_of(recipe, artifact.run)
+    # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
+    with Lock(artifact).acquire(), Lock(parent, shared=True).acquire() if parent else nullcontext():
         Lock(artifact, "write").acquire().release()  # a worker whose parent was killed may still be at work
         if fresh and (aside := artifact.move_aside()):
             say(f"{artifact.path}: moved to {aside}")

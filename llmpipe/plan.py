@@ -70,6 +70,14 @@ def resolve_model(recipe: Recipe, run: Path, accepts: tuple[str, ...]) -> Model:
     return Model("folder", {"files": digest(rundir.table(path))}, path)
 
 
+def parent_of(recipe: Recipe, run: Path) -> Artifact | None:
+    """The artifact that `model:` names, by `artifact:NAME` or by its folder."""
+    if recipe.model.startswith("artifact:"):
+        return Artifact(run / recipe.model.removeprefix("artifact:").partition("@")[0])
+    path = Path(recipe.model).expanduser()
+    return Artifact(path) if is_local(recipe.model) and rundir.is_artifact(path) else None
+
+
 def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str) -> Model:
     if step:
         checkpoint = parent.checkpoints / f"step-{step}"

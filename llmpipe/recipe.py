@@ -117,8 +117,8 @@ class Optim(Section):
     """Passes over the training data."""
     steps: Positive | None = None
     """Stop after this many optimizer steps instead; overrides `epochs`."""
-    scheduler: Literal["linear", "cosine", "constant_with_warmup", "constant"] = "cosine"
-    """Shape of the learning rate over the run."""
+    scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Warm-up: a share of the steps if below 1, a number of steps otherwise."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

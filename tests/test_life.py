@@ -328,3 +328,17 @@ def test_publishing_replaces_whole(tmp_path):
         (staging / "a").write_text("three")
         raise RuntimeError
     assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_parent_in_use_is_not_moved_and_one_in_the_making_is_busy(straight, tmp_path):
+    """Locks are shared on parents: two children at once, but no `--fresh` of the parent meanwhile."""
+    artifact = copy(straight, tmp_path)
+    child = life.write(artifact.run, name="child", model="artifact:sft", optim__steps=1, samples={})
+    with rundir.Lock(artifact, shared=True).acquire():
+        life.command(child)
+        with pytest.raises(UserError) as busy:
+            life.command(life.write(artifact.run), fresh=True)
+        assert busy.value.code == 75
+    with rundir.Lock(artifact).acquire(), pytest.raises(UserError, match=r"busy: pid \d+ on ") as busy:
+        life.command(life.write(artifact.run, name="other", model="artifact:sft", optim__steps=1))
+    assert busy.value.code == 75

@@ -55,7 +55,7 @@ def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware)
         "gradient_accumulation_steps": hardware.accumulation,
         "num_train_epochs": optim.epochs,
         "max_steps": optim.steps or -1,
-        "lr_scheduler_type": optim.scheduler,
+        "lr_scheduler_type": "constant_with_warmup" if optim.scheduler == "constant" else optim.scheduler,
         "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.beta1,
