@@ -1,8 +1,9 @@
 """Sequences -> an Arrow file that `datasets.Dataset.from_file` maps into memory, packed or one row each.
 
-Packing is best-fit decreasing (Ding et al., 2404.10830; TRL's "bfd") within windows of the stream, so that memory does
-not grow with the data. A packed sequence keeps the lengths of its documents in `seq_lengths`; the trainer starts
-positions anew at each, so that documents do not see one another. No document is split or dropped here.
+Packing is best fit (Ding et al., 2404.10830; TRL's "bfd") within windows of the stream, so that memory does not grow with
+the data. Only long rows go by length; short ones fill the gaps in random order, since rows of one length are often of
+one kind, and steps would swing between kinds. A packed sequence keeps the lengths of its documents in `seq_lengths`; the
+trainer starts positions anew at each, so that documents do not see one another. No document is split or dropped here.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ WINDOW_ROWS, WINDOW_TOKENS, BATCH_SEQUENCES = 8192, 2_000_000, 256
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
-    """Indices of `lengths` -> bins of at most `size` in sum: longest first, each into the fullest bin that takes it."""
+    """Indices of `lengths` -> bins of at most `size` in sum, each into the fullest bin that takes it.
+
+    Rows above a quarter of `size` come first, longest first; the others follow, shuffled by a fixed seed.
+    """
     bins: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free, bin) of the bins that are not full, ascending
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    shuffled = np.random.default_rng(0).permutation(len(lengths)).tolist()
+    for index in sorted(shuffled, key=lambda i: -lengths[i] if 4 * lengths[i] > size else 0):
         at = bisect_left(spaces, (lengths[index], 0))
         if at < len(spaces):
             space, chosen = spaces.pop(at)

@@ -43,7 +43,7 @@ from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, Source, digest, is_local, science
 from llmpipe.rundir import disk_full, files_below, fsync, read_json, write_json
 
-VERSION = 2
+VERSION = 3
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
 Say = Callable[[str], None]

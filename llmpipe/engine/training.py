@@ -274,13 +274,20 @@ class _Durable:
         return {
             "steps": self.state.global_step,
             "published_step": kept,
-            "tokens": self._tokens,
+            "tokens": self._tokens * self.args.world_size,
+            "seconds": round(time.monotonic() - self._begun, 1),
             "exact_resume": self._exact,
         }
 
     def plain_model(self) -> Any:
         """The model without DDP and autocast around it, as a reader of the saved files has it."""
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def forget_optimizer(self) -> None:
+        """Free gradients and optimizer state: what follows needs the memory."""
+        self.model.zero_grad(set_to_none=True)
+        self.accelerator.free_memory()
+        self.optimizer = self.lr_scheduler = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
 
     # --- signals -----------------------------------------------------------------------------------------------------
 
@@ -422,6 +429,7 @@ class _Durable:
             "averages": {k: list(v) for k, v in self._metrics["train"].items()},
             "train_tokens": self._total_train_tokens,
             "tokens": self._tokens,
+            "seconds": time.monotonic() - self._begun,
         }
         ranks = [mine]
         if self.args.world_size > 1:
@@ -451,6 +459,7 @@ class _Durable:
         self._metrics["train"] = defaultdict(list, {k: list(v) for k, v in mine["averages"].items()})
         self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
         self._last_logged = (time.monotonic(), self._tokens)
+        self._begun -= mine["seconds"]
         if self._restored["pending_evaluation"]:
             self._evaluate(None, None)
 

@@ -157,6 +157,10 @@ class LogProbs(torch.autograd.Function):
 NOISE = {  # logger -> start of a line that is of no use to the user, and why
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; without it the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
+    "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+    # said for micro-batches of one, which cost nothing where documents are attended one by one
+    "trl.trainer.sft_trainer": "You are using a per_device_train_batch_size of 1 with padding-free training",
 }
 
 

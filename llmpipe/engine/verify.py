@@ -31,6 +31,7 @@ def publish(
         trainer.accelerator.wait_for_everyone()
         return {}
     model = trainer.plain_model()
+    trainer.forget_optimizer()
     with rundir.publishing(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

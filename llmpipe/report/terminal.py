@@ -92,5 +92,5 @@ def size_of(manifest: dict[str, Any]) -> str:
 
 
 def duration_of(manifest: dict[str, Any]) -> str:
-    minutes, seconds = divmod(round(manifest["seconds"]), 60)
+    minutes, seconds = divmod(round(manifest["training"]["seconds"]), 60)
     return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

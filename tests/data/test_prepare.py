@@ -61,7 +61,7 @@ def test_loads_with_datasets_and_equals_trl(here, base):
     ours = datasets.Dataset.from_file(str(Path("cache", record["key"], "train.arrow")))
     assert ours.column_names == ["input_ids", "labels", "seq_lengths"] and ours[3] == sequences[3]
     theirs = pack_dataset(datasets.Dataset.from_list(rows), 256, "bfd")
-    assert len(theirs) == len(ours)
+    assert len(theirs) <= len(ours) <= 1.03 * len(theirs)  # the price of not sorting short rows by length
     assert ours.features["seq_lengths"].feature.dtype == "int32"
     assert documents(theirs.to_list()) == documents(sequences)
 
