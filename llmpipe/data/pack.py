@@ -1,9 +1,9 @@
 """Sequences -> an Arrow file that `datasets.Dataset.from_file` maps into memory, packed or one row each.
 
-Packing is best fit (Ding et al., 2404.10830; TRL's "bfd") within windows of the stream, so that memory does not grow with
-the data. Only long rows go by length; short ones fill the gaps in random order, since rows of one length are often of
-one kind, and steps would swing between kinds. A packed sequence keeps the lengths of its documents in `seq_lengths`; the
-trainer starts positions anew at each, so that documents do not see one another. No document is split or dropped here.
+Packing is best fit (Ding et al., 2404.10830; TRL's "bfd") within windows of the stream, so that memory does not grow.
+Only long rows go by length; short ones fill the gaps in random order, since rows of one length are often of one kind,
+and steps would swing between kinds. A packed sequence keeps the lengths of its documents in `seq_lengths`; the trainer
+starts positions anew at each, so that documents do not see one another. No document is split or dropped here.
 """
 
 from __future__ import annotations

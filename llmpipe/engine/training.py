@@ -288,6 +288,7 @@ class _Durable:
         self.model.zero_grad(set_to_none=True)
         self.accelerator.free_memory()
         self.optimizer = self.lr_scheduler = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        models.release_memory()
 
     # --- signals -----------------------------------------------------------------------------------------------------
 
@@ -415,6 +416,7 @@ class _Durable:
         self.args.output_dir = output
         if main:
             keep_best = self.recipe.evaluation.keep_best and self._best
+            models.release_memory()
             checkpoints.rotate(where, self.recipe.checkpoint.keep, {self._best[1]} if keep_best else set())
         self.accelerator.wait_for_everyone()
 
