@@ -68,7 +68,12 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    config = SFTConfig(**common(args, out), per_device_train_batch_size=args.batch)
+    config = SFTConfig(
+        **common(args, out),
+        per_device_train_batch_size=args.batch,
+        gradient_checkpointing=args.checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
     trainer.train()
     return trainer
@@ -116,7 +121,9 @@ def measure(args) -> dict:
 
     clock = Clock()
     home = Path(args.home)
-    rows = datasets.Dataset.from_file(str(next(home.glob(f".prepared/{key_of(home / 'unpacked')}/train.arrow"))))
+    # bare TRL gets the very sequences that llmpipe trains on: when it packs by itself, it breaks ties at random
+    folder = home / ("packed" if args.packing else "unpacked")
+    rows = datasets.Dataset.from_file(str(home / ".prepared" / key_of(folder) / "train.arrow"))
     with tempfile.TemporaryDirectory() as out:
         if args.side == "trl":
             trainer = run_trl(args, rows, AutoTokenizer.from_pretrained(args.model), clock, out)
@@ -129,7 +136,7 @@ def measure(args) -> dict:
     return {
         "seconds": seconds,
         "cpu": cpu,
-        "rows_per_second": len(rows) / seconds,
+        "rows_per_second": args.count / seconds,
         "peak": resident("VmHWM") - bare,
         "losses": [step["loss"] for step in history],
         "accuracy": [step.get("mean_token_accuracy") for step in history],
@@ -174,7 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--micro-batch", type=int, help="llmpipe's share of it per forward; its own choice unless given"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="llmpipe recomputes activations, as TRL does")
+    parser.add_argument("--checkpointing", action="store_true", help="both recompute activations in the backward pass")
     parser.add_argument("--side", choices=["trl", "llmpipe"], help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
     args = parser.parse_args()

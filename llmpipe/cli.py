@@ -85,8 +85,10 @@ def make(
     # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
     with Lock(artifact).acquire(), Lock(parent, shared=True).acquire() if parent else nullcontext():
         Lock(artifact, "write").acquire().release()  # a worker whose parent was killed may still be at work
-        if fresh and (aside := artifact.move_aside()):
-            say(f"{artifact.path}: moved to {aside}")
+        if fresh:
+            plan.ask(recipe, plan.resolve_model(recipe, artifact.run, stage(recipe.stage).ACCEPTS))  # refuse first
+            if aside := artifact.move_aside():
+                say(f"{artifact.path}: moved to {aside}")
         decision = plan.decide(artifact, recipe, stage(recipe.stage).ACCEPTS)
         say(f"{artifact.path}: {decision.action}: {decision.why}")
         if decision.action != "skip":
@@ -94,11 +96,14 @@ def make(
 
             processes = launch.process_count(recipe.launch)
             launch.micro_batch_size(recipe, processes, launch.gpus() > 0)  # refuse what does not divide before any work
+            if decision.action == "run":
+                (artifact.path / "samples.jsonl").unlink(missing_ok=True)
             write_plan(artifact, recipe, decision)
             if decision.model.kind == "gguf":
                 launch.start("convert", artifact, recipe, inexact=inexact, debug=debug)
             launch.start("prepare", artifact, recipe, inexact=inexact, debug=debug)
         if launch.outside():
+            (artifact.path / "outcome.json").unlink(missing_ok=True)
             launch.give_word(artifact, "skip" if decision.action == "skip" or only_prepare else "train")
         if decision.action == "skip" or only_prepare:
             return
@@ -113,13 +118,15 @@ def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
     from llmpipe import launch, rundir
     from llmpipe.worker import act, guarded
 
+    launch.die_with_parent()
     signals = launch.Signals().install()
     os.environ |= {k: v for k, v in launch.environment_for("train", 1).items() if k != "OMP_NUM_THREADS"}
     code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
     if code:
-        launch.finish(
-            rundir.read_json(artifact.path / "outcome.json") or {"code": code, "message": "stopped"}, code, artifact
-        )
+        outcome = rundir.read_json(artifact.path / "outcome.json")
+        if not outcome or outcome["code"] != code:  # another rank's
+            outcome = {"code": code, "message": "stopped; see what rank 0 says"}
+        launch.finish(outcome, code, artifact)
 
 
 def _add_stage(name: str, story: str) -> None:
@@ -170,6 +177,8 @@ def prepare(
     from llmpipe.recipe import read
 
     values, _ = read(recipe)
+    if isinstance(values, dict) and "stages" in values:
+        raise UserError(f"{recipe}: this is a pipeline of several stages", "prepare takes the recipe of one stage")
     name = str(values.get("stage")) if isinstance(values, dict) else ""
     make(read_recipe(name, recipe, run, sets), debug=debug, only_prepare=True)
 

@@ -27,8 +27,8 @@ class UserError(Exception):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
-class Stopped(Exception):
-    """A signal was served at a step's end and a checkpoint written; `code` is 130 or 143."""
+class Stopped(BaseException):
+    """A signal was served; `code` is 130 or 143. Not an Exception: nothing that handles errors may swallow it."""
 
     def __init__(self, code: int, message: str):
         super().__init__(message)

@@ -144,7 +144,10 @@ def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, deb
         preexec_fn=lambda: die_with_parent(parent),
     )
 
+    told: list[int] = []
+
     def forward(number: int, _: FrameType | None) -> None:
+        told.append(number)
         for pid in ranks(worker.pid) if processes > 1 else [worker.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -157,7 +160,10 @@ def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, deb
             signal.signal(number, handler)
         if log:
             log.close()
-    finish(rundir.read_json(outcome_path), status, artifact)
+    outcome = rundir.read_json(outcome_path)
+    if outcome is None and told and status:  # the worker had not come as far as noting how it ends
+        raise Stopped(SIGINT if told[0] == signal.SIGINT else SIGTERM, "stopped")
+    finish(outcome, status, artifact)
 
 
 def ranks(launcher: int) -> list[int]:
@@ -221,9 +227,17 @@ def rank() -> int:
 def give_word(artifact: Artifact, action: str) -> None:
     """Rank 0 tells the other ranks of this launch what it decided."""
     path = artifact.run / ".locks" / f"{artifact.name}.word"
-    rundir.write_json(
-        path, {"action": action, "host": socket.gethostname(), "parent": os.getppid(), "time": time.time()}
-    )
+    word = {"action": action, "host": socket.gethostname(), "parent": parent_id(), "time": time.time()}
+    rundir.write_json(path, word)
+
+
+def parent_id() -> str:
+    """Pid and start time of the launcher: of no other process until the machine is started anew."""
+    pid = os.getppid()
+    try:
+        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except OSError:
+        return str(pid)
 
 
 def wait_for_word(artifact: Artifact, sleep: Callable[[float], None] = time.sleep) -> str:
@@ -232,7 +246,7 @@ def wait_for_word(artifact: Artifact, sleep: Callable[[float], None] = time.slee
     begun = time.time() - 60  # clocks of two machines may differ by this much
     while True:
         word: Any = rundir.read_json(path)
-        if word and word["host"] == socket.gethostname() and word["parent"] == os.getppid():
+        if word and word["host"] == socket.gethostname() and word["parent"] == parent_id():
             return word["action"]
         if word and word["host"] != socket.gethostname() and word["time"] > begun:
             return word["action"]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llmpipe import rundir
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe import Data, Recipe, digest, is_local, science
+from llmpipe.recipe import TEMPLATES, Data, Recipe, digest, is_local, science
 from llmpipe.rundir import Artifact
 
 Action = Literal["run", "resume", "skip"]
@@ -138,8 +138,11 @@ def _from_hub(name: str, revision: str | None) -> Model:
     return Model("hub", {"hub": name, "revision": folder.name}, folder)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that is not plain safetensors + JSON before any library opens it. Raises UserError (3)."""
+def check_folder(folder: Path, home: Path | None = None) -> None:
+    """Refuse a model folder that is not plain safetensors + JSON before any library opens it. Raises UserError (3).
+
+    A snapshot in the Hub's cache is made of links into `home`, the cache of that repository; no other link is followed.
+    """
 
     def refuse(path: Path, why: str) -> None:
         raise UserError(f"{path}: {why}", "llmpipe loads safetensors, JSON and text only", INTEGRITY)
@@ -151,7 +154,9 @@ def check_folder(folder: Path) -> None:
         refuse(folder / "config.json", "asks to run code that comes with the model (auto_map)")
     if any("/" in str(value) for key, value in config.items() if key.startswith("_attn_implementation")):
         refuse(folder / "config.json", "names an attention implementation to be downloaded")
-    for path in rundir.files_below(folder):
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not (home and path.resolve().is_relative_to(home.resolve())):
+            refuse(path, "a link in a model folder")
         if path.suffix == ".py":
             refuse(path, "code in a model folder")
     index = rundir.read_json(folder / "model.safetensors.index.json")
@@ -175,7 +180,7 @@ def data_content(data: Data) -> dict[str, str]:
             found |= {f"{i}:{file.name}": file.sha256 for file in files_of(source)}
         else:
             found[f"{i}:{source.path}"] = hub_revision(source)
-    if data.template.endswith(".jinja") or is_local(data.template):
+    if data.template not in ("auto", *TEMPLATES):
         path = Path(data.template).expanduser()
         if not path.is_file():
             raise UserError(f"data.template: {data.template}: no such file")

@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
-FORMATS = ("text", "alpaca", "sharegpt", "messages", "prompt-completion", "preference", "prompt")
+TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto` is a Jinja file
 
 
 class Source(Section):
@@ -101,7 +101,7 @@ class Data(Section):
     """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
     max_rejected: Share = 0.01
     """Share of rows that may be rejected before the run stops."""
-    processes: int | Literal["auto"] = cosmetic("auto")
+    processes: Positive | Literal["auto"] = cosmetic("auto")
     """Processes that tokenize; `auto` is one per core, and one alone for small data."""
 
 
@@ -169,8 +169,6 @@ class Log(Section):
 class Launch(Section):
     processes: Positive | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or one on a CPU."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several processes share the model."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of `optim.batch_size`."""
     threads: Positive | Literal["auto"] = "auto"

@@ -106,8 +106,9 @@ def differences(folder: Path, expected: dict[str, dict], skip: set[str] | frozen
             problems.append(f"{name}: {size} bytes, recorded {entry['size']}")
         elif (actual := sha256_file(path)) != entry["sha256"]:
             problems.append(f"{name}: sha256 {actual[:12]}, recorded {entry['sha256'][:12]}")
-    problems += [f"{name}: not in the manifest" for name in found if name.split("/")[0] not in skip]
-    return problems
+    leftover = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")  # of a write_json that was killed
+    added = [name for name in found if name.split("/")[0] not in skip and not leftover.fullmatch(name)]
+    return problems + [f"{name}: not in the manifest" for name in added]
 
 
 @contextlib.contextmanager
@@ -133,7 +134,7 @@ def publishing(target: Path) -> Iterator[Path]:
             fsync(Path(root))
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise disk_full(error, target) from error if isinstance(error, OSError) else None
+        raise disk_full(error, target) from (error if isinstance(error, Exception) else None)
     if target.exists():
         old = target.with_name(f".{target.name}.old")
         if old.exists():
@@ -148,9 +149,10 @@ def publishing(target: Path) -> Iterator[Path]:
 
 def disk_full(error: BaseException, target: Path) -> BaseException:
     """A full disk or a failing one as a UserError; any other error as it is."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    if full or (isinstance(error, Exception) and "No space left on device" in str(error)):  # safetensors' own error
         return UserError(
-            f"{target}: cannot be written: {error.strerror}",
+            f"{target}: cannot be written: {getattr(error, 'strerror', None) or 'No space left on device'}",
             "make room and run the same command again: it goes on from the last checkpoint",
             RESOURCES,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe import __version__, launch, rundir
-from llmpipe.errors import DONE, Stopped, UserError
+from llmpipe.errors import DONE, RESOURCES, Stopped, UserError
 from llmpipe.recipe import dump, parse, validate
 from llmpipe.rundir import Artifact, Lock
 from llmpipe.stages import Job, schema, stage
@@ -60,15 +60,29 @@ def guarded(artifact: Artifact, work: Any, debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         outcome = {"code": error.code, "message": error.message, "hint": error.hint}
-    except OSError as error:
-        mended = rundir.disk_full(error, artifact.path)
+    except Exception as error:
+        mended = rundir.disk_full(out_of_memory(error), artifact.path)
         if not isinstance(mended, UserError):
-            raise
+            traceback.print_exc()
+            with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
+                traceback.print_exc(file=log)
+            mended = UserError(f"a bug: {type(error).__name__}: {error}", "please report it, with the traceback", 1)
         outcome = {"code": mended.code, "message": mended.message, "hint": mended.hint}
     path = artifact.path / "outcome.json"
     if launch.rank() == 0 or (outcome["code"] != DONE and not path.exists()):
         rundir.write_json(path, outcome)
     return outcome["code"]
+
+
+def out_of_memory(error: Exception) -> Exception:
+    """An allocation that failed, in whatever words, as a UserError (5); any other error as it is."""
+    words = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        hint = "lower launch.micro_batch_size or data.max_length, or set launch.activation_checkpointing: true"
+        return UserError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'MemoryError'}", hint, RESOURCES
+        )
+    return error
 
 
 def act(action: str, artifact: Artifact, signals: launch.Signals, *, inexact: bool = False) -> None:
@@ -122,7 +136,8 @@ def convert(job: Job) -> None:
 def prepare(job: Job) -> None:
     from llmpipe.plan import check_folder
 
-    check_folder(job.model)
+    hub = job.plan["model"]["kind"] == "hub"
+    check_folder(job.model, job.model.parent.parent if hub else None)
     prepared = stage(job.recipe.stage).prepare(job)
     rundir.write_json(job.artifact.path / "prepared.json", prepared)
 

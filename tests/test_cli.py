@@ -207,3 +207,56 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers(llmpipe, tmp_pa
     path = life.write(tmp_path / "run", optim__batch_size=6, launch__micro_batch_size=4)
     code, _, err = llmpipe("sft", path)
     assert code == 2 and "optim.batch_size (6) must be a multiple of launch.micro_batch_size (4)" in err
+
+
+def test_a_hub_snapshot_is_made_of_links(tmp_path):
+    """The Hub's cache links into its blobs: those links are followed, one that leads elsewhere is not."""
+    from llmpipe.errors import UserError
+    from llmpipe.plan import check_folder
+
+    home = tmp_path / "models--me--tiny"
+    blobs, snapshot = home / "blobs", home / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in (life.TINY / "model").iterdir():
+        (blobs / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    check_folder(snapshot, home)
+    with pytest.raises(UserError, match="a link in a model folder"):
+        check_folder(snapshot)
+    (tmp_path / "secret").write_text("s")
+    (snapshot / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="a link in a model folder"):
+        check_folder(snapshot, home)
+
+
+def test_question_and_answer_in_a_csv_become_turns_of_the_template(llmpipe, tmp_path):
+    rows = tmp_path / "capitals.csv"
+    rows.write_text("question,answer\nWhat is the capital of Peru?,Lima.\nWhat is the capital of Ghana?,Accra.\n")
+    data = {"train": [{"path": str(rows)}], "max_length": 64}
+    path = life.write(tmp_path / "run", data=data, evaluation={})
+    assert llmpipe("prepare", path)[0] == 0
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+
+    folder = next((tmp_path / "run" / ".prepared").glob("*/prepared.json")).parent
+    [packed] = Dataset.from_file(str(folder / "train.arrow"))
+    text = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).decode(packed["input_ids"], False)
+    assert "<|im_start|>user\nWhat is the capital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>" in text
+
+
+def test_a_changed_template_file_is_another_recipe(llmpipe, tmp_path):
+    template = tmp_path / "mine.j2"
+    template.write_text((life.TINY / "model" / "chat_template.jinja").read_text())
+    path = life.write(tmp_path / "run", data__template=str(template), optim__steps=1, samples={})
+    assert llmpipe("sft", path)[0] == 0
+    template.write_text(template.read_text() + "{# changed #}")
+    code, _, err = llmpipe("sft", path)
+    assert code == 3 and "mine.j2" in err
+
+
+def test_fresh_refuses_before_it_moves_anything(llmpipe, tmp_path):
+    path = life.write(tmp_path / "run", optim__steps=1, samples={})
+    assert llmpipe("sft", path)[0] == 0
+    assert llmpipe("sft", path, "--fresh", "--set", "model=./nowhere")[0] == 2
+    assert Artifact(tmp_path / "run" / "sft").finished

@@ -342,3 +342,14 @@ def test_a_parent_in_use_is_not_moved_and_one_in_the_making_is_busy(straight, tm
     with rundir.Lock(artifact).acquire(), pytest.raises(UserError, match=r"busy: pid \d+ on ") as busy:
         life.command(life.write(artifact.run, name="other", model="artifact:sft", optim__steps=1))
     assert busy.value.code == 75
+
+
+def test_other_tokens_under_a_checkpoint_refuse_it(tmp_path):
+    """A checkpoint is of the very tokens it saw: rows that changed behind the recipe's back are not gone on with."""
+    path = life.write(tmp_path / "run")
+    assert life.Trial(path, hook="kill_after_checkpoint_3").wait() == -signal.SIGKILL
+    prepared = next((tmp_path / "run" / ".prepared").glob("*/prepared.json"))
+    prepared.write_text(prepared.read_text().replace('"content_digest": "', '"content_digest": "0'))
+    with pytest.raises(UserError, match="is of another recipe") as refused:
+        life.command(path)
+    assert refused.value.code == 3

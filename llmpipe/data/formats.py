@@ -46,8 +46,8 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 SYNONYMS = (
     {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "chosen": "chosen", "rejected": "rejected"},
-    {"question": "prompt", "answer": "completion"},
-    {"query": "prompt", "response": "completion"},
+    {"question": "instruction", "answer": "output"},  # asked and answered: turns of a chat, not text to go on with
+    {"query": "instruction", "response": "output"},
     {"prompt": "prompt", "response": "completion"},
     {"instruction": "instruction", "response": "output", "context": "input"},
     {"instruction": "instruction", "response": "output"},
@@ -93,7 +93,7 @@ def detect(
     needed = "; ".join(f"{name}: {', '.join(needs)}" for name, (needs, _) in layouts.items())
     raise UserError(
         f"{where}: {'no format fits' if format == 'auto' else f'format {format} does not fit'} the columns {shown}",
-        f"needed are {needed}. Map yours with columns, such as {{question: prompt, answer: completion}}",
+        f"needed are {needed}. Map yours with columns, such as {{frage: instruction, antwort: output}}",
     )
 
 

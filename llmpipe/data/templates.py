@@ -30,13 +30,13 @@ import jinja2.sandbox
 from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer, own_template
 from llmpipe.errors import UserError
+from llmpipe.recipe import TEMPLATES
 
 Span = tuple[int, int]
 Marks = list[list[int | None]]  # start and end of each message, as far as they are known
 MAX_SECONDS, MAX_BYTES, MAX_CHARS = 3.0, 512 << 20, 64_000_000  # for one conversation
 
 _OTHER = "data.template names another one"
-BUILT_IN = ("chatml", "alpaca", "llama3")  # files beside this one
 _MARKER = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
 
 
@@ -44,11 +44,11 @@ def template_source(folder: Path, choice: str) -> str | None:
     """The text of the chosen template before it meets a tokenizer: what a cache key hashes."""
     if choice == "auto":
         return own_template(folder)
-    path = Path(__file__).with_name(f"{choice}.jinja") if choice in BUILT_IN else Path(choice).expanduser()
+    path = Path(__file__).with_name(f"{choice}.jinja") if choice in TEMPLATES else Path(choice).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = ", ".join(BUILT_IN)
+        known = ", ".join(TEMPLATES)
         raise UserError(f"data.template: {choice}: no such file", f"a file, or one of: auto, {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.template: {choice}: cannot be read: {error}") from None
@@ -63,7 +63,7 @@ class _Late(BaseException):
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """MAX_SECONDS and MAX_BYTES for what templates do in this block (main thread only). Raises Rejected."""
+    """MAX_SECONDS of processor time and MAX_BYTES for what is done here (main thread only). Raises Rejected."""
 
     def late(signum: int, frame: Any) -> None:
         raise _Late
@@ -73,15 +73,15 @@ def bounded() -> Iterator[None]:
         limit = int(file.read().split()[0]) * resource.getpagesize() + MAX_BYTES
         limit = min(value for value in (limit, *own) if value != resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_AS, (limit, own[1]))
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, MAX_SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS, MAX_SECONDS)
     try:
         yield
     except (_Late, MemoryError):
         raise Rejected("template too large", "a conversation takes too long or too much memory to render") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, own)
 
 
@@ -348,7 +348,7 @@ class Choice:
     def _meet(self, kwargs: dict[str, Any]) -> None:
         """Bring template and tokenizer together: the first token, new tokens, what ends a turn."""
         tokenizer, special = self.tokenizer, self.tokenizer.special
-        if self.name in BUILT_IN and tokenizer.bos is not None:  # a base model expects it before a conversation, too
+        if self.name in TEMPLATES and tokenizer.bos is not None:  # a base model expects it before a conversation, too
             self.template = "{{- bos_token }}" + self.template
         template = Template(self.template, special, kwargs)
         if self.name != "auto":

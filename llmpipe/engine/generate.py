@@ -50,11 +50,13 @@ def answer(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     model.eval()
+    model.set_attn_implementation("sdpa")  # runs in fp32, with a cache and padding on the left
     try:
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
     finally:
+        model.set_attn_implementation(attention)
         model.train(was_training)
     stop = model.generation_config.eos_token_id
     stop_ids = set(stop if isinstance(stop, list) else [stop])

@@ -28,16 +28,18 @@ from llmpipe import rundir
 from llmpipe.engine import checkpoints, models
 from llmpipe.engine.generate import own_rng
 from llmpipe.engine.progress import Progress
-from llmpipe.errors import NUMERIC, Stopped, UserError
+from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
 from llmpipe.recipe import Recipe
 from llmpipe.rundir import Artifact
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "memory_gb")  # not part of what a resumed run must repeat
 
 
-def dataset(path: Path) -> Dataset | None:
-    """Prepared rows, memory-mapped; None when the file is absent."""
-    return Dataset.from_file(str(path)) if path.exists() else None
+def dataset(path: Path) -> Dataset:
+    """Prepared rows, memory-mapped. Raises UserError (3) when the file is gone."""
+    if not path.exists():
+        raise UserError(f"{path}: missing", f"remove {path.parent} and run the same command again", INTEGRITY)
+    return Dataset.from_file(str(path))
 
 
 def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware) -> SFTConfig:
@@ -229,6 +231,8 @@ class _Durable:
             if state["global_step"] >= state["max_steps"] or self._restored["finished"]:
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+                mine = self._restored["ranks"][0]
+                self._tokens, self._begun = mine["tokens"], self._begun - mine["seconds"]
                 if self._restored["pending_evaluation"]:
                     self._evaluate(None, None)
                     if self._stopped:
@@ -355,7 +359,8 @@ class _Durable:
                 batch = self._prepare_inputs(
                     self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
                 )
-                with self.compute_loss_context_manager():
+                # autocast by hand: before training, Accelerate has not put it around the model yet
+                with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.hardware.bf16):
                     out = self.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's head; no collective in it
                 totals[0] -= out.log_probs.double().sum().cpu()
                 totals[1] += out.label_mask.sum().cpu()

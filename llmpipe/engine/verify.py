@@ -32,6 +32,7 @@ def publish(
         return {}
     model = trainer.plain_model()
     trainer.forget_optimizer()
+    model.set_attn_implementation("sdpa")  # as it will be loaded; a kernel for half precision cannot run the fp32 probe
     with rundir.publishing(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

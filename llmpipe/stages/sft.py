@@ -97,12 +97,24 @@ class Schema(Recipe):
         "hub_model_id": "",
         "average_tokens_across_devices": "",
         "local_rank": "launch",
-        "deepspeed": "launch.strategy",
-        "fsdp": "launch.strategy",
-        "fsdp_config": "launch.strategy",
+        "deepspeed": "",
+        "fsdp": "",
+        "fsdp_config": "",
         "accelerator_config": "launch",
         "parallelism_config": "launch",
         "label_smoothing_factor": "",
+        # of the loops that llmpipe has its own of
+        "train_sampling_strategy": "",
+        "length_column_name": "",
+        "eval_delay": "",
+        "eval_accumulation_steps": "",
+        "prediction_loss_only": "",
+        "include_for_metrics": "",
+        "batch_eval_metrics": "",
+        "hub_strategy": "",
+        "hub_private_repo": "",
+        "hub_always_push": "",
+        "hub_revision": "",
         "use_liger_kernel": "",
     }
 
@@ -140,13 +152,15 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
         args=arguments,
         processing_class=tokenizer,
         train_dataset=training.dataset(rows / "train.arrow"),
-        eval_dataset=training.dataset(rows / "eval.arrow"),
+        eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
     )
-    trainer.attach(job.artifact, recipe, job.plan["identity"], hardware, job.signals, say, inexact=job.inexact)
+    identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
+    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact)
 
-    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "before")
+    kwargs = recipe.data.chat_template_kwargs
+    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "before", kwargs)
     final = trainer.fit()
-    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "after")
+    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "after", kwargs)
 
     verified = verify.publish(trainer, tokenizer, artifact.model, say)
     return {"final": final, "verified": verified, "training": trainer.facts(), "hardware": hardware.describe()}

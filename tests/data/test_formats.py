@@ -22,7 +22,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
          {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"}),
         ("prompt question chosen rejected", {}, "preference", {k: k for k in ("chosen", "rejected", "prompt")}),
         ("prompt", {}, "prompt", {"prompt": "prompt"}),
-        ("question answer", {}, "prompt-completion", {"question": "prompt", "answer": "completion"}),
+        ("question answer", {}, "alpaca", {"question": "instruction", "answer": "output"}),
         ("prompt response", {}, "prompt-completion", {"prompt": "prompt", "response": "completion"}),
         ("instruction context response", {}, "alpaca",
          {"instruction": "instruction", "response": "output", "context": "input"}),

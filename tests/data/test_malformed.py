@@ -122,7 +122,7 @@ def test_missing_file_gets_a_near_name(here, base):
 
 def test_csv_rows_are_named_by_line(here, base):
     Path("d.csv").write_bytes(b'question,answer\n"a\nb",c\nd\ne,f\xf6\ng,\nh,i\n')
-    record, train, _ = make(base, "./d.csv", packing=False)
+    record, train, _ = make(base, "./d.csv", packing=False, template="chatml")
     lines = next(Path("cache").glob("*/rejected.jsonl")).read_text().splitlines()
     assert [(r["row"], r["reason"]) for r in map(json.loads, lines)] == [
         (4, "wrong number of fields"), (5, "not UTF-8"), (6, "empty text"),

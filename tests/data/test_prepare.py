@@ -203,15 +203,15 @@ def test_overlong_conversation_is_cut_after_a_whole_turn(here, smol):
 def test_prompt_completion_as_trl_does(here, base):
     from transformers import AutoTokenizer
 
-    rows = [{"question": "2 + 2 =", "answer": " 4"}, {"question": "Hel", "answer": "lo"}]
-    Path("d.csv").write_text("question,answer\n2 + 2 =, 4\nHel,lo\n")
+    rows = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "Hel", "completion": "lo"}]
+    Path("d.csv").write_text("prompt,completion\n2 + 2 =, 4\nHel,lo\n")
     said: list[str] = []
     record, train, _ = make(base, "d.csv", packing=False, said=said)
-    assert any("question as prompt, answer as completion" in line for line in said)
+    assert any("format prompt-completion (prompt, completion)" in line for line in said)
     tokenizer = AutoTokenizer.from_pretrained(Path("cache", record["key"], "tokenizer"))
     for row, got in zip(rows, train, strict=True):
-        prompt = tokenizer(row["question"])["input_ids"]
-        whole = tokenizer(row["question"] + row["answer"] + tokenizer.eos_token)["input_ids"]
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         assert got["input_ids"] == whole
         assert got["labels"] == [-100] * shared + whole[shared:]
