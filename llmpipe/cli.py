@@ -194,6 +194,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run directory, or one artif
 @app.command("schema")
 def show_schema(name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
     """JSON Schema of a stage's recipe, for completion in an editor."""
+    os.environ["LLMPIPE_DOCSTRINGS"] = "1"
     from llmpipe.stages import schema
 
     print(json.dumps(schema(name).model_json_schema(), indent=2, ensure_ascii=False))

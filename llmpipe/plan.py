@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from llmpipe import rundir
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe import TEMPLATES, Data, Recipe, digest, is_local, science
-from llmpipe.rundir import Artifact
+from llmpipe.recipe import TEMPLATES, Data, Recipe, is_local, science
+from llmpipe.rundir import Artifact, digest
 
 Action = Literal["run", "resume", "skip"]
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 import importlib.util
-import json
+import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -44,7 +43,8 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         defer_build=True,  # a section is compiled when a recipe is validated, not when it is imported
-        use_attribute_docstrings=True,
+        # reading them out of the source takes a third of the front door's time, and only `schema` shows them
+        use_attribute_docstrings=os.environ.get("LLMPIPE_DOCSTRINGS") == "1",
     )
 
 
@@ -244,12 +244,6 @@ def science(section: BaseModel) -> dict[str, Any]:
             value = [science(item) if isinstance(item, BaseModel) else item for item in value]
         out[name] = value
     return out
-
-
-def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja")

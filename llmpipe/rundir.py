@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import BUSY, INTEGRITY, RESOURCES, UserError
-from llmpipe.recipe import digest
 
 MANIFEST = "manifest.json"
 SUMS = "sums.json"  # the file table of a checkpoint
@@ -63,6 +62,12 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     fsync(path.parent)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe.errors import UserError
-from llmpipe.recipe import config_fields, digest, load, load_pipeline, parse, science
+from llmpipe.recipe import config_fields, load, load_pipeline, parse, science
+from llmpipe.rundir import digest
 from llmpipe.stages import schema
 
 SFT = schema("sft")

@@ -40,8 +40,8 @@ from llmpipe.data.encode import COUNTS, SCHEMA, Batch, Encoder, start_worker, wo
 from llmpipe.data.formats import Rejected, detect
 from llmpipe.data.pack import Output
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
-from llmpipe.recipe import Data, Source, digest, is_local, science
-from llmpipe.rundir import disk_full, files_below, fsync, read_json, write_json
+from llmpipe.recipe import Data, Source, is_local, science
+from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
 VERSION = 3
 SMALL = 4 << 20  # bytes of data below which one process is faster

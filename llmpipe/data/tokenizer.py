@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe import digest
+from llmpipe.rundir import digest
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.jinja")
 # What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which tokenizer.json lacks.
