@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests import life
-from tests.test_life import begin_again, copy, damage
+from tests.test_life import begin_again, copy, passed_over
 from tests.test_processes import PYTHON, processes_of, run, start
 
 pytestmark = pytest.mark.faults
@@ -42,12 +42,7 @@ CHECKPOINT_FILES = [
 def test_crash_state_matrix(straight, tmp_path, name, hurt):
     """R2: every file of the newest checkpoint missing, empty, half, flipped: the end is the straight run's."""
     assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(CHECKPOINT_FILES)
-    artifact = copy(straight, tmp_path)
-    begin_again(artifact)
-    damage(artifact.checkpoints / "step-12" / name, hurt)
-    life.command(life.write(artifact.run))
-    assert "step-12 is damaged" in (artifact.path / "log.txt").read_text()
-    assert life.essence(artifact) == life.essence(straight)
+    passed_over(straight, tmp_path, name, hurt)
 
 
 @pytest.mark.parametrize("kept", range(len(CHECKPOINT_FILES)))

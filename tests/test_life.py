@@ -192,6 +192,11 @@ def test_sigint_gives_130(tmp_path):
 )
 def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, name, hurt):
     """R2, a share of it (tests/test_faults.py has the rest): the older one is taken, the end is the same."""
+    passed_over(straight, tmp_path, name, hurt)
+
+
+def passed_over(straight, tmp_path, name, hurt):
+    """Damage a file of the newest checkpoint, run the command again, compare with the straight run."""
     artifact = copy(straight, tmp_path)
     begin_again(artifact)
     damage(artifact.checkpoints / "step-12" / name, hurt)
