@@ -5,11 +5,12 @@ Light: nothing here imports torch, and `--help` does not even import pydantic; a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,44 +74,51 @@ def make(
 ) -> None:
     """Plan and make one artifact; the parent's side of `launch`."""
     from llmpipe import launch, plan
+    from llmpipe.recipe import Training
     from llmpipe.rundir import Artifact, Lock
     from llmpipe.stages import stage
 
+    gc.enable()
     artifact = Artifact(Path(recipe.run) / recipe.artifact)
     if launch.outside() and launch.rank() > 0:
         if launch.wait_for_word(artifact) == "train":
             train_here(artifact, inexact, debug)
         return
-    parent = plan.parent_of(recipe, artifact.run)
-    # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
-    with Lock(artifact).acquire(), Lock(parent, shared=True).acquire() if parent else nullcontext():
+    module = stage(recipe.stage)
+    with ExitStack() as locks:
+        # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
+        for lock in (Lock(artifact), *(Lock(p, shared=True) for p in plan.parents_of(recipe, artifact.run))):
+            locks.enter_context(lock.acquire())
         Lock(artifact, "write").acquire().release()  # a worker whose parent was killed may still be at work
         if fresh:
-            plan.ask(recipe, plan.resolve_model(recipe, artifact.run, stage(recipe.stage).ACCEPTS))  # refuse first
+            plan.ask(recipe, artifact.run, module.ACCEPTS, {})  # refuse first
             if aside := artifact.move_aside():
                 say(f"{artifact.path}: moved to {aside}")
-        decision = plan.decide(artifact, recipe, stage(recipe.stage).ACCEPTS)
+        decision = plan.decide(artifact, recipe, module.ACCEPTS, module.PROGRESS)
         say(f"{artifact.path}: {decision.action}: {decision.why}")
         if decision.action != "skip":
             from llmpipe.worker import write_plan
 
-            processes = launch.process_count(recipe.launch)
-            launch.micro_batch_size(recipe, processes, launch.gpus() > 0)  # refuse what does not divide before any work
+            if isinstance(recipe, Training):  # refuse what does not divide before any work
+                launch.micro_batch_size(recipe, launch.process_count(recipe.launch), launch.gpus() > 0)
             if decision.action == "run":
                 (artifact.path / "samples.jsonl").unlink(missing_ok=True)
             write_plan(artifact, recipe, decision)
-            if decision.model.kind == "gguf":
+            if any(model.kind == "gguf" for model in decision.models.values()):
                 launch.start("convert", artifact, recipe, inexact=inexact, debug=debug)
             launch.start("prepare", artifact, recipe, inexact=inexact, debug=debug)
         if launch.outside():
             (artifact.path / "outcome.json").unlink(missing_ok=True)
-            launch.give_word(artifact, "skip" if decision.action == "skip" or only_prepare else "train")
-        if decision.action == "skip" or only_prepare:
+            trains = decision.action != "skip" and not only_prepare and isinstance(recipe, Training)
+            launch.give_word(artifact, "train" if trains else "skip")
+        if only_prepare:
             return
-        if launch.outside():
+        if decision.action != "skip" and launch.outside():
             train_here(artifact, inexact, debug)
-        else:
+        elif decision.action != "skip":
             launch.start("train", artifact, recipe, inexact=inexact, debug=debug)
+        if judge := getattr(module, "judge", None):
+            judge(recipe, artifact, say)
 
 
 def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
@@ -191,6 +199,52 @@ def show(run: Annotated[Path, typer.Argument(help="A run directory, or one artif
     print(show_run(run))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="A run directory; two are compared.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to; RUN/report.html.")] = None,
+) -> None:
+    """One self-contained HTML page: lineage, curves, data, evaluations, samples side by side."""
+    from llmpipe.report.html import write_report
+
+    if len(runs) > 2:
+        raise UserError("report takes one run, or two to compare")
+    print(f"wrote {write_report(runs, out)}")
+
+
+@app.command()
+def chat(
+    models: Annotated[list[str], typer.Argument(metavar="ARTIFACT [ARTIFACT]", help="An artifact or a model folder.")],
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word each time.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Talk to a model in the terminal, or to two side by side."""
+    if len(models) > 2:
+        raise UserError("chat takes one model, or two side by side")
+    os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from tempfile import TemporaryDirectory
+
+    from llmpipe.plan import check_folder, resolve
+    from llmpipe.worker import model_folder
+
+    here = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
+    found = [resolve(name, "chat", Path(), ("model",), None) for name in here]
+    with TemporaryDirectory() as scratch:
+        folders = [model_folder(vars(model), Path(scratch)) for model in found]
+        from llmpipe.engine import upstream
+
+        upstream.silence()
+        from llmpipe.engine import chat as room
+
+        for model, folder in zip(found, folders, strict=True):
+            if model.kind == "gguf":
+                room.convert_gguf(Path(model.reference), folder)
+            check_folder(folder, folder.parent.parent if model.kind == "hub" else None)
+        voices = [room.open_voice(name, folder) for name, folder in zip(models, folders, strict=True)]
+    room.chat(voices, room.Sampling(max_new_tokens, temperature), seed)
+
+
 @app.command("schema")
 def show_schema(name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))]) -> None:
     """JSON Schema of a stage's recipe, for completion in an editor."""
@@ -214,6 +268,7 @@ def init(
 
 def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
+    gc.disable()  # collections during the imports take a tenth of the front door's time; `make` turns them on again
     if "--version" in sys.argv[1:2]:
         print(f"llmpipe {__version__}")
         sys.exit(DONE)

@@ -27,7 +27,7 @@ from typing import Any
 
 from llmpipe import rundir
 from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
-from llmpipe.recipe import Launch, Recipe
+from llmpipe.recipe import Launch, Machine, Recipe, Training
 from llmpipe.rundir import Artifact
 
 _LAUNCHER = (
@@ -85,15 +85,19 @@ def gpus() -> int:
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def process_count(launch: Launch) -> int:
+def process_count(launch: Machine) -> int:
+    if not isinstance(launch, Launch):
+        return 1  # a stage that does not train
+    if outside():
+        return int(os.environ.get("WORLD_SIZE", "1"))
     return launch.processes if isinstance(launch.processes, int) else max(1, gpus())
 
 
-def thread_count(launch: Launch, processes: int) -> int:
+def thread_count(launch: Machine, processes: int) -> int:
     return launch.threads if isinstance(launch.threads, int) else max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def micro_batch_size(recipe: Recipe, processes: int, on_gpu: bool) -> int:
+def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
     """Sequences per process and forward pass; raises UserError when `optim.batch_size` does not divide."""
     total, launch = recipe.optim.batch_size, recipe.launch
     if total % processes:

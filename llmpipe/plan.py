@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llmpipe import rundir
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe import TEMPLATES, Data, Recipe, is_local, science
+from llmpipe.recipe import Recipe, is_local, science
 from llmpipe.rundir import Artifact, digest
 
 Action = Literal["run", "resume", "skip"]
@@ -24,9 +24,10 @@ Action = Literal["run", "resume", "skip"]
 
 @dataclass(frozen=True)
 class Model:
-    """What `model:` refers to. `identity` decides, `folder` is where it lies now (None: still to be fetched)."""
+    """What a reference means. `identity` decides, `folder` is where it lies now (None: still to be fetched)."""
 
     kind: Literal["hub", "folder", "gguf", "artifact"]
+    reference: str
     identity: dict[str, Any]
     folder: Path | None
     parents: list[dict[str, str]] = field(default_factory=list)
@@ -37,90 +38,93 @@ class Plan:
     action: Action
     why: str
     asked: dict[str, Any]
-    model: Model
+    models: dict[str, Model]
 
     @property
     def identity(self) -> str:
         return digest(self.asked)
 
 
-def resolve_model(recipe: Recipe, run: Path, accepts: tuple[str, ...]) -> Model:
-    """What a recipe starts from. `accepts` names the artifact kinds that the stage can use."""
-    reference = recipe.model
-    if recipe.revision and is_local(reference):
-        raise UserError(f"revision: {recipe.revision}: only a Hub model has revisions; {reference} is a local path")
+def resolve(reference: str, at: str, run: Path, accepts: tuple[str, ...], pinned: dict[str, Any] | None) -> Model:
+    """What a reference means. `at` is its field, `accepts` names the artifact kinds that the stage can use, `pinned`
+    is the identity that an earlier start of the same work found."""
     if reference.startswith("artifact:"):
         name, _, step = reference.removeprefix("artifact:").partition("@")
-        return _from_artifact(Artifact(run / name), step, accepts, reference)
+        return _from_artifact(Artifact(run / name), step, accepts, reference, at)
     if not is_local(reference):
-        return _from_hub(reference, recipe.revision)
+        return _from_hub(reference, at, pinned)
     path = Path(reference).expanduser()
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else Path()
         match = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
         hint = f"did you mean {folder / match[0]}?" if match else "a local path is looked up from the current folder"
-        raise UserError(f"model: {reference}: no such file or folder", hint)
+        raise UserError(f"{at}: {reference}: no such file or folder", hint)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError(f"model: {reference}: a single file must be .gguf", "give the folder of the model instead")
-        return Model("gguf", {"gguf": rundir.sha256_file(path)}, path)
+            raise UserError(f"{at}: {reference}: a single file must be .gguf", "give the folder of the model instead")
+        return Model("gguf", reference, {"gguf": rundir.sha256_file(path)}, path)
     if rundir.is_artifact(path):
-        return _from_artifact(Artifact(path), "", accepts, reference)
+        return _from_artifact(Artifact(path), "", accepts, reference, at)
     check_folder(path)
-    return Model("folder", {"files": digest(rundir.table(path))}, path)
+    return Model("folder", reference, {"files": digest(rundir.table(path))}, path)
 
 
-def parent_of(recipe: Recipe, run: Path) -> Artifact | None:
-    """The artifact that `model:` names, by `artifact:NAME` or by its folder."""
-    if recipe.model.startswith("artifact:"):
-        return Artifact(run / recipe.model.removeprefix("artifact:").partition("@")[0])
-    path = Path(recipe.model).expanduser()
-    return Artifact(path) if is_local(recipe.model) and rundir.is_artifact(path) else None
+def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
+    """The artifacts that a recipe names, by `artifact:NAME` or by their folders, each once."""
+    found = {}
+    for reference in recipe.references().values():
+        path = Path(reference).expanduser()
+        if reference.startswith("artifact:"):
+            path = run / reference.removeprefix("artifact:").partition("@")[0]
+        elif not is_local(reference) or not rundir.is_artifact(path):
+            continue
+        found[path.resolve()] = Artifact(path)
+    return list(found.values())
 
 
-def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str) -> Model:
+def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str, at: str) -> Model:
     if step:
         checkpoint = parent.checkpoints / f"step-{step}"
         sums = rundir.read_json(checkpoint / rundir.SUMS)
         if sums is None:
             have = ", ".join(sorted(p.name.removeprefix("step-") for p in parent.checkpoints.glob("step-*"))) or "none"
-            raise UserError(f"model: {reference}: no such checkpoint; there are: {have}")
+            raise UserError(f"{at}: {reference}: no such checkpoint; there are: {have}")
         if problems := rundir.differences(checkpoint, sums["files"], {rundir.SUMS}):
             raise UserError(f"{checkpoint}/{problems[0]}", "take another checkpoint", INTEGRITY)
         identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": digest(sums["files"])}
-        return Model("artifact", identity, checkpoint, [{"name": f"{parent.name}@{step}", **_fingerprint(identity)}])
+        parents = [{"name": f"{parent.name}@{step}", "fingerprint": identity["fingerprint"]}]
+        return Model("artifact", reference, identity, checkpoint, parents)
     if not parent.finished:
         begun = " is not finished" if parent.path.exists() else ": no such artifact in this run"
-        raise UserError(f"model: {reference}{begun}", f"make it first; it would lie in {parent.path}")
+        raise UserError(f"{at}: {reference}{begun}", f"make it first; it would lie in {parent.path}")
     manifest = parent.verify()
     if manifest["kind"] not in accepts:
         raise UserError(
-            f"model: {reference} is of kind '{manifest['kind']}'; this stage takes {' or '.join(accepts)}",
+            f"{at}: {reference} is of kind '{manifest['kind']}'; this stage takes {' or '.join(accepts)}",
             code=INTEGRITY,
         )
     identity = {"artifact": parent.name, "fingerprint": manifest["fingerprint"]}
-    return Model("artifact", identity, parent.model, [{"name": parent.name, **_fingerprint(identity)}])
+    parents = [{"name": parent.name, "fingerprint": identity["fingerprint"]}]
+    return Model("artifact", reference, identity, parent.model, parents)
 
 
-def _fingerprint(identity: dict[str, Any]) -> dict[str, str]:
-    return {"fingerprint": identity["fingerprint"]}
-
-
-def _from_hub(name: str, revision: str | None) -> Model:
+def _from_hub(reference: str, at: str, pinned: dict[str, Any] | None) -> Model:
     """Pin a Hub model to a commit, from the cache when offline. Raises UserError (2) when neither has it."""
+    name, _, revision = reference.partition("@")
+    if pinned and pinned.get("hub") == reference:
+        return Model("hub", reference, pinned, None)
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         if not constants.HF_HUB_OFFLINE:
-            return Model(
-                "hub", {"hub": name, "revision": HfApi().model_info(name, revision=revision, timeout=10).sha}, None
-            )
+            commit = HfApi().model_info(name, revision=revision or None, timeout=10).sha
+            return Model("hub", reference, {"hub": reference, "revision": commit}, None)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403, 404):
             raise UserError(
-                f"model: {name}: not found on the Hub, or closed to you (HTTP {status})",
+                f"{at}: {name}: not found on the Hub, or closed to you (HTTP {status})",
                 "check the name; a gated model needs `hf auth login`; a local folder starts with ./",
             ) from None
     except (OSError, OfflineModeIsEnabled, RuntimeError):
@@ -129,13 +133,13 @@ def _from_hub(name: str, revision: str | None) -> Model:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
             raise
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         raise UserError(
-            f"model: {name}: the Hub cannot be reached and the model is not in the local cache",
+            f"{at}: {name}: the Hub cannot be reached and the model is not in the local cache",
             "go online once, or give a local folder (./folder) or file (./model.gguf)",
         ) from None
-    return Model("hub", {"hub": name, "revision": folder.name}, folder)
+    return Model("hub", reference, {"hub": reference, "revision": folder.name}, folder)
 
 
 def check_folder(folder: Path, home: Path | None = None) -> None:
@@ -170,49 +174,55 @@ def check_folder(folder: Path, home: Path | None = None) -> None:
             refuse(folder / name, "missing: no safetensors weights")
 
 
-def data_content(data: Data) -> dict[str, str]:
-    """{file: sha256, or Hub dataset: commit} of every data file and template that a recipe names."""
-    from llmpipe.data.sources import files_of, hub_revision
+def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
+    """{file: sha256, or Hub data set: commit} of every source of rows and other file that a recipe names."""
+    from llmpipe.data.sources import files_of, hub_key, hub_revision
 
     found: dict[str, str] = {}
-    for i, source in enumerate([*data.train, *data.eval.sources]):
+    for at, source in recipe.rows().items():
         if is_local(source.path):
-            found |= {f"{i}:{file.name}": file.sha256 for file in files_of(source)}
+            found |= {f"{at}:{file.name}": file.sha256 for file in files_of(source)}
         else:
-            found[f"{i}:{source.path}"] = hub_revision(source)
-    if data.template not in ("auto", *TEMPLATES):
-        path = Path(data.template).expanduser()
-        if not path.is_file():
-            raise UserError(f"data.template: {data.template}: no such file")
-        found[data.template] = rundir.sha256_file(path)
+            found[hub_key(source)] = pinned.get(hub_key(source)) or hub_revision(source)
+    for at, name in recipe.files().items():
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise UserError(f"{at}: {name}: no such file", "a local path is looked up from the current folder")
+        found[at] = digest(rundir.table(path)) if path.is_dir() else rundir.sha256_file(path)
     return found
 
 
-def ask(recipe: Recipe, model: Model) -> dict[str, Any]:
-    """The document that decides the result."""
-    return {"recipe": science(recipe), "model": model.identity, "content": data_content(recipe.data)}
+def ask(recipe: Recipe, run: Path, accepts: tuple[str, ...], old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
+    """The document that decides the result, and the models it names. Hub revisions pinned in `old` stay pinned."""
+    pins, content = old.get("models", {}), old.get("content", {})
+    models = {at: resolve(r, at, run, accepts, pins.get(at)) for at, r in recipe.references().items()}
+    identities = {at: model.identity for at, model in models.items()}
+    return {"recipe": science(recipe), "models": identities, "content": content_of(recipe, content)}, models
 
 
-def decide(artifact: Artifact, recipe: Recipe, accepts: tuple[str, ...]) -> Plan:
-    """Compare what is asked with what lies there. Raises UserError (3) when another recipe made it."""
-    model = resolve_model(recipe, artifact.run, accepts)
-    asked = ask(recipe, model)
+def decide(artifact: Artifact, recipe: Recipe, accepts: tuple[str, ...], progress: str) -> Plan:
+    """Compare what is asked with what lies there; `progress` globs what an unfinished artifact goes on from.
+
+    Raises UserError (3) when another recipe made it.
+    """
+    begun = rundir.read_json(artifact.path / "plan.json") if any(artifact.path.glob(progress)) else None
+    old = artifact.manifest() if artifact.finished else begun
+    asked, models = ask(recipe, artifact.run, accepts, old["asked"] if old else {})
+    if old:
+        _refuse_other(artifact, recipe, old["asked"], asked, "was made" if artifact.finished else "was begun")
     if artifact.finished:
-        manifest = artifact.manifest()
-        _refuse_other(artifact, recipe, manifest["asked"], asked, "was made")
-        wrong = [n for n, e in manifest["files"].items() if not _same_size(artifact.path / n, e["size"])]
+        wrong = [n for n, e in old["files"].items() if not _same_size(artifact.path / n, e["size"])]
         if wrong:
             raise UserError(
                 f"{artifact.path / wrong[0]}: not as published",
                 "restore it, or make the artifact again with --fresh",
                 INTEGRITY,
             )
-        return Plan("skip", "finished, same recipe and inputs", asked, model)
-    begun = rundir.read_json(artifact.path / "plan.json")
-    if begun and any(artifact.checkpoints.glob("step-*")):
-        _refuse_other(artifact, recipe, begun["asked"], asked, "was begun")
-        return Plan("resume", "not finished, same recipe and inputs", asked, model)
-    return Plan("run", "nothing there yet", asked, model)
+        return Plan("skip", "finished, same recipe and inputs", asked, models)
+    if old:
+        # the document it was begun with: its checkpoints know that one, and not fields that came later
+        return Plan("resume", "not finished, same recipe and inputs", old["asked"], models)
+    return Plan("run", "nothing there yet", asked, models)
 
 
 def _same_size(path: Path, size: int) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmpipe.errors import UserError
 
@@ -30,9 +30,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
-def cosmetic(default: Any, **kwargs: Any) -> Any:
+def cosmetic(*default: Any, **kwargs: Any) -> Any:
     """A field that does not change the artifact, and so is no part of its identity."""
-    return Field(default, json_schema_extra={"identity": False}, **kwargs)
+    return Field(*default, json_schema_extra={"identity": False}, **kwargs)
 
 
 class Section(BaseModel):
@@ -53,13 +53,13 @@ class Section(BaseModel):
 TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto` is a Jinja file
 
 
-class Source(Section):
+class Rows(Section):
     path: str
     """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt) starting with `./`,
     `../`, `/` or `~` or ending in one of these suffixes."""
-    format: Literal["auto", "text", "alpaca", "sharegpt", "messages", "prompt-completion", "preference", "prompt"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "text", "alpaca", "sharegpt", "messages", "prompt-completion", "preference", "prompt", "choice"
+    ] = "auto"
     """How a row is laid out; `auto` decides by the column names and says what it found."""
     columns: dict[str, str] = {}
     """Your column names mapped to the format's: `{question: prompt, answer: completion}`."""
@@ -69,24 +69,27 @@ class Source(Section):
     """Split of a Hub dataset."""
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset; the commit it resolves to is recorded."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half."""
     limit: Positive | None = None
     """Read at most this many rows."""
+
+
+class Source(Rows):
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half."""
 
 
 class Holdout(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training rows kept out for evaluation, chosen by content with the recipe's seed, so that equal
     rows fall on the same side."""
-    sources: list[Source] = []
+    sources: list[Rows] = []
     """Evaluation rows of their own, beside or instead of a holdout."""
 
 
 class Data(Section):
     train: Annotated[list[Source], Field(min_length=1)]
     """The sources to train on."""
-    eval: Holdout = Holdout()
+    eval: Holdout = Field(default_factory=Holdout)
     """What is kept for evaluation."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as
@@ -166,19 +169,32 @@ class Log(Section):
     """Experiment trackers that also receive the metrics."""
 
 
-class Launch(Section):
+class Machine(Section):
+    threads: Positive | Literal["auto"] = "auto"
+    """CPU threads per process; `auto` divides the cores."""
+
+
+class Launch(Machine):
     processes: Positive | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or one on a CPU."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of `optim.batch_size`."""
-    threads: Positive | Literal["auto"] = "auto"
-    """CPU threads per process; `auto` divides the cores."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
+def reference(text: str) -> str:
+    """A validator of what names a model."""
+    if text.startswith("artifact:") and not re.fullmatch(r"artifact:[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@\d+)?", text):
+        raise ValueError(f"'{text}' is not artifact:NAME or artifact:NAME@STEP")
+    return text
+
+
+Reference = Annotated[str, AfterValidator(reference)]
+
+
 class Recipe(Section):
-    """What every trainable stage shares; a stage narrows `stage` and adds its own fields."""
+    """What every stage shares; a stage narrows `stage` and adds its own fields."""
 
     stage: str
     """The kind of work."""
@@ -187,48 +203,68 @@ class Recipe(Section):
     run: str = cosmetic(...)
     """Directory that holds the artifacts of one pipeline."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of the holdout, the order of the data and the training."""
-    model: str
-    """What to start from: a Hub id, `./folder`, `./file.gguf`, `artifact:NAME` of this run, or `artifact:NAME@STEP`."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub model; the commit it resolves to is recorded."""
-    data: Data
-    """Rows and how they become tokens."""
-    optim: Optim
-    """The optimizer and its schedule."""
-    evaluation: Evaluation = Evaluation()
-    """Evaluation during training."""
-    samples: Samples = Samples()
-    """Prompts that show what changed."""
-    checkpoint: Checkpoint = cosmetic(Checkpoint())
-    """Resumable state."""
-    log: Log = cosmetic(Log())
-    """Metrics."""
-    launch: Launch = cosmetic(Launch())
+    """Seed of everything that is drawn: the holdout, the order of the data, the training, sampled answers."""
+    launch: Machine = cosmetic(default_factory=Machine)
     """The machine: never part of the result's identity."""
-    trainer: dict[str, Any] = {}
-    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
 
     @property
     def artifact(self) -> str:
         return self.name or self.stage
 
+    def references(self) -> dict[str, str]:
+        """Every model that the recipe names, by the path of its field."""
+        raise NotImplementedError
+
+    def rows(self) -> dict[str, Rows]:
+        """Every source of rows, by the path of its field."""
+        raise NotImplementedError
+
+    def files(self) -> dict[str, str]:
+        """Every other file or folder whose content decides the result, by the path of its field."""
+        return {}
+
+
+class Training(Recipe):
+    """What every stage that trains shares."""
+
+    model: Reference
+    """What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), `./folder`, `./file.gguf`,
+    `artifact:NAME` of this run, or `artifact:NAME@STEP`."""
+    data: Data
+    """Rows and how they become tokens."""
+    optim: Optim
+    """The optimizer and its schedule."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """Evaluation during training."""
+    samples: Samples = Field(default_factory=Samples)
+    """Prompts that show what changed."""
+    checkpoint: Checkpoint = cosmetic(default_factory=Checkpoint)
+    """Resumable state."""
+    log: Log = cosmetic(default_factory=Log)
+    """Metrics."""
+    launch: Launch = cosmetic(default_factory=Launch)
+    """The machine: never part of the result's identity."""
+    trainer: dict[str, Any] = {}
+    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
+
     @model_validator(mode="after")
-    def _fits(self) -> Recipe:
+    def _fits(self) -> Training:
         if (self.evaluation.keep_best or self.evaluation.patience) and not self.evaluation.every:
             raise ValueError("evaluation.keep_best and evaluation.patience need evaluation.every")
         if self.evaluation.every and not (self.data.eval.holdout or self.data.eval.sources):
             raise ValueError("evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources")
         return self
 
-    @field_validator("model")
-    @classmethod
-    def _reference(cls, model: str) -> str:
-        if model.startswith("artifact:") and not re.fullmatch(
-            r"artifact:[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@\d+)?", model
-        ):
-            raise ValueError(f"'{model}' is not artifact:NAME or artifact:NAME@STEP")
-        return model
+    def references(self) -> dict[str, str]:
+        return {"model": self.model}
+
+    def rows(self) -> dict[str, Rows]:
+        train = {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
+        return train | {f"data.eval.sources.{i}": source for i, source in enumerate(self.data.eval.sources)}
+
+    def files(self) -> dict[str, str]:
+        own = self.data.template not in ("auto", *TEMPLATES)
+        return {"data.template": self.data.template} if own else {}
 
 
 def science(section: BaseModel) -> dict[str, Any]:
@@ -385,21 +421,25 @@ def apply_sets(values: dict, where: Where, sets: list[str]) -> None:
 
 
 def _section_at(model: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
-    """The section class that the value at `loc` belongs to."""
+    """The section class that the value at `loc` belongs to; a choice of sections has its tag in `loc`."""
+    options = [model]
     for part in loc:
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(part) if model else None
+        if len(options) > 1:
+            options = [o for o in options if any(part in get_args(f.annotation) for f in o.model_fields.values())]
+            continue
+        field = options[0].model_fields.get(part) if options else None
         if field is None:
             return None
-        model = _model_in(field.annotation)
-    return model
+        options = _models_in(field.annotation)
+    return options[0] if options else None
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
 
 
 def _all_names(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
@@ -407,7 +447,7 @@ def _all_names(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     names: dict[str, str] = {}
     for name, field in model.model_fields.items():
         names.setdefault(name, prefix + name)
-        if inner := _model_in(field.annotation):
+        for inner in _models_in(field.annotation):
             for sub, path in _all_names(inner, f"{prefix}{name}.").items():
                 names.setdefault(sub, path)
     return names
@@ -436,6 +476,10 @@ def _complaint(error: dict, schema: type[BaseModel]) -> tuple[Loc, str]:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return loc, f"{error['input']!r} is not one of {error['ctx']['expected']}" + near(str(error["input"]), choices)
+    if kind == "union_tag_invalid":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+        tag = error["ctx"]["tag"]
+        return loc, f"'{tag}' is not one of {', '.join(choices)}" + near(str(tag), choices)
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = repr(error["input"])
     return loc, message if kind == "value_error" else f"{message}, not {shown[:60]}{'...' if len(shown) > 60 else ''}"
@@ -467,7 +511,10 @@ def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Reci
             loc, message = _complaint(error, schema)
             known = _known_loc(loc, where, values)
             at = where.get(known, f"{name}:1")
-            shown = loc if error["type"] in ("missing", "extra_forbidden") else known
+            if error["type"] in ("missing", "extra_forbidden"):
+                shown: Loc = (*_known_loc(loc[:-1], where, values), loc[-1])
+            else:
+                shown = known
             problems.setdefault((at, _dotted(shown)), (_line(at), f"{at}: {_dotted(shown) or 'recipe'}: {message}"))
     trainer = values.get("trainer")
     if isinstance(trainer, dict):

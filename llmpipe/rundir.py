@@ -239,6 +239,9 @@ class Artifact:
         ]
         aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
         self.path.rename(aside)
+        tracker = self.run / ".trackers" / self.name  # a new start is a new run for the trackers, too
+        if tracker.exists():
+            tracker.rename(tracker.with_name(aside.name))
         fsync(self.run)
         return aside
 
@@ -261,6 +264,12 @@ def artifacts(run: Path) -> list[Artifact]:
         and (p / "recipe.yaml").exists()
     ]
     return sorted(found, key=lambda a: (a.path / "recipe.yaml").stat().st_mtime)
+
+
+def template_kwargs(model: Path) -> dict[str, Any]:
+    """`data.chat_template_kwargs` that a published model was trained with; nothing for any other folder."""
+    manifest = read_json(model.parent / MANIFEST) or {}
+    return manifest.get("asked", {}).get("recipe", {}).get("data", {}).get("chat_template_kwargs", {})
 
 
 def is_artifact(folder: Path) -> bool:

@@ -108,36 +108,37 @@ def open_job(artifact: Artifact, signals: launch.Signals, *, inexact: bool = Fal
             with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
                 print(line, file=log)
 
-    return Job(artifact, recipe, model_folder(plan, artifact), plan, say, signals, inexact)
+    folders = {at: model_folder(model, artifact.run / ".prepared") for at, model in plan["models"].items()}
+    return Job(artifact, recipe, folders, plan, say, signals, inexact)
 
 
-def model_folder(plan: dict[str, Any], artifact: Artifact) -> Path:
-    """Where the model of a plan lies; a Hub model is fetched at its pinned commit, a GGUF file was converted."""
-    model = plan["model"]
+def model_folder(model: dict[str, Any], converted: Path) -> Path:
+    """Where a model of a plan lies; a Hub model is fetched at its pinned commit, a GGUF file is in `converted`."""
     if model["kind"] == "gguf":
-        return artifact.run / ".prepared" / f"gguf-{model['identity']['gguf'][:16]}"
+        return converted / f"gguf-{model['identity']['gguf'][:16]}"
     if model["kind"] == "hub":
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        identity = model["identity"]
-        return Path(snapshot_download(identity["hub"], revision=identity["revision"], allow_patterns=patterns))
+        name, commit = model["reference"].partition("@")[0], model["identity"]["revision"]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     return Path(model["folder"]).expanduser()
 
 
 def convert(job: Job) -> None:
     from llmpipe.engine.models import convert_gguf
 
-    if not (job.model / "config.json").exists():
-        job.say(f"model: {job.recipe.model}: reading GGUF, once for this run")
-        convert_gguf(Path(job.recipe.model).expanduser(), job.model)
+    for at, model in job.plan["models"].items():
+        if model["kind"] == "gguf" and not (job.models[at] / "config.json").exists():
+            job.say(f"{at}: {model['reference']}: reading GGUF, once for this run")
+            convert_gguf(Path(model["reference"]).expanduser(), job.models[at])
 
 
 def prepare(job: Job) -> None:
     from llmpipe.plan import check_folder
 
-    hub = job.plan["model"]["kind"] == "hub"
-    check_folder(job.model, job.model.parent.parent if hub else None)
+    for at, model in job.plan["models"].items():
+        check_folder(job.models[at], job.models[at].parent.parent if model["kind"] == "hub" else None)
     prepared = stage(job.recipe.stage).prepare(job)
     rundir.write_json(job.artifact.path / "prepared.json", prepared)
 
@@ -151,17 +152,14 @@ def train(job: Job) -> None:
         made = stage(job.recipe.stage).train(job, prepared)
         if not main:
             return
-        rejected = job.prepared / prepared["data"] / "rejected.jsonl"
-        (artifact.path / "rejected.jsonl").write_bytes(rejected.read_bytes())
-        manifest = artifact.commit(describe(job, prepared, made, time.time() - begun))
+        manifest = artifact.commit(describe(job, made, time.time() - begun))
         count = len(manifest["files"])
         job.say(f"{artifact.path}: {manifest['kind']} published, {count} files, {manifest['fingerprint'][:12]}")
 
 
-def describe(job: Job, prepared: dict[str, Any], made: dict[str, Any], seconds: float) -> dict[str, Any]:
+def describe(job: Job, made: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The manifest, less its file table: what was made, of what, by what, on what."""
-    drop = {"version", "key", "data", "tokenizer", "template", "template_name", "vocab_size", "stop_tokens", "seconds"}
-    drop |= {"eos_token", "pad_token"}
+    models = job.plan["models"]
     return {
         "version": 1,
         "kind": stage(job.recipe.stage).MAKES,
@@ -169,18 +167,8 @@ def describe(job: Job, prepared: dict[str, Any], made: dict[str, Any], seconds: 
         "name": job.artifact.name,
         "identity": job.plan["identity"],
         "asked": job.plan["asked"],
-        "parents": job.plan["model"]["parents"],
-        "base": {"reference": job.recipe.model, **job.plan["model"]["identity"]},
-        "tokenizer": {
-            "sha256": prepared["tokenizer"],
-            "template": prepared["template"],
-            "template_name": prepared["template_name"],
-            "eos_token": prepared["eos_token"],
-            "pad_token": prepared["pad_token"],
-            "stop_tokens": prepared["stop_tokens"],
-        },
-        "vocab_size": prepared["vocab_size"],
-        "data": {key: value for key, value in prepared.items() if key not in drop},
+        "parents": list({p["name"]: p for model in models.values() for p in model["parents"]}.values()),
+        "models": {at: {"reference": model["reference"], **model["identity"]} for at, model in models.items()},
         "seed": job.recipe.seed,
         **made,
         "llmpipe": __version__,
@@ -221,12 +209,12 @@ def write_plan(artifact: Artifact, recipe: Any, plan: Any) -> None:
     artifact.path.mkdir(parents=True, exist_ok=True)
     run = recipe.run if not os.path.isabs(os.path.expanduser(recipe.run)) else f"runs/{artifact.run.name}"
     (artifact.path / "recipe.yaml").write_text(dump(recipe.model_copy(update={"run": run})), encoding="utf-8")
-    model = {"kind": plan.model.kind, "identity": plan.model.identity, "parents": plan.model.parents}
-    if plan.model.folder and plan.model.kind in ("folder", "artifact"):
-        model["folder"] = (
-            os.path.relpath(plan.model.folder) if not plan.model.folder.is_absolute() else str(plan.model.folder)
-        )
-    rundir.write_json(artifact.path / "plan.json", {"identity": plan.identity, "asked": plan.asked, "model": model})
+    models = {}
+    for at, model in plan.models.items():
+        models[at] = {n: getattr(model, n) for n in ("kind", "reference", "identity", "parents")}
+        if model.folder and model.kind in ("folder", "artifact"):
+            models[at]["folder"] = str(model.folder) if model.folder.is_absolute() else os.path.relpath(model.folder)
+    rundir.write_json(artifact.path / "plan.json", {"identity": plan.identity, "asked": plan.asked, "models": models})
 
 
 if __name__ == "__main__":

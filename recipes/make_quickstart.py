@@ -1,13 +1,13 @@
 # python recipes/make_quickstart.py
-"""Writes recipes/quickstart.jsonl: 1,100 small instructions with short answers that are right by construction.
+"""Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on and 470 to test on,
+with short answers that are right by construction.
 
-Thirteen kinds of task, several phrasings each; no problem occurs twice, so that what is held out was never seen in
+Thirteen kinds of task, several phrasings each; no problem occurs twice, so that what is tested was never seen in
 other words. The problems behind `samples:` in recipes/quickstart.yaml are left out altogether. Same seed, same file.
 """
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 WORDS = """
@@ -172,41 +172,48 @@ def calendar(rng: random.Random) -> Row:
     return ("day", DAYS[day], step), ask.format(d=DAYS[day]), f"{DAYS[(day + step) % 7]}."
 
 
+# task -> rows to train on, rows to test on
 TASKS = {
-    add: 150,
-    subtract: 120,
-    larger: 100,
-    parity: 80,
-    following: 70,
-    ordered: 90,
-    reverse: 70,
-    spell: 80,
-    count: 90,
-    edge: 80,
-    capitals: 50,
-    plural: 70,
-    calendar: 50,
+    add: (150, 80),
+    subtract: (120, 80),
+    larger: (100, 60),
+    parity: (80, 40),
+    following: (70, 20),
+    ordered: (90, 60),
+    reverse: (70, 10),
+    spell: (80, 30),
+    count: (90, 30),
+    edge: (80, 40),
+    capitals: (50, 20),
+    plural: (70, 0),  # there are no more of them
+    calendar: (50, 0),
 }
 
 
-def rows(seed: int = 0) -> Iterator[dict]:
-    """`messages` rows in a shuffled order, every problem once."""
-    rng, found = random.Random(seed), []
+def rows(seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """`messages` rows in a shuffled order, to train on and to test on; no problem occurs twice in either or both."""
+    seen = set(KEPT_OUT)
+    return tuple(_draw(random.Random(seed + part), part, seen) for part in (0, 1))
+
+
+def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
+    found = []
     for task, wanted in TASKS.items():
-        seen = set(KEPT_OUT)
-        while wanted:
+        last = len(found) + wanted[part]
+        while len(found) < last:
             problem, prompt, answer = task(rng)
             if problem not in seen:
                 seen.add(problem)
                 found.append((prompt, answer))
-                wanted -= 1
     rng.shuffle(found)
-    for prompt, answer in found:
-        yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        for prompt, answer in found
+    ]
 
 
 if __name__ == "__main__":
-    path = Path(__file__).with_name("quickstart.jsonl")
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{path.name}: {len(lines)} rows")
+    for name, part in zip(("quickstart.jsonl", "quickstart-test.jsonl"), rows(), strict=True):
+        lines = [json.dumps(row, ensure_ascii=False) for row in part]
+        Path(__file__).with_name(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{name}: {len(lines)} rows")

@@ -1,6 +1,7 @@
 """Faults put into a trial: a kill, a signal, NaN or a full disk at one exact moment."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -131,3 +132,47 @@ def disk_full_at(step):
         return original(self, output_dir)
 
     Trainer._save_optimizer_and_scheduler = save
+
+
+def _after_batches(count, act):
+    """Do `act` instead of keeping a batch of an evaluation, after `count` were kept."""
+    from llmpipe.engine.evaluate import Book
+
+    original, kept = Book.add, []
+
+    def add(self, lines):
+        if len(kept) == count:
+            act(self, lines)
+        kept.append(1)
+        original(self, lines)
+
+    Book.add = add
+    return kept
+
+
+def kill_after_three_batches():
+    _after_batches(3, lambda book, lines: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_inside_a_line():
+    """One batch is kept, and of the next one the middle of a line."""
+
+    def half(book, lines):
+        with book.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lines[0])[:40])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _after_batches(1, half)
+
+
+def count_batches():
+
+    from llmpipe.engine.evaluate import Book
+
+    kept, original = _after_batches(-1, None), Book.close
+
+    def close(self, *args):
+        print(f"batches scored: {len(kept)} ")
+        original(self, *args)
+
+    Book.close = close

@@ -27,7 +27,7 @@ def copy(artifact, tmp_path):
 def test_the_exact_files(straight):
     assert {p.name for p in straight.path.iterdir()} == {
         "recipe.yaml", "manifest.json", "model", "checkpoints", "metrics.jsonl", "samples.jsonl", "rejected.jsonl",
-        "log.txt", "outcome.json",
+        "seen.safetensors", "log.txt", "outcome.json",
     }  # fmt: skip
     assert {p.name for p in straight.model.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -35,7 +35,7 @@ def test_the_exact_files(straight):
     }  # fmt: skip
     assert sorted(p.name for p in straight.checkpoints.iterdir()) == ["step-12", "step-9"]
     assert set(straight.verify()["files"]) == {
-        "recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl",
+        "recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "seen.safetensors",
         *(f"model/{p.name}" for p in straight.model.iterdir()),
     }  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_the_manifest_says_what_was_made(straight):
     assert manifest["training"]["steps"] == 12
     assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"]
     assert manifest["verified"]["max_logit_difference"] == 0
-    assert str(straight.run) not in json.dumps({**manifest, "asked": {}, "base": {}}), (
+    assert str(straight.run) not in json.dumps({**manifest, "asked": {}, "models": {}}), (
         "an absolute path in the manifest"
     )
 
@@ -214,7 +214,7 @@ def begin_again(artifact):
     from llmpipe.worker import write_plan
 
     made = load(life.write(artifact.run), schema("sft"))
-    decision = plan.decide(artifact, made, ("model",))
+    decision = plan.decide(artifact, made, ("model",), "checkpoints/step-*")
     assert decision.action == "skip"
     write_plan(artifact, made, decision)
     assert manifest["identity"] == decision.identity
@@ -298,9 +298,17 @@ def test_keep_best_and_patience(tmp_path):
         if "eval_loss" in x
     }
     best = min((s for s in losses if s), key=losses.get)
+    last = manifest["training"]["steps"]
     assert manifest["training"]["published_step"] == best
     assert manifest["final"]["eval_loss"] == losses[best]
-    assert manifest["training"]["steps"] < 40
+    assert last < 40
+
+    # a signal in the last step leaves its evaluation, which ends the training, to the resumed run
+    again = tmp_path / "again"
+    text = path.read_text().replace(str(tmp_path / "run"), str(again))
+    (tmp_path / "again.yaml").write_text(text)
+    assert life.Trial(tmp_path / "again.yaml", hook=f"term_in_step_{last}").wait() == 143
+    assert life.essence(life.command(tmp_path / "again.yaml")) == life.essence(artifact)
 
 
 def test_stop_before_training_starts(tmp_path):

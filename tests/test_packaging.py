@@ -45,7 +45,8 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[Requirement]:
     project = PROJECT["project"]
-    return [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    extras = [r for group in project["optional-dependencies"].values() for r in group if not r.startswith("llmpipe[")]
+    return [Requirement(r) for r in [*project["dependencies"], *extras]]
 
 
 def shipped() -> list[Path]:

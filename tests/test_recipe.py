@@ -69,11 +69,11 @@ def test_every_problem_at_once_with_its_line(tmp_path):
 
 def fields(model, prefix=""):
     """(dotted path of the section, field name) of every field of a recipe."""
-    from llmpipe.recipe import _model_in
+    from llmpipe.recipe import _models_in
 
     for name, field in model.model_fields.items():
         yield prefix, name
-        if inner := _model_in(field.annotation):
+        for inner in _models_in(field.annotation):
             yield from fields(inner, f"{prefix}{name}.")
 
 

@@ -50,7 +50,7 @@ def questions(path: Path) -> list[str]:
 
 def test_they_are_all_found():
     names = [str(path.relative_to(ROOT / "recipes")) for path in SHIPPED]
-    assert names == ["alpaca.yaml", "quickstart.yaml", "sft.yaml", "tiny/sft.yaml"]
+    assert names == ["alpaca.yaml", "eval.yaml", "quickstart.yaml", "sft.yaml", "tiny/eval.yaml", "tiny/sft.yaml"]
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, STARTER], ids=lambda path: str(path.relative_to(ROOT)))
@@ -65,8 +65,8 @@ def test_valid_and_begins_with_its_command(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_local_files_exist(path):
     for recipe in recipes_in(path):
-        sources = [source.path for source in [*recipe.data.train, *recipe.data.eval.sources]]
-        for name in [recipe.model, *sources]:
+        sources = [source.path for source in recipe.rows().values()]
+        for name in [*recipe.references().values(), *sources]:
             if is_local(name) and not name.startswith("./models/"):
                 assert (ROOT / name).exists(), f"{path}: {name}"
         assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"
@@ -109,7 +109,8 @@ def test_every_field_of_the_json_schema_is_documented(stage):
 
 
 def test_quickstart_runs_on_any_machine():
-    (recipe,) = recipes_in(ROOT / "recipes" / "quickstart.yaml")
+    recipe, measured = recipes_in(ROOT / "recipes" / "quickstart.yaml")
+    assert list(measured.models.values()) == [recipe.model, "artifact:sft"] and measured.gate
     assert recipe.launch.processes == 1, "batch_size 2 does not divide among eight GPUs"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert recipe.model == "./" + re.search(r"^MODEL := (.*)$", makefile, re.M)[1]
@@ -124,16 +125,34 @@ def test_recipes_without_a_process_count_fit_eight_gpus(name):
 
 def test_quickstart_rows_are_what_the_generator_makes():
     made = runpy.run_path(str(ROOT / "recipes" / "make_quickstart.py"))["rows"]()
-    lines = (ROOT / "recipes" / "quickstart.jsonl").read_text(encoding="utf-8").split("\n")
-    assert lines.pop() == ""
-    assert [json.loads(line) for line in lines] == list(made)
-    assert len(set(lines)) == len(lines) == 1100
+    for name, rows, count in zip(("quickstart", "quickstart-test"), made, (1100, 470), strict=True):
+        lines = (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+        assert lines.pop() == ""
+        assert [json.loads(line) for line in lines] == rows
+        assert len(set(lines)) == len(lines) == count
+
+
+def test_quickstart_is_tested_on_what_it_was_not_trained_on():
+    from llmpipe.data.formats import question
+
+    trained, tested = (
+        {
+            question(json.loads(line))
+            for line in (ROOT / "recipes" / name).read_text(encoding="utf-8").split("\n")
+            if line
+        }
+        for name in ("quickstart.jsonl", "quickstart-test.jsonl")
+    )
+    assert len(tested) == 470 and not tested & trained
 
 
 def test_quickstart_answers_are_right():
     """An independent reading of the prompts: sums, differences, comparisons, letters."""
     checked = 0
-    for line in (ROOT / "recipes" / "quickstart.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+    texts = [
+        (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("quickstart", "quickstart-test")
+    ]
+    for line in "".join(texts).split("\n")[:-1]:
         prompt, answer = (message["content"] for message in json.loads(line)["messages"])
         numbers = [int(n) for n in re.findall(r"\d+", prompt)]
         if match := re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)\.", answer):
@@ -154,12 +173,12 @@ def test_quickstart_answers_are_right():
         else:
             continue
         checked += 1
-    assert checked > 700
+    assert checked > 1000
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sft"])
 def test_sample_prompts_are_not_trained_on(name):
-    (recipe,) = recipes_in(ROOT / "recipes" / f"{name}.yaml")
+    recipe = recipes_in(ROOT / "recipes" / f"{name}.yaml")[0]
     assert len(recipe.samples.prompts) >= 3
     assert not set(recipe.samples.prompts) & set(questions(ROOT / "recipes" / "quickstart.jsonl"))
 

@@ -18,15 +18,16 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data import templates
-from llmpipe.data.formats import Rejected, convert
+from llmpipe.data.formats import Rejected, convert, question
 from llmpipe.data.pack import IGNORED, lists
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
 
 COUNTS = ("read", "kept", "truncated", "split", "pieces")
 LIST = pa.list_(pa.int32())
-# One row per piece of a kept row. Equal rows have equal hashes; `first` is true for the first piece of a row.
-SCHEMA = pa.schema({"ids": LIST, "labels": LIST, "hash": pa.uint64(), "first": pa.bool_()})
+# One row per piece of a kept row. Equal rows have equal hashes; `asks` is `hash_of` what the row asks; `first` is true
+# for the first piece of a row.
+SCHEMA = pa.schema({"ids": LIST, "labels": LIST, "hash": pa.uint64(), "asks": pa.uint64(), "first": pa.bool_()})
 
 Piece = tuple[np.ndarray, np.ndarray]  # ids and labels, int32 (n,) each, 0 < n <= max_length
 
@@ -37,6 +38,11 @@ class Batch(NamedTuple):
     pieces: pa.RecordBatch
     counts: dict[str, int]
     rejected: list[tuple[int, str, str]]
+
+
+def hash_of(content: bytes, key: bytes = b"") -> int:
+    """64 bits of a content."""
+    return int.from_bytes(hashlib.blake2b(content, key=key, digest_size=8).digest(), "little")
 
 
 class Encoder:
@@ -62,15 +68,17 @@ class Encoder:
         rejected: list[tuple[int, str, str]] = []
         pieces: list[Piece] = []
         hashes: list[int] = []
+        asks: list[int] = []
         first: list[bool] = []
         for number, payload in rows:
             try:
-                row, truncated = self.row(convert(parse(payload), format, columns))
+                example = convert(parse(payload), format, columns)
+                row, truncated = self.row(example)
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
-            hash = hashlib.blake2b(b"".join(ids.tobytes() for ids, _ in row), key=self.key, digest_size=8).digest()
-            hashes += [int.from_bytes(hash, "little")] * len(row)
+            hashes += [hash_of(b"".join(ids.tobytes() for ids, _ in row), self.key)] * len(row)
+            asks += [hash_of(question(example).encode())] * len(row)
             first += [True, *[False] * (len(row) - 1)]
             pieces += row
             counts["kept"] += 1
@@ -80,7 +88,7 @@ class Encoder:
         lengths = [len(ids) for ids, _ in pieces]
         flat = (np.concatenate([piece[side] for piece in pieces] or [np.empty(0, np.int32)]) for side in (0, 1))
         ids, labels = (lists(lengths, values) for values in flat)
-        table = {"ids": ids, "labels": labels, "hash": hashes, "first": first}
+        table = {"ids": ids, "labels": labels, "hash": hashes, "asks": asks, "first": first}
         return Batch(pa.RecordBatch.from_pydict(table, SCHEMA), counts, rejected)
 
     def row(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:

@@ -8,6 +8,7 @@
     {"prompt": str, "completion": str}                          prompt-completion of strings
     {"prompt", "chosen", "rejected"}                            preference: all strings, or all lists of messages
     {"prompt"}                                                  prompt: a string or a list of messages
+    {"prompt", "choices": [str], "answer": n}                   choice: multiple choice, `answer` an index
 
 or raises Rejected. Validation refuses and never repairs: a row that is wrong is named, not guessed at.
 """
@@ -34,6 +35,7 @@ class Rejected(Exception):
 # fit, the one that uses most columns counts.
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
+    "choice": (("prompt", "choices", "answer"), ("system",)),
     "sharegpt": (("conversations",), ("system", "tools")),
     "messages": (("messages",), ("tools",)),
     "alpaca": (("instruction", "output"), ("input", "system", "history")),
@@ -46,6 +48,8 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 SYNONYMS = (
     {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    {"question": "prompt", "choices": "choices", "answer": "answer"},
+    {"question": "prompt", "choices": "choices", "answerKey": "answer"},
     {"question": "instruction", "answer": "output"},  # asked and answered: turns of a chat, not text to go on with
     {"query": "instruction", "response": "output"},
     {"prompt": "prompt", "response": "completion"},
@@ -258,7 +262,33 @@ def _prompt(values: dict) -> dict:
     return {"prompt": messages, "tools": tools_of(values)}
 
 
+def _choice(values: dict) -> dict:
+    choices, answer = values["choices"], values["answer"]
+    labels = [chr(ord("A") + i) for i in range(26)]
+    if isinstance(choices, dict):  # ARC: {"text": [...], "label": [...]}
+        labels, choices = choices.get("label"), choices.get("text")
+    if not isinstance(choices, list) or len(choices) < 2 or not isinstance(labels, list):
+        raise Rejected("wrong type", "choices is not a list of two or more")
+    texts = [text_of(choice, f"choice {i}") for i, choice in enumerate(choices, 1)]
+    if isinstance(answer, str):  # the label, or the very text
+        where = [i for i, pair in enumerate(zip(labels, texts, strict=False)) if answer in pair]
+        answer = where[0] if len(where) == 1 else None
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+        raise Rejected("bad answer", f"{str(values['answer'])[:40]!r} is none of the {len(texts)} choices")
+    return {**_prompt(values), "choices": texts, "answer": answer}
+
+
+def question(example: dict[str, Any]) -> str:
+    """What a row asks, brought to one spelling: the first user turn, the prompt, or the whole text. Two rows that ask
+    the same count as overlapping, whatever is answered."""
+    source = example.get("messages") or example.get("prompt") or example["text"]
+    if isinstance(source, list):
+        source = next((turn["content"] for turn in source if turn["role"] == "user"), source[0]["content"])
+    return " ".join(source.casefold().split())
+
+
 _CONVERT = {
+    "choice": _choice,
     "text": lambda values: {"text": text_of(values["text"], "text")},
     "alpaca": _alpaca,
     "sharegpt": lambda values: _chat(values, "conversations"),

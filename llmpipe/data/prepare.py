@@ -2,6 +2,7 @@
 
     cache/<key>/train.arrow, eval.arrow   int32 lists, see `pack`
                 rejected.jsonl            {"file", "row", "reason", "detail"}, every rejected row
+                seen.safetensors          "asks": uint64, sorted: what the rows to train on ask, for `eval` to compare
                 tokenizer/                the tokenizer that made them and that is published with the model
                 prepared.json             counts, lengths, digests; written last
 
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmpipe.data import sources, templates, tokenizer
@@ -40,10 +42,10 @@ from llmpipe.data.encode import COUNTS, SCHEMA, Batch, Encoder, start_worker, wo
 from llmpipe.data.formats import Rejected, detect
 from llmpipe.data.pack import Output
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
-from llmpipe.recipe import Data, Source, is_local, science
+from llmpipe.recipe import Data, Rows, is_local, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
-VERSION = 3
+VERSION = 4
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
 Say = Callable[[str], None]
@@ -58,8 +60,9 @@ class Origin:
     revision: str | None
 
 
-def key_of(data: Data, model: Path, seed: int) -> tuple[str, list[Origin]]:
-    """What names the prepared data, and where it comes from. Files are hashed, nothing is tokenized.
+def key_of(data: Data, model: Path, seed: int, pinned: dict[str, str] | None = None) -> tuple[str, list[Origin]]:
+    """What names the prepared data, and where it comes from. Files are hashed, nothing is tokenized. `pinned`: commits
+    of Hub data sets that are known already, by `sources.hub_key`.
 
     The key changes with the content of every file, the tokenizer, the template and the recipe's fields, not with where
     things lie. Raises UserError for a missing or unreadable file.
@@ -70,7 +73,8 @@ def key_of(data: Data, model: Path, seed: int) -> tuple[str, list[Origin]]:
             shown = Path(source.path).name if os.path.isabs(Path(source.path).expanduser()) else source.path
             origins.append(Origin(shown, sources.files_of(source), None))
         else:
-            origins.append(Origin(source.path, [], sources.hub_revision(source)))
+            commit = (pinned or {}).get(sources.hub_key(source)) or sources.hub_revision(source)
+            origins.append(Origin(source.path, [], commit))
     fields = science(data)
     for section in (*fields["train"], *fields["eval"]["sources"]):
         del section["path"]
@@ -82,14 +86,23 @@ def key_of(data: Data, model: Path, seed: int) -> tuple[str, list[Origin]]:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, progress: bool = True) -> Path:
+def prepare(
+    data: Data,
+    model: Path,
+    cache: Path,
+    *,
+    seed: int,
+    say: Say,
+    pinned: dict[str, str] | None = None,
+    progress: bool = True,
+) -> Path:
     """Rows -> tokens for training on text and conversations; the folder with `prepared.json`.
 
     Raises UserError: code 2 for data that cannot be read or too many rejected rows, 3 for a broken tokenizer, 4 when
     nothing would be learned, 5 when a worker process dies or the disk is full.
     """
     started = time.monotonic()
-    key, origins = key_of(data, model, seed)
+    key, origins = key_of(data, model, seed, pinned)
     final = cache / key
     if record := read_json(final / "prepared.json"):
         say(f"data: {record['rows']['train']:,} rows ready (cached)")
@@ -124,6 +137,17 @@ def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, progre
         f"{record['sequences']['train']:,} sequences" + "".join(f"; {count:,} {name}" for count, name in notes if count)
     )
     return final
+
+
+def facts(prepared: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of prepared data: tokenizer, template, vocabulary and the rows."""
+    tokenizer = ("template", "template_name", "eos_token", "pad_token", "stop_tokens")
+    apart = {"version", "key", "data", "seconds", "tokenizer", "vocab_size", *tokenizer}
+    return {
+        "tokenizer": {"sha256": prepared["tokenizer"], **{name: prepared[name] for name in tokenizer}},
+        "vocab_size": prepared["vocab_size"],
+        "data": {key: value for key, value in prepared.items() if key not in apart},
+    }
 
 
 def _other_runs(process: int) -> bool:
@@ -187,7 +211,9 @@ def _make(
     if data.eval.holdout and not held:
         say("data: all rows are equal, so none is held out")
     train, held_out = (Output(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
-    unseen = _replay(folder / "spool.arrow", spooled, train, held_out, held, [s.weight for s in data.train], seed)
+    weights = [source.weight for source in data.train]
+    unseen, asks = _replay(folder / "spool.arrow", spooled, train, held_out, held, weights, seed)
+    save_file({"asks": asks}, folder / "seen.safetensors")
     folder.joinpath("spool.arrow").unlink()
     if not train.supervised:
         hint = "see data.eval.holdout and the weights of the sources"
@@ -268,7 +294,7 @@ class _Stream:
             yield json.dumps(line), f"{shown}:{row}: {reason}" + (f": {detail}" if detail else "")
 
 
-def _open(source: Source, origin: Origin, say: Say, has_template: bool) -> _Stream:
+def _open(source: Rows, origin: Origin, say: Say, has_template: bool) -> _Stream:
     """Open a source and find its format from its first rows. Raises UserError."""
     shown = source.path
     if origin.files:
@@ -290,8 +316,8 @@ def _open(source: Source, origin: Origin, say: Say, has_template: bool) -> _Stre
         raise UserError(errors[0], "none of the first rows can be read")
     columns = list(dict.fromkeys(name for row in sample for name in row))
     format, used, unused = detect(columns, source.format, source.columns, shown)
-    if format in ("preference", "prompt"):
-        purpose = "reward and dpo" if format == "preference" else "ppo and grpo"
+    purpose = {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format)
+    if purpose:
         raise UserError(f"{shown}: format {format} is for {purpose}, not for sft")
     chat = format in ("alpaca", "sharegpt", "messages") or (
         format == "prompt-completion" and any(isinstance(row.get(name), list | dict) for row in sample for name in used)
@@ -310,7 +336,7 @@ def _open(source: Source, origin: Origin, say: Say, has_template: bool) -> _Stre
         "unused_columns": unused,
         "files": [{"name": file.name, "sha256": file.sha256, "rows": 0} for file in origin.files],
         "revision": origin.revision,
-        "weight": source.weight,
+        "weight": getattr(source, "weight", 1.0),  # rows to evaluate on have none
         "rejected": {},
         **dict.fromkeys(COUNTS, 0),
     }
@@ -371,9 +397,11 @@ def _held(hashes: np.ndarray, share: float) -> np.uint64:
 
 def _replay(
     spool: Path, spooled: list[int], train: Output, held_out: Output, held: np.uint64, weights: list[float], seed: int
-) -> int:
-    """Every spooled piece to where it belongs. Returns how many rows go nowhere (weight < 1)."""
+) -> tuple[int, np.ndarray]:
+    """Every spooled piece to where it belongs. Returns how many rows go nowhere (weight < 1), and what those in `train`
+    ask, uint64 (questions,), sorted."""
     unseen = 0
+    asks = array("Q")
     with pa.OSFile(str(spool)) as file, pa.ipc.open_stream(file) as reader:
         for index, batch in zip(spooled, reader, strict=True):
             ids, labels = (batch[name].flatten().to_numpy() for name in ("ids", "labels"))
@@ -386,10 +414,11 @@ def _replay(
             luck = (luck ^ (luck >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
             copies = int(weight) + ((luck >> np.uint64(11)) / 2.0**53 < weight - int(weight))
             unseen += int((first & ~out & (copies == 0)).sum())
+            asks.frombytes(batch["asks"].to_numpy()[first & ~out & (copies > 0)].tobytes())
             for i in range(len(hashes)):
                 piece = slice(offsets[i], offsets[i + 1])
                 for _ in range(1 if out[i] else copies[i]):
                     (held_out if out[i] else train).add(ids[piece], labels[piece])
     train.close()
     held_out.close()
-    return unseen
+    return unseen, np.unique(np.asarray(asks))

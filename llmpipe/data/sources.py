@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from llmpipe.data.formats import Rejected
 from llmpipe.errors import UserError
-from llmpipe.recipe import Source, near
+from llmpipe.recipe import Rows, near
 from llmpipe.rundir import sha256_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def files_of(source: Source) -> list[File]:
+def files_of(source: Rows) -> list[File]:
     """The files of a local source in a fixed order, with their hashes. Raises UserError naming what is missing."""
     given = source.path
     path = Path(given).expanduser()
@@ -269,7 +269,12 @@ _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parq
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def hub_revision(source: Source) -> str:
+def hub_key(source: Rows) -> str:
+    """What a Hub data set's commit is kept under."""
+    return f"{source.path}@{source.revision or ''}"
+
+
+def hub_revision(source: Rows) -> str:
     """The commit that a Hub data set's revision means. Raises UserError at once where there is no network."""
     hint = "local paths start with ./ or end in a known suffix"
     if Path(source.path).exists():
@@ -304,7 +309,7 @@ def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
     return opened.is_set()
 
 
-def hub_chunks(source: Source, revision: str) -> Iterator[Chunk]:
+def hub_chunks(source: Rows, revision: str) -> Iterator[Chunk]:
     """The rows of a Hub data set, downloaded once and memory-mapped by `datasets`."""
     import datasets
 

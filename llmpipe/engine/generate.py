@@ -1,4 +1,4 @@
-"""Generation from a model in training: the recipe's prompts, answered before and after."""
+"""Generation: conversations as a model sees them, answers in batches, the recipe's prompts before and after."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,31 +30,65 @@ def own_rng(seed: int = 0) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str, template_kwargs: dict[str, Any] | None = None) -> str:
-    """A prompt as the model sees it: one user turn of the chat template, or the bare text without a template."""
+class Sampling(NamedTuple):
+    """How an answer is drawn; temperature 0 is greedy, top_k 0 is no limit."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    ask: dict[str, Any],
+    template_kwargs: dict[str, Any] | None = None,
+    tools: list[dict] | None = None,
+    *,
+    open_turn: bool = True,
+) -> str:
+    """A conversation as the model sees it, up to where its answer begins; the bare text without a template.
+
+    `ask`: {"text": str}, which no template touches, or {"messages": [...]}.
+    """
+    if "text" in ask:
+        return ask["text"]
     if not tokenizer.chat_template:
-        return prompt
-    messages = [{"role": "user", "content": prompt}]
+        return "\n\n".join(turn["content"] for turn in ask["messages"])
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+        ask["messages"], tools=tools, tokenize=False, add_generation_prompt=open_turn, **(template_kwargs or {})
     )
 
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    streamer: Any = None,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to rendered prompts, one batch: [{answer, tokens, ended}], `ended` by a stop token."""
-    encoded = [tokenizer(p, add_special_tokens=not tokenizer.chat_template)["input_ids"] for p in prompts]
-    width = max(map(len, encoded))
+    """Answers to tokenized prompts, one batch: [{answer, tokens, ended}], `ended` by a stop token of the model's."""
+    width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=model.device)
+    ids = torch.tensor([[pad] * (width - len(e)) + e for e in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in prompts], device=model.device)
+    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature:
+        drawn = {"do_sample": True, **sampling._asdict()}
+        del drawn["max_new_tokens"]
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # runs in fp32, with a cache and padding on the left
     try:
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            **drawn,
+        )
     finally:
         model.set_attn_implementation(attention)
         model.train(was_training)
@@ -85,8 +119,10 @@ def answer_samples(
         return
     if samples.prompts:
         with own_rng():
-            prompts = [render(tokenizer, prompt, kwargs) for prompt in samples.prompts]
-            answers = answer(trainer.plain_model(), tokenizer, prompts, samples.max_new_tokens)
+            asks = [{"messages": [{"role": "user", "content": prompt}]} for prompt in samples.prompts]
+            texts = [render(tokenizer, ask, kwargs) for ask in asks]
+            prompts = [tokenizer(t, add_special_tokens=not tokenizer.chat_template)["input_ids"] for t in texts]
+            answers = answer(trainer.plain_model(), tokenizer, prompts, Sampling(samples.max_new_tokens))
         kept += [{"when": when, "prompt": p, **a} for p, a in zip(samples.prompts, answers, strict=True)]
         if when == "after":
             for line in kept:

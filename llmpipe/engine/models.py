@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from llmpipe import launch, rundir
 from llmpipe.engine import upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
-from llmpipe.recipe import Recipe
+from llmpipe.recipe import Training
 
 Say = Callable[[str], None]
 
@@ -44,7 +44,7 @@ class Hardware:
         return {k: v for k, v in vars(self).items() if k != "accumulation"}
 
 
-def hardware(recipe: Recipe, say: Say) -> Hardware:
+def hardware(recipe: Training, say: Say) -> Hardware:
     """Decide device, precision, attention and micro-batch, and say why."""
     on_gpu = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,10 +89,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model in fp32 from safetensors. Raises UserError (3) when a tensor is missing or left over."""
+def load_model(folder: Path, attention: str = "sdpa", kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """A model of `kind` in fp32 from safetensors. Raises UserError (3) when a tensor is missing or left over."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -103,7 +103,7 @@ def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot be loaded as a causal language model: {first}", code=DATA) from error
+        raise UserError(f"{folder}: cannot be loaded: {first}", code=DATA) from error
     problems = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
     if problems or report.get("error_msgs"):
         what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in problems.items())

@@ -29,7 +29,7 @@ from llmpipe.engine import checkpoints, models
 from llmpipe.engine.generate import own_rng
 from llmpipe.engine.progress import Progress
 from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
-from llmpipe.recipe import Recipe
+from llmpipe.recipe import Training
 from llmpipe.rundir import Artifact
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "memory_gb")  # not part of what a resumed run must repeat
@@ -42,7 +42,7 @@ def dataset(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware) -> SFTConfig:
+def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardware) -> SFTConfig:
     """The recipe as TRL's configuration. Raises UserError when `trainer:` holds what the configuration refuses."""
     optim = recipe.optim
     trackers(recipe, artifact)
@@ -88,7 +88,7 @@ def sft_arguments(recipe: Recipe, artifact: Artifact, hardware: models.Hardware)
         ) from error
 
 
-def trackers(recipe: Recipe, artifact: Artifact) -> None:
+def trackers(recipe: Training, artifact: Artifact) -> None:
     """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
     for name in recipe.log.trackers:
         if importlib.util.find_spec(name) is None:
@@ -176,7 +176,7 @@ class _Durable:
     def attach(
         self,
         artifact: Artifact,
-        recipe: Recipe,
+        recipe: Training,
         identity: str,
         hardware: models.Hardware,
         signals: Any,
@@ -228,15 +228,17 @@ class _Durable:
             self._restored = rundir.read_json(checkpoint / checkpoints.STATE)
             self._best = tuple(self._restored["best"]) if self._restored["best"] else None
             self._worse = self._restored["worse"]
-            if state["global_step"] >= state["max_steps"] or self._restored["finished"]:
+            finished = state["global_step"] >= state["max_steps"] or self._restored["finished"]
+            if finished or self._restored["pending_evaluation"]:
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+            if self._restored["pending_evaluation"]:  # a signal came before it; it may end the training
+                self._evaluate(None, None)
+                if self._stopped:
+                    raise self._stop()
+            if finished or self.control.should_training_stop:
                 mine = self._restored["ranks"][0]
                 self._tokens, self._begun = mine["tokens"], self._begun - mine["seconds"]
-                if self._restored["pending_evaluation"]:
-                    self._evaluate(None, None)
-                    if self._stopped:
-                        raise self._stop()
                 return self._finish()
         elif self.eval_dataset is not None:
             try:
@@ -455,7 +457,7 @@ class _Durable:
         }
 
     def _on_begin(self) -> None:
-        """Put the counters back, after the library has restored its own; then do an evaluation that was left over."""
+        """Put the counters back, after the library has restored its own."""
         if self._progress:
             self._progress.begin(self.state.global_step, self.state.max_steps)
         if not self._restored:
@@ -467,8 +469,6 @@ class _Durable:
         self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
         self._last_logged = (time.monotonic(), self._tokens)
         self._begun -= mine["seconds"]
-        if self._restored["pending_evaluation"]:
-            self._evaluate(None, None)
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 

@@ -37,13 +37,16 @@ def describe(artifact: Artifact) -> list[str]:
         manifest = artifact.manifest()
     except UserError as error:
         return [f"{artifact.path}  DAMAGED: {error.message}"]
-    rows, training = manifest["data"]["rows"], manifest["training"]
-    rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
-    lines[0] += (
+    made = (
         f"  finished {manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
     )
+    lines[0] += made
+    if manifest["kind"] == "evaluation":
+        return lines + measurements(artifact)
+    rows, training = manifest["data"]["rows"], manifest["training"]
+    rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
     parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
-    lines.append(f"  from       {parents or manifest['base']['reference']}")
+    lines.append(f"  from       {parents or manifest['models']['model']['reference']}")
     lines.append(
         f"  rows       {rows['read']:,} read = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({rejected}); "
         f"{rows['truncated']:,} truncated, {rows['split']:,} split; {rows['train']:,} train, {rows['eval']:,} held out"
@@ -53,6 +56,24 @@ def describe(artifact: Artifact) -> list[str]:
     lines.append(f"  tokens     {tokens['train']:,} per epoch, {share:.0%} supervised")
     lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
     lines += losses(artifact)
+    return lines
+
+
+def measurements(artifact: Artifact) -> list[str]:
+    """A line per number of an evaluation, and per difference that its interval keeps from zero."""
+    lines = []
+    for task, about in (rundir.read_json(artifact.path / "results.json") or {"tasks": {}})["tasks"].items():
+        seen = max(about.get("overlap", {}).values(), default=0)
+        lines.append(f"  {task}: {about['task']}" + (f"; {seen:,} of {about['n']:,} asked in training" if seen else ""))
+        for metric, cells in about["metrics"].items():
+            shown = [f"{m} {c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for m, c in cells.items()]
+            differ = [
+                pair for pair, c in about["differences"].get(metric, {}).items() if not c["low"] <= 0 <= c["high"]
+            ]
+            n = next(iter(cells.values()))["n"]
+            lines.append(
+                f"    {metric:<14} n={n:,}  {'  '.join(shown)}" + (f"  differ: {', '.join(differ)}" if differ else "")
+            )
     return lines
 
 

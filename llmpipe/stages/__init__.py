@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from llmpipe.recipe import Recipe
     from llmpipe.rundir import Artifact
 
-STAGES = {"sft": "supervised fine-tuning: learn to answer from examples"}
+STAGES = {
+    "sft": "supervised fine-tuning: learn to answer from examples",
+    "eval": "evaluation: measure models on the same items, with intervals",
+}
 
 
 @dataclass
@@ -25,10 +28,10 @@ class Job:
 
     artifact: Artifact
     recipe: Recipe
-    model: Path
-    """Folder of the model to start from, as safetensors and JSON."""
+    models: dict[str, Path]
+    """Folders of the models that the recipe names, as safetensors and JSON, by the path of the field."""
     plan: dict[str, Any]
-    """plan.json: what was asked, its identity and the parents."""
+    """plan.json: what was asked, its identity and the models."""
     say: Callable[[str], None]
     """Prints a line and keeps it in log.txt."""
     signals: Any
@@ -37,13 +40,19 @@ class Job:
     """Resume although the machine's settings changed."""
 
     @property
+    def model(self) -> Path:
+        """What a stage that trains starts from."""
+        return self.models["model"]
+
+    @property
     def prepared(self) -> Path:
         """Where the run keeps tokenized rows."""
         return self.artifact.run / ".prepared"
 
 
 def stage(name: str) -> ModuleType:
-    """The module of a stage: `Schema`, `ACCEPTS`, `MAKES`, `prepare(job)` and `train(job)`."""
+    """The module of a stage: `Schema`; `ACCEPTS` and `MAKES`, artifact kinds; `PROGRESS`, a glob of what an unfinished
+    artifact goes on from; `prepare(job)` and `train(job, prepared)`; where it has one, `judge(recipe, artifact)`."""
     if name not in STAGES:
         match = difflib.get_close_matches(str(name), STAGES, n=1)
         hint = f"; did you mean '{match[0]}'?" if match else ""

@@ -6,17 +6,19 @@ The story is `train`, top to bottom; the trainer underneath is TRL's SFTTrainer 
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, ClassVar, Literal
 
 from llmpipe import rundir
-from llmpipe.recipe import Recipe
+from llmpipe.recipe import Training
 from llmpipe.stages import Job
 
 ACCEPTS = ("model",)
 MAKES = "model"
+PROGRESS = "checkpoints/step-*"
 
 
-class Schema(Recipe):
+class Schema(Training):
     stage: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
 
@@ -124,12 +126,15 @@ def prepare(job: Job) -> dict[str, Any]:
     from llmpipe.data.prepare import prepare as tokenize
 
     recipe = job.recipe
-    folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say)
+    folder = tokenize(
+        recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=job.plan["asked"]["content"]
+    )
     return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
 
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.data.prepare import facts
     from llmpipe.engine import upstream
 
     upstream.silence()
@@ -163,4 +168,8 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "after", kwargs)
 
     verified = verify.publish(trainer, tokenizer, artifact.model, say)
-    return {"final": final, "verified": verified, "training": trainer.facts(), "hardware": hardware.describe()}
+    if trainer.is_world_process_zero():
+        for name in ("rejected.jsonl", "seen.safetensors"):
+            shutil.copyfile(rows / name, artifact.path / name)
+    made = {"final": final, "verified": verified, "training": trainer.facts(), "hardware": hardware.describe()}
+    return facts(prepared) | made

@@ -96,7 +96,9 @@ def test_cache_is_reused_and_follows_content(here, base):
     assert said[-1] == "data: 5 rows ready (cached)"
     assert first.joinpath("prepared.json").stat().st_mtime_ns == stamp
     assert sorted(p.name for p in Path("cache").iterdir()) == [first.name]
-    assert sorted(p.name for p in first.iterdir()) == ["prepared.json", "rejected.jsonl", "tokenizer", "train.arrow"]
+    assert sorted(p.name for p in first.iterdir()) == [
+        "prepared.json", "rejected.jsonl", "seen.safetensors", "tokenizer", "train.arrow",
+    ]  # fmt: skip
     assert key_of(data, base, 0)[0] == first.name == json.loads((first / "prepared.json").read_text())["key"]
 
     def key(model=base, seed=0, **fields) -> str:

@@ -1,0 +1,115 @@
+"""Rows -> the items of an evaluation, each with the file and row it came from.
+
+    {"id", "at", "ask": {"text"} or {"messages"}, ...}
+        perplexity   text | messages            generate     reference
+        choice       choices, answer            preference   chosen, rejected: text or messages
+
+An item that cannot be used stops the stage: a measurement on fewer items than were given is not the one asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from llmpipe.data import sources
+from llmpipe.data.encode import hash_of
+from llmpipe.data.formats import Rejected, convert, detect, question
+from llmpipe.errors import UserError
+from llmpipe.recipe import Rows, is_local
+from llmpipe.rundir import Artifact
+
+FORMATS = {  # what a task can use
+    "perplexity": ("text", "alpaca", "sharegpt", "messages", "prompt-completion"),
+    "generate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt"),
+    "winrate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt"),
+    "choice": ("choice",),
+    "preference": ("preference",),
+}
+
+
+def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str]) -> list[dict[str, Any]]:
+    """Every item of a task. `bare`: prompts as text, without a template. Raises UserError naming each bad row."""
+    items: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for source in data:
+        for at, row in _rows(source, task, pinned):
+            try:
+                if isinstance(row, Rejected):
+                    raise row
+                item = _item(row, task, bare)
+                items.append({"id": len(items), "at": at, "asks": hash_of(question(row).encode()), **item})
+            except Rejected as error:
+                errors.append(f"{at}: {error.reason}" + (f": {error.detail}" if error.detail else ""))
+    if errors:
+        more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise UserError("\n".join(errors[:5]) + more, "mend or remove these rows: every item has to be measured")
+    return items
+
+
+def _rows(source: Rows, task: str, pinned: dict[str, str]) -> Any:
+    """(where, example or Rejected) for every row of a source."""
+    if is_local(source.path):
+        files = sources.files_of(source)
+        chunks = sources.chunks(files, source.limit)
+        names = [file.shown for file in files]
+    else:
+        chunks, names = sources.hub_chunks(source, pinned[sources.hub_key(source)]), [source.path]
+    layout = None
+    for chunk in chunks:
+        for number, payload in chunk.rows:
+            at = f"{names[chunk.file]}:{number}"
+            try:
+                row = sources.parse(payload)
+                if layout is None:
+                    layout = detect(list(row), source.format, source.columns, source.path)
+                    if layout[0] not in FORMATS[task]:
+                        wanted = ", ".join(FORMATS[task])
+                        raise UserError(f"{source.path}: format {layout[0]} does not fit {task}", f"it takes {wanted}")
+                yield at, convert(row, layout[0], layout[1])
+            except Rejected as error:
+                yield at, error
+
+
+def _item(row: dict[str, Any], task: str, bare: bool) -> dict[str, Any]:
+    """One example as an item. Raises Rejected."""
+    if task == "perplexity":
+        return {key: row[key] for key in ("text", "messages", "tools", "prompt", "completion", "first") if key in row}
+    prompt, more = row.get("prompt"), {}
+    if task in ("generate", "winrate"):
+        if "messages" in row:
+            prompt, last = row["messages"][:-1], row["messages"][-1]
+            if last["role"] != "assistant" or not prompt:
+                raise Rejected("no assistant turn", "the conversation does not end with an answer")
+            more = {"reference": last["content"]}
+        elif "completion" in row:
+            bare, more = True, {"reference": row["completion"].strip()}  # text to go on with, as in training
+    elif task == "choice":
+        more = {"choices": row["choices"], "answer": row["answer"]}
+    else:
+        bare = isinstance(row["chosen"], str)
+        more = {side: row[side] for side in ("chosen", "rejected")}
+    if bare and isinstance(prompt, list):
+        prompt = "\n\n".join(turn["content"] for turn in prompt)
+    elif isinstance(prompt, str) and not bare:
+        prompt = [{"role": "user", "content": prompt}]
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    return {"ask": {"text": prompt} if bare else {"messages": prompt}, **more, **tools}
+
+
+def seen_by(items: list[dict[str, Any]], artifacts: list[Artifact]) -> dict[str, int]:
+    """How many items ask what a row asked that an artifact was trained on: {artifact: count}."""
+    asks = np.array([item["asks"] for item in items], np.uint64)
+    counts: dict[str, int] = {}
+    for artifact in artifacts:
+        path: Path = artifact.path / "seen.safetensors"
+        if artifact.finished and path.exists():
+            try:
+                counts[artifact.name] = int(np.isin(asks, load_file(path)["asks"]).sum())
+            except (SafetensorError, KeyError, OSError) as error:
+                raise UserError(f"{path}: cannot be read: {error}", code=3) from None
+    return counts

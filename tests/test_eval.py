@@ -1,0 +1,490 @@
+"""Evaluation: every number is what its library or a plain loop gives, a killed evaluation ends as an unbroken one,
+a gate stops a pipeline, and a judge that fails is counted and never believed."""
+
+import json
+import math
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from llmpipe import rundir
+from llmpipe.errors import UserError
+from llmpipe.stages import schema
+from tests import life
+
+ROWS = [{"path": str(life.TINY / "rows.jsonl")}]
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 6, "Blue is a colour.", "Ein Satz mit Ümläuten 你好."]
+PAIRS = [
+    {"prompt": "What colour is grass?", "chosen": "Green.", "rejected": "A loud kind of Tuesday."},
+    {"prompt": "What is a young dog called?", "chosen": "A puppy.", "rejected": "A mountain of old rope."},
+]
+CHOICES = [
+    {"question": "What colour is grass?", "choices": ["Green.", "Blue.", "Seventeen."], "answer": 0},
+    {"question": "What is a young dog called?", "choices": ["A puppy.", "A stone."], "answer": "A"},
+    {"question": "The sky is", "choices": {"text": ["a fish", "blue"], "label": ["1", "2"]}, "answer": "2"},
+]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [{"path": str(path)}]
+
+
+def write(run, tasks, models=None, **more):
+    models = models or {"base": str(life.TINY / "model"), "sft": "artifact:sft"}
+    values = {"stage": "eval", "run": str(run), "models": models, "tasks": tasks, "precision": "fp32", **more}
+    values.setdefault("launch", {"threads": 1, "batch_size": 8})
+    path = run.parent / f"{values.get('name', 'eval')}.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+def results(artifact):
+    return json.loads((artifact.path / "results.json").read_text())
+
+
+def lines(artifact):
+    return [json.loads(line) for line in (artifact.path / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose sft model knows a part of the tiny rows by heart."""
+    run = tmp_path_factory.mktemp("eval") / "run"
+    life.command(
+        life.write(
+            run,
+            optim__steps=60,
+            optim__learning_rate=5e-3,
+            optim__batch_size=8,
+            evaluation={},
+            checkpoint__every=99,
+            log__every=20,
+            launch__micro_batch_size=8,
+        )
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def tasks(run):
+    return [
+        {"name": "text", "task": "perplexity", "data": jsonl(run.parent / "texts.jsonl", [{"text": t} for t in TEXTS]),
+         "window": 32, "stride": 12},
+        {"name": "chat", "task": "perplexity", "data": ROWS},
+        {"name": "answers", "task": "generate", "data": ROWS, "max_new_tokens": 12, "pattern": "(Blue)",
+         "score": ["exact_match", "contains", "regex", "number", "math_verify", "json", "rouge", "bleu", "chrf"]},
+        {"task": "choice", "data": jsonl(run.parent / "choices.jsonl", CHOICES)},
+        {"task": "preference", "data": jsonl(run.parent / "pairs.jsonl", PAIRS)},
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tasks):
+    return life.command(write(run, tasks))
+
+
+def test_the_artifact(evaluated):
+    manifest = evaluated.verify()
+    assert manifest["kind"] == "evaluation" and [p["name"] for p in manifest["parents"]] == ["sft"]
+    assert set(manifest["files"]) == {"recipe.yaml", "results.json", "samples.jsonl"}
+    found = results(evaluated)
+    sft = rundir.Artifact(evaluated.run / "sft").manifest()
+    assert found["models"]["sft"]["parent"] == "base" and found["models"]["base"]["parent"] is None
+    assert found["models"]["sft"]["template"] == sft["tokenizer"]["template"], "evaluated with the template of training"
+    for task in found["tasks"].values():
+        for cells in task["metrics"].values():
+            for cell in cells.values():
+                assert cell["low"] <= cell["value"] <= cell["high"] and cell["n"] == task["n"]
+    assert manifest["final"]["answers.exact_match"]["sft"] > 0.3
+
+
+def plain_loop(folder, text, window, stride):
+    """The sliding window of the transformers documentation, with what every token has before it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    nats, count, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        part, labels = ids[:, begin:end], ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        with torch.no_grad():
+            logits = model(part).logits[0, :-1].double()
+        wanted = labels[0, 1:]
+        for row, label in zip(logits, wanted, strict=True):
+            if label != -100:
+                nats -= float(row.log_softmax(-1)[label])
+                count += 1
+        before = end
+        if end == ids.shape[1]:
+            break
+    return nats, count
+
+
+def test_perplexity_is_that_of_a_plain_loop(evaluated):
+    for label, folder in (("base", life.TINY / "model"), ("sft", evaluated.run / "sft" / "model")):
+        each = [plain_loop(folder, text, 32, 12) for text in TEXTS]
+        nats, count = sum(n for n, _ in each), sum(c for _, c in each)
+        metrics = results(evaluated)["tasks"]["text"]["metrics"]
+        assert metrics["nats_per_token"][label]["value"] == pytest.approx(nats / count, abs=1e-6)
+        assert metrics["perplexity"][label]["value"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+        size = sum(len(text.encode()) for text in TEXTS)
+        assert metrics["bits_per_byte"][label]["value"] == pytest.approx(nats / math.log(2) / size, abs=1e-6)
+
+
+def test_the_perplexity_of_a_conversation_is_the_loss_of_training(evaluated):
+    """On the very rows of training: the assistant's tokens and no others, as sft counts them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = evaluated.run / "sft" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    nats, count = 0.0, 0
+    for line in (life.TINY / "rows.jsonl").read_text().splitlines():
+        turns = json.loads(line)["messages"]
+        for k in [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]:
+            prompt = tokenizer.apply_chat_template(turns[:k], add_generation_prompt=True, return_dict=False)
+            text = tokenizer.apply_chat_template(turns[: k + 1], tokenize=False).rstrip()
+            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            for at in range(len(prompt), len(whole)):
+                nats -= float(logits[at - 1, whole[at]])
+                count += 1
+    cell = results(evaluated)["tasks"]["chat"]["metrics"]["nats_per_token"]["sft"]
+    assert cell["value"] == pytest.approx(nats / count, abs=1e-5)
+
+
+def test_scores_are_those_of_their_libraries(evaluated):
+    from math_verify import parse, verify
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    metrics = results(evaluated)["tasks"]["answers"]["metrics"]
+    own = [x for x in lines(evaluated) if x["task"] == "answers" and x["model"] == "sft"]
+    said, wanted = [x["answers"][0] for x in own], [x["reference"] for x in own]
+    assert metrics["bleu"]["sft"]["value"] == corpus_bleu(said, [wanted]).score
+    assert metrics["chrf"]["sft"]["value"] == corpus_chrf(said, [wanted]).score
+    rouge = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for name in ("rouge1", "rouge2", "rougeL"):
+        values = [rouge.score(w, s)[name].fmeasure for s, w in zip(said, wanted, strict=True)]
+        assert metrics[name]["sft"]["value"] == pytest.approx(sum(values) / len(values), abs=1e-12)
+    exact = sum(s.strip() == w for s, w in zip(said, wanted, strict=True)) / len(own)
+    assert metrics["exact_match"]["sft"]["value"] == exact
+    right = sum(verify(parse(w), parse(s)) for s, w in zip(said, wanted, strict=True)) / len(own)
+    assert metrics["math_verify"]["sft"]["value"] == right
+
+
+HARNESS = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{rows}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc}}
+  - {{metric: acc_norm}}
+"""
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    """A folder with one task of lm-evaluation-harness; the same items as JSON lines."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": c["question"], "choices": c["choices"], "answer": 0} for c in CHOICES[:2]]
+    rows += [{"question": "The sky is", "choices": ["a fish", "blue"], "answer": 1}]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "tiny_choice.yaml").write_text(HARNESS.format(rows=tmp_path / "rows.jsonl"))
+    return folder
+
+
+@pytest.mark.parametrize("template", ["none", "auto"])
+@pytest.mark.filterwarnings("ignore")  # lm-evaluation-harness's own, about everything it imports
+def test_harness_and_choice_are_what_the_harness_itself_says(run, harness, template, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    name = f"harness-{template}"
+    tasks = [
+        {"task": "harness", "tasks": ["tiny_choice"], "folder": str(harness), "template": template},
+        {"task": "choice", "data": [{"path": str(harness.parent / "rows.jsonl")}], "template": template},
+    ]
+    artifact = life.command(write(run, tasks, name=name))
+    found = results(artifact)["tasks"]
+    model = f"pretrained={artifact.run / 'sft' / 'model'},dtype=float32"
+    manager = TaskManager(include_path=str(harness), include_defaults=False)
+    itself = simple_evaluate(
+        "hf", model_args=model, tasks=["tiny_choice"], device="cpu", batch_size=1, bootstrap_iters=0,
+        task_manager=manager, apply_chat_template=template == "auto",
+    )  # fmt: skip
+    for metric in ("acc", "acc_norm"):
+        value = itself["results"]["tiny_choice"][f"{metric},none"]
+        assert found["harness"]["metrics"][metric]["sft"]["value"] == value
+        assert found["harness"]["metrics"][metric]["sft"]["n"] == 3
+        assert found["choice"]["metrics"][metric]["sft"]["value"] == value
+    sums = [[pair[0][0] for pair in sample["resps"]] for sample in itself["samples"]["tiny_choice"]]
+    own = [x["log_probs"] for x in lines(artifact) if x["task"] == "choice" and x["model"] == "sft"]
+    for ours, theirs in zip(own, sums, strict=True):
+        assert ours == pytest.approx([float(value) for value in theirs], abs=1e-4)
+
+
+def test_answers_do_not_depend_on_the_batch(run, tmp_path):
+    tasks = [{"task": "generate", "data": ROWS, "score": ["exact_match"], "max_new_tokens": 12}]
+    said = {}
+    for size in (1, 7, 32):
+        artifact = life.command(write(run, tasks, name=f"batch-{size}", launch={"threads": 1, "batch_size": size}))
+        said[size] = [(x["model"], x["item"], x["answers"]) for x in lines(artifact)]
+    assert said[1] == said[7] == said[32] and len(said[1]) == 144
+
+
+def test_a_model_compared_with_itself_does_not_differ(run):
+    tasks = [{"task": "generate", "data": ROWS, "score": ["exact_match", "chrf"], "max_new_tokens": 4},
+             {"task": "perplexity", "data": ROWS}]  # fmt: skip
+    artifact = life.command(write(run, tasks, {"one": "artifact:sft", "two": "artifact:sft"}, name="itself"))
+    for task in results(artifact)["tasks"].values():
+        for cells in task["differences"].values():
+            assert (cells["two - one"]["value"], cells["two - one"]["low"], cells["two - one"]["high"]) == (0, 0, 0)
+
+
+def test_sampled_answers_are_drawn_from_the_seed(run):
+    task = {"task": "generate", "data": [*ROWS], "score": ["exact_match"], "max_new_tokens": 6, "temperature": 1.0,
+            "samples": 4, "pass_at": [1, 2, 4]}  # fmt: skip
+    task["data"] = [{**ROWS[0], "limit": 8}]
+    made = [
+        life.command(write(run, [task], {"sft": "artifact:sft"}, name=f"drawn-{i}", seed=seed))
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    first, again, other = ([x["answers"] for x in lines(artifact)] for artifact in made)
+    assert first == again != other
+    values = [results(made[0])["tasks"]["generate"]["metrics"][f"exact_match@{k}"]["sft"]["value"] for k in (1, 2, 4)]
+    assert values == sorted(values)
+
+
+def test_overlap_with_the_training_rows_is_counted(evaluated):
+    trained = rundir.Artifact(evaluated.run / "sft").manifest()["data"]["rows"]["train"]
+    found = results(evaluated)["tasks"]
+    assert found["answers"]["overlap"] == {"sft": trained} and trained == 65
+    assert found["text"]["overlap"] == {"sft": 0}
+
+
+def test_the_gate(evaluated, run, tasks, capsys):
+    gates = {"answers.exact_match": {"min": 0.99}, "chat.perplexity": {"max_ratio_to_parent": 0.001}}
+    with pytest.raises(UserError) as stopped:
+        life.command(write(run, tasks, gate=gates))
+    assert stopped.value.code == 4
+    assert "gate: answers.exact_match of sft is" in stopped.value.message
+    assert "not at most 0.001 x base's" in stopped.value.message
+    for gate, word in (({"exact_mach": {"min": 0}}, "did you mean"), ({"perplexity": {"max": 1}}, "several tasks")):
+        with pytest.raises(UserError) as stopped:
+            life.command(write(run, tasks, gate=gate))
+        assert stopped.value.code == 2 and word in str(stopped.value)
+    capsys.readouterr()
+    life.command(write(run, tasks, gate={"exact_match": {"min": 0.1, "max": 1.0}}))
+    assert "gate: sft passes" in capsys.readouterr().out
+    assert evaluated.verify(), "a gate changes nothing"
+
+
+def test_a_killed_evaluation_ends_as_an_unbroken_one(run, tasks, evaluated, tmp_path):
+    for name in ("sft",):
+        shutil.copytree(run / name, tmp_path / "run" / name)
+    shutil.copytree(run / ".prepared", tmp_path / "run" / ".prepared")
+    path = write(tmp_path / "run", tasks)
+    for hook in ("kill_after_three_batches", "kill_inside_a_line"):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == -9, trial.text()
+    trial = life.Trial(path, hook="count_batches")
+    assert trial.wait() == 0, trial.text()
+    again = rundir.Artifact(tmp_path / "run" / "eval")
+    for name in ("results.json", "samples.jsonl"):
+        assert (again.path / name).read_text() == (evaluated.path / name).read_text()
+    batches = int(trial.text().rpartition("batches scored: ")[2].split()[0])
+    assert batches == 2 * (1 + 9 + 9 + 1 + 1) - 3 - 1, "only what was missing is scored"
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("choice", [{"question": "?", "choices": ["a", "b"], "answer": 5}], "1: bad answer: '5' is none of the 2"),
+        ("choice", [{"question": "?", "choices": ["a"], "answer": 0}], "1: wrong type"),
+        ("generate", [{"prompt": "a"}, {"prompt": ""}], "2: empty text: prompt"),
+        ("perplexity", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "format preference does not fit perplexity"),
+        ("preference", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "1: chosen equals rejected"),
+    ],
+)
+def test_a_bad_item_is_named(run, tmp_path, task, rows, message):
+    values = {"task": task, "data": jsonl(tmp_path / "rows.jsonl", rows)}
+    values |= {"score": ["json"]} if task == "generate" else {}
+    with pytest.raises(UserError) as refused:
+        life.command(write(run, [values], name="bad"))
+    assert refused.value.code == 2 and message in refused.value.message
+
+
+def test_a_typo_in_a_task_gives_the_near_name_and_the_line(tmp_path):
+    from llmpipe.recipe import load
+
+    text = (
+        "stage: eval\nrun: r\nmodels: {a: ./x}\ntasks:\n- task: perplexity\n  data: [{path: ./x.jsonl}]\n  strid: 3\n"
+        "- task: genrate\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "r.yaml", schema("eval"))
+    found = str(refused.value).replace(f"{tmp_path}/", "")
+    assert "r.yaml:7: tasks.0.strid: unknown key; did you mean 'stride'?" in found
+    assert "'genrate' is not one of" in found and "did you mean 'generate'?" in found and "r.yaml:8" in found
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    """A tiny reward model with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
+    config = AutoConfig.from_pretrained(life.TINY / "model", num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_ranks_and_judges(run, rewards, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    models = {"base": str(life.TINY / "model"), "sft": "artifact:sft", "rm": str(rewards)}
+    tasks = [
+        {"task": "preference", "data": jsonl(tmp_path / "pairs.jsonl", PAIRS)},
+        {"task": "winrate", "data": [{**ROWS[0], "limit": 9}], "against": "base", "judge": str(rewards),
+         "max_new_tokens": 8},
+    ]  # fmt: skip
+    artifact = life.command(write(run, tasks, models, name="ranked"))
+    found = results(artifact)["tasks"]
+    assert list(found["preference"]["metrics"]["accuracy"]) == ["rm"]
+    assert list(found["preference"]["metrics"]["accuracy_sum"]) == ["base", "sft"]
+    assert list(found["winrate"]["metrics"]["winrate"]) == ["sft"]
+    model = AutoModelForSequenceClassification.from_pretrained(rewards)
+    tokenizer = AutoTokenizer.from_pretrained(rewards)
+    judged = [x for x in lines(artifact) if x["task"] == "winrate" and x["model"] == "sft"]
+    others = [x for x in lines(artifact) if x["task"] == "winrate" and x["model"] == "base"]
+    asked = [json.loads(row)["messages"][0] for row in (life.TINY / "rows.jsonl").read_text().splitlines()]
+    for mine, other in zip(judged, others, strict=True):
+        for line, value in zip((mine, other), mine["rewards"], strict=True):
+            turns = [asked[mine["item"]], {"role": "assistant", "content": line["answers"][0]}]
+            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+            with torch.no_grad():
+                assert float(model(ids).logits[0, 0]) == pytest.approx(value, abs=1e-5)
+        assert mine["scores"]["winrate"] == (mine["rewards"][0] > mine["rewards"][1])
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A judge of bad habits: the first attempts at every question fail, each in another way."""
+
+    attempts: dict[str, int] = {}
+    seen_keys: set[str | None] = set()
+    mood = "late"
+    lock = threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        with self.lock:
+            self.attempts[text] = self.attempts.get(text, 0) + 1
+            self.seen_keys.add(self.headers.get("Authorization"))
+            attempt = self.attempts[text]
+        if self.mood == "never" and len(text) % 2:
+            return self.reply(200, "I would rather not say.")
+        if self.mood == "refuse":
+            return self.reply(401, "")
+        if attempt == 1:
+            return self.reply(429, "")
+        if attempt == 2:
+            return self.reply(200, "Both are nice, and so are you.")
+        if attempt == 3:
+            threading.Event().wait(0.6)
+        a, b = text.split("[Answer A]\n")[1].split("\n\nEnd with")[0].split("\n\n[Answer B]\n")
+        self.reply(200, "Let me think.\n" + ("tie" if a == b else "A" if len(a) > len(b) else "B"))
+
+    def reply(self, code, text):
+        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        try:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:
+            pass  # the other side gave up
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f")
+    monkeypatch.setattr("llmpipe.engine.judge.time.sleep", lambda seconds: None)
+    Judge.attempts, Judge.mood = {}, "late"
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def winrate(**more):
+    return [{"task": "winrate", "data": [{**ROWS[0], "limit": 9}], "against": "base", "endpoint": "judge-1",
+             "max_new_tokens": 8, "timeout": 0.3, **more}]  # fmt: skip
+
+
+def test_an_endpoint_that_fails_is_asked_again(run, endpoint):
+    artifact = life.command(write(run, winrate(), name="judged"))
+    cell = results(artifact)["tasks"]["winrate"]["metrics"]["winrate"]["sft"]
+    own = [x for x in lines(artifact) if x["model"] == "sft"]
+    others = [x for x in lines(artifact) if x["model"] == "base"]
+    wins = [
+        0.5 if a["answers"] == b["answers"] else float(len(a["answers"][0]) > len(b["answers"][0]))
+        if len(a["answers"][0]) != len(b["answers"][0]) else 0.5
+        for a, b in zip(own, others, strict=True)
+    ]  # fmt: skip
+    assert [x["scores"]["winrate"] for x in own] == wins and cell["n"] == 9
+    assert all(count >= 4 for count in Judge.attempts.values()), "429, nonsense and a time-out, then a verdict"
+    assert "Bearer canary-7c1f" in Judge.seen_keys
+    for path in rundir.files_below(artifact.run):
+        assert b"canary-7c1f" not in path.read_bytes(), path
+
+
+def test_what_gets_no_verdict_is_counted_and_no_loss(run, endpoint):
+    Judge.mood = "never"
+    artifact = life.command(write(run, winrate(retries=2, timeout=5.0), name="undecided"))
+    found = results(artifact)["tasks"]["winrate"]
+    failed = [x for x in lines(artifact) if "failed" in x]
+    assert 0 < len(failed) == found["failed"]["sft"] < 9
+    assert found["metrics"]["winrate"]["sft"]["n"] == 9 - len(failed)
+    assert all("scores" not in x for x in failed) and "no verdict in" in failed[0]["failed"]
+
+
+def test_a_judge_that_never_answers_stops_the_stage(run, endpoint, monkeypatch):
+    Judge.mood = "refuse"
+    with pytest.raises(UserError) as stopped:
+        life.command(write(run, winrate(retries=1), name="refused"))
+    assert stopped.value.code == 5 and "HTTP 401" in stopped.value.message
+    assert max(Judge.attempts.values()) == 1, "a refusal is not asked again"
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    with pytest.raises(UserError) as stopped:
+        life.command(write(run, winrate(), name="nowhere"))
+    assert "OPENAI_BASE_URL" in stopped.value.message
