@@ -493,19 +493,3 @@ def _by_reward(folder: Path, pairs: list[tuple], recipe: Recipe, say: Say) -> It
         values = _batched(model.rewards, texts, model.batch_size)
     for mine, other in zip(values[::2], values[1::2], strict=True):
         yield {"rewards": [mine, other], "scores": {"winrate": float(mine > other) + 0.5 * (mine == other)}}
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def show(results: dict[str, Any], say: Say) -> None:
-    """Print every number with its interval, and every difference that its interval keeps from zero."""
-    for name, task in results["tasks"].items():
-        for metric, cells in task["metrics"].items():
-            for label, cell in cells.items():
-                say(f"  {name}.{metric:<16} {label:<12} {cell['value']:10.4f}  "
-                    f"[{cell['low']:.4f}, {cell['high']:.4f}]  n={cell['n']:,}")  # fmt: skip
-            for pair, cell in task["differences"].get(metric, {}).items():
-                real = "" if cell["low"] <= 0 <= cell["high"] else "  differs"
-                say(f"  {'':<{len(name) + 1}}{'':<16} {pair:<12} {cell['value']:+10.4f}  "
-                    f"[{cell['low']:+.4f}, {cell['high']:+.4f}]{real}")  # fmt: skip

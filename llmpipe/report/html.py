@@ -97,13 +97,14 @@ def drawable(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e100  # no bool, NaN, infinity
 
 
-def number(value: Any, decimals: int | None = None, sign: str = "") -> str:
-    """A number with its thousands set apart: with `decimals`, or with four digits that count."""
-    if not isinstance(value, int | float):
+def number(value: Any, decimals: int | None = None, sign: str = "", digits: int = 4) -> str:
+    """A number with its thousands set apart: with `decimals`, or with `digits` that count."""
+    if type(value) not in (int, float):
         return "–" if value is None else str(value)
     if decimals is None and (isinstance(value, int) or 10_000 <= abs(value) < 1e15):
         decimals = 0
-    return (f"{value:{sign}.4g}" if decimals is None else f"{value:{sign},.{decimals}f}").replace("-", "−")
+    text = f"{value:{sign},.{digits}g}" if decimals is None else f"{value:{sign},.{decimals}f}"
+    return text.replace("-", "−").replace("e−0", "e−")
 
 
 def decimals_of(values: Iterable[Any]) -> int:
@@ -226,22 +227,31 @@ def plot(title: str, unit: str, curves: dict[str, tuple[int, list[Point]]], step
         x, y = (p[0] - x0) / (x1 - x0), (p[1] - y0) / (y1 - y0)
         return round(left + x * (right - left), 1), round(bottom - y * (bottom - top), 1)
 
-    drawn, ends, below = [tag("path", d=f"M{left} {bottom}H{right}", class_="axis")], [], 0.0
+    drawn, ends, below = [tag("path", d=f"M{left} {bottom}H{right}", class_="axis")], [], -math.inf
     for value in ticks(y0, y1):
         y = at((x0, value))[1]
         drawn.append(tag("path", d=f"M{left} {y}H{right}", class_="grid"))
-        drawn.append(tag("text", f"{value:,g}", x=left - 6, y=y + 4, text_anchor="end"))
+        drawn.append(tag("text", number(value, digits=6), x=left - 6, y=y + 4, text_anchor="end"))
     for value in ticks(x0, x1):
-        drawn.append(tag("text", f"{value:,g}", x=at((value, y0))[0], y=bottom + 16, text_anchor="middle"))
+        drawn.append(tag("text", number(value, digits=6), x=at((value, y0))[0], y=bottom + 16, text_anchor="middle"))
     for label, (style, points) in curves.items():
         line = " ".join("{:g},{:g}".format(*at(p)) for p in thin(points, most))
         drawn.append(tag("polyline", points=line, class_=f"line s{style}"))
         for p in (*points[:: -(-len(points) // 8)], points[-1]):
             tip = tag("title", f"{label} step {number(p[0])}: {number(p[1])}")
-            drawn.append(tag("circle", tip, cx=at(p)[0], cy=at(p)[1], r=2.5, class_=f"dot s{style}"))
+            drawn.append(
+                tag(
+                    "circle",
+                    tip,
+                    cx=at(p)[0],
+                    cy=at(p)[1],
+                    r=2.5,
+                    class_=f"dot s{style}{' rare' * (len(points) <= 40)}",
+                )
+            )
         ends.append((at(points[-1])[1], f"{label} {number(points[-1][1])}", f"end s{style}"))
-    for y, words, style in sorted(ends):
-        below = max(y, below + 12)
+    for i, (y, words, style) in enumerate(sorted(ends), 1):
+        below = max(min(y, bottom - 12 * (len(ends) - i)), below + 12)
         drawn.append(tag("text", words, x=right + 6, y=below + 4, class_=style))
     said = ", ".join(f"{label} from {number(p[0][1])} to {number(p[-1][1])}" for label, (_, p) in curves.items())
     picture = tag("svg", *drawn, viewBox="0 0 340 170", role="img", aria_label=f"{title}: {said}")
@@ -283,7 +293,10 @@ def strip(cell: dict[str, Any], low: float, high: float) -> Html:
 def lineage(run: Run) -> Iterator[Html]:
     """What was made from what. Each box has its own row and its own column, so that no line crosses a box."""
     parts, links, drawn = {part.name: part for part in run.parts}, {}, []
-    boxes = {p.name: (p.name, f"{dig(p.made, 'kind') or 'made'} by {p.stage}, {p.status}") for p in run.parts}
+    boxes = {
+        p.name: (p.name, f"{dig(p.made, 'kind') or 'made'} by {p.stage}, {re.split('[,:]', p.status)[0]}")
+        for p in run.parts
+    }
     for name, model in ((part.name, model) for part in run.parts for model in dig(part.made, "models").values()):
         source, reference = parts.get(model.get("artifact")), model["reference"]
         known = source and dig(source.made, "fingerprint") in ({}, model.get("fingerprint"))
@@ -302,8 +315,8 @@ def lineage(run: Run) -> Iterator[Html]:
         short = title if len(title) < 28 else f"{title[:10]}…{title[-16:]}"
         drawn.append(tag("rect", tag("title", title), x=x + 1, y=y + 4, width=210, height=36, rx=6, class_=style))
         drawn.append(tag("text", short, x=x + 13, y=y + 27, class_="name"))
-        drawn.append(tag("text", about[:64], x=x + 221, y=y + 27))
-    said, width = "; ".join(f"{boxes[a][0]} → {boxes[b][0]}" for a, b in links), len(boxes) * 44 + 540
+        drawn.append(tag("text", about, x=x + 221, y=y + 27))
+    said, width = "; ".join(f"{boxes[a][0]} → {boxes[b][0]}" for a, b in links), len(boxes) * 44 + 440
     name = f"lineage: {said or ', '.join(boxes)}"
     yield scroll("lineage", tag("svg", *drawn, width=width, height=len(boxes) * 48, role="img", aria_label=name))
 
@@ -336,16 +349,16 @@ def data(run: Run) -> Iterator[Html]:
             share = tokens["train_supervised"] / max(tokens["train"], 1)
             counted = [number(counts.get(key)) for key in COUNTS]
             reasons = plain(counts["rejected_by_reason"]) or "–"
-            rows.append([part.name, *counted, reasons, number(tokens["train"]), f"{share:.0%}"])
+            rows.append([part.name, *counted, number(tokens["train"]), f"{share:.0%}", reasons])
         for i, x in enumerate(of):
-            counted = [number(n) for n in (len(x["files"]), x["read"], x["kept"])]
-            sources.append([None if i else part.name, x["path"], x["format"], *counted, x["revision"] or "–"])
+            counted = [number(n) for n in (len(x["files"]) or None, x["read"], x["kept"])]
+            sources.append([None if i else part.name, x["path"], x["format"], *counted, (x["revision"] or "–")[:12]])
         lines = [line for line in lines_of(part.path / "rejected.jsonl") if line]
         if lines:
             first = [tag("li", clip(": ".join(map(str, line.values())), 300)) for line in lines[:20]]
             rejected.append(fold(f"{part.name}: {len(first)} of {len(lines):,} rejected rows", tag("ul", *first)))
     if rows:
-        head = ["artifact", *(f"#{name}" for name in COUNTS.values()), "rejected for", "#tokens", "#supervised"]
+        head = ["artifact", *(f"#{name}" for name in COUNTS.values()), "#tokens", "#supervised", "rejected for"]
         yield table("rows", head, rows)
         yield table("sources", ["artifact", "source", "format", "#files", "#read", "#kept", "revision"], sources)
     yield from rejected
@@ -439,7 +452,7 @@ def comparison(a: Run, b: Run) -> Iterator[Html]:
         asked = changes(dig(part.made, "asked"), dig(other.made, "asked"))
         rows: list[list[object]] = [[at, clip(plain(x), 200), clip(plain(y), 200)] for at, x, y in asked]
         yield table("recipe", ["differs in", a.name, b.name], rows) if rows else tag("p", "the same recipe and inputs")
-        came = [flat({k: dig(p.made, k) for k in ("final", "training")}) for p in (part, other)]
+        came = [flat(dig(p.made, "final")) | dig(p.made, "training") for p in (part, other)]
         rows = [[at, number(came[0].get(at)), number(came[1].get(at))] for at in came[0] | came[1]]
         yield table("results", ["result", f"#{a.name}", f"#{b.name}"], rows)
         yield from plots({"A": part, "B": other}, POINTS // a.scale)
@@ -463,21 +476,24 @@ def page(runs: list[Run]) -> str:
     body, menu = [], []
     if len(runs) == 2:
         body.append(tag("section", tag("h2", "Comparison"), *comparison(*runs), id="comparison"))
-        menu.append(tag("li", tag("a", "comparison", href="#comparison")))
+        menu.append(tag("ul", tag("li", tag("a", "Comparison", href="#comparison"))))
     for run in runs:
         done = sum(part.status == "finished" for part in run.parts)
-        body += [tag("h2", run.name), tag("p", f"{len(run.parts)} artifacts, {done} of them finished")]
+        about = f"{len(run.parts)} artifacts, {done} of them finished"
+        body += [tag("h2", run.name, id=f"{run.prefix}run"), tag("p", about)]
+        links = [tag("a", run.name, href=f"#{run.prefix}run")]
         for make in SECTIONS:
-            name = f"{run.prefix}{make.__name__}"
+            name, title = f"{run.prefix}{make.__name__}", make.__name__.capitalize()
             content = join(*make(run)) or tag("p", "nothing in this run")
-            body.append(tag("section", tag("h3", make.__name__.capitalize()), content, id=name))
-            menu.append(tag("li", tag("a", name.replace("-", " "), href=f"#{name}")))
+            body.append(tag("section", tag("h3", title), content, id=name))
+            links.append(tag("a", title, href=f"#{name}"))
+        menu.append(tag("ul", *(tag("li", link) for link in links)))
     title = " and ".join(run.name for run in runs)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return HEAD + join(
         Html(f"<style>{style}</style>"), tag("title", f"{title}, llmpipe report"), Html("</head><body>"),
         tag("a", "to the content", href="#content", class_="skip"), tag("header", tag("h1", "llmpipe report")),
-        tag("nav", tag("ul", *menu), aria_label="sections"), tag("main", *body, id="content"),
+        tag("nav", *menu, aria_label="sections"), tag("main", *body, id="content"),
         tag("footer", f"llmpipe {__version__}, {time.strftime('%Y-%m-%d %H:%M')}"), Html("</body></html>\n"),
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def describe(artifact: Artifact) -> list[str]:
     )
     lines[0] += made
     if manifest["kind"] == "evaluation":
-        return lines + measurements(artifact)
+        return lines + measurements(rundir.read_json(artifact.path / "results.json") or {"tasks": {}})
     rows, training = manifest["data"]["rows"], manifest["training"]
     rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
     parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
@@ -59,21 +59,19 @@ def describe(artifact: Artifact) -> list[str]:
     return lines
 
 
-def measurements(artifact: Artifact) -> list[str]:
-    """A line per number of an evaluation, and per difference that its interval keeps from zero."""
+def measurements(results: dict[str, Any]) -> list[str]:
+    """An evaluation in lines: every number with its interval, every difference, and those that the interval proves."""
     lines = []
-    for task, about in (rundir.read_json(artifact.path / "results.json") or {"tasks": {}})["tasks"].items():
+    for task, about in results["tasks"].items():
         seen = max(about.get("overlap", {}).values(), default=0)
         lines.append(f"  {task}: {about['task']}" + (f"; {seen:,} of {about['n']:,} asked in training" if seen else ""))
         for metric, cells in about["metrics"].items():
-            shown = [f"{m} {c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for m, c in cells.items()]
-            differ = [
-                pair for pair, c in about["differences"].get(metric, {}).items() if not c["low"] <= 0 <= c["high"]
-            ]
-            n = next(iter(cells.values()))["n"]
-            lines.append(
-                f"    {metric:<14} n={n:,}  {'  '.join(shown)}" + (f"  differ: {', '.join(differ)}" if differ else "")
-            )
+            for label, c in cells.items():
+                value = f"{c['value']:10.4f}  [{c['low']:.4f}, {c['high']:.4f}]  n={c['n']:,}"
+                lines.append(f"    {metric:<16} {label:<14} {value}")
+            for pair, c in about["differences"].get(metric, {}).items():
+                real = "" if c["low"] <= 0 <= c["high"] else "  differs"
+                lines.append(f"    {'':<16} {pair:<14} {c['value']:+10.4f}  [{c['low']:+.4f}, {c['high']:+.4f}]{real}")
     return lines
 
 

@@ -239,6 +239,7 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Score every model on every task, then judge pairs, then put intervals to it all."""
     from llmpipe.engine import evaluate, upstream
     from llmpipe.engine.metrics import table
+    from llmpipe.report.terminal import measurements
 
     upstream.silence()
     recipe, artifact, say = job.recipe, job.artifact, job.say
@@ -264,7 +265,8 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
         about = {"task": task.task, **{k: v for k, v in prepared["tasks"].get(name, {}).items() if k != "items"}}
         results["tasks"][name] = about | table(book.of(name), list(models), recipe.seed)
     rundir.write_json(artifact.path / "results.json", results)
-    evaluate.show(results, say)
+    for line in measurements(results):
+        say(line)
     return {"final": summary(results)}
 
 

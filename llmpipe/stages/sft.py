@@ -10,7 +10,7 @@ import shutil
 from typing import Any, ClassVar, Literal
 
 from llmpipe import rundir
-from llmpipe.recipe import Training
+from llmpipe.recipe import Training, owned
 from llmpipe.stages import Job
 
 ACCEPTS = ("model",)
@@ -23,102 +23,13 @@ class Schema(Training):
     """Supervised fine-tuning."""
 
     trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.sft_config", "SFTConfig")
-    trainer_owned: ClassVar[dict[str, str]] = {
-        # what llmpipe sets itself -> the recipe's name for it
-        "output_dir": "run",
-        "run_name": "name",
-        "seed": "seed",
-        "data_seed": "seed",
-        "learning_rate": "optim.learning_rate",
-        "per_device_train_batch_size": "optim.batch_size and launch.micro_batch_size",
-        "per_device_eval_batch_size": "launch.micro_batch_size",
-        "gradient_accumulation_steps": "optim.batch_size and launch.micro_batch_size",
-        "num_train_epochs": "optim.epochs",
-        "max_steps": "optim.steps",
-        "lr_scheduler_type": "optim.scheduler",
-        "warmup_steps": "optim.warmup",
-        "weight_decay": "optim.weight_decay",
-        "adam_beta1": "optim.beta1",
-        "adam_beta2": "optim.beta2",
-        "adam_epsilon": "optim.epsilon",
-        "max_grad_norm": "optim.max_grad_norm",
-        "bf16": "optim.precision",
-        "fp16": "optim.precision",
-        "bf16_full_eval": "optim.precision",
-        "fp16_full_eval": "optim.precision",
-        "tf32": "optim.precision",
-        "use_cpu": "launch",
-        "gradient_checkpointing": "launch.activation_checkpointing",
-        "activation_checkpointing": "launch.activation_checkpointing",
-        "max_length": "data.max_length",
-        "packing": "data.packing",
-        "packing_strategy": "data.packing",
-        "eval_packing": "data.packing",
-        "padding_free": "data.packing",
-        "truncation_mode": "data.max_length",
-        "chat_template_path": "data.template",
-        "assistant_only_loss": "data.loss",
-        "completion_only_loss": "data.loss",
-        "dataset_text_field": "data.train.N.columns",
-        "dataset_kwargs": "data",
-        "dataset_num_proc": "data.processes",
-        "shuffle_dataset": "data",
-        "remove_unused_columns": "",
-        "eos_token": "data.template",
-        "pad_token": "",
-        "model_init_kwargs": "model",
-        "trust_remote_code": "",
-        "eval_strategy": "evaluation.every",
-        "eval_steps": "evaluation.every",
-        "eval_on_start": "evaluation",
-        "do_train": "",
-        "do_eval": "",
-        "do_predict": "",
-        "save_strategy": "checkpoint.every",
-        "save_steps": "checkpoint.every",
-        "save_total_limit": "checkpoint.keep",
-        "save_only_model": "checkpoint",
-        "save_on_each_node": "checkpoint",
-        "load_best_model_at_end": "evaluation.keep_best",
-        "metric_for_best_model": "evaluation.keep_best",
-        "greater_is_better": "evaluation.keep_best",
-        "resume_from_checkpoint": "",
-        "restore_callback_states_from_checkpoint": "",
-        "ignore_data_skip": "",
-        "enable_jit_checkpoint": "checkpoint",
-        "auto_find_batch_size": "launch.micro_batch_size",
-        "logging_steps": "log.every",
-        "logging_strategy": "log.every",
-        "logging_first_step": "log.every",
-        "logging_nan_inf_filter": "",
-        "log_level": "",
-        "report_to": "log.trackers",
-        "disable_tqdm": "",
-        "push_to_hub": "",
-        "hub_token": "",
-        "hub_model_id": "",
-        "average_tokens_across_devices": "",
-        "local_rank": "launch",
-        "deepspeed": "",
-        "fsdp": "",
-        "fsdp_config": "",
-        "accelerator_config": "launch",
-        "parallelism_config": "launch",
-        "label_smoothing_factor": "",
-        # of the loops that llmpipe has its own of
-        "train_sampling_strategy": "",
-        "length_column_name": "",
-        "eval_delay": "",
-        "eval_accumulation_steps": "",
-        "prediction_loss_only": "",
-        "include_for_metrics": "",
-        "batch_eval_metrics": "",
-        "hub_strategy": "",
-        "hub_private_repo": "",
-        "hub_always_push": "",
-        "hub_revision": "",
-        "use_liger_kernel": "",
-    }
+    trainer_owned: ClassVar[dict[str, str]] = owned("""
+        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length packing=data.packing
+        packing_strategy=data.packing eval_packing=data.packing padding_free=data.packing
+        truncation_mode=data.max_length chat_template_path=data.template assistant_only_loss=data.loss
+        completion_only_loss=data.loss dataset_text_field=data.train.N.columns shuffle_dataset=data
+        eos_token=data.template
+    """)
 
 
 def prepare(job: Job) -> dict[str, Any]:
