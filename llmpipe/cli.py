@@ -104,7 +104,7 @@ def make(
             if decision.action == "run":
                 (artifact.path / "samples.jsonl").unlink(missing_ok=True)
             write_plan(artifact, recipe, decision)
-            if any(model.kind == "gguf" for model in decision.models.values()):
+            if any(model.converts for model in decision.models.values()):
                 launch.start("convert", artifact, recipe, inexact=inexact, debug=debug)
             launch.start("prepare", artifact, recipe, inexact=inexact, debug=debug)
         if launch.outside():
@@ -225,23 +225,23 @@ def chat(
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     from tempfile import TemporaryDirectory
 
+    from llmpipe import worker
     from llmpipe.plan import check_folder, resolve
-    from llmpipe.worker import model_folder
 
     here = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
-    found = [resolve(name, "chat", Path(), ("model",), None) for name in here]
+    records = [resolve(name, "chat", Path(), ("model", "adapter")).record() for name in here]
     with TemporaryDirectory() as scratch:
-        folders = [model_folder(vars(model), Path(scratch)) for model in found]
         from llmpipe.engine import upstream
 
         upstream.silence()
         from llmpipe.engine import chat as room
 
-        for model, folder in zip(found, folders, strict=True):
-            if model.kind == "gguf":
-                room.convert_gguf(Path(model.reference), folder)
-            check_folder(folder, folder.parent.parent if model.kind == "hub" else None)
-        voices = [room.open_voice(name, folder) for name, folder in zip(models, folders, strict=True)]
+        voices = []
+        for name, record in zip(models, records, strict=True):
+            folder = worker.convert_one(record, Path(scratch), say)
+            check_folder(folder, folder.parent.parent if record["kind"] == "hub" else None)
+            base = worker.model_folder(record["base"], Path(scratch)) if worker.is_adapter(record) else None
+            voices.append(room.open_voice(name, folder, base))
     room.chat(voices, room.Sampling(max_new_tokens, temperature), seed)
 
 

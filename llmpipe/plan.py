@@ -8,6 +8,7 @@ are one artifact, and where they differ the user is shown which fields do.
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,30 @@ Action = Literal["run", "resume", "skip"]
 
 @dataclass(frozen=True)
 class Model:
-    """What a reference means. `identity` decides, `folder` is where it lies now (None: still to be fetched)."""
+    """What a reference means. `identity` decides, `folder` is where it lies now (None: still to be fetched).
 
-    kind: Literal["hub", "folder", "gguf", "artifact"]
+    `merged`: an adapter (in `folder`) to be merged into its `base` first. An `artifact` with a base is an adapter.
+    """
+
+    kind: Literal["hub", "folder", "gguf", "artifact", "merged"]
     reference: str
     identity: dict[str, Any]
     folder: Path | None
     parents: list[dict[str, str]] = field(default_factory=list)
+    base: Model | None = None
+
+    @property
+    def converts(self) -> bool:
+        """Whether it, or its base, is no folder yet that can be loaded."""
+        return self.kind in ("gguf", "merged") or (self.base is not None and self.base.converts)
+
+    def record(self) -> dict[str, Any]:
+        """As plan.json holds it."""
+        names = ("kind", "reference", "identity", "parents")
+        out = {name: getattr(self, name) for name in names} | ({"base": self.base.record()} if self.base else {})
+        if self.folder and self.kind != "hub":
+            out["folder"] = str(self.folder) if self.folder.is_absolute() else os.path.relpath(self.folder)
+        return out
 
 
 @dataclass(frozen=True)
@@ -45,12 +63,19 @@ class Plan:
         return digest(self.asked)
 
 
-def resolve(reference: str, at: str, run: Path, accepts: tuple[str, ...], pinned: dict[str, Any] | None) -> Model:
+def resolve(
+    reference: str,
+    at: str,
+    run: Path,
+    accepts: tuple[str, ...],
+    pinned: dict[str, Any] | None = None,
+    keep: bool = True,
+) -> Model:
     """What a reference means. `at` is its field, `accepts` names the artifact kinds that the stage can use, `pinned`
-    is the identity that an earlier start of the same work found."""
+    is the identity that an earlier start of the same work found, `keep` leaves an adapter unmerged."""
     if reference.startswith("artifact:"):
         name, _, step = reference.removeprefix("artifact:").partition("@")
-        return _from_artifact(Artifact(run / name), step, accepts, reference, at)
+        return _from_artifact(Artifact(run / name), step, accepts, reference, at, keep)
     if not is_local(reference):
         return _from_hub(reference, at, pinned)
     path = Path(reference).expanduser()
@@ -64,7 +89,7 @@ def resolve(reference: str, at: str, run: Path, accepts: tuple[str, ...], pinned
             raise UserError(f"{at}: {reference}: a single file must be .gguf", "give the folder of the model instead")
         return Model("gguf", reference, {"gguf": rundir.sha256_file(path)}, path)
     if rundir.is_artifact(path):
-        return _from_artifact(Artifact(path), "", accepts, reference, at)
+        return _from_artifact(Artifact(path), "", accepts, reference, at, keep)
     check_folder(path)
     return Model("folder", reference, {"files": digest(rundir.table(path))}, path)
 
@@ -82,7 +107,7 @@ def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
     return list(found.values())
 
 
-def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str, at: str) -> Model:
+def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str, at: str, keep: bool) -> Model:
     if step:
         checkpoint = parent.checkpoints / f"step-{step}"
         sums = rundir.read_json(checkpoint / rundir.SUMS)
@@ -91,6 +116,8 @@ def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], refere
             raise UserError(f"{at}: {reference}: no such checkpoint; there are: {have}")
         if problems := rundir.differences(checkpoint, sums["files"], {rundir.SUMS}):
             raise UserError(f"{checkpoint}/{problems[0]}", "take another checkpoint", INTEGRITY)
+        if (checkpoint / "adapter_config.json").exists():
+            raise UserError(f"{at}: {reference}: is a checkpoint of an adapter", f"take artifact:{parent.name}")
         identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": digest(sums["files"])}
         parents = [{"name": f"{parent.name}@{step}", "fingerprint": identity["fingerprint"]}]
         return Model("artifact", reference, identity, checkpoint, parents)
@@ -105,7 +132,36 @@ def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], refere
         )
     identity = {"artifact": parent.name, "fingerprint": manifest["fingerprint"]}
     parents = [{"name": parent.name, "fingerprint": identity["fingerprint"]}]
-    return Model("artifact", reference, identity, parent.model, parents)
+    if manifest["kind"] != "adapter":
+        return Model("artifact", reference, identity, parent.model, parents)
+    base = _base_of(parent, manifest["base"], at)
+    if keep:
+        return Model("artifact", reference, identity, parent.model, parents, base)
+    return Model("merged", reference, {**identity, "merged": True}, parent.model, parents, base)
+
+
+def _base_of(adapter: Artifact, record: dict[str, Any], at: str) -> Model:
+    """The very model that an adapter was trained on. Raises UserError (3) when another one lies in its place."""
+    kinds = ("model", "adapter", "reward-model")
+    base = resolve(
+        record["reference"],
+        f"{at}: base of {adapter.name}",
+        adapter.run,
+        kinds,
+        record["identity"],
+        record["kind"] != "merged",
+    )
+    if base.identity != record["identity"]:
+        lines = [
+            f"  {path}: {_short(a)} in training, {_short(b)} now"
+            for path, a, b in changes(record["identity"], base.identity)
+        ]
+        raise UserError(
+            "\n".join([f"{adapter.path}: its base {record['reference']} is not the one it was trained on:", *lines]),
+            "put the old base back; an adapter is of no use on another one",
+            INTEGRITY,
+        )
+    return base
 
 
 def _from_hub(reference: str, at: str, pinned: dict[str, Any] | None) -> Model:
@@ -151,7 +207,8 @@ def check_folder(folder: Path, home: Path | None = None) -> None:
     def refuse(path: Path, why: str) -> None:
         raise UserError(f"{path}: {why}", "llmpipe loads safetensors, JSON and text only", INTEGRITY)
 
-    config = rundir.read_json(folder / "config.json")
+    adapter = (folder / "adapter_config.json").exists()
+    config = rundir.read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     if not isinstance(config, dict):
         raise UserError(f"{folder}: no readable config.json: this is not a model folder")
     if "auto_map" in config:
@@ -164,13 +221,14 @@ def check_folder(folder: Path, home: Path | None = None) -> None:
         if path.suffix == ".py":
             refuse(path, "code in a model folder")
     index = rundir.read_json(folder / "model.safetensors.index.json")
-    names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else {"model.safetensors"}
+    names = {"adapter_model.safetensors" if adapter else "model.safetensors"}
+    names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else names
     for name in sorted(map(str, names)):
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             refuse(
                 folder / "model.safetensors.index.json", f"weight_map names {name!r}, outside the folder's safetensors"
             )
-        if not (folder / name).is_file() and not (folder / "adapter_model.safetensors").is_file():
+        if not (folder / name).is_file():
             refuse(folder / name, "missing: no safetensors weights")
 
 
@@ -195,9 +253,11 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
 def ask(recipe: Recipe, run: Path, accepts: tuple[str, ...], old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
     """The document that decides the result, and the models it names. Hub revisions pinned in `old` stay pinned."""
     pins, content = old.get("models", {}), old.get("content", {})
-    models = {at: resolve(r, at, run, accepts, pins.get(at)) for at, r in recipe.references().items()}
+    keep = recipe.keeps_adapters
+    models = {at: resolve(r, at, run, accepts, pins.get(at), keep) for at, r in recipe.references().items()}
     identities = {at: model.identity for at, model in models.items()}
-    return {"recipe": science(recipe), "models": identities, "content": content_of(recipe, content)}, models
+    document = science(recipe) | {"stage": recipe.narrows or recipe.stage}
+    return {"recipe": document, "models": identities, "content": content_of(recipe, content)}, models
 
 
 def decide(artifact: Artifact, recipe: Recipe, accepts: tuple[str, ...], progress: str) -> Plan:
@@ -231,8 +291,8 @@ def _same_size(path: Path, size: int) -> bool:
 
 def _refuse_other(artifact: Artifact, recipe: Recipe, old: dict, new: dict, verb: str) -> None:
     try:  # a field that the old document does not know takes its default
-        filled = science(type(recipe).model_validate({**old["recipe"], "run": recipe.run}))
-        old = {**old, "recipe": filled}
+        filled = type(recipe).model_validate({**old["recipe"], "run": recipe.run, "stage": recipe.stage})
+        old = {**old, "recipe": science(filled) | {"stage": old["recipe"]["stage"]}}
     except ValidationError:
         pass  # a field that no longer exists: shown as a difference
     if old == new:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -139,6 +139,42 @@ class Optim(Section):
     it and fp32 elsewhere."""
 
 
+class Adapter(Section):
+    rank: Positive = 16
+    """Rank of the update: more weights, and more to learn with (LoRA, Hu 2021)."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in front of the update."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all but the head, or those whose names end so."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each weight column apart from its direction (Liu 2024)."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How the update begins; none of these changes what the model says at first."""
+    embeddings: Literal["new", "all", "none"] = "new"
+    """Embeddings to train: those of tokens that were added, all, or none."""
+    resume: Annotated[bool, Field(alias="continue")] = True
+    """Where `model:` is an adapter: train that one on; `false` merges it into its base and starts a new one."""
+    merge: bool = False
+    """Publish the merged model too, as the artifact NAME-merged."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Adapter:
+        if self.rslora and self.dora:
+            raise ValueError("rslora and dora are two ways to scale; take one")
+        return self
+
+
+class Quantization(Section):
+    bits: Literal[4, 8] = 4
+    """4: NF4 (QLoRA, Dettmers 2023); 8: LLM.int8()."""
+    double: bool = True
+    """Quantize the constants of the 4-bit quantization, too: 0.4 bits per weight less."""
+
+
 class Evaluation(Section):
     every: Positive | None = None
     """Evaluate on the held-out rows every so many steps; without it only before the first and after the last."""
@@ -196,6 +232,8 @@ Reference = Annotated[str, AfterValidator(reference)]
 class Recipe(Section):
     """What every stage shares; a stage narrows `stage` and adds its own fields."""
 
+    narrows: ClassVar[str | None] = None  # the stage that this one is, with a field required
+
     stage: str
     """The kind of work."""
     name: Name | None = cosmetic(None)
@@ -210,6 +248,11 @@ class Recipe(Section):
     @property
     def artifact(self) -> str:
         return self.name or self.stage
+
+    @property
+    def keeps_adapters(self) -> bool:
+        """Whether a model that is an adapter is used as base and adapter; otherwise it is merged first."""
+        return True
 
     def references(self) -> dict[str, str]:
         """Every model that the recipe names, by the path of its field."""
@@ -234,6 +277,10 @@ class Training(Recipe):
     """Rows and how they become tokens."""
     optim: Optim
     """The optimizer and its schedule."""
+    adapter: Adapter | None = None
+    """Train a low-rank adapter on a frozen model instead of all weights; the artifact is the adapter."""
+    quantization: Quantization | None = None
+    """Hold the frozen model in few bits; needs `adapter`."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     """Evaluation during training."""
     samples: Samples = Field(default_factory=Samples)
@@ -253,7 +300,13 @@ class Training(Recipe):
             raise ValueError("evaluation.keep_best and evaluation.patience need evaluation.every")
         if self.evaluation.every and not (self.data.eval.holdout or self.data.eval.sources):
             raise ValueError("evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources")
+        if self.quantization and not self.adapter:
+            raise ValueError("quantization: quantized weights cannot be trained; add `adapter:`")
         return self
+
+    @property
+    def keeps_adapters(self) -> bool:
+        return self.adapter is not None and self.adapter.resume
 
     def references(self) -> dict[str, str]:
         return {"model": self.model}
@@ -270,10 +323,10 @@ class Training(Recipe):
 def science(section: BaseModel) -> dict[str, Any]:
     """The part of a recipe that decides the result: every field not declared `cosmetic`."""
     out = {}
-    for name, field in type(section).model_fields.items():
+    for attribute, field in type(section).model_fields.items():
         if (field.json_schema_extra or {}).get("identity") is False:
             continue
-        value = getattr(section, name)
+        value, name = getattr(section, attribute), field.alias or attribute
         if isinstance(value, BaseModel):
             value = science(value)
         elif isinstance(value, list):
@@ -429,11 +482,16 @@ def _section_at(model: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
         if len(options) > 1:
             options = [o for o in options if any(part in get_args(f.annotation) for f in o.model_fields.values())]
             continue
-        field = options[0].model_fields.get(part) if options else None
+        field = fields_of(options[0]).get(part) if options else None
         if field is None:
             return None
         options = _models_in(field.annotation)
     return options[0] if options else None
+
+
+def fields_of(section: type[BaseModel]) -> dict[str, Any]:
+    """The fields by the names that a recipe has for them (`continue` is none that Python allows)."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -445,7 +503,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _all_names(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Every field name of a recipe -> its dotted path."""
     names: dict[str, str] = {}
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         names.setdefault(name, prefix + name)
         for inner in _models_in(field.annotation):
             for sub, path in _all_names(inner, f"{prefix}{name}.").items():
@@ -463,7 +521,7 @@ def _complaint(error: dict, schema: type[BaseModel]) -> tuple[Loc, str]:
     loc, kind = error["loc"], error["type"]
     if kind == "extra_forbidden":
         section = _section_at(schema, loc[:-1])
-        known = list(section.model_fields) if section else []
+        known = list(fields_of(section)) if section else []
         hint = near(str(loc[-1]), known)
         elsewhere = _all_names(schema)
         if not hint and (path := elsewhere.get(str(loc[-1]))):
@@ -581,7 +639,7 @@ def load_pipeline(path: Path, schema: Callable[[str], type[Recipe]], sets: list[
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every default written out."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False, allow_unicode=True, width=100)
 
 
 # --- the escape hatch ------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ VERSIONS = (
     "bitsandbytes",
     "safetensors",
 )
+BASE = ("kind", "reference", "identity")  # what a manifest says of the model that was trained, or trained on
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -108,14 +109,22 @@ def open_job(artifact: Artifact, signals: launch.Signals, *, inexact: bool = Fal
             with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
                 print(line, file=log)
 
-    folders = {at: model_folder(model, artifact.run / ".prepared") for at, model in plan["models"].items()}
-    return Job(artifact, recipe, folders, plan, say, signals, inexact)
+    converted = artifact.run / ".prepared"
+    folders = {at: model_folder(model, converted) for at, model in plan["models"].items()}
+    bases = {at: model_folder(m["base"], converted) for at, m in plan["models"].items() if is_adapter(m)}
+    return Job(artifact, recipe, folders, bases, plan, say, signals, inexact)
+
+
+def is_adapter(model: dict[str, Any]) -> bool:
+    return model["kind"] == "artifact" and "base" in model
 
 
 def model_folder(model: dict[str, Any], converted: Path) -> Path:
-    """Where a model of a plan lies; a Hub model is fetched at its pinned commit, a GGUF file is in `converted`."""
+    """Where a model of a plan lies: fetched from the Hub at its pinned commit, or made by `convert` in `converted`."""
     if model["kind"] == "gguf":
         return converted / f"gguf-{model['identity']['gguf'][:16]}"
+    if model["kind"] == "merged":
+        return converted / f"merged-{model['identity']['fingerprint'][:16]}"
     if model["kind"] == "hub":
         from huggingface_hub import snapshot_download
 
@@ -126,12 +135,25 @@ def model_folder(model: dict[str, Any], converted: Path) -> Path:
 
 
 def convert(job: Job) -> None:
-    from llmpipe.engine.models import convert_gguf
+    for model in job.plan["models"].values():
+        convert_one(model, job.artifact.run / ".prepared", job.say)
 
-    for at, model in job.plan["models"].items():
-        if model["kind"] == "gguf" and not (job.models[at] / "config.json").exists():
-            job.say(f"{at}: {model['reference']}: reading GGUF, once for this run")
-            convert_gguf(Path(model["reference"]).expanduser(), job.models[at])
+
+def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
+    """Make of a model, and of its base, a folder that can be loaded, if it is none yet."""
+    base = convert_one(model["base"], converted, say) if "base" in model else None
+    folder = model_folder(model, converted)
+    if model["kind"] in ("gguf", "merged") and not (folder / "config.json").exists():
+        from llmpipe.engine import adapters, models
+
+        source = Path(model["folder"]).expanduser()
+        if model["kind"] == "gguf":
+            say(f"{model['reference']}: reading GGUF, once for this run")
+            models.convert_gguf(source, folder)
+        else:
+            say(f"{model['reference']}: merging the adapter into its base, once for this run")
+            adapters.merge(base, source, folder)
+    return folder
 
 
 def prepare(job: Job) -> None:
@@ -139,6 +161,9 @@ def prepare(job: Job) -> None:
 
     for at, model in job.plan["models"].items():
         check_folder(job.models[at], job.models[at].parent.parent if model["kind"] == "hub" else None)
+        if at in job.bases:
+            hub = model["base"]["kind"] == "hub"
+            check_folder(job.bases[at], job.bases[at].parent.parent if hub else None)
     prepared = stage(job.recipe.stage).prepare(job)
     rundir.write_json(job.artifact.path / "prepared.json", prepared)
 
@@ -152,7 +177,13 @@ def train(job: Job) -> None:
         made = stage(job.recipe.stage).train(job, prepared)
         if not main:
             return
-        manifest = artifact.commit(describe(job, made, time.time() - begun))
+        about = describe(job, made, time.time() - begun)
+        for name in about.pop("merged", ()):  # first: where it is missing, the adapter is not finished either
+            also = Artifact(artifact.run / name)
+            (also.path / "recipe.yaml").write_bytes((artifact.path / "recipe.yaml").read_bytes())
+            also.commit({**about, "kind": "model", "name": name, "merged_from": artifact.name})
+            job.say(f"{also.path}: model published, the adapter merged into its base")
+        manifest = artifact.commit(about)
         count = len(manifest["files"])
         job.say(f"{artifact.path}: {manifest['kind']} published, {count} files, {manifest['fingerprint'][:12]}")
 
@@ -160,6 +191,8 @@ def train(job: Job) -> None:
 def describe(job: Job, made: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The manifest, less its file table: what was made, of what, by what, on what."""
     models = job.plan["models"]
+    start = models.get("model")
+    base = {} if start is None else {n: (start["base"] if is_adapter(start) else start)[n] for n in BASE}
     return {
         "version": 1,
         "kind": stage(job.recipe.stage).MAKES,
@@ -169,6 +202,7 @@ def describe(job: Job, made: dict[str, Any], seconds: float) -> dict[str, Any]:
         "asked": job.plan["asked"],
         "parents": list({p["name"]: p for model in models.values() for p in model["parents"]}.values()),
         "models": {at: {"reference": model["reference"], **model["identity"]} for at, model in models.items()},
+        **({"base": base} if base else {}),
         "seed": job.recipe.seed,
         **made,
         "llmpipe": __version__,
@@ -209,11 +243,7 @@ def write_plan(artifact: Artifact, recipe: Any, plan: Any) -> None:
     artifact.path.mkdir(parents=True, exist_ok=True)
     run = recipe.run if not os.path.isabs(os.path.expanduser(recipe.run)) else f"runs/{artifact.run.name}"
     (artifact.path / "recipe.yaml").write_text(dump(recipe.model_copy(update={"run": run})), encoding="utf-8")
-    models = {}
-    for at, model in plan.models.items():
-        models[at] = {n: getattr(model, n) for n in ("kind", "reference", "identity", "parents")}
-        if model.folder and model.kind in ("folder", "artifact"):
-            models[at]["folder"] = str(model.folder) if model.folder.is_absolute() else os.path.relpath(model.folder)
+    models = {at: model.record() for at, model in plan.models.items()}
     rundir.write_json(artifact.path / "plan.json", {"identity": plan.identity, "asked": plan.asked, "models": models})
 
 

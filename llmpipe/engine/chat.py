@@ -20,8 +20,7 @@ import torch
 from transformers import TextStreamer
 
 from llmpipe.engine.generate import Sampling, answer, render
-from llmpipe.engine.models import convert_gguf as convert_gguf  # for the command, too
-from llmpipe.engine.models import load_model, load_tokenizer
+from llmpipe.engine.models import load_any, load_tokenizer
 from llmpipe.rundir import template_kwargs
 
 HELP = "/system TEXT  set the system turn   /reset  start over   /save FILE  write the conversation   /quit"
@@ -54,12 +53,9 @@ class Voice:
         return said
 
 
-def open_voice(label: str, folder: Path) -> Voice:
-    on_gpu = torch.cuda.is_available()
-    model = load_model(folder).to("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32).eval()
+def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model = load_any(folder, base, tokenizer, bf16=torch.cuda.is_available())
     return Voice(label, model, tokenizer, template_kwargs(folder))
 
 

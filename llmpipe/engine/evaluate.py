@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpipe import rundir
 from llmpipe.data.encode import Encoder
@@ -26,7 +26,7 @@ from llmpipe.data.templates import Choice as Chosen
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
 from llmpipe.engine.judge import ask_endpoint
-from llmpipe.engine.models import load_model, load_tokenizer, release_memory
+from llmpipe.engine.models import load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
 from llmpipe.errors import RESOURCES, UserError
 from llmpipe.recipe import Recipe, Section
@@ -156,17 +156,14 @@ class Candidate:
 
 
 @contextmanager
-def candidate(label: str, folder: Path, recipe: Recipe, say: Say) -> Iterator[Candidate]:
+def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: Say) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
     on_gpu = torch.cuda.is_available()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
-    architectures = (rundir.read_json(folder / "config.json") or {}).get("architectures") or [""]
+    architectures = (rundir.read_json((base or folder) / "config.json") or {}).get("architectures") or [""]
     ranks = architectures[0].endswith("ForSequenceClassification")
-    model = load_model(folder, kind=AutoModelForSequenceClassification) if ranks else load_model(folder)
-    model = model.to(device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32).eval()
     tokenizer = load_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model = load_any(folder, base, tokenizer, bf16=bf16, ranks=ranks)
     say(f"{label}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
@@ -486,7 +483,7 @@ def judge(
 
 
 def _by_reward(folder: Path, pairs: list[tuple], recipe: Recipe, say: Say) -> Iterator[Line]:
-    with candidate("judge", folder, recipe, say) as model:
+    with candidate("judge", folder, None, recipe, say) as model:
         if not model.ranks:
             raise UserError(f"tasks: judge: {folder} is not a reward model", "give one, or use `endpoint`")
         texts = [model.ids(model.whole(i, line["answers"][0]), i) for i, mine, other in pairs for line in (mine, other)]

@@ -113,7 +113,7 @@ def answer_samples(
     """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers that are there are kept."""
     if not trainer.is_world_process_zero():
         return
-    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
     kept = [line for line in known if line["when"] == "before" and when == "after"]
     if when == "before" and (any(line["when"] == when for line in known) or trainer.resumes):
         return

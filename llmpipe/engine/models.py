@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmpipe import launch, rundir
 from llmpipe.engine import upstream
@@ -34,6 +42,11 @@ class Hardware:
     accumulation: int
     bf16: bool
     attention: str
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that are not trained."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def describe(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -89,12 +102,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def load_model(folder: Path, attention: str = "sdpa", kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """A model of `kind` in fp32 from safetensors. Raises UserError (3) when a tensor is missing or left over."""
+def load_model(
+    folder: Path,
+    attention: str = "sdpa",
+    kind: Any = AutoModelForCausalLM,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """A model of `kind` from safetensors. Raises UserError (3) when a tensor is missing or left over."""
     try:
         model, report = kind.from_pretrained(
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
+            quantization_config=quantization,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
@@ -111,16 +131,57 @@ def load_model(folder: Path, attention: str = "sdpa", kind: Any = AutoModelForCa
     return model
 
 
-def load(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, found: Hardware, *, stop: list[str], packed: bool, say: Say
-) -> PreTrainedModel:
-    """The model to train: fp32, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns."""
-    model = load_model(folder, found.attention)
+def load_any(
+    folder: Path, base: Path | None, tokenizer: PreTrainedTokenizerBase, *, bf16: bool, ranks: bool = False
+) -> Any:
+    """A model to look at, alone or as adapter on its `base`, on the GPU where there is one. `ranks`: a reward model."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
+    model = load_model(base or folder, kind=AutoModelForSequenceClassification if ranks else AutoModelForCausalLM)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if base:
+        from llmpipe.engine import adapters
+
+        fit(model, tokenizer, generation=folder)
+        model = adapters.put_on(model, folder)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, generation: Path | None = None) -> int:
+    """Embeddings at least as wide as the tokenizer; returns how many rows there were. `generation`: a folder whose
+    generation configuration, with its stop tokens, the model takes over."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         # mean_resizing draws new rows from the old ones' distribution (Hewitt 2021), so that they start out harmless
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    if generation:
+        model.generation_config = GenerationConfig.from_pretrained(generation)
+    return rows
+
+
+def load(
+    folder: Path,
+    base: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Hardware,
+    recipe: Training,
+    *,
+    stop: list[str],
+    added: list[str],
+    say: Say,
+) -> Any:
+    """The model to train, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns.
+
+    All weights: fp32. With `adapter:` the model is frozen, in the precision of the arithmetic or quantized, and its
+    adapter is a new one, or the one in `folder` where that is an adapter on `base`.
+    """
+    from llmpipe.engine import adapters
+
+    dtype = found.frozen_dtype if recipe.adapter else torch.float32
+    model = adapters.frozen(base or folder, recipe.quantization, dtype, found.attention)
+    rows = fit(model, tokenizer)
+    if len(tokenizer) > rows:
         say(f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old")
     stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
     generation = model.generation_config
@@ -130,8 +191,18 @@ def load(
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     upstream.speed_up(model, device_type=found.device)
-    count = sum(p.numel() for p in model.parameters())
-    say(f"model: {type(model).__name__}, {count / 1e6:,.1f} M parameters, all trained")
+    count, kind = model.num_parameters(), type(model).__name__
+    if recipe.adapter is None:
+        say(f"model: {kind}, {count / 1e6:,.1f} M parameters, all trained")
+        return model
+    if base:
+        model = adapters.put_on(model, folder, trainable=True)
+    else:
+        model = adapters.begin(model, recipe.adapter, [tokenizer.convert_tokens_to_ids(t) for t in added], recipe.seed)
+    model.peft_config["default"].base_model_name_or_path = str(base or folder)  # looked up when a checkpoint is saved
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = f"{recipe.quantization.bits} bits" if recipe.quantization else str(dtype).removeprefix("torch.")
+    say(f"model: {kind}, {count / 1e6:,.1f} M parameters in {how}, frozen; adapter of {learned / 1e6:,.2f} M trained")
     return model
 
 

@@ -154,6 +154,17 @@ class LogProbs(torch.autograd.Function):
         return (grad_hidden * grad[:, None]).to(hidden_dtype), to_weight, None, None, None
 
 
+def keep_unpacked(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at a model's first evaluation on a CPU with AVX-512 BF16.
+
+    That rounds the constants of the quantization to bf16, so that a model which was evaluated trains on other weights than
+    one which was not, and a resumed run differs from a straight one.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 NOISE = {  # logger -> start of a line that is of no use to the user, and why
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; without it the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
@@ -170,3 +181,5 @@ def silence() -> None:
         logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
     # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    # and PEFT asks a model for it under its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

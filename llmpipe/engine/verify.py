@@ -43,21 +43,31 @@ def publish(
     return checked
 
 
+def refuse(why: str, code: int = INTEGRITY) -> None:
+    raise UserError(f"verification failed: {why}", "nothing was published; the checkpoints are kept", code)
+
+
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Hand-off contract, rule 4: tensors, logits on probes, tokenizer, template, stop tokens, stopping."""
+    same_tokenizer(tokenizer, folder)
+    tensors = same_tensors({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder)
+    reloaded = load_model(folder).to(model.device).eval()  # refuses missing and unexpected tensors
+    if reloaded.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        refuse("the embeddings have fewer rows than the tokenizer has tokens")
+    return {"tensors": tensors, **same_behaviour(model, reloaded, tokenizer)}
 
-    def refuse(why: str, code: int = INTEGRITY) -> None:
-        raise UserError(f"verification failed: {why}", "nothing was published; the checkpoints are kept", code)
 
+def same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     again = load_tokenizer(folder)
     for what in ("pad_token_id", "eos_token_id", "chat_template"):
         if getattr(again, what) != getattr(tokenizer, what):
             refuse(f"{what} is {getattr(again, what)!r} after reloading, {getattr(tokenizer, what)!r} in training")
-    ids = tokenizer(PROBE)["input_ids"]
-    if again(PROBE)["input_ids"] != ids:
+    if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         refuse("the tokenizer splits a probe text differently after reloading")
 
-    trained = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+
+def same_tensors(trained: dict[str, torch.Tensor], folder: Path) -> int:
+    """Every saved tensor is whole, finite and the trained one; returns how many there are."""
     seen = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -70,23 +80,35 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
                 if name not in trained or not torch.equal(tensor, trained[name].to(tensor.dtype)):
                     refuse(f"{path.name}: {name} is not the tensor that was trained")
                 seen += 1
+    return seen
 
-    reloaded = load_model(folder).to(model.device).eval()  # refuses missing and unexpected tensors
-    if reloaded.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        refuse("the embeddings have fewer rows than the tokenizer has tokens")
+
+def _probe(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    return torch.tensor([(tokenizer(PROBE)["input_ids"] * 4)[:64]], device=model.device)
+
+
+def probe_logits(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Logits on the probe text, with the model in evaluation mode."""
     was_training = model.training
     model.eval()
-    probe = torch.tensor([(ids * 4)[:64]], device=model.device)
     with own_rng(), torch.no_grad():
-        difference = float((model(probe).logits - reloaded(probe).logits).abs().max())
-        stop = reloaded.generation_config.eos_token_id
-        ended = [_stops(reloaded, probe, token) for token in (stop if isinstance(stop, list) else [stop])]
+        logits = model(_probe(model, tokenizer)).logits
     model.train(was_training)
+    return logits
+
+
+def same_behaviour(model: Any, reloaded: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Equal logits on the probe, and an end to generation at every stop token."""
+    difference = float((probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)).abs().max())
+    stop = reloaded.generation_config.eos_token_id
+    stops = stop if isinstance(stop, list) else [stop]
+    with own_rng(), torch.no_grad():
+        ended = [_stops(reloaded, _probe(reloaded, tokenizer), token) for token in stops]
     if not math.isfinite(difference) or difference > 1e-5:
         refuse(f"logits on a probe differ by {difference:.2e} after reloading")
-    if tokenizer.eos_token_id not in (stop if isinstance(stop, list) else [stop]) or not all(ended):
+    if tokenizer.eos_token_id not in stops or not all(ended):
         refuse("generation does not stop at the end of a turn")
-    return {"tensors": seen, "max_logit_difference": difference, "stops_at": stop}
+    return {"max_logit_difference": difference, "stops_at": stop}
 
 
 class _Say(LogitsProcessor):

@@ -11,12 +11,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from llmpipe import __version__, rundir
 from llmpipe.errors import RESOURCES, UserError
@@ -25,12 +24,14 @@ from llmpipe.report.terminal import duration_of, size_of
 Point = tuple[float, float]
 POINTS, ITEMS, CHARACTERS, MOST_BYTES = 400, 24, 2000, 2_000_000  # of a curve, a list, a text, the file
 # Series of metrics.jsonl in the order of the page, with title and unit; others follow under their own names.
-KNOWN = {"loss": ("loss", ""), "learning_rate": ("learning rate", ""), "grad_norm": ("gradient norm", ""),
+KNOWN = {"loss": ("loss", "nats per token"), "learning_rate": ("learning rate", ""), "grad_norm": ("gradient norm", ""),
          "tokens_per_second": ("speed", "tokens/s"), "memory_gb": ("memory", "GB")}  # fmt: skip
 COUNTS = {"read": "read", "kept": "kept", "rejected": "rejected", "truncated": "truncated", "split": "split",
           "duplicates": "duplicate", "unseen": "unseen", "train": "to train on", "eval": "held out"}  # fmt: skip
+PREFERENCES = {"reward", "dpo", "ppo", "grpo"}  # stages whose loss has no unit
 ORIGIN = ("fingerprint", "identity", "finished", "seed", "llmpipe", "git", "versions", "machine", "hardware",
           "environment", "tokenizer", "verified")  # fmt: skip
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]")
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
@@ -44,8 +45,7 @@ class Html(str):
 
 def join(*parts: object) -> Html:
     """Parts in a row: markup as it is, anything else as escaped text without control characters."""
-    bare = (p if isinstance(p, Html) else re.sub(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", "\ufffd", str(p)) for p in parts)
-    return Html("".join(p if isinstance(p, Html) else escape(p) for p in bare))
+    return Html("".join(p if isinstance(p, Html) else escape(CONTROL.sub("\ufffd", str(p))) for p in parts))
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
@@ -78,8 +78,8 @@ def table(label: str, head: list[str], rows: list[list[object]]) -> Html:
 
 def facts(pairs: dict[Any, Any], style: str = "facts") -> Html:
     """Names and values; what is not known is left out."""
-    known = {name: value for name, value in pairs.items() if value not in (None, "–")}
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in known.items()), class_=style)
+    shown = (tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs.items() if value is not None)
+    return tag("dl", *shown, class_=style)
 
 
 def fold(title: object, *content: object) -> Html:
@@ -105,12 +105,6 @@ def number(value: Any, decimals: int | None = None, sign: str = "", digits: int 
         decimals = 0
     text = f"{value:{sign},.{digits}g}" if decimals is None else f"{value:{sign},.{decimals}f}"
     return text.replace("-", "−").replace("e−0", "e−")
-
-
-def decimals_of(values: Iterable[Any]) -> int:
-    """Decimals that suit the largest of the numbers of a column."""
-    size = math.floor(math.log10(max((abs(v) for v in values if drawable(v) and v), default=1)))
-    return max(0, min(3, 4 - size)) if size >= -1 else min(2 - size, 12)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -156,9 +150,6 @@ class Run(NamedTuple):
     prefix: str
     parts: list[Part]
     scale: int = 1
-
-    def id_of(self, part: Part) -> str:
-        return f"{self.prefix}artifact-{quote(part.name)}"
 
 
 def dig(value: Any, *keys: str) -> Any:
@@ -234,21 +225,14 @@ def plot(title: str, unit: str, curves: dict[str, tuple[int, list[Point]]], step
         drawn.append(tag("text", number(value, digits=6), x=left - 6, y=y + 4, text_anchor="end"))
     for value in ticks(x0, x1):
         drawn.append(tag("text", number(value, digits=6), x=at((value, y0))[0], y=bottom + 16, text_anchor="middle"))
+    drawn.append(tag("text", "step", x=right + 26, y=bottom + 16))
     for label, (style, points) in curves.items():
         line = " ".join("{:g},{:g}".format(*at(p)) for p in thin(points, most))
         drawn.append(tag("polyline", points=line, class_=f"line s{style}"))
+        mark = f"dot s{style}" + " rare" * (len(points) <= 40)
         for p in (*points[:: -(-len(points) // 8)], points[-1]):
-            tip = tag("title", f"{label} step {number(p[0])}: {number(p[1])}")
-            drawn.append(
-                tag(
-                    "circle",
-                    tip,
-                    cx=at(p)[0],
-                    cy=at(p)[1],
-                    r=2.5,
-                    class_=f"dot s{style}{' rare' * (len(points) <= 40)}",
-                )
-            )
+            tip, (x, y) = tag("title", f"{label} step {number(p[0])}: {number(p[1])}"), at(p)
+            drawn.append(tag("circle", tip, cx=x, cy=y, r=2.5, class_=mark))
         ends.append((at(points[-1])[1], f"{label} {number(points[-1][1])}", f"end s{style}"))
     for i, (y, words, style) in enumerate(sorted(ends), 1):
         below = max(min(y, bottom - 12 * (len(ends) - i)), below + 12)
@@ -272,6 +256,7 @@ def plots(parts: dict[str, Part], most: int) -> Iterator[Html]:
                     curves[f"{label} {kind}".strip()] = (style, part.curves[key])
         group, _, rest = name.rpartition("/")
         title, unit = KNOWN.get(name, (rest.replace("_", " "), ""))
+        unit = "" if name == "loss" and PREFERENCES & {part.stage for part in parts.values()} else unit
         groups.setdefault(group, []).append(plot(title, unit, curves, span(steps), most))
     for group, drawn in groups.items():
         yield join(tag("h5", group) if group else "", tag("div", *drawn, class_="plots"))
@@ -293,10 +278,8 @@ def strip(cell: dict[str, Any], low: float, high: float) -> Html:
 def lineage(run: Run) -> Iterator[Html]:
     """What was made from what. Each box has its own row and its own column, so that no line crosses a box."""
     parts, links, drawn = {part.name: part for part in run.parts}, {}, []
-    boxes = {
-        p.name: (p.name, f"{dig(p.made, 'kind') or 'made'} by {p.stage}, {re.split('[,:]', p.status)[0]}")
-        for p in run.parts
-    }
+    states = {p.name: f"by {p.stage}, {re.split('[,:]', p.status)[0]}" for p in run.parts}
+    boxes = {p.name: (p.name, f"{dig(p.made, 'kind') or 'made'} {states[p.name]}") for p in run.parts}
     for name, model in ((part.name, model) for part in run.parts for model in dig(part.made, "models").values()):
         source, reference = parts.get(model.get("artifact")), model["reference"]
         known = source and dig(source.made, "fingerprint") in ({}, model.get("fingerprint"))
@@ -306,17 +289,17 @@ def lineage(run: Run) -> Iterator[Html]:
     depth = dict.fromkeys(boxes, 0)
     for a, b in list(links) * len(boxes):
         depth[b] = max(depth[b], min(depth[a] + 1, len(boxes)))
-    place = {key: (i * 44, i * 48) for i, key in enumerate(sorted(boxes, key=depth.__getitem__))}
+    place = {key: (i * 34, i * 48) for i, key in enumerate(sorted(boxes, key=depth.__getitem__))}
     for (ax, ay), (bx, by) in ((place[a], place[b]) for a, b in links):
-        elbow = f"M{ax + 22} {ay + 40}V{by + 14}q0 8 8 8H{bx - 1}m-7 -4l7 4l-7 4"
+        elbow = f"M{ax + 17} {ay + 40}V{by + 14}q0 8 8 8H{bx - 1}m-7 -4l7 4l-7 4"
         drawn.append(tag("path", d=elbow, class_="link"))
     for key, (x, y) in place.items():
         (title, about), style = boxes[key], "box" if key in parts else "box outside"
-        short = title if len(title) < 28 else f"{title[:10]}…{title[-16:]}"
-        drawn.append(tag("rect", tag("title", title), x=x + 1, y=y + 4, width=210, height=36, rx=6, class_=style))
+        short = title if len(title) < 24 else f"{title[:8]}…{title[-14:]}"
+        drawn.append(tag("rect", tag("title", title), x=x + 1, y=y + 4, width=180, height=36, rx=6, class_=style))
         drawn.append(tag("text", short, x=x + 13, y=y + 27, class_="name"))
-        drawn.append(tag("text", about, x=x + 221, y=y + 27))
-    said, width = "; ".join(f"{boxes[a][0]} → {boxes[b][0]}" for a, b in links), len(boxes) * 44 + 440
+        drawn.append(tag("text", about, x=x + 191, y=y + 27))
+    said, width = "; ".join(f"{boxes[a][0]} → {boxes[b][0]}" for a, b in links), len(boxes) * 34 + 410
     name = f"lineage: {said or ', '.join(boxes)}"
     yield scroll("lineage", tag("svg", *drawn, width=width, height=len(boxes) * 48, role="img", aria_label=name))
 
@@ -327,14 +310,12 @@ def lineage(run: Run) -> Iterator[Html]:
 def training(run: Run) -> Iterator[Html]:
     """Status, key numbers and curves of every artifact but the evaluations."""
     for part in (part for part in run.parts if part.stage != "eval"):
-        final, work = dig(part.made, "final"), dig(part.made, "training")
-        about = {"status": part.status, "kind": dig(part.made, "kind") or None, "stage": part.stage,
-                 "held-out loss before": number(final.get("eval_loss_before")),
-                 "held-out loss after": number(final.get("eval_loss")), "last loss": number(final.get("loss")),
-                 "steps": number(work.get("steps")), "tokens": number(work.get("tokens")),
-                 "duration": duration_of(part.made) if work else None,
-                 "size": size_of(part.made) if "files" in part.made else None}  # fmt: skip
-        yield tag("h4", part.name, id=run.id_of(part))
+        about = {"status": part.status, "kind": dig(part.made, "kind") or None, "stage": part.stage}
+        for name, value in (dig(part.made, "final") | dig(part.made, "training")).items():
+            about[name.replace("eval_", "held-out ").replace("_", " ")] = number(value)
+        if "training" in part.made:
+            about |= {"seconds": None, "duration": duration_of(part.made), "size": size_of(part.made)}
+        yield tag("h4", part.name)
         yield join(facts(about), *plots({"": part}, POINTS // run.scale))
         if part.undrawn:
             yield tag("p", f"{part.undrawn:,} values or lines of metrics.jsonl are not numbers and not drawn.")
@@ -346,16 +327,16 @@ def data(run: Run) -> Iterator[Html]:
     for part in run.parts:
         counts, tokens, of = (dig(part.made, "data", key) for key in ("rows", "tokens", "sources"))
         if counts:
-            share = tokens["train_supervised"] / max(tokens["train"], 1)
+            share = tokens.get("train_supervised", 0) / max(tokens.get("train", 0), 1)
             counted = [number(counts.get(key)) for key in COUNTS]
-            reasons = plain(counts["rejected_by_reason"]) or "–"
-            rows.append([part.name, *counted, number(tokens["train"]), f"{share:.0%}", reasons])
+            reasons = ", ".join(f"{n:,} {why}" for why, n in dig(counts, "rejected_by_reason").items()) or "–"
+            rows.append([part.name, *counted, number(tokens.get("train")), f"{share:.0%}", reasons])
         for i, x in enumerate(of):
             counted = [number(n) for n in (len(x["files"]) or None, x["read"], x["kept"])]
             sources.append([None if i else part.name, x["path"], x["format"], *counted, (x["revision"] or "–")[:12]])
         lines = [line for line in lines_of(part.path / "rejected.jsonl") if line]
         if lines:
-            first = [tag("li", clip(": ".join(map(str, line.values())), 300)) for line in lines[:20]]
+            first = [tag("li", clip(": ".join(str(v) for v in x.values() if v != ""), 300)) for x in lines[:20]]
             rejected.append(fold(f"{part.name}: {len(first)} of {len(lines):,} rejected rows", tag("ul", *first)))
     if rows:
         head = ["artifact", *(f"#{name}" for name in COUNTS.values()), "#tokens", "#supervised", "rejected for"]
@@ -370,10 +351,10 @@ def evaluation(run: Run) -> Iterator[Html]:
         results, asked = rundir.read_json(part.path / "results.json"), dig(part.made, "models")
         models = {label: f"{dig(asked, f'models.{label}', 'reference')}, {number(model.get('parameters'))} parameters"
                   for label, model in dig(results, "models").items()}  # fmt: skip
-        yield join(tag("h4", part.name, id=run.id_of(part)), facts({"status": part.status, **models}))
+        yield join(tag("h4", part.name), facts({"status": part.status, **models}))
         for name, task in dig(results, "tasks").items():
             seen = [f"{n:,} asked in training of {label}" for label, n in dig(task, "overlap").items() if n]
-            failed = [f"{n:,} of {label} failed" for label, n in dig(task, "failed").items() if n]
+            failed = [f"{n:,} of {label} could not be judged" for label, n in dig(task, "failed").items() if n]
             about = [f"{task['n']:,} items"] * ("n" in task) + (seen or ["none asked in training"]) + failed
             yield join(tag("h5", name), tag("p", "; ".join(about)))
             yield numbers(name, "metric", task["metrics"])
@@ -385,7 +366,8 @@ def numbers(task: str, title: str, metrics: dict[str, dict[str, Any]]) -> Html:
     rows, paired = [], title == "difference"
     for metric, cells in metrics.items():
         known = [c[k] for c in cells.values() for k in ("low", "value", "high") if drawable(c[k])]
-        (low, high), decimals = span([0, 0 if paired else 1, *known]), decimals_of(known)
+        (low, high), size = span([0, 0 if paired else 1, *known]), max(map(abs, known), default=0) or 1
+        decimals = min(max(3 - math.floor(math.log10(size)), 2 if size < 1000 else 0), 12 if size < 0.1 else 3)
         named = join(metric, tag("small", f" {number(low)} to {number(high)}"))
         for i, (label, c) in enumerate(cells.items()):
             value, a, b = (number(c[k], decimals, "+" if paired else "") for k in ("value", "low", "high"))
@@ -396,7 +378,7 @@ def numbers(task: str, title: str, metrics: dict[str, dict[str, Any]]) -> Html:
 
 
 def card(prompt: object, answers: dict[str, Html]) -> Html:
-    return tag("article", tag("div", prompt, class_="prompt", dir="auto"), facts(answers, "answers"))
+    return tag("article", tag("div", prompt, class_="prompt"), facts(answers, "answers"))
 
 
 def samples(run: Run) -> Iterator[Html]:
@@ -411,23 +393,21 @@ def samples(run: Run) -> Iterator[Html]:
         yield tag("p", f"{min(len(prompts), count):,} of {len(prompts):,} prompts of the recipes")
         yield from (card(clip(prompt, most), answers) for prompt, answers in list(prompts.items())[:count])
     for part in (part for part in run.parts if part.stage == "eval"):
-        tasks: dict[str, dict[Any, set[str]]] = {}
+        tasks: dict[str, dict[Any, dict[str, dict]]] = {}
         for line in (line for line in lines_of(part.path / "samples.jsonl") if "prompt" in line):
-            tasks.setdefault(line["task"], {}).setdefault(line["item"], set()).add(plain(line.get("scores")))
+            tasks.setdefault(line["task"], {}).setdefault(line["item"], {})[line["model"]] = line
         for task, items in tasks.items():
-            differ = [item for item, scores in items.items() if len(scores) > 1]
-            shown: dict[Any, dict[str, Html]] = {item: {} for item in list(dict.fromkeys([*differ, *items]))[:count]}
-            asked = {}
-            for line in lines_of(part.path / "samples.jsonl"):
-                if line.get("task") == task and line.get("item") in shown:
-                    answers = shown[line["item"]]
-                    asked.setdefault(line["item"], clip(line["prompt"], most))
-                    if line.get("reference"):
-                        answers.setdefault("expected answer", clip(line["reference"], most))
-                    text = "\n\n".join(line["answers"]) if "answers" in line else plain(line.get("values"))
-                    answers[line["model"]] = join(clip(text, most), tag("small", plain(line.get("scores") or "")))
-            about = f"{len(shown):,} of {len(items):,} items; the scores differ on {len(differ):,}, shown first"
-            yield fold(f"{part.name}, {task}: {about}", *(card(asked[item], a) for item, a in shown.items()))
+            scores = {item: {plain(x["scores"]) for x in by.values() if "scores" in x} for item, by in items.items()}
+            differ, cards = [item for item in items if len(scores[item]) > 1], []
+            for by in (items[item] for item in list(dict.fromkeys([*differ, *items]))[:count]):
+                first = next(iter(by.values()))
+                answers = {"expected answer": clip(first["reference"], most)} if first.get("reference") else {}
+                for model, x in by.items():
+                    text = "\n\n".join(x["answers"]) if "answers" in x else plain(x.get("values"))
+                    answers[model] = join(clip(text, most), tag("small", plain(x.get("scores", ""))))
+                cards.append(card(clip(first["prompt"], most), answers))
+            about = f"{len(cards):,} of {len(items):,} items; the scores differ on {len(differ):,}, shown first"
+            yield fold(f"{part.name}, {task}: {about}", *cards)
 
 
 def recipes(run: Run) -> Iterator[Html]:
@@ -468,8 +448,6 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-SECTIONS = (lineage, training, data, evaluation, samples, recipes)
-
 
 def page(runs: list[Run]) -> str:
     """The whole document: the comparison of two runs, then each run in its sections."""
@@ -482,7 +460,7 @@ def page(runs: list[Run]) -> str:
         about = f"{len(run.parts)} artifacts, {done} of them finished"
         body += [tag("h2", run.name, id=f"{run.prefix}run"), tag("p", about)]
         links = [tag("a", run.name, href=f"#{run.prefix}run")]
-        for make in SECTIONS:
+        for make in (lineage, training, data, evaluation, samples, recipes):
             name, title = f"{run.prefix}{make.__name__}", make.__name__.capitalize()
             content = join(*make(run)) or tag("p", "nothing in this run")
             body.append(tag("section", tag("h3", title), content, id=name))
@@ -500,16 +478,13 @@ def page(runs: list[Run]) -> str:
 
 def write_report(paths: list[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of two beside each other, and return where it lies. Raises UserError."""
-    runs = []
-    for letter, path in zip("AB", paths, strict=False):
+    names, two, runs = [path.resolve().name for path in paths], len(paths) == 2, []
+    for letter, name, path in zip("AB", names, paths, strict=False):
         parts = [read(artifact) for artifact in rundir.artifacts(path)]
         if not parts:
             raise UserError(f"{path}: holds no artifacts", "give the folder that `run:` of a recipe names")
-        two = len(paths) == 2
-        runs.append(
-            Run(f"{letter}: {path.resolve().name}" if two else path.resolve().name, f"{letter.lower()}-" * two, parts)
-        )
-    out = out or paths[0] / (f"report-vs-{paths[1].resolve().name}.html" if len(paths) == 2 else "report.html")
+        runs.append(Run(f"{letter}: {name}", f"{letter.lower()}-", parts) if two else Run(name, "", parts))
+    out = out or paths[0] / (f"report-vs-{names[1]}.html" if two else "report.html")
     for scale in (1, 2, 4, 8, 16):
         text = page([run._replace(scale=scale) for run in runs]).encode()
         if len(text) <= MOST_BYTES:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 STAGES = {
     "sft": "supervised fine-tuning: learn to answer from examples",
+    "lora": "sft of a low-rank adapter on a frozen model",
+    "qlora": "sft of an adapter on a model held in 4 or 8 bits",
     "eval": "evaluation: measure models on the same items, with intervals",
 }
 
@@ -30,6 +32,8 @@ class Job:
     recipe: Recipe
     models: dict[str, Path]
     """Folders of the models that the recipe names, as safetensors and JSON, by the path of the field."""
+    bases: dict[str, Path]
+    """Folders of the bases of those that are adapters."""
     plan: dict[str, Any]
     """plan.json: what was asked, its identity and the models."""
     say: Callable[[str], None]

@@ -250,7 +250,8 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
         items[name] = [json.loads(line) for line in text.split("\n") if line]
     models = {}
     for label in recipe.models:
-        with evaluate.candidate(label, job.models[f"models.{label}"], recipe, say) as model:
+        at = f"models.{label}"
+        with evaluate.candidate(label, job.models[at], job.bases.get(at), recipe, say) as model:
             models[label] = model.describe() | {"parent": parent_of(label, job.plan["models"])}
             for task in recipe.tasks:
                 evaluate.score(model, task, name_of(task), items.get(name_of(task)), book, recipe, say)

@@ -10,11 +10,12 @@ import shutil
 from typing import Any, ClassVar, Literal
 
 from llmpipe import rundir
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe import Training, owned
 from llmpipe.stages import Job
 
-ACCEPTS = ("model",)
-MAKES = "model"
+ACCEPTS = ("model", "adapter")
+MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = "checkpoints/step-*"
 
 
@@ -37,9 +38,16 @@ def prepare(job: Job) -> dict[str, Any]:
     from llmpipe.data.prepare import prepare as tokenize
 
     recipe = job.recipe
-    folder = tokenize(
-        recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=job.plan["asked"]["content"]
-    )
+    also = rundir.Artifact(job.artifact.run / f"{job.artifact.name}-merged")
+    if (
+        recipe.adapter
+        and recipe.adapter.merge
+        and also.finished
+        and also.manifest()["identity"] != job.plan["identity"]
+    ):
+        raise UserError(f"{also.path}: is another adapter's", "move it away, or set `name:`", INTEGRITY)
+    pinned = job.plan["asked"]["content"]
+    folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
     return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
 
 
@@ -51,16 +59,15 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     upstream.silence()
     from trl import SFTTrainer
 
-    from llmpipe.engine import models, training, verify
+    from llmpipe.engine import adapters, models, training, verify
     from llmpipe.engine.generate import answer_samples
 
     recipe, artifact, say = job.recipe, job.artifact, job.say
     rows = job.prepared / prepared["data"]
     hardware = models.hardware(recipe, say)
     tokenizer = models.load_tokenizer(rows / "tokenizer")
-    model = models.load(
-        job.model, tokenizer, hardware, stop=prepared["stop_tokens"], packed=recipe.data.packing, say=say
-    )
+    stop, added, base = prepared["stop_tokens"], prepared["added_tokens"], job.bases.get("model")
+    model = models.load(job.model, base, tokenizer, hardware, recipe, stop=stop, added=added, say=say)
 
     arguments = training.sft_arguments(recipe, artifact, hardware)
     trainer = training.durable(SFTTrainer)(
@@ -78,9 +85,20 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     final = trainer.fit()
     answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "after", kwargs)
 
-    verified = verify.publish(trainer, tokenizer, artifact.model, say)
+    made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
+    if recipe.adapter is None:
+        made["verified"] = verify.publish(trainer, tokenizer, artifact.model, say)
+    else:
+        base, start = base or job.model, job.plan["models"]["model"]
+        reference = start.get("base", start)["reference"]
+        held = recipe.quantization, hardware.frozen_dtype
+        checked = adapters.publish(trainer, tokenizer, artifact.model, base, reference, *held, say)
+        made |= {"kind": "adapter", "verified": checked}
+        if recipe.adapter.merge and trainer.is_world_process_zero():
+            name = f"{artifact.name}-merged"
+            adapters.merge(base, artifact.model, artifact.run / name / "model")
+            made["merged"] = [name]
     if trainer.is_world_process_zero():
         for name in ("rejected.jsonl", "seen.safetensors"):
             shutil.copyfile(rows / name, artifact.path / name)
-    made = {"final": final, "verified": verified, "training": trainer.facts(), "hardware": hardware.describe()}
     return facts(prepared) | made

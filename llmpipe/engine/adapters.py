@@ -1,0 +1,184 @@
+"""Low-rank adapters (LoRA, Hu 2021): begin one, put one on its base, merge it, publish it and prove what was published.
+
+An adapter is published without its base; the manifest names the base with its hash, and `plan` refuses any other. What
+follows the adapter everywhere: tokenizer, chat template, and the generation configuration with its stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmpipe import rundir
+from llmpipe.engine import upstream, verify
+from llmpipe.engine.models import fit, load_model, load_tokenizer, release_memory
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.recipe import Adapter, Quantization
+
+WEIGHTS = "adapter_model.safetensors"
+TOLERANCE = 1e-3  # between the logits of base + adapter and those of the merged model, both in fp32
+
+
+def frozen(folder: Path, wanted: Quantization | None, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """A base to train an adapter on: in `dtype`, or as bitsandbytes holds it: NF4 with double quantization (Dettmers
+    2023) or 8 bits, with norms and embeddings in fp32."""
+    if wanted is None:
+        return load_model(folder, attention, dtype=dtype)
+    from peft import prepare_model_for_kbit_training
+
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": wanted.double,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    config = BitsAndBytesConfig(**four) if wanted.bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    model = load_model(folder, attention, dtype=dtype, quantization=config)
+    upstream.keep_unpacked(model)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: int) -> Any:
+    """A fresh adapter on `model`, which is frozen. Raises UserError when no layer has the names in `targets`."""
+    from peft import LoraConfig, get_peft_model
+
+    embeddings = {}
+    if wanted.embeddings == "all":
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [
+            name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)
+        ]
+        embeddings = {"modules_to_save": names}
+    elif wanted.embeddings == "new" and new_tokens:
+        embeddings = {"trainable_token_indices": new_tokens}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=wanted.rank,
+        lora_alpha=wanted.alpha,
+        lora_dropout=wanted.dropout,
+        target_modules=wanted.targets,
+        use_rslora=wanted.rslora,
+        use_dora=wanted.dora,
+        init_lora_weights=True if wanted.init == "default" else wanted.init,
+        **embeddings,
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init") from None
+
+
+def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
+    """`model` with the adapter in `folder`. Raises UserError (3) when their tensors do not fit one another."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        both = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: the adapter does not fit its base: {reason}", code=INTEGRITY) from error
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        there = set(file.keys())
+    wanted = set(get_peft_model_state_dict(both, save_embedding_layers=False))
+    if there != wanted:
+        odd = sorted(there ^ wanted)
+        raise UserError(
+            f"{folder / WEIGHTS}: {odd[0]} {'is left over' if odd[0] in there else 'is missing'}", code=INTEGRITY
+        )
+    return both
+
+
+def merged(base: Path, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base with the adapter's update added to its weights, fp32."""
+    tokenizer = load_tokenizer(folder)
+    model = load_model(base)
+    fit(model, tokenizer, generation=folder)
+    model = put_on(model, folder).merge_and_unload(safe_merge=True)
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def merge(base: Path, folder: Path, target: Path) -> None:
+    """Write the merged model as a folder like any other."""
+    model, tokenizer = merged(base, folder)
+    with rundir.publishing(target) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+
+def publish(
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    base: Path,
+    reference: str,
+    bits: Quantization | None,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Save the adapter to a staging folder, reload it on its base, compare, merge, compare, rename to `target`.
+
+    Raises UserError (3) when the saved adapter is not the trained one; nothing is published then.
+    """
+    trainer.accelerator.wait_for_everyone()
+    checked: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        model = trainer.plain_model()
+        trainer.forget_optimizer()
+        model.set_attn_implementation("sdpa")
+        model.peft_config["default"].base_model_name_or_path = reference  # no machine's path in an artifact
+        with rundir.publishing(target) as staging:
+            model.save_pretrained(str(staging), save_embedding_layers=False)
+            (staging / "README.md").unlink(missing_ok=True)
+            tokenizer.save_pretrained(staging)
+            model.generation_config.save_pretrained(staging)
+            checked = compare(model, tokenizer, staging, base, bits, dtype)
+        words = f"logits differ by {checked['max_logit_difference']:.1e} after reloading"
+        say(f"verified: {checked['tensors']} tensors, {words}, by {checked['merged_difference']:.1e} when merged")
+    trainer.accelerator.wait_for_everyone()
+    return checked
+
+
+def compare(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    base: Path,
+    bits: Quantization | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
+    from peft import get_peft_model_state_dict
+
+    verify.same_tokenizer(tokenizer, folder)
+    trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = verify.same_tensors({k: v.detach().cpu() for k, v in trained.items()}, folder)
+    again = frozen(base, bits, dtype)
+    fit(again, tokenizer, generation=folder)
+    again = put_on(again if bits else again.to(model.device), folder).eval()
+    checked = verify.same_behaviour(model, again, tokenizer)
+    if bits is None and dtype == torch.float32:
+        apart = again
+    else:
+        del again
+        release_memory()
+        apart = load_model(base)
+        fit(apart, tokenizer, generation=folder)
+        apart = put_on(apart, folder).eval()
+    # merging is compared in fp32, the precision of the published weights
+    before = verify.probe_logits(apart, tokenizer).cpu()
+    after = verify.probe_logits(apart.merge_and_unload(safe_merge=True), tokenizer).cpu()
+    difference = float((before - after).abs().max())
+    if not difference <= TOLERANCE:
+        verify.refuse(f"merged into its base, the adapter's logits on a probe differ by {difference:.2e}")
+    checked |= {"tensors": tensors, "merged_difference": difference}
+    if bits:
+        own = verify.probe_logits(model, tokenizer).float().cpu()
+        checked["quantized_to_merged_difference"] = float((own - after).abs().mean())
+    return checked

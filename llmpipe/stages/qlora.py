@@ -1,0 +1,18 @@
+"""`llmpipe qlora`: an adapter on a quantized model (Dettmers 2023). It is `lora` with `quantization:` required."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llmpipe.recipe import Quantization
+from llmpipe.stages import lora
+from llmpipe.stages.lora import ACCEPTS, MAKES, PROGRESS, prepare, train
+
+__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "train"]
+
+
+class Schema(lora.Schema):
+    stage: Literal["qlora"] = "qlora"
+    """Supervised fine-tuning of an adapter on a quantized model."""
+    quantization: Quantization
+    """How the frozen model is held."""
