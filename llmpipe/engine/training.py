@@ -173,6 +173,13 @@ def durable(trainer_class: type[Trainer]) -> type:
 class _Durable:
     """Mixed in before a transformers Trainer; see the module's docstring."""
 
+    def __init__(self, *, model: Any, **arguments: Any):
+        learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model=model, **arguments)
+        for name, p in model.named_parameters():
+            if name in learned:
+                p.data = learned[name]  # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
+
     def attach(
         self,
         artifact: Artifact,

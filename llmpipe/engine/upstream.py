@@ -157,8 +157,8 @@ class LogProbs(torch.autograd.Function):
 def keep_unpacked(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at a model's first evaluation on a CPU with AVX-512 BF16.
 
-    That rounds the constants of the quantization to bf16, so that a model which was evaluated trains on other weights than
-    one which was not, and a resumed run differs from a straight one.
+    That rounds the constants of the quantization to bf16, so that a model which was evaluated trains on other weights
+    than one which was not, and a resumed run differs from a straight one.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
