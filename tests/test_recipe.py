@@ -69,9 +69,9 @@ def test_every_problem_at_once_with_its_line(tmp_path):
 
 def fields(model, prefix=""):
     """(dotted path of the section, field name) of every field of a recipe."""
-    from llmpipe.recipe import _models_in
+    from llmpipe.recipe import _models_in, fields_of
 
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         yield prefix, name
         for inner in _models_in(field.annotation):
             yield from fields(inner, f"{prefix}{name}.")

@@ -50,7 +50,17 @@ def questions(path: Path) -> list[str]:
 
 def test_they_are_all_found():
     names = [str(path.relative_to(ROOT / "recipes")) for path in SHIPPED]
-    assert names == ["alpaca.yaml", "eval.yaml", "quickstart.yaml", "sft.yaml", "tiny/eval.yaml", "tiny/sft.yaml"]
+    assert names == [
+        "alpaca.yaml",
+        "eval.yaml",
+        "lora.yaml",
+        "qlora-8b.yaml",
+        "qlora.yaml",
+        "quickstart.yaml",
+        "sft.yaml",
+        "tiny/eval.yaml",
+        "tiny/sft.yaml",
+    ]
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, STARTER], ids=lambda path: str(path.relative_to(ROOT)))

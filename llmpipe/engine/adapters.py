@@ -6,6 +6,7 @@ follows the adapter everywhere: tokenizer, chat template, and the generation con
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
     )
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)
+        return upstream.with_bias(get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init") from None
 
@@ -79,7 +80,9 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        both = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors, which are refused below
+            both = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: the adapter does not fit its base: {reason}", code=INTEGRITY) from error
@@ -91,7 +94,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
         raise UserError(
             f"{folder / WEIGHTS}: {odd[0]} {'is left over' if odd[0] in there else 'is missing'}", code=INTEGRITY
         )
-    return both
+    return upstream.with_bias(both)
 
 
 def merged(base: Path, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -20,7 +20,7 @@ import torch
 from transformers import TextStreamer
 
 from llmpipe.engine.generate import Sampling, answer, render
-from llmpipe.engine.models import load_any, load_tokenizer
+from llmpipe.engine.models import has_bf16, load_any, load_tokenizer
 from llmpipe.rundir import template_kwargs
 
 HELP = "/system TEXT  set the system turn   /reset  start over   /save FILE  write the conversation   /quit"
@@ -55,7 +55,7 @@ class Voice:
 
 def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, base, tokenizer, bf16=torch.cuda.is_available())
+    model = load_any(folder, base, tokenizer, bf16=has_bf16())
     return Voice(label, model, tokenizer, template_kwargs(folder))
 
 

@@ -26,7 +26,7 @@ from llmpipe.data.templates import Choice as Chosen
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
 from llmpipe.engine.judge import ask_endpoint
-from llmpipe.engine.models import load_any, load_tokenizer, release_memory
+from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
 from llmpipe.errors import RESOURCES, UserError
 from llmpipe.recipe import Recipe, Section
@@ -158,8 +158,7 @@ class Candidate:
 @contextmanager
 def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: Say) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
-    on_gpu = torch.cuda.is_available()
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16())
     architectures = (rundir.read_json((base or folder) / "config.json") or {}).get("architectures") or [""]
     ranks = architectures[0].endswith("ForSequenceClassification")
     tokenizer = load_tokenizer(folder)

@@ -64,10 +64,10 @@ def hardware(recipe: Training, say: Say) -> Hardware:
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or launch.thread_count(recipe.launch, processes)
     torch.set_num_threads(threads)
     wanted = recipe.optim.precision
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
-    if wanted == "bf16" and not has_bf16 and on_gpu:
+    fast = has_bf16()
+    if wanted == "bf16" and not fast and on_gpu:
         raise UserError("optim.precision: bf16: this GPU has no bf16", "set optim.precision: fp32")
-    bf16 = wanted == "bf16" or (wanted == "auto" and has_bf16)
+    bf16 = wanted == "bf16" or (wanted == "auto" and fast)
     why = "the recipe asks for it" if wanted != "auto" else f"the hardware has {'it' if bf16 else 'no fast bf16'}"
     attention, attention_why = upstream.choose_attention("cuda" if on_gpu else "cpu", recipe.data.packing)
     micro = launch.micro_batch_size(recipe, processes, on_gpu)
@@ -89,8 +89,10 @@ def hardware(recipe: Training, say: Say) -> Hardware:
     return found
 
 
-def _cpu_has_bf16() -> bool:
-    """bf16 matrix products in hardware (AVX-512 BF16 or AMX); elsewhere they are slower than fp32."""
+def has_bf16() -> bool:
+    """bf16 matrix products in hardware (a GPU's, AVX-512 BF16 or AMX); elsewhere they are slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -199,7 +201,8 @@ def load(
         model = adapters.put_on(model, folder, trainable=True)
     else:
         model = adapters.begin(model, recipe.adapter, [tokenizer.convert_tokens_to_ids(t) for t in added], recipe.seed)
-    model.peft_config["default"].base_model_name_or_path = str(base or folder)  # looked up when a checkpoint is saved
+    # or PEFT looks the base up, on the Hub too, whenever a checkpoint is saved
+    model.peft_config["default"].base_model_name_or_path = model.get_base_model().name_or_path = ""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     how = f"{recipe.quantization.bits} bits" if recipe.quantization else str(dtype).removeprefix("torch.")
     say(f"model: {kind}, {count / 1e6:,.1f} M parameters in {how}, frozen; adapter of {learned / 1e6:,.2f} M trained")

@@ -154,6 +154,14 @@ class LogProbs(torch.autograd.Function):
         return (grad_hidden * grad[:, None]).to(hidden_dtype), to_weight, None, None, None
 
 
+def with_bias(model):
+    """`model`; PEFT's wrapper of a tied head that learns new tokens lacks the `bias` that TRL's fused head reads."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
+    return model
+
+
 def keep_unpacked(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at a model's first evaluation on a CPU with AVX-512 BF16.
 

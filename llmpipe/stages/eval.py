@@ -171,7 +171,7 @@ class Schema(Recipe):
     gate: dict[str, Gate] = cosmetic({})
     """Conditions on the last of `models`, by METRIC or TASK.METRIC; where one fails the stage ends with exit code 4."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the weights and the arithmetic; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Of the weights and the arithmetic; `auto` is bf16 where the hardware has it and fp32 elsewhere."""
     launch: Machines = cosmetic(default_factory=Machines)
     """The machine: never part of the result's identity."""
 
