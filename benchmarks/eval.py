@@ -2,8 +2,8 @@
 
     python benchmarks/eval.py --model DIR --rows recipes/quickstart-test.jsonl --count 64 --pairs 5
 
-Both sides run in one process on one loaded model, alternating; what counts is the ratio within a pair. Greedy answers of
-both sides must be the same, text for text. `--rows`: `messages` rows as JSON Lines.
+Both sides run in one process on one loaded model, alternating; what counts is the ratio within a pair. How many greedy
+answers are the same, text for text, is printed. `--rows`: `messages` rows as JSON Lines.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
+import torch  # noqa: TID253 - a script, not the package
 
 from llmpipe.engine import upstream
 from llmpipe.engine.generate import Sampling, answer, render

@@ -99,7 +99,7 @@ def thread_count(launch: Machine, processes: int) -> int:
 
 def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
     """Sequences per process and forward pass; raises UserError when `optim.batch_size` does not divide."""
-    total, launch = recipe.optim.batch_size, recipe.launch
+    total, launch = recipe.batch_size, recipe.launch
     if total % processes:
         raise UserError(
             f"optim.batch_size ({total}) must be a multiple of launch.processes ({processes})",

@@ -86,11 +86,22 @@ class Holdout(Section):
     """Evaluation rows of their own, beside or instead of a holdout."""
 
 
-class Data(Section):
+class Prepared(Section):
+    """What every kind of training data has."""
+
     train: Annotated[list[Source], Field(min_length=1)]
     """The sources to train on."""
     eval: Holdout = Field(default_factory=Holdout)
     """What is kept for evaluation."""
+    max_rejected: Share = 0.01
+    """Share of rows that may be rejected before the run stops."""
+    processes: Positive | Literal["auto"] = cosmetic("auto")
+    """Processes that tokenize; `auto` is one per core, and one alone for small data."""
+
+
+class Data(Prepared):
+    blocks: ClassVar[bool] = False
+
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as
     truncated) or rejected; a longer text is split into pieces."""
@@ -102,26 +113,34 @@ class Data(Section):
     """Extra variables for the template, such as `enable_thinking`."""
     loss: Literal["assistant", "all"] = "assistant"
     """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
-    max_rejected: Share = 0.01
-    """Share of rows that may be rejected before the run stops."""
-    processes: Positive | Literal["auto"] = cosmetic("auto")
-    """Processes that tokenize; `auto` is one per core, and one alone for small data."""
+
+
+class Corpus(Prepared):
+    """Documents laid end to end, each with its end-of-document token, and cut into blocks without padding."""
+
+    blocks: ClassVar[bool] = True
+    template: ClassVar[str] = "auto"
+    chat_template_kwargs: ClassVar[dict[str, Any]] = {}
+    loss: ClassVar[str] = "all"
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens of a block; the last one may be shorter."""
+    packing: bool = Field(False, alias="isolate")
+    """Attention does not cross from one document to the next within a block."""
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class Optim(Section):
+class AdamW(Section):
+    """The optimizer, and what every schedule has."""
+
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate. No single default is right: about 2e-5 for full fine-tuning, 2e-4 for LoRA."""
-    batch_size: Positive = 32
-    """Sequences per optimizer step, over all processes and micro-batches."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data."""
     steps: Positive | None = None
     """Stop after this many optimizer steps instead; overrides `epochs`."""
-    scheduler: Literal["linear", "cosine", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Warm-up: a share of the steps if below 1, a number of steps otherwise."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -137,6 +156,26 @@ class Optim(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where the hardware has
     it and fp32 elsewhere."""
+
+
+class Optim(AdamW):
+    batch_size: Positive = 32
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+
+
+class TokenOptim(AdamW):
+    batch_tokens: Positive
+    """Tokens per optimizer step, over all processes and micro-batches: a multiple of `data.max_length`."""
+    tokens: Positive | None = None
+    """Train on this many tokens instead, seeing the data as often as that takes; overrides `epochs`."""
+    scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd (warmup, stable, decay; Hu 2024) stays at the peak."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """wsd: share of the steps, at the end, in which the learning rate falls."""
+    final: Share = 0.1
+    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
 
 
 class Adapter(Section):
@@ -173,6 +212,42 @@ class Quantization(Section):
     """4: NF4 (QLoRA, Dettmers 2023); 8: LLM.int8()."""
     double: bool = True
     """Quantize the constants of the 4-bit quantization, too: 0.4 bits per weight less."""
+
+
+class Architecture(Section):
+    kind: Literal["llama", "gpt2", "qwen3"] = "llama"
+    """Whose layers."""
+    layers: Positive
+    """Transformer blocks."""
+    width: Positive
+    """Size of the hidden states."""
+    heads: Positive
+    """Attention heads; they share the width."""
+    kv_heads: Positive | None = None
+    """Heads of keys and values (grouped-query attention); as many as `heads` unless set."""
+    ffn: Positive | None = None
+    """Size within the feed-forward layers; for gpt2 4 times the width, else 8/3 of it, up to a multiple of 64."""
+    tied: bool = True
+    """Embeddings and head share their weights."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary positions (not gpt2)."""
+    rope_scaling: dict[str, Any] = {}
+    """Scaling of the rotary positions, in transformers' words: `{rope_type: linear, factor: 2.0}`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Architecture:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.kind == "gpt2" and (self.kv_heads or self.rope_scaling):
+            raise ValueError("gpt2 has neither kv_heads nor rotary positions")
+        return self
+
+
+class TrainTokenizer(Section):
+    vocab_size: Annotated[int, Field(ge=300)]
+    """Tokens of a byte-level BPE tokenizer that is trained on the documents first."""
 
 
 class Evaluation(Section):
@@ -303,6 +378,16 @@ class Training(Recipe):
         if self.quantization and not self.adapter:
             raise ValueError("quantization: quantized weights cannot be trained; add `adapter:`")
         return self
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.optim.batch_size
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, where the recipe says how many."""
+        return self.optim.steps
 
     @property
     def keeps_adapters(self) -> bool:

@@ -18,16 +18,18 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data import templates
-from llmpipe.data.formats import Rejected, convert, question
+from llmpipe.data.formats import Rejected, convert, question, taught_bytes
 from llmpipe.data.pack import IGNORED, lists
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
 
 COUNTS = ("read", "kept", "truncated", "split", "pieces")
 LIST = pa.list_(pa.int32())
-# One row per piece of a kept row. Equal rows have equal hashes; `asks` is `hash_of` what the row asks; `first` is true
-# for the first piece of a row.
-SCHEMA = pa.schema({"ids": LIST, "labels": LIST, "hash": pa.uint64(), "asks": pa.uint64(), "first": pa.bool_()})
+# One row per piece of a kept row. Equal rows have equal hashes; `asks` is `hash_of` what the row asks, `bytes` the size
+# of what it teaches; `first` is true for the first piece of a row.
+SCHEMA = pa.schema(
+    {"ids": LIST, "labels": LIST, "hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
+)
 
 Piece = tuple[np.ndarray, np.ndarray]  # ids and labels, int32 (n,) each, 0 < n <= max_length
 
@@ -69,6 +71,7 @@ class Encoder:
         pieces: list[Piece] = []
         hashes: list[int] = []
         asks: list[int] = []
+        sizes: list[int] = []
         first: list[bool] = []
         for number, payload in rows:
             try:
@@ -79,6 +82,7 @@ class Encoder:
                 continue
             hashes += [hash_of(b"".join(ids.tobytes() for ids, _ in row), self.key)] * len(row)
             asks += [hash_of(question(example).encode())] * len(row)
+            sizes += [taught_bytes(example)] * len(row)
             first += [True, *[False] * (len(row) - 1)]
             pieces += row
             counts["kept"] += 1
@@ -88,7 +92,7 @@ class Encoder:
         lengths = [len(ids) for ids, _ in pieces]
         flat = (np.concatenate([piece[side] for piece in pieces] or [np.empty(0, np.int32)]) for side in (0, 1))
         ids, labels = (lists(lengths, values) for values in flat)
-        table = {"ids": ids, "labels": labels, "hash": hashes, "asks": asks, "first": first}
+        table = {"ids": ids, "labels": labels, "hash": hashes, "asks": asks, "bytes": sizes, "first": first}
         return Batch(pa.RecordBatch.from_pydict(table, SCHEMA), counts, rejected)
 
     def row(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:

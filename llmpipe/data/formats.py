@@ -287,6 +287,13 @@ def question(example: dict[str, Any]) -> str:
     return " ".join(source.casefold().split())
 
 
+def taught_bytes(example: dict[str, Any]) -> int:
+    """UTF-8 bytes of what a row teaches: a text, a completion, or the assistant's turns."""
+    turns = example.get("messages", [])[example.get("first", 0) :]
+    spoken = "".join(turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0)
+    return len((example.get("text") or example.get("completion") or spoken).encode())
+
+
 _CONVERT = {
     "choice": _choice,
     "text": lambda values: {"text": text_of(values["text"], "text")},

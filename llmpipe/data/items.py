@@ -37,7 +37,7 @@ def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str])
     items: list[dict[str, Any]] = []
     errors: list[str] = []
     for source in data:
-        for at, row in _rows(source, task, pinned):
+        for at, row in rows_of(source, FORMATS[task], task, pinned):
             try:
                 if isinstance(row, Rejected):
                     raise row
@@ -51,8 +51,8 @@ def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str])
     return items
 
 
-def _rows(source: Rows, task: str, pinned: dict[str, str]) -> Any:
-    """(where, example or Rejected) for every row of a source."""
+def rows_of(source: Rows, formats: tuple[str, ...], purpose: str, pinned: dict[str, str]) -> Any:
+    """(where, example or Rejected) for every row of a source, which has one of `formats`."""
     if is_local(source.path):
         files = sources.files_of(source)
         chunks = sources.chunks(files, source.limit)
@@ -67,9 +67,9 @@ def _rows(source: Rows, task: str, pinned: dict[str, str]) -> Any:
                 row = sources.parse(payload)
                 if layout is None:
                     layout = detect(list(row), source.format, source.columns, source.path)
-                    if layout[0] not in FORMATS[task]:
-                        wanted = ", ".join(FORMATS[task])
-                        raise UserError(f"{source.path}: format {layout[0]} does not fit {task}", f"it takes {wanted}")
+                    if layout[0] not in formats:
+                        problem = f"{source.path}: format {layout[0]} does not fit {purpose}"
+                        raise UserError(problem, f"it takes {', '.join(formats)}")
                 yield at, convert(row, layout[0], layout[1])
             except Rejected as error:
                 yield at, error

@@ -77,24 +77,30 @@ class Output:
             part = bins[start : start + BATCH_SEQUENCES]
             order = [i for bin in part for i in bin]
             ids, labels = (np.concatenate([rows[i][side] for i in order]) for side in (0, 1))
-            sums = [sum(lengths[i] for i in bin) for bin in part]
-            columns = {"input_ids": lists(sums, ids), "labels": lists(sums, labels)}
-            if self.packing:
-                columns["seq_lengths"] = lists([len(bin) for bin in part], np.array([lengths[i] for i in order]))
-            batch = pa.RecordBatch.from_pydict(columns)
-            if self._writer is None:
-                self._file = self.path.open("wb")
-                self._writer = pa.ipc.new_stream(self._file, batch.schema)
-            self._writer.write_batch(batch)
+            self._write(ids, labels, [[lengths[i] for i in bin] for bin in part])
             self.rows += len(order)
-            self.sequences += len(part)
-            self.tokens += len(ids)
-            self.supervised += int((labels != IGNORED).sum())
-            for values in (np.array(sums), ids, labels):
-                self.digest.update(values.tobytes())
+
+    def _write(self, ids: np.ndarray, labels: np.ndarray, documents: list[list[int]]) -> None:
+        """Sequences after one another; `documents`: the lengths of what each of them consists of."""
+        sums = [sum(lengths) for lengths in documents]
+        columns = {"input_ids": lists(sums, ids), "labels": lists(sums, labels)}
+        if self.packing:
+            flat = np.array([length for lengths in documents for length in lengths])
+            columns["seq_lengths"] = lists([len(lengths) for lengths in documents], flat)
+        batch = pa.RecordBatch.from_pydict(columns)
+        if self._writer is None:
+            self._file = self.path.open("wb")
+            self._writer = pa.ipc.new_stream(self._file, batch.schema)
+        self._writer.write_batch(batch)
+        self.sequences += len(sums)
+        self.tokens += len(ids)
+        self.supervised += int((labels != IGNORED).sum())
+        for values in (np.array(sums), ids, labels):
+            self.digest.update(values.tobytes())
 
     def close(self) -> None:
-        self._flush()
+        if self._window:
+            self._flush()
         if self._writer is not None:
             self._writer.close()
             self._file.close()
@@ -102,3 +108,36 @@ class Output:
     def quantile(self, share: float) -> int:
         """The length that `share` of the rows do not exceed."""
         return int(np.searchsorted(np.cumsum(self.lengths), share * self.rows)) if self.rows else 0
+
+
+class Blocks(Output):
+    """Rows laid end to end and cut into sequences of exactly `max_length`; only the last one of a file is shorter.
+
+    With `packing` a sequence keeps where its documents begin, and attention does not cross from one to the next.
+    """
+
+    def __init__(self, path: Path, max_length: int, packing: bool):
+        super().__init__(path, max_length, packing)
+        self._carry: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def _flush(self, last: bool = False) -> None:
+        rows, self._window, self._window_tokens = self._carry + self._window, [], 0
+        self.rows += len(rows) - len(self._carry)
+        if not rows:
+            return
+        ids, labels = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
+        whole = len(ids) if last else len(ids) - len(ids) % self.max_length
+        edges = np.cumsum([len(row) for row, _ in rows])
+        for start in range(0, whole, BATCH_SEQUENCES * self.max_length):
+            end = min(start + BATCH_SEQUENCES * self.max_length, whole)
+            cuts = np.arange(start + self.max_length, end, self.max_length)
+            documents = []
+            for left, right in zip([start, *cuts], [*cuts, end], strict=True):
+                inner = edges[(edges > left) & (edges < right)] if self.packing else []
+                documents.append(np.diff([left, *inner, right]).tolist())
+            self._write(ids[start:end], labels[start:end], documents)
+        self._carry = [(ids[whole:], labels[whole:])] if whole < len(ids) else []
+
+    def close(self) -> None:
+        self._flush(last=True)
+        super().close()

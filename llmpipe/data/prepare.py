@@ -40,12 +40,12 @@ from tqdm import tqdm
 from llmpipe.data import sources, templates, tokenizer
 from llmpipe.data.encode import COUNTS, SCHEMA, Batch, Encoder, start_worker, work
 from llmpipe.data.formats import Rejected, detect
-from llmpipe.data.pack import Output
+from llmpipe.data.pack import Blocks, Output
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
-from llmpipe.recipe import Data, Rows, is_local, science
+from llmpipe.recipe import Corpus, Data, Rows, is_local, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
-VERSION = 4
+VERSION = 5
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
 Say = Callable[[str], None]
@@ -60,7 +60,9 @@ class Origin:
     revision: str | None
 
 
-def key_of(data: Data, model: Path, seed: int, pinned: dict[str, str] | None = None) -> tuple[str, list[Origin]]:
+def key_of(
+    data: Data | Corpus, model: Path, seed: int, pinned: dict[str, str] | None = None
+) -> tuple[str, list[Origin]]:
     """What names the prepared data, and where it comes from. Files are hashed, nothing is tokenized. `pinned`: commits
     of Hub data sets that are known already, by `sources.hub_key`.
 
@@ -87,7 +89,7 @@ def key_of(data: Data, model: Path, seed: int, pinned: dict[str, str] | None = N
 
 
 def prepare(
-    data: Data,
+    data: Data | Corpus,
     model: Path,
     cache: Path,
     *,
@@ -159,7 +161,7 @@ def _other_runs(process: int) -> bool:
 
 
 def _make(
-    data: Data, model: Path, folder: Path, origins: list[Origin], seed: int, say: Say, progress: bool
+    data: Data | Corpus, model: Path, folder: Path, origins: list[Origin], seed: int, say: Say, progress: bool
 ) -> dict[str, Any]:
     choice = templates.Choice(model, data.template, data.chat_template_kwargs)
     for note in choice.notes:
@@ -210,9 +212,10 @@ def _make(
     held = _held(of_train, data.eval.holdout)
     if data.eval.holdout and not held:
         say("data: all rows are equal, so none is held out")
-    train, held_out = (Output(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
+    kind = Blocks if data.blocks else Output
+    train, held_out = (kind(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
     weights = [source.weight for source in data.train]
-    unseen, asks = _replay(folder / "spool.arrow", spooled, train, held_out, held, weights, seed)
+    unseen, asks, size_held = _replay(folder / "spool.arrow", spooled, train, held_out, held, weights, seed)
     save_file({"asks": asks}, folder / "seen.safetensors")
     folder.joinpath("spool.arrow").unlink()
     if not train.supervised:
@@ -227,7 +230,7 @@ def _make(
     }  # fmt: skip
     tokens = {
         "train": train.tokens, "train_supervised": train.supervised,
-        "eval": held_out.tokens, "eval_supervised": held_out.supervised,
+        "eval": held_out.tokens, "eval_supervised": held_out.supervised, "eval_bytes": size_held,
     }  # fmt: skip
     return {
         "sources": records,
@@ -248,7 +251,7 @@ def _make(
     }
 
 
-def _refuse(data: Data, folder: Path, totals: dict, reasons: Counter, errors: list[str]) -> None:
+def _refuse(data: Data | Corpus, folder: Path, totals: dict, reasons: Counter, errors: list[str]) -> None:
     """Stop when too many rows were rejected, or none is left; rejected.jsonl stays in the cache."""
     kept = folder.parent / "rejected.jsonl"
     shutil.copyfile(folder / "rejected.jsonl", kept)
@@ -397,10 +400,10 @@ def _held(hashes: np.ndarray, share: float) -> np.uint64:
 
 def _replay(
     spool: Path, spooled: list[int], train: Output, held_out: Output, held: np.uint64, weights: list[float], seed: int
-) -> tuple[int, np.ndarray]:
-    """Every spooled piece to where it belongs. Returns how many rows go nowhere (weight < 1), and what those in `train`
-    ask, uint64 (questions,), sorted."""
-    unseen = 0
+) -> tuple[int, np.ndarray, int]:
+    """Every spooled piece to where it belongs. Returns how many rows go nowhere (weight < 1), what those in `train`
+    ask, uint64 (questions,), sorted, and the size in bytes of what is held out."""
+    unseen = held_bytes = 0
     asks = array("Q")
     with pa.OSFile(str(spool)) as file, pa.ipc.open_stream(file) as reader:
         for index, batch in zip(spooled, reader, strict=True):
@@ -414,6 +417,7 @@ def _replay(
             luck = (luck ^ (luck >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
             copies = int(weight) + ((luck >> np.uint64(11)) / 2.0**53 < weight - int(weight))
             unseen += int((first & ~out & (copies == 0)).sum())
+            held_bytes += int(batch["bytes"].to_numpy()[first & out].sum())
             asks.frombytes(batch["asks"].to_numpy()[first & ~out & (copies > 0)].tobytes())
             for i in range(len(hashes)):
                 piece = slice(offsets[i], offsets[i + 1])
@@ -421,4 +425,4 @@ def _replay(
                     (held_out if out[i] else train).add(ids[piece], labels[piece])
     train.close()
     held_out.close()
-    return unseen, np.unique(np.asarray(asks))
+    return unseen, np.unique(np.asarray(asks)), held_bytes

@@ -6,6 +6,7 @@ What is saved here is what is published with the model, and loads with `AutoToke
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,32 @@ class Tokenizer:
         files = {"tokenizer.json": self.raw, "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True)}
         for name, text in (files if template is None else files | {"chat_template.jinja": template}).items():
             folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
+
+
+def train(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Write a byte-level BPE tokenizer (GPT-2's kind) of `vocab_size` tokens with ChatML's markers and template.
+
+    Every byte is a token, so any text comes back exactly. The same texts in the same order give the same tokenizer.
+    """
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    template = Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "pad_token": special[3]}
+    config |= {"clean_up_tokenization_spaces": False}
+    folder.joinpath("chat_template.jinja").write_text(template, encoding="utf-8")
+    folder.joinpath("tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    backend.save(str(folder / "tokenizer.json"))  # last: a folder that was cut short has none
 
 
 def own_template(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmpipe import rundir
 from llmpipe.data.encode import Encoder
+from llmpipe.data.formats import taught_bytes
 from llmpipe.data.templates import Choice as Chosen
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
@@ -239,10 +240,7 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
             pieces, _ = _encoder(model).row(item)
             ids, labels = pieces[0]
             ids, marks = ids.tolist(), (labels != -100).tolist()
-            learned = item.get("completion") or "".join(
-                turn["content"] for turn in item["messages"][item.get("first", 0) :] if turn["role"] == "assistant"
-            )
-            scored_bytes.append(len(learned.encode()))
+            scored_bytes.append(taught_bytes(item))
         for part in windows(ids, marks, task.window, task.stride):
             sequences.append(part)
             owner.append(i)

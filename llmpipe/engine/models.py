@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import resource
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,7 +28,7 @@ from transformers import (
 from llmpipe import launch, rundir
 from llmpipe.engine import upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
-from llmpipe.recipe import Training
+from llmpipe.recipe import Architecture, Training
 
 Say = Callable[[str], None]
 
@@ -76,12 +78,12 @@ def hardware(recipe: Training, say: Say) -> Hardware:
         processes=processes,
         threads=threads,
         micro_batch_size=micro,
-        accumulation=recipe.optim.batch_size // (micro * processes),
+        accumulation=recipe.batch_size // (micro * processes),
         bf16=bf16,
         attention=attention,
     )
     say(
-        f"hardware: {processes} x {found.device}, {threads} threads each; batch {recipe.optim.batch_size} = "
+        f"hardware: {processes} x {found.device}, {threads} threads each; batch {recipe.batch_size} = "
         f"{micro} x {found.accumulation} accumulated x {processes}"
     )
     say(f"precision: {'bf16 arithmetic' if bf16 else 'fp32'}, fp32 master weights ({why})")
@@ -185,18 +187,10 @@ def load(
     rows = fit(model, tokenizer)
     if len(tokenizer) > rows:
         say(f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old")
-    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
-    generation = model.generation_config
-    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    upstream.speed_up(model, device_type=found.device)
-    count, kind = model.num_parameters(), type(model).__name__
+    model = ready(model, tokenizer, found, stop, say)
     if recipe.adapter is None:
-        say(f"model: {kind}, {count / 1e6:,.1f} M parameters, all trained")
         return model
+    count = model.num_parameters()
     if base:
         model = adapters.put_on(model, folder, trainable=True)
     else:
@@ -205,8 +199,54 @@ def load(
     model.peft_config["default"].base_model_name_or_path = model.get_base_model().name_or_path = ""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     how = f"{recipe.quantization.bits} bits" if recipe.quantization else str(dtype).removeprefix("torch.")
-    say(f"model: {kind}, {count / 1e6:,.1f} M parameters in {how}, frozen; adapter of {learned / 1e6:,.2f} M trained")
+    say(f"model: {count / 1e6:,.1f} M parameters in {how}, frozen; adapter of {learned / 1e6:,.2f} M trained")
     return model
+
+
+def ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: Hardware, stop: list[str], say: Say
+) -> PreTrainedModel:
+    """`model` with its special tokens and generation as the template has them, and fast on this hardware."""
+    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
+    generation = model.generation_config
+    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    upstream.speed_up(model, device_type=found.device)
+    say(f"model: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
+    return model
+
+
+def build(
+    wanted: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Hardware,
+    context: int,
+    stop: list[str],
+    seed: int,
+    say: Say,
+) -> PreTrainedModel:
+    """A model with random weights, as `wanted` describes it. Raises UserError when transformers refuses the shape."""
+    wide = wanted.ffn or (4 * wanted.width if wanted.kind == "gpt2" else 64 * math.ceil(wanted.width * 8 / 3 / 64))
+    common: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": wanted.tied, "use_cache": True}
+    common |= {"bos_token_id": tokenizer.bos_token_id}
+    if wanted.kind == "gpt2":
+        shape = {"n_layer": wanted.layers, "n_embd": wanted.width, "n_head": wanted.heads, "n_inner": wide}
+        shape |= {"n_positions": context, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        shape = {"num_hidden_layers": wanted.layers, "hidden_size": wanted.width, "intermediate_size": wide}
+        shape |= {"num_attention_heads": wanted.heads, "num_key_value_heads": wanted.kv_heads or wanted.heads}
+        shape |= {"max_position_embeddings": context, "head_dim": wanted.width // wanted.heads}
+        shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": wanted.rope_theta, **wanted.rope_scaling}}
+    try:
+        config = AutoConfig.for_model(wanted.kind, **common, **shape)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=found.attention)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"architecture: {str(error).strip().splitlines()[0]}") from error
+    return ready(model, tokenizer, found, stop, say)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -56,8 +56,8 @@ def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardwar
         "per_device_eval_batch_size": hardware.micro_batch_size,
         "gradient_accumulation_steps": hardware.accumulation,
         "num_train_epochs": optim.epochs,
-        "max_steps": optim.steps or -1,
-        "lr_scheduler_type": "constant_with_warmup" if optim.scheduler == "constant" else optim.scheduler,
+        "max_steps": recipe.steps or -1,
+        **schedule(recipe),
         "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.beta1,
@@ -86,6 +86,17 @@ def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardwar
         raise UserError(
             f"trainer: {str(error).strip().splitlines()[0]}", "see the fields of TRL's SFTConfig"
         ) from error
+
+
+def schedule(recipe: Training) -> dict[str, Any]:
+    """The learning rate's shape in transformers' words."""
+    optim, final = recipe.optim, getattr(recipe.optim, "final", 0.0)
+    if optim.scheduler == "wsd":
+        kwargs = {"num_decay_steps": max(1, round(optim.decay * recipe.steps)), "min_lr_ratio": final}
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+    if optim.scheduler == "cosine" and final:
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": final}}
+    return {"lr_scheduler_type": "constant_with_warmup" if optim.scheduler == "constant" else optim.scheduler}
 
 
 def trackers(recipe: Training, artifact: Artifact) -> None:

@@ -103,7 +103,7 @@ def same_behaviour(model: Any, reloaded: Any, tokenizer: PreTrainedTokenizerBase
     stop = reloaded.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
     with own_rng(), torch.no_grad():
-        ended = [_stops(reloaded, _probe(reloaded, tokenizer), token) for token in stops]
+        ended = [_stops(reloaded, _probe(reloaded, tokenizer), token, stops) for token in stops]
     if not math.isfinite(difference) or difference > 1e-5:
         refuse(f"logits on a probe differ by {difference:.2e} after reloading")
     if tokenizer.eos_token_id not in stops or not all(ended):
@@ -114,24 +114,25 @@ def same_behaviour(model: Any, reloaded: Any, tokenizer: PreTrainedTokenizerBase
 class _Say(LogitsProcessor):
     """Make the model say `token` as its third word."""
 
-    def __init__(self, token: int, begin: int):
-        self.token, self.begin = token, begin
+    def __init__(self, token: int, other: int, begin: int):
+        self.token, self.other, self.begin = token, other, begin
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         forced = torch.full_like(scores, -math.inf)
         third = input_ids.shape[1] - self.begin == 2
-        other = 0 if self.token else 1
-        forced[:, self.token if third else other] = 0.0
+        forced[:, self.token if third else self.other] = 0.0
         return forced
 
 
-def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int) -> bool:
+def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int, stops: list[int]) -> bool:
     """Whether generation as configured in the saved folder ends when `token` is said."""
     begin = probe.shape[1]
     out = model.generate(
         input_ids=probe,
         attention_mask=torch.ones_like(probe),
         max_new_tokens=8,
-        logits_processor=LogitsProcessorList([_Say(token, begin)]),
+        logits_processor=LogitsProcessorList(
+            [_Say(token, next(i for i in range(len(stops) + 1) if i not in stops), begin)]
+        ),
     )
     return out.shape[1] - begin == 3

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmpipe.rundir import Artifact
 
 STAGES = {
+    "pretrain": "pretraining: from raw text to a model",
     "sft": "supervised fine-tuning: learn to answer from examples",
     "lora": "sft of a low-rank adapter on a frozen model",
     "qlora": "sft of an adapter on a model held in 4 or 8 bits",

@@ -6,7 +6,6 @@ The story is `train`, top to bottom; the trainer underneath is TRL's SFTTrainer 
 
 from __future__ import annotations
 
-import shutil
 from typing import Any, ClassVar, Literal
 
 from llmpipe import rundir
@@ -53,52 +52,14 @@ def prepare(job: Job) -> dict[str, Any]:
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.data.prepare import facts
     from llmpipe.engine import upstream
 
     upstream.silence()
-    from trl import SFTTrainer
+    from llmpipe.engine import models, supervised
 
-    from llmpipe.engine import adapters, models, training, verify
-    from llmpipe.engine.generate import answer_samples
-
-    recipe, artifact, say = job.recipe, job.artifact, job.say
-    rows = job.prepared / prepared["data"]
+    recipe, say = job.recipe, job.say
     hardware = models.hardware(recipe, say)
-    tokenizer = models.load_tokenizer(rows / "tokenizer")
+    tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
     stop, added, base = prepared["stop_tokens"], prepared["added_tokens"], job.bases.get("model")
     model = models.load(job.model, base, tokenizer, hardware, recipe, stop=stop, added=added, say=say)
-
-    arguments = training.sft_arguments(recipe, artifact, hardware)
-    trainer = training.durable(SFTTrainer)(
-        model=model,
-        args=arguments,
-        processing_class=tokenizer,
-        train_dataset=training.dataset(rows / "train.arrow"),
-        eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
-    )
-    identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
-    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact)
-
-    kwargs = recipe.data.chat_template_kwargs
-    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "before", kwargs)
-    final = trainer.fit()
-    answer_samples(trainer, tokenizer, recipe.samples, artifact.path / "samples.jsonl", "after", kwargs)
-
-    made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
-    if recipe.adapter is None:
-        made["verified"] = verify.publish(trainer, tokenizer, artifact.model, say)
-    else:
-        base, start = base or job.model, job.plan["models"]["model"]
-        reference = start.get("base", start)["reference"]
-        held = recipe.quantization, hardware.frozen_dtype
-        checked = adapters.publish(trainer, tokenizer, artifact.model, base, reference, *held, say)
-        made |= {"kind": "adapter", "verified": checked}
-        if recipe.adapter.merge and trainer.is_world_process_zero():
-            name = f"{artifact.name}-merged"
-            adapters.merge(base, artifact.model, artifact.run / name / "model")
-            made["merged"] = [name]
-    if trainer.is_world_process_zero():
-        for name in ("rejected.jsonl", "seen.safetensors"):
-            shutil.copyfile(rows / name, artifact.path / name)
-    return facts(prepared) | made
+    return supervised.train(job, prepared, hardware, tokenizer, model, base)

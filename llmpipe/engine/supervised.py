@@ -1,0 +1,65 @@
+"""What `sft`, its narrower stages and `pretrain` do once there are tokens and a model: train, publish, prove."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from llmpipe.data.prepare import facts
+from llmpipe.engine import adapters, models, training, verify
+from llmpipe.engine.generate import answer_samples
+
+
+def train(
+    job: Any,
+    prepared: dict[str, Any],
+    hardware: models.Hardware,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    base: Path | None = None,
+) -> dict[str, Any]:
+    """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
+    manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
+    recipe, artifact, say = job.recipe, job.artifact, job.say
+    rows = job.prepared / prepared["data"]
+    trainer = training.durable(SFTTrainer)(
+        model=model,
+        args=training.sft_arguments(recipe, artifact, hardware),
+        processing_class=tokenizer,
+        train_dataset=training.dataset(rows / "train.arrow"),
+        eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
+    )
+    identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
+    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact)
+
+    kwargs, path = recipe.data.chat_template_kwargs, artifact.path / "samples.jsonl"
+    answer_samples(trainer, tokenizer, recipe.samples, path, "before", kwargs)
+    final = trainer.fit()
+    tokens = prepared["tokens"]
+    if recipe.data.blocks and tokens["eval_bytes"]:
+        final["bits_per_byte"] = final["eval_loss"] / math.log(2) * tokens["eval"] / tokens["eval_bytes"]
+        say(f"held-out: {final['bits_per_byte']:.4f} bits per byte")
+    answer_samples(trainer, tokenizer, recipe.samples, path, "after", kwargs)
+
+    made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
+    if recipe.adapter is None:
+        made["verified"] = verify.publish(trainer, tokenizer, artifact.model, say)
+    else:
+        base, start = base or job.model, job.plan["models"]["model"]
+        reference = start.get("base", start)["reference"]
+        held = recipe.quantization, hardware.frozen_dtype
+        checked = adapters.publish(trainer, tokenizer, artifact.model, base, reference, *held, say)
+        made |= {"kind": "adapter", "verified": checked}
+        if recipe.adapter.merge and trainer.is_world_process_zero():
+            name = f"{artifact.name}-merged"
+            adapters.merge(base, artifact.model, artifact.run / name / "model")
+            made["merged"] = [name]
+    if trainer.is_world_process_zero():
+        for name in ("rejected.jsonl", "seen.safetensors"):
+            shutil.copyfile(rows / name, artifact.path / name)
+    return facts(prepared) | made

@@ -1,0 +1,114 @@
+"""`llmpipe pretrain`: from raw text to a model, or more text for a model that is there.
+
+Inputs: documents, and either `model:` or `architecture:` with a `tokenizer:`, which may be trained here first. Makes:
+a `model` with a chat template, ready for `sft`. Documents are laid end to end, each with its end-of-document token, and
+cut into blocks without padding; loss is on every token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from llmpipe import rundir
+from llmpipe.errors import UserError
+from llmpipe.recipe import Architecture, Corpus, Reference, TokenOptim, Training, TrainTokenizer
+from llmpipe.stages import Job, sft
+
+ACCEPTS = ("model", "adapter")
+MAKES = "model"
+PROGRESS = sft.PROGRESS
+
+
+class Schema(Training):
+    trainer_config: ClassVar[tuple[str, str, str]] = sft.Schema.trainer_config
+    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned
+
+    stage: Literal["pretrain"] = "pretrain"
+    """Pretraining on raw text."""
+    model: Reference | None = None
+    """A model to train on (continued pretraining); otherwise set `architecture`."""
+    architecture: Architecture | None = None
+    """The model to begin with random weights."""
+    tokenizer: Reference | TrainTokenizer | None = None
+    """With `architecture`: a model folder, Hub id or artifact to take the tokenizer of, or `{vocab_size: N}` to train
+    one on the documents."""
+    data: Corpus
+    """Documents and how they become blocks."""
+    optim: TokenOptim
+    """The optimizer and its schedule."""
+
+    @model_validator(mode="after")
+    def _begins(self) -> Schema:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either model (to train on) or architecture (to begin)")
+        if (self.architecture is None) != (self.tokenizer is None):
+            raise ValueError("architecture needs a tokenizer, and a model brings its own")
+        if self.adapter and self.architecture:
+            raise ValueError("adapter: random weights cannot stay frozen")
+        if self.optim.batch_tokens % self.data.max_length:
+            raise ValueError(
+                f"optim.batch_tokens ({self.optim.batch_tokens}) must be a multiple of data.max_length "
+                f"({self.data.max_length})"
+            )
+        if self.optim.scheduler == "wsd" and not self.steps:
+            raise ValueError("optim.scheduler: wsd needs optim.tokens or optim.steps, to know when to decay")
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        return self.optim.batch_tokens // self.data.max_length
+
+    @property
+    def steps(self) -> int | None:
+        return -(-self.optim.tokens // self.optim.batch_tokens) if self.optim.tokens else self.optim.steps
+
+    def references(self) -> dict[str, str]:
+        named = {"model": self.model, "tokenizer": self.tokenizer}
+        return {at: name for at, name in named.items() if isinstance(name, str)}
+
+
+def prepare(job: Job) -> dict[str, Any]:
+    """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks for that."""
+    from llmpipe.data.prepare import prepare as tokenize
+
+    recipe, pinned = job.recipe, job.plan["asked"]["content"]
+    start = job.models.get("model") or job.models.get("tokenizer") or trained_tokenizer(job)
+    folder = tokenize(recipe.data, start, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
+    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
+
+
+def trained_tokenizer(job: Job) -> Path:
+    """The folder of a tokenizer trained on the documents, once for equal documents."""
+    from llmpipe.data.items import rows_of
+    from llmpipe.data.tokenizer import train
+
+    recipe, content = job.recipe, job.plan["asked"]["content"]
+    folder = job.prepared / f"tokenizer-{rundir.digest([content, recipe.tokenizer.vocab_size])[:16]}"
+    if not (folder / "tokenizer.json").exists():
+        job.say(f"tokenizer: training {recipe.tokenizer.vocab_size:,} byte-level tokens")
+        rows = (row for source in recipe.data.train for _, row in rows_of(source, ("text",), "pretrain", content))
+        with rundir.publishing(folder) as staging:
+            train((row["text"] for row in rows if isinstance(row, dict)), recipe.tokenizer.vocab_size, staging)
+    return folder
+
+
+def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Build or load the model, train, publish; returns what the manifest says of it."""
+    from llmpipe.engine import upstream
+
+    upstream.silence()
+    from llmpipe.engine import models, supervised
+
+    recipe, say = job.recipe, job.say
+    if recipe.model:
+        return sft.train(job, prepared)
+    hardware = models.hardware(recipe, say)
+    tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
+    if len(tokenizer) < prepared["vocab_size"]:
+        raise UserError("the tokenizer has fewer tokens than the data", code=3)
+    context, stop = recipe.data.max_length, prepared["stop_tokens"]
+    model = models.build(recipe.architecture, tokenizer, hardware, context, stop, recipe.seed, say)
+    return supervised.train(job, prepared, hardware, tokenizer, model)

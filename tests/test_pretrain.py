@@ -1,0 +1,198 @@
+"""Pretraining: every token of every document in a block, a tokenizer of its own, exact resume, a first loss by chance."""
+
+import json
+import math
+import pydoc_data.topics
+import signal
+
+import numpy as np
+import pytest
+
+from llmpipe import rundir
+from llmpipe.data.pack import Blocks
+from llmpipe.errors import UserError
+from llmpipe.recipe import load
+from llmpipe.stages import schema
+from tests import life
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A part of Python's own documentation, a file per document."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def write(run, texts, **changes):
+    values = {
+        "stage": "pretrain",
+        "run": str(run),
+        "tokenizer": {"vocab_size": 512},
+        "architecture": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2},
+        "data": {"train": [{"path": f"{texts}/*.txt"}], "eval": {"holdout": 0.1}, "max_length": 64},
+        "optim": {"learning_rate": 3e-3, "batch_tokens": 512, "steps": 12, "precision": "fp32"},
+        "checkpoint": {"every": 3},
+        "log": {"every": 2},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 4},
+    }
+    for dotted, value in changes.items():
+        target = values
+        *path, last = dotted.split("__")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    path = run.parent / f"{run.name}.yaml"
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(texts, tmp_path_factory):
+    return life.command(write(tmp_path_factory.mktemp("pretrain") / "run", texts))
+
+
+def test_the_model(straight):
+    """Begins at chance, learns, moves every weight, loads with plain transformers and answers in its template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manifest = straight.verify()
+    assert manifest["kind"] == "model" and manifest["models"] == {} and manifest["parents"] == []
+    assert abs(manifest["final"]["eval_loss_before"] - math.log(512)) < 0.25
+    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"] - 0.2
+    tokens, size = manifest["data"]["tokens"]["eval"], manifest["data"]["tokens"]["eval_bytes"]
+    expected = manifest["final"]["eval_loss"] / math.log(2) * tokens / size
+    assert manifest["final"]["bits_per_byte"] == pytest.approx(expected)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(straight.model),
+        AutoTokenizer.from_pretrained(straight.model),
+    )
+    assert len(tokenizer) == model.config.vocab_size == 512
+    for text in ("plain", "naïve 你好 \U0001f642\n\ttabs  and   spaces", "\x7f\u2028"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    turn = [{"role": "user", "content": "Hi"}]
+    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template(turn, tokenize=False)
+    assert float(model.get_input_embeddings().weight[tokenizer.pad_token_id].abs().sum()) > 0
+    assert model.config.max_position_embeddings == 64 and torch.isfinite(model(torch.tensor([[5, 6]])).logits).all()
+
+
+def test_every_token_is_in_a_block(straight, texts):
+    """The blocks hold the documents' tokens in their order, each document with its end, and nothing else."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    manifest = straight.manifest()
+    (folder,) = (p.parent for p in (straight.run / ".prepared").glob("*/train.arrow"))
+    tokenizer = AutoTokenizer.from_pretrained(straight.model)
+    blocks = {name: Dataset.from_file(str(folder / f"{name}.arrow"))["input_ids"] for name in ("train", "eval")}
+    for name, rows in blocks.items():
+        lengths = [len(row) for row in rows]
+        assert set(lengths[:-1]) == {64} and 0 < lengths[-1] <= 64
+        assert sum(lengths) == manifest["data"]["tokens"][name]
+    found = [token for rows in blocks.values() for row in rows for token in row]
+    ends = manifest["data"]["rows"]["kept"]
+    whole = sum(len(tokenizer(path.read_text().strip("\n"))["input_ids"]) for path in texts.glob("*.txt"))
+    assert found.count(tokenizer.eos_token_id) == ends and abs(len(found) - ends - whole) <= ends
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_resume_is_bitwise_the_straight_run(texts, tmp_path, isolate):
+    """R1, R5: with the tokenizer, blocks and model made anew by every start."""
+    whole = life.command(write(tmp_path / "whole", texts, data__isolate=isolate))
+    path = write(tmp_path / "run", texts, data__isolate=isolate)
+    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143), ("term_in_save_9", 143)):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == code, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_isolated_documents_do_not_see_one_another(tmp_path):
+    """`seq_lengths` of a block add up to it and begin anew where a document does."""
+    from datasets import Dataset
+
+    rows = [np.arange(n, dtype=np.int32) + 100 * i for i, n in enumerate((5, 20, 1, 7, 16, 3))]
+    out = Blocks(tmp_path / "x.arrow", 8, packing=True)
+    for row in rows:
+        out.add(row[:8], row[:8]) if len(row) <= 8 else [
+            out.add(row[i : i + 8], row[i : i + 8]) for i in range(0, len(row), 8)
+        ]
+    out.close()
+    made = Dataset.from_file(str(tmp_path / "x.arrow"))
+    assert [x for row in made["input_ids"] for x in row] == np.concatenate(rows).tolist()
+    assert [len(row) for row in made["input_ids"]] == [8] * 6 + [4]
+    assert all(sum(parts) == len(row) for parts, row in zip(made["seq_lengths"], made["input_ids"], strict=True))
+    assert (out.rows, out.tokens, out.sequences) == (9, 52, 7)
+
+
+def test_continued_pretraining_and_sft_on_top(straight, texts, tmp_path):
+    """artifact:pretrain goes on, and into sft, with its own tokenizer and template."""
+    more = life.command(write(straight.run, texts, name="more", model="artifact:pretrain", architecture=None,
+                              tokenizer=None, optim__steps=4))  # fmt: skip
+    assert more.manifest()["final"]["eval_loss_before"] == pytest.approx(
+        straight.manifest()["final"]["eval_loss"], abs=2e-5
+    )
+    assert more.manifest()["parents"][0]["name"] == "pretrain"
+    child = life.command(life.write(straight.run, model="artifact:more", optim__steps=3, data__max_length=64,
+                                    data__max_rejected=1.0))  # fmt: skip
+    manifest = child.verify()
+    assert manifest["tokenizer"]["template"] == straight.manifest()["tokenizer"]["template"]
+    assert [p["name"] for p in manifest["parents"]] == ["more"] and manifest["data"]["rows"]["kept"] > 20
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shape"), [("wsd", [1, 1, 1]), ("cosine", [1, 0.8, 0.4]), ("linear", [1, 0.8, 0.4])]
+)
+def test_schedules_end_where_they_should(texts, tmp_path, scheduler, shape):
+    path = write(tmp_path / "run", texts, optim__steps=None, optim__tokens=10 * 512, optim__scheduler=scheduler,
+                 optim__warmup=1, log__every=1)  # fmt: skip
+    artifact = life.command(path)
+    lines = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] / 3e-3 for line in lines if "learning_rate" in line]
+    assert len(rates) == 10 == artifact.manifest()["training"]["steps"]
+    assert max(rates) == pytest.approx(1.0) and rates[1] == pytest.approx(shape[0], abs=0.05)
+    if scheduler == "wsd":
+        assert rates[6] == pytest.approx(1.0) and rates[-1] < 0.7
+    else:
+        assert rates[4] < rates[1] and rates[-1] < 0.3
+
+
+def test_gpt2_small_has_124_million_weights():
+    """The recipe's architecture, counted without allocating it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    recipe = load(life.ROOT / "recipes" / "gpt2-124m.yaml", schema("pretrain"))
+    wanted = recipe.architecture
+    assert (wanted.kind, wanted.layers, wanted.width, wanted.heads) == ("gpt2", 12, 768, 12)
+    assert recipe.optim.batch_tokens == 524_288 and recipe.steps == 19_073 and recipe.optim.warmup == 715
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./x"}, "either model"),
+        ({"tokenizer": None}, "needs a tokenizer"),
+        ({"optim__batch_tokens": 500}, "multiple of data.max_length"),
+        ({"optim__scheduler": "wsd", "optim__steps": None}, "to know when to decay"),
+        ({"architecture__heads": 3}, "must be a multiple of heads"),
+        ({"adapter": {"rank": 4}}, "random weights cannot stay frozen"),
+        ({"data__template": "chatml"}, "data.template: unknown key"),
+        ({"architecture__widht": 3}, "did you mean 'width'?"),
+    ],
+)
+def test_recipes(texts, tmp_path, changes, message):
+    with pytest.raises(UserError) as refused:
+        load(write(tmp_path / "run", texts, **changes), schema("pretrain"))
+    assert message in str(refused.value)
+
+
+def test_equal_documents_give_the_same_tokenizer(straight, texts, tmp_path):
+    again = life.command(write(tmp_path / "run", texts, optim__steps=1, seed=7))
+    files = rundir.table(again.model), rundir.table(straight.model)
+    assert files[0]["tokenizer.json"] == files[1]["tokenizer.json"]
