@@ -26,7 +26,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEVER = {"engine": {"cli", "plan", "stages", "worker"}, "data": {"engine"}, "report": {"engine", "stages"}}
-NARROWS = {"lora": "sft", "qlora": "lora"}
+NARROWS = {"lora": "sft", "qlora": "lora", "pretrain": "sft"}
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 MAX_LINES = 8_000
 

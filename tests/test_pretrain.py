@@ -1,4 +1,4 @@
-"""Pretraining: every token of every document in a block, a tokenizer of its own, exact resume, a first loss by chance."""
+"""Pretraining: every token of every document in a block, a tokenizer of its own, exact resume, a first loss by luck."""
 
 import json
 import math
