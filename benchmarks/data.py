@@ -69,7 +69,7 @@ def one(rows: Path, model: Path, cache: Path, processes: str) -> None:
     data = Data.model_validate(
         {"train": [{"path": str(rows)}], "template": "chatml", "eval": {"holdout": 0.01}, "processes": number}
     )
-    prepare(data, model, cache, seed=0, say=lambda line: None, progress=False)
+    prepare(data, model, cache, seed=0, say=lambda line: None)
 
 
 def resident(pid: int) -> int:

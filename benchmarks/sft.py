@@ -71,7 +71,7 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     config = SFTConfig(
         **common(args, out),
         per_device_train_batch_size=args.batch,
-        gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing=args.checkpointing or args.trl_default,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
@@ -180,6 +180,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows (packed: packed rows) per optimizer step")
     parser.add_argument(
         "--micro-batch", type=int, help="llmpipe's share of it per forward; its own choice unless given"
+    )
+    parser.add_argument(
+        "--trl-default", action="store_true", help="bare TRL recomputes activations, as it does by default"
     )
     parser.add_argument("--checkpointing", action="store_true", help="both recompute activations in the backward pass")
     parser.add_argument("--side", choices=["trl", "llmpipe"], help=argparse.SUPPRESS)

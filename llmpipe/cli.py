@@ -226,7 +226,7 @@ def chat(
     from tempfile import TemporaryDirectory
 
     from llmpipe import worker
-    from llmpipe.plan import check_folder, resolve
+    from llmpipe.plan import resolve
 
     here = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
     records = [resolve(name, "chat", Path(), ("model", "adapter")).record() for name in here]
@@ -239,7 +239,6 @@ def chat(
         voices = []
         for name, record in zip(models, records, strict=True):
             folder = worker.convert_one(record, Path(scratch), say)
-            check_folder(folder, folder.parent.parent if record["kind"] == "hub" else None)
             base = worker.model_folder(record["base"], Path(scratch)) if worker.is_adapter(record) else None
             voices.append(room.open_voice(name, folder, base))
     room.chat(voices, room.Sampling(max_new_tokens, temperature), seed)

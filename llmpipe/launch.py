@@ -42,9 +42,6 @@ _LAUNCHER = (
 )
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------
-
-
 class Signals:
     """SIGINT and SIGTERM: at once by default, at the end of the step inside training; a second Ctrl-C at once."""
 
@@ -71,9 +68,6 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if parent is not None and os.getppid() != parent:
             os._exit(137)
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def gpus() -> int:
@@ -117,9 +111,6 @@ def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
     tokens = 8192 if on_gpu else 1024  # enough to keep the hardware busy
     most = max(1 if recipe.data.packing else 4, tokens // recipe.data.max_length)  # unpacked rows are mostly short
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
-
-
-# --- the parent ------------------------------------------------------------------------------------------------------
 
 
 def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool) -> None:
@@ -214,9 +205,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# --- under an outside launcher ---------------------------------------------------------------------------------------
 
 
 def outside() -> bool:

@@ -20,6 +20,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe import Recipe, is_local, science
 from llmpipe.rundir import Artifact, digest
 
+Kinds = tuple[str, ...]  # of artifacts
 Action = Literal["run", "resume", "skip"]
 
 
@@ -64,12 +65,7 @@ class Plan:
 
 
 def resolve(
-    reference: str,
-    at: str,
-    run: Path,
-    accepts: tuple[str, ...],
-    pinned: dict[str, Any] | None = None,
-    keep: bool = True,
+    reference: str, at: str, run: Path, accepts: Kinds, pinned: dict[str, Any] | None = None, keep: bool = True
 ) -> Model:
     """What a reference means. `at` is its field, `accepts` names the artifact kinds that the stage can use, `pinned`
     is the identity that an earlier start of the same work found, `keep` leaves an adapter unmerged."""
@@ -91,6 +87,10 @@ def resolve(
     if rundir.is_artifact(path):
         return _from_artifact(Artifact(path), "", accepts, reference, at, keep)
     check_folder(path)
+    if (path / "adapter_config.json").exists():
+        raise UserError(
+            f"{at}: {reference}: an adapter that no manifest names the base of", "merge it first", INTEGRITY
+        )
     return Model("folder", reference, {"files": digest(rundir.table(path))}, path)
 
 
@@ -103,11 +103,14 @@ def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
             path = run / reference.removeprefix("artifact:").partition("@")[0]
         elif not is_local(reference) or not rundir.is_artifact(path):
             continue
-        found[path.resolve()] = Artifact(path)
+        while path and path.resolve() not in found:  # and the base of an adapter, which is read as well
+            found[path.resolve()] = artifact = Artifact(path)
+            base = (rundir.read_json(path / rundir.MANIFEST) or {}).get("base", {}).get("reference", "")
+            path = artifact.run / base.removeprefix("artifact:") if base.startswith("artifact:") else None
     return list(found.values())
 
 
-def _from_artifact(parent: Artifact, step: str, accepts: tuple[str, ...], reference: str, at: str, keep: bool) -> Model:
+def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, at: str, keep: bool) -> Model:
     if step:
         checkpoint = parent.checkpoints / f"step-{step}"
         sums = rundir.read_json(checkpoint / rundir.SUMS)
@@ -250,7 +253,7 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def ask(recipe: Recipe, run: Path, accepts: tuple[str, ...], old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
+def ask(recipe: Recipe, run: Path, accepts: Kinds, old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
     """The document that decides the result, and the models it names. Hub revisions pinned in `old` stay pinned."""
     pins, content = old.get("models", {}), old.get("content", {})
     keep = recipe.keeps_adapters
@@ -260,7 +263,7 @@ def ask(recipe: Recipe, run: Path, accepts: tuple[str, ...], old: dict[str, Any]
     return {"recipe": document, "models": identities, "content": content_of(recipe, content)}, models
 
 
-def decide(artifact: Artifact, recipe: Recipe, accepts: tuple[str, ...], progress: str) -> Plan:
+def decide(artifact: Artifact, recipe: Recipe, accepts: Kinds, progress: str) -> Plan:
     """Compare what is asked with what lies there; `progress` globs what an unfinished artifact goes on from.
 
     Raises UserError (3) when another recipe made it.

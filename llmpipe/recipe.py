@@ -48,8 +48,6 @@ class Section(BaseModel):
     )
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
 TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto` is a Jinja file
 
 
@@ -115,23 +113,6 @@ class Data(Prepared):
     """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
 
 
-class Corpus(Prepared):
-    """Documents laid end to end, each with its end-of-document token, and cut into blocks without padding."""
-
-    blocks: ClassVar[bool] = True
-    template: ClassVar[str] = "auto"
-    chat_template_kwargs: ClassVar[dict[str, Any]] = {}
-    loss: ClassVar[str] = "all"
-
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens of a block; the last one may be shorter."""
-    packing: bool = Field(False, alias="isolate")
-    """Attention does not cross from one document to the next within a block."""
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 class AdamW(Section):
     """The optimizer, and what every schedule has."""
 
@@ -163,19 +144,6 @@ class Optim(AdamW):
     """Sequences per optimizer step, over all processes and micro-batches."""
     scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-
-
-class TokenOptim(AdamW):
-    batch_tokens: Positive
-    """Tokens per optimizer step, over all processes and micro-batches: a multiple of `data.max_length`."""
-    tokens: Positive | None = None
-    """Train on this many tokens instead, seeing the data as often as that takes; overrides `epochs`."""
-    scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up; wsd (warmup, stable, decay; Hu 2024) stays at the peak."""
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """wsd: share of the steps, at the end, in which the learning rate falls."""
-    final: Share = 0.1
-    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
 
 
 class Adapter(Section):
@@ -212,42 +180,6 @@ class Quantization(Section):
     """4: NF4 (QLoRA, Dettmers 2023); 8: LLM.int8()."""
     double: bool = True
     """Quantize the constants of the 4-bit quantization, too: 0.4 bits per weight less."""
-
-
-class Architecture(Section):
-    kind: Literal["llama", "gpt2", "qwen3"] = "llama"
-    """Whose layers."""
-    layers: Positive
-    """Transformer blocks."""
-    width: Positive
-    """Size of the hidden states."""
-    heads: Positive
-    """Attention heads; they share the width."""
-    kv_heads: Positive | None = None
-    """Heads of keys and values (grouped-query attention); as many as `heads` unless set."""
-    ffn: Positive | None = None
-    """Size within the feed-forward layers; for gpt2 4 times the width, else 8/3 of it, up to a multiple of 64."""
-    tied: bool = True
-    """Embeddings and head share their weights."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-    """Base of the rotary positions (not gpt2)."""
-    rope_scaling: dict[str, Any] = {}
-    """Scaling of the rotary positions, in transformers' words: `{rope_type: linear, factor: 2.0}`."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Architecture:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.kind == "gpt2" and (self.kv_heads or self.rope_scaling):
-            raise ValueError("gpt2 has neither kv_heads nor rotary positions")
-        return self
-
-
-class TrainTokenizer(Section):
-    vocab_size: Annotated[int, Field(ge=300)]
-    """Tokens of a byte-level BPE tokenizer that is trained on the documents first."""
 
 
 class Evaluation(Section):
@@ -428,8 +360,6 @@ def is_local(path: str) -> bool:
     return path.startswith(("./", "../", "/", "~")) or path in (".", "..") or path.endswith(LOCAL_SUFFIXES)
 
 
-# --- YAML with lines -------------------------------------------------------------------------------------------------
-
 Loc = tuple[str | int, ...]
 Where = dict[Loc, str]  # path of a value -> "file:line"
 
@@ -553,9 +483,6 @@ def apply_sets(values: dict, where: Where, sets: list[str]) -> None:
         for known in [k for k in where if k[: len(loc)] == tuple(loc)]:
             del where[known]
         where[tuple(loc)] = at
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
 
 
 def _section_at(model: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
@@ -726,8 +653,6 @@ def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every default written out."""
     return yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False, allow_unicode=True, width=100)
 
-
-# --- the escape hatch ------------------------------------------------------------------------------------------------
 
 # Fields of transformers' TrainingArguments that llmpipe sets itself, each with the recipe's name for it, if it has one.
 _OWNED = """

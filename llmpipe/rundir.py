@@ -35,9 +35,6 @@ SUMS = "sums.json"  # the file table of a checkpoint
 SCRATCH = {"plan.json", "prepared.json", "outcome.json", "log.txt", MANIFEST}  # in an artifact, but not part of it
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -164,9 +161,6 @@ def disk_full(error: BaseException, target: Path) -> BaseException:
     return error
 
 
-# --- runs and artifacts ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Artifact:
     """One folder of a run, finished or not."""
@@ -239,6 +233,9 @@ class Artifact:
         ]
         aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
         self.path.rename(aside)
+        merged = Artifact(self.run / f"{self.name}-merged")  # what came of it goes along
+        if (read_json(merged.path / MANIFEST) or {}).get("merged_from") == self.name:
+            merged.move_aside()
         tracker = self.run / ".trackers" / self.name  # a new start is a new run for the trackers, too
         if tracker.exists():
             tracker.rename(tracker.with_name(aside.name))
@@ -274,9 +271,6 @@ def template_kwargs(model: Path) -> dict[str, Any]:
 
 def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "recipe.yaml").is_file()
-
-
-# --- locks -----------------------------------------------------------------------------------------------------------
 
 
 class Lock:

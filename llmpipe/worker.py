@@ -19,6 +19,7 @@ from typing import Any
 
 from llmpipe import __version__, launch, rundir
 from llmpipe.errors import DONE, RESOURCES, Stopped, UserError
+from llmpipe.plan import check_folder
 from llmpipe.recipe import dump, parse, validate
 from llmpipe.rundir import Artifact, Lock
 from llmpipe.stages import Job, schema, stage
@@ -143,27 +144,28 @@ def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
     """Make of a model, and of its base, a folder that can be loaded, if it is none yet."""
     base = convert_one(model["base"], converted, say) if "base" in model else None
     folder = model_folder(model, converted)
-    if model["kind"] in ("gguf", "merged") and not (folder / "config.json").exists():
-        from llmpipe.engine import adapters, models
+    if model["kind"] in ("gguf", "merged"):
+        with Lock(Artifact(folder)).acquire(wait=3600):  # another stage of the run may need the same one
+            if not (folder / "config.json").exists():
+                from llmpipe.engine import adapters, models
 
-        source = Path(model["folder"]).expanduser()
-        if model["kind"] == "gguf":
-            say(f"{model['reference']}: reading GGUF, once for this run")
-            models.convert_gguf(source, folder)
-        else:
-            say(f"{model['reference']}: merging the adapter into its base, once for this run")
-            adapters.merge(base, source, folder)
+                source = Path(model["folder"]).expanduser()
+                if model["kind"] == "gguf":
+                    say(f"{model['reference']}: reading GGUF, once for this run")
+                    models.convert_gguf(source, folder)
+                else:
+                    check_folder(source)
+                    say(f"{model['reference']}: merging the adapter into its base, once for this run")
+                    adapters.merge(base, source, folder)
+    check_folder(folder, folder.parent.parent if model["kind"] == "hub" else None)
+    if model["kind"] == "hub" and (folder / "adapter_config.json").exists():
+        raise UserError(f"{model['reference']}: an adapter that no manifest names the base of", "merge it first")
     return folder
 
 
 def prepare(job: Job) -> None:
-    from llmpipe.plan import check_folder
-
-    for at, model in job.plan["models"].items():
-        check_folder(job.models[at], job.models[at].parent.parent if model["kind"] == "hub" else None)
-        if at in job.bases:
-            hub = model["base"]["kind"] == "hub"
-            check_folder(job.bases[at], job.bases[at].parent.parent if hub else None)
+    for model in job.plan["models"].values():
+        convert_one(model, job.artifact.run / ".prepared", job.say)  # checks the folders that are there already
     prepared = stage(job.recipe.stage).prepare(job)
     rundir.write_json(job.artifact.path / "prepared.json", prepared)
 

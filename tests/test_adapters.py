@@ -116,6 +116,10 @@ def test_adapters_on_adapters(tmp_path):
         last = before.manifest()["final"]["eval_loss"]
         assert after.manifest()["final"]["eval_loss_before"] == pytest.approx(last, abs=2e-5)
 
+    told = [
+        json.loads((a.model / "adapter_config.json").read_text())["base_model_name_or_path"] for a in (one, two, three)
+    ]
+    assert told == ["artifact:sft", "artifact:sft", "artifact:two"]
     merged = rundir.Artifact(run / "three-merged")
     assert merged.verify()["kind"] == "model"
     full = life.command(life.write(run, name="full", model="artifact:three", optim__steps=2, evaluation={}))
@@ -132,6 +136,35 @@ def test_adapters_on_adapters(tmp_path):
     cells = json.loads((measured.path / "results.json").read_text())["tasks"]["perplexity"]["metrics"]["nats_per_token"]
     assert cells["three"]["value"] == pytest.approx(cells["merged"]["value"], abs=1e-5)
     assert cells["three"]["value"] != pytest.approx(cells["two"]["value"], abs=1e-3)
+
+
+def test_another_shape_than_the_adapters_own_is_refused(tmp_path):
+    run = tmp_path / "run"
+    life.command(write(run, optim__steps=1, evaluation={}))
+    with pytest.raises(UserError, match="rank 4 there, 8 in the recipe") as refused:
+        life.command(
+            write(run, name="b", model="artifact:lora", adapter={"rank": 8, "alpha": 8}, optim__steps=1, evaluation={})
+        )
+    assert refused.value.code == 3
+
+
+def test_an_adapter_without_a_manifest_is_refused(tmp_path):
+    run = tmp_path / "run"
+    adapter = life.command(write(run, optim__steps=1, evaluation={}))
+    shutil.copytree(adapter.model, tmp_path / "alone")
+    with pytest.raises(UserError, match="no manifest names the base") as refused:
+        life.command(write(run, name="b", model=str(tmp_path / "alone"), optim__steps=1, evaluation={}))
+    assert refused.value.code == 3
+
+
+def test_fresh_takes_the_merged_model_along(tmp_path):
+    run = tmp_path / "run"
+    path = write(run, adapter={"rank": 4, "alpha": 8, "merge": True}, optim__steps=1, evaluation={})
+    life.command(path)
+    before = rundir.Artifact(run / "lora-merged").verify()["fingerprint"]
+    life.command(path, ["seed=9"], fresh=True)
+    assert rundir.Artifact(run / "lora-merged.old-1").verify()["fingerprint"] == before
+    assert rundir.Artifact(run / "lora-merged").verify()["merged_from"] == "lora"
 
 
 def other_weights(folder):

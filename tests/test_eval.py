@@ -89,7 +89,7 @@ def evaluated(run, tasks):
 def test_the_artifact(evaluated):
     manifest = evaluated.verify()
     assert manifest["kind"] == "evaluation" and [p["name"] for p in manifest["parents"]] == ["sft"]
-    assert set(manifest["files"]) == {"recipe.yaml", "results.json", "samples.jsonl"}
+    assert set(manifest["files"]) == {"recipe.yaml", "results.json", "samples.jsonl", "settings.json"}
     found = results(evaluated)
     sft = rundir.Artifact(evaluated.run / "sft").manifest()
     assert found["models"]["sft"]["parent"] == "base" and found["models"]["base"]["parent"] is None
@@ -270,6 +270,60 @@ def test_sampled_answers_are_drawn_from_the_seed(run):
     assert values == sorted(values)
 
 
+def test_bf16_measures_the_model_that_bf16_loads(run):
+    """Weights in bf16, positions in fp32, as `from_pretrained(dtype=bf16)` has it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tasks = [
+        {"name": "text", "task": "perplexity", "data": jsonl(run.parent / "texts.jsonl", [{"text": t} for t in TEXTS])}
+    ]
+    artifact = life.command(write(run, tasks, {"sft": "artifact:sft"}, name="bf16", precision="bf16"))
+    model = AutoModelForCausalLM.from_pretrained(run / "sft" / "model", dtype=torch.bfloat16)
+    assert results(artifact)["models"]["sft"]["dtype"] == "bfloat16"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "sft" / "model")
+    own = next(x for x in lines(artifact) if x["item"] == 1)
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXTS[1], add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        log_probs = model(ids).logits[0, :-1].float().log_softmax(-1)
+    nats = -float(log_probs.gather(1, ids[0, 1:, None]).sum())
+    assert own["scores"]["nats_per_token"][0] == pytest.approx(nats, rel=2e-2)  # padded in a batch of three
+    with pytest.raises(UserError, match="begun with other settings"):
+        (artifact.path / "manifest.json").unlink()
+        rundir.write_json(artifact.path / "plan.json", json.loads(json.dumps(artifact_plan(artifact))))
+        life.command(write(run, tasks, {"sft": "artifact:sft"}, name="bf16", precision="bf16",
+                           launch={"threads": 1, "batch_size": 3}))  # fmt: skip
+
+
+def artifact_plan(artifact):
+    """plan.json as it was before the artifact was finished."""
+    from llmpipe import plan
+    from llmpipe.recipe import load
+
+    recipe = load(artifact.run.parent / f"{artifact.name}.yaml", schema("eval"))
+    asked, models = plan.ask(recipe, artifact.run, ("model",), {})
+    records = {at: model.record() for at, model in models.items()}
+    return {"identity": rundir.digest(asked), "asked": asked, "models": records}
+
+
+def test_nan_passes_no_gate(run, tasks, monkeypatch):
+    import shutil as files
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = run.parent / "broken"
+    files.copytree(life.TINY / "model", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as stopped:
+        life.command(write(run, [tasks[1]], {"broken": str(broken)}, name="nan", gate={"perplexity": {"max": 1e9}}))
+    assert stopped.value.code == 4 and "log-probability is not finite" in stopped.value.message
+
+
 def test_overlap_with_the_training_rows_is_counted(evaluated):
     trained = rundir.Artifact(evaluated.run / "sft").manifest()["data"]["rows"]["train"]
     found = results(evaluated)["tasks"]
@@ -319,11 +373,13 @@ def test_a_killed_evaluation_ends_as_an_unbroken_one(run, tasks, evaluated, tmp_
         ("generate", [{"prompt": "a"}, {"prompt": ""}], "2: empty text: prompt"),
         ("perplexity", [{"prompt": "a", "chosen": "b", "rejected": "c"}], "format preference does not fit perplexity"),
         ("preference", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "1: chosen equals rejected"),
+        ("exact", [{"prompt": "a"}], "1: no reference"),
+        ("perplexity", [{"prompt": "a", "completion": "b"}, {"text": "x"}], "2: missing column: prompt"),
     ],
 )
 def test_a_bad_item_is_named(run, tmp_path, task, rows, message):
-    values = {"task": task, "data": jsonl(tmp_path / "rows.jsonl", rows)}
-    values |= {"score": ["json"]} if task == "generate" else {}
+    values = {"task": task.replace("exact", "generate"), "data": jsonl(tmp_path / "rows.jsonl", rows)}
+    values |= {"score": ["exact_match" if task == "exact" else "json"]} if task in ("generate", "exact") else {}
     with pytest.raises(UserError) as refused:
         life.command(write(run, [values], name="bad"))
     assert refused.value.code == 2 and message in refused.value.message
@@ -466,6 +522,34 @@ def test_an_endpoint_that_fails_is_asked_again(run, endpoint):
     assert "Bearer canary-7c1f" in Judge.seen_keys
     for path in rundir.files_below(artifact.run):
         assert b"canary-7c1f" not in path.read_bytes(), path
+
+
+def test_a_key_with_a_line_break_is_refused_and_not_told(run, endpoint, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f\r\nX: y")
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not a key"):
+        life.command(write(run, winrate(), name="broken"))
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f\r\n")  # a .env file with the other kind of line ends
+    artifact = life.command(write(run, winrate(), name="stripped"))
+    assert all(b"canary" not in path.read_bytes() for path in rundir.files_below(artifact.run))
+    assert "canary" not in capsys.readouterr().out
+
+
+def test_verdicts_survive_a_kill(run, endpoint, tmp_path, monkeypatch):
+    """Killed between answers and verdicts: the second start asks the judge alone, and the result is the same."""
+    whole = life.command(write(run, winrate(), name="whole"))
+    import llmpipe.engine.evaluate as evaluate
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            life.command(write(run, winrate(), name="halved"))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "answer", stop)  # nothing is generated again
+        again = life.command(write(run, winrate(), name="halved"))
+    assert results(again) == results(whole)
 
 
 def test_what_gets_no_verdict_is_counted_and_no_loss(run, endpoint):

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +20,22 @@ import pyarrow as pa
 
 from llmpipe.data import templates
 from llmpipe.data.formats import Rejected, convert, question, taught_bytes
-from llmpipe.data.pack import IGNORED, lists
+from llmpipe.data.pack import IGNORED, LIST, Piece
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
 
-COUNTS = ("read", "kept", "truncated", "split", "pieces")
-LIST = pa.list_(pa.int32())
 # One row per piece of a kept row. Equal rows have equal hashes; `asks` is `hash_of` what the row asks, `bytes` the size
 # of what it teaches; `first` is true for the first piece of a row.
 SCHEMA = pa.schema(
     {"ids": LIST, "labels": LIST, "hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
 )
 
-Piece = tuple[np.ndarray, np.ndarray]  # ids and labels, int32 (n,) each, 0 < n <= max_length
-
 
 class Batch(NamedTuple):
-    """A chunk's result: `pieces` in SCHEMA and in source order, counts of rows, and (row, reason, detail)."""
+    """A chunk's result: `pieces` in SCHEMA and in source order, prepare's COUNTS, and (row, reason, detail)."""
 
     pieces: pa.RecordBatch
-    counts: dict[str, int]
+    counts: Counter[str]
     rejected: list[tuple[int, str, str]]
 
 
@@ -50,29 +47,23 @@ def hash_of(content: bytes, key: bytes = b"") -> int:
 class Encoder:
     """The saved `tokenizer/` folder of one preparation, since what is published has to be what tokenized.
 
-    `ends` and `kwargs` as in templates.Template; `text_eos` ends a plain text.
+    `ends` and `kwargs` as in templates.Template; `eos` ends a plain text.
     """
 
-    def __init__(
-        self, folder: Path, ends: list[str], kwargs: dict, text_eos: str, max_length: int, loss: str, seed: int
-    ):
+    def __init__(self, folder: Path, ends: list[str], kwargs: dict, eos: str, max_length: int, loss: str, seed: int):
         self.tokenizer = tokenizer = Tokenizer(folder)
         self.template = tokenizer.template and templates.Template(tokenizer.template, tokenizer.special, kwargs, ends)
         self.ends = {tokenizer.ids(end)[-1] for end in ends}
         self.bos = [] if tokenizer.bos is None else [tokenizer.bos]
-        self.eos_text, self.eos = text_eos, tokenizer.backend.token_to_id(text_eos)
+        self.eos_text, self.eos = eos, tokenizer.backend.token_to_id(eos)
         self.max_length, self.learn_all = max_length, loss == "all"
         self.key = seed.to_bytes(8, "little")
 
     def batch(self, rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
         """Rows of one file -> tokens. A row's own mistakes end up in `rejected`; nothing is raised for them."""
-        counts = dict.fromkeys(COUNTS, 0) | {"read": len(rows)}
+        pieces: list[dict[str, Any]] = []  # of SCHEMA
         rejected: list[tuple[int, str, str]] = []
-        pieces: list[Piece] = []
-        hashes: list[int] = []
-        asks: list[int] = []
-        sizes: list[int] = []
-        first: list[bool] = []
+        counts = Counter(read=len(rows))
         for number, payload in rows:
             try:
                 example = convert(parse(payload), format, columns)
@@ -80,33 +71,30 @@ class Encoder:
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
-            hashes += [hash_of(b"".join(ids.tobytes() for ids, _ in row), self.key)] * len(row)
-            asks += [hash_of(question(example).encode())] * len(row)
-            sizes += [taught_bytes(example)] * len(row)
-            first += [True, *[False] * (len(row) - 1)]
-            pieces += row
-            counts["kept"] += 1
-            counts["truncated"] += truncated
-            counts["split"] += len(row) > 1
-            counts["pieces"] += len(row) - 1
-        lengths = [len(ids) for ids, _ in pieces]
-        flat = (np.concatenate([piece[side] for piece in pieces] or [np.empty(0, np.int32)]) for side in (0, 1))
-        ids, labels = (lists(lengths, values) for values in flat)
-        table = {"ids": ids, "labels": labels, "hash": hashes, "asks": asks, "bytes": sizes, "first": first}
-        return Batch(pa.RecordBatch.from_pydict(table, SCHEMA), counts, rejected)
+            whole, asked = b"".join(ids.tobytes() for ids, _ in row), question(example).encode()
+            about = {"hash": hash_of(whole, self.key), "asks": hash_of(asked), "bytes": taught_bytes(example)}
+            pieces += [{"ids": ids, "labels": labels, "first": not i, **about} for i, (ids, labels) in enumerate(row)]
+            counts.update(kept=1, truncated=truncated, split=len(row) > 1, pieces=len(row) - 1)
+        return Batch(pa.RecordBatch.from_pylist(pieces, SCHEMA), counts, rejected)
 
     def row(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
         """An example of formats.convert -> its pieces, and whether it was truncated. Raises Rejected."""
         if "messages" in example:
             return self._chat(example)
-        if "completion" in example:
-            return [self._pair(example["prompt"], example["completion"])], False
-        numbers = self.tokenizer.ids(example["text"].removesuffix(self.eos_text))
+        prompt, rest = example.get("prompt", ""), example.get("completion") or example["text"]
+        numbers = self.tokenizer.ids(prompt + rest.removesuffix(self.eos_text))
         if not numbers:
             raise Rejected("nothing to learn", "the text has no token")
         ids = np.array([*self.bos, *numbers, self.eos], np.int32)
-        pieces = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
-        return [(piece, piece) for piece in pieces], False
+        if "text" in example:
+            pieces = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
+            return [(piece, piece) for piece in pieces], False
+        if len(ids) > self.max_length:
+            raise Rejected("too long", f"{len(ids):,} tokens, {self.max_length:,} fit")
+        labels = ids.copy()
+        if not self.learn_all:  # as TRL does: what is learned begins where prompt and prompt + completion differ
+            labels[: len(self.bos) + templates.shared(self.tokenizer.ids(prompt), numbers)] = IGNORED
+        return [(ids, labels)], False
 
     def _chat(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
         if not self.template:
@@ -114,7 +102,7 @@ class Encoder:
         with templates.bounded():
             text, spans = self.template.turns(example["messages"], example["tools"], example.get("first", 0))
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
-        numbers, total = encoding.ids, len(encoding)
+        numbers = encoding.ids
         if numbers[:2] == [self.tokenizer.id("bos_token")] * 2:
             raise Rejected("doubled BOS", "the conversation begins with the first token twice")
         # A token that covers the last character before a span and the first of it counts as the assistant's.
@@ -128,28 +116,17 @@ class Encoder:
         stops = [stop for _, stop in ranges if numbers[stop - 1] in self.ends]
         if not stops:
             raise Rejected("end of turn not supervised", "no assistant turn ends with the end-of-turn token")
-        truncated = total > self.max_length
-        if truncated:
+        total = len(numbers)
+        if total > self.max_length:
             total = max((stop for stop in stops if stop <= self.max_length), default=0)
             if not total:
-                detail = f"{len(encoding):,} tokens, and no assistant turn ends within {self.max_length:,}"
+                detail = f"{len(numbers):,} tokens, and no assistant turn ends within {self.max_length:,}"
                 raise Rejected("too long", detail)
         ids = np.array(numbers[:total], np.int32)
         labels = ids.copy() if self.learn_all else np.full(total, IGNORED, np.int32)
         for start, stop in ranges:
             labels[start:stop] = ids[start:stop]
-        return [(ids, labels)], truncated
-
-    def _pair(self, prompt: str, completion: str) -> Piece:
-        """As TRL does: the completion begins where prompt and prompt + completion stop being alike."""
-        whole = self.tokenizer.ids(prompt + completion.removesuffix(self.eos_text))
-        ids = np.array([*self.bos, *whole, self.eos], np.int32)
-        if len(ids) > self.max_length:
-            raise Rejected("too long", f"{len(ids):,} tokens, {self.max_length:,} fit")
-        labels = ids.copy()
-        if not self.learn_all:
-            labels[: len(self.bos) + templates.shared(self.tokenizer.ids(prompt), whole)] = IGNORED
-        return ids, labels
+        return [(ids, labels)], total < len(numbers)
 
 
 def _token_at(encoding: Any, char: int) -> int:
@@ -161,18 +138,16 @@ def _token_at(encoding: Any, char: int) -> int:
     return token
 
 
-# --- in a worker process ---------------------------------------------------------------------------------------------
-
 _encoder: Encoder
 
 
-def start_worker(spec: dict[str, Any]) -> None:
+def start_worker(*spec: Any) -> None:
     """Pool initializer. Ctrl-C belongs to the parent, and a worker does not outlive it."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    _encoder = Encoder(**spec)
+    _encoder = Encoder(*spec)
 
 
 def work(rows: list[Row], format: str, columns: dict[str, str]) -> Batch:

@@ -16,6 +16,7 @@ or raises Rejected. Validation refuses and never repairs: a row that is wrong is
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from llmpipe.errors import UserError
@@ -27,22 +28,11 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.reason, self.detail)))
 
-# format -> columns it needs, columns it also reads. The first whose needs are met is the format. Of the synonyms that
-# fit, the one that uses most columns counts.
-LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
-    "choice": (("prompt", "choices", "answer"), ("system",)),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "messages": (("messages",), ("tools",)),
-    "alpaca": (("instruction", "output"), ("input", "system", "history")),
-    "prompt-completion": (("prompt", "completion"), ("tools",)),
-    "text": (("text",), ()),
-    "prompt": (("prompt",), ("system", "tools")),
-}
 
 # Names that mean one thing only; anything else wants `columns:`.
 SYNONYMS = (
@@ -67,13 +57,11 @@ _ROLES = {
 }  # fmt: skip
 
 
-def detect(
-    columns: list[str], format: str, mapping: dict[str, str], where: str
-) -> tuple[str, dict[str, str], list[str]]:
-    """The format of rows with these columns -> (format, {your name: the format's name}, columns not used).
+Layout = tuple[str, dict[str, str], list[str]]  # format, {your name: the format's name}, columns not used
 
-    Raises UserError naming the columns found and what each format needs.
-    """
+
+def detect(columns: list[str], format: str, mapping: dict[str, str], where: str) -> Layout:
+    """The layout of rows with these columns. Raises UserError naming them and what each format needs."""
     shown = ", ".join(columns) or "none"
     for name in mapping:
         if name not in columns:
@@ -81,11 +69,9 @@ def detect(
     renamed = [mapping.get(name, name) for name in columns]
     if twice := next((name for name in renamed if renamed.count(name) > 1), None):
         raise UserError(f"{where}: two columns are called '{twice}' after mapping", f"found: {shown}")
-    candidates = [mapping]
-    if not mapping:
-        candidates += [names for names in SYNONYMS if set(names) <= set(columns)]
+    candidates = [mapping] if mapping else [{}, *(names for names in SYNONYMS if set(names) <= set(columns))]
     layouts = LAYOUTS if format == "auto" else {format: LAYOUTS[format]}
-    for layout, (needs, also) in layouts.items():
+    for layout, (needs, also, _) in layouts.items():
         uses = []
         for names in candidates:
             here = {names.get(column, column): column for column in columns}
@@ -94,22 +80,19 @@ def detect(
         if uses:
             used = max(uses, key=len)
             return layout, used, [column for column in columns if column not in used]
-    needed = "; ".join(f"{name}: {', '.join(needs)}" for name, (needs, _) in layouts.items())
-    raise UserError(
-        f"{where}: {'no format fits' if format == 'auto' else f'format {format} does not fit'} the columns {shown}",
-        f"needed are {needed}. Map yours with columns, such as {{frage: instruction, antwort: output}}",
-    )
+    needed = "; ".join(f"{name}: {', '.join(needs)}" for name, (needs, *_) in layouts.items())
+    hint = f"needed are {needed}. Map yours with columns, such as {{frage: instruction, antwort: output}}"
+    problem = "no format fits" if format == "auto" else f"format {format} does not fit"
+    raise UserError(f"{where}: {problem} the columns {shown}", hint)
 
 
 def convert(row: dict[str, Any], format: str, columns: dict[str, str]) -> dict[str, Any]:
     """One raw row -> its canonical shape. `columns`: {your name: the format's name}. Raises Rejected."""
+    needs, _, shape = LAYOUTS[format]
     for yours, name in columns.items():
-        if name in LAYOUTS[format][0] and row.get(yours) is None:
+        if name in needs and row.get(yours) is None:
             raise Rejected("null" if yours in row else "missing column", yours)
-    return _CONVERT[format]({name: row.get(yours) for yours, name in columns.items()})
-
-
-# --- columns ---------------------------------------------------------------------------------------------------------
+    return shape({name: row.get(yours) for yours, name in columns.items()})
 
 
 def text_of(value: Any, name: str, empty: bool = False) -> str:
@@ -294,15 +277,17 @@ def taught_bytes(example: dict[str, Any]) -> int:
     return len((example.get("text") or example.get("completion") or spoken).encode())
 
 
-_CONVERT = {
-    "choice": _choice,
-    "text": lambda values: {"text": text_of(values["text"], "text")},
-    "alpaca": _alpaca,
-    "sharegpt": lambda values: _chat(values, "conversations"),
-    "messages": lambda values: _chat(values, "messages"),
-    "prompt-completion": _prompt_completion,
-    "preference": _preference,
-    "prompt": _prompt,
+# format -> columns it needs, columns it also reads, what converts a row. The first whose needs are met is the format.
+# Of the synonyms that fit, the one that uses most columns counts.
+LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict], dict]]] = {
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
+    "choice": (("prompt", "choices", "answer"), ("system",), _choice),
+    "sharegpt": (("conversations",), ("system", "tools"), lambda values: _chat(values, "conversations")),
+    "messages": (("messages",), ("tools",), lambda values: _chat(values, "messages")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history"), _alpaca),
+    "prompt-completion": (("prompt", "completion"), ("tools",), _prompt_completion),
+    "text": (("text",), (), lambda values: {"text": text_of(values["text"], "text")}),
+    "prompt": (("prompt",), ("system", "tools"), _prompt),
 }
 
 
@@ -319,18 +304,16 @@ def conversation(value: Any, name: str) -> list[dict]:
         raise Rejected("no messages", name)
     messages: list[dict] = []
     for i, item in enumerate(value, 1):
-        at = f"{name}, message {i}"
-        if not isinstance(item, dict):
-            raise Rejected("wrong type", f"{at} is {_kind(item)}, not an object")
-        message = _message(item, at)
-        if message["role"] == "system" and messages:
+        messages.append(_message(item, f"{name}, message {i}"))
+        if i > 1 and messages[-1]["role"] == "system":
             two = messages[0]["role"] == "system"
-            raise Rejected("two system turns" if two else "system turn not first", at)
-        messages.append(message)
+            raise Rejected("two system turns" if two else "system turn not first", f"{name}, message {i}")
     return messages
 
 
-def _message(item: dict, at: str) -> dict:
+def _message(item: Any, at: str) -> dict:
+    if not isinstance(item, dict):
+        raise Rejected("wrong type", f"{at} is {_kind(item)}, not an object")
     named = item.get("role", item.get("from"))
     role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
@@ -373,10 +356,10 @@ def _call(call: Any, at: str) -> dict:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise Rejected("bad tool call", f"{at}: a call has no function name")
     arguments = function.get("arguments")
-    if arguments is None or arguments == "":
-        arguments = {}
-    if isinstance(arguments, str):  # OpenAI sends text; templates expect the object
+    if isinstance(arguments, str) and arguments:  # OpenAI sends text; templates expect the object
         arguments = _parsed(arguments, "bad tool call", f"{at}, arguments")
+    elif arguments in (None, ""):
+        arguments = {}
     if not isinstance(arguments, dict):
         raise Rejected("bad tool call", f"{at}: arguments of {function['name']} are {_kind(arguments)}")
     kept = {"type": "function", "function": _checked({"name": function["name"], "arguments": arguments}, at)}

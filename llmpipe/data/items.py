@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Rejected, convert, detect, question
+from llmpipe.data.formats import Rejected, convert, question
 from llmpipe.errors import UserError
-from llmpipe.recipe import Rows, is_local
+from llmpipe.recipe import Rows
 from llmpipe.rundir import Artifact
 
 FORMATS = {  # what a task can use
@@ -32,8 +32,11 @@ FORMATS = {  # what a task can use
 }
 
 
-def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str]) -> list[dict[str, Any]]:
-    """Every item of a task. `bare`: prompts as text, without a template. Raises UserError naming each bad row."""
+def items_of(
+    data: list[Rows], task: str, *, bare: bool, compared: bool, pinned: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Every item of a task. `bare`: prompts as text, without a template; `compared`: answers need a reference. Raises
+    UserError naming each bad row."""
     items: list[dict[str, Any]] = []
     errors: list[str] = []
     for source in data:
@@ -42,9 +45,12 @@ def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str])
                 if isinstance(row, Rejected):
                     raise row
                 item = _item(row, task, bare)
+                if compared and not item.get("reference", "").strip():
+                    raise Rejected("no reference", "there is no answer to compare with")
+                at = Path(at).name if Path(at).is_absolute() else at  # no machine's path in an artifact
                 items.append({"id": len(items), "at": at, "asks": hash_of(question(row).encode()), **item})
             except Rejected as error:
-                errors.append(f"{at}: {error.reason}" + (f": {error.detail}" if error.detail else ""))
+                errors.append(f"{at}: {error}")
     if errors:
         more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise UserError("\n".join(errors[:5]) + more, "mend or remove these rows: every item has to be measured")
@@ -53,24 +59,16 @@ def items_of(data: list[Rows], task: str, *, bare: bool, pinned: dict[str, str])
 
 def rows_of(source: Rows, formats: tuple[str, ...], purpose: str, pinned: dict[str, str]) -> Any:
     """(where, example or Rejected) for every row of a source, which has one of `formats`."""
-    if is_local(source.path):
-        files = sources.files_of(source)
-        chunks = sources.chunks(files, source.limit)
-        names = [file.shown for file in files]
-    else:
-        chunks, names = sources.hub_chunks(source, pinned[sources.hub_key(source)]), [source.path]
-    layout = None
-    for chunk in chunks:
+    origin = sources.Origin(source, pinned)
+    origin.open()
+    if origin.format not in formats:
+        problem = f"{source.path}: format {origin.format} does not fit {purpose}"
+        raise UserError(problem, f"it takes {', '.join(formats)}")
+    for chunk in origin.chunks:
         for number, payload in chunk.rows:
-            at = f"{names[chunk.file]}:{number}"
+            at = f"{origin.shown[chunk.file]}:{number}"
             try:
-                row = sources.parse(payload)
-                if layout is None:
-                    layout = detect(list(row), source.format, source.columns, source.path)
-                    if layout[0] not in formats:
-                        problem = f"{source.path}: format {layout[0]} does not fit {purpose}"
-                        raise UserError(problem, f"it takes {', '.join(formats)}")
-                yield at, convert(row, layout[0], layout[1])
+                yield at, convert(sources.parse(payload), origin.format, origin.columns)
             except Rejected as error:
                 yield at, error
 

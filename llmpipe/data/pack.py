@@ -17,6 +17,9 @@ import pyarrow as pa
 
 IGNORED = -100
 WINDOW_ROWS, WINDOW_TOKENS, BATCH_SEQUENCES = 8192, 2_000_000, 256
+LIST = pa.list_(pa.int32())
+
+Piece = tuple[np.ndarray, np.ndarray]  # ids and labels, int32 (n,) each
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
@@ -40,12 +43,6 @@ def best_fit(lengths: list[int], size: int) -> list[list[int]]:
     return bins
 
 
-def lists(lengths: list[int] | np.ndarray, values: np.ndarray) -> pa.ListArray:
-    """int32 values, all after one another -> list<int32> with lists of these lengths."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
-
-
 class Output:
     """Writes one of train.arrow and eval.arrow; a file without rows is not written.
 
@@ -57,53 +54,54 @@ class Output:
         self.rows = self.sequences = self.tokens = self.supervised = 0
         self.digest = hashlib.sha256()
         self.lengths = np.zeros(max_length + 1, np.int64)  # how many rows have each length
-        self._window: list[tuple[np.ndarray, np.ndarray]] = []
+        self._window: list[Piece] = []
         self._window_tokens = 0
-        self._file = self._writer = None
+        self._writer = None
 
     def add(self, ids: np.ndarray, labels: np.ndarray) -> None:
         """One row: int32 (n,) each, 0 < n <= max_length."""
+        self.rows += 1
         self.lengths[len(ids)] += 1
         self._window.append((ids.copy(), labels.copy()))  # views would keep whole batches of the spool alive
         self._window_tokens += len(ids)
         if len(self._window) >= WINDOW_ROWS or self._window_tokens >= WINDOW_TOKENS:
-            self._flush()
+            self._flush(last=False)
 
-    def _flush(self) -> None:
+    def _flush(self, last: bool) -> None:
         rows, self._window, self._window_tokens = self._window, [], 0
-        lengths = [len(ids) for ids, _ in rows]
-        bins = best_fit(lengths, self.max_length) if self.packing else [[i] for i in range(len(rows))]
-        for start in range(0, len(bins), BATCH_SEQUENCES):
-            part = bins[start : start + BATCH_SEQUENCES]
-            order = [i for bin in part for i in bin]
-            ids, labels = (np.concatenate([rows[i][side] for i in order]) for side in (0, 1))
-            self._write(ids, labels, [[lengths[i] for i in bin] for bin in part])
-            self.rows += len(order)
+        sequences = self._sequences(rows, last)
+        for start in range(0, len(sequences), BATCH_SEQUENCES):
+            self._write(sequences[start : start + BATCH_SEQUENCES])
 
-    def _write(self, ids: np.ndarray, labels: np.ndarray, documents: list[list[int]]) -> None:
-        """Sequences after one another; `documents`: the lengths of what each of them consists of."""
-        sums = [sum(lengths) for lengths in documents]
-        columns = {"input_ids": lists(sums, ids), "labels": lists(sums, labels)}
+    def _sequences(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
+        """The rows of a window as sequences, each a list of documents or parts of them."""
+        if not self.packing:
+            return [[row] for row in rows]
+        return [[rows[i] for i in bin] for bin in best_fit([len(ids) for ids, _ in rows], self.max_length)]
+
+    def _write(self, sequences: list[list[Piece]]) -> None:
+        lengths = [[len(ids) for ids, _ in parts] for parts in sequences]
+        sums = np.array([sum(parts) for parts in lengths])
+        ids, labels = (np.concatenate([part[side] for parts in sequences for part in parts]) for side in (0, 1))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(sums)]), pa.int32())
+        columns = {"input_ids": ids, "labels": labels}
+        columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
         if self.packing:
-            flat = np.array([length for lengths in documents for length in lengths])
-            columns["seq_lengths"] = lists([len(lengths) for lengths in documents], flat)
+            columns["seq_lengths"] = pa.array(lengths, LIST)
         batch = pa.RecordBatch.from_pydict(columns)
         if self._writer is None:
-            self._file = self.path.open("wb")
-            self._writer = pa.ipc.new_stream(self._file, batch.schema)
+            self._writer = pa.ipc.new_stream(str(self.path), batch.schema)
         self._writer.write_batch(batch)
         self.sequences += len(sums)
         self.tokens += len(ids)
         self.supervised += int((labels != IGNORED).sum())
-        for values in (np.array(sums), ids, labels):
+        for values in (sums, ids, labels):
             self.digest.update(values.tobytes())
 
     def close(self) -> None:
-        if self._window:
-            self._flush()
+        self._flush(last=True)
         if self._writer is not None:
             self._writer.close()
-            self._file.close()
 
     def quantile(self, share: float) -> int:
         """The length that `share` of the rows do not exceed."""
@@ -116,28 +114,17 @@ class Blocks(Output):
     With `packing` a sequence keeps where its documents begin, and attention does not cross from one to the next.
     """
 
-    def __init__(self, path: Path, max_length: int, packing: bool):
-        super().__init__(path, max_length, packing)
-        self._carry: list[tuple[np.ndarray, np.ndarray]] = []
+    _carry: list[Piece] = []  # what the last window left over for the next one
 
-    def _flush(self, last: bool = False) -> None:
-        rows, self._window, self._window_tokens = self._carry + self._window, [], 0
-        self.rows += len(rows) - len(self._carry)
-        if not rows:
-            return
-        ids, labels = (np.concatenate([row[side] for row in rows]) for side in (0, 1))
-        whole = len(ids) if last else len(ids) - len(ids) % self.max_length
-        edges = np.cumsum([len(row) for row, _ in rows])
-        for start in range(0, whole, BATCH_SEQUENCES * self.max_length):
-            end = min(start + BATCH_SEQUENCES * self.max_length, whole)
-            cuts = np.arange(start + self.max_length, end, self.max_length)
-            documents = []
-            for left, right in zip([start, *cuts], [*cuts, end], strict=True):
-                inner = edges[(edges > left) & (edges < right)] if self.packing else []
-                documents.append(np.diff([left, *inner, right]).tolist())
-            self._write(ids[start:end], labels[start:end], documents)
-        self._carry = [(ids[whole:], labels[whole:])] if whole < len(ids) else []
-
-    def close(self) -> None:
-        self._flush(last=True)
-        super().close()
+    def _sequences(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
+        sequences: list[list[Piece]] = []
+        free = 0
+        for ids, labels in self._carry + rows:
+            while len(ids):
+                if not free:
+                    sequences.append([])
+                    free = self.max_length
+                sequences[-1].append((ids[:free], labels[:free]))
+                ids, labels, free = ids[free:], labels[free:], max(free - len(ids), 0)
+        self._carry = sequences.pop() if free and not last else []
+        return sequences

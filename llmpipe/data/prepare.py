@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -28,7 +27,6 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,45 +36,30 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmpipe.data import sources, templates, tokenizer
-from llmpipe.data.encode import COUNTS, SCHEMA, Batch, Encoder, start_worker, work
-from llmpipe.data.formats import Rejected, detect
+from llmpipe.data.encode import SCHEMA, Batch, Encoder, start_worker, work
+from llmpipe.data.formats import Rejected
 from llmpipe.data.pack import Blocks, Output
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
-from llmpipe.recipe import Corpus, Data, Rows, is_local, science
+from llmpipe.recipe import Data, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
 VERSION = 5
+COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
 Say = Callable[[str], None]
 
 
-@dataclass
-class Origin:
-    """Which bytes a source means: its files, or a Hub commit. `path` is not absolute, since it goes into records."""
-
-    path: str
-    files: list[sources.File]
-    revision: str | None
-
-
 def key_of(
-    data: Data | Corpus, model: Path, seed: int, pinned: dict[str, str] | None = None
-) -> tuple[str, list[Origin]]:
+    data: Data, model: Path, seed: int, pinned: dict[str, str] | None = None
+) -> tuple[str, list[sources.Origin]]:
     """What names the prepared data, and where it comes from. Files are hashed, nothing is tokenized. `pinned`: commits
     of Hub data sets that are known already, by `sources.hub_key`.
 
     The key changes with the content of every file, the tokenizer, the template and the recipe's fields, not with where
     things lie. Raises UserError for a missing or unreadable file.
     """
-    origins = []
-    for source in (*data.train, *data.eval.sources):
-        if is_local(source.path):
-            shown = Path(source.path).name if os.path.isabs(Path(source.path).expanduser()) else source.path
-            origins.append(Origin(shown, sources.files_of(source), None))
-        else:
-            commit = (pinned or {}).get(sources.hub_key(source)) or sources.hub_revision(source)
-            origins.append(Origin(source.path, [], commit))
+    origins = [sources.Origin(source, pinned or {}) for source in (*data.train, *data.eval.sources)]
     fields = science(data)
     for section in (*fields["train"], *fields["eval"]["sources"]):
         del section["path"]
@@ -85,19 +68,7 @@ def key_of(
     return digest([VERSION, seed, fields, contents, tokenizer.identity(model)]), origins
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    data: Data | Corpus,
-    model: Path,
-    cache: Path,
-    *,
-    seed: int,
-    say: Say,
-    pinned: dict[str, str] | None = None,
-    progress: bool = True,
-) -> Path:
+def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned: dict[str, str] | None = None) -> Path:
     """Rows -> tokens for training on text and conversations; the folder with `prepared.json`.
 
     Raises UserError: code 2 for data that cannot be read or too many rejected rows, 3 for a broken tokenizer, 4 when
@@ -115,7 +86,7 @@ def prepare(
     temporary = cache / f".{key}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        record = {"version": VERSION, "key": key, **_make(data, model, temporary, origins, seed, say, progress)}
+        record = {"version": VERSION, "key": key, **_make(data, model, temporary, origins, seed, say)}
         record["seconds"] = round(time.monotonic() - started, 3)
         for path in (*files_below(temporary), temporary / "tokenizer"):
             fsync(path)
@@ -160,39 +131,31 @@ def _other_runs(process: int) -> bool:
     return process != os.getpid()
 
 
-def _make(
-    data: Data | Corpus, model: Path, folder: Path, origins: list[Origin], seed: int, say: Say, progress: bool
-) -> dict[str, Any]:
-    choice = templates.Choice(model, data.template, data.chat_template_kwargs)
+def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], seed: int, say: Say) -> dict[str, Any]:
+    kwargs = data.chat_template_kwargs
+    choice = templates.Choice(model, data.template, kwargs)
     for note in choice.notes:
         say(f"data: {note}")
     choice.tokenizer.save(folder / "tokenizer", choice.template)
-    spec = {
-        "folder": folder / "tokenizer", "ends": choice.ends, "kwargs": data.chat_template_kwargs,
-        "text_eos": choice.text_eos, "max_length": data.max_length, "loss": data.loss, "seed": seed,
-    }  # fmt: skip
-    both = zip((*data.train, *data.eval.sources), origins, strict=True)
-    streams = [_open(source, origin, say, choice.template is not None) for source, origin in both]
+    spec = (folder / "tokenizer", choice.ends, kwargs, choice.text_eos, data.max_length, data.loss, seed)
+    records = [_open(origin, say, choice.template is not None) for origin in origins]
     size = sum(file.bytes for origin in origins for file in origin.files)
-    processes = data.processes
-    if processes == "auto":
-        small = size < SMALL and all(origin.files for origin in origins)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = 1 if small else cores
+    small = size < SMALL and all(origin.files for origin in origins)
+    auto = 1 if small else len(os.sched_getaffinity(0))
+    processes = auto if data.processes == "auto" else data.processes
 
     hashes = array("Q"), array("Q")  # one for each kept row: of the sources to train on, and of those to evaluate on
-    spooled: list[int] = []  # the stream of each batch of the spool
+    spooled: list[int] = []  # the source of each batch of the spool
     errors: list[str] = []  # the first rows rejected
-    bar = tqdm(total=size, desc="data", unit="B", unit_scale=True, leave=False, disable=None if progress else True)
+    spool_path = folder / "spool.arrow"
     with (
-        bar,
+        tqdm(total=size, desc="data", unit="B", unit_scale=True, leave=False, disable=None) as bar,
         folder.joinpath("rejected.jsonl").open("w", encoding="utf-8") as rejected,
-        folder.joinpath("spool.arrow").open("wb") as file,
-        pa.ipc.new_stream(file, SCHEMA) as spool,
-        contextlib.closing(_encoded(streams, spec, processes)) as batches,
+        pa.ipc.new_stream(str(spool_path), SCHEMA) as spool,
+        contextlib.closing(_encoded(origins, spec, processes)) as batches,
     ):
         for index, chunk, batch in batches:
-            for line, text in streams[index].count(chunk, batch):
+            for line, text in _count(records[index], origins[index], chunk, batch):
                 rejected.write(line + "\n")
                 errors += [text] if len(errors) < 5 else []
             first = batch.pieces["first"].to_numpy(zero_copy_only=False)
@@ -200,7 +163,6 @@ def _make(
             spool.write_batch(batch.pieces)
             spooled.append(index)
             bar.update(chunk.bytes)
-    records = [stream.record for stream in streams]
     totals = {name: sum(record[name] for record in records) for name in COUNTS}
     reasons = sum((Counter(record["rejected"]) for record in records), Counter())
     kept = sum(record["kept"] for record in records[: len(data.train)])
@@ -215,157 +177,105 @@ def _make(
     kind = Blocks if data.blocks else Output
     train, held_out = (kind(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
     weights = [source.weight for source in data.train]
-    unseen, asks, size_held = _replay(folder / "spool.arrow", spooled, train, held_out, held, weights, seed)
+    unseen, asks, size_held = _replay(spool_path, spooled, train, held_out, held, weights, seed)
     save_file({"asks": asks}, folder / "seen.safetensors")
-    folder.joinpath("spool.arrow").unlink()
+    spool_path.unlink()
     if not train.supervised:
         hint = "see data.eval.holdout and the weights of the sources"
         raise UserError("no row is left to train on: there would be nothing to learn", hint, NUMERIC)
     trained = of_train[np.searchsorted(of_train, held) :]
     at = np.minimum(np.searchsorted(trained, of_eval), len(trained) - 1)
-    counts = {
-        "rejected": reasons.total(), "rejected_by_reason": dict(sorted(reasons.items())),
-        "duplicates": int((of_train[1:] == of_train[:-1]).sum()), "unseen": unseen,
-        "overlap": int((trained[at] == of_eval).sum()), "train": train.rows, "eval": held_out.rows,
-    }  # fmt: skip
-    tokens = {
-        "train": train.tokens, "train_supervised": train.supervised,
-        "eval": held_out.tokens, "eval_supervised": held_out.supervised, "eval_bytes": size_held,
-    }  # fmt: skip
     return {
         "sources": records,
-        "rows": totals | counts,
-        "tokens": tokens,
+        "rows": totals | {
+            "rejected": reasons.total(), "rejected_by_reason": dict(sorted(reasons.items())),
+            "duplicates": int((of_train[1:] == of_train[:-1]).sum()), "unseen": unseen,
+            "overlap": int((trained[at] == of_eval).sum()), "train": train.rows, "eval": held_out.rows,
+        },
+        "tokens": {
+            "train": train.tokens, "train_supervised": train.supervised,
+            "eval": held_out.tokens, "eval_supervised": held_out.supervised, "eval_bytes": size_held,
+        },
         "sequences": {"train": train.sequences, "eval": held_out.sequences},
         "lengths": {"p50": train.quantile(0.5), "p95": train.quantile(0.95), "max": train.quantile(1.0)},
-        "tokenizer": choice.tokenizer.sha256,
+        "tokenizer": digest([choice.tokenizer.raw, choice.tokenizer.special]),  # what decides token ids
         "template": choice.template and hashlib.sha256(choice.template.encode()).hexdigest(),
-        "template_name": choice.name,
-        "added_tokens": choice.added,
-        "stop_tokens": choice.stops,
-        "eos_token": choice.tokenizer.special["eos_token"],
-        "pad_token": choice.tokenizer.special["pad_token"],
-        "vocab_size": choice.tokenizer.vocab_size,
+        "template_name": choice.name, "added_tokens": choice.added, "stop_tokens": choice.stops,
+        "eos_token": choice.tokenizer.special["eos_token"], "pad_token": choice.tokenizer.special["pad_token"],
+        "vocab_size": max(choice.tokenizer.backend.get_vocab().values()) + 1,
         "content_digest": train.digest.hexdigest(),
         "processes": processes,
-    }
+    }  # fmt: skip
 
 
-def _refuse(data: Data | Corpus, folder: Path, totals: dict, reasons: Counter, errors: list[str]) -> None:
+def _refuse(data: Data, folder: Path, totals: dict, reasons: Counter, errors: list[str]) -> None:
     """Stop when too many rows were rejected, or none is left; rejected.jsonl stays in the cache."""
     kept = folder.parent / "rejected.jsonl"
     shutil.copyfile(folder / "rejected.jsonl", kept)
-    near = os.path.relpath(kept)
-    lines = [
-        f"{reasons.total():,} of {totals['read']:,} rows cannot be used ({reasons.total() / totals['read']:.1%}; "
-        f"data.max_rejected allows {data.max_rejected:.1%}): "
-        + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()),
-        *errors,
-        *(["..."] if reasons.total() > len(errors) else []),
-    ]
+    near, count = os.path.relpath(kept), reasons.total()
+    allowed = f"({count / totals['read']:.1%}; data.max_rejected allows {data.max_rejected:.1%})"
+    by_reason = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    lines = [f"{count:,} of {totals['read']:,} rows cannot be used {allowed}: {by_reason}", *errors]
     raise UserError(
-        "\n".join(lines),
+        "\n".join(lines + ["..."] * (count > len(errors))),
         f"all are listed in {kept if near.startswith('..') else near}; mend them, or raise data.max_rejected",
         NUMERIC if not totals["kept"] and set(reasons) <= NOTHING_LEARNED else DATA,
     )
 
 
-# --- the first pass --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stream:
-    """One source being read."""
-
-    origin: Origin
-    chunks: Iterator[sources.Chunk]
-    format: str
-    columns: dict[str, str]
-    record: dict[str, Any]
-
-    def count(self, chunk: sources.Chunk, batch: Batch) -> Iterator[tuple[str, str]]:
-        """Add a batch to the record; a line of rejected.jsonl and one for people of each rejected row."""
-        for name, count in batch.counts.items():
-            self.record[name] += count
-        name = shown = self.origin.path
-        if self.origin.files:
-            name, shown = self.origin.files[chunk.file].name, self.origin.files[chunk.file].shown
-            self.record["files"][chunk.file]["rows"] += batch.counts["read"]
-        for row, reason, detail in batch.rejected:
-            self.record["rejected"][reason] = self.record["rejected"].get(reason, 0) + 1
-            line = {"file": name, "row": row, "reason": reason, "detail": detail}
-            yield json.dumps(line), f"{shown}:{row}: {reason}" + (f": {detail}" if detail else "")
-
-
-def _open(source: Rows, origin: Origin, say: Say, has_template: bool) -> _Stream:
-    """Open a source and find its format from its first rows. Raises UserError."""
-    shown = source.path
-    if origin.files:
-        chunks = sources.chunks(origin.files, source.limit)
-    else:
-        chunks = sources.hub_chunks(source, origin.revision)
-    first = next(chunks, None)
-    if first is None:
-        raise UserError(f"{shown}: has no rows")
-    sample: list[dict] = []
-    errors: list[str] = []
-    for number, payload in first.rows[:20]:
-        try:
-            sample.append(sources.parse(payload))
-        except Rejected as error:
-            name = origin.files[first.file].shown if origin.files else shown
-            errors.append(f"{name}:{number}: {error.reason}: {error.detail}")
-    if not sample:
-        raise UserError(errors[0], "none of the first rows can be read")
-    columns = list(dict.fromkeys(name for row in sample for name in row))
-    format, used, unused = detect(columns, source.format, source.columns, shown)
-    purpose = {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format)
-    if purpose:
+def _open(origin: sources.Origin, say: Say, has_template: bool) -> dict[str, Any]:
+    """Open a source; what the manifest says of it, with counts of zero. Raises UserError for rows that do not fit."""
+    origin.open()
+    shown, format = origin.source.path, origin.format
+    if purpose := {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format):
         raise UserError(f"{shown}: format {format} is for {purpose}, not for sft")
-    chat = format in ("alpaca", "sharegpt", "messages") or (
-        format == "prompt-completion" and any(isinstance(row.get(name), list | dict) for row in sample for name in used)
-    )
-    if chat and not has_template:
-        raise UserError(
-            f"{shown}: the rows are conversations, and the model's tokenizer has no chat template",
-            "set data.template: chatml",
-        )
-    names = ", ".join(yours if yours == name else f"{yours} as {name}" for yours, name in used.items())
-    say(f"data: {shown}: format {format} ({names})" + (f"; not used: {', '.join(unused)}" if unused else ""))
-    record = {
-        "path": origin.path,
-        "format": format,
-        "columns": used,
-        "unused_columns": unused,
+    turns = any(isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns)
+    if not has_template and (format in ("alpaca", "sharegpt", "messages") or (format == "prompt-completion" and turns)):
+        problem = f"{shown}: the rows are conversations, and the model's tokenizer has no chat template"
+        raise UserError(problem, "set data.template: chatml")
+    names = ", ".join(yours if yours == name else f"{yours} as {name}" for yours, name in origin.columns.items())
+    unused = f"; not used: {', '.join(origin.unused)}" if origin.unused else ""
+    say(f"data: {shown}: format {format} ({names}){unused}")
+    return {
+        "path": origin.name, "format": format, "columns": origin.columns, "unused_columns": origin.unused,
         "files": [{"name": file.name, "sha256": file.sha256, "rows": 0} for file in origin.files],
         "revision": origin.revision,
-        "weight": getattr(source, "weight", 1.0),  # rows to evaluate on have none
-        "rejected": {},
-        **dict.fromkeys(COUNTS, 0),
-    }
-    return _Stream(origin, itertools.chain([first], chunks), format, used, record)
+        "weight": getattr(origin.source, "weight", 1.0),  # rows to evaluate on have none
+        "rejected": {}, **dict.fromkeys(COUNTS, 0),
+    }  # fmt: skip
 
 
-def _encoded(
-    streams: list[_Stream], spec: dict[str, Any], processes: int
-) -> Iterator[tuple[int, sources.Chunk, Batch]]:
-    """Every chunk of every stream with its tokens, in order; at most a few chunks per process are under way."""
-    tasks = ((index, stream, chunk) for index, stream in enumerate(streams) for chunk in stream.chunks)
+def _count(record: dict, origin: sources.Origin, chunk: sources.Chunk, batch: Batch) -> Iterator[tuple[str, str]]:
+    """Add a batch to its source's record; a line of rejected.jsonl and one for people of each rejected row."""
+    for name, count in batch.counts.items():
+        record[name] += count
+    if record["files"]:
+        record["files"][chunk.file]["rows"] += batch.counts["read"]
+    name = origin.files[chunk.file].name if origin.files else origin.name
+    for row, reason, detail in batch.rejected:
+        record["rejected"][reason] = record["rejected"].get(reason, 0) + 1
+        line = {"file": name, "row": row, "reason": reason, "detail": detail}
+        yield json.dumps(line), f"{origin.shown[chunk.file]}:{row}: {Rejected(reason, detail)}"
+
+
+def _encoded(origins: list[sources.Origin], spec: tuple, processes: int) -> Iterator[tuple[int, sources.Chunk, Batch]]:
+    """Every chunk of every source with its tokens, in order; at most a few chunks per process are under way."""
+    tasks = ((index, chunk, origin) for index, origin in enumerate(origins) for chunk in origin.chunks)
     if processes == 1:
-        encoder = Encoder(**spec)
-        for index, stream, chunk in tasks:
-            yield index, chunk, encoder.batch(chunk.rows, stream.format, stream.columns)
+        encoder = Encoder(*spec)
+        for index, chunk, origin in tasks:
+            yield index, chunk, encoder.batch(chunk.rows, origin.format, origin.columns)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     # Never fork: torch, Arrow and tokenizers may hold threads by now.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker, (spec,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker, spec)
     under_way: deque = deque()
     try:
-        for index, stream, chunk in tasks:
-            future = pool.submit(work, chunk.rows, stream.format, stream.columns)
+        for index, chunk, origin in tasks:
+            future = pool.submit(work, chunk.rows, origin.format, origin.columns)
             under_way.append((index, chunk._replace(rows=[]), future))
             if len(under_way) > 3 * processes:
                 index, chunk, future = under_way.popleft()
@@ -382,9 +292,6 @@ def _encoded(
         if under_way:  # stopped early: by Ctrl-C, or by an error in the data
             for worker in workers:
                 worker.kill()
-
-
-# --- the second pass -------------------------------------------------------------------------------------------------
 
 
 def _held(hashes: np.ndarray, share: float) -> np.uint64:
@@ -410,8 +317,8 @@ def _replay(
             ids, labels = (batch[name].flatten().to_numpy() for name in ("ids", "labels"))
             offsets = batch["ids"].offsets.to_numpy()
             hashes, first = batch["hash"].to_numpy(), batch["first"].to_numpy(zero_copy_only=False)
-            out = hashes < held if index < len(weights) else np.full(len(hashes), True)
-            weight = 0 if index >= len(weights) else weights[index]
+            to_train = index < len(weights)
+            out, weight = (hashes < held, weights[index]) if to_train else (np.full(len(hashes), True), 0)
             # the hash chose the held-out rows already, so it is mixed anew for the weight
             luck = (hashes ^ np.uint64(seed * 2654435761 + index)) * np.uint64(0x9E3779B97F4A7C15)
             luck = (luck ^ (luck >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)

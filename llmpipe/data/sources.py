@@ -21,14 +21,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from llmpipe.data.formats import Rejected
+from llmpipe.data.formats import Rejected, detect
 from llmpipe.errors import UserError
-from llmpipe.recipe import Rows, near
+from llmpipe.recipe import Rows, is_local, near
 from llmpipe.rundir import sha256_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -38,8 +38,9 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 256 << 10
 _NOT_SPACE = re.compile(r"[ \t\r\n,]*")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, under errors="surrogateescape"
 
-Row = tuple[int, bytes | dict | Rejected]  # number, and a JSON text, an object, or why it cannot be read
-Reading = Iterator[tuple[int, bytes | dict | Rejected, int]]  # number, payload, bytes
+Payload = bytes | dict | Rejected  # a JSON text, an object, or why it cannot be read
+Row = tuple[int, Payload]
+Reading = Iterator[tuple[int, Payload, int]]  # number, payload, bytes
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,47 @@ def _file(path: Path, name: str, shown: str) -> File:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def chunks(files: list[File], limit: int | None = None) -> Iterator[Chunk]:
-    """The rows of local files in order, in chunks of bounded size. Raises UserError for an unreadable file."""
+class Origin:
+    """A source of the recipe and which bytes it means: its files, or a Hub commit.
+
+    `name` is for records and does not tell where the source lies on this machine; `shown` is what a user calls its
+    files. `pinned`: commits that are known already, by `hub_key`. Raises UserError for what cannot be found.
+    """
+
+    def __init__(self, source: Rows, pinned: dict[str, str]):
+        path = Path(source.path)
+        self.source, self.name = source, path.name if path.expanduser().is_absolute() else source.path
+        local = is_local(source.path)
+        self.files = files_of(source) if local else []
+        self.revision = None if local else pinned.get(hub_key(source)) or hub_revision(source)
+        self.shown = [file.shown for file in self.files] or [source.path]
+
+    def open(self) -> None:
+        """Set `chunks`, all the rows; `sample`, the first of them; and `format`, `columns` ({your name: the format's})
+        and `unused` columns, which these decide. Raises UserError."""
+        source, chunks = self.source, _chunks(self)
+        first = next(chunks, None)
+        if first is None:
+            raise UserError(f"{source.path}: has no rows")
+        self.chunks, self.sample, errors = chain([first], chunks), [], []
+        for number, payload in first.rows[:20]:
+            try:
+                self.sample.append(parse(payload))
+            except Rejected as error:
+                errors.append(f"{self.shown[first.file]}:{number}: {error}")
+        if not self.sample:
+            raise UserError(errors[0], "none of the first rows can be read")
+        found = list(dict.fromkeys(name for row in self.sample for name in row))
+        self.format, self.columns, self.unused = detect(found, source.format, source.columns, source.path)
+
+
+def _chunks(origin: Origin) -> Iterator[Chunk]:
+    """The rows of a source in order, in chunks of bounded size. Raises UserError for an unreadable file."""
     rows: list[Row] = []
     before = size = 0
-    every = ((index, reading) for index, file in enumerate(files) for reading in _read(file))
-    for index, (number, payload, weight) in islice(every, limit):
+    readings = map(_read, origin.files) if origin.files else [_hub(origin)]
+    every = ((index, row) for index, reading in enumerate(readings) for row in reading)
+    for index, (number, payload, weight) in islice(every, origin.source.limit):
         if rows and (index != before or len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES):
             yield Chunk(before, rows, size)
             rows, size = [], 0
@@ -127,7 +163,7 @@ def _read(file: File) -> Reading:
         raise UserError(f"{file.shown}: cannot be read: {error.strerror or error}") from None
 
 
-def parse(payload: bytes | dict | Rejected) -> dict[str, Any]:
+def parse(payload: Payload) -> dict[str, Any]:
     """What a row holds. Raises Rejected."""
     if isinstance(payload, Rejected):
         raise payload
@@ -154,9 +190,7 @@ def parse(payload: bytes | dict | Rejected) -> dict[str, Any]:
 
 def _jsonl(file: File) -> Reading:
     with file.path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE):
-            number += 1
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
@@ -188,11 +222,10 @@ def _json(file: File) -> Reading:
             except (ValueError, RecursionError) as error:
                 if ended or len(window) - at > MAX_LINE:
                     line += window.count("\n", 0, getattr(error, "pos", at))
-                    raise UserError(
-                        f"{file.shown}:{number + 1}: row {number + 1} (line {line}) is not valid JSON: "
-                        f"{getattr(error, 'msg', str(error)[:100])}",
-                        "a JSON list cannot be read past a mistake; one row per line (.jsonl) can",
-                    ) from None
+                    where = f"{file.shown}:{number + 1}: row {number + 1} (line {line})"
+                    problem = f"{where} is not valid JSON: {getattr(error, 'msg', str(error)[:100])}"
+                    hint = "a JSON list cannot be read past a mistake; one row per line (.jsonl) can"
+                    raise UserError(problem, hint) from None
                 line += window.count("\n", 0, at)
                 more = stream.read(step)
                 window, at, ended, step = window[at:] + more, 0, not more, min(step * 2, MAX_LINE)
@@ -223,11 +256,9 @@ def _csv(file: File) -> Reading:
             elif not fields:  # a blank line
                 continue
             elif len(fields) != len(header):
-                detail = f"{len(fields)} instead of {len(header)}"
-                yield number, Rejected("wrong number of fields", detail), len(text)
+                yield number, Rejected("wrong number of fields", f"{len(fields)} instead of {len(header)}"), len(text)
             else:
-                row = dict(zip(header, fields, strict=True))
-                yield number, _utf8(text, row), len(text)
+                yield number, _utf8(text, dict(zip(header, fields, strict=True))), len(text)
 
 
 def _parquet(file: File) -> Reading:
@@ -237,10 +268,9 @@ def _parquet(file: File) -> Reading:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=CHUNK_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row, file.bytes // table.metadata.num_rows
+            rows = (row for batch in table.iter_batches(batch_size=CHUNK_ROWS) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield number, row, file.bytes // table.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise UserError(f"{file.shown}:{number + 1}: not a readable parquet file: {error}") from None
 
@@ -259,7 +289,7 @@ def _text(file: File, newline: str | None = "") -> IO[str]:
     return file.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _utf8(text: str, payload: bytes | dict) -> bytes | dict | Rejected:
+def _utf8(text: str, payload: bytes | dict) -> Payload:
     return Rejected("not UTF-8", "save the file as UTF-8") if _ESCAPED.search(text) else payload
 
 
@@ -276,9 +306,8 @@ def hub_key(source: Rows) -> str:
 
 def hub_revision(source: Rows) -> str:
     """The commit that a Hub data set's revision means. Raises UserError at once where there is no network."""
-    hint = "local paths start with ./ or end in a known suffix"
-    if Path(source.path).exists():
-        hint = f"did you mean ./{source.path}?"
+    there = Path(source.path).exists()
+    hint = f"did you mean ./{source.path}?" if there else "local paths start with ./ or end in a known suffix"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{source.path}: is a Hub data set, and HF_HUB_OFFLINE is set", hint)
     if not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
@@ -289,8 +318,7 @@ def hub_revision(source: Rows) -> str:
     try:
         return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source.path}: not readable from the Hub: {reason}", hint) from None
+        raise UserError(f"{source.path}: not readable from the Hub: {_reason(error)}", hint) from None
 
 
 def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
@@ -309,16 +337,19 @@ def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
     return opened.is_set()
 
 
-def hub_chunks(source: Rows, revision: str) -> Iterator[Chunk]:
+def _hub(origin: Origin) -> Reading:
     """The rows of a Hub data set, downloaded once and memory-mapped by `datasets`."""
     import datasets
 
+    source = origin.source
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=revision)
+        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=origin.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source.path}: {reason}", "see subset, split and revision") from None
-    rows = rows.select(range(min(len(rows), source.limit or len(rows))))
+        raise UserError(f"{source.path}: {_reason(error)}", "see subset, split and revision") from None
     for start in range(0, len(rows), CHUNK_ROWS):
         part = rows.select(range(start, min(start + CHUNK_ROWS, len(rows)))).to_list()
-        yield Chunk(0, list(enumerate(part, start + 1)), 0)
+        yield from ((number, row, 0) for number, row in enumerate(part, start + 1))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

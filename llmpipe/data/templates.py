@@ -16,7 +16,7 @@ import json
 import re
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -48,13 +48,10 @@ def template_source(folder: Path, choice: str) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"data.template: {choice}: no such file", f"a file, or one of: auto, {known}") from None
+        hint = f"a file, or one of: auto, {', '.join(TEMPLATES)}"
+        raise UserError(f"data.template: {choice}: no such file", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.template: {choice}: cannot be read: {error}") from None
-
-
-# --- Jinja as transformers sets it up, bounded -----------------------------------------------------------------------
 
 
 class _Late(BaseException):
@@ -108,10 +105,10 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Without names that begin with an underscore, which could reach Python's own."""
 
-    def __init__(*args: Any, **kwargs: Any):
-        jinja2.utils.Namespace.__init__(args[0])
-        for name, value in dict(*args[1:], **kwargs).items():
-            args[0][name] = value
+    def __init__(self, /, *args: Any, **kwargs: Any):
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -123,10 +120,9 @@ def _raise(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern of any of these texts, the longest first; of none it matches nothing."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)"
 
 
 class Template:
@@ -136,13 +132,16 @@ class Template:
     """
 
     def __init__(self, text: str, special: dict[str, str], kwargs: dict[str, Any], ends: Sequence[str] = ()):
-        self.text, self.ends = text, ends
         self.variables = {**special, **kwargs}
-        self._end = re.compile("|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True)) or r"(?!)")
+        self._end = re.compile(_any_of(ends))
         self.environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-        self.environment.filters["tojson"] = _tojson
+        self.environment.filters["tojson"] = (
+            lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
+        )
         self.environment.globals |= {
             "raise_exception": _raise,
             "strftime_now": lambda layout: datetime.now().strftime(layout),
@@ -266,7 +265,7 @@ class Template:
         Most often one token; Cohere writes two without a space, and the last of them stops a generation. Raises
         UserError when there is none.
         """
-        token = "|".join(re.escape(token) for token in tokenizer.markers()) or r"(?!)"
+        token = _any_of(added.content for added in tokenizer.backend.get_added_tokens_decoder().values())
         try:
             text, _ = self.render(_talk(4))
         except Rejected as error:
@@ -276,10 +275,9 @@ class Template:
             raise UserError("the chat template leaves out turns of a conversation", _OTHER)
         final = re.compile(f"(?:{token})+").search(text, at[3])
         if not final:
-            raise UserError(
-                "the chat template writes no end-of-turn token after the assistant: a model would never learn to stop",
-                "end the assistant's turn with {{ eos_token }}, or set data.template: chatml",
-            )
+            problem = "no end-of-turn token after the assistant: a model would never learn to stop"
+            hint = "end the assistant's turn with {{ eos_token }}, or set data.template: chatml"
+            raise UserError(f"the chat template writes {problem}", hint)
         ends = [final.group()]
         if re.sub(token, "", text[final.end() :]).strip():
             # Llama 3's first template always goes on with the next header: only the first token ends the turn.
@@ -308,9 +306,6 @@ def _clean(message: dict) -> dict:
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
-# --- choosing --------------------------------------------------------------------------------------------------------
-
-
 class Choice:
     """A tokenizer made ready for training: its template, what was added, and what stops a generation."""
 
@@ -324,10 +319,8 @@ class Choice:
         self.template = template_source(folder, name)
         own_eos = tokenizer.special.get("eos_token")
         if own_eos is None and (self.template is None or "eos_token" in self.template):
-            raise UserError(
-                "the tokenizer has no end-of-sequence token",
-                "set eos_token in its tokenizer_config.json, or set data.template: chatml",
-            )
+            hint = "set eos_token in its tokenizer_config.json, or set data.template: chatml"
+            raise UserError("the tokenizer has no end-of-sequence token", hint)
         if self.template is not None:
             try:
                 with bounded():
@@ -340,10 +333,8 @@ class Choice:
         if self.added:
             self.notes.append(f"added to the tokenizer for the template {name}: {' '.join(self.added)}")
         if "pad_token" not in special:
-            special["pad_token"] = special["eos_token"]
-            self.notes.append(
-                f"the tokenizer has no pad token; {special['pad_token']} pads, and no label is built from it"
-            )
+            special["pad_token"] = eos = special["eos_token"]
+            self.notes.append(f"the tokenizer has no pad token; {eos} pads, and no label is built from it")
 
     def _meet(self, kwargs: dict[str, Any]) -> None:
         """Bring template and tokenizer together: the first token, new tokens, what ends a turn."""

@@ -17,10 +17,8 @@ from llmpipe.rundir import digest
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.jinja")
 # What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which tokenizer.json lacks.
-KEPT = (
-    "add_bos_token add_eos_token clean_up_tokenization_spaces model_max_length padding_side truncation_side "
-    "model_input_names"
-).split()
+KEPT = "add_bos_token add_eos_token clean_up_tokenization_spaces model_max_length padding_side truncation_side".split()
+KEPT += ["model_input_names"]
 
 
 class Tokenizer:
@@ -47,8 +45,7 @@ class Tokenizer:
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(number, int) and (text := self.backend.id_to_token(number)):
                 self.special["eos_token"] = text
-        bos = self.id("bos_token")
-        adds = self.config.get("add_bos_token")
+        bos, adds = self.id("bos_token"), self.config.get("add_bos_token")
         if not isinstance(adds, bool):
             adds = bos is not None and self.starts[:1] == [bos]
         self.bos = bos if adds else None  # what starts a text; a chat template writes its own
@@ -75,20 +72,6 @@ class Tokenizer:
     def last(self, text: str) -> str:
         """The last token of a text that consists of added tokens."""
         return self.backend.id_to_token(self.ids(text)[-1])
-
-    @property
-    def sha256(self) -> str:
-        """Hash of what decides token ids: tokenizer.json and the special tokens."""
-        return digest([self.raw, self.special])
-
-    @property
-    def vocab_size(self) -> int:
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    def markers(self) -> list[str]:
-        """The added tokens that a rendered text can contain, longest first."""
-        known = [token.content for token in self.backend.get_added_tokens_decoder().values()]
-        return sorted(known, key=len, reverse=True)
 
     def add(self, tokens: list[str]) -> list[str]:
         """Make each of `tokens` one special token; the ones that were not are returned."""
@@ -120,11 +103,9 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
 from llmpipe.engine import upstream, verify
@@ -44,19 +45,23 @@ def frozen(folder: Path, wanted: Quantization | None, dtype: torch.dtype, attent
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
+def _ends(model: PreTrainedModel) -> list[str]:
+    """Names of the embeddings and the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
 def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: int) -> Any:
     """A fresh adapter on `model`, which is frozen. Raises UserError when no layer has the names in `targets`."""
     from peft import LoraConfig, get_peft_model
 
     embeddings = {}
     if wanted.embeddings == "all":
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        names = [
-            name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)
-        ]
-        embeddings = {"modules_to_save": names}
+        embeddings = {"modules_to_save": _ends(model)}
     elif wanted.embeddings == "new" and new_tokens:
         embeddings = {"trainable_token_indices": new_tokens}
+        if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:  # the head has its own rows
+            embeddings = {"trainable_token_indices": dict.fromkeys(_ends(model), new_tokens)}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=wanted.rank,
@@ -73,6 +78,20 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
         return upstream.with_bias(get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init") from None
+
+
+def same_shape(model: Any, wanted: Adapter) -> None:
+    """Refuse a recipe that asks for another adapter than the one that is trained on (3)."""
+    has = model.peft_config["default"]
+    there = {"rank": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "rslora": has.use_rslora}
+    there["dora"] = has.use_dora
+    other = {name: value for name, value in there.items() if getattr(wanted, name) != value}
+    if other:
+        words = ", ".join(
+            f"{name} {value} there, {getattr(wanted, name)} in the recipe" for name, value in other.items()
+        )
+        hint = "write the adapter's own numbers, or set adapter.continue: false to merge it and start a new one"
+        raise UserError(f"adapter: the one that is trained on is another: {words}", hint, INTEGRITY)
 
 
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
@@ -97,7 +116,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     return upstream.with_bias(both)
 
 
-def merged(base: Path, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def merged(base: Path, folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """The base with the adapter's update added to its weights, fp32."""
     tokenizer = load_tokenizer(folder)
     model = load_model(base)
@@ -113,11 +132,12 @@ def merge(base: Path, folder: Path, target: Path) -> None:
     with rundir.publishing(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        verify.compare(model.eval(), tokenizer, staging)
 
 
 def publish(
     trainer: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     target: Path,
     base: Path,
     reference: str,
@@ -149,12 +169,7 @@ def publish(
 
 
 def compare(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    base: Path,
-    bits: Quantization | None,
-    dtype: torch.dtype,
+    model: Any, tokenizer: Tokenizer, folder: Path, base: Path, bits: Quantization | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
     from peft import get_peft_model_state_dict

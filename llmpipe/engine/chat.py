@@ -21,6 +21,7 @@ from transformers import TextStreamer
 
 from llmpipe.engine.generate import Sampling, answer, render
 from llmpipe.engine.models import has_bf16, load_any, load_tokenizer
+from llmpipe.errors import UserError
 from llmpipe.rundir import template_kwargs
 
 HELP = "/system TEXT  set the system turn   /reset  start over   /save FILE  write the conversation   /quit"
@@ -103,10 +104,10 @@ def converse(voices: list[Voice], line: str, sampling: Sampling, talking: bool) 
         voice.turns.append({"role": "user", "content": line})
     try:
         said = [voice.reply(sampling, stream=len(voices) == 1) for voice in voices]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError) as stop:
         for voice, turns in zip(voices, before, strict=True):
             voice.turns = turns
-        print("\n(stopped; the turn is taken back)")
+        print(f"\n({stop.message if isinstance(stop, UserError) else 'stopped'}; the turn is taken back)")
         return
     if len(voices) > 1:
         print(columns([voice.label for voice in voices], said, shutil.get_terminal_size((100, 24)).columns))

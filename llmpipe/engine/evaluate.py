@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
 from llmpipe.data.encode import Encoder
-from llmpipe.data.formats import taught_bytes
+from llmpipe.data.formats import Rejected, taught_bytes
 from llmpipe.data.templates import Choice as Chosen
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
 from llmpipe.engine.judge import ask_endpoint
 from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
-from llmpipe.errors import RESOURCES, UserError
-from llmpipe.recipe import Recipe, Section
+from llmpipe.errors import INTEGRITY, NUMERIC, RESOURCES, UserError
+from llmpipe.recipe import Recipe, Section, near
 
 Say = Callable[[str], None]
 Line = dict[str, Any]
@@ -40,8 +41,15 @@ Sequence_ = tuple[list[int], list[bool]]  # ids, and which of them are scored
 class Book:
     """samples.jsonl: one line per item and model, appended batch by batch; a line cut off by a kill is dropped."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, machine: dict[str, Any]):
+        """`machine`: what the numbers also depend on; one evaluation is scored with one setting (3)."""
         self.path = path
+        settings = path.with_name("settings.json")
+        before = rundir.read_json(settings) if path.exists() else None
+        if before not in (None, machine):
+            changed = ", ".join(f"{k} {before.get(k)} there, {v} now" for k, v in machine.items() if before.get(k) != v)
+            raise UserError(f"{path}: was begun with other settings: {changed}", "--fresh starts anew", INTEGRITY)
+        rundir.write_json(settings, machine)
         self.lines: dict[tuple, Line] = {}
         whole = 0
         if path.exists():
@@ -85,7 +93,7 @@ class Candidate:
     label: str
     folder: Path
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     ranks: bool
     """Whether it is a reward model, which gives a text one score."""
     kwargs: dict[str, Any]
@@ -111,6 +119,10 @@ class Candidate:
         special = "text" in item["ask"] or not self.tokenizer.chat_template
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
+    def scored(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
+        """`log_probs` in batches whose logits take a gigabyte at most."""
+        return _batched(self.log_probs, sequences, self.batch_size, 2**28 // len(self.tokenizer))
+
     @torch.no_grad()
     def log_probs(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
         """(sum of log-probabilities in nats, tokens) over the marked tokens of each sequence, one batch."""
@@ -119,7 +131,8 @@ class Candidate:
         if width > most:
             raise UserError(f"{self.label}: an item has {width:,} tokens, the model takes {most:,}", "shorten it")
         pad = [width - len(ids) for ids, _ in sequences]
-        keep = width - min(marks.index(True) + p for (_, marks), p in zip(sequences, pad, strict=True)) + 1
+        first = [marks.index(True) if True in marks else len(marks) for _, marks in sequences]
+        keep = width - min(at + p for at, p in zip(first, pad, strict=True)) + 1
         ids = torch.tensor([[0] * p + ids for (ids, _), p in zip(sequences, pad, strict=True)])
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
         marked = torch.tensor([[False] * p + marks for (_, marks), p in zip(sequences, pad, strict=True)])
@@ -135,7 +148,9 @@ class Candidate:
         logits = out.logits[:, :-1].float()
         targets, marked = ids[:, -logits.shape[1] :].to(device), marked[:, -logits.shape[1] :].to(device)
         chosen = logits.gather(2, targets[..., None]).squeeze(2) - logits.logsumexp(2)
-        sums = (chosen * marked).double().sum(1).tolist()
+        sums = torch.where(marked, chosen, 0).double().sum(1).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise UserError(f"{self.label}: a log-probability is not finite", "the model is broken", NUMERIC)
         return list(zip(sums, marked.sum(1).tolist(), strict=True))
 
     @torch.no_grad()
@@ -156,27 +171,34 @@ class Candidate:
         return render(self.tokenizer, whole, self.kwargs, item.get("tools"), open_turn=False)
 
 
+def machine(recipe: Recipe) -> dict[str, Any]:
+    """What an evaluation's numbers depend on beside the recipe: in their last digits, and what is drawn by it."""
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"batch_size": recipe.launch.batch_size, "precision": "bf16" if bf16 else "fp32", "device": device}
+
+
 @contextmanager
 def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: Say) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16())
-    architectures = (rundir.read_json((base or folder) / "config.json") or {}).get("architectures") or [""]
-    ranks = architectures[0].endswith("ForSequenceClassification")
+    bf16 = machine(recipe)["precision"] == "bf16"
+    config = rundir.read_json((base or folder) / "config.json") or {}
+    ranks = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    labels = config.get("id2label", {0: ""})
+    if ranks and len(labels) != 1:
+        raise UserError(f"{label}: a classifier of {len(labels)} labels, not a reward model", code=INTEGRITY)
     tokenizer = load_tokenizer(folder)
     model = load_any(folder, base, tokenizer, bf16=bf16, ranks=ranks)
     say(f"{label}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
+    kwargs, size = rundir.template_kwargs(folder), recipe.launch.batch_size
+    made = Candidate(label, folder, model, tokenizer, ranks, kwargs, size)
     try:
-        yield Candidate(
-            label, folder, model, tokenizer, ranks, rundir.template_kwargs(folder), recipe.launch.batch_size
-        )
+        yield made
     finally:
-        del model
+        made.model = model = None  # the caller still holds `made` while the next one is loaded
         release_memory()
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
 
 
 def score(
@@ -215,13 +237,14 @@ def _length(model: Candidate, item: Line) -> int:
     return sum(len(str(value)) for value in item.values())
 
 
-def _batched(call: Callable, sequences: list, size: int) -> list:
-    """`call` on batches of sequences of like length; the results in the order given."""
+def _batched(call: Callable, sequences: list, size: int, most: float = math.inf) -> list:
+    """`call` on batches of at most `size` sequences of like length, `most` tokens; the results in the order given."""
     lengths = [len(s[0] if isinstance(s, tuple) else s) for s in sequences]
     order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
     out: list = [None] * len(sequences)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
+    while order:
+        count = max(1, int(min(size, most // lengths[order[0]])))
+        part, order = order[:count], order[count:]
         for i, value in zip(part, call([sequences[i] for i in part]), strict=True):
             out[i] = value
     return out
@@ -231,13 +254,15 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
     sequences, owner, scored_bytes = [], [], []
     for i, item in enumerate(batch):
         if "text" in item:
-            start = model.tokenizer.bos_token_id
-            start = model.tokenizer.eos_token_id if start is None else start  # what every token has before it
+            start = _start(model.tokenizer)  # what every token has before it
             ids = model.tokenizer(item["text"], add_special_tokens=False)["input_ids"]
             ids, marks = [start, *ids], [False, *[True] * len(ids)]
             scored_bytes.append(len(item["text"].encode()))
         else:
-            pieces, _ = _encoder(model).row(item)
+            try:
+                pieces, _ = _encoder(model).row(item)
+            except Rejected as error:
+                raise UserError(f"{item['at']}: {model.label}: {error.reason}: {error.detail}") from None
             ids, labels = pieces[0]
             ids, marks = ids.tolist(), (labels != -100).tolist()
             scored_bytes.append(taught_bytes(item))
@@ -245,7 +270,7 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
             sequences.append(part)
             owner.append(i)
     nats, tokens = [0.0] * len(batch), [0] * len(batch)
-    for i, (log_prob, count) in zip(owner, _batched(model.log_probs, sequences, model.batch_size), strict=True):
+    for i, (log_prob, count) in zip(owner, model.scored(sequences), strict=True):
         nats[i] -= log_prob
         tokens[i] += count
     return [
@@ -259,6 +284,13 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
         }
         for item, n, count, size in zip(batch, nats, tokens, scored_bytes, strict=True)
     ]
+
+
+def _start(tokenizer: Tokenizer) -> int:
+    """The token in front of a text: the first token where the tokenizer writes one, else what ends documents."""
+    first = tokenizer("a")["input_ids"][:1]
+    written = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return first[0] if written or tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def windows(ids: list[int], marks: list[bool], window: int, stride: int) -> Iterator[Sequence_]:
@@ -303,7 +335,7 @@ def _choice(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> l
         bare = "text" in item["ask"] or not model.tokenizer.chat_template
         context = model.prompt(item)
         sequences += [_continuation(model, item, context, (" " if bare else "") + c) for c in item["choices"]]
-    values = iter(_batched(model.log_probs, sequences, model.batch_size))
+    values = iter(model.scored(sequences))
     lines = []
     for item in batch:
         sums = [next(values)[0] for _ in item["choices"]]
@@ -330,7 +362,7 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
         prompts = [model.ids(model.prompt(item), item) for item in owners]
         starts = [_parting(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
         marked = [(whole, [i >= start for i in range(len(whole))]) for whole, start in zip(ids, starts, strict=True)]
-        values = iter(_batched(model.log_probs, marked, model.batch_size))
+        values = iter(model.scored(marked))
         scores = []
         for _ in batch:
             (chosen, n), (rejected, m) = next(values), next(values)
@@ -357,7 +389,7 @@ def _answers(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> 
     sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.top_k)
     ids = [model.ids(text, item) for text, item in zip(prompts, batch, strict=True) for _ in range(n)]
     # drawn from the seed and the batch's own content: not from what was drawn before
-    seed = int(sha256(f"{recipe.seed} {model.label} {[item['id'] for item in batch]}".encode()).hexdigest()[:8], 16)
+    seed = int(sha256(f"{recipe.seed} {[item['id'] for item in batch]}".encode()).hexdigest()[:8], 16)
     with own_rng(seed):
         flat = [a for i in range(0, len(ids), model.batch_size)
                 for a in answer(model.model, model.tokenizer, ids[i : i + model.batch_size], sampling)]  # fmt: skip
@@ -400,10 +432,14 @@ def _harness(model: Candidate, task: Any, name: str, book: Book, recipe: Recipe,
 
     if (name, model.label, "reported") in book.lines:
         return
-    manager = TaskManager(include_path=task.folder, include_defaults=False) if task.folder else None
+    folder = str(Path(task.folder).expanduser()) if task.folder else None
+    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if manager is None or not set(task.tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=task.folder)  # reads the thousands of tasks that come with it
-    wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=model.batch_size)
+        manager = TaskManager(include_path=folder)  # reads the thousands of tasks that come with it
+    if unknown := sorted(set(task.tasks) - set(manager.all_tasks)):
+        raise UserError(f"{name}: the harness has no task '{unknown[0]}'{near(unknown[0], manager.all_tasks)}")
+    kwargs = {"chat_template_args": model.kwargs} if model.kwargs else {}
+    wrapped = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=model.batch_size, **kwargs)
     found = simple_evaluate(
         wrapped,
         tasks=task.tasks,
@@ -411,40 +447,35 @@ def _harness(model: Candidate, task: Any, name: str, book: Book, recipe: Recipe,
         limit=task.limit,
         apply_chat_template=task.template == "auto",
         task_manager=manager,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
         random_seed=recipe.seed,
         numpy_random_seed=recipe.seed,
         torch_random_seed=recipe.seed,
         fewshot_random_seed=recipe.seed,
     )
+
+    def shown(one: str, metric: str, filtered: str) -> str:
+        """The only task's metrics stand alone, those of a group's parts behind the part's name."""
+        return ("" if [one] == task.tasks else f"{one}.") + metric + ("" if filtered == "none" else f".{filtered}")
+
     lines, reported = [], {}
     for one, results in found["results"].items():
+        count = found["n-samples"].get(one, {}).get("effective", 0)
         for key, value in results.items():
             metric, _, filtered = key.partition(",")
             if isinstance(value, float) and not metric.endswith("_stderr") and filtered:
                 error = results.get(f"{metric}_stderr,{filtered}")
-                shown = metric if len(task.tasks) == 1 else f"{one}.{metric}"
-                shown += "" if filtered == "none" else f".{filtered}"
-                reported[shown] = [
-                    value,
-                    error if isinstance(error, float) else None,
-                    len(found["samples"].get(one, [])),
-                ]
+                reported[shown(one, metric, filtered)] = [value, error if isinstance(error, float) else None, count]
         for sample in found["samples"].get(one, []):
-            scores = {
-                f"{'' if len(task.tasks) == 1 else one + '.'}{metric}": float(sample[metric])
-                for metric in sample["metrics"]
-                if isinstance(sample[metric], int | float)
-            }
-            lines.append({"task": name, "model": model.label, "item": f"{one}/{sample['doc_id']:08}",
+            kind = sample["filter"]
+            scores = {shown(one, m, kind): sample[m] for m in sample["metrics"] if isinstance(sample[m], int | float)}
+            lines.append({"task": name, "model": model.label, "item": f"{one}/{sample['doc_id']:08}/{kind}",
                           "prompt": str(sample["arguments"])[:2000], "reference": str(sample["target"]),
-                          "answers": [str(sample["filtered_resps"])[:2000]], "scores": scores})  # fmt: skip
+                          "answers": [str(sample["filtered_resps"])[:2000]],
+                          "scores": {name: float(value) for name, value in scores.items()}})  # fmt: skip
     lines.append({"task": name, "model": model.label, "item": "reported", "reported": reported})
     book.add(lines)
     say(f"{model.label} on {name}: {len(lines) - 1:,} items")
-
-
-# --- judging ---------------------------------------------------------------------------------------------------------
 
 
 def judge(
@@ -452,6 +483,8 @@ def judge(
 ) -> None:
     """Put a winner to every pair of answers; an answer that could not be judged is counted, never a loss."""
     models = [label for label in recipe.models if label != task.against and (name, label, 0) in book.lines]
+    if (name, task.against, 0) not in book.lines:
+        raise UserError(f"{name}: against: {task.against} is a reward model: it gives no answers")
     pairs = [
         (item, book.lines[name, label, item["id"]], book.lines[name, task.against, item["id"]])
         for label in models

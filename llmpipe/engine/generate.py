@@ -11,8 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.data.formats import Rejected
+from llmpipe.data.templates import bounded
+from llmpipe.errors import UserError
 from llmpipe.recipe import Samples
 
 
@@ -40,7 +45,7 @@ class Sampling(NamedTuple):
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     ask: dict[str, Any],
     template_kwargs: dict[str, Any] | None = None,
     tools: list[dict] | None = None,
@@ -55,44 +60,48 @@ def render(
         return ask["text"]
     if not tokenizer.chat_template:
         return "\n\n".join(turn["content"] for turn in ask["messages"])
-    return tokenizer.apply_chat_template(
-        ask["messages"], tools=tools, tokenize=False, add_generation_prompt=open_turn, **(template_kwargs or {})
-    )
+    try:
+        with bounded():  # a template is as untrusted as the model it comes with
+            return tokenizer.apply_chat_template(
+                ask["messages"], tools=tools, tokenize=False, add_generation_prompt=open_turn, **(template_kwargs or {})
+            )
+    except Rejected as error:
+        raise UserError(f"the chat template is refused: {error.detail}") from None
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses a conversation: {error}") from None
 
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    streamer: Any = None,
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling, streamer: Any = None
 ) -> list[dict[str, Any]]:
     """Answers to tokenized prompts, one batch: [{answer, tokens, ended}], `ended` by a stop token of the model's."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(e)) + e for e in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in prompts], device=model.device)
-    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature:
-        drawn = {"do_sample": True, **sampling._asdict()}
-        del drawn["max_new_tokens"]
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    how = (
+        {"do_sample": True, **sampling._asdict()}
+        if sampling.temperature
+        else {"max_new_tokens": sampling.max_new_tokens}
+    )
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and width + sampling.max_new_tokens > most:
+        raise UserError(
+            f"a prompt of {width:,} tokens and {sampling.max_new_tokens:,} new ones exceed the model's {most:,}"
+        )
+    # nothing of the model's own configuration but where it stops: a repetition penalty would be no greedy answer
+    config = GenerationConfig(**how, eos_token_id=stop, pad_token_id=pad)
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # runs in fp32, with a cache and padding on the left
     try:
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad,
-            streamer=streamer,
-            **drawn,
-        )
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     finally:
         model.set_attn_implementation(attention)
         model.train(was_training)
-    stop = model.generation_config.eos_token_id
     stop_ids = set(stop if isinstance(stop, list) else [stop])
     answers = []
     for row in out[:, width:].tolist():
@@ -103,12 +112,7 @@ def answer(
 
 
 def answer_samples(
-    trainer: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Samples,
-    path: Path,
-    when: str,
-    kwargs: dict | None = None,
+    trainer: Any, tokenizer: Tokenizer, samples: Samples, path: Path, when: str, kwargs: dict | None = None
 ) -> None:
     """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers that are there are kept."""
     if not trainer.is_world_process_zero():

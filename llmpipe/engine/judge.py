@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 
 from llmpipe.errors import UserError
@@ -42,32 +43,39 @@ def ask_endpoint(task: Any, pairs: list[tuple], say: Callable[[str], None]) -> I
         raise UserError("endpoint: OPENAI_BASE_URL is not set", "export OPENAI_BASE_URL=https://... and OPENAI_API_KEY")
     say(f"judge: {task.endpoint}, {2 * len(pairs):,} questions")
 
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key.isprintable() or " " in key:
+        raise UserError("endpoint: OPENAI_API_KEY is not a key", "it holds white space or control characters")
+
     def one(pair: tuple) -> dict[str, Any]:
         item, mine, other = pair
         ask, answers = item["ask"], (mine["answers"][0], other["answers"][0])
         request = ask["text"] if "text" in ask else "\n\n".join(turn["content"] for turn in ask["messages"])
         try:
-            first = _verdict(address, task, QUESTION.format(request=request, a=answers[0], b=answers[1]))
-            second = _verdict(address, task, QUESTION.format(request=request, a=answers[1], b=answers[0]))
+            first = _verdict(address, key, task, QUESTION.format(request=request, a=answers[0], b=answers[1]))
+            second = _verdict(address, key, task, QUESTION.format(request=request, a=answers[1], b=answers[0]))
         except _NoVerdict as error:
             return {"failed": str(error)}
         won, lost = (first, second) == ("A", "B"), (first, second) == ("B", "A")
         return {"verdicts": [first, second], "scores": {"winrate": 1.0 if won else 0.0 if lost else 0.5}}
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         yield from pool.map(one, pairs)
+    finally:  # a signal does not wait for verdicts that are under way
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _NoVerdict(Exception):
     """Every attempt failed; says how the last one did."""
 
 
-def _verdict(address: str, task: Any, question: str) -> str:
+def _verdict(address: str, key: str, task: Any, question: str) -> str:
     """`A`, `B` or `TIE`."""
     body = {"model": task.endpoint, "temperature": 0, "messages": [{"role": "user", "content": question}]}
     request = urllib.request.Request(f"{address}/chat/completions", json.dumps(body).encode(), method="POST")
     request.add_header("Content-Type", "application/json")
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key:
         request.add_header("Authorization", f"Bearer {key}")
     problem = ""
     for attempt in range(task.retries + 1):
@@ -84,6 +92,6 @@ def _verdict(address: str, task: Any, question: str) -> str:
             problem = f"HTTP {error.code}"
             if error.code < 500 and error.code not in (408, 425, 429):
                 break  # asking again does not help
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            problem = f"{type(error).__name__}: {str(error)[:60]}"
+        except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            problem = type(error).__name__  # its text may quote the request's headers
     raise _NoVerdict(problem)

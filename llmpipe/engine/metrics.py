@@ -21,15 +21,13 @@ Z95 = 1.959963984540054  # of the normal distribution
 Line = dict[str, Any]
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------
-
-_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+_NUMBER = re.compile(r"(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 
 def number_in(text: str) -> float | None:
     """The last number of a text; thousands may be set apart by commas."""
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def is_json(text: str) -> bool:
@@ -56,8 +54,9 @@ def score(kind: str, answer: str, reference: str | None, pattern: str | None = N
         return {kind: float(right is not None and number_in(answer) == right)}
     if kind == "regex":
         match = re.search(pattern or "", answer)
-        held = match and (match[1] if match.re.groups else None)
-        return {kind: float(bool(match) and (held is None or held.strip() == wanted))}
+        if match and match.re.groups:
+            return {kind: float((match[1] or "").strip() == wanted)}
+        return {kind: float(bool(match))}
     if kind == "math_verify":
         from math_verify import parse, verify
 
@@ -76,9 +75,6 @@ def _rouge(names: tuple[str, ...]) -> Any:
 def pass_at(k: int, n: int, right: int) -> float:
     """Chance that at least one of k answers is right, from `right` of n: 1 - C(n-c, k) / C(n, k) (Chen 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-# --- many answers ----------------------------------------------------------------------------------------------------
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
@@ -166,6 +162,9 @@ def table(lines: list[Line], models: list[str], seed: int) -> dict[str, Any]:
                     low, high = interval(draws[b] - draws[a])
                     cell = {"value": values[b] - values[a], "low": low, "high": high, "n": len(items[a])}
                     differences.setdefault(name, {})[f"{b} - {a}"] = cell
+                elif both := set(items[a]) & set(items[b]):  # some could not be scored: the others still pair up
+                    part = [x for x in chosen[a] + chosen[b] if x["item"] in both]
+                    differences.setdefault(name, {}).update(table(part, [a, b], seed)["differences"].get(name, {}))
     for line in lines:
         for name, (value, error, n) in line.get("reported", {}).items():
             cell = metrics.setdefault(name, {}).get(line["model"])

@@ -22,13 +22,13 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import launch, rundir
 from llmpipe.engine import upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
-from llmpipe.recipe import Architecture, Training
+from llmpipe.recipe import Training
 
 Say = Callable[[str], None]
 
@@ -102,7 +102,7 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> Tokenizer:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -135,23 +135,25 @@ def load_model(
     return model
 
 
-def load_any(
-    folder: Path, base: Path | None, tokenizer: PreTrainedTokenizerBase, *, bf16: bool, ranks: bool = False
-) -> Any:
+def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool, ranks: bool = False) -> Any:
     """A model to look at, alone or as adapter on its `base`, on the GPU where there is one. `ranks`: a reward model."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
-    model = load_model(base or folder, kind=AutoModelForSequenceClassification if ranks else AutoModelForCausalLM)
+    kind = AutoModelForSequenceClassification if ranks else AutoModelForCausalLM
+    model = load_model(base or folder, kind=kind, dtype=dtype)  # not cast later: positions are computed in fp32
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: the tokenizer has neither a pad nor an end token", "set eos_token in its config")
+    model.config.pad_token_id = tokenizer.pad_token_id
     if base:
         from llmpipe.engine import adapters
 
         fit(model, tokenizer, generation=folder)
         model = adapters.put_on(model, folder)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device).eval()
 
 
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, generation: Path | None = None) -> int:
+def fit(model: PreTrainedModel, tokenizer: Tokenizer, *, generation: Path | None = None) -> int:
     """Embeddings at least as wide as the tokenizer; returns how many rows there were. `generation`: a folder whose
     generation configuration, with its stop tokens, the model takes over."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -167,7 +169,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, generatio
 def load(
     folder: Path,
     base: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     found: Hardware,
     recipe: Training,
     *,
@@ -193,6 +195,7 @@ def load(
     count = model.num_parameters()
     if base:
         model = adapters.put_on(model, folder, trainable=True)
+        adapters.same_shape(model, recipe.adapter)
     else:
         model = adapters.begin(model, recipe.adapter, [tokenizer.convert_tokens_to_ids(t) for t in added], recipe.seed)
     # or PEFT looks the base up, on the Hub too, whenever a checkpoint is saved
@@ -203,9 +206,7 @@ def load(
     return model
 
 
-def ready(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, found: Hardware, stop: list[str], say: Say
-) -> PreTrainedModel:
+def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, stop: list[str], say: Say) -> PreTrainedModel:
     """`model` with its special tokens and generation as the template has them, and fast on this hardware."""
     stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
     generation = model.generation_config
@@ -220,13 +221,7 @@ def ready(
 
 
 def build(
-    wanted: Architecture,
-    tokenizer: PreTrainedTokenizerBase,
-    found: Hardware,
-    context: int,
-    stop: list[str],
-    seed: int,
-    say: Say,
+    wanted: Any, tokenizer: Tokenizer, found: Hardware, context: int, stop: list[str], seed: int, say: Say
 ) -> PreTrainedModel:
     """A model with random weights, as `wanted` describes it. Raises UserError when transformers refuses the shape."""
     wide = wanted.ffn or (4 * wanted.width if wanted.kind == "gpt2" else 64 * math.ceil(wanted.width * 8 / 3 / 64))

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTTrainer
 
 from llmpipe.data.prepare import facts
@@ -19,7 +19,7 @@ def train(
     job: Any,
     prepared: dict[str, Any],
     hardware: models.Hardware,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     model: Any,
     base: Path | None = None,
 ) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def train(
         made["verified"] = verify.publish(trainer, tokenizer, artifact.model, say)
     else:
         base, start = base or job.model, job.plan["models"]["model"]
-        reference = start.get("base", start)["reference"]
+        reference = (start["base"] if job.bases else start)["reference"]
         held = recipe.quantization, hardware.frozen_dtype
         checked = adapters.publish(trainer, tokenizer, artifact.model, base, reference, *held, say)
         made |= {"kind": "adapter", "verified": checked}

@@ -314,8 +314,6 @@ class _Durable:
         self.optimizer = self.lr_scheduler = self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         models.release_memory()
 
-    # --- signals -----------------------------------------------------------------------------------------------------
-
     def _stop_asked(self) -> bool:
         """Whether any rank was told to stop; all ranks get the same answer."""
         code = self._agree(self.signals.code or 0)
@@ -330,8 +328,6 @@ class _Durable:
         box = torch.tensor(value, device=self.args.device)
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
         return int(box)
-
-    # --- numbers -----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         ids = inputs["input_ids"]
@@ -356,8 +352,6 @@ class _Durable:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
-
-    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -418,8 +412,6 @@ class _Durable:
                 self.say(f"step {step}: no better for {self._worse} evaluations; stopping early")
                 self.control.should_save = self.control.should_training_stop = True
         return metrics
-
-    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library's own checkpoint, published whole; every rank writes its part."""
@@ -487,8 +479,6 @@ class _Durable:
         self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
         self._last_logged = (time.monotonic(), self._tokens)
         self._begun -= mine["seconds"]
-
-    # --- metrics -----------------------------------------------------------------------------------------------------
 
     def _write_metrics(self, logs: dict[str, float]) -> None:
         """One line in metrics.jsonl and one on the screen."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
 from llmpipe.engine.generate import own_rng
@@ -19,9 +20,7 @@ from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 
 
-def publish(
-    trainer: Any, tokenizer: PreTrainedTokenizerBase, target: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+def publish(trainer: Any, tokenizer: Tokenizer, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Save to a staging folder, reload from there, compare, rename to `target`. Returns what was checked.
 
     Raises UserError (3) when the saved model is not the trained one; nothing is published then.
@@ -47,7 +46,7 @@ def refuse(why: str, code: int = INTEGRITY) -> None:
     raise UserError(f"verification failed: {why}", "nothing was published; the checkpoints are kept", code)
 
 
-def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+def compare(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Hand-off contract, rule 4: tensors, logits on probes, tokenizer, template, stop tokens, stopping."""
     same_tokenizer(tokenizer, folder)
     tensors = same_tensors({k: v.detach().cpu() for k, v in model.state_dict().items()}, folder)
@@ -57,7 +56,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     return {"tensors": tensors, **same_behaviour(model, reloaded, tokenizer)}
 
 
-def same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     again = load_tokenizer(folder)
     for what in ("pad_token_id", "eos_token_id", "chat_template"):
         if getattr(again, what) != getattr(tokenizer, what):
@@ -83,11 +82,11 @@ def same_tensors(trained: dict[str, torch.Tensor], folder: Path) -> int:
     return seen
 
 
-def _probe(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
     return torch.tensor([(tokenizer(PROBE)["input_ids"] * 4)[:64]], device=model.device)
 
 
-def probe_logits(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
     """Logits on the probe text, with the model in evaluation mode."""
     was_training = model.training
     model.eval()
@@ -97,7 +96,7 @@ def probe_logits(model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor
     return logits
 
 
-def same_behaviour(model: Any, reloaded: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Equal logits on the probe, and an end to generation at every stop token."""
     difference = float((probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)).abs().max())
     stop = reloaded.generation_config.eos_token_id

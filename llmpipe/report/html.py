@@ -127,9 +127,6 @@ def thin(points: list[Point], most: int) -> list[Point]:
     return [points[i] for i in sorted(kept)]
 
 
-# --- what lies in a run ----------------------------------------------------------------------------------------------
-
-
 class Part(NamedTuple):
     """An artifact in whatever state. `made` is its manifest, or what is known before there is one."""
 
@@ -196,9 +193,6 @@ def read(artifact: rundir.Artifact) -> Part:
         for name in good:
             curves.setdefault(name, []).append((line["step"], line[name]))
     return Part(path.name, path, text, stage[1] if stage else "?", status, made, curves, undrawn)
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def span(values: list[float], margin: float = 0) -> tuple[float, float]:
@@ -295,16 +289,13 @@ def lineage(run: Run) -> Iterator[Html]:
         drawn.append(tag("path", d=elbow, class_="link"))
     for key, (x, y) in place.items():
         (title, about), style = boxes[key], "box" if key in parts else "box outside"
-        short = title if len(title) < 24 else f"{title[:8]}…{title[-14:]}"
+        short = title if len(title) < 20 else f"{title[:6]}…{title[-12:]}"
         drawn.append(tag("rect", tag("title", title), x=x + 1, y=y + 4, width=180, height=36, rx=6, class_=style))
         drawn.append(tag("text", short, x=x + 13, y=y + 27, class_="name"))
         drawn.append(tag("text", about, x=x + 191, y=y + 27))
     said, width = "; ".join(f"{boxes[a][0]} → {boxes[b][0]}" for a, b in links), len(boxes) * 34 + 410
     name = f"lineage: {said or ', '.join(boxes)}"
     yield scroll("lineage", tag("svg", *drawn, width=width, height=len(boxes) * 48, role="img", aria_label=name))
-
-
-# --- sections --------------------------------------------------------------------------------------------------------
 
 
 def training(run: Run) -> Iterator[Html]:
@@ -355,7 +346,11 @@ def evaluation(run: Run) -> Iterator[Html]:
         for name, task in dig(results, "tasks").items():
             seen = [f"{n:,} asked in training of {label}" for label, n in dig(task, "overlap").items() if n]
             failed = [f"{n:,} of {label} could not be judged" for label, n in dig(task, "failed").items() if n]
-            about = [f"{task['n']:,} items"] * ("n" in task) + (seen or ["none asked in training"]) + failed
+            about = (
+                [f"{task['n']:,} items"] * ("n" in task)
+                + (seen or ["none asked in training"] * bool(task.get("overlap")))
+                + failed
+            )
             yield join(tag("h5", name), tag("p", "; ".join(about)))
             yield numbers(name, "metric", task["metrics"])
             yield numbers(name, "difference", task["differences"])
@@ -444,9 +439,6 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path} {key}".strip()).items()}
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def page(runs: list[Run]) -> str:

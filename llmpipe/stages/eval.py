@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ ACCEPTS = ("model", "adapter", "reward-model")
 MAKES = "evaluation"
 PROGRESS = "samples.jsonl"
 NEEDS = {"math_verify": "math_verify", "rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+COMPARED = {"exact_match", "contains", "number", "math_verify", "rouge", "bleu", "chrf"}  # with a reference
 
 Items = Annotated[list[Rows], Field(min_length=1)]
 Template = Literal["auto", "none"]
@@ -87,6 +89,10 @@ class Generate(Answering):
     def _fits(self) -> Generate:
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples above 1 needs a temperature: greedy answers are all the same")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern: {error}") from None
         if max(self.pass_at) > self.samples:
             raise ValueError(f"pass_at {max(self.pass_at)} needs as many samples")
         if ("regex" in self.score) != (self.pattern is not None):
@@ -181,6 +187,9 @@ class Schema(Recipe):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two tasks are called '{twice}'; give one a name")
         for task in self.tasks:
+            folder = getattr(task, "folder", None)
+            if folder and not Path(folder).expanduser().is_dir():
+                raise ValueError(f"folder: {folder}: no such folder")
             if isinstance(task, Winrate) and task.against not in self.models:
                 known = list(self.models)
                 raise ValueError(f"against: '{task.against}' is not among models{near(task.against, known)}")
@@ -225,7 +234,8 @@ def prepare(job: Job) -> dict[str, Any]:
         if not isinstance(task, OnItems):
             continue
         pinned = job.plan["asked"]["content"]
-        items = items_of(task.data, task.task, bare=getattr(task, "template", "auto") == "none", pinned=pinned)
+        bare, compared = getattr(task, "template", "auto") == "none", bool(COMPARED & set(getattr(task, "score", ())))
+        items = items_of(task.data, task.task, bare=bare, compared=compared, pinned=pinned)
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (folder / f"{i}.jsonl").write_text(lines, encoding="utf-8")
         overlap = seen_by(items, artifacts)
@@ -243,7 +253,7 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
 
     upstream.silence()
     recipe, artifact, say = job.recipe, job.artifact, job.say
-    book = evaluate.Book(artifact.path / "samples.jsonl")
+    book = evaluate.Book(artifact.path / "samples.jsonl", evaluate.machine(recipe))
     items = {}
     for name, task in prepared["tasks"].items():
         text = (job.prepared / prepared["folder"] / task["items"]).read_text(encoding="utf-8")
@@ -276,15 +286,21 @@ def parent_of(label: str, models: dict[str, Any]) -> str | None:
     start = models[f"models.{label}"]
     if start["kind"] != "artifact" or "folder" not in start:
         return None
-    known = {rundir.digest(model["identity"]): at for at, model in models.items() if at.startswith("models.")}
+    known = {_key(model["identity"]): at for at, model in models.items() if at.startswith("models.")}
     run = Path(start["folder"]).parent.parent
     manifest = rundir.read_json(Path(start["folder"]).parent / rundir.MANIFEST) or {}
     while made_from := manifest.get("models", {}).get("model"):
-        identity = {key: value for key, value in made_from.items() if key != "reference"}
-        if at := known.get(rundir.digest(identity)):
+        if at := known.get(_key(made_from)):
             return at.removeprefix("models.")
-        manifest = rundir.read_json(run / str(identity.get("artifact")) / rundir.MANIFEST) or {}
+        manifest = rundir.read_json(run / str(made_from.get("artifact")) / rundir.MANIFEST) or {}
+        if manifest.get("fingerprint") != made_from.get("fingerprint"):
+            return None  # made anew since
     return None
+
+
+def _key(identity: dict[str, Any]) -> str:
+    """What two identities of one model share: whether an adapter was merged does not make it another model."""
+    return rundir.digest({key: value for key, value in identity.items() if key not in ("reference", "merged")})
 
 
 def summary(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -316,11 +332,11 @@ def judge(recipe: Schema, artifact: rundir.Artifact, say: Any) -> None:
             raise UserError(f"gate: {name}: the parent of {label} is not among models", "add it to `models:`")
         reference = found[metrics[0]].get(parent, 0.0)
         limits = [
-            ("at least", gate.min, gate.min is not None and value < gate.min),
-            ("at most", gate.max, gate.max is not None and value > gate.max),
+            ("at least", gate.min, gate.min is not None and not value >= gate.min),  # NaN passes nothing
+            ("at most", gate.max, gate.max is not None and not value <= gate.max),
         ]
         if ratio := gate.max_ratio_to_parent:
-            limits.append((f"at most {ratio:g} x {parent}'s", ratio * reference, value > ratio * reference))
+            limits.append((f"at most {ratio:g} x {parent}'s", ratio * reference, not value <= ratio * reference))
         failures += [
             f"gate: {metrics[0]} of {label} is {value:.4g}, not {words} {limit:.4g}"
             for words, limit, failed in limits

@@ -8,18 +8,81 @@ cut into blocks without padding; loss is on every token.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llmpipe import rundir
 from llmpipe.errors import UserError
-from llmpipe.recipe import Architecture, Corpus, Reference, TokenOptim, Training, TrainTokenizer
+from llmpipe.recipe import AdamW, Positive, Prepared, Reference, Section, Share, Training
 from llmpipe.stages import Job, sft
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"
 PROGRESS = sft.PROGRESS
+
+
+class Corpus(Prepared):
+    """Documents laid end to end, each with its end-of-document token, and cut into blocks without padding."""
+
+    blocks: ClassVar[bool] = True
+    template: ClassVar[str] = "auto"
+    chat_template_kwargs: ClassVar[dict[str, Any]] = {}
+    loss: ClassVar[str] = "all"
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens of a block; the last one may be shorter."""
+    packing: bool = Field(False, alias="isolate")
+    """Attention does not cross from one document to the next within a block."""
+
+
+class TokenOptim(AdamW):
+    batch_tokens: Positive
+    """Tokens per optimizer step, over all processes and micro-batches: a multiple of `data.max_length`."""
+    tokens: Positive | None = None
+    """Train on this many tokens instead, seeing the data as often as that takes; overrides `epochs`."""
+    scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd (warmup, stable, decay; Hu 2024) stays at the peak."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """wsd: share of the steps, at the end, in which the learning rate falls."""
+    final: Share = 0.1
+    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
+
+
+class Architecture(Section):
+    kind: Literal["llama", "gpt2", "qwen3"] = "llama"
+    """Whose layers."""
+    layers: Positive
+    """Transformer blocks."""
+    width: Positive
+    """Size of the hidden states."""
+    heads: Positive
+    """Attention heads; they share the width."""
+    kv_heads: Positive | None = None
+    """Heads of keys and values (grouped-query attention); as many as `heads` unless set."""
+    ffn: Positive | None = None
+    """Size within the feed-forward layers; for gpt2 4 times the width, else 8/3 of it, up to a multiple of 64."""
+    tied: bool = True
+    """Embeddings and head share their weights."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary positions (not gpt2)."""
+    rope_scaling: dict[str, Any] = {}
+    """Scaling of the rotary positions, in transformers' words: `{rope_type: linear, factor: 2.0}`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Architecture:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.kind == "gpt2" and (self.kv_heads or self.rope_scaling):
+            raise ValueError("gpt2 has neither kv_heads nor rotary positions")
+        return self
+
+
+class TrainTokenizer(Section):
+    vocab_size: Annotated[int, Field(ge=300)]
+    """Tokens of a byte-level BPE tokenizer that is trained on the documents first."""
 
 
 class Schema(Training):

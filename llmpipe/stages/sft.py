@@ -38,13 +38,9 @@ def prepare(job: Job) -> dict[str, Any]:
 
     recipe = job.recipe
     also = rundir.Artifact(job.artifact.run / f"{job.artifact.name}-merged")
-    if (
-        recipe.adapter
-        and recipe.adapter.merge
-        and also.finished
-        and also.manifest()["identity"] != job.plan["identity"]
-    ):
-        raise UserError(f"{also.path}: is another adapter's", "move it away, or set `name:`", INTEGRITY)
+    merges = recipe.adapter is not None and recipe.adapter.merge
+    if merges and also.finished and also.manifest()["identity"] != job.plan["identity"]:
+        raise UserError(f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY)
     pinned = job.plan["asked"]["content"]
     folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
     return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}

@@ -78,7 +78,7 @@ def make(model: Path, *train: str | dict, cache: str = "cache", said: list | Non
     sources = [{"path": source} if isinstance(source, str) else source for source in train]
     data = Data.model_validate({"train": sources, "max_rejected": 1.0, **fields})
     said = [] if said is None else said
-    return load(prepare(data, model, Path(cache), seed=seed, say=said.append, progress=False))
+    return load(prepare(data, model, Path(cache), seed=seed, say=said.append))
 
 
 def load(folder: Path):

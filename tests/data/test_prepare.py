@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from llmpipe.data import pack
 from llmpipe.data.pack import best_fit
 from llmpipe.data.prepare import key_of, prepare
 from llmpipe.errors import UserError
@@ -244,7 +246,6 @@ def test_preference_is_refused_in_one_line(here, smol):
 
 
 def test_every_kind_of_file_gives_the_same_rows(here, base):
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [{"instruction": f"Tell {i}\u2028ü", "output": f'a "{i}",\nb'} for i in range(700)]
@@ -284,6 +285,22 @@ def test_unicode_line_separators_stay_inside_a_row(here, base):
     record, train, _ = make(base, "d.jsonl", packing=False)
     assert record["rows"]["read"] == 2
     assert saved().decode(train[0]["input_ids"]) == "a\u2028b\u2029c\x85d\x0be"
+
+
+def test_blocks_keep_their_documents_where_a_window_ends(here, monkeypatch):
+    import numpy as np
+
+    made = []
+    for window in (2, 8192):
+        monkeypatch.setattr(pack, "WINDOW_ROWS", window)
+        out = pack.Blocks(here / "x.arrow", 8, packing=True)
+        for n in (3, 2, 1, 4, 8, 1, 1, 2, 5):
+            out.add(np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32))
+        out.close()
+        with pa.memory_map("x.arrow") as file, pa.ipc.open_stream(file) as reader:
+            made.append(reader.read_all().to_pydict())
+    assert made[0] == made[1]
+    assert made[0]["seq_lengths"] == [[3, 2, 1, 2], [2, 6], [2, 1, 1, 2, 2], [3]]
 
 
 def test_hub_without_network_is_quick(here, base, monkeypatch):

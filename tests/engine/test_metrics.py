@@ -59,9 +59,12 @@ def test_pairing_makes_a_small_difference_visible():
     assert found["differences"]["x"]["b - a"]["low"] == pytest.approx(0.1)
 
 
-def test_models_on_other_items_are_not_compared():
-    lines = [line("a", i, x=1.0) for i in range(3)] + [line("b", i, x=1.0) for i in range(1, 4)]
-    assert metrics.table(lines, ["a", "b"], 0)["differences"] == {}
+def test_models_are_compared_on_the_items_that_both_have():
+    lines = [line("a", i, x=float(i)) for i in range(3)] + [line("b", i, x=i + 1.0) for i in range(1, 4)]
+    cell = metrics.table(lines, ["a", "b"], 0)["differences"]["x"]["b - a"]
+    assert cell == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    apart = [line("a", i, x=1.0) for i in range(3)] + [line("b", i, x=1.0) for i in range(3, 6)]
+    assert metrics.table(apart, ["a", "b"], 0)["differences"] == {}
 
 
 def test_a_library_s_own_number_counts():
@@ -83,6 +86,7 @@ def test_a_library_s_own_number_counts():
         ("contains", "It is 4.", "4", 1), ("contains", "five", "4", 0),
         ("number", "so 1,234.5 in all", "1234.5", 1), ("number", "3 or 4.", "#### 4", 1), ("number", "four", "4", 0),
         ("number", "minus: -7", "-7", 1),
+        ("number", "10-4", "4", 1), ("number", "1,2,3", "3", 1), ("number", "it is .5", "0.5", 1),
         ("json", '```json\n{"a": [1]}\n```', None, 1), ("json", "{a: 1}", None, 0),
         ("math_verify", "$\\frac{1}{2}$", "$0.5$", 1), ("math_verify", "$2$", "$3$", 0),
     ],
@@ -95,6 +99,7 @@ def test_regex_compares_its_group():
     assert metrics.score("regex", "Answer: B, surely", "B", r"Answer: (\w)") == {"regex": 1.0}
     assert metrics.score("regex", "Answer: C", "B", r"Answer: (\w)") == {"regex": 0.0}
     assert metrics.score("regex", "yes", None, "yes|no") == {"regex": 1.0}
+    assert metrics.score("regex", "B", "A", "(A)|B") == {"regex": 0.0}
 
 
 def test_windows_score_every_token_once():
