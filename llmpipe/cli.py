@@ -113,7 +113,7 @@ def make(
             launch.give_word(artifact, "train" if trains else "skip")
         if only_prepare:
             return
-        if decision.action != "skip" and launch.outside():
+        if decision.action != "skip" and launch.outside() and isinstance(recipe, Training):
             train_here(artifact, inexact, debug)
         elif decision.action != "skip":
             launch.start("train", artifact, recipe, inexact=inexact, debug=debug)

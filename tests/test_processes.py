@@ -138,3 +138,17 @@ def test_outside_launchers(tmp_path, straight, command):
     assert losses(artifact) == pytest.approx(losses(straight), abs=1e-4)
     code, out = run([*command, str(path)], cwd=tmp_path if "-m" in command[3:] else life.ROOT)
     assert code == 0 and "skip" in out, out
+
+
+def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
+    """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the other has no part."""
+    models = {"base": str(life.TINY / "model")}
+    tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl"), "limit": 4}]}]
+    values = {"stage": "eval", "run": str(tmp_path / "run"), "models": models, "tasks": tasks, "precision": "fp32"}
+    path = tmp_path / "eval.yaml"
+    path.write_text(json.dumps(values | {"launch": {"threads": 1}}))
+    two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29741"]
+    code, out = run([*ACCELERATE, *two, "llmpipe", "eval", str(path)])
+    assert code == 0, out
+    assert Artifact(tmp_path / "run" / "eval").verify()["kind"] == "evaluation"
+    assert out.count("evaluation published") == 1

@@ -43,7 +43,7 @@ from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
-VERSION = 5
+VERSION = 6
 COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}

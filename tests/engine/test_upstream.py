@@ -254,3 +254,27 @@ def test_canary_noise():
 
     for name, start in upstream.NOISE.items():
         assert start.split(": [")[0] in Path(find_spec(name).origin).read_text(), name
+
+
+def test_a_quantized_model_says_the_same_before_and_after_its_first_evaluation():
+    """bitsandbytes still repacks 4-bit weights on some CPUs, and still asks this attribute first."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    upstream.keep_unpacked(torch.nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_a_tied_head_that_learns_tokens_has_a_bias_to_read():
+    """PEFT's wrapper forwards `weight` alone, and TRL's fused head reads `weight` and `bias`."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM",
+                                                                    trainable_token_indices=[3]))  # fmt: skip
+    assert not hasattr(model.get_output_embeddings(), "bias"), "upstream mended it: `with_bias` can go"
+    assert upstream.with_bias(model).get_output_embeddings().bias is None
