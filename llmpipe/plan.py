@@ -249,7 +249,7 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
         path = Path(name).expanduser()
         if not path.exists():
             raise UserError(f"{at}: {name}: no such file", "a local path is looked up from the current folder")
-        found[at] = digest(rundir.table(path)) if path.is_dir() else rundir.sha256_file(path)
+        found[f"{at}:{path.name}"] = digest(rundir.table(path)) if path.is_dir() else rundir.sha256_file(path)
     return found
 
 
