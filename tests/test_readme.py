@@ -69,7 +69,8 @@ def test_commands_run_as_written_in_their_order(checkout):
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stdout + done.stderr, f"{line}\n{done.stderr[-3000:]}"
     assert (folder / "runs" / "tiny" / "sft" / "manifest.json").exists()
-    for name in set(re.findall(r"^\| `([\w.]+)/?` \|", README, re.M)):
+    of_a_run = README.split("## What a run directory holds")[1]
+    for name in set(re.findall(r"^\| `([\w.]+)/?` \|", of_a_run, re.M)):
         assert (folder / "runs" / "tiny" / "sft" / name).exists(), f"README's table of a run names {name}"
 
 
