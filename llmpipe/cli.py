@@ -62,9 +62,8 @@ def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] |
     if path is None:
         path = Path("recipes", f"{name}.yaml")
         if not path.exists():
-            raise UserError(
-                f"no recipe named, and there is no {path} here", f"llmpipe {name} RECIPE, or llmpipe init DIR"
-            )
+            hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
+            raise UserError(f"no recipe named, and there is no {path} here", hint)
         say(f"no recipe named: using {path}")
     return load(path, schema(name), [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
 

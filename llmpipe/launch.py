@@ -30,16 +30,7 @@ from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
 from llmpipe.recipe import Launch, Machine, Recipe, Training
 from llmpipe.rundir import Artifact
 
-_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+_LAUNCHER = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT".split()
 
 
 class Signals:

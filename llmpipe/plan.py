@@ -88,9 +88,8 @@ def resolve(
         return _from_artifact(Artifact(path), "", accepts, reference, at, keep)
     check_folder(path)
     if (path / "adapter_config.json").exists():
-        raise UserError(
-            f"{at}: {reference}: an adapter that no manifest names the base of", "merge it first", INTEGRITY
-        )
+        problem = f"{at}: {reference}: an adapter whose base no manifest names"
+        raise UserError(problem, "merge it into its base first", INTEGRITY)
     return Model("folder", reference, {"files": digest(rundir.table(path))}, path)
 
 
@@ -146,19 +145,11 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
 def _base_of(adapter: Artifact, record: dict[str, Any], at: str) -> Model:
     """The very model that an adapter was trained on. Raises UserError (3) when another one lies in its place."""
     kinds = ("model", "adapter", "reward-model")
-    base = resolve(
-        record["reference"],
-        f"{at}: base of {adapter.name}",
-        adapter.run,
-        kinds,
-        record["identity"],
-        record["kind"] != "merged",
-    )
+    where, keep = f"{at}: base of {adapter.name}", record["kind"] != "merged"
+    base = resolve(record["reference"], where, adapter.run, kinds, record["identity"], keep)
     if base.identity != record["identity"]:
-        lines = [
-            f"  {path}: {_short(a)} in training, {_short(b)} now"
-            for path, a, b in changes(record["identity"], base.identity)
-        ]
+        other = changes(record["identity"], base.identity)
+        lines = [f"  {path}: {_short(a)} in training, {_short(b)} now" for path, a, b in other]
         raise UserError(
             "\n".join([f"{adapter.path}: its base {record['reference']} is not the one it was trained on:", *lines]),
             "put the old base back; an adapter is of no use on another one",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -24,17 +25,11 @@ from llmpipe.recipe import dump, parse, validate
 from llmpipe.rundir import Artifact, Lock
 from llmpipe.stages import Job, schema, stage
 
+# the libraries whose versions a manifest holds
 VERSIONS = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "bitsandbytes",
-    "safetensors",
-)
+    "torch transformers trl peft accelerate datasets tokenizers bitsandbytes safetensors "
+    "lm_eval math_verify rouge_score sacrebleu"
+).split()
 BASE = ("kind", "reference", "identity")  # what a manifest says of the model that was trained, or trained on
 ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -159,7 +154,9 @@ def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
                     adapters.merge(base, source, folder)
     check_folder(folder, folder.parent.parent if model["kind"] == "hub" else None)
     if model["kind"] == "hub" and (folder / "adapter_config.json").exists():
-        raise UserError(f"{model['reference']}: an adapter that no manifest names the base of", "merge it first")
+        raise UserError(
+            f"{model['reference']}: an adapter whose base no manifest names", "merge it into its base first"
+        )
     return folder
 
 
@@ -227,17 +224,10 @@ def installed(name: str) -> str | None:
 def git_commit() -> str | None:
     """Commit of the checkout that llmpipe runs from, with a + when it was changed; None when it is installed."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or not shutil.which("git"):
         return None
-    try:
-        run = ["git", "-C", str(root)]
-        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*run, "status", "--porcelain", "llmpipe"], capture_output=True, text=True, check=True
-        ).stdout
-        return commit + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def write_plan(artifact: Artifact, recipe: Any, plan: Any) -> None:

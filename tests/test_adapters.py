@@ -78,7 +78,7 @@ def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
     """R1, R5: killed after a checkpoint, then told to stop inside a save."""
     whole = life.command(write(tmp_path / "whole", stage))
     path = write(tmp_path / "run", stage)
-    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_save_9", 143)):
+    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143), ("term_in_save_9", 143)):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
     assert life.essence(life.command(path)) == life.essence(whole)
@@ -152,7 +152,7 @@ def test_an_adapter_without_a_manifest_is_refused(tmp_path):
     run = tmp_path / "run"
     adapter = life.command(write(run, optim__steps=1, evaluation={}))
     shutil.copytree(adapter.model, tmp_path / "alone")
-    with pytest.raises(UserError, match="no manifest names the base") as refused:
+    with pytest.raises(UserError, match="whose base no manifest names") as refused:
         life.command(write(run, name="b", model=str(tmp_path / "alone"), optim__steps=1, evaluation={}))
     assert refused.value.code == 3
 

@@ -12,8 +12,6 @@ from llmpipe.errors import Stopped, UserError
 from llmpipe.rundir import Artifact
 from tests import life
 
-FAULTS = pytest.mark.faults  # told by `make faults`, where minutes count less
-
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
@@ -153,7 +151,7 @@ def test_a_damaged_parent_is_refused(straight, tmp_path, hurt):
 # --- durability ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=FAULTS), 6, pytest.param(9, marks=FAULTS)])
+@pytest.mark.parametrize("step", [3, 6, 9])
 def test_resume_is_bitwise_the_straight_run(straight, tmp_path, step):
     """R1: from every checkpoint, with evaluation, logging and epochs not aligned to it."""
     path = life.write(tmp_path / "run")
@@ -186,6 +184,9 @@ def test_sigint_gives_130(tmp_path):
     [
         ("model.safetensors", "flipped"),
         ("optimizer.pt", "missing"),
+        ("scheduler.pt", "missing"),
+        ("trainer_state.json", "half"),
+        ("llmpipe.json", "empty"),
         ("sums.json", "flipped"),
     ],
 )

@@ -78,6 +78,13 @@ def test_the_model(straight):
     assert model.config.max_position_embeddings == 64 and torch.isfinite(model(torch.tensor([[5, 6]])).logits).all()
 
 
+def test_show_knows_a_model_from_random_weights(straight):
+    from llmpipe.report.terminal import show_run
+
+    shown = show_run(straight.run)
+    assert "from       random weights" in shown and "finished" in shown
+
+
 def test_every_token_is_in_a_block(straight, texts):
     """The blocks hold the documents' tokens in their order, each document with its end, and nothing else."""
     from datasets import Dataset
@@ -97,11 +104,12 @@ def test_every_token_is_in_a_block(straight, texts):
     assert found.count(tokenizer.eos_token_id) == ends and abs(len(found) - ends - whole) <= ends
 
 
-def test_resume_is_bitwise_the_straight_run(texts, tmp_path):
+@pytest.mark.parametrize("isolate", [False, True])
+def test_resume_is_bitwise_the_straight_run(texts, tmp_path, isolate):
     """R1, R5: with the tokenizer, blocks and model made anew by every start."""
-    whole = life.command(write(tmp_path / "whole", texts, data__isolate=True))
-    path = write(tmp_path / "run", texts, data__isolate=True)
-    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_save_9", 143)):
+    whole = life.command(write(tmp_path / "whole", texts, data__isolate=isolate))
+    path = write(tmp_path / "run", texts, data__isolate=isolate)
+    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143), ("term_in_save_9", 143)):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
     assert life.essence(life.command(path)) == life.essence(whole)

@@ -121,7 +121,7 @@ def test_codes_of_failures(tmp_path, processes):
     [
         [*ACCELERATE, "llmpipe", "sft"],
         [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "29731", "llmpipe", "sft"],
-        pytest.param([*ACCELERATE, "-m", "llmpipe", "sft"], marks=pytest.mark.faults),
+        [*ACCELERATE, "-m", "llmpipe", "sft"],
     ],
     ids=["checkout", "checkout-two", "module"],
 )
@@ -140,7 +140,6 @@ def test_outside_launchers(tmp_path, straight, command):
     assert code == 0 and "skip" in out, out
 
 
-@pytest.mark.faults
 def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
     """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the other has no part."""
     models = {"base": str(life.TINY / "model")}

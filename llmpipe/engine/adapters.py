@@ -7,7 +7,6 @@ follows the adapter everywhere: tokenizer, chat template, and the generation con
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,38 +115,24 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     return upstream.with_bias(both)
 
 
-def merged(base: Path, folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """The base with the adapter's update added to its weights, fp32."""
+def merge(base: Path, folder: Path, target: Path) -> None:
+    """Write the base with the adapter's update added to its weights, fp32, as a folder like any other."""
     tokenizer = load_tokenizer(folder)
     model = load_model(base)
     fit(model, tokenizer, generation=folder)
-    model = put_on(model, folder).merge_and_unload(safe_merge=True)
+    model = put_on(model, folder).merge_and_unload(safe_merge=True).eval()
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def merge(base: Path, folder: Path, target: Path) -> None:
-    """Write the merged model as a folder like any other."""
-    model, tokenizer = merged(base, folder)
     with rundir.publishing(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        verify.compare(model.eval(), tokenizer, staging)
+        verify.compare(model, tokenizer, staging)
 
 
-def publish(
-    trainer: Any,
-    tokenizer: Tokenizer,
-    target: Path,
-    base: Path,
-    reference: str,
-    bits: Quantization | None,
-    dtype: torch.dtype,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Save the adapter to a staging folder, reload it on its base, compare, merge, compare, rename to `target`.
+def publish(trainer: Any, tokenizer: Tokenizer, base: Path, reference: str) -> dict[str, Any]:
+    """Save the adapter to a staging folder, reload it on its `base`, compare, merge, compare, rename to model/.
 
-    Raises UserError (3) when the saved adapter is not the trained one; nothing is published then.
+    `reference`: what the recipe calls the base. Raises UserError (3) when the saved adapter is not the trained one;
+    nothing is published then.
     """
     trainer.accelerator.wait_for_everyone()
     checked: dict[str, Any] = {}
@@ -156,14 +141,16 @@ def publish(
         trainer.forget_optimizer()
         model.set_attn_implementation("sdpa")
         model.peft_config["default"].base_model_name_or_path = reference  # no machine's path in an artifact
-        with rundir.publishing(target) as staging:
+        bits, dtype = trainer.recipe.quantization, trainer.hardware.frozen_dtype
+        with rundir.publishing(trainer.artifact.model) as staging:
             model.save_pretrained(str(staging), save_embedding_layers=False)
             (staging / "README.md").unlink(missing_ok=True)
             tokenizer.save_pretrained(staging)
             model.generation_config.save_pretrained(staging)
             checked = compare(model, tokenizer, staging, base, bits, dtype)
-        words = f"logits differ by {checked['max_logit_difference']:.1e} after reloading"
-        say(f"verified: {checked['tensors']} tensors, {words}, by {checked['merged_difference']:.1e} when merged")
+        apart, merged_apart = checked["max_logit_difference"], checked["merged_difference"]
+        words = f"logits differ by {apart:.1e} after reloading, by {merged_apart:.1e} when merged"
+        trainer.say(f"verified: {checked['tensors']} tensors, {words}")
     trainer.accelerator.wait_for_everyone()
     return checked
 

@@ -25,6 +25,7 @@ from llmpipe import rundir
 from llmpipe.data.encode import Encoder
 from llmpipe.data.formats import Rejected, taught_bytes
 from llmpipe.data.templates import Choice as Chosen
+from llmpipe.data.templates import shared
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
 from llmpipe.engine.judge import ask_endpoint
@@ -106,7 +107,7 @@ class Candidate:
             "template": template and sha256(template.encode()).hexdigest(),
             "stops_at": None if self.ranks else self.model.generation_config.eos_token_id,
             "vocab_size": len(self.tokenizer),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.model.num_parameters(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
@@ -189,7 +190,7 @@ def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: 
         raise UserError(f"{label}: a classifier of {len(labels)} labels, not a reward model", code=INTEGRITY)
     tokenizer = load_tokenizer(folder)
     model = load_any(folder, base, tokenizer, bf16=bf16, ranks=ranks)
-    say(f"{label}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
+    say(f"{label}: {model.num_parameters() / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
     kwargs, size = rundir.template_kwargs(folder), recipe.launch.batch_size
@@ -212,8 +213,8 @@ def score(
         _harness(model, task, name, book, recipe, say)
         return
     tasks = {"perplexity": _perplexity, "choice": _choice, "preference": _preference}
-    todo = [(item, _length(model, item)) for item in items or []]
-    order = [item for item, _ in sorted(todo, key=lambda pair: -pair[1])]
+    # items of a length together
+    order = sorted(items or [], key=lambda item: -sum(len(str(value)) for value in item.values()))
     batches = [order[i : i + model.batch_size] for i in range(0, len(order), model.batch_size)]
     missing = book.missing(name, model.label, batches)
     progress, begun, done = Progress(say), time.monotonic(), 0
@@ -230,11 +231,6 @@ def score(
     progress.close()
     if total:
         say(f"{model.label} on {name}: {total:,} items in {duration(time.monotonic() - begun)}")
-
-
-def _length(model: Candidate, item: Line) -> int:
-    """For putting items of a length together."""
-    return sum(len(str(value)) for value in item.values())
 
 
 def _batched(call: Callable, sequences: list, size: int, most: float = math.inf) -> list:
@@ -360,7 +356,7 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
     else:
         # an answer begins where its rendering parts from the prompt's
         prompts = [model.ids(model.prompt(item), item) for item in owners]
-        starts = [_parting(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
+        starts = [shared(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
         marked = [(whole, [i >= start for i in range(len(whole))]) for whole, start in zip(ids, starts, strict=True)]
         values = iter(model.scored(marked))
         scores = []
@@ -376,10 +372,6 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
 
 def _answer_text(answer: str | list[dict]) -> str:
     return answer if isinstance(answer, str) else "\n\n".join(turn["content"] for turn in answer)
-
-
-def _parting(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _answers(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> list[Line]:
@@ -497,14 +489,8 @@ def judge(
         verdicts = ask_endpoint(task, open_pairs, say)
     else:
         verdicts = _by_reward(folder, open_pairs, recipe, say)
-    part: list[Line] = []
     for (_, mine, _), verdict in zip(open_pairs, verdicts, strict=True):
-        line = {key: value for key, value in mine.items() if key != "failed"} | verdict
-        part.append(line)
-        if len(part) == 16:
-            book.add(part)
-            part = []
-    book.add(part)
+        book.add([{key: value for key, value in mine.items() if key != "failed"} | verdict])
     failed = [line for line in book.of(name) if "failed" in line]
     if failed:
         say(f"{name}: {len(failed):,} of {len(pairs):,} pairs could not be judged: {failed[0]['failed']}")

@@ -139,7 +139,10 @@ def table(lines: list[Line], models: list[str], seed: int) -> dict[str, Any]:
         items = {m: [x["item"] for x in own] for m, own in chosen.items()}
         draws: dict[str, np.ndarray] = {}
         values: dict[str, float] = {}
-        for group in _same(items):  # models that were measured on the same items share their draws
+        groups: dict[tuple, list[str]] = {}
+        for m, own in items.items():
+            groups.setdefault(tuple(own), []).append(m)
+        for group in groups.values():  # models that were measured on the same items share their draws
             if name in corpus:
                 drawn = _corpus_resampled(name, [chosen[m] for m in group], seed)
                 values |= {m: _corpus(name)(chosen[m]) for m in group}
@@ -183,12 +186,3 @@ def item_key(line: Line) -> tuple[int, str]:
 
 def _pair(value: float | list[float]) -> tuple[float, float]:
     return (value[0], value[1]) if isinstance(value, list) else (value, 1.0)
-
-
-def _same(items: dict[str, list]) -> list[list[str]]:
-    """Models in groups that have the same items."""
-    groups: list[list[str]] = []
-    for model, own in items.items():
-        group = next((g for g in groups if items[g[0]] == own), None)
-        groups.append([model]) if group is None else group.append(model)
-    return groups

@@ -167,15 +167,7 @@ def fit(model: PreTrainedModel, tokenizer: Tokenizer, *, generation: Path | None
 
 
 def load(
-    folder: Path,
-    base: Path | None,
-    tokenizer: Tokenizer,
-    found: Hardware,
-    recipe: Training,
-    *,
-    stop: list[str],
-    added: list[str],
-    say: Say,
+    folder: Path, base: Path | None, tokenizer: Tokenizer, found: Hardware, recipe: Training, prepared: dict, say: Say
 ) -> Any:
     """The model to train, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns.
 
@@ -189,7 +181,7 @@ def load(
     rows = fit(model, tokenizer)
     if len(tokenizer) > rows:
         say(f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old")
-    model = ready(model, tokenizer, found, stop, say)
+    model = ready(model, tokenizer, found, prepared, say)
     if recipe.adapter is None:
         return model
     count = model.num_parameters()
@@ -197,7 +189,8 @@ def load(
         model = adapters.put_on(model, folder, trainable=True)
         adapters.same_shape(model, recipe.adapter)
     else:
-        model = adapters.begin(model, recipe.adapter, [tokenizer.convert_tokens_to_ids(t) for t in added], recipe.seed)
+        added = tokenizer.convert_tokens_to_ids(prepared["added_tokens"])
+        model = adapters.begin(model, recipe.adapter, added, recipe.seed)
     # or PEFT looks the base up, on the Hub too, whenever a checkpoint is saved
     model.peft_config["default"].base_model_name_or_path = model.get_base_model().name_or_path = ""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -206,9 +199,9 @@ def load(
     return model
 
 
-def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, stop: list[str], say: Say) -> PreTrainedModel:
+def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, prepared: dict, say: Say) -> PreTrainedModel:
     """`model` with its special tokens and generation as the template has them, and fast on this hardware."""
-    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in stop]
+    stop_ids = tokenizer.convert_tokens_to_ids(prepared["stop_tokens"])
     generation = model.generation_config
     generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     generation.pad_token_id = tokenizer.pad_token_id
@@ -220,10 +213,10 @@ def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, stop: l
     return model
 
 
-def build(
-    wanted: Any, tokenizer: Tokenizer, found: Hardware, context: int, stop: list[str], seed: int, say: Say
-) -> PreTrainedModel:
-    """A model with random weights, as `wanted` describes it. Raises UserError when transformers refuses the shape."""
+def build(recipe: Any, tokenizer: Tokenizer, found: Hardware, prepared: dict, say: Say) -> PreTrainedModel:
+    """A model with random weights, as the recipe's `architecture` describes it. Raises UserError when transformers
+    refuses the shape."""
+    wanted, context = recipe.architecture, recipe.data.max_length
     wide = wanted.ffn or (4 * wanted.width if wanted.kind == "gpt2" else 64 * math.ceil(wanted.width * 8 / 3 / 64))
     common: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": wanted.tied, "use_cache": True}
     common |= {"bos_token_id": tokenizer.bos_token_id}
@@ -237,11 +230,11 @@ def build(
         shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": wanted.rope_theta, **wanted.rope_scaling}}
     try:
         config = AutoConfig.for_model(wanted.kind, **common, **shape)
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=found.attention)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"architecture: {str(error).strip().splitlines()[0]}") from error
-    return ready(model, tokenizer, found, stop, say)
+    return ready(model, tokenizer, found, prepared, say)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -37,24 +37,21 @@ def train(
     identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
     trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact)
 
-    kwargs, path = recipe.data.chat_template_kwargs, artifact.path / "samples.jsonl"
-    answer_samples(trainer, tokenizer, recipe.samples, path, "before", kwargs)
+    answer_samples(trainer, tokenizer, "before")
     final = trainer.fit()
     tokens = prepared["tokens"]
     if recipe.data.blocks and tokens["eval_bytes"]:
         final["bits_per_byte"] = final["eval_loss"] / math.log(2) * tokens["eval"] / tokens["eval_bytes"]
         say(f"held-out: {final['bits_per_byte']:.4f} bits per byte")
-    answer_samples(trainer, tokenizer, recipe.samples, path, "after", kwargs)
+    answer_samples(trainer, tokenizer, "after")
 
     made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
     if recipe.adapter is None:
-        made["verified"] = verify.publish(trainer, tokenizer, artifact.model, say)
+        made["verified"] = verify.publish(trainer, tokenizer)
     else:
         base, start = base or job.model, job.plan["models"]["model"]
         reference = (start["base"] if job.bases else start)["reference"]
-        held = recipe.quantization, hardware.frozen_dtype
-        checked = adapters.publish(trainer, tokenizer, artifact.model, base, reference, *held, say)
-        made |= {"kind": "adapter", "verified": checked}
+        made |= {"kind": "adapter", "verified": adapters.publish(trainer, tokenizer, base, reference)}
         if recipe.adapter.merge and trainer.is_world_process_zero():
             name = f"{artifact.name}-merged"
             adapters.merge(base, artifact.model, artifact.run / name / "model")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
@@ -20,8 +19,8 @@ from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 
 
-def publish(trainer: Any, tokenizer: Tokenizer, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Save to a staging folder, reload from there, compare, rename to `target`. Returns what was checked.
+def publish(trainer: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Save to a staging folder, reload from there, compare, rename to model/. Returns what was checked.
 
     Raises UserError (3) when the saved model is not the trained one; nothing is published then.
     """
@@ -32,12 +31,12 @@ def publish(trainer: Any, tokenizer: Tokenizer, target: Path, say: Callable[[str
     model = trainer.plain_model()
     trainer.forget_optimizer()
     model.set_attn_implementation("sdpa")  # as it will be loaded; a kernel for half precision cannot run the fp32 probe
-    with rundir.publishing(target) as staging:
+    with rundir.publishing(trainer.artifact.model) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         checked = compare(model, tokenizer, staging)
     difference = f"{checked['max_logit_difference']:.1e}"
-    say(f"verified: {checked['tensors']} tensors, logits differ by {difference} after reloading")
+    trainer.say(f"verified: {checked['tensors']} tensors, logits differ by {difference} after reloading")
     trainer.accelerator.wait_for_everyone()
     return checked
 
@@ -110,28 +109,14 @@ def same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer) -> dict[str,
     return {"max_logit_difference": difference, "stops_at": stop}
 
 
-class _Say(LogitsProcessor):
-    """Make the model say `token` as its third word."""
-
-    def __init__(self, token: int, other: int, begin: int):
-        self.token, self.other, self.begin = token, other, begin
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        forced = torch.full_like(scores, -math.inf)
-        third = input_ids.shape[1] - self.begin == 2
-        forced[:, self.token if third else self.other] = 0.0
-        return forced
-
-
 def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int, stops: list[int]) -> bool:
-    """Whether generation as configured in the saved folder ends when `token` is said."""
+    """Whether generation as configured in the saved folder ends when `token` is its third word."""
     begin = probe.shape[1]
+    other = next(i for i in range(len(stops) + 1) if i not in stops)
     out = model.generate(
         input_ids=probe,
         attention_mask=torch.ones_like(probe),
         max_new_tokens=8,
-        logits_processor=LogitsProcessorList(
-            [_Say(token, next(i for i in range(len(stops) + 1) if i not in stops), begin)]
-        ),
+        prefix_allowed_tokens_fn=lambda _, ids: [token if len(ids) - begin == 2 else other],
     )
     return out.shape[1] - begin == 3

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from llmpipe import __version__, rundir
 from llmpipe.errors import RESOURCES, UserError
-from llmpipe.report.terminal import duration_of, size_of
+from llmpipe.report.terminal import duration_of, size_of, status_of
 
 Point = tuple[float, float]
 POINTS, ITEMS, CHARACTERS, MOST_BYTES = 400, 24, 2000, 2_000_000  # of a curve, a list, a text, the file
@@ -170,20 +170,14 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 def read(artifact: rundir.Artifact) -> Part:
     """Gather what there is; a damaged manifest is said, not raised."""
-    path, recipe, status = artifact.path, artifact.path / "recipe.yaml", "finished"
+    path, recipe = artifact.path, artifact.path / "recipe.yaml"
     text = "a link, not followed" if recipe.is_symlink() else recipe.read_text(encoding="utf-8", errors="replace")
     stage = re.search(r"^stage: *(\S+)", text, re.MULTILINE)
-    plan, outcome, data = (rundir.read_json(path / f"{n}.json") for n in ("plan", "outcome", "prepared"))
+    plan, data = (rundir.read_json(path / f"{n}.json") for n in ("plan", "prepared"))
     models = {at: {"reference": m["reference"], **m["identity"]} for at, m in dig(plan, "models").items()}
     made = {"asked": dig(plan, "asked"), "models": models, "data": data}
-    if not artifact.finished:
-        steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
-        status = f"not finished, {f'checkpoint at step {max(steps):,}' if steps else 'no checkpoint yet'}"
-        status += f"; last ended with: {outcome['message']}" if dig(outcome, "message") else ""
-    try:
-        made = artifact.manifest() if artifact.finished else made
-    except UserError as error:
-        status = f"DAMAGED: {error.message.replace(f'{path}/', '')}"
+    status, manifest = status_of(artifact)
+    made = made if manifest is None else manifest
     curves: dict[str, list[Point]] = {}
     undrawn = 0
     for line in lines_of(path / "metrics.jsonl"):

@@ -25,28 +25,19 @@ def show_run(path: Path) -> str:
 
 
 def describe(artifact: Artifact) -> list[str]:
-    """One artifact: status, lineage, rows, training, size. A damaged manifest is said, not raised."""
-    lines = [f"{artifact.path}"]
-    if not artifact.finished:
-        steps = sorted(int(p.name[5:]) for p in artifact.checkpoints.glob("step-*"))
-        outcome = rundir.read_json(artifact.path / "outcome.json") or {}
-        ended = f"; last ended with: {outcome['message']}" if outcome.get("code") else ""
-        at = f"checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
-        return [f"{artifact.path}  not finished, {at}{ended}", *losses(artifact)]
-    try:
-        manifest = artifact.manifest()
-    except UserError as error:
-        return [f"{artifact.path}  DAMAGED: {error.message}"]
-    made = (
-        f"  finished {manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
-    )
-    lines[0] += made
+    """One artifact: status, lineage, rows, training, size."""
+    status, manifest = status_of(artifact)
+    if manifest is None:
+        return [f"{artifact.path}  {status}", *losses(artifact)]
+    by = f"{manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
+    lines = [f"{artifact.path}  {status} {by}"]
     if manifest["kind"] == "evaluation":
         return lines + measurements(rundir.read_json(artifact.path / "results.json") or {"tasks": {}})
     rows, training = manifest["data"]["rows"], manifest["training"]
     rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
     parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
-    lines.append(f"  from       {parents or manifest['models']['model']['reference']}")
+    outside = ", ".join(model["reference"] for model in manifest["models"].values())
+    lines.append(f"  from       {parents or outside or 'random weights'}")
     lines.append(
         f"  rows       {rows['read']:,} read = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({rejected}); "
         f"{rows['truncated']:,} truncated, {rows['split']:,} split; {rows['train']:,} train, {rows['eval']:,} held out"
@@ -55,8 +46,21 @@ def describe(artifact: Artifact) -> list[str]:
     share = tokens["train_supervised"] / max(tokens["train"], 1)
     lines.append(f"  tokens     {tokens['train']:,} per epoch, {share:.0%} supervised")
     lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
-    lines += losses(artifact)
-    return lines
+    return lines + losses(artifact)
+
+
+def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
+    """How far an artifact is, and its manifest; a damaged one is said, not raised."""
+    if artifact.finished:
+        try:
+            return "finished", artifact.manifest()
+        except UserError as error:
+            return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
+    steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
+    outcome = rundir.read_json(artifact.path / "outcome.json")
+    message = outcome.get("message") if isinstance(outcome, dict) else None
+    at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
+    return f"not finished, {at}" + (f"; last ended with: {message}" if message else ""), None
 
 
 def measurements(results: dict[str, Any]) -> list[str]:

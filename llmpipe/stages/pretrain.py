@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmpipe import rundir
-from llmpipe.errors import UserError
 from llmpipe.recipe import AdamW, Positive, Prepared, Reference, Section, Share, Training
 from llmpipe.stages import Job, sft
 
@@ -87,7 +86,7 @@ class TrainTokenizer(Section):
 
 class Schema(Training):
     trainer_config: ClassVar[tuple[str, str, str]] = sft.Schema.trainer_config
-    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned
+    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned | {"lr_scheduler_kwargs": "optim.final"}
 
     stage: Literal["pretrain"] = "pretrain"
     """Pretraining on raw text."""
@@ -170,8 +169,5 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
         return sft.train(job, prepared)
     hardware = models.hardware(recipe, say)
     tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
-    if len(tokenizer) < prepared["vocab_size"]:
-        raise UserError("the tokenizer has fewer tokens than the data", code=3)
-    context, stop = recipe.data.max_length, prepared["stop_tokens"]
-    model = models.build(recipe.architecture, tokenizer, hardware, context, stop, recipe.seed, say)
+    model = models.build(recipe, tokenizer, hardware, prepared, say)
     return supervised.train(job, prepared, hardware, tokenizer, model)

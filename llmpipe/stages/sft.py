@@ -56,6 +56,6 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     recipe, say = job.recipe, job.say
     hardware = models.hardware(recipe, say)
     tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
-    stop, added, base = prepared["stop_tokens"], prepared["added_tokens"], job.bases.get("model")
-    model = models.load(job.model, base, tokenizer, hardware, recipe, stop=stop, added=added, say=say)
+    base = job.bases.get("model")
+    model = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
     return supervised.train(job, prepared, hardware, tokenizer, model, base)
