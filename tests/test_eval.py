@@ -1,11 +1,9 @@
 """Evaluation: every number is what its library or a plain loop gives, a killed evaluation ends as an unbroken one,
-a gate stops a pipeline, and a judge that fails is counted and never believed."""
+and a gate stops a pipeline."""
 
 import json
 import math
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -400,7 +398,7 @@ def test_a_typo_in_a_task_gives_the_near_name_and_the_line(tmp_path):
     assert "'genrate' is not one of" in found and "did you mean 'generate'?" in found and "r.yaml:8" in found
 
 
-# --- judges ----------------------------------------------------------------------------------------------------------
+# --- reward models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -418,157 +416,25 @@ def rewards(tmp_path_factory):
     return folder
 
 
-def test_a_reward_model_ranks_and_judges(run, rewards, tmp_path):
+def test_a_reward_model_ranks(run, rewards, tmp_path):
+    """Beside policies, each with its own metrics; its scores are those of plain transformers."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     models = {"base": str(life.TINY / "model"), "sft": "artifact:sft", "rm": str(rewards)}
-    tasks = [
-        {"task": "preference", "data": jsonl(tmp_path / "pairs.jsonl", PAIRS)},
-        {"task": "winrate", "data": [{**ROWS[0], "limit": 9}], "against": "base", "judge": str(rewards),
-         "max_new_tokens": 8},
-    ]  # fmt: skip
+    turns = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pairs = [{name: [{"role": role, "content": pair[name]}] for name, role in turns.items()} for pair in PAIRS]
+    tasks = [{"task": "preference", "data": jsonl(tmp_path / "pairs.jsonl", pairs)}]
     artifact = life.command(write(run, tasks, models, name="ranked"))
     found = results(artifact)["tasks"]
     assert list(found["preference"]["metrics"]["accuracy"]) == ["rm"]
     assert list(found["preference"]["metrics"]["accuracy_sum"]) == ["base", "sft"]
-    assert list(found["winrate"]["metrics"]["winrate"]) == ["sft"]
     model = AutoModelForSequenceClassification.from_pretrained(rewards)
     tokenizer = AutoTokenizer.from_pretrained(rewards)
-    judged = [x for x in lines(artifact) if x["task"] == "winrate" and x["model"] == "sft"]
-    others = [x for x in lines(artifact) if x["task"] == "winrate" and x["model"] == "base"]
-    asked = [json.loads(row)["messages"][0] for row in (life.TINY / "rows.jsonl").read_text().splitlines()]
-    for mine, other in zip(judged, others, strict=True):
-        for line, value in zip((mine, other), mine["rewards"], strict=True):
-            turns = [asked[mine["item"]], {"role": "assistant", "content": line["answers"][0]}]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+    ranked = [x for x in lines(artifact) if x["model"] == "rm"]
+    assert len(ranked) == len(pairs)
+    for line, pair in zip(ranked, pairs, strict=True):
+        for side, value in zip(("chosen", "rejected"), line["values"]["accuracy"], strict=True):
+            ids = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_tensors="pt", return_dict=False)
             with torch.no_grad():
                 assert float(model(ids).logits[0, 0]) == pytest.approx(value, abs=1e-5)
-        assert mine["scores"]["winrate"] == (mine["rewards"][0] > mine["rewards"][1])
-
-
-class Judge(BaseHTTPRequestHandler):
-    """A judge of bad habits: the first attempts at every question fail, each in another way."""
-
-    attempts: dict[str, int] = {}
-    seen_keys: set[str | None] = set()
-    mood = "late"
-    lock = threading.Lock()
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        with self.lock:
-            self.attempts[text] = self.attempts.get(text, 0) + 1
-            self.seen_keys.add(self.headers.get("Authorization"))
-            attempt = self.attempts[text]
-        if self.mood == "never" and len(text) % 2:
-            return self.reply(200, "I would rather not say.")
-        if self.mood == "refuse":
-            return self.reply(401, "")
-        if attempt == 1:
-            return self.reply(429, "")
-        if attempt == 2:
-            return self.reply(200, "Both are nice, and so are you.")
-        if attempt == 3:
-            threading.Event().wait(0.6)
-        a, b = text.split("[Answer A]\n")[1].split("\n\nEnd with")[0].split("\n\n[Answer B]\n")
-        self.reply(200, "Let me think.\n" + ("tie" if a == b else "A" if len(a) > len(b) else "B"))
-
-    def reply(self, code, text):
-        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        try:
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except OSError:
-            pass  # the other side gave up
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f")
-    monkeypatch.setattr("llmpipe.engine.judge.time.sleep", lambda seconds: None)
-    Judge.attempts, Judge.mood = {}, "late"
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def winrate(**more):
-    return [{"task": "winrate", "data": [{**ROWS[0], "limit": 9}], "against": "base", "endpoint": "judge-1",
-             "max_new_tokens": 8, "timeout": 0.3, **more}]  # fmt: skip
-
-
-def test_an_endpoint_that_fails_is_asked_again(run, endpoint):
-    artifact = life.command(write(run, winrate(), name="judged"))
-    cell = results(artifact)["tasks"]["winrate"]["metrics"]["winrate"]["sft"]
-    own = [x for x in lines(artifact) if x["model"] == "sft"]
-    others = [x for x in lines(artifact) if x["model"] == "base"]
-    wins = [
-        0.5 if a["answers"] == b["answers"] else float(len(a["answers"][0]) > len(b["answers"][0]))
-        if len(a["answers"][0]) != len(b["answers"][0]) else 0.5
-        for a, b in zip(own, others, strict=True)
-    ]  # fmt: skip
-    assert [x["scores"]["winrate"] for x in own] == wins and cell["n"] == 9
-    assert all(count >= 4 for count in Judge.attempts.values()), "429, nonsense and a time-out, then a verdict"
-    assert "Bearer canary-7c1f" in Judge.seen_keys
-    for path in rundir.files_below(artifact.run):
-        assert b"canary-7c1f" not in path.read_bytes(), path
-
-
-def test_a_key_with_a_line_break_is_refused_and_not_told(run, endpoint, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f\r\nX: y")
-    with pytest.raises(UserError, match="OPENAI_API_KEY is not a key"):
-        life.command(write(run, winrate(), name="broken"))
-    monkeypatch.setenv("OPENAI_API_KEY", "canary-7c1f\r\n")  # a .env file with the other kind of line ends
-    artifact = life.command(write(run, winrate(), name="stripped"))
-    assert all(b"canary" not in path.read_bytes() for path in rundir.files_below(artifact.run))
-    assert "canary" not in capsys.readouterr().out
-
-
-def test_verdicts_survive_a_kill(run, endpoint, tmp_path, monkeypatch):
-    """Killed between answers and verdicts: the second start asks the judge alone, and the result is the same."""
-    whole = life.command(write(run, winrate(), name="whole"))
-    import llmpipe.engine.evaluate as evaluate
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "judge", stop)
-        with pytest.raises(KeyboardInterrupt):
-            life.command(write(run, winrate(), name="halved"))
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "answer", stop)  # nothing is generated again
-        again = life.command(write(run, winrate(), name="halved"))
-    assert results(again) == results(whole)
-
-
-def test_what_gets_no_verdict_is_counted_and_no_loss(run, endpoint):
-    Judge.mood = "never"
-    artifact = life.command(write(run, winrate(retries=2, timeout=5.0), name="undecided"))
-    found = results(artifact)["tasks"]["winrate"]
-    failed = [x for x in lines(artifact) if "failed" in x]
-    assert 0 < len(failed) == found["failed"]["sft"] < 9
-    assert found["metrics"]["winrate"]["sft"]["n"] == 9 - len(failed)
-    assert all("scores" not in x for x in failed) and "no verdict in" in failed[0]["failed"]
-
-
-def test_a_judge_that_never_answers_stops_the_stage(run, endpoint, monkeypatch):
-    Judge.mood = "refuse"
-    with pytest.raises(UserError) as stopped:
-        life.command(write(run, winrate(retries=1), name="refused"))
-    assert stopped.value.code == 5 and "HTTP 401" in stopped.value.message
-    assert max(Judge.attempts.values()) == 1, "a refusal is not asked again"
-    monkeypatch.delenv("OPENAI_BASE_URL")
-    with pytest.raises(UserError) as stopped:
-        life.command(write(run, winrate(), name="nowhere"))
-    assert "OPENAI_BASE_URL" in stopped.value.message

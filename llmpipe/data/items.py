@@ -26,7 +26,6 @@ from llmpipe.rundir import Artifact
 FORMATS = {  # what a task can use
     "perplexity": ("text", "alpaca", "sharegpt", "messages", "prompt-completion"),
     "generate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt"),
-    "winrate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt"),
     "choice": ("choice",),
     "preference": ("preference",),
 }
@@ -78,7 +77,7 @@ def _item(row: dict[str, Any], task: str, bare: bool) -> dict[str, Any]:
     if task == "perplexity":
         return {key: row[key] for key in ("text", "messages", "tools", "prompt", "completion", "first") if key in row}
     prompt, more = row.get("prompt"), {}
-    if task in ("generate", "winrate"):
+    if task == "generate":
         if "messages" in row:
             prompt, last = row["messages"][:-1], row["messages"][-1]
             if last["role"] != "assistant" or not prompt:

@@ -28,10 +28,9 @@ from llmpipe.data.templates import Choice as Chosen
 from llmpipe.data.templates import shared
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
-from llmpipe.engine.judge import ask_endpoint
 from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
-from llmpipe.errors import INTEGRITY, NUMERIC, RESOURCES, UserError
+from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.recipe import Recipe, Section, near
 
 Say = Callable[[str], None]
@@ -375,9 +374,9 @@ def _answer_text(answer: str | list[dict]) -> str:
 
 
 def _answers(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> list[Line]:
-    """Answers to prompts; those of `generate` are scored here, those of `winrate` wait for the judge."""
+    """Answers to prompts, and their scores."""
     prompts = [model.prompt(item) for item in batch]
-    n = getattr(task, "samples", 1)
+    n = task.samples
     sampling = Sampling(task.max_new_tokens, task.temperature, task.top_p, task.top_k)
     ids = [model.ids(text, item) for text, item in zip(prompts, batch, strict=True) for _ in range(n)]
     # drawn from the seed and the batch's own content: not from what was drawn before
@@ -387,18 +386,18 @@ def _answers(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> 
                 for a in answer(model.model, model.tokenizer, ids[i : i + model.batch_size], sampling)]  # fmt: skip
     lines = []
     for i, item in enumerate(batch):
-        own = flat[i * n : (i + 1) * n]
-        line: Line = {"prompt": prompts[i], "reference": item.get("reference")}
-        line |= {"answers": [a["answer"] for a in own], "ended": [a["ended"] for a in own]}
-        if task.task == "generate":
-            each = [
-                {k: v for kind in task.score if kind not in ("bleu", "chrf")
-                 for k, v in metrics.score(kind, text, item.get("reference"), task.pattern).items()}
-                for text in line["answers"]
-            ]  # fmt: skip
-            line["scores"] = _over_samples(each, task)
-            line["corpus"] = [kind for kind in task.score if kind in ("bleu", "chrf")]
-        lines.append(line)
+        own, reference = flat[i * n : (i + 1) * n], item.get("reference")
+        each = [
+            {k: v for kind in task.score if kind not in ("bleu", "chrf")
+             for k, v in metrics.score(kind, one["answer"], reference, task.pattern).items()}
+            for one in own
+        ]  # fmt: skip
+        lines.append({
+            "prompt": prompts[i], "reference": reference,
+            "answers": [one["answer"] for one in own], "ended": [one["ended"] for one in own],
+            "scores": _over_samples(each, task),
+            "corpus": [kind for kind in task.score if kind in ("bleu", "chrf")],
+        })  # fmt: skip
     return lines
 
 
@@ -468,41 +467,3 @@ def _harness(model: Candidate, task: Any, name: str, book: Book, recipe: Recipe,
     lines.append({"task": name, "model": model.label, "item": "reported", "reported": reported})
     book.add(lines)
     say(f"{model.label} on {name}: {len(lines) - 1:,} items")
-
-
-def judge(
-    task: Any, name: str, folder: Path | None, items: dict[str, list[Line]], book: Book, recipe: Recipe, say: Say
-) -> None:
-    """Put a winner to every pair of answers; an answer that could not be judged is counted, never a loss."""
-    models = [label for label in recipe.models if label != task.against and (name, label, 0) in book.lines]
-    if (name, task.against, 0) not in book.lines:
-        raise UserError(f"{name}: against: {task.against} is a reward model: it gives no answers")
-    pairs = [
-        (item, book.lines[name, label, item["id"]], book.lines[name, task.against, item["id"]])
-        for label in models
-        for item in items[name]
-    ]
-    open_pairs = [pair for pair in pairs if "scores" not in pair[1]]
-    if not open_pairs:
-        return
-    if folder is None:
-        verdicts = ask_endpoint(task, open_pairs, say)
-    else:
-        verdicts = _by_reward(folder, open_pairs, recipe, say)
-    for (_, mine, _), verdict in zip(open_pairs, verdicts, strict=True):
-        book.add([{key: value for key, value in mine.items() if key != "failed"} | verdict])
-    failed = [line for line in book.of(name) if "failed" in line]
-    if failed:
-        say(f"{name}: {len(failed):,} of {len(pairs):,} pairs could not be judged: {failed[0]['failed']}")
-    if len(failed) == len(pairs):
-        raise UserError(f"{name}: the judge gave no verdict: {failed[0]['failed']}", "see OPENAI_BASE_URL", RESOURCES)
-
-
-def _by_reward(folder: Path, pairs: list[tuple], recipe: Recipe, say: Say) -> Iterator[Line]:
-    with candidate("judge", folder, None, recipe, say) as model:
-        if not model.ranks:
-            raise UserError(f"tasks: judge: {folder} is not a reward model", "give one, or use `endpoint`")
-        texts = [model.ids(model.whole(i, line["answers"][0]), i) for i, mine, other in pairs for line in (mine, other)]
-        values = _batched(model.rewards, texts, model.batch_size)
-    for mine, other in zip(values[::2], values[1::2], strict=True):
-        yield {"rewards": [mine, other], "scores": {"winrate": float(mine > other) + 0.5 * (mine == other)}}

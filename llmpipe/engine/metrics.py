@@ -165,9 +165,6 @@ def table(lines: list[Line], models: list[str], seed: int) -> dict[str, Any]:
                     low, high = interval(draws[b] - draws[a])
                     cell = {"value": values[b] - values[a], "low": low, "high": high, "n": len(items[a])}
                     differences.setdefault(name, {})[f"{b} - {a}"] = cell
-                elif both := set(items[a]) & set(items[b]):  # some could not be scored: the others still pair up
-                    part = [x for x in chosen[a] + chosen[b] if x["item"] in both]
-                    differences.setdefault(name, {}).update(table(part, [a, b], seed)["differences"].get(name, {}))
     for line in lines:
         for name, (value, error, n) in line.get("reported", {}).items():
             cell = metrics.setdefault(name, {}).get(line["model"])
@@ -175,8 +172,7 @@ def table(lines: list[Line], models: list[str], seed: int) -> dict[str, Any]:
                 half = Z95 * error if error is not None else math.nan
                 cell = metrics[name][line["model"]] = {"low": value - half, "high": value + half, "n": n}
             cell["value"] = value
-    failed = {m: sum(1 for x in lines if x["model"] == m and "failed" in x) for m in models}
-    return {"metrics": metrics, "differences": differences} | ({"failed": failed} if any(failed.values()) else {})
+    return {"metrics": metrics, "differences": differences}
 
 
 def item_key(line: Line) -> tuple[int, str]:

@@ -339,12 +339,8 @@ def evaluation(run: Run) -> Iterator[Html]:
         yield join(tag("h4", part.name), facts({"status": part.status, **models}))
         for name, task in dig(results, "tasks").items():
             seen = [f"{n:,} asked in training of {label}" for label, n in dig(task, "overlap").items() if n]
-            failed = [f"{n:,} of {label} could not be judged" for label, n in dig(task, "failed").items() if n]
-            about = (
-                [f"{task['n']:,} items"] * ("n" in task)
-                + (seen or ["none asked in training"] * bool(task.get("overlap")))
-                + failed
-            )
+            about = [f"{task['n']:,} items"] * ("n" in task)
+            about += seen or ["none asked in training"] * bool(task.get("overlap"))
             yield join(tag("h5", name), tag("p", "; ".join(about)))
             yield numbers(name, "metric", task["metrics"])
             yield numbers(name, "difference", task["differences"])

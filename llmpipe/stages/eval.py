@@ -56,7 +56,9 @@ class Perplexity(OnItems):
         return self
 
 
-class Answering(OnItems):
+class Generate(OnItems):
+    task: Literal["generate"]
+    """Answers to prompts, compared with references. The reference is the last assistant turn of a row."""
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -68,10 +70,6 @@ class Answering(OnItems):
     template: Template = "auto"
     """`auto`: the model's own chat template, the one it was trained with; `none`: prompts as bare text."""
 
-
-class Generate(Answering):
-    task: Literal["generate"]
-    """Answers to prompts, compared with references. The reference is the last assistant turn of a row."""
     score: Annotated[
         list[Literal["exact_match", "contains", "regex", "number", "math_verify", "json", "rouge", "bleu", "chrf"]],
         Field(min_length=1),
@@ -113,28 +111,6 @@ class Preference(OnItems):
     log-probability."""
 
 
-class Winrate(Answering):
-    task: Literal["winrate"]
-    """Answers compared in pairs by a judge; a tie counts half."""
-    against: str
-    """The one of `models` that the others are compared with."""
-    judge: Reference | None = None
-    """A reward model: the answer with the higher score wins."""
-    endpoint: str | None = None
-    """Or a model behind an OpenAI-compatible address, asked in both orders; OPENAI_BASE_URL and OPENAI_API_KEY are read
-    from the environment."""
-    timeout: Annotated[float, Field(gt=0)] = cosmetic(60.0)
-    """Seconds to wait for one verdict."""
-    retries: Annotated[int, Field(ge=0)] = cosmetic(5)
-    """Further attempts after a time-out, an error or an answer that is no verdict."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Winrate:
-        if (self.judge is None) == (self.endpoint is None):
-            raise ValueError("give either judge or endpoint")
-        return self
-
-
 class Harness(Task):
     task: Literal["harness"]
     """Tasks of EleutherAI's lm-evaluation-harness."""
@@ -150,7 +126,7 @@ class Harness(Task):
     """`auto` is the harness's --apply_chat_template."""
 
 
-Kind = Annotated[Perplexity | Generate | Choice | Preference | Winrate | Harness, Field(discriminator="task")]
+Kind = Annotated[Perplexity | Generate | Choice | Preference | Harness, Field(discriminator="task")]
 
 
 class Gate(Section):
@@ -190,14 +166,10 @@ class Schema(Recipe):
             folder = getattr(task, "folder", None)
             if folder and not Path(folder).expanduser().is_dir():
                 raise ValueError(f"folder: {folder}: no such folder")
-            if isinstance(task, Winrate) and task.against not in self.models:
-                known = list(self.models)
-                raise ValueError(f"against: '{task.against}' is not among models{near(task.against, known)}")
         return self
 
     def references(self) -> dict[str, str]:
-        judges = {f"tasks.{i}.judge": t.judge for i, t in enumerate(self.tasks) if isinstance(t, Winrate) and t.judge}
-        return {f"models.{label}": reference for label, reference in self.models.items()} | judges
+        return {f"models.{label}": reference for label, reference in self.models.items()}
 
     def rows(self) -> dict[str, Rows]:
         tasks = [(i, task.data) for i, task in enumerate(self.tasks) if isinstance(task, OnItems)]
@@ -246,7 +218,7 @@ def prepare(job: Job) -> dict[str, Any]:
 
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
-    """Score every model on every task, then judge pairs, then put intervals to it all."""
+    """Score every model on every task, then put intervals to it all."""
     from llmpipe.engine import evaluate, upstream
     from llmpipe.engine.metrics import table
     from llmpipe.report.terminal import measurements
@@ -265,10 +237,6 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
             models[label] = model.describe() | {"parent": parent_of(label, job.plan["models"])}
             for task in recipe.tasks:
                 evaluate.score(model, task, name_of(task), items.get(name_of(task)), book, recipe, say)
-    for i, task in enumerate(recipe.tasks):
-        if isinstance(task, Winrate):
-            evaluate.judge(task, name_of(task), job.models.get(f"tasks.{i}.judge"), items, book, recipe, say)
-
     book.close([name_of(task) for task in recipe.tasks], list(models))
     results = {"models": models, "tasks": {}}
     for task in recipe.tasks:
