@@ -99,6 +99,7 @@ class Prepared(Section):
 
 class Data(Prepared):
     blocks: ClassVar[bool] = False
+    stream: ClassVar[bool] = False
 
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as

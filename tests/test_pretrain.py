@@ -104,15 +104,75 @@ def test_every_token_is_in_a_block(straight, texts):
     assert found.count(tokenizer.eos_token_id) == ends and abs(len(found) - ends - whole) <= ends
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-def test_resume_is_bitwise_the_straight_run(texts, tmp_path, isolate):
+def streamed(texts, **more):
+    """Changes to the recipe that stream the documents; one row of the last source cannot be used."""
+    rows = texts.parent / f"{texts.name}.jsonl"
+    rows.write_text('{"text": "A short document."}\n{"text": ""}\n{"text": "Another one."}\n')
+    held_out = {"sources": [{"path": f"{texts}/assert.txt"}]}
+    return {"data__stream": True, "data__eval": held_out, "data__max_rejected": 0.05,
+            "data__train": [{"path": f"{texts}/*.txt"}, {"path": str(rows)}], **more}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["plain", "isolate", "stream"])
+def test_resume_is_bitwise_the_straight_run(texts, tmp_path, how):
     """R1, R5: with the tokenizer, blocks and model made anew by every start."""
-    whole = life.command(write(tmp_path / "whole", texts, data__isolate=isolate))
-    path = write(tmp_path / "run", texts, data__isolate=isolate)
+    changes = streamed(texts) if how == "stream" else {"data__isolate": how == "isolate"}
+    whole = life.command(write(tmp_path / "whole", texts, **changes))
+    path = write(tmp_path / "run", texts, **changes)
     for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143), ("term_in_save_9", 143)):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
     assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_a_stream_is_every_block_in_order(texts, tmp_path):
+    """The blocks that `prepare` would write, then the documents again without a seam; from any block on; counted."""
+    from datasets import Dataset
+
+    from llmpipe.data.stream import Stream, counted
+
+    plain = write(tmp_path / "plain", texts, **streamed(texts, data__stream=False, data__isolate=True))
+    artifact = life.command(plain)
+    pinned = artifact.manifest()["asked"]["content"]
+    recipe = load(write(tmp_path / "run", texts, **streamed(texts, data__isolate=True)), schema("pretrain"))
+    (folder,) = (p.parent for p in (artifact.run / ".prepared").glob("*/train.arrow"))
+    kept = Dataset.from_file(str(folder / "train.arrow")).to_list()
+
+    def stream(rejected=None):
+        made = Stream(recipe.data, folder, 3 * len(kept), 4, seed=42, pinned=pinned, processes=1)
+        made.rejected = rejected
+        return made
+
+    whole = stream(tmp_path / "rejected.jsonl")
+    blocks = [whole[i] for i in range(len(whole))]
+    assert blocks[: len(kept) - 1] == kept[:-1]
+    tokens = [token for block in kept for token in block["input_ids"]]
+    assert [t for block in blocks for t in block["input_ids"]] == (4 * tokens)[: len(blocks) * 64]
+    assert all(sum(block["seq_lengths"]) == 64 for block in blocks)
+    none = {"rejected_by_reason": {"null": 1}, "read": 9, "kept": 8, "truncated": 0, "split": 1, "pieces": 2}
+    rows = counted(whole.position(len(whole) // 4 * 4)["rows"], none)
+    of_train = artifact.manifest()["data"]["sources"][:-1]
+    for name in ("read", "kept", "truncated", "split", "pieces"):
+        assert rows[name] == sum(source[name] for source in of_train) + none[name]
+    assert rows["rejected_by_reason"] == {"empty text": 1, "null": 1} and rows["rejected"] == 2
+    assert [json.loads(x)["row"] for x in (tmp_path / "rejected.jsonl").read_text().splitlines()] == [
+        2,
+        2,
+    ]  # prepared, read
+    ahead = stream(tmp_path / "again.jsonl")
+    for i in range(0, len(blocks) // 4 * 4, 20):
+        again = stream(tmp_path / "again.jsonl")
+        again.go(i, json.loads(json.dumps(ahead.position(i))))
+        assert [again[j] for j in range(i, min(i + 30, len(blocks)))] == blocks[i : i + 30]
+        assert again.position(i + 28) == stream(tmp_path / "again.jsonl").position(i + 28)
+
+
+def test_a_stream_with_too_many_bad_rows_stops(texts, tmp_path):
+    with pytest.raises(UserError) as stopped:
+        life.command(write(tmp_path / "run", texts, **streamed(texts, data__max_rejected=0.001, optim__steps=200)))
+    assert stopped.value.code == 2 and "1 empty text" in stopped.value.message
+    lines = (tmp_path / "run" / "pretrain" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["empty text"]
 
 
 def test_isolated_documents_do_not_see_one_another(tmp_path):
@@ -189,6 +249,8 @@ def test_gpt2_small_has_124_million_weights():
         ({"optim__scheduler": "wsd", "optim__steps": None}, "to know when to decay"),
         ({"architecture__heads": 3}, "must be a multiple of heads"),
         ({"adapter": {"rank": 4}}, "random weights cannot stay frozen"),
+        ({"data__stream": True}, "use data.eval.sources"),
+        ({"data__stream": True, "optim__steps": None}, "to know when to end"),
         ({"data__template": "chatml"}, "data.template: unknown key"),
         ({"architecture__widht": 3}, "did you mean 'width'?"),
     ],

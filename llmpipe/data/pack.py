@@ -69,11 +69,11 @@ class Output:
 
     def _flush(self, last: bool) -> None:
         rows, self._window, self._window_tokens = self._window, [], 0
-        sequences = self._sequences(rows, last)
+        sequences = self.laid_out(rows, last)
         for start in range(0, len(sequences), BATCH_SEQUENCES):
             self._write(sequences[start : start + BATCH_SEQUENCES])
 
-    def _sequences(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
+    def laid_out(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
         """The rows of a window as sequences, each a list of documents or parts of them."""
         if not self.packing:
             return [[row] for row in rows]
@@ -114,17 +114,17 @@ class Blocks(Output):
     With `packing` a sequence keeps where its documents begin, and attention does not cross from one to the next.
     """
 
-    _carry: list[Piece] = []  # what the last window left over for the next one
+    carry: list[Piece] = []  # what the last window left over for the next one
 
-    def _sequences(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
+    def laid_out(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
         sequences: list[list[Piece]] = []
         free = 0
-        for ids, labels in self._carry + rows:
+        for ids, labels in self.carry + rows:
             while len(ids):
                 if not free:
                     sequences.append([])
                     free = self.max_length
                 sequences[-1].append((ids[:free], labels[:free]))
                 ids, labels, free = ids[free:], labels[free:], max(free - len(ids), 0)
-        self._carry = sequences.pop() if free and not last else []
+        self.carry = sequences.pop() if free and not last else []
         return sequences

@@ -27,6 +27,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def key_of(
     The key changes with the content of every file, the tokenizer, the template and the recipe's fields, not with where
     things lie. Raises UserError for a missing or unreadable file.
     """
-    origins = [sources.Origin(source, pinned or {}) for source in (*data.train, *data.eval.sources)]
+    origins = [sources.Origin(source, pinned or {}, data.stream) for source in data.train]
+    origins += [sources.Origin(source, pinned or {}) for source in data.eval.sources]
     fields = science(data)
     for section in (*fields["train"], *fields["eval"]["sources"]):
         del section["path"]
@@ -103,12 +105,11 @@ def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     rows, tokens = record["rows"], record["tokens"]
-    learned = tokens["train_supervised"] / tokens["train"]
     notes = [(rows["eval"], "held out"), *((rows[name], name) for name in ("rejected", "truncated", "split"))]
-    say(
-        f"data: {rows['train']:,} rows to train on; {tokens['train']:,} tokens, {learned:.0%} of them learned; "
-        f"{record['sequences']['train']:,} sequences" + "".join(f"; {count:,} {name}" for count, name in notes if count)
-    )
+    learned = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} of them learned"
+    what = f"{tokens['train']:,} tokens, {learned}; {record['sequences']['train']:,} sequences"
+    what = "to be tokenized in training" if data.stream else f"{rows['train']:,} rows to train on; {what}"
+    say(f"data: {what}" + "".join(f"; {count:,} {name}" for count, name in notes if count))
     return final
 
 
@@ -139,7 +140,10 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     choice.tokenizer.save(folder / "tokenizer", choice.template)
     spec = (folder / "tokenizer", choice.ends, kwargs, choice.text_eos, data.max_length, data.loss, seed)
     records = [_open(origin, say, choice.template is not None) for origin in origins]
-    size = sum(file.bytes for origin in origins for file in origin.files)
+    streamed = origins[: len(data.train)] if data.stream else []
+    for origin in streamed:
+        origin.chunks = iter(())  # left to the training
+    size = sum(file.bytes for origin in origins if origin not in streamed for file in origin.files)
     small = size < SMALL and all(origin.files for origin in origins)
     auto = 1 if small else len(os.sched_getaffinity(0))
     processes = auto if data.processes == "auto" else data.processes
@@ -152,7 +156,7 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
         tqdm(total=size, desc="data", unit="B", unit_scale=True, leave=False, disable=None) as bar,
         folder.joinpath("rejected.jsonl").open("w", encoding="utf-8") as rejected,
         pa.ipc.new_stream(str(spool_path), SCHEMA) as spool,
-        contextlib.closing(_encoded(origins, spec, processes)) as batches,
+        contextlib.closing(encoded(origins, spec, processes)) as batches,
     ):
         for index, chunk, batch in batches:
             for line, text in _count(records[index], origins[index], chunk, batch):
@@ -166,7 +170,7 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     totals = {name: sum(record[name] for record in records) for name in COUNTS}
     reasons = sum((Counter(record["rejected"]) for record in records), Counter())
     kept = sum(record["kept"] for record in records[: len(data.train)])
-    if not kept or reasons.total() > data.max_rejected * totals["read"]:
+    if not (kept or streamed) or reasons.total() > data.max_rejected * totals["read"]:
         _refuse(data, folder, totals, reasons, errors)
 
     of_train, of_eval = map(np.asarray, hashes)
@@ -178,19 +182,19 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     train, held_out = (kind(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
     weights = [source.weight for source in data.train]
     unseen, asks, size_held = _replay(spool_path, spooled, train, held_out, held, weights, seed)
-    save_file({"asks": asks}, folder / "seen.safetensors")
     spool_path.unlink()
-    if not train.supervised:
+    if not streamed:
+        save_file({"asks": asks}, folder / "seen.safetensors")
+    if not (train.supervised or streamed):
         hint = "see data.eval.holdout and the weights of the sources"
         raise UserError("no row is left to train on: there would be nothing to learn", hint, NUMERIC)
     trained = of_train[np.searchsorted(of_train, held) :]
-    at = np.minimum(np.searchsorted(trained, of_eval), len(trained) - 1)
     return {
         "sources": records,
         "rows": totals | {
             "rejected": reasons.total(), "rejected_by_reason": dict(sorted(reasons.items())),
             "duplicates": int((of_train[1:] == of_train[:-1]).sum()), "unseen": unseen,
-            "overlap": int((trained[at] == of_eval).sum()), "train": train.rows, "eval": held_out.rows,
+            "overlap": int(np.isin(of_eval, trained).sum()), "train": train.rows, "eval": held_out.rows,
         },
         "tokens": {
             "train": train.tokens, "train_supervised": train.supervised,
@@ -258,9 +262,12 @@ def _count(record: dict, origin: sources.Origin, chunk: sources.Chunk, batch: Ba
         yield json.dumps(line), f"{origin.shown[chunk.file]}:{row}: {Rejected(reason, detail)}"
 
 
-def _encoded(origins: list[sources.Origin], spec: tuple, processes: int) -> Iterator[tuple[int, sources.Chunk, Batch]]:
-    """Every chunk of every source with its tokens, in order; at most a few chunks per process are under way."""
+def encoded(
+    origins: list[sources.Origin], spec: tuple, processes: int, first: int = 0
+) -> Iterator[tuple[int, sources.Chunk, Batch]]:
+    """Every chunk of the sources, from chunk `first` on, with its tokens, in order; a few are under way at once."""
     tasks = ((index, chunk, origin) for index, origin in enumerate(origins) for chunk in origin.chunks)
+    tasks = islice(tasks, first, None)
     if processes == 1:
         encoder = Encoder(*spec)
         for index, chunk, origin in tasks:
@@ -299,7 +306,7 @@ def _held(hashes: np.ndarray, share: float) -> np.uint64:
 
     Equal rows stay together: the cut falls between two different hashes, at or before the wanted number of rows.
     """
-    if not share or hashes[0] == hashes[-1]:
+    if not share or not len(hashes) or hashes[0] == hashes[-1]:
         return np.uint64(0)
     cut = hashes[min(max(1, round(share * len(hashes))), len(hashes) - 1)]
     return cut if cut > hashes[0] else hashes[np.searchsorted(hashes, cut, "right")]

@@ -109,11 +109,12 @@ class Origin:
     """A source of the recipe and which bytes it means: its files, or a Hub commit.
 
     `name` is for records and does not tell where the source lies on this machine; `shown` is what a user calls its
-    files. `pinned`: commits that are known already, by `hub_key`. Raises UserError for what cannot be found.
+    files. `pinned`: commits that are known already, by `hub_key`; `stream`: leave no copy of a Hub data set here.
+    Raises UserError for what cannot be found.
     """
 
-    def __init__(self, source: Rows, pinned: dict[str, str]):
-        path = Path(source.path)
+    def __init__(self, source: Rows, pinned: dict[str, str], stream: bool = False):
+        path, self.stream = Path(source.path), stream
         self.source, self.name = source, path.name if path.expanduser().is_absolute() else source.path
         local = is_local(source.path)
         self.files = files_of(source) if local else []
@@ -338,17 +339,16 @@ def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
 
 
 def _hub(origin: Origin) -> Reading:
-    """The rows of a Hub data set, downloaded once and memory-mapped by `datasets`."""
+    """The rows of a Hub data set, downloaded once and memory-mapped by `datasets`, or streamed."""
     import datasets
 
     source = origin.source
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=origin.revision)
+        wanted = {"split": source.split, "revision": origin.revision, "streaming": origin.stream}
+        rows = datasets.load_dataset(source.path, source.subset, **wanted)
+        yield from ((number, row, 0) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source.path}: {_reason(error)}", "see subset, split and revision") from None
-    for start in range(0, len(rows), CHUNK_ROWS):
-        part = rows.select(range(start, min(start + CHUNK_ROWS, len(rows)))).to_list()
-        yield from ((number, row, 0) for number, row in enumerate(part, start + 1))
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTTrainer
 
+from llmpipe import launch
 from llmpipe.data.prepare import facts
+from llmpipe.data.stream import Stream, counted
 from llmpipe.engine import adapters, models, training, verify
 from llmpipe.engine.generate import answer_samples
 
@@ -26,16 +29,22 @@ def train(
     """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
     manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
     recipe, artifact, say = job.recipe, job.artifact, job.say
-    rows = job.prepared / prepared["data"]
+    rows, stream = job.prepared / prepared["data"], None
+    if recipe.data.stream:
+        processes = 1 if hardware.device == "cpu" else max(1, (os.cpu_count() or 1) // hardware.processes - 1)
+        pinned, length = job.plan["asked"]["content"], recipe.steps * recipe.batch_size
+        stream = Stream(recipe.data, rows, length, recipe.batch_size, seed=recipe.seed, pinned=pinned,
+                        processes=processes)  # fmt: skip
+        stream.rejected = artifact.path / "rejected.jsonl" if launch.rank() == 0 else None
     trainer = training.durable(SFTTrainer)(
         model=model,
         args=training.sft_arguments(recipe, artifact, hardware),
         processing_class=tokenizer,
-        train_dataset=training.dataset(rows / "train.arrow"),
+        train_dataset=training.stand_in(recipe.data) if stream else training.dataset(rows / "train.arrow"),
         eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
     )
     identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
-    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact)
+    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact, stream=stream)
 
     answer_samples(trainer, tokenizer, "before")
     final = trainer.fit()
@@ -56,7 +65,13 @@ def train(
             name = f"{artifact.name}-merged"
             adapters.merge(base, artifact.model, artifact.run / name / "model")
             made["merged"] = [name]
-    if trainer.is_world_process_zero():
+    about = facts(prepared)
+    if stream:
+        tokens, read = len(stream) * recipe.data.max_length, stream.position(len(stream))["rows"]
+        about["data"]["rows"] = counted(read, about["data"]["rows"])
+        about["data"]["tokens"] |= {"train": tokens, "train_supervised": tokens}
+        about["data"]["sequences"]["train"] = len(stream)
+    elif trainer.is_world_process_zero():
         for name in ("rejected.jsonl", "seen.safetensors"):
             shutil.copyfile(rows / name, artifact.path / name)
-    return facts(prepared) | made
+    return about | made

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig
 
 from llmpipe import rundir
+from llmpipe.data.stream import Stream
 from llmpipe.engine import checkpoints, models
 from llmpipe.engine.generate import own_rng
 from llmpipe.engine.progress import Progress
@@ -123,16 +124,21 @@ class Order(Sampler):
     twice. Here it is evened out with fillers, sequences without a label: they weigh nothing.
     """
 
-    def __init__(self, rows: int, fillers: int, seed: int):
-        self.rows, self.fillers, self.seed, self.epoch = rows, fillers, seed, 0
+    def __init__(self, rows: int, fillers: int, seed: int, shuffled: bool = True):
+        self.rows, self.fillers, self.seed, self.epoch, self.shuffled = rows, fillers, seed, 0, shuffled
 
     def __len__(self) -> int:
         return self.rows + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from torch.randperm(self.rows, generator=generator).tolist() if self.shuffled else range(self.rows)
         yield from range(self.rows, self.rows + self.fillers)
+
+
+def stand_in(data: Any) -> Dataset:
+    """What TRL looks at while a trainer is made whose rows are streamed: it takes no other kind of dataset."""
+    return Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]} | ({"seq_lengths": [2]} if data.packing else {})])
 
 
 def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
@@ -201,8 +207,9 @@ class _Durable:
         say: Any,
         *,
         inexact: bool,
+        stream: Stream | None = None,
     ) -> None:
-        """Bind the trainer to its artifact and look for a checkpoint to go on from."""
+        """Bind the trainer to its artifact and look for a checkpoint to go on from. `stream` replaces the dataset."""
         self.artifact, self.recipe, self.identity, self.hardware = artifact, recipe, identity, hardware
         self.signals, self.say = signals, say
         self._pending_evaluation = False
@@ -214,10 +221,11 @@ class _Durable:
         self._begun = time.monotonic()
         self._restored: dict[str, Any] | None = None
         self._exact = True
-        count, together = len(self.train_dataset), hardware.micro_batch_size * hardware.processes
+        self._stream = stream
+        count, together = len(stream or self.train_dataset), hardware.micro_batch_size * hardware.processes
         fillers = -count % together if hardware.processes > 1 else 0
-        self._order = Order(count, fillers, recipe.seed)
-        self.train_dataset = with_fillers(self.train_dataset, fillers, self.processing_class.pad_token_id)
+        self._order = Order(count, fillers, recipe.seed, shuffled=stream is None)
+        self.train_dataset = stream or with_fillers(self.train_dataset, fillers, self.processing_class.pad_token_id)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
         self._progress = Progress(say) if self.is_world_process_zero() else None
@@ -244,6 +252,8 @@ class _Durable:
             state = rundir.read_json(checkpoint / "trainer_state.json")
             self.say(f"resuming from {checkpoint.name} of {state['max_steps']}")
             self._restored = rundir.read_json(checkpoint / checkpoints.STATE)
+            if self._stream:
+                self._stream.go(state["global_step"] * self.recipe.batch_size, self._restored["stream"])
             self._best = tuple(self._restored["best"]) if self._restored["best"] else None
             self._worse = self._restored["worse"]
             finished = state["global_step"] >= state["max_steps"] or self._restored["finished"]
@@ -463,6 +473,7 @@ class _Durable:
             "best": self._best,
             "worse": self._worse,
             "pending_evaluation": self._pending_evaluation,
+            "stream": self._stream and self._stream.position(self.state.global_step * self.recipe.batch_size),
             "finished": self.control.should_training_stop and not self._stopped,
         }
 

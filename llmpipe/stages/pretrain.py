@@ -33,6 +33,9 @@ class Corpus(Prepared):
     """Tokens of a block; the last one may be shorter."""
     packing: bool = Field(False, alias="isolate")
     """Attention does not cross from one document to the next within a block."""
+    stream: bool = False
+    """Tokenize while training and keep no copy, for more text than the disk holds. Blocks come in the order of the
+    rows, unshuffled, the same for any number of processes, each of which reads them all."""
 
 
 class TokenOptim(AdamW):
@@ -115,6 +118,10 @@ class Schema(Training):
                 f"optim.batch_tokens ({self.optim.batch_tokens}) must be a multiple of data.max_length "
                 f"({self.data.max_length})"
             )
+        if self.data.stream and not self.steps:
+            raise ValueError("data.stream needs optim.tokens or optim.steps, to know when to end")
+        if self.data.stream and (self.data.eval.holdout or any(source.weight != 1 for source in self.data.train)):
+            raise ValueError("data.stream: rows are not known beforehand: use data.eval.sources, and no weights")
         if self.optim.scheduler == "wsd" and not self.steps:
             raise ValueError("optim.scheduler: wsd needs optim.tokens or optim.steps, to know when to decay")
         return self
