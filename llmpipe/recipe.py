@@ -138,6 +138,9 @@ class AdamW(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where the hardware has
     it and fp32 elsewhere."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to the CPU's memory when
+    a GPU is full (Dettmers 2023), and on a CPU means nothing."""
 
 
 class Optim(AdamW):
@@ -160,8 +163,10 @@ class Adapter(Section):
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     dora: bool = False
     """Learn the length of each weight column apart from its direction (Liu 2024)."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How the update begins; none of these changes what the model says at first."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the update begins; none changes what the model says at first. pissa (Meng 2024) and olora (Büyükakyüz 2024)
+    move a part of the frozen weights into it; what is published is an adapter of twice the rank for the weights as
+    they were."""
     embeddings: Literal["new", "all", "none"] = "new"
     """Embeddings to train: those of tokens that were added, all, or none."""
     resume: Annotated[bool, Field(alias="continue")] = True
@@ -169,10 +174,17 @@ class Adapter(Section):
     merge: bool = False
     """Publish the merged model too, as the artifact NAME-merged."""
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether the frozen weights are others than the model's own while this adapter is trained."""
+        return self.init in ("pissa", "olora")
+
     @model_validator(mode="after")
     def _fits(self) -> Adapter:
         if self.rslora and self.dora:
             raise ValueError("rslora and dora are two ways to scale; take one")
+        if self.rewrites and self.dora:
+            raise ValueError(f"init: {self.init} and dora both decompose the frozen weights; take one")
         return self
 
 
@@ -310,6 +322,8 @@ class Training(Recipe):
             raise ValueError("evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources")
         if self.quantization and not self.adapter:
             raise ValueError("quantization: quantized weights cannot be trained; add `adapter:`")
+        if self.quantization and self.adapter.rewrites:
+            raise ValueError(f"adapter.init: {self.adapter.init} rewrites the frozen weights, and these are quantized")
         return self
 
     @property

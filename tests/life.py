@@ -17,7 +17,7 @@ from llmpipe.errors import Stopped, UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
-WALL_CLOCK = ("tokens_per_second", "memory_gb", "seconds")
+WALL_CLOCK = ("tokens_per_second", "share_of_peak", "memory_gb", "seconds")
 
 
 def recipe(run: Path, **changes) -> dict:

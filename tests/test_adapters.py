@@ -84,6 +84,50 @@ def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
     assert life.essence(life.command(path)) == life.essence(whole)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init, rslora):
+    """Begins where the base is, trains other weights, and is published for the base that nobody touched (Meng 2024)."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = {"rank": 4, "alpha": 8, "init": init, "rslora": rslora}
+    path = write(tmp_path / "run", adapter=adapter)
+    trial = life.Trial(path, hook="term_in_step_5")
+    assert trial.wait() == 143, trial.text()
+    made = life.command(path)
+    manifest, plain = made.verify(), life.command(write(tmp_path / "plain", optim__steps=1))
+    assert manifest["final"]["eval_loss_before"] == pytest.approx(
+        plain.manifest()["final"]["eval_loss_before"], abs=1e-5
+    )
+    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"] - 0.3
+    assert (
+        manifest["verified"]["max_logit_difference"] < 1e-4 and manifest["asked"]["recipe"]["adapter"]["init"] == init
+    )
+    config = json.loads((made.model / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["init_lora_weights"] is True
+    tensors = load_file(made.model / "adapter_model.safetensors")
+    deltas = [
+        tensors[name.replace("lora_A", "lora_B")] @ tensor for name, tensor in tensors.items() if "lora_A" in name
+    ]
+    assert all(float(delta.abs().max()) > 1e-4 for delta in deltas), "every layer learned"
+    ranks = {int(torch.linalg.matrix_rank(delta)) for delta in deltas}
+    assert max(ranks) > 4, "the difference of two products of rank 4"
+    assert life.essence(made) == life.essence(life.command(write(tmp_path / "whole", adapter=adapter)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_resume_exactly(tmp_path, optimizer):
+    whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
+    assert whole.manifest()["final"]["eval_loss"] < whole.manifest()["final"]["eval_loss_before"] - 0.3
+    said = (whole.path / "log.txt").read_text()
+    assert ("a CPU has nothing to page to" in said) == optimizer.startswith("paged")
+    path = write(tmp_path / "run", optim__optimizer=optimizer)
+    trial = life.Trial(path, hook="term_in_step_5")
+    assert trial.wait() == 143, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
 def test_lora_is_sft_with_an_adapter(straight):
     """One identity: either command finds the other's work done."""
     if straight.name != "lora":

@@ -6,12 +6,15 @@ follows the adapter everywhere: tokenizer, chat template, and the generation con
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -69,14 +72,40 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
         target_modules=wanted.targets,
         use_rslora=wanted.rslora,
         use_dora=wanted.dora,
-        init_lora_weights=True if wanted.init == "default" else wanted.init,
+        init_lora_weights={"default": True, "pissa": "pissa_niter_16"}.get(wanted.init, wanted.init),
         **embeddings,
     )
     torch.manual_seed(seed)
     try:
-        return upstream.with_bias(get_peft_model(model, config))
+        made = upstream.with_bias(get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init") from None
+    if wanted.rewrites:
+        made.began_with = {name: tensor.clone() for name, tensor in tensors_of(made).items()}
+    return made
+
+
+def tensors_of(model: Any) -> dict[str, torch.Tensor]:
+    """An adapter's tensors as a file has them."""
+    from peft import get_peft_model_state_dict
+
+    return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
+def plain(model: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """The adapter as tensors and configuration for the base's own weights. One that began with a part of them, B0 A0,
+    has changed them by B A - B0 A0 = [B, -B0] [A; A0], an adapter of twice the rank."""
+    tensors, config = tensors_of(model), copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    if began := getattr(model, "began_with", None):
+        for name in tensors:
+            if "lora_A" in name:
+                tensors[name] = torch.cat([tensors[name], began[name]])
+            elif "lora_B" in name:
+                tensors[name] = torch.cat([tensors[name], -began[name]], dim=1)
+        config.init_lora_weights, config.r = True, 2 * config.r
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    return tensors, config
 
 
 def same_shape(model: Any, wanted: Adapter) -> None:
@@ -95,7 +124,7 @@ def same_shape(model: Any, wanted: Adapter) -> None:
 
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
     """`model` with the adapter in `folder`. Raises UserError (3) when their tensors do not fit one another."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     try:
         with warnings.catch_warnings():
@@ -106,7 +135,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
         raise UserError(f"{folder}: the adapter does not fit its base: {reason}", code=INTEGRITY) from error
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         there = set(file.keys())
-    wanted = set(get_peft_model_state_dict(both, save_embedding_layers=False))
+    wanted = set(tensors_of(both))
     if there != wanted:
         odd = sorted(there ^ wanted)
         raise UserError(
@@ -140,11 +169,12 @@ def publish(trainer: Any, tokenizer: Tokenizer, base: Path, reference: str) -> d
         model = trainer.plain_model()
         trainer.forget_optimizer()
         model.set_attn_implementation("sdpa")
-        model.peft_config["default"].base_model_name_or_path = reference  # no machine's path in an artifact
-        bits, dtype = trainer.recipe.quantization, trainer.hardware.frozen_dtype
+        bits, dtype = trainer.recipe.quantization, trainer.hardware.frozen_dtype(trainer.recipe.adapter)
+        tensors, config = plain(model)
+        config.base_model_name_or_path = reference  # no machine's path in an artifact
         with rundir.publishing(trainer.artifact.model) as staging:
-            model.save_pretrained(str(staging), save_embedding_layers=False)
-            (staging / "README.md").unlink(missing_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / WEIGHTS)
+            config.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             model.generation_config.save_pretrained(staging)
             checked = compare(model, tokenizer, staging, base, bits, dtype)
@@ -159,15 +189,12 @@ def compare(
     model: Any, tokenizer: Tokenizer, folder: Path, base: Path, bits: Quantization | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
-    from peft import get_peft_model_state_dict
-
     verify.same_tokenizer(tokenizer, folder)
-    trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = verify.same_tensors({k: v.detach().cpu() for k, v in trained.items()}, folder)
+    tensors = verify.same_tensors(plain(model)[0], folder)
     again = frozen(base, bits, dtype)
     fit(again, tokenizer, generation=folder)
     again = put_on(again if bits else again.to(model.device), folder).eval()
-    checked = verify.same_behaviour(model, again, tokenizer)
+    checked = verify.same_behaviour(model, again, tokenizer, TOLERANCE if hasattr(model, "began_with") else 1e-5)
     if bits is None and dtype == torch.float32:
         apart = again
     else:

@@ -28,9 +28,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import launch, rundir
 from llmpipe.engine import upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
-from llmpipe.recipe import Training
+from llmpipe.recipe import Adapter, Training
 
 Say = Callable[[str], None]
+PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165}
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,9 @@ class Hardware:
     bf16: bool
     attention: str
 
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """Of weights that are not trained."""
-        return torch.bfloat16 if self.bf16 else torch.float32
+    def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
+        """Of weights that are not trained. What an adapter is taken out of is not rounded, or it would not fit back."""
+        return torch.bfloat16 if self.bf16 and not adapter.rewrites else torch.float32
 
     def describe(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -88,6 +88,8 @@ def hardware(recipe: Training, say: Say) -> Hardware:
     )
     say(f"precision: {'bf16 arithmetic' if bf16 else 'fp32'}, fp32 master weights ({why})")
     say(f"attention: {attention} ({attention_why})")
+    if recipe.optim.optimizer.startswith("paged") and not on_gpu:
+        say(f"optimizer: {recipe.optim.optimizer}: a CPU has nothing to page to, the moments stay where they are")
     return found
 
 
@@ -176,7 +178,7 @@ def load(
     """
     from llmpipe.engine import adapters
 
-    dtype = found.frozen_dtype if recipe.adapter else torch.float32
+    dtype = found.frozen_dtype(recipe.adapter) if recipe.adapter else torch.float32
     model = adapters.frozen(base or folder, recipe.quantization, dtype, found.attention)
     rows = fit(model, tokenizer)
     if len(tokenizer) > rows:
@@ -258,6 +260,22 @@ def release_memory() -> None:
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def flops_per_token(model: PreTrainedModel, context: int) -> float:
+    """Operations that a token costs in training (Chowdhery 2022, appendix B): 2 per weight forward, 2 for the gradient
+    of what it multiplies, 2 for its own where it is trained, and 12 x layers x width x context for the attention."""
+    embeddings, head, config = model.get_input_embeddings(), model.get_output_embeddings(), model.config
+    looked_up = 0 if embeddings.weight is head.weight else embeddings.weight.numel()  # it multiplies nothing
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * context
+    return 4 * (model.num_parameters() - looked_up) + 2 * trained + attention
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 operations per second of this GPU by its maker's data sheet, where it is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((1e12 * peak for part, peak in PEAK.items() if part in name), None)
 
 
 def memory_gb() -> float:

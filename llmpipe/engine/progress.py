@@ -43,6 +43,7 @@ class Progress:
             f"{line['tokens_per_second']:,.0f} tok/s",
             f"{line['memory_gb']:.1f} GB",
         ]
+        parts += [f"{line['share_of_peak']:.0%} of peak"] if "share_of_peak" in line else []
         if step > self.first:
             rate = (time.monotonic() - self.begun) / (step - self.first)
             parts.append(f"ETA {duration(rate * (self.last - step))}")

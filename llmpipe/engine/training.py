@@ -33,7 +33,11 @@ from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
 from llmpipe.recipe import Training
 from llmpipe.rundir import Artifact
 
-WALL_CLOCK = ("seconds", "tokens_per_second", "memory_gb")  # not part of what a resumed run must repeat
+OPTIMIZERS = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 
 
 def dataset(path: Path) -> Dataset:
@@ -59,6 +63,7 @@ def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardwar
         "num_train_epochs": optim.epochs,
         "max_steps": recipe.steps or -1,
         **schedule(recipe),
+        **({} if optim.optimizer == "adamw" else {"optim": OPTIMIZERS[optim.optimizer]}),
         "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
         "weight_decay": optim.weight_decay,
         "adam_beta1": optim.beta1,
@@ -214,6 +219,8 @@ class _Durable:
         self.signals, self.say = signals, say
         self._pending_evaluation = False
         self._stopped: int | None = None
+        self._per_token = models.flops_per_token(self.model, recipe.data.max_length)
+        self._peak = hardware.processes * (models.peak_flops() or 0)
         self._best: tuple[float, int] | None = None
         self._worse = 0
         self._tokens = 0
@@ -502,6 +509,8 @@ class _Durable:
             everywhere = (self._tokens - tokens) * self.args.world_size
             line["tokens_per_second"] = round(everywhere / max(now - since, 1e-9), 1)
             self._last_logged = (now, self._tokens)
+            if self._peak:
+                line["share_of_peak"] = round(line["tokens_per_second"] * self._per_token / self._peak, 4)
         line |= {"memory_gb": round(models.memory_gb(), 3), "seconds": round(now - self._begun, 3)}
         with (self.artifact.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -191,3 +191,6 @@ def silence() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     # and PEFT asks a model for it under its old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", "Paged optimizers are not supported on CPU", UserWarning
+    )  # said once, by `hardware`
