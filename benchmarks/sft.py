@@ -1,6 +1,7 @@
 """SFT rows per second and memory: llmpipe against bare TRL, on the same rows, model, precision and cores.
 
     python benchmarks/sft.py --model DIR --rows alpaca.json --packing --pairs 8
+    python benchmarks/sft.py --model DIR --rows alpaca.json --packing --pairs 8 --stage qlora
 
 Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
 imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
@@ -29,19 +30,22 @@ def prepare(args, home: Path, packing: bool) -> Path:
     rows = json.loads(Path(args.rows).read_text())[: args.count]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
+    adapter = {} if args.stage == "sft" else {"adapter": {"rank": 8, "alpha": 16}}
     recipe = {
-        "stage": "sft",
+        "stage": args.stage,
         "name": "packed" if packing else "unpacked",
         "run": str(home),
         "model": args.model,
         "seed": 0,
         "data": {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing},
         "optim": {
-            "learning_rate": 2e-5, "batch_size": args.batch, "precision": args.precision,
+            "learning_rate": rate(args), "batch_size": args.batch, "precision": args.precision,
             "scheduler": "linear", "warmup": 0,
         },
         "log": {"every": 1},
         "checkpoint": {"every": 10**6},
+        **adapter,
+        **({"quantization": {"bits": 4}} if args.stage == "qlora" else {}),
         "launch": launch | ({"micro_batch_size": args.micro_batch} if args.micro_batch else {}),
     }  # fmt: skip
     path = home / f"{recipe['name']}.yaml"
@@ -53,28 +57,43 @@ def prepare(args, home: Path, packing: bool) -> Path:
     return home / recipe["name"]
 
 
+def rate(args) -> float:
+    """The peak learning rate."""
+    return 2e-5 if args.stage == "sft" else 2e-4
+
+
 def common(args, out: str) -> dict:
     """What both sides are told: nothing here is a matter of speed."""
     return dict(  # noqa: C408  names of fields
                 output_dir=out, max_length=args.max_length, packing=args.packing, bf16=args.precision == "bf16", seed=0,
-                num_train_epochs=1, learning_rate=2e-5, use_cpu=True, logging_steps=1, save_strategy="no",
+                num_train_epochs=1, learning_rate=rate(args), use_cpu=True, logging_steps=1, save_strategy="no",
                 report_to="none", disable_tqdm=True)  # fmt: skip
 
 
 def run_trl(args, dataset, tokenizer, callback, out: str):
     """Bare TRL, as its documentation has it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    half = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    how, peft = {"dtype": torch.float32 if args.stage == "sft" else half}, None
+    if args.stage != "sft":
+        peft = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.stage == "qlora":
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
+        )
+    model = AutoModelForCausalLM.from_pretrained(args.model, **how)
     config = SFTConfig(
         **common(args, out),
         per_device_train_batch_size=args.batch,
         gradient_checkpointing=args.checkpointing or args.trl_default,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+    named = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [callback], "peft_config": peft}
+    trainer = SFTTrainer(model, config, **named)
     trainer.train()
     return trainer
 
@@ -95,7 +114,7 @@ def run_llmpipe(args, folder: Path, callback):
     training._Durable.attach = attached
     job = worker.open_job(rundir.Artifact(folder), launch.Signals())
     with contextlib.redirect_stdout(sys.stderr):
-        stage("sft").train(job, rundir.read_json(folder / "prepared.json"))
+        stage(job.recipe.stage).train(job, rundir.read_json(folder / "prepared.json"))
     return seen[0]
 
 
@@ -171,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model with a ChatML tokenizer")
     parser.add_argument("--rows", required=True, help="JSON list of Alpaca rows")
+    parser.add_argument("--stage", choices=["sft", "lora", "qlora"], default="sft")
     parser.add_argument("--count", type=int, default=96, help="rows used")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--packing", action="store_true")

@@ -1,6 +1,7 @@
-"""`make faults`: RELIABILITY.md's figures for sft, by the dozen. FAULTS=full runs the nightly numbers."""
+"""`make faults`: RELIABILITY.md's figures for every stage that trains, by the dozen. FAULTS=full: the nightly ones."""
 
 import os
+import pydoc_data.topics
 import random
 import shutil
 import signal
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tests import life
+from tests import life, test_adapters, test_pretrain
 from tests.test_life import begin_again, copy, passed_over
 from tests.test_processes import PYTHON, processes_of, run, start
 
@@ -17,56 +18,97 @@ FULL = os.environ.get("FAULTS") == "full"
 SEED = 20261121
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    return life.command(life.write(tmp_path_factory.mktemp("straight") / "run"))
+# How many trials a stage gets: the loop is shared, so sft stands for most of it.
+SHARE = {"sft": 1.0, "lora": 0.4, "qlora": 0.4, "pretrain": 0.4, "stream": 0.4}
 
 
 @pytest.fixture(scope="module")
-def duration(tmp_path_factory):
-    """Seconds of an uninterrupted trial, after a warm-up."""
-    for i in range(2):
-        begun = time.monotonic()
-        assert life.Trial(life.write(tmp_path_factory.mktemp(f"time{i}") / "run")).wait() == 0
-    return time.monotonic() - begun
+def writers(tmp_path_factory):
+    """{stage: a function that writes its recipe for a run}; `stream` is pretrain without a copy of the tokens."""
+    texts = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (texts / f"{name}.txt").write_text(text)
+    return {
+        "sft": life.write,
+        "lora": lambda run: test_adapters.write(run, "lora"),
+        "qlora": lambda run: test_adapters.write(run, "qlora"),
+        "pretrain": lambda run: test_pretrain.write(run, texts),
+        "stream": lambda run: test_pretrain.write(run, texts, **test_pretrain.streamed(texts)),
+    }
 
 
-CHECKPOINT_FILES = [
-    "model.safetensors", "config.json", "generation_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-    "trainer_state.json", "llmpipe.json", "sums.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+@pytest.fixture(scope="module")
+def made(writers, tmp_path_factory):
+    """{stage: an artifact made without interruption, and the seconds that a warm trial of it takes}, when asked for."""
+    known = {}
+
+    def make(stage):
+        if stage not in known:
+            for i in range(2):
+                begun = time.monotonic()
+                trial = life.Trial(writers[stage](tmp_path_factory.mktemp(f"{stage}{i}") / "run"))
+                assert trial.wait() == 0, trial.text()
+            seconds = time.monotonic() - begun
+            known[stage] = life.command(writers[stage](tmp_path_factory.mktemp(stage) / "run")), seconds
+        return known[stage]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(made):
+    return made("sft")[0]
+
+
+EVERY = [
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "llmpipe.json", "sums.json",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 ]  # fmt: skip
+WHOLE = [*EVERY, "model.safetensors", "config.json", "generation_config.json"]
+ADAPTER = [*EVERY, "adapter_model.safetensors", "adapter_config.json"]
+CHECKPOINT_FILES = {"sft": WHOLE, "lora": ADAPTER, "qlora": ADAPTER, "pretrain": WHOLE, "stream": WHOLE}
+STATES = [(stage, name) for stage, names in CHECKPOINT_FILES.items() for name in names]
+CUTS = [(stage, kept) for stage, names in CHECKPOINT_FILES.items() for kept in range(len(names))]
+
+
+def trials(count):
+    """(stage, number) of as many random trials as each stage gets."""
+    return [(stage, i) for stage, share in SHARE.items() for i in range(count if FULL else round(count * share / 2))]
 
 
 @pytest.mark.parametrize("hurt", ["missing", "empty", "half", "flipped"])
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_crash_state_matrix(straight, tmp_path, name, hurt):
+@pytest.mark.parametrize(("stage", "name"), STATES)
+def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
     """R2: every file of the newest checkpoint missing, empty, half, flipped: the end is the straight run's."""
-    assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(CHECKPOINT_FILES)
-    passed_over(straight, tmp_path, name, hurt)
+    straight, _ = made(stage)
+    assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(CHECKPOINT_FILES[stage])
+    passed_over(straight, tmp_path, name, hurt, writers[stage])
 
 
-@pytest.mark.parametrize("kept", range(len(CHECKPOINT_FILES)))
-def test_every_prefix_of_a_save(straight, tmp_path, kept):
+@pytest.mark.parametrize(("stage", "kept"), CUTS)
+def test_every_prefix_of_a_save(made, writers, tmp_path, stage, kept):
     """R2: a save that was cut after any number of files leaves a staging folder that nobody takes for a checkpoint."""
+    straight, _ = made(stage)
     artifact = copy(straight, tmp_path)
-    begin_again(artifact)
+    begin_again(artifact, writers[stage])
     whole = artifact.checkpoints / "step-12"
     staging = artifact.checkpoints / ".step-12.staging"
     whole.rename(staging)
     for path in sorted(staging.iterdir())[kept:]:
         path.unlink()
-    life.command(life.write(artifact.run))
+    life.command(writers[stage](artifact.run))
     assert life.essence(artifact) == life.essence(straight)
 
 
-@pytest.mark.parametrize("trial", range(60 if FULL else 25))
-def test_kill_at_random(straight, duration, tmp_path, trial):
+@pytest.mark.parametrize(("stage", "trial"), trials(60))
+def test_kill_at_random(made, writers, tmp_path, stage, trial):
     """R3: one to three kills anywhere in the life of the command, then the same command once more."""
-    rng = random.Random(SEED + trial)
-    path = life.write(tmp_path / "run")
+    straight, seconds = made(stage)
+    rng = random.Random(f"{SEED} {stage} {trial}")
+    path = writers[stage](tmp_path / "run")
     for _ in range(rng.randint(1, 3)):
         victim = life.Trial(path)
-        time.sleep(rng.uniform(0.05, duration))
+        time.sleep(rng.uniform(0.05, seconds))
         victim.process.kill()
         assert victim.wait() in (-signal.SIGKILL, 0), victim.text()
     artifact = life.command(path)
@@ -105,13 +147,14 @@ def cmdline(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("trial", range(30 if FULL else 15))
-def test_sigterm_at_random(straight, duration, tmp_path, trial):
+@pytest.mark.parametrize(("stage", "trial"), trials(30))
+def test_sigterm_at_random(made, writers, tmp_path, stage, trial):
     """R5: SIGTERM anywhere: 143 within five seconds (one tiny step is far below), then an exact resume."""
-    rng = random.Random(SEED + 2000 + trial)
-    path = life.write(tmp_path / "run")
+    straight, seconds = made(stage)
+    rng = random.Random(f"{SEED} term {stage} {trial}")
+    path = writers[stage](tmp_path / "run")
     victim = life.Trial(path)
-    time.sleep(rng.uniform(0.3, duration))
+    time.sleep(rng.uniform(0.3, seconds))
     victim.process.terminate()
     begun = time.monotonic()
     code = victim.wait()

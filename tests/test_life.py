@@ -195,17 +195,17 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, name, hurt):
     passed_over(straight, tmp_path, name, hurt)
 
 
-def passed_over(straight, tmp_path, name, hurt):
+def passed_over(straight, tmp_path, name, hurt, write=life.write):
     """Damage a file of the newest checkpoint, run the command again, compare with the straight run."""
     artifact = copy(straight, tmp_path)
-    begin_again(artifact)
+    begin_again(artifact, write)
     damage(artifact.checkpoints / "step-12" / name, hurt)
-    life.command(life.write(artifact.run))
+    life.command(write(artifact.run))
     assert "step-12 is damaged" in (artifact.path / "log.txt").read_text()
     assert life.essence(artifact) == life.essence(straight)
 
 
-def begin_again(artifact):
+def begin_again(artifact, write=life.write):
     """Take a finished artifact back to the moment before it was published."""
     manifest = artifact.manifest()
     from llmpipe import plan
@@ -213,8 +213,9 @@ def begin_again(artifact):
     from llmpipe.stages import schema
     from llmpipe.worker import write_plan
 
-    made = load(life.write(artifact.run), schema("sft"))
-    decision = plan.decide(artifact, made, ("model",), "checkpoints/step-*")
+    path = write(artifact.run)
+    made = load(path, schema(manifest["stage"]))
+    decision = plan.decide(artifact, made, ("model", "adapter"), "checkpoints/step-*")
     assert decision.action == "skip"
     write_plan(artifact, made, decision)
     assert manifest["identity"] == decision.identity
