@@ -2,9 +2,8 @@
 
     python benchmarks/stream.py 20 2000
 
-Each size (in MB) is generated, trained on for the same number of steps by the stage itself in a process of its own, and
-then read to its end by the stream alone (`--steps 0` leaves the training out). The ratio is that of the largest to the
-smallest size.
+Each size (in MB) is generated and trained on for the same number of steps by the stage itself, in a process of its own;
+`--read` then lets the stream alone read it to its end. The ratio is that of the last to the first size.
 """
 
 import argparse
@@ -75,37 +74,34 @@ def measure(args) -> dict:
     with tempfile.TemporaryDirectory() as home:
         rows = Path(home, "rows.jsonl")
         generate(rows, args.sizes[0])
-        out = {}
-        path = recipe(Path(home), rows, max(args.steps, 1))
-        if args.steps:
+        path = recipe(Path(home), rows, args.steps)
+        if not args.read:
             command = [sys.executable, "-c", "import trl, bitsandbytes; from trl import SFTTrainer"]
             subprocess.run(command, check=True, capture_output=True)
             imports = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
             train(path)
-            out["train"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 - imports
-        return out | read(path)
+            return {"train": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 - imports}
+        return read(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=int, nargs="+", help="megabytes of jsonl")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--read", action="store_true", help="no training: read the whole file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args)))
         return
-    found = []
+    above = []
     for size in args.sizes:
-        command = [sys.executable, __file__, str(size), "--steps", str(args.steps), "--one"]
+        command = [sys.executable, __file__, str(size), "--steps", str(args.steps), "--one"] + ["--read"] * args.read
         one = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        found.append(one)
-        trained = f"trained with a peak of {one['train']:.1f} MB above the imports; " if "train" in one else ""
-        rate = f"{one['tokens'] / 1e6:.1f} M tokens in {one['seconds']:.0f} s"
-        print(f"{size} MB: {trained}read whole: {rate}, {one['above']:.1f} MB above the start", flush=True)
-    for name in ("train", "above"):
-        if name in found[0] and len(found) > 1:
-            print(f"ratio, {name}: {found[-1][name] / found[0][name]:.2f}")
+        above.append(one["train"] if "train" in one else one["above"])
+        rate = f", {one['tokens'] / 1e6:.1f} M tokens in {one['seconds']:.0f} s" if args.read else ""
+        print(f"{size} MB: peak {above[-1]:.1f} MB above the {'start' if args.read else 'imports'}{rate}", flush=True)
+    print(f"ratio: {above[-1] / above[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def resolve(
         return Model("gguf", reference, {"gguf": rundir.sha256_file(path)}, path)
     if rundir.is_artifact(path):
         return _from_artifact(Artifact(path), "", accepts, reference, at, keep)
-    check_folder(path)
+    check_folder(path, weights=at != "tokenizer")
     if (path / "adapter_config.json").exists():
         problem = f"{at}: {reference}: an adapter whose base no manifest names"
         raise UserError(problem, "merge it into its base first", INTEGRITY)
@@ -192,10 +192,11 @@ def _from_hub(reference: str, at: str, pinned: dict[str, Any] | None) -> Model:
     return Model("hub", reference, {"hub": reference, "revision": folder.name}, folder)
 
 
-def check_folder(folder: Path, home: Path | None = None) -> None:
+def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True) -> None:
     """Refuse a model folder that is not plain safetensors + JSON before any library opens it. Raises UserError (3).
 
     A snapshot in the Hub's cache is made of links into `home`, the cache of that repository; no other link is followed.
+    A folder that is there for its tokenizer needs no `weights`.
     """
 
     def refuse(path: Path, why: str) -> None:
@@ -203,6 +204,7 @@ def check_folder(folder: Path, home: Path | None = None) -> None:
 
     adapter = (folder / "adapter_config.json").exists()
     config = rundir.read_json(folder / ("adapter_config.json" if adapter else "config.json"))
+    config = config if weights else config or {}
     if not isinstance(config, dict):
         raise UserError(f"{folder}: no readable config.json: this is not a model folder")
     if "auto_map" in config:
@@ -214,6 +216,8 @@ def check_folder(folder: Path, home: Path | None = None) -> None:
             refuse(path, "a link in a model folder")
         if path.suffix == ".py":
             refuse(path, "code in a model folder")
+    if not weights:
+        return
     index = rundir.read_json(folder / "model.safetensors.index.json")
     names = {"adapter_model.safetensors" if adapter else "model.safetensors"}
     names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else names

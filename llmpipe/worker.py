@@ -106,7 +106,7 @@ def open_job(artifact: Artifact, signals: launch.Signals, *, inexact: bool = Fal
                 print(line, file=log)
 
     converted = artifact.run / ".prepared"
-    folders = {at: model_folder(model, converted) for at, model in plan["models"].items()}
+    folders = {at: model_folder(model, converted, at != "tokenizer") for at, model in plan["models"].items()}
     bases = {at: model_folder(m["base"], converted) for at, m in plan["models"].items() if is_adapter(m)}
     return Job(artifact, recipe, folders, bases, plan, say, signals, inexact)
 
@@ -115,7 +115,7 @@ def is_adapter(model: dict[str, Any]) -> bool:
     return model["kind"] == "artifact" and "base" in model
 
 
-def model_folder(model: dict[str, Any], converted: Path) -> Path:
+def model_folder(model: dict[str, Any], converted: Path, weights: bool = True) -> Path:
     """Where a model of a plan lies: fetched from the Hub at its pinned commit, or made by `convert` in `converted`."""
     if model["kind"] == "gguf":
         return converted / f"gguf-{model['identity']['gguf'][:16]}"
@@ -124,21 +124,21 @@ def model_folder(model: dict[str, Any], converted: Path) -> Path:
     if model["kind"] == "hub":
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", *["*.safetensors"] * weights]
         name, commit = model["reference"].partition("@")[0], model["identity"]["revision"]
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
     return Path(model["folder"]).expanduser()
 
 
 def convert(job: Job) -> None:
-    for model in job.plan["models"].values():
-        convert_one(model, job.artifact.run / ".prepared", job.say)
+    for at, model in job.plan["models"].items():
+        convert_one(model, job.artifact.run / ".prepared", job.say, at != "tokenizer")
 
 
-def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
+def convert_one(model: dict[str, Any], converted: Path, say: Any, weights: bool = True) -> Path:
     """Make of a model, and of its base, a folder that can be loaded, if it is none yet."""
     base = convert_one(model["base"], converted, say) if "base" in model else None
-    folder = model_folder(model, converted)
+    folder = model_folder(model, converted, weights)
     if model["kind"] in ("gguf", "merged"):
         with Lock(Artifact(folder)).acquire(wait=3600):  # another stage of the run may need the same one
             if not (folder / "config.json").exists():
@@ -152,7 +152,7 @@ def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
                     check_folder(source)
                     say(f"{model['reference']}: merging the adapter into its base, once for this run")
                     adapters.merge(base, source, folder)
-    check_folder(folder, folder.parent.parent if model["kind"] == "hub" else None)
+    check_folder(folder, folder.parent.parent if model["kind"] == "hub" else None, weights=weights)
     if model["kind"] == "hub" and (folder / "adapter_config.json").exists():
         raise UserError(
             f"{model['reference']}: an adapter whose base no manifest names", "merge it into its base first"
@@ -161,8 +161,7 @@ def convert_one(model: dict[str, Any], converted: Path, say: Any) -> Path:
 
 
 def prepare(job: Job) -> None:
-    for model in job.plan["models"].values():
-        convert_one(model, job.artifact.run / ".prepared", job.say)  # checks the folders that are there already
+    convert(job)  # checks the folders that are there already
     prepared = stage(job.recipe.stage).prepare(job)
     rundir.write_json(job.artifact.path / "prepared.json", prepared)
 

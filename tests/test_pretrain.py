@@ -240,6 +240,35 @@ def test_gpt2_small_has_124_million_weights():
     assert recipe.optim.batch_tokens == 524_288 and recipe.steps == 19_073 and recipe.optim.warmup == 715
 
 
+class Vocabulary:
+    """As much of GPT-2's tokenizer as `build` asks for."""
+
+    bos_token_id = eos_token_id = pad_token_id = 50256
+
+    def __len__(self):
+        return 50257
+
+    def convert_tokens_to_ids(self, tokens):
+        return [50256 for _ in tokens]
+
+
+def test_gpt2_small_begins_at_chance():
+    """Its first loss is ln(vocabulary) and half the variance of random logits, which is some 0.55 squared."""
+    import torch
+
+    from llmpipe.engine import models
+
+    recipe = load(life.ROOT / "recipes" / "gpt2-124m.yaml", schema("pretrain"))
+    found = models.Hardware("cpu", 1, 1, 1, 1, False, "sdpa")
+    model = models.build(recipe, Vocabulary(), found, {"stop_tokens": ["<|endoftext|>"]}, lambda line: None)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    torch.manual_seed(1)
+    ids = torch.randint(0, 50257, (1, 512))
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert math.log(50257) + 0.05 < loss < math.log(50257) + 0.25
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -259,6 +288,17 @@ def test_recipes(texts, tmp_path, changes, message):
     with pytest.raises(UserError) as refused:
         load(write(tmp_path / "run", texts, **changes), schema("pretrain"))
     assert message in str(refused.value)
+
+
+def test_a_folder_with_nothing_but_a_tokenizer(straight, texts, tmp_path):
+    (tmp_path / "alone").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "alone" / name).write_bytes((straight.model / name).read_bytes())
+    made = life.command(write(tmp_path / "run", texts, tokenizer=str(tmp_path / "alone"), optim__steps=1))
+    assert rundir.table(made.model)["tokenizer.json"] == rundir.table(straight.model)["tokenizer.json"]
+    (tmp_path / "alone" / "modeling.py").write_text("")
+    with pytest.raises(UserError, match="code in a model folder"):
+        life.command(write(tmp_path / "other", texts, tokenizer=str(tmp_path / "alone"), optim__steps=1))
 
 
 def test_equal_documents_give_the_same_tokenizer(straight, texts, tmp_path):

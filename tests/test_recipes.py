@@ -56,6 +56,7 @@ def test_they_are_all_found():
         "gpt2-124m.yaml",
         "llama-1b.yaml",
         "lora.yaml",
+        "pretrain-tiny.yaml",
         "pretrain.yaml",
         "qlora-8b.yaml",
         "qlora.yaml",

@@ -173,7 +173,7 @@ def keep_unpacked(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-NOISE = {  # logger -> start of a line that is of no use to the user, and why
+NOISE = {  # logger -> words of a line that is of no use to the user, and why
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; without it the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
@@ -185,8 +185,8 @@ NOISE = {  # logger -> start of a line that is of no use to the user, and why
 
 def silence() -> None:
     """Drop the lines that say nothing to a user. Call before TRL's trainers, and so bitsandbytes, are imported."""
-    for name, start in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
+    for name, words in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, words=words: words not in record.getMessage())
     # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     # and PEFT asks a model for it under its old name

@@ -1,7 +1,11 @@
-"""SFT rows per second and memory: llmpipe against bare TRL, on the same rows, model, precision and cores.
+"""Rows per second and memory of training: llmpipe against a bare peer, on the same rows, model, precision and cores.
 
-    python benchmarks/sft.py --model DIR --rows alpaca.json --packing --pairs 8
-    python benchmarks/sft.py --model DIR --rows alpaca.json --packing --pairs 8 --stage qlora
+    python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8
+    python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8 --stage qlora
+    python benchmarks/training.py --model DIR --rows alpaca.json --pairs 8 --stage pretrain --count 400
+
+The peer is TRL (with PEFT for lora and qlora); for pretrain, where rows are text, the model starts from random weights
+and DIR gives the tokenizer, it is a loop of PyTorch: forward, backward, clipping, fused AdamW.
 
 Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
 imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 # One-sided 95 % quantile of Student's t, by degrees of freedom; 1.645 from there on.
 T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761]
@@ -28,24 +33,30 @@ T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 
 def prepare(args, home: Path, packing: bool) -> Path:
     """`llmpipe prepare` on the first `count` rows; the artifact's folder, ready to train."""
     rows = json.loads(Path(args.rows).read_text())[: args.count]
+    if args.stage == "pretrain":
+        rows = [{"text": " ".join(row.values())} for row in rows]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
-    adapter = {} if args.stage == "sft" else {"adapter": {"rank": 8, "alpha": 16}}
+    extra = {"adapter": {"rank": 8, "alpha": 16}} if "lora" in args.stage else {}
+    extra |= {"quantization": {"bits": 4}} if args.stage == "qlora" else {}
+    data = {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing}
+    batch = {"batch_size": args.batch}
+    if args.stage == "pretrain":
+        extra, batch = {"tokenizer": args.model, "architecture": SHAPE}, {"batch_tokens": args.batch * args.max_length}
+        del data["packing"]
     recipe = {
         "stage": args.stage,
         "name": "packed" if packing else "unpacked",
         "run": str(home),
-        "model": args.model,
+        **({} if args.stage == "pretrain" else {"model": args.model}),
         "seed": 0,
-        "data": {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing},
+        "data": data,
         "optim": {
-            "learning_rate": rate(args), "batch_size": args.batch, "precision": args.precision,
-            "scheduler": "linear", "warmup": 0,
+            "learning_rate": rate(args), **batch, "precision": args.precision, "scheduler": "linear", "warmup": 0,
         },
         "log": {"every": 1},
         "checkpoint": {"every": 10**6},
-        **adapter,
-        **({"quantization": {"bits": 4}} if args.stage == "qlora" else {}),
+        **extra,
         "launch": launch | ({"micro_batch_size": args.micro_batch} if args.micro_batch else {}),
     }  # fmt: skip
     path = home / f"{recipe['name']}.yaml"
@@ -55,6 +66,9 @@ def prepare(args, home: Path, packing: bool) -> Path:
         sys.exit(f"llmpipe prepare failed:\n{done.stdout}{done.stderr}")
     print(done.stdout.splitlines()[-1], flush=True)
     return home / recipe["name"]
+
+
+SHAPE = {"layers": 6, "width": 384, "heads": 6, "ffn": 1024}
 
 
 def rate(args) -> float:
@@ -96,6 +110,37 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     trainer = SFTTrainer(model, config, **named)
     trainer.train()
     return trainer
+
+
+def run_loop(args, dataset, tokenizer, callback, out: str):
+    """A bare loop over the same blocks, in the order that llmpipe takes them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": SHAPE["width"], "num_hidden_layers": SHAPE["layers"], "vocab_size": len(tokenizer)}
+    shape |= {"num_attention_heads": SHAPE["heads"], "num_key_value_heads": SHAPE["heads"]}
+    shape |= {"intermediate_size": SHAPE["ffn"], "max_position_embeddings": args.max_length}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", tie_word_embeddings=True, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate(args), weight_decay=0.0, fused=True)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    order = [i for i in order if len(dataset[i]["input_ids"]) == args.max_length]
+    steps = [order[i : i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
+    history = []
+    for step in steps:
+        callback.on_step_begin()
+        ids = torch.tensor([dataset[i]["input_ids"] for i in step])
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append({"loss": float(loss)})
+        callback.on_step_end()
+    return SimpleNamespace(state=SimpleNamespace(log_history=history), seen=len(steps) * args.batch)
 
 
 def run_llmpipe(args, folder: Path, callback):
@@ -144,8 +189,10 @@ def measure(args) -> dict:
     folder = home / ("packed" if args.packing else "unpacked")
     rows = datasets.Dataset.from_file(str(home / ".prepared" / key_of(folder) / "train.arrow"))
     with tempfile.TemporaryDirectory() as out:
-        if args.side == "trl":
-            trainer = run_trl(args, rows, AutoTokenizer.from_pretrained(args.model), clock, out)
+        if args.side == "peer":
+            trainer = (run_loop if args.stage == "pretrain" else run_trl)(
+                args, rows, AutoTokenizer.from_pretrained(args.model), clock, out
+            )
         else:
             shutil.copytree(home / ("packed" if args.packing else "unpacked"), Path(out, "sft"))
             Path(out, ".prepared").symlink_to(home / ".prepared")
@@ -155,7 +202,8 @@ def measure(args) -> dict:
     return {
         "seconds": seconds,
         "cpu": cpu,
-        "rows_per_second": args.count / seconds,
+        # the loop leaves out the last batch, which is not whole
+        "rows_per_second": getattr(trainer, "seen", len(rows)) / seconds,
         "peak": resident("VmHWM") - bare,
         "losses": [step["loss"] for step in history],
         "accuracy": [step.get("mean_token_accuracy") for step in history],
@@ -190,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model with a ChatML tokenizer")
     parser.add_argument("--rows", required=True, help="JSON list of Alpaca rows")
-    parser.add_argument("--stage", choices=["sft", "lora", "qlora"], default="sft")
+    parser.add_argument("--stage", choices=["sft", "lora", "qlora", "pretrain"], default="sft")
     parser.add_argument("--count", type=int, default=96, help="rows used")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--packing", action="store_true")
@@ -205,7 +253,7 @@ def main() -> None:
         "--trl-default", action="store_true", help="bare TRL recomputes activations, as it does by default"
     )
     parser.add_argument("--checkpointing", action="store_true", help="both recompute activations in the backward pass")
-    parser.add_argument("--side", choices=["trl", "llmpipe"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["peer", "llmpipe"], help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -221,21 +269,21 @@ def main() -> None:
 
 def compare(args, home: Path) -> None:
     """The pairs, one after the other, and what they say."""
-    ratios, cpu, peaks = [], [], {"trl": [], "llmpipe": []}
+    ratios, cpu, peaks = [], [], {"peer": [], "llmpipe": []}
     for pair in range(args.pairs):
-        trl = spawn(args, home, "trl", args.packing and not args.against_unpacked)
+        peer = spawn(args, home, "peer", args.packing and not args.against_unpacked)
         own = spawn(args, home, "llmpipe", args.packing)
-        ratios.append(own["rows_per_second"] / trl["rows_per_second"])
-        cpu.append(trl["cpu"] / own["cpu"])
-        peaks["trl"].append(trl["peak"])
+        ratios.append(own["rows_per_second"] / peer["rows_per_second"])
+        cpu.append(peer["cpu"] / own["cpu"])
+        peaks["peer"].append(peer["peak"])
         peaks["llmpipe"].append(own["peak"])
         apart = math.nan  # packed against unpacked: other batches, nothing to compare
-        if len(trl["losses"]) == len(own["losses"]):
-            apart = max(abs(a - b) for a, b in zip(trl["losses"], own["losses"], strict=True))
-        seconds = f"trl {trl['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}"
-        memory = f"peaks {trl['peak'] / 2**30:.2f} and {own['peak'] / 2**30:.2f} GiB"
+        if abs(len(peer["losses"]) - len(own["losses"])) <= 1:
+            apart = max(abs(a - b) for a, b in zip(peer["losses"], own["losses"], strict=False))
+        seconds = f"peer {peer['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}"
+        memory = f"peaks {peer['peak'] / 2**30:.2f} and {own['peak'] / 2**30:.2f} GiB"
         print(f"pair {pair + 1}: {seconds}, {memory}, losses apart {apart:.1e}", flush=True)
-    print("losses  trl    ", *(f"{loss:.5f}" for loss in trl["losses"]))
+    print("losses  peer   ", *(f"{loss:.5f}" for loss in peer["losses"]))
     print("losses  llmpipe", *(f"{loss:.5f}" for loss in own["losses"]))
     for what, values in {"ratio": ratios, "ratio of processor seconds, for a busy machine": cpu}.items():
         print(f"{what}: median {statistics.median(values):.2f}, 95 % lower bound {lower_bound(values):.2f}")
