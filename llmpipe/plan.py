@@ -134,7 +134,7 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
         )
     identity = {"artifact": parent.name, "fingerprint": manifest["fingerprint"]}
     parents = [{"name": parent.name, "fingerprint": identity["fingerprint"]}]
-    if manifest["kind"] != "adapter":
+    if not (parent.model / "adapter_config.json").exists():  # a reward model may be an adapter, too
         return Model("artifact", reference, identity, parent.model, parents)
     base = _base_of(parent, manifest["base"], at)
     if keep:

@@ -97,21 +97,39 @@ class Prepared(Section):
     """Processes that tokenize; `auto` is one per core, and one alone for small data."""
 
 
-class Data(Prepared):
-    blocks: ClassVar[bool] = False
+class Templated(Prepared):
+    """Rows that a chat template renders."""
+
     stream: ClassVar[bool] = False
+
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Extra variables for the template, such as `enable_thinking`."""
+
+
+class Data(Templated):
+    kind: ClassVar[str] = "rows"
 
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as
     truncated) or rejected; a longer text is split into pieces."""
     packing: bool = True
     """Fill sequences of `max_length` with several rows that do not see one another."""
-    template: str = "auto"
-    """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja file."""
-    chat_template_kwargs: dict[str, Any] = {}
-    """Extra variables for the template, such as `enable_thinking`."""
     loss: Literal["assistant", "all"] = "assistant"
     """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
+
+
+class Pairs(Templated):
+    """Preferences: a prompt with a chosen and a rejected answer."""
+
+    kind: ClassVar[str] = "pairs"
+    packing: ClassVar[bool] = False
+    loss: ClassVar[str] = "assistant"
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest prompt with one of its answers, in tokens; a longer answer is cut there (counted as truncated), and a row
+    whose answers are then the same, or whose prompt leaves no room, is rejected."""
 
 
 class AdamW(Section):
@@ -303,8 +321,6 @@ class Training(Recipe):
     """Hold the frozen model in few bits; needs `adapter`."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     """Evaluation during training."""
-    samples: Samples = Field(default_factory=Samples)
-    """Prompts that show what changed."""
     checkpoint: Checkpoint = cosmetic(default_factory=Checkpoint)
     """Resumable state."""
     log: Log = cosmetic(default_factory=Log)
@@ -350,6 +366,13 @@ class Training(Recipe):
     def files(self) -> dict[str, str]:
         own = self.data.template not in ("auto", *TEMPLATES)
         return {"data.template": self.data.template} if own else {}
+
+
+class Generating(Training):
+    """What every stage shares that trains a model to answer."""
+
+    samples: Samples = Field(default_factory=Samples)
+    """Prompts that show what changed."""
 
 
 def science(section: BaseModel) -> dict[str, Any]:

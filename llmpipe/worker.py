@@ -179,7 +179,8 @@ def train(job: Job) -> None:
         for name in about.pop("merged", ()):  # first: where it is missing, the adapter is not finished either
             also = Artifact(artifact.run / name)
             (also.path / "recipe.yaml").write_bytes((artifact.path / "recipe.yaml").read_bytes())
-            also.commit({**about, "kind": "model", "name": name, "merged_from": artifact.name})
+            kind = "model" if about["kind"] == "adapter" else about["kind"]
+            also.commit({**about, "kind": kind, "name": name, "merged_from": artifact.name})
             job.say(f"{also.path}: model published, the adapter merged into its base")
         manifest = artifact.commit(about)
         count = len(manifest["files"])

@@ -94,18 +94,15 @@ def term_in_prepare():
 
 
 def nan_loss(step):
-    from trl import SFTTrainer
+    from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
-    from llmpipe.engine import training
+    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer):
 
-    original = SFTTrainer.compute_loss
+        def compute_loss(self, model, inputs, *args, original=trainer.compute_loss, **kwargs):
+            loss = original(self, model, inputs, *args, **kwargs)
+            return loss * float("nan") if self.state.global_step == step - 1 and model.training else loss
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = original(self, model, inputs, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == step - 1 and model.training else loss
-
-    SFTTrainer.compute_loss = compute_loss
-    assert training
+        trainer.compute_loss = compute_loss
 
 
 def nan_gradient(step):

@@ -52,6 +52,7 @@ def test_they_are_all_found():
     names = [str(path.relative_to(ROOT / "recipes")) for path in SHIPPED]
     assert names == [
         "alpaca.yaml",
+        "dpo.yaml",
         "eval.yaml",
         "gpt2-124m.yaml",
         "llama-1b.yaml",
@@ -61,9 +62,13 @@ def test_they_are_all_found():
         "qlora-8b.yaml",
         "qlora.yaml",
         "quickstart.yaml",
+        "reward.yaml",
         "sft.yaml",
+        "tiny/dpo.yaml",
         "tiny/eval.yaml",
+        "tiny/reward.yaml",
         "tiny/sft.yaml",
+        "zephyr.yaml",
     ]
 
 

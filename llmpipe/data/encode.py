@@ -20,19 +20,22 @@ import pyarrow as pa
 
 from llmpipe.data import templates
 from llmpipe.data.formats import Rejected, convert, question, taught_bytes
-from llmpipe.data.pack import IGNORED, LIST, Piece
+from llmpipe.data.pack import COLUMNS, IGNORED, Piece
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
 
-# One row per piece of a kept row. Equal rows have equal hashes; `asks` is `hash_of` what the row asks, `bytes` the size
-# of what it teaches; `first` is true for the first piece of a row.
-SCHEMA = pa.schema(
-    {"ids": LIST, "labels": LIST, "hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
-)
+# One row per piece of a kept row: the columns of pack.COLUMNS for the kind of data, and these. Equal rows have equal
+# hashes; `asks` is `hash_of` what the row asks, `bytes` the size of what it teaches; `first` is true for the first
+# piece of a row.
+ABOUT = {"hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
+
+
+def schema_of(kind: str) -> pa.Schema:
+    return pa.schema(COLUMNS[kind] | ABOUT)
 
 
 class Batch(NamedTuple):
-    """A chunk's result: `pieces` in SCHEMA and in source order, prepare's COUNTS, and (row, reason, detail)."""
+    """A chunk's result: `pieces` of `schema_of` and in source order, prepare's COUNTS, and (row, reason, detail)."""
 
     pieces: pa.RecordBatch
     counts: Counter[str]
@@ -50,32 +53,39 @@ class Encoder:
     `ends` and `kwargs` as in templates.Template; `eos` ends a plain text.
     """
 
-    def __init__(self, folder: Path, ends: list[str], kwargs: dict, eos: str, max_length: int, loss: str, seed: int):
+    def __init__(
+        self, folder: Path, ends: list[str], kwargs: dict, eos: str, max_length: int, loss: str, seed: int,
+        kind: str = "rows",
+    ):  # fmt: skip
         self.tokenizer = tokenizer = Tokenizer(folder)
         self.template = tokenizer.template and templates.Template(tokenizer.template, tokenizer.special, kwargs, ends)
         self.ends = {tokenizer.ids(end)[-1] for end in ends}
         self.bos = [] if tokenizer.bos is None else [tokenizer.bos]
         self.eos_text, self.eos = eos, tokenizer.backend.token_to_id(eos)
         self.max_length, self.learn_all = max_length, loss == "all"
-        self.key = seed.to_bytes(8, "little")
+        self.key, self.kind = seed.to_bytes(8, "little"), kind
+        self.schema, self.columns = schema_of(kind), list(COLUMNS[kind])
 
     def batch(self, rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
         """Rows of one file -> tokens. A row's own mistakes end up in `rejected`; nothing is raised for them."""
-        pieces: list[dict[str, Any]] = []  # of SCHEMA
+        pieces: list[dict[str, Any]] = []  # of the schema
         rejected: list[tuple[int, str, str]] = []
         counts = Counter(read=len(rows))
         for number, payload in rows:
             try:
                 example = convert(parse(payload), format, columns)
-                row, truncated = self.row(example)
+                row, truncated = self.pair(example) if self.kind == "pairs" else self.row(example)
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
-            whole, asked = b"".join(ids.tobytes() for ids, _ in row), question(example).encode()
+            whole = b"".join(part.tobytes() for piece in row for part in (piece if self.kind == "pairs" else piece[:1]))
+            asked = question(example).encode()
             about = {"hash": hash_of(whole, self.key), "asks": hash_of(asked), "bytes": taught_bytes(example)}
-            pieces += [{"ids": ids, "labels": labels, "first": not i, **about} for i, (ids, labels) in enumerate(row)]
+            pieces += [
+                {**dict(zip(self.columns, piece, strict=True)), "first": not i, **about} for i, piece in enumerate(row)
+            ]
             counts.update(kept=1, truncated=truncated, split=len(row) > 1, pieces=len(row) - 1)
-        return Batch(pa.RecordBatch.from_pylist(pieces, SCHEMA), counts, rejected)
+        return Batch(pa.RecordBatch.from_pylist(pieces, self.schema), counts, rejected)
 
     def row(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
         """An example of formats.convert -> its pieces, and whether it was truncated. Raises Rejected."""
@@ -96,6 +106,46 @@ class Encoder:
             labels[: len(self.bos) + templates.shared(self.tokenizer.ids(prompt), numbers)] = IGNORED
         return [(ids, labels)], False
 
+    def pair(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
+        """A preference -> [(prompt, chosen, rejected, margin)], and whether an answer was truncated. Raises Rejected.
+
+        As in TRL, an answer begins where its rendering and the prompt's part, the same for both; as in `row`, it ends
+        with its end-of-turn token. `margin` is a number, or empty.
+        """
+        sides = [self._answered(example, side) for side in ("chosen", "rejected")]
+        asked = self._asked(example)
+        begin = min(templates.shared(asked, ids) for ids in sides)
+        if begin >= self.max_length:
+            raise Rejected("too long", f"the prompt has {begin:,} tokens, {self.max_length:,} fit with an answer")
+        cut = [np.array(ids[begin : self.max_length], np.int32) for ids in sides]
+        truncated = any(len(ids) > self.max_length for ids in sides)
+        if min(map(len, cut)) == 0:
+            raise Rejected("nothing to learn", "an answer has no token of its own")
+        if np.array_equal(*cut):
+            raise Rejected("cut to the same text" if truncated else "chosen equals rejected", "in tokens")
+        margin = np.array([example["margin"]] if "margin" in example else [], np.float32)
+        return [(np.array(sides[0][:begin], np.int32), *cut, margin)], truncated
+
+    def _asked(self, example: dict[str, Any]) -> list[int]:
+        """Tokens of a preference's prompt, up to where an answer would begin."""
+        if isinstance(example["prompt"], str):
+            return [*self.bos, *self.tokenizer.ids(example["prompt"])]
+        with templates.bounded():
+            text, _ = self.template.render(templates.clean(example["prompt"]), example["tools"], True)
+        return self.tokenizer.ids(text)
+
+    def _answered(self, example: dict[str, Any], side: str) -> list[int]:
+        """Tokens of a preference's prompt with one of its answers, to the end of its last turn."""
+        prompt, answer = example["prompt"], example[side]
+        if isinstance(prompt, str):
+            return [*self.bos, *self.tokenizer.ids(prompt + answer.removesuffix(self.eos_text)), self.eos]
+        if not self.template:
+            raise Rejected("template refuses", "there is no chat template")
+        with templates.bounded():
+            text, spans = self.template.turns(prompt + answer, example["tools"], len(prompt))
+        encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
+        return encoding.ids[: _behind(encoding, spans[-1][1])]
+
     def _chat(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
@@ -108,9 +158,7 @@ class Encoder:
         # A token that covers the last character before a span and the first of it counts as the assistant's.
         ranges = []
         for start, end in ((start, end) for start, end in spans if start < end):
-            last = encoding.char_to_token(end - 1)
-            stop = max(_token_at(encoding, end), 0 if last is None else last + 1)
-            ranges.append((_token_at(encoding, start), stop))
+            ranges.append((_token_at(encoding, start), _behind(encoding, end)))
         if not any(start < stop for start, stop in ranges):
             raise Rejected("nothing to learn", "no token is the assistant's")
         stops = [stop for _, stop in ranges if numbers[stop - 1] in self.ends]
@@ -136,6 +184,12 @@ def _token_at(encoding: Any, char: int) -> int:
         offsets = encoding.offsets
         token = next((i for i, (_, end) in enumerate(offsets) if end > char), len(offsets))
     return token
+
+
+def _behind(encoding: Any, char: int) -> int:
+    """The first token behind a character that ends a span; one that holds the span's last character belongs to it."""
+    last = encoding.char_to_token(char - 1)
+    return max(_token_at(encoding, char), 0 if last is None else last + 1)
 
 
 _encoder: Encoder

@@ -6,7 +6,8 @@
     {"messages": [{"role", "content", ...}], "tools": [...]}    alpaca, sharegpt, messages; "weight": 0 is not learned
     {"messages", "tools", "first": n}                           prompt-completion of messages: learn from message n on
     {"prompt": str, "completion": str}                          prompt-completion of strings
-    {"prompt", "chosen", "rejected"}                            preference: all strings, or all lists of messages
+    {"prompt", "chosen", "rejected"}                            preference: all strings, or all lists of messages;
+                                                                "margin": by how much the chosen one is better
     {"prompt"}                                                  prompt: a string or a list of messages
     {"prompt", "choices": [str], "answer": n}                   choice: multiple choice, `answer` an index
 
@@ -16,6 +17,7 @@ or raises Rejected. Validation refuses and never repairs: a row that is wrong is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +124,16 @@ def _optional(values: dict, name: str) -> str:
     return text if text.strip() else ""
 
 
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise Rejected("wrong type", f"{name} is {str(value)[:40]!r}, not a number")
+    return number
+
+
 def _parsed(text: str, reason: str, at: str) -> Any:
     try:
         return json.loads(text)
@@ -214,8 +226,9 @@ def _preference(values: dict) -> dict:
     if values["chosen"] == values["rejected"]:
         raise Rejected("chosen equals rejected")
     names = ("prompt", "chosen", "rejected")
+    margin = {} if values.get("margin") is None else {"margin": _number(values["margin"], "margin")}
     if all(isinstance(values.get(name), str) for name in names) and not _optional(values, "system"):
-        return {name: text_of(values[name], name) for name in names}
+        return {name: text_of(values[name], name) for name in names} | margin
     chosen, rejected = _answer(values, "chosen"), _answer(values, "rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     if values.get("prompt"):
@@ -233,7 +246,7 @@ def _preference(values: dict) -> dict:
         raise Rejected("no assistant turn", "an answer is no longer than the prompt")
     if "system" in (chosen[0]["role"], rejected[0]["role"]):
         raise Rejected("system turn not first", "in an answer")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools_of(values)}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools_of(values), **margin}
 
 
 def _prompt(values: dict) -> dict:
@@ -280,7 +293,7 @@ def taught_bytes(example: dict[str, Any]) -> int:
 # format -> columns it needs, columns it also reads, what converts a row. The first whose needs are met is the format.
 # Of the synonyms that fit, the one that uses most columns counts.
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict], dict]]] = {
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools", "margin"), _preference),
     "choice": (("prompt", "choices", "answer"), ("system",), _choice),
     "sharegpt": (("conversations",), ("system", "tools"), lambda values: _chat(values, "conversations")),
     "messages": (("messages",), ("tools",), lambda values: _chat(values, "messages")),

@@ -1,4 +1,4 @@
-"""Sequences -> an Arrow file that `datasets.Dataset.from_file` maps into memory, packed or one row each.
+"""Sequences, or pairs, -> an Arrow file that `datasets.Dataset.from_file` maps into memory, packed or one row each.
 
 Packing is best fit (Ding et al., 2404.10830; TRL's "bfd") within windows of the stream, so that memory does not grow.
 Only long rows go by length; short ones fill the gaps in random order, since rows of one length are often of one kind,
@@ -18,8 +18,12 @@ import pyarrow as pa
 IGNORED = -100
 WINDOW_ROWS, WINDOW_TOKENS, BATCH_SEQUENCES = 8192, 2_000_000, 256
 LIST = pa.list_(pa.int32())
+# What a piece of each kind of data is made of; `margin` holds one number or none.
+ROW = {"ids": LIST, "labels": LIST}
+PAIR = {"prompt": LIST, "chosen": LIST, "rejected": LIST, "margin": pa.list_(pa.float32())}
+COLUMNS = {"rows": ROW, "blocks": ROW, "pairs": PAIR}
 
-Piece = tuple[np.ndarray, np.ndarray]  # ids and labels, int32 (n,) each
+Piece = tuple[np.ndarray, ...]  # ids and labels, int32 (n,) each; or a pair's columns
 
 
 def best_fit(lengths: list[int], size: int) -> list[list[int]]:
@@ -58,12 +62,16 @@ class Output:
         self._window_tokens = 0
         self._writer = None
 
-    def add(self, ids: np.ndarray, labels: np.ndarray) -> None:
-        """One row: int32 (n,) each, 0 < n <= max_length."""
+    def length(self, piece: Piece) -> int:
+        return len(piece[0])
+
+    def add(self, *piece: np.ndarray) -> None:
+        """One row: a piece of 0 < n <= max_length tokens."""
         self.rows += 1
-        self.lengths[len(ids)] += 1
-        self._window.append((ids.copy(), labels.copy()))  # views would keep whole batches of the spool alive
-        self._window_tokens += len(ids)
+        length = self.length(piece)
+        self.lengths[length] += 1
+        self._window.append(tuple(part.copy() for part in piece))  # views would keep whole batches of the spool alive
+        self._window_tokens += length
         if len(self._window) >= WINDOW_ROWS or self._window_tokens >= WINDOW_TOKENS:
             self._flush(last=False)
 
@@ -106,6 +114,29 @@ class Output:
     def quantile(self, share: float) -> int:
         """The length that `share` of the rows do not exceed."""
         return int(np.searchsorted(np.cumsum(self.lengths), share * self.rows)) if self.rows else 0
+
+
+class PairOutput(Output):
+    """Preferences, one a row: `prompt_ids`, `chosen_ids` and `rejected_ids` list<int32>, and `margin`, 0 where none is
+    given. `lengths` are those of the prompt with its longer answer."""
+
+    def length(self, piece: Piece) -> int:
+        return len(piece[0]) + max(len(piece[1]), len(piece[2]))
+
+    def _write(self, sequences: list[list[Piece]]) -> None:
+        pairs = [pair for (pair,) in sequences]
+        columns = {f"{name}_ids": pa.array([pair[i] for pair in pairs], LIST) for i, name in enumerate(list(PAIR)[:3])}
+        columns["margin"] = pa.array([float(pair[3][0]) if len(pair[3]) else 0.0 for pair in pairs], pa.float32())
+        batch = pa.RecordBatch.from_pydict(columns)
+        if self._writer is None:
+            self._writer = pa.ipc.new_stream(str(self.path), batch.schema)
+        self._writer.write_batch(batch)
+        self.sequences += len(pairs)
+        for prompt, chosen, rejected, margin in pairs:
+            self.supervised += len(chosen) + len(rejected)
+            self.tokens += 2 * len(prompt) + len(chosen) + len(rejected)
+            for part in (prompt, chosen, rejected, margin):
+                self.digest.update(part.tobytes() + b"|")
 
 
 class Blocks(Output):

@@ -37,9 +37,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmpipe.data import sources, templates, tokenizer
-from llmpipe.data.encode import SCHEMA, Batch, Encoder, start_worker, work
+from llmpipe.data.encode import Batch, Encoder, schema_of, start_worker, work
 from llmpipe.data.formats import Rejected
-from llmpipe.data.pack import Blocks, Output
+from llmpipe.data.pack import COLUMNS, Blocks, Output, PairOutput
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
@@ -138,8 +138,8 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     for note in choice.notes:
         say(f"data: {note}")
     choice.tokenizer.save(folder / "tokenizer", choice.template)
-    spec = (folder / "tokenizer", choice.ends, kwargs, choice.text_eos, data.max_length, data.loss, seed)
-    records = [_open(origin, say, choice.template is not None) for origin in origins]
+    spec = (folder / "tokenizer", choice.ends, kwargs, choice.text_eos, data.max_length, data.loss, seed, data.kind)
+    records = [_open(origin, data.kind, say, choice.template is not None) for origin in origins]
     streamed = origins[: len(data.train)] if data.stream else []
     for origin in streamed:
         origin.chunks = iter(())  # left to the training
@@ -155,7 +155,7 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     with (
         tqdm(total=size, desc="data", unit="B", unit_scale=True, leave=False, disable=None) as bar,
         folder.joinpath("rejected.jsonl").open("w", encoding="utf-8") as rejected,
-        pa.ipc.new_stream(str(spool_path), SCHEMA) as spool,
+        pa.ipc.new_stream(str(spool_path), schema_of(data.kind)) as spool,
         contextlib.closing(encoded(origins, spec, processes)) as batches,
     ):
         for index, chunk, batch in batches:
@@ -178,10 +178,11 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     held = _held(of_train, data.eval.holdout)
     if data.eval.holdout and not held:
         say("data: all rows are equal, so none is held out")
-    kind = Blocks if data.blocks else Output
-    train, held_out = (kind(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
+    output = {"rows": Output, "blocks": Blocks, "pairs": PairOutput}[data.kind]
+    train, held_out = (output(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
     weights = [source.weight for source in data.train]
-    unseen, asks, size_held = _replay(spool_path, spooled, train, held_out, held, weights, seed)
+    names = list(COLUMNS[data.kind])
+    unseen, asks, size_held = _replay(spool_path, spooled, names, train, held_out, held, weights, seed)
     spool_path.unlink()
     if not streamed:
         save_file({"asks": asks}, folder / "seen.safetensors")
@@ -227,14 +228,23 @@ def _refuse(data: Data, folder: Path, totals: dict, reasons: Counter, errors: li
     )
 
 
-def _open(origin: sources.Origin, say: Say, has_template: bool) -> dict[str, Any]:
+def _open(origin: sources.Origin, kind: str, say: Say, has_template: bool) -> dict[str, Any]:
     """Open a source; what the manifest says of it, with counts of zero. Raises UserError for rows that do not fit."""
     origin.open()
     shown, format = origin.source.path, origin.format
-    if purpose := {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format):
-        raise UserError(f"{shown}: format {format} is for {purpose}, not for sft")
+    if (purpose := {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format)) and (
+        kind != "pairs" or format != "preference"
+    ):
+        raise UserError(f"{shown}: format {format} is for {purpose}, not for this stage")
+    if kind == "pairs" and format != "preference":
+        problem = f"{shown}: format {format} has no chosen and rejected answers"
+        raise UserError(problem, "map yours with columns, such as {better: chosen, worse: rejected}")
     turns = any(isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns)
-    if not has_template and (format in ("alpaca", "sharegpt", "messages") or (format == "prompt-completion" and turns)):
+    if kind == "pairs" and has_template and not turns:
+        say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")
+    if not has_template and (
+        format in ("alpaca", "sharegpt", "messages") or (format in ("prompt-completion", "preference") and turns)
+    ):
         problem = f"{shown}: the rows are conversations, and the model's tokenizer has no chat template"
         raise UserError(problem, "set data.template: chatml")
     names = ", ".join(yours if yours == name else f"{yours} as {name}" for yours, name in origin.columns.items())
@@ -313,16 +323,22 @@ def _held(hashes: np.ndarray, share: float) -> np.uint64:
 
 
 def _replay(
-    spool: Path, spooled: list[int], train: Output, held_out: Output, held: np.uint64, weights: list[float], seed: int
+    spool: Path,
+    spooled: list[int],
+    names: list[str],
+    train: Output,
+    held_out: Output,
+    held: np.uint64,
+    weights: list[float],
+    seed: int,
 ) -> tuple[int, np.ndarray, int]:
-    """Every spooled piece to where it belongs. Returns how many rows go nowhere (weight < 1), what those in `train`
-    ask, uint64 (questions,), sorted, and the size in bytes of what is held out."""
+    """Every spooled piece, its columns in `names`, to where it belongs. Returns how many rows go nowhere (weight < 1),
+    what those in `train` ask, uint64 (questions,), sorted, and the size in bytes of what is held out."""
     unseen = held_bytes = 0
     asks = array("Q")
     with pa.OSFile(str(spool)) as file, pa.ipc.open_stream(file) as reader:
         for index, batch in zip(spooled, reader, strict=True):
-            ids, labels = (batch[name].flatten().to_numpy() for name in ("ids", "labels"))
-            offsets = batch["ids"].offsets.to_numpy()
+            parts = [(batch[name].flatten().to_numpy(), batch[name].offsets.to_numpy()) for name in names]
             hashes, first = batch["hash"].to_numpy(), batch["first"].to_numpy(zero_copy_only=False)
             to_train = index < len(weights)
             out, weight = (hashes < held, weights[index]) if to_train else (np.full(len(hashes), True), 0)
@@ -334,9 +350,8 @@ def _replay(
             held_bytes += int(batch["bytes"].to_numpy()[first & out].sum())
             asks.frombytes(batch["asks"].to_numpy()[first & ~out & (copies > 0)].tobytes())
             for i in range(len(hashes)):
-                piece = slice(offsets[i], offsets[i + 1])
                 for _ in range(1 if out[i] else copies[i]):
-                    (held_out if out[i] else train).add(ids[piece], labels[piece])
+                    (held_out if out[i] else train).add(*(values[at[i] : at[i + 1]] for values, at in parts))
     train.close()
     held_out.close()
     return unseen, np.unique(np.asarray(asks)), held_bytes

@@ -175,7 +175,7 @@ class Template:
 
         Each span is (start, end) in characters and ends behind the turn's end-of-turn token. Raises Rejected.
         """
-        messages = [_clean(message) for message in messages]
+        messages = clean(messages)
         text, spans = self.render(messages, tools)
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.marked and len(spans) == len(spoken):
@@ -298,12 +298,15 @@ def _talk(turns: int) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": f"turn{i}"} for i in range(turns)]
 
 
-def _clean(message: dict) -> dict:
+def clean(messages: list[dict]) -> list[dict]:
     """What transformers does before rendering: no None values; one thought under every name templates read."""
-    message = {name: value for name, value in message.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    thought = next((message[name] for name in names if name in message), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    out = []
+    for message in messages:
+        message = {name: value for name, value in message.items() if value is not None}
+        names = ("reasoning_content", "thinking", "reasoning")
+        thought = next((message[name] for name in names if name in message), None)
+        out.append(message if thought is None else {"thinking": thought, **message, "reasoning_content": thought})
+    return out
 
 
 class Choice:

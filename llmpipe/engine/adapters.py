@@ -7,6 +7,7 @@ follows the adapter everywhere: tokenizer, chat template, and the generation con
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
 from llmpipe.engine import upstream, verify
-from llmpipe.engine.models import fit, load_model, load_tokenizer, release_memory
+from llmpipe.engine.models import fit, load_model, load_tokenizer, ranks, release_memory
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe import Adapter, Quantization
 
@@ -28,11 +29,13 @@ WEIGHTS = "adapter_model.safetensors"
 TOLERANCE = 1e-3  # between the logits of base + adapter and those of the merged model, both in fp32
 
 
-def frozen(folder: Path, wanted: Quantization | None, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+def frozen(
+    folder: Path, wanted: Quantization | None, dtype: torch.dtype, attention: str = "sdpa", scores: bool = False
+) -> PreTrainedModel:
     """A base to train an adapter on: in `dtype`, or as bitsandbytes holds it: NF4 with double quantization (Dettmers
-    2023) or 8 bits, with norms and embeddings in fp32."""
+    2023) or 8 bits, with norms and embeddings in fp32. `scores`: as a reward model."""
     if wanted is None:
-        return load_model(folder, attention, dtype=dtype)
+        return load_model(folder, attention, dtype, scores=scores)
     from peft import prepare_model_for_kbit_training
 
     four = {
@@ -42,7 +45,7 @@ def frozen(folder: Path, wanted: Quantization | None, dtype: torch.dtype, attent
         "bnb_4bit_compute_dtype": dtype,
     }
     config = BitsAndBytesConfig(**four) if wanted.bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
-    model = load_model(folder, attention, dtype=dtype, quantization=config)
+    model = load_model(folder, attention, dtype, config, scores)
     upstream.keep_unpacked(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
@@ -62,10 +65,11 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
         embeddings = {"modules_to_save": _ends(model)}
     elif wanted.embeddings == "new" and new_tokens:
         embeddings = {"trainable_token_indices": new_tokens}
-        if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:  # the head has its own rows
+        head = model.get_output_embeddings()
+        if head is not None and model.get_input_embeddings().weight is not head.weight:  # the head has its own rows
             embeddings = {"trainable_token_indices": dict.fromkeys(_ends(model), new_tokens)}
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
         r=wanted.rank,
         lora_alpha=wanted.alpha,
         lora_dropout=wanted.dropout,
@@ -90,6 +94,15 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of tensors and their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def plain(model: Any) -> tuple[dict[str, torch.Tensor], Any]:
@@ -147,7 +160,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
 def merge(base: Path, folder: Path, target: Path) -> None:
     """Write the base with the adapter's update added to its weights, fp32, as a folder like any other."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(base)
+    model = load_model(base, scores=ranks(folder))
     fit(model, tokenizer, generation=folder)
     model = put_on(model, folder).merge_and_unload(safe_merge=True).eval()
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -176,7 +189,8 @@ def publish(trainer: Any, tokenizer: Tokenizer, base: Path, reference: str) -> d
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / WEIGHTS)
             config.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-            model.generation_config.save_pretrained(staging)
+            if model.can_generate():
+                model.generation_config.save_pretrained(staging)
             checked = compare(model, tokenizer, staging, base, bits, dtype)
         apart, merged_apart = checked["max_logit_difference"], checked["merged_difference"]
         words = f"logits differ by {apart:.1e} after reloading, by {merged_apart:.1e} when merged"
@@ -191,7 +205,7 @@ def compare(
     """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
     verify.same_tokenizer(tokenizer, folder)
     tensors = verify.same_tensors(plain(model)[0], folder)
-    again = frozen(base, bits, dtype)
+    again = frozen(base, bits, dtype, scores=ranks(folder))
     fit(again, tokenizer, generation=folder)
     again = put_on(again if bits else again.to(model.device), folder).eval()
     checked = verify.same_behaviour(model, again, tokenizer, TOLERANCE if hasattr(model, "began_with") else 1e-5)
@@ -200,7 +214,7 @@ def compare(
     else:
         del again
         release_memory()
-        apart = load_model(base)
+        apart = load_model(base, scores=ranks(folder))
         fit(apart, tokenizer, generation=folder)
         apart = put_on(apart, folder).eval()
     # merging is compared in fp32, the precision of the published weights

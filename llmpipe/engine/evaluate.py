@@ -28,7 +28,7 @@ from llmpipe.data.templates import Choice as Chosen
 from llmpipe.data.templates import shared
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
-from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
+from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, ranks, release_memory
 from llmpipe.engine.progress import Progress, duration
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.recipe import Recipe, Section, near
@@ -182,18 +182,13 @@ def machine(recipe: Recipe) -> dict[str, Any]:
 def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: Say) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
     bf16 = machine(recipe)["precision"] == "bf16"
-    config = rundir.read_json((base or folder) / "config.json") or {}
-    ranks = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
-    labels = config.get("id2label", {0: ""})
-    if ranks and len(labels) != 1:
-        raise UserError(f"{label}: a classifier of {len(labels)} labels, not a reward model", code=INTEGRITY)
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, base, tokenizer, bf16=bf16, ranks=ranks)
+    model = load_any(folder, base, tokenizer, bf16=bf16)
     say(f"{label}: {model.num_parameters() / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
     kwargs, size = rundir.template_kwargs(folder), recipe.launch.batch_size
-    made = Candidate(label, folder, model, tokenizer, ranks, kwargs, size)
+    made = Candidate(label, folder, model, tokenizer, ranks(folder), kwargs, size)
     try:
         yield made
     finally:

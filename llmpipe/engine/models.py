@@ -108,17 +108,32 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def ranks(folder: Path) -> bool:
+    """Whether a folder holds a reward model, or an adapter that makes one. Raises UserError (3) for a classifier."""
+    adapter = rundir.read_json(folder / "adapter_config.json")
+    if adapter:
+        return adapter.get("task_type") == "SEQ_CLS"
+    config = rundir.read_json(folder / "config.json") or {}
+    classifies = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    if classifies and len(config.get("id2label", {0: ""})) != 1:
+        raise UserError(f"{folder}: a classifier of several labels, not a reward model", code=INTEGRITY)
+    return classifies
+
+
 def load_model(
-    folder: Path,
-    attention: str = "sdpa",
-    kind: Any = AutoModelForCausalLM,
-    dtype: torch.dtype = torch.float32,
-    quantization: Any = None,
-) -> PreTrainedModel:
-    """A model of `kind` from safetensors. Raises UserError (3) when a tensor is missing or left over."""
+    folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32, quantization: Any = None,
+    scores: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """A model from safetensors: a reward model where the folder holds one or where it `scores`, which gives any other
+    a head with random weights; else a causal language model. Raises UserError (3) when a tensor is missing or left
+    over."""
+    ranked = ranks(folder)
+    kind = AutoModelForSequenceClassification if ranked or scores else AutoModelForCausalLM
+    own = {"missing_keys": {"score.weight"}, "unexpected_keys": {"lm_head.weight"}} if scores and not ranked else {}
     try:
         model, report = kind.from_pretrained(
             folder,
+            **({"num_labels": 1} if scores else {}),
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=attention,
@@ -130,18 +145,19 @@ def load_model(
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded: {first}", code=DATA) from error
-    problems = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
+    problems = {k: sorted(set(map(str, v)) - own.get(k, set())) for k, v in report.items() if k != "error_msgs"}
+    problems = {k: v for k, v in problems.items() if v}
     if problems or report.get("error_msgs"):
         what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in problems.items())
         raise UserError(f"{folder}: the weights do not fit the model ({what or report['error_msgs']})", code=INTEGRITY)
     return model
 
 
-def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool, ranks: bool = False) -> Any:
-    """A model to look at, alone or as adapter on its `base`, on the GPU where there is one. `ranks`: a reward model."""
+def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:
+    """A model to look at, alone or as adapter on its `base`, on the GPU where there is one."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
-    kind = AutoModelForSequenceClassification if ranks else AutoModelForCausalLM
-    model = load_model(base or folder, kind=kind, dtype=dtype)  # not cast later: positions are computed in fp32
+    # not cast later: positions are computed in fp32
+    model = load_model(base or folder, dtype=dtype, scores=bool(base) and ranks(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -163,23 +179,25 @@ def fit(model: PreTrainedModel, tokenizer: Tokenizer, *, generation: Path | None
         # mean_resizing draws new rows from the old ones' distribution (Hewitt 2021), so that they start out harmless
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    if generation:
+    if generation and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(generation)
     return rows
 
 
 def load(
-    folder: Path, base: Path | None, tokenizer: Tokenizer, found: Hardware, recipe: Training, prepared: dict, say: Say
-) -> Any:
+    folder: Path, base: Path | None, tokenizer: Tokenizer, found: Hardware, recipe: Training, prepared: dict, say: Say,
+    scores: bool = False,
+) -> Any:  # fmt: skip
     """The model to train, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns.
 
     All weights: fp32. With `adapter:` the model is frozen, in the precision of the arithmetic or quantized, and its
-    adapter is a new one, or the one in `folder` where that is an adapter on `base`.
+    adapter is a new one, or the one in `folder` where that is an adapter on `base`. `scores`: a reward model.
     """
     from llmpipe.engine import adapters
 
     dtype = found.frozen_dtype(recipe.adapter) if recipe.adapter else torch.float32
-    model = adapters.frozen(base or folder, recipe.quantization, dtype, found.attention)
+    torch.manual_seed(recipe.seed)  # of a new head
+    model = adapters.frozen(base or folder, recipe.quantization, dtype, found.attention, scores)
     rows = fit(model, tokenizer)
     if len(tokenizer) > rows:
         say(f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old")
@@ -203,11 +221,12 @@ def load(
 
 def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, prepared: dict, say: Say) -> PreTrainedModel:
     """`model` with its special tokens and generation as the template has them, and fast on this hardware."""
-    stop_ids = tokenizer.convert_tokens_to_ids(prepared["stop_tokens"])
-    generation = model.generation_config
-    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+    if model.can_generate():
+        stop_ids = tokenizer.convert_tokens_to_ids(prepared["stop_tokens"])
+        generation = model.generation_config
+        generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     upstream.speed_up(model, device_type=found.device)
@@ -266,7 +285,7 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
     """Operations that a token costs in training (Chowdhery 2022, appendix B): 2 per weight forward, 2 for the gradient
     of what it multiplies, 2 for its own where it is trained, and 12 x layers x width x context for the attention."""
     embeddings, head, config = model.get_input_embeddings(), model.get_output_embeddings(), model.config
-    looked_up = 0 if embeddings.weight is head.weight else embeddings.weight.numel()  # it multiplies nothing
+    looked_up = 0 if head and embeddings.weight is head.weight else embeddings.weight.numel()  # it multiplies nothing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     attention = 12 * config.num_hidden_layers * config.hidden_size * context
     return 4 * (model.num_parameters() - looked_up) + 2 * trained + attention

@@ -1,15 +1,17 @@
-"""What `sft`, its narrower stages and `pretrain` do once there are tokens and a model: train, publish, prove."""
+"""What a stage that trains through TRL does once there are tokens and a model: train, publish, prove. `train` is that
+of `sft`, its narrower stages and `pretrain`; `reward` and `dpo` share `finish`."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from llmpipe import launch
 from llmpipe.data.prepare import facts
@@ -17,42 +19,72 @@ from llmpipe.data.stream import Stream, counted
 from llmpipe.engine import adapters, models, training, verify
 from llmpipe.engine.generate import answer_samples
 
+Measure = Callable[[Any, dict], dict[str, tuple[Any, Any]]]  # see `_Durable.attach`
+
+
+def nats(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Held-out loss in nats per supervised token."""
+    out = trainer.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's head; no collective in it
+    return {"loss": (-out.log_probs.double().sum(), out.label_mask.sum())}
+
 
 def train(
-    job: Any,
-    prepared: dict[str, Any],
-    hardware: models.Hardware,
-    tokenizer: Tokenizer,
-    model: Any,
+    job: Any, prepared: dict[str, Any], hardware: models.Hardware, tokenizer: Tokenizer, model: Any,
     base: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
     manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
-    recipe, artifact, say = job.recipe, job.artifact, job.say
+    recipe, artifact, data = job.recipe, job.artifact, job.recipe.data
     rows, stream = job.prepared / prepared["data"], None
-    if recipe.data.stream:
+    if data.stream:
         processes = 1 if hardware.device == "cpu" else max(1, (os.cpu_count() or 1) // hardware.processes - 1)
         pinned, length = job.plan["asked"]["content"], recipe.steps * recipe.batch_size
-        stream = Stream(recipe.data, rows, length, recipe.batch_size, seed=recipe.seed, pinned=pinned,
-                        processes=processes)  # fmt: skip
+        about = {"seed": recipe.seed, "pinned": pinned, "processes": processes}
+        stream = Stream(data, rows, length, recipe.batch_size, **about)
         stream.rejected = artifact.path / "rejected.jsonl" if launch.rank() == 0 else None
+    own = {
+        "max_length": data.max_length if data.packing else None,  # rows are cut already
+        "packing": data.packing,
+        # unpacked rows are laid end to end too, instead of padded, where attention can keep them apart for free
+        "padding_free": data.packing or hardware.device == "cpu" or hardware.attention != "sdpa",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
     trainer = training.durable(SFTTrainer)(
         model=model,
-        args=training.sft_arguments(recipe, artifact, hardware),
+        args=training.arguments(SFTConfig, recipe, artifact, hardware, **own),
         processing_class=tokenizer,
-        train_dataset=training.stand_in(recipe.data) if stream else training.dataset(rows / "train.arrow"),
+        train_dataset=training.stand_in(data) if stream else training.dataset(rows / "train.arrow"),
         eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
     )
-    identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
-    trainer.attach(job.artifact, recipe, identity, hardware, job.signals, say, inexact=job.inexact, stream=stream)
 
-    answer_samples(trainer, tokenizer, "before")
+    def also(final: dict[str, Any]) -> dict[str, Any]:
+        tokens = prepared["tokens"]
+        if data.kind != "blocks" or not tokens["eval_bytes"]:
+            return {}
+        bits = final["eval_loss"] / math.log(2) * tokens["eval"] / tokens["eval_bytes"]
+        job.say(f"held-out: {bits:.4f} bits per byte")
+        return {"bits_per_byte": bits}
+
+    return finish(trainer, job, prepared, hardware, tokenizer, nats, also, base, stream)
+
+
+def finish(
+    trainer: Any, job: Any, prepared: dict[str, Any], hardware: models.Hardware, tokenizer: Tokenizer,
+    measure: Measure, also: Callable[[dict], dict], base: Path | None = None, stream: Stream | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit, answer the recipe's prompts before and after, publish; what the manifest says. `also`: more of the final
+    metrics, from the trained model that is still in memory."""
+    recipe, artifact, say, rows = job.recipe, job.artifact, job.say, job.prepared / prepared["data"]
+    identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
+    trainer.attach(artifact, recipe, identity, hardware, job.signals, say, measure=measure, inexact=job.inexact,
+                   stream=stream)  # fmt: skip
+    generates = trainer.plain_model().can_generate()
+    if generates:
+        answer_samples(trainer, tokenizer, "before")
     final = trainer.fit()
-    tokens = prepared["tokens"]
-    if recipe.data.blocks and tokens["eval_bytes"]:
-        final["bits_per_byte"] = final["eval_loss"] / math.log(2) * tokens["eval"] / tokens["eval_bytes"]
-        say(f"held-out: {final['bits_per_byte']:.4f} bits per byte")
-    answer_samples(trainer, tokenizer, "after")
+    final |= also(final)
+    if generates:
+        answer_samples(trainer, tokenizer, "after")
 
     made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
     if recipe.adapter is None:
@@ -60,7 +92,8 @@ def train(
     else:
         base, start = base or job.model, job.plan["models"]["model"]
         reference = (start["base"] if job.bases else start)["reference"]
-        made |= {"kind": "adapter", "verified": adapters.publish(trainer, tokenizer, base, reference)}
+        made |= {"kind": "adapter"} if generates else {}
+        made["verified"] = adapters.publish(trainer, tokenizer, base, reference)
         if recipe.adapter.merge and trainer.is_world_process_zero():
             name = f"{artifact.name}-merged"
             adapters.merge(base, artifact.model, artifact.run / name / "model")

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl import SFTConfig
 
 from llmpipe import rundir
 from llmpipe.data.stream import Stream
@@ -47,8 +46,9 @@ def dataset(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardware) -> SFTConfig:
-    """The recipe as TRL's configuration. Raises UserError when `trainer:` holds what the configuration refuses."""
+def arguments(config: type, recipe: Training, artifact: Artifact, hardware: models.Hardware, **own: Any) -> Any:
+    """The recipe as one of TRL's configurations, with what is the stage's `own`. Raises UserError when `trainer:` holds
+    what the configuration refuses."""
     optim = recipe.optim
     trackers(recipe, artifact)
     ours: dict[str, Any] = {
@@ -73,11 +73,6 @@ def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardwar
         "bf16": hardware.bf16,
         "use_cpu": hardware.device == "cpu",
         "gradient_checkpointing": recipe.launch.activation_checkpointing,
-        "max_length": recipe.data.max_length if recipe.data.packing else None,  # rows are cut already
-        "packing": recipe.data.packing,
-        # unpacked rows are laid end to end too, instead of padded, where attention can keep them apart for free
-        "padding_free": recipe.data.packing or hardware.device == "cpu" or hardware.attention != "sdpa",
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": recipe.log.every,
@@ -85,13 +80,13 @@ def sft_arguments(recipe: Training, artifact: Artifact, hardware: models.Hardwar
         "report_to": recipe.log.trackers or "none",
         "disable_tqdm": True,
         "average_tokens_across_devices": True,
+        **own,
     }
     try:
-        return SFTConfig(**ours, **recipe.trainer)
+        return config(**ours, **recipe.trainer)
     except (TypeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"trainer: {str(error).strip().splitlines()[0]}", "see the fields of TRL's SFTConfig"
-        ) from error
+        problem = f"trainer: {str(error).strip().splitlines()[0]}"
+        raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
 
 
 def schedule(recipe: Training) -> dict[str, Any]:
@@ -150,7 +145,8 @@ def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
     """`rows` and `count` short sequences of which nothing is learned."""
     if not count:
         return rows
-    filler: dict[str, list] = {"input_ids": [token, token], "labels": [-100, -100], "seq_lengths": [2]}
+    filler: dict[str, Any] = {"input_ids": [token, token], "labels": [-100, -100], "seq_lengths": [2]}
+    filler |= {"prompt_ids": [token], "chosen_ids": [token], "rejected_ids": [token], "margin": math.nan}
     columns = {name: [filler[name]] * count for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
 
@@ -211,12 +207,17 @@ class _Durable:
         signals: Any,
         say: Any,
         *,
+        measure: Callable[[Any, dict], dict[str, tuple[Any, Any]]],
         inexact: bool,
         stream: Stream | None = None,
     ) -> None:
-        """Bind the trainer to its artifact and look for a checkpoint to go on from. `stream` replaces the dataset."""
+        """Bind the trainer to its artifact and look for a checkpoint to go on from.
+
+        `measure(trainer, batch)` gives {name: (sum, count)} of held-out rows; `loss` is what the best is chosen by.
+        `stream` replaces the dataset.
+        """
         self.artifact, self.recipe, self.identity, self.hardware = artifact, recipe, identity, hardware
-        self.signals, self.say = signals, say
+        self.signals, self.say, self._measure = signals, say, measure
         self._pending_evaluation = False
         self._stopped: int | None = None
         self._per_token = models.flops_per_token(self.model, recipe.data.max_length)
@@ -301,12 +302,14 @@ class _Durable:
             self.say(f"keeping the best: step {self._best[1]}, held-out loss {self._best[0]:.4f}")
         self.accelerator.wait_for_everyone()
         lines = [json.loads(x) for x in (self.artifact.path / "metrics.jsonl").read_text().splitlines()]
-        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        held_out = [line for line in lines if "eval_loss" in line]
         final = {"loss": next((x["loss"] for x in reversed(lines) if "loss" in x), None)}
         if held_out:
-            best = self._best[0] if self.recipe.evaluation.keep_best and self._best else held_out[-1]
-            final |= {"eval_loss_before": held_out[0], "eval_loss": best}
-            self.say(f"held-out loss: {held_out[0]:.4f} before, {best:.4f} after (nats per supervised token)")
+            kept = [line for line in held_out if line["step"] == self.facts()["published_step"]]
+            after = (kept or held_out)[-1]
+            final |= {"eval_loss_before": held_out[0]["eval_loss"]}
+            final |= {name: value for name, value in after.items() if name.startswith("eval_")}
+            self.say(f"held-out loss: {held_out[0]['eval_loss']:.4f} before, {after['eval_loss']:.4f} after")
         return final
 
     def facts(self) -> dict[str, Any]:
@@ -373,37 +376,36 @@ class _Durable:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss in nats per supervised token, the same for every batch size and process count.
+        """What `measure` finds on the held-out rows, the same for every batch size and process count.
 
-        Each rank takes every world-size-th batch; sums and counts are added over ranks. The generators of Python,
-        NumPy and torch are left as they were found.
+        Each rank takes every world-size-th batch, and one that has none left a batch that does not count, since what
+        measures may speak to the other ranks; sums and counts are added over ranks. The generators of Python, NumPy
+        and torch are left as they were found.
         """
-        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        totals = torch.zeros(3, dtype=torch.float64)
+        rows, size, world = self.eval_dataset, self.args.per_device_eval_batch_size, self.args.world_size
+        totals: dict[str, torch.Tensor] = {}
         was_training = self.model.training
         self.model.eval()
         with own_rng(), torch.no_grad():
-            for start in range(self.args.process_index * size, len(rows), self.args.world_size * size):
-                if self.signals.code:
-                    totals[2] = self.signals.code
-                    break
-                batch = self._prepare_inputs(
-                    self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
-                )
+            for start in range(0, len(rows), world * size):
+                if code := self._agree(self.signals.code or 0):
+                    self._stopped = code
+                    self.model.train(was_training)
+                    raise _Interrupted
+                first = start + self.args.process_index * size
+                mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
+                batch = self._prepare_inputs(self.data_collator(mine or [rows[0]]))
                 # autocast by hand: before training, Accelerate has not put it around the model yet
                 with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.hardware.bf16):
-                    out = self.model(**batch, use_cache=False, fused_lm_head=True)  # TRL's head; no collective in it
-                totals[0] -= out.log_probs.double().sum().cpu()
-                totals[1] += out.label_mask.sum().cpu()
-        if self.args.world_size > 1:
-            shared = totals[:2].to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
+                    found = self._measure(self, batch)
+                for name, pair in found.items():
+                    sums = torch.tensor([float(value) for value in pair], dtype=torch.float64)
+                    totals[name] = totals.get(name, torch.zeros(2, dtype=torch.float64)) + sums * bool(mine)
+        shared = torch.stack(list(totals.values()))
+        if world > 1:
+            shared = shared.to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
             torch.distributed.all_reduce(shared)
-            totals[:2] = shared.cpu()
-        if code := self._agree(int(totals[2])):
-            self._stopped = code
-            self.model.train(was_training)
-            raise _Interrupted
-        metrics = {"eval_loss": float(totals[0] / totals[1])}
+        metrics = {f"eval_{name}": float(value / count) for name, (value, count) in zip(totals, shared, strict=True)}
         if not math.isfinite(metrics["eval_loss"]):
             raise self._not_finite("held-out loss", metrics["eval_loss"])
         self.log(dict(metrics))  # in eval mode still: the trainer underneath keeps its training averages then

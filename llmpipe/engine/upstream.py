@@ -157,7 +157,7 @@ class LogProbs(torch.autograd.Function):
 def with_bias(model):
     """`model`; PEFT's wrapper of a tied head that learns new tokens lacks the `bias` that TRL's fused head reads."""
     head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):
+    if head is not None and not hasattr(head, "bias"):
         head.bias = None
     return model
 
@@ -178,6 +178,8 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
     "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+    # a reward model's head is new; any other tensor that is missing is refused
+    "transformers.modeling_utils": "score.weight",
     # said for micro-batches of one, which cost nothing where documents are attended one by one
     "trl.trainer.sft_trainer": "You are using a per_device_train_batch_size of 1 with padding-free training",
 }

@@ -98,12 +98,16 @@ def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
 def same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float = 1e-5) -> dict[str, Any]:
     """Equal logits on the probe, and an end to generation at every stop token."""
     difference = float((probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)).abs().max())
+    if not math.isfinite(difference) or difference > tolerance:
+        refuse(
+            f"{'logits' if model.can_generate() else 'scores'} on a probe differ by {difference:.2e} after reloading"
+        )
+    if not model.can_generate():
+        return {"max_logit_difference": difference}
     stop = reloaded.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
     with own_rng(), torch.no_grad():
         ended = [_stops(reloaded, _probe(reloaded, tokenizer), token, stops) for token in stops]
-    if not math.isfinite(difference) or difference > tolerance:
-        refuse(f"logits on a probe differ by {difference:.2e} after reloading")
     if tokenizer.eos_token_id not in stops or not all(ended):
         refuse("generation does not stop at the end of a turn")
     return {"max_logit_difference": difference, "stops_at": stop}

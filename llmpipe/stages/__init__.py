@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llmpipe.errors import UserError
+from llmpipe.errors import INTEGRITY, UserError
 
 if TYPE_CHECKING:
     from llmpipe.recipe import Recipe
@@ -21,8 +21,12 @@ STAGES = {
     "sft": "supervised fine-tuning: learn to answer from examples",
     "lora": "sft of a low-rank adapter on a frozen model",
     "qlora": "sft of an adapter on a model held in 4 or 8 bits",
+    "reward": "reward modelling: learn which of two answers people prefer",
+    "dpo": "direct preference optimization: answer as people prefer",
     "eval": "evaluation: measure models on the same items, with intervals",
 }
+
+CHECKPOINTS = "checkpoints/step-*"  # what an unfinished artifact of a stage that trains goes on from
 
 
 @dataclass
@@ -68,3 +72,18 @@ def stage(name: str) -> ModuleType:
 def schema(name: str) -> type[Recipe]:
     """The recipe class of a stage."""
     return stage(name).Schema
+
+
+def tokens(job: Job) -> dict[str, Any]:
+    """Rows -> tokens, the `prepare` of most stages that train; what the trainer and the manifest need to know."""
+    from llmpipe import rundir
+    from llmpipe.data.prepare import prepare as tokenize
+
+    recipe = job.recipe
+    also = rundir.Artifact(job.artifact.run / f"{job.artifact.name}-merged")
+    merges = recipe.adapter is not None and recipe.adapter.merge
+    if merges and also.finished and also.manifest()["identity"] != job.plan["identity"]:
+        raise UserError(f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY)
+    pinned = job.plan["asked"]["content"]
+    folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
+    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}

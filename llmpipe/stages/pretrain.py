@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmpipe import rundir
-from llmpipe.recipe import AdamW, Positive, Prepared, Reference, Section, Share, Training
+from llmpipe.recipe import AdamW, Generating, Positive, Prepared, Reference, Section, Share
 from llmpipe.stages import Job, sft
 
 ACCEPTS = ("model", "adapter")
@@ -24,7 +24,7 @@ PROGRESS = sft.PROGRESS
 class Corpus(Prepared):
     """Documents laid end to end, each with its end-of-document token, and cut into blocks without padding."""
 
-    blocks: ClassVar[bool] = True
+    kind: ClassVar[str] = "blocks"
     template: ClassVar[str] = "auto"
     chat_template_kwargs: ClassVar[dict[str, Any]] = {}
     loss: ClassVar[str] = "all"
@@ -87,7 +87,7 @@ class TrainTokenizer(Section):
     """Tokens of a byte-level BPE tokenizer that is trained on the documents first."""
 
 
-class Schema(Training):
+class Schema(Generating):
     trainer_config: ClassVar[tuple[str, str, str]] = sft.Schema.trainer_config
     trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned | {"lr_scheduler_kwargs": "optim.final"}
 

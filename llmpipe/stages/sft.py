@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from llmpipe import rundir
-from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe import Training, owned
-from llmpipe.stages import Job
+from llmpipe.recipe import Generating, owned
+from llmpipe.stages import CHECKPOINTS, Job, tokens
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
-PROGRESS = "checkpoints/step-*"
+PROGRESS = CHECKPOINTS
+prepare = tokens
 
 
-class Schema(Training):
+class Schema(Generating):
     stage: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
 
@@ -30,20 +29,6 @@ class Schema(Training):
         completion_only_loss=data.loss dataset_text_field=data.train.N.columns shuffle_dataset=data
         eos_token=data.template
     """)
-
-
-def prepare(job: Job) -> dict[str, Any]:
-    """Rows -> tokens. Returns what the trainer and the manifest need to know of them."""
-    from llmpipe.data.prepare import prepare as tokenize
-
-    recipe = job.recipe
-    also = rundir.Artifact(job.artifact.run / f"{job.artifact.name}-merged")
-    merges = recipe.adapter is not None and recipe.adapter.merge
-    if merges and also.finished and also.manifest()["identity"] != job.plan["identity"]:
-        raise UserError(f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY)
-    pinned = job.plan["asked"]["content"]
-    folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
-    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
 
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 # python recipes/tiny/make.py
-"""Renews recipes/tiny/model: a Llama of 107,000 random weights, a byte-level BPE of 512 tokens made from rows.jsonl.
+"""Renews recipes/tiny/model: a Llama of 107,000 random weights, a byte-level BPE of 512 tokens made from rows.jsonl;
+and pairs.jsonl, every question of it with its own answer, which is chosen, and another one's.
 
 It knows nothing and learns seventy short answers in seconds. Same versions, same bytes: run it again after a change of
 rows.jsonl, and commit what it wrote.
@@ -65,7 +66,17 @@ def main() -> None:
     model.generation_config.pad_token_id = 0
     model.save_pretrained(HERE / "model")
     tok.save_pretrained(HERE / "model")
+    write_pairs(rows)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tok)} tokens, {len(rows)} rows")
+
+
+def write_pairs(rows: list[list[dict]]) -> None:
+    answers = [row[1:] for row in rows]
+    with (HERE / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            others = (answers[(i + j) % len(rows)] for j in range(7, len(rows)))
+            pair = {"prompt": row[:1], "chosen": answers[i], "rejected": next(a for a in others if a != answers[i])}
+            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

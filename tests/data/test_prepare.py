@@ -241,7 +241,7 @@ def test_turn_of_weight_zero_is_not_learned(here, smol, base):
 
 def test_preference_is_refused_in_one_line(here, smol):
     write(Path("d.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match="format preference is for reward and dpo, not for sft"):
+    with pytest.raises(UserError, match="format preference is for reward and dpo, not for this stage"):
         make(smol, "d.jsonl")
 
 

@@ -1,0 +1,67 @@
+"""`llmpipe dpo`: direct preference optimization (Rafailov 2023), and its relatives by name.
+
+Inputs: a policy, mostly what `sft` or `lora` made, and pairs of answers. Makes: a `model`, or an adapter. The reference
+is the parent, never the untuned base: a frozen copy, the parent with the new adapter off, or the parent's own adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmpipe.recipe import Generating, Pairs, owned
+from llmpipe.stages import CHECKPOINTS, Job, tokens
+
+ACCEPTS = ("model", "adapter")
+MAKES = "model"  # or an adapter, with `adapter:`
+PROGRESS = CHECKPOINTS
+prepare = tokens
+Objective = Literal[
+    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "sigmoid_norm", "sft", "aot", "aot_unpaired", "bco_pair",
+]  # fmt: skip
+
+
+class Schema(Generating):
+    trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.dpo_config", "DPOConfig")
+    trainer_owned: ClassVar[dict[str, str]] = owned("""
+        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
+        truncation_mode=data.max_length padding_free= beta=beta loss_type=objective loss_weights=objective
+        label_smoothing=label_smoothing precompute_ref_log_probs=precompute precompute_ref_batch_size=precompute
+        sync_ref_model= reference_free=
+    """)
+
+    stage: Literal["dpo"] = "dpo"
+    """Direct preference optimization."""
+    data: Pairs
+    """Preferences."""
+    objective: Objective | Annotated[dict[Objective, float], Field(min_length=1)] = "sigmoid"
+    """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs whose answers are taken to be exchanged."""
+    precompute: bool = False
+    """Compute the reference's log-probabilities once, beforehand: no second model in memory."""
+
+    @model_validator(mode="after")
+    def _reference(self) -> Schema:
+        if self.adapter and self.adapter.rewrites:
+            raise ValueError(f"adapter.init: {self.adapter.init} rewrites the model, which is the reference")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objectives and their weights."""
+        return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
+
+
+def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.engine import upstream
+
+    upstream.silence()
+    from llmpipe.engine import preference
+
+    return preference.dpo(job, prepared)

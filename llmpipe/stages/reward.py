@@ -1,0 +1,48 @@
+"""`llmpipe reward`: a reward model from preferences, by Bradley and Terry's model (Christiano 2017; Ouyang 2022).
+
+Inputs: a model, of which everything but the head is taken over, and pairs of answers. Makes: a `reward-model`, which
+gives a conversation one score. An adapter as `model:` is merged into its base first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmpipe.recipe import Pairs, Training, owned
+from llmpipe.stages import CHECKPOINTS, Job, tokens
+
+ACCEPTS = ("model", "adapter")
+MAKES = "reward-model"
+PROGRESS = CHECKPOINTS
+prepare = tokens
+
+
+class Schema(Training):
+    trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.reward_config", "RewardConfig")
+    trainer_owned: ClassVar[dict[str, str]] = owned("""
+        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
+        chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
+    """)
+
+    stage: Literal["reward"] = "reward"
+    """Reward modelling."""
+    data: Pairs
+    """Preferences; a column `margin` says by how much the chosen answer is better (Touvron 2023, section 3.2.2)."""
+    center: Annotated[float, Field(ge=0)] = 0.0
+    """Pulls the sum of a pair's two scores towards zero by this much (Eisenstein 2023)."""
+
+    @property
+    def keeps_adapters(self) -> bool:
+        return False
+
+
+def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.engine import upstream
+
+    upstream.silence()
+    from llmpipe.engine import preference
+
+    return preference.reward(job, prepared)

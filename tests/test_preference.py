@@ -1,0 +1,429 @@
+"""Reward models and DPO: TRL's losses however a step is cut, the parent as reference, every pair accounted for."""
+
+import json
+import math
+import signal
+
+import pytest
+
+from llmpipe import rundir
+from llmpipe.errors import UserError
+from llmpipe.recipe import load
+from llmpipe.stages import schema
+from tests import life
+
+PAIRS = life.TINY / "pairs.jsonl"
+STEPS = 10
+HOW = {
+    "full": {},
+    "lora": {"adapter": {"rank": 4, "alpha": 8}},
+    "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}, "optim__precision": "bf16"},
+}
+
+
+def write(run, stage, **changes):
+    values = {
+        "stage": stage,
+        "run": str(run),
+        "model": str(life.TINY / "model"),
+        "data": {"train": [{"path": str(PAIRS)}], "eval": {"holdout": 0.1}, "max_length": 64},
+        "optim": {"learning_rate": 2e-3, "batch_size": 4, "steps": 12, "precision": "fp32"},
+        "evaluation": {"every": 5},
+        "checkpoint": {"every": 3},
+        "log": {"every": 2},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 2},
+    }
+    for dotted, value in changes.items():
+        target = values
+        *path, last = dotted.split("__")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    path = run.parent / f"{run.name}-{values.get('name', stage)}.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def metrics(artifact):
+    return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(artifact):
+    return [line["loss"] for line in metrics(artifact) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """A run with what preferences start from: sft, an adapter on it, merged as well, and one on 4 bits."""
+    run = tmp_path_factory.mktemp("parents") / "run"
+    quick = {"optim__steps": 4, "evaluation": {}}
+    life.command(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
+    adapter = {"adapter": {"rank": 4, "alpha": 8, "merge": True}, "optim__learning_rate": 2e-2}
+    life.command(life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick))
+    four = {"quantization": {"bits": 4}, "optim__precision": "bf16", "name": "qlora", "stage": "qlora"}
+    life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
+    return run
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def prepared(tmp_path, rows, **changes):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data__train": [{"path": str(tmp_path / "rows.jsonl")}], "data__eval": {}, "optim__steps": 1, **changes}
+    return life.command(write(tmp_path / "run", "dpo", evaluation={}, **changes))
+
+
+def table(artifact):
+    from datasets import Dataset
+
+    (folder,) = {p.parent for p in (artifact.run / ".prepared").glob("*/train.arrow")}
+    return Dataset.from_file(str(folder / "train.arrow")).to_list()
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_every_form_of_a_preference_gives_the_same_tokens(tmp_path):
+    """Explicit and implicit prompts, dicts, ShareGPT turns, a system turn of its own: TRL's split, our end of turn."""
+    from transformers import AutoTokenizer
+
+    ask, good, bad = user("Is grass green?"), assistant("Yes."), assistant("No, it is a fish.")
+    turns, says = {"from": "human", "value": "Is grass green?"}, lambda text: {"from": "gpt", "value": text}
+    forms = [
+        {"prompt": ask, "chosen": good, "rejected": bad},
+        {"chosen": ask + good, "rejected": ask + bad},
+        {"conversations": [turns], "chosen": says("Yes."), "rejected": says(bad[0]["content"])},
+    ]  # fmt: skip
+    made = []
+    for i, form in enumerate(forms):
+        (tmp_path / str(i)).mkdir()
+        made += table(prepared(tmp_path / str(i), [form] * 4))[:1]
+    assert made[0] == made[1] == made[2]
+    tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
+    asked = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_dict=False)
+    assert made[0]["prompt_ids"] == asked
+    end = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert made[0]["chosen_ids"] == tokenizer("Yes.", add_special_tokens=False)["input_ids"] + end
+    assert made[0]["rejected_ids"][-1:] == end and made[0]["margin"] == 0
+
+
+def test_pairs_that_teach_nothing_are_named(tmp_path):
+    long = "word " * 80
+    rows = [
+        {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y")},
+        {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("x")},
+        {"prompt": user("a"), "chosen": assistant(long + "x"), "rejected": assistant(long + "y")},
+        {"prompt": user(long), "chosen": assistant("x"), "rejected": assistant("y")},
+        {"prompt": user("a"), "chosen": assistant(long), "rejected": assistant("y")},
+        {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y"), "margin": "much"},
+        {"prompt": user("a"), "chosen": assistant("x"), "rejected": user("y")},
+    ] + [
+        {"prompt": user(f"b{i}"), "chosen": assistant("x"), "rejected": assistant("y"), "margin": 0.5} for i in range(5)
+    ]
+    artifact = prepared(tmp_path, rows, data__max_rejected=0.9)
+    found = [json.loads(line) for line in (artifact.path / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["reason"]) for line in found] == [
+        (2, "chosen equals rejected"), (3, "cut to the same text"), (4, "too long"), (6, "wrong type"),
+        (7, "no assistant turn"),
+    ]  # fmt: skip
+    counts = artifact.manifest()["data"]["rows"]
+    assert counts["read"] == 12 == counts["kept"] + counts["rejected"] and counts["truncated"] == 1
+    made = table(artifact)
+    assert [row["margin"] for row in made] == [0, 0, *[0.5] * 5]
+    assert len(made[1]["prompt_ids"]) + len(made[1]["chosen_ids"]) == 64
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_other_formats_are_refused(tmp_path, stage):
+    with pytest.raises(UserError, match="has no chosen and rejected answers"):
+        life.command(write(tmp_path / "run", stage, data__train=[{"path": str(life.TINY / "rows.jsonl")}]))
+
+
+# --- the same as TRL, however a step is cut --------------------------------------------------------------------------
+
+
+def bare_trl(folder, stage):
+    process = life.forked(_bare_trl, str(folder), stage)
+    process.join(120)
+    return json.loads((folder / f"{stage}.json").read_text())
+
+
+def _bare_trl(folder, stage):
+    """TRL as its documentation has it, on the conversations themselves: it renders, tokenizes and batches."""
+    import torch
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    how = dict(  # noqa: C408
+        output_dir=folder, per_device_train_batch_size=4, learning_rate=2e-3, lr_scheduler_type="cosine",
+        warmup_steps=0.03, max_steps=STEPS, logging_steps=1, bf16=False, use_cpu=True, seed=42, data_seed=42,
+        gradient_checkpointing=False, max_length=None, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
+    # the newline behind the end of a turn is no part of llmpipe's answers
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>' + '\\n'", "'<|im_end|>' + ('' if loop.last else '\\n')"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ '<|im_start|>assistant", "{{ '\\n<|im_start|>assistant"
+    )
+    rows = load_dataset("json", data_files=str(PAIRS), split="train")
+    if stage == "reward":
+        torch.manual_seed(42)
+        made = RewardTrainer(folder + "/start", RewardConfig(**how), train_dataset=rows, processing_class=tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(life.TINY / "model", dtype=torch.float32)
+        made = DPOTrainer(model, args=DPOConfig(**how), train_dataset=rows, processing_class=tokenizer)
+    made.train()
+    with open(f"{folder}/{stage}.json", "w") as file:
+        json.dump([line["loss"] for line in made.state.log_history if "loss" in line], file)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_losses_equal_bare_trl(tmp_path, stage):
+    from transformers import AutoTokenizer
+
+    from llmpipe.engine import models
+
+    settings = {"data__eval": {}, "evaluation": {}, "optim__steps": STEPS, "log__every": 1}
+    mine = life.command(write(tmp_path / "run", stage, **settings, launch__micro_batch_size=4))
+    if stage == "reward":  # the same random head
+        import torch
+
+        torch.manual_seed(42)
+        start = models.load_model(life.TINY / "model", scores=True)
+        start.config.pad_token_id = 0
+        start.save_pretrained(tmp_path / "start")
+        AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "start")
+    assert losses(mine) == pytest.approx(bare_trl(tmp_path, stage), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
+    """8x1 = 4x2 = 3 rows at a time = two processes; the last batch of an epoch is not whole."""
+    from tests.test_processes import PYTHON, run
+
+    settings = {"optim__batch_size": 12, "optim__steps": 14, "log__every": 1, "evaluation": {}}
+    made = [
+        life.command(write(tmp_path / f"run{micro}", stage, **settings, launch__micro_batch_size=micro))
+        for micro in (12, 4, 1)
+    ]
+    path = write(tmp_path / "two", stage, **settings, launch__micro_batch_size=3, launch__processes=2)
+    code, out = run([*PYTHON, stage, str(path)])
+    assert code == 0, out
+    made.append(rundir.Artifact(tmp_path / "two" / stage))
+    assert made[0].manifest()["data"]["rows"]["train"] % 12
+    for artifact in made[1:]:
+        assert losses(artifact) == pytest.approx(losses(made[0]), abs=1e-4)
+        first, last = (a.manifest()["final"] for a in (made[0], artifact))
+        assert last["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["sft", {"sigmoid": 1.0, "sft": 0.2}, "aot", "bco_pair"])
+def test_objectives_that_depend_on_the_cut_are_refused(tmp_path, objective):
+    with pytest.raises(UserError, match="depends on how a step is cut"):
+        life.command(write(tmp_path / "run", "dpo", objective=objective))
+    whole = {"launch__micro_batch_size": 4, "optim__steps": 1, "evaluation": {}}
+    assert life.command(write(tmp_path / "whole", "dpo", objective=objective, **whole)).finished
+
+
+@pytest.mark.parametrize("objective", ["ipo", "hinge", "robust", "apo_zero", {"sigmoid": 0.7, "ipo": 0.3}])
+def test_objectives_by_name(tmp_path, objective):
+    changes = {"optim__steps": 30, "optim__learning_rate": 5e-3, "evaluation": {}, "label_smoothing": 0.1}
+    made = life.command(write(tmp_path / "run", "dpo", objective=objective, **changes))
+    lines = [line for line in metrics(made) if "loss" in line]
+    assert lines[-1]["rewards/margins"] > 0 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+# --- what is made ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=HOW)
+def reward(request, tmp_path_factory):
+    run = tmp_path_factory.mktemp("reward") / "run"
+    rate = {"optim__learning_rate": 5e-3 if request.param == "full" else 2e-2}
+    return life.command(write(run, "reward", **HOW[request.param], **rate, center=0.01, optim__steps=40))
+
+
+def test_the_reward_model(reward, tmp_path):
+    """Scores in memory, in a plain process and by `eval` are the same; every weight that should move did."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    manifest = reward.verify()
+    assert manifest["kind"] == "reward-model" and manifest["verified"]["max_logit_difference"] < 1e-5
+    ranking = manifest["final"]["ranking"]
+    assert ranking["n"] == 7 and ranking["held_out"] and sum(part["n"] for part in ranking["calibration"]) == 7
+    assert ranking["accuracy"] == manifest["final"]["eval_accuracy"] and ranking["reward_std"] > 0
+    assert min(losses(reward)[3:]) < losses(reward)[0], "it learns"
+    tokenizer = AutoTokenizer.from_pretrained(reward.model)
+    adapted = (reward.model / "adapter_config.json").exists()
+    start = life.TINY / "model" if adapted else reward.model
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    if adapted:
+        model = PeftModel.from_pretrained(model, reward.model)
+        assert any("score" in name for name in model.state_dict())
+    model.eval()
+    # `eval` gives the same scores, with the adapter on its base or alone
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()][:5]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [{"task": "preference", "data": [{"path": str(tmp_path / "pairs.jsonl")}]}]
+    values = {"stage": "eval", "run": str(reward.run), "models": {"rm": f"artifact:{reward.name}"}, "tasks": tasks}
+    (tmp_path / "eval.yaml").write_text(json.dumps(values | {"precision": "fp32", "launch": {"threads": 1}}))
+    measured = life.command(tmp_path / "eval.yaml")
+    lines = [json.loads(line) for line in (measured.path / "samples.jsonl").read_text().splitlines()]
+    for row, line in zip(rows, lines, strict=True):
+        for side, value in zip(("chosen", "rejected"), line["values"]["accuracy"], strict=True):
+            ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+            with torch.no_grad():
+                assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
+    """R1, R5: killed after a checkpoint, then told to stop inside a step and inside a save."""
+    whole = life.command(write(tmp_path / "whole", stage, **HOW[how]))
+    path = write(tmp_path / "run", stage, **HOW[how])
+    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143), ("term_in_save_9", 143)):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == code, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("where", ["loss_1", "loss_5", "gradient_12"])
+def test_nan_stops_before_the_optimizer(tmp_path, stage, where):
+    """R13."""
+    trial = life.Trial(write(tmp_path / "run", stage, data__eval={}, evaluation={}), hook=f"nan_{where}")
+    assert trial.wait() == 4, trial.text()
+    assert not rundir.Artifact(tmp_path / "run" / stage).finished
+
+
+STARTS = {
+    "full": ("artifact:sft", {}),
+    "new adapter": ("artifact:sft", {"adapter": {"rank": 4, "alpha": 8}}),
+    "adapter continued": ("artifact:lora", {"adapter": {"rank": 4, "alpha": 8}}),
+    "adapter merged": ("artifact:lora-merged", {}),
+    "adapter, all weights": ("artifact:lora", {}),
+    "4 bits continued": ("artifact:qlora", HOW["qlora"]),
+    "precomputed": ("artifact:lora", {"adapter": {"rank": 4, "alpha": 8}, "precompute": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, start):
+    """At step 0 the loss is ln 2, and the log-probabilities are those of the parent in plain transformers and peft."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    reference, changes = STARTS[start]
+    name = start.replace(" ", "-").replace(",", "")
+    made = life.command(write(parents, "dpo", name=name, model=reference, optim__steps=6, **changes))
+    first, *_, last = [line for line in metrics(made) if "eval_loss" in line]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-4) and first[
+        "eval_log_ratio_per_token"
+    ] == pytest.approx(0, abs=1e-4)
+    assert last["eval_rewards/margins"] != 0
+    if "quantization" in changes:
+        return  # the 4 bits' own forward is compared when it is published
+
+    def log_probs(model):
+        from datasets import Dataset
+
+        held_out = (Dataset.from_file(str(path)) for path in (parents / ".prepared").glob("*/eval.arrow"))
+        rows = next(found for found in held_out if "prompt_ids" in found.column_names).to_list()
+        sums = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+            with torch.no_grad():
+                found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+            sums.append(float(found[len(row["prompt_ids"]) - 1 :].sum()))
+        return sum(sums) / len(sums)
+
+    parent = AutoModelForCausalLM.from_pretrained(parents / "sft" / "model").eval()
+    untuned = AutoModelForCausalLM.from_pretrained(life.TINY / "model").eval()
+    if reference == "artifact:lora":
+        parent = PeftModel.from_pretrained(parent, parents / "lora" / "model").eval()
+    elif reference == "artifact:lora-merged":
+        parent = AutoModelForCausalLM.from_pretrained(parents / "lora-merged" / "model").eval()
+    assert first["eval_logps/chosen"] == pytest.approx(log_probs(parent), abs=1e-3)
+    assert abs(first["eval_logps/chosen"] - log_probs(untuned)) > 0.1
+
+
+def test_lineage(parents):
+    """Manifests name the true base, and `show` the parents."""
+    from llmpipe.report.terminal import show_run
+
+    life.command(
+        write(parents, "dpo", name="on", model="artifact:lora", adapter={"rank": 4, "alpha": 8}, optim__steps=1)
+    )
+    manifest = rundir.Artifact(parents / "on").verify()
+    assert manifest["kind"] == "adapter" and manifest["base"]["reference"] == "artifact:sft"
+    assert [parent["name"] for parent in manifest["parents"]] == ["lora"]
+    assert "from       lora" in show_run(parents / "on")
+
+
+KINDS = {"model": "sft", "adapter": "lora", "reward-model": "reward", "evaluation": "eval"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "lora", "pretrain", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["reward-model", "evaluation"])
+def test_kinds_that_a_stage_cannot_use(parents, tmp_path, stage, kind):
+    """R11: refused in one line, with code 3."""
+    if not (parents / "reward").exists():
+        life.command(write(parents, "reward", model="artifact:sft", optim__steps=1, evaluation={}))
+        tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl")}]}]
+        values = {"stage": "eval", "run": str(parents), "models": {"sft": "artifact:sft"}, "tasks": tasks}
+        (tmp_path / "eval.yaml").write_text(json.dumps(values | {"precision": "fp32", "launch": {"threads": 1}}))
+        life.command(tmp_path / "eval.yaml")
+    reference = f"artifact:{KINDS[kind]}"
+    if stage in ("reward", "dpo"):
+        path = write(parents, stage, name="refused", model=reference)
+    elif stage == "pretrain":
+        path = tmp_path / "pretrain.yaml"
+        data = {"train": [{"path": str(life.TINY / "rows.jsonl")}], "max_length": 64}
+        optim = {"learning_rate": 1e-3, "batch_tokens": 256}
+        path.write_text(
+            json.dumps(
+                {
+                    "stage": stage,
+                    "run": str(parents),
+                    "name": "refused",
+                    "model": reference,
+                    "data": data,
+                    "optim": optim,
+                }
+            )
+        )
+    else:
+        more = {"adapter": {"rank": 4}} if stage == "lora" else {}
+        path = life.write(parents, stage=stage, name="refused", model=reference, **more)
+    with pytest.raises(UserError) as refused:
+        life.command(path)
+    assert refused.value.code == 3 and "\n" not in refused.value.message and f"kind '{kind}'" in refused.value.message
+
+
+def test_recipes(tmp_path):
+    for changes, message in [
+        ({"objective": "sigmoyd"}, "sigmoid"),
+        ({"adapter": {"rank": 4, "init": "pissa"}}, "which is the reference"),
+        ({"trainer": {"beta": 0.3}}, "use beta"),
+        ({"label_smoothing": 0.7}, "less than 0.5"),
+    ]:
+        with pytest.raises(UserError) as refused:
+            load(write(tmp_path / "run", "dpo", **changes), schema("dpo"))
+        assert message in str(refused.value)
+    with pytest.raises(UserError, match="samples: unknown key"):
+        load(write(tmp_path / "run", "reward", samples={"prompts": ["x"]}), schema("reward"))
