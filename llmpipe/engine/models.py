@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,26 +128,29 @@ def load_model(
     """A model from safetensors: a reward model where the folder holds one or where it `scores`, which gives any other
     a head with random weights; else a causal language model. Raises UserError (3) when a tensor is missing or left
     over."""
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
     ranked = ranks(folder)
     kind = AutoModelForSequenceClassification if ranked or scores else AutoModelForCausalLM
-    own = {"missing_keys": {"score.weight"}, "unexpected_keys": {"lm_head.weight"}} if scores and not ranked else {}
+    # the head that is left out and the one that is new are no news; any other difference is refused below
+    changed = suppress_seqcls_warning() if scores and not ranked else nullcontext()
     try:
-        model, report = kind.from_pretrained(
-            folder,
-            **({"num_labels": 1} if scores else {}),
-            dtype=dtype,
-            quantization_config=quantization,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with changed:
+            model, report = kind.from_pretrained(
+                folder,
+                **({"num_labels": 1} if scores else {}),
+                dtype=dtype,
+                quantization_config=quantization,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: cannot be loaded: {first}", code=DATA) from error
-    problems = {k: sorted(set(map(str, v)) - own.get(k, set())) for k, v in report.items() if k != "error_msgs"}
-    problems = {k: v for k, v in problems.items() if v}
+    problems = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
     if problems or report.get("error_msgs"):
         what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in problems.items())
         raise UserError(f"{folder}: the weights do not fit the model ({what or report['error_msgs']})", code=INTEGRITY)

@@ -23,7 +23,8 @@ from transformers.utils import is_flash_attn_2_available
 from trl.kernels import ChunkedLogProbFunction
 
 DOCUMENTS = "llmpipe_documents"
-TILE = 256  # tokens whose fp32 logits exist at once: 50 MB at a vocabulary of 49,152
+TILE = 256  # tokens that are multiplied with the head at once
+CACHED = 3 << 18  # fp32 logits that exist at once: 3 MB stay in the cache, and are made in memory that is there already
 
 
 def choose_attention(device_type: str, packed: bool) -> tuple[str, str]:
@@ -126,18 +127,29 @@ class LogProbs(torch.autograd.Function):
         top1 = torch.empty(n, dtype=torch.bool)
         grad_logits = torch.empty(n, len(w) if learning else 0, dtype=dtype)
         grad_hidden = torch.empty_like(h)
+        most = min(TILE, max(1, CACHED // len(w)))
+        z_room, p_room = torch.empty(most, len(w)), torch.empty(most, len(w))
         for start in range(0, n, TILE):
-            tile = slice(start, start + TILE)
-            t = targets[tile, None]
-            z = (h[tile] @ w.T).float()
-            p = z.softmax(-1)
-            peak, best = z.max(-1, keepdim=True)
-            log_z = peak - p.gather(1, best).log()  # the largest p is at least 1/vocab: its logarithm is safe
-            logprobs[tile] = (z.gather(1, t) - log_z).squeeze(1)
-            entropy[tile] = log_z.squeeze(1) - torch.linalg.vecdot(p, z)
-            top1[tile] = (best == t).squeeze(1)
+            logits = h[start : start + TILE] @ w.T
+            for first in range(start, min(start + TILE, n), most):
+                rows = slice(first, min(first + most, start + TILE, n))
+                count, t = rows.stop - first, targets[rows, None]
+                z = z_room[:count].copy_(logits[first - start : rows.stop - start])
+                z.sub_(z.amax(-1, keepdim=True))
+                p = torch.exp(z, out=p_room[:count])
+                total = p.sum(-1, keepdim=True)
+                log_z, z_t = total.log(), z.gather(1, t)
+                logprobs[rows] = (z_t - log_z).squeeze(1)
+                expected = torch.stack([torch.dot(*pair) for pair in zip(p, z, strict=True)])  # of z under p
+                entropy[rows] = log_z.squeeze(1) - expected / total.squeeze(1)
+                # the likeliest token is looked for where it may be the target; of equal ones the first counts
+                top1[rows] = False
+                best = (z_t == 0).squeeze(1).nonzero().squeeze(1)
+                top1[first + best] = z[best].argmax(-1) == t[best, 0]
+                if learning:
+                    grad_logits[rows] = p.div_(-total).scatter_add_(1, t, torch.ones_like(total))
             if learning:
-                grad_logits[tile] = p.neg_().scatter_add_(1, t, torch.ones_like(peak))
+                tile = slice(start, start + TILE)
                 grad_hidden[tile] = grad_logits[tile] @ w
         ctx.save_for_backward(h, grad_hidden, grad_logits)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -178,8 +190,6 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
     "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
-    # a reward model's head is new; any other tensor that is missing is refused
-    "transformers.modeling_utils": "score.weight",
     # said for micro-batches of one, which cost nothing where documents are attended one by one
     "trl.trainer.sft_trainer": "You are using a per_device_train_batch_size of 1 with padding-free training",
 }
