@@ -81,7 +81,8 @@ def essence(artifact: rundir.Artifact) -> dict:
     for line in metrics:
         for name in WALL_CLOCK:
             line.pop(name, None)
-    return {"files": files, "metrics": metrics, "samples": (artifact.path / "samples.jsonl").read_text()}
+    samples = artifact.path / "samples.jsonl"  # a reward model answers nothing
+    return {"files": files, "metrics": metrics, "samples": samples.read_text() if samples.exists() else None}
 
 
 # --- forked trials ---------------------------------------------------------------------------------------------------

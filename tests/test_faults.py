@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests import life, test_adapters, test_pretrain
+from tests import life, test_adapters, test_preference, test_pretrain
 from tests.test_life import begin_again, copy, passed_over
 from tests.test_processes import PYTHON, processes_of, run, start
 
@@ -19,7 +19,7 @@ SEED = 20261121
 
 
 # How many trials a stage gets: the loop is shared, so sft stands for most of it.
-SHARE = {"sft": 1.0, "lora": 0.4, "qlora": 0.4, "pretrain": 0.4, "stream": 0.4}
+SHARE = {"sft": 1.0, "lora": 0.4, "qlora": 0.4, "pretrain": 0.4, "stream": 0.4, "reward": 0.4, "dpo": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,8 @@ def writers(tmp_path_factory):
         "lora": lambda run: test_adapters.write(run, "lora"),
         "qlora": lambda run: test_adapters.write(run, "qlora"),
         "pretrain": lambda run: test_pretrain.write(run, texts),
+        "reward": lambda run: test_preference.write(run, "reward"),
+        "dpo": lambda run: test_preference.write(run, "dpo"),
         "stream": lambda run: test_pretrain.write(run, texts, **test_pretrain.streamed(texts)),
     }
 
@@ -67,6 +69,7 @@ EVERY = [
 WHOLE = [*EVERY, "model.safetensors", "config.json", "generation_config.json"]
 ADAPTER = [*EVERY, "adapter_model.safetensors", "adapter_config.json"]
 CHECKPOINT_FILES = {"sft": WHOLE, "lora": ADAPTER, "qlora": ADAPTER, "pretrain": WHOLE, "stream": WHOLE}
+CHECKPOINT_FILES |= {"dpo": WHOLE, "reward": [name for name in WHOLE if name != "generation_config.json"]}
 STATES = [(stage, name) for stage, names in CHECKPOINT_FILES.items() for name in names]
 CUTS = [(stage, kept) for stage, names in CHECKPOINT_FILES.items() for kept in range(len(names))]
 

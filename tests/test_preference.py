@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 
 import pytest
@@ -234,9 +235,10 @@ def test_objectives_that_depend_on_the_cut_are_refused(tmp_path, objective):
     assert life.command(write(tmp_path / "whole", "dpo", objective=objective, **whole)).finished
 
 
-@pytest.mark.parametrize("objective", ["ipo", "hinge", "robust", "apo_zero", {"sigmoid": 0.7, "ipo": 0.3}])
+@pytest.mark.parametrize("objective", ["ipo", "hinge", "robust", "exo_pair", "apo_zero", {"sigmoid": 0.7, "ipo": 0.3}])
 def test_objectives_by_name(tmp_path, objective):
-    changes = {"optim__steps": 30, "optim__learning_rate": 5e-3, "evaluation": {}, "label_smoothing": 0.1}
+    changes = {"optim__steps": 30, "optim__learning_rate": 5e-3, "evaluation": {}}
+    changes |= {"label_smoothing": 0.1} if objective in ("robust", "exo_pair") else {}
     made = life.command(write(tmp_path / "run", "dpo", objective=objective, **changes))
     lines = [line for line in metrics(made) if "loss" in line]
     assert lines[-1]["rewards/margins"] > 0 and lines[-1]["loss"] < lines[0]["loss"]
@@ -284,12 +286,21 @@ def test_the_reward_model(reward, tmp_path):
     for row, line in zip(rows, lines, strict=True):
         for side, value in zip(("chosen", "rejected"), line["values"]["accuracy"], strict=True):
             ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]  # to the end of the turn
             with torch.no_grad():
                 assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(value, abs=1e-4)
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def by_the_dozen(*values):
+    """A case for `make faults`: `make test` has others of its kind."""
+    return pytest.param(*values, marks=pytest.mark.faults)
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [("reward", "full"), ("dpo", "lora"), by_the_dozen("reward", "lora"), by_the_dozen("reward", "qlora"),
+     by_the_dozen("dpo", "full"), by_the_dozen("dpo", "qlora")],
+)  # fmt: skip
 def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
     """R1, R5: killed after a checkpoint, then told to stop inside a step and inside a save."""
     whole = life.command(write(tmp_path / "whole", stage, **HOW[how]))
@@ -298,6 +309,47 @@ def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
     assert life.essence(life.command(path)) == life.essence(whole)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_resume_with_the_parents_adapter_as_reference(parents, tmp_path, precompute):
+    """The checkpoint holds the reference, too, or its log-probabilities lie beside the rows."""
+    shutil.copytree(parents, tmp_path / "run")
+    shutil.copytree(parents, tmp_path / "whole")
+    changes = {"model": "artifact:lora", "adapter": {"rank": 4, "alpha": 8}, "precompute": precompute}
+    whole = life.command(write(tmp_path / "whole", "dpo", name="again", **changes))
+    path = write(tmp_path / "run", "dpo", name="again", **changes)
+    for hook, code in (("kill_after_checkpoint_3", -signal.SIGKILL), ("term_in_step_5", 143)):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == code, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_the_reference_has_the_parents_new_tokens(tmp_path):
+    """An adapter with trained rows of the embeddings goes on: its reference has these rows, not freshly drawn ones."""
+    template = (life.TINY / "model" / "chat_template.jinja").read_text().replace("<|im_start|>", "<|turn|>")
+    (tmp_path / "turns.jinja").write_text(template)
+    adapter = {"rank": 4, "alpha": 8}
+    changes = {"data__template": str(tmp_path / "turns.jinja"), "adapter": adapter, "optim__learning_rate": 5e-2}
+    life.command(life.write(tmp_path / "run", stage="lora", evaluation={}, **changes))
+    made = life.command(write(tmp_path / "run", "dpo", model="artifact:lora", adapter=adapter, optim__steps=2))
+    first = metrics(made)[0]
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["eval_log_ratio_per_token"] == pytest.approx(0, abs=1e-5)
+
+
+def test_two_processes_with_what_does_not_divide(tmp_path):
+    """Held-out rounds and last steps in which one process has fewer pairs, with the reference computed beforehand."""
+    from tests.test_processes import PYTHON, run
+
+    settings = {"optim__batch_size": 8, "optim__steps": 9, "log__every": 1, "evaluation": {}, "precompute": True}
+    one = life.command(write(tmp_path / "one", "dpo", **settings, launch__micro_batch_size=8))
+    path = write(tmp_path / "two", "dpo", **settings, launch__micro_batch_size=4, launch__processes=2)
+    code, out = run([*PYTHON, "dpo", str(path)])
+    assert code == 0, out
+    two = rundir.Artifact(tmp_path / "two" / "dpo")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert two.manifest()["final"]["eval_loss"] == pytest.approx(one.manifest()["final"]["eval_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
@@ -421,6 +473,9 @@ def test_recipes(tmp_path):
         ({"adapter": {"rank": 4, "init": "pissa"}}, "which is the reference"),
         ({"trainer": {"beta": 0.3}}, "use beta"),
         ({"label_smoothing": 0.7}, "less than 0.5"),
+        ({"label_smoothing": 0.1}, "sigmoid does not read it"),
+        ({"objective": "exo_pair"}, "needs label_smoothing"),
+        ({"trainer": {"ld_alpha": 0.5}}, "llmpipe sets this itself"),
     ]:
         with pytest.raises(UserError) as refused:
             load(write(tmp_path / "run", "dpo", **changes), schema("dpo"))

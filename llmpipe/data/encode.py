@@ -25,8 +25,8 @@ from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
 
 # One row per piece of a kept row: the columns of pack.COLUMNS for the kind of data, and these. Equal rows have equal
-# hashes; `asks` is `hash_of` what the row asks, `bytes` the size of what it teaches; `first` is true for the first
-# piece of a row.
+# hashes, and so have pairs with equal prompts; `asks` is `hash_of` what the row asks, `bytes` the size of what it
+# teaches; `first` is true for the first piece of a row.
 ABOUT = {"hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
 
 
@@ -78,7 +78,7 @@ class Encoder:
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
-            whole = b"".join(part.tobytes() for piece in row for part in (piece if self.kind == "pairs" else piece[:1]))
+            whole = b"".join(piece[0].tobytes() for piece in row)  # of a pair the prompt: it is held out or it is not
             asked = question(example).encode()
             about = {"hash": hash_of(whole, self.key), "asks": hash_of(asked), "bytes": taught_bytes(example)}
             pieces += [
@@ -112,7 +112,7 @@ class Encoder:
         As in TRL, an answer begins where its rendering and the prompt's part, the same for both; as in `row`, it ends
         with its end-of-turn token. `margin` is a number, or empty.
         """
-        sides = [self._answered(example, side) for side in ("chosen", "rejected")]
+        sides = [self.answered(example, side) for side in ("chosen", "rejected")]
         asked = self._asked(example)
         begin = min(templates.shared(asked, ids) for ids in sides)
         if begin >= self.max_length:
@@ -134,7 +134,7 @@ class Encoder:
             text, _ = self.template.render(templates.clean(example["prompt"]), example["tools"], True)
         return self.tokenizer.ids(text)
 
-    def _answered(self, example: dict[str, Any], side: str) -> list[int]:
+    def answered(self, example: dict[str, Any], side: str) -> list[int]:
         """Tokens of a preference's prompt with one of its answers, to the end of its last turn."""
         prompt, answer = example["prompt"], example[side]
         if isinstance(prompt, str):

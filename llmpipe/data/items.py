@@ -56,9 +56,9 @@ def items_of(
     return items
 
 
-def rows_of(source: Rows, formats: tuple[str, ...], purpose: str, pinned: dict[str, str]) -> Any:
+def rows_of(source: Rows, formats: tuple[str, ...], purpose: str, pinned: dict[str, str], stream: bool = False) -> Any:
     """(where, example or Rejected) for every row of a source, which has one of `formats`."""
-    origin = sources.Origin(source, pinned)
+    origin = sources.Origin(source, pinned, stream)
     origin.open()
     if origin.format not in formats:
         problem = f"{source.path}: format {origin.format} does not fit {purpose}"

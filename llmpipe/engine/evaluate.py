@@ -35,6 +35,7 @@ from llmpipe.recipe import Recipe, Section, near
 
 Say = Callable[[str], None]
 Line = dict[str, Any]
+SIDES = ("chosen", "rejected")
 Sequence_ = tuple[list[int], list[bool]]  # ids, and which of them are scored
 
 
@@ -340,11 +341,16 @@ def _choice(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> l
 
 
 def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> list[Line]:
-    wholes = [model.whole(item, item[side]) for item in batch for side in ("chosen", "rejected")]
+    wholes = [model.whole(item, item[side]) for item in batch for side in SIDES]
     owners = [item for item in batch for _ in range(2)]
     ids = [model.ids(text, item) for text, item in zip(wholes, owners, strict=True)]
     lines = []
     if model.ranks:
+        try:  # up to the end of the last turn, as in training
+            pairs = [{**item, "prompt": item["ask"].get("text") or item["ask"]["messages"]} for item in batch]
+            ids = [_encoder(model).answered({"tools": None, **pair}, side) for pair in pairs for side in SIDES]
+        except Rejected as error:
+            raise UserError(f"{batch[0]['at']}: {model.label}: {error.reason}: {error.detail}") from None
         values = iter(_batched(model.rewards, ids, model.batch_size))
         scores = [{"accuracy": (next(values), next(values))} for _ in batch]
     else:

@@ -200,6 +200,12 @@ def load(
     from llmpipe.engine import adapters
 
     dtype = found.frozen_dtype(recipe.adapter) if recipe.adapter else torch.float32
+    if ranks(base or folder) and not scores:
+        raise UserError(f"model: {recipe.model}: a reward model, which gives no answers", code=INTEGRITY)
+    if base and recipe.adapter.rewrites:
+        raise UserError(
+            f"adapter.init: {recipe.adapter.init}: the adapter is there already", "set adapter.continue: false"
+        )
     torch.manual_seed(recipe.seed)  # of a new head
     model = adapters.frozen(base or folder, recipe.quantization, dtype, found.attention, scores)
     rows = fit(model, tokenizer)
@@ -288,7 +294,11 @@ def release_memory() -> None:
 def flops_per_token(model: PreTrainedModel, context: int) -> float:
     """Operations that a token costs in training (Chowdhery 2022, appendix B): 2 per weight forward, 2 for the gradient
     of what it multiplies, 2 for its own where it is trained, and 12 x layers x width x context for the attention."""
-    embeddings, head, config = model.get_input_embeddings(), model.get_output_embeddings(), model.config
+    embeddings, head, config = (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+        model.config.get_text_config(),
+    )
     looked_up = 0 if head and embeddings.weight is head.weight else embeddings.weight.numel()  # it multiplies nothing
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     attention = 12 * config.num_hidden_layers * config.hidden_size * context

@@ -6,6 +6,7 @@ micro-batch, and `_Pairs` weighs those means by the pairs in them. No pair is cu
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from trl.trainer.utils import pad
 from llmpipe.engine import adapters, models, supervised, training, upstream
 from llmpipe.engine.metrics import RESAMPLES, interval, wilson
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.rundir import digest
 
 BUCKETS = 4  # of calibration
+COLLAPSED = 1.5  # times the first log-probability of chosen answers: below that something is wrong
 
 
 class _Collator:
@@ -91,6 +94,12 @@ class _Reward(_Pairs, RewardTrainer):
 
 
 class _Policy(_Pairs, DPOTrainer):
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        parent_as_reference(self.model)
+        how = [dataset._fingerprint, self.args.bf16, str(self.args.device), torch.get_num_threads()]
+        dataset._fingerprint = digest(how)[:32]  # TRL's cache knows nothing of how the numbers are computed
+        return super()._precompute_ref_logps(dataset, *args)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("margin", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -121,7 +130,7 @@ def reward(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     trainer = _trainer(_Reward, RewardConfig, job, prepared, hardware, tokenizer, model, own)
 
     def also(final: dict[str, Any]) -> dict[str, Any]:
-        held_out = trainer.eval_dataset or trainer.train_dataset
+        held_out = trainer.eval_dataset or trainer.train_dataset.select(range(prepared["rows"]["train"]))  # no fillers
         about = describe(score(trainer, held_out), recipe.seed) | {"held_out": trainer.eval_dataset is not None}
         low, high = about["accuracy_interval"]
         say(f"ranked right: {about['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {about['n']:,} pairs "
@@ -180,9 +189,10 @@ def improvement(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any
         model = trainer.ref_model or trainer.model
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trainer.compute_ref_log_probs(model, inputs)
     better, worse = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
-    kept, trainer.precompute_ref_logps = trainer.precompute_ref_logps, True
+    kept = trainer.precompute_ref_logps, trainer.accelerator.gather
+    trainer.precompute_ref_logps, trainer.accelerator.gather = True, lambda found: found  # ranks differ in their pairs
     loss = trainer._compute_loss(lambda **_: out, inputs, False)  # TRL's formula on what is computed already
-    trainer.precompute_ref_logps = kept
+    trainer.precompute_ref_logps, trainer.accelerator.gather = kept
     trainer._metrics["eval"].clear()
     margin, count = trainer.beta * (better - worse), len(better)
     right = (margin > 0).double() + 0.5 * (margin == 0)
@@ -224,6 +234,8 @@ def dpo(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     trainer = _trainer(_Policy, DPOConfig, job, prepared, hardware, tokenizer, model, own, ref_model=reference)
     if recipe.adapter and not base:
         trainer.model.delete_adapter("ref")  # of an adapter that begins at nothing: without it is the same, and faster
+    else:
+        parent_as_reference(trainer.model)
     which = (
         "the parent's adapter" if base else "the parent, the adapter off" if recipe.adapter else "a copy of the parent"
     )
@@ -235,9 +247,22 @@ def dpo(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
             raise UserError("the reference changed in training", "please report it; nothing was published", INTEGRITY)
         if "ref" in getattr(trainer.model, "peft_config", {}):
             trainer.model.delete_adapter("ref")
+        lines = [json.loads(x) for x in (job.artifact.path / "metrics.jsonl").read_text().splitlines()]
+        chosen = [line["logps/chosen"] for line in lines if "logps/chosen" in line]
+        if len(chosen) > 1 and chosen[-1] < COLLAPSED * chosen[0]:
+            say(f"warning: the log-probability of chosen answers fell from {chosen[0]:.1f} to {chosen[-1]:.1f}: the "
+                "policy leaves what it was taught; raise beta, or lower optim.learning_rate")  # fmt: skip
         return {"reference": before} if before else {}
 
     return supervised.finish(trainer, job, prepared, hardware, tokenizer, improvement, also, base)
+
+
+def parent_as_reference(model: Any) -> None:
+    """Make the adapter `ref` the very copy of `default`: TRL's leaves out trained rows of the embeddings."""
+    named = dict(model.named_parameters())
+    for name, tensor in named.items():
+        if ".ref" in name:
+            tensor.data.copy_(named[name.replace(".ref", ".default")].data)
 
 
 def _refuse_micro_batches(recipe: Any, hardware: models.Hardware) -> None:
@@ -265,13 +290,18 @@ def _trainer(
     kind: type, config: type, job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Tokenizer, model: Any,
     own: dict[str, Any], **more: Any,
 ) -> Any:  # fmt: skip
-    rows = job.prepared / prepared["data"]
-    return training.durable(kind)(
-        model=model,
-        args=training.arguments(config, job.recipe, job.artifact, hardware, **own),
-        processing_class=tokenizer,
-        data_collator=_Collator(tokenizer.pad_token_id, whole=kind is _Reward),
-        train_dataset=training.dataset(rows / "train.arrow"),
-        eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
-        **more,
-    )
+    rows, adapter = job.prepared / prepared["data"], job.recipe.adapter
+    own = {**own, "disable_dropout": not (adapter and adapter.dropout)}
+    configuration = training.arguments(config, job.recipe, job.artifact, hardware, **own)
+    try:
+        return training.durable(kind)(
+            model=model,
+            args=configuration,
+            processing_class=tokenizer,
+            data_collator=_Collator(tokenizer.pad_token_id, whole=kind is _Reward),
+            train_dataset=training.dataset(rows / "train.arrow"),
+            eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
+            **more,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{job.recipe.stage}: TRL refuses: {str(error).splitlines()[0]}") from error

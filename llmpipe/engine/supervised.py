@@ -38,6 +38,7 @@ def train(
     rows, stream = job.prepared / prepared["data"], None
     if data.stream:
         processes = 1 if hardware.device == "cpu" else max(1, (os.cpu_count() or 1) // hardware.processes - 1)
+        processes = processes if data.processes == "auto" else data.processes
         pinned, length = job.plan["asked"]["content"], recipe.steps * recipe.batch_size
         about = {"seed": recipe.seed, "pinned": pinned, "processes": processes}
         stream = Stream(data, rows, length, recipe.batch_size, **about)
@@ -100,10 +101,11 @@ def finish(
             made["merged"] = [name]
     about = facts(prepared)
     if stream:
-        tokens, read = len(stream) * recipe.data.max_length, stream.position(len(stream))["rows"]
+        blocks = trainer.state.global_step * recipe.batch_size
+        tokens, read = blocks * recipe.data.max_length, stream.position(blocks)["rows"]
         about["data"]["rows"] = counted(read, about["data"]["rows"])
         about["data"]["tokens"] |= {"train": tokens, "train_supervised": tokens}
-        about["data"]["sequences"]["train"] = len(stream)
+        about["data"]["sequences"]["train"] = blocks
     elif trainer.is_world_process_zero():
         for name in ("rejected.jsonl", "seen.safetensors"):
             shutil.copyfile(rows / name, artifact.path / name)

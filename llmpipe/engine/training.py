@@ -147,6 +147,7 @@ def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
         return rows
     filler: dict[str, Any] = {"input_ids": [token, token], "labels": [-100, -100], "seq_lengths": [2]}
     filler |= {"prompt_ids": [token], "chosen_ids": [token], "rejected_ids": [token], "margin": math.nan}
+    filler |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
     columns = {name: [filler[name]] * count for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
 
@@ -196,7 +197,7 @@ class _Durable:
         super().__init__(model=model, **arguments)
         for name, p in model.named_parameters():
             if name in learned:
-                p.data = learned[name]  # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
+                p.data = learned[name].to(p.device)  # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
 
     def attach(
         self,
@@ -220,8 +221,8 @@ class _Durable:
         self.signals, self.say, self._measure = signals, say, measure
         self._pending_evaluation = False
         self._stopped: int | None = None
-        self._per_token = models.flops_per_token(self.model, recipe.data.max_length)
         self._peak = hardware.processes * (models.peak_flops() or 0)
+        self._per_token = models.flops_per_token(self.model, recipe.data.max_length) if self._peak else 0
         self._best: tuple[float, int] | None = None
         self._worse = 0
         self._tokens = 0
@@ -474,8 +475,9 @@ class _Durable:
             ranks = [None] * self.args.world_size
             torch.distributed.all_gather_object(ranks, mine)
         metrics = self.artifact.path / "metrics.jsonl"
-        if self.is_world_process_zero() and metrics.exists():
-            rundir.fsync(metrics)
+        for path in (metrics, self._stream.rejected if self._stream else None):
+            if self.is_world_process_zero() and path and path.exists():
+                rundir.fsync(path)
         return {
             "ranks": ranks,
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,

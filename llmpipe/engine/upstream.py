@@ -1,4 +1,5 @@
-"""Every override of a TRL or transformers internal. `tests/engine/test_upstream.py` fails when one of them moves.
+"""Overrides of TRL and transformers internals that are not a trainer's methods (`training`, `preference`).
+`tests/engine/test_upstream.py` fails when one of any of them moves.
 
 On CPU an SFT step loses most of its time in two places, and both are mended by `speed_up` without changing the result:
 
@@ -100,31 +101,35 @@ def documents_attention(module, query, key, value, attention_mask, dropout=0.0, 
 
 
 class LogProbs(torch.autograd.Function):
-    """`trl.kernels.ChunkedLogProbFunction` for SFT on CPU: the same arguments and outputs, fewer passes.
+    """`trl.kernels.ChunkedLogProbFunction` on CPU: the same arguments and outputs, fewer passes.
 
-    hidden [n, width], weight [vocab, width], targets [n] -> log-probabilities, entropy, None, None, is_top1, each [n].
+    hidden [n, width], weight [vocab, width], targets [n] -> log-probabilities, and entropy, None, mean_logits, is_top1
+    as far as `outputs` names them, each [n].
     d log p_t / d logits = onehot(t) - p needs nothing from the backward pass but one factor per token, so the forward
     pass keeps it (in the products' precision: n x vocab x 2 bytes in bf16) along with its product with the weight.
     """
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
-        plain = bias is None and softcap is None and scale == temperature == 1.0 and "is_top1" in outputs
-        if hidden.device.type != "cpu" or not plain or "mean_logits" in outputs:
+        plain = bias is None and softcap is None and scale == temperature == 1.0
+        if hidden.device.type != "cpu" or not plain or "log_sum_sq_probs" in outputs:
             return ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
             )
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         learning = torch.is_grad_enabled()  # inside `forward` it is always off
-        logprobs, entropy, top1 = super(LogProbs, LogProbs).apply(hidden, weight, targets, learning, dtype)
-        return logprobs, entropy, None, None, top1
+        found = super(LogProbs, LogProbs).apply(hidden, weight, targets, learning, dtype, frozenset(outputs))
+        logprobs, *more = found
+        names = ("entropy", "mean_logits", "is_top1")
+        entropy, mean, top1 = (value if name in outputs else None for name, value in zip(names, more, strict=True))
+        return logprobs, entropy, None, mean, top1
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # it would round the entropy's product
-    def forward(ctx, hidden, weight, targets, learning, dtype):
+    def forward(ctx, hidden, weight, targets, learning, dtype, outputs):
         h, w, n = hidden.to(dtype), weight.to(dtype), len(targets)
-        logprobs, entropy = torch.empty(n), torch.empty(n)
-        top1 = torch.empty(n, dtype=torch.bool)
+        logprobs, entropy, mean = torch.empty(n), torch.empty(n), torch.empty(n)
+        top1 = torch.zeros(n, dtype=torch.bool)
         grad_logits = torch.empty(n, len(w) if learning else 0, dtype=dtype)
         grad_hidden = torch.empty_like(h)
         most = min(TILE, max(1, CACHED // len(w)))
@@ -135,17 +140,19 @@ class LogProbs(torch.autograd.Function):
                 rows = slice(first, min(first + most, start + TILE, n))
                 count, t = rows.stop - first, targets[rows, None]
                 z = z_room[:count].copy_(logits[first - start : rows.stop - start])
+                if "mean_logits" in outputs:
+                    mean[rows] = z.mean(-1)
                 z.sub_(z.amax(-1, keepdim=True))
                 p = torch.exp(z, out=p_room[:count])
                 total = p.sum(-1, keepdim=True)
                 log_z, z_t = total.log(), z.gather(1, t)
                 logprobs[rows] = (z_t - log_z).squeeze(1)
-                expected = torch.stack([torch.dot(*pair) for pair in zip(p, z, strict=True)])  # of z under p
-                entropy[rows] = log_z.squeeze(1) - expected / total.squeeze(1)
-                # the likeliest token is looked for where it may be the target; of equal ones the first counts
-                top1[rows] = False
-                best = (z_t == 0).squeeze(1).nonzero().squeeze(1)
-                top1[first + best] = z[best].argmax(-1) == t[best, 0]
+                if "entropy" in outputs:
+                    expected = torch.stack([torch.dot(*pair) for pair in zip(p, z, strict=True)])  # of z under p
+                    entropy[rows] = log_z.squeeze(1) - expected / total.squeeze(1)
+                if "is_top1" in outputs:  # looked for where the target may be it; of equal ones the first counts
+                    best = (z_t == 0).squeeze(1).nonzero().squeeze(1)
+                    top1[first + best] = z[best].argmax(-1) == t[best, 0]
                 if learning:
                     grad_logits[rows] = p.div_(-total).scatter_add_(1, t, torch.ones_like(total))
             if learning:
@@ -153,8 +160,8 @@ class LogProbs(torch.autograd.Function):
                 grad_hidden[tile] = grad_logits[tile] @ w
         ctx.save_for_backward(h, grad_hidden, grad_logits)
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(entropy, top1)
-        return logprobs, entropy, top1
+        ctx.mark_non_differentiable(entropy, mean, top1)
+        return logprobs, entropy, mean, top1
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -163,7 +170,7 @@ class LogProbs(torch.autograd.Function):
         to_weight = None
         if ctx.needs_input_grad[1]:
             to_weight = (grad_logits.T @ (h * grad[:, None]).to(h.dtype)).to(weight_dtype)
-        return (grad_hidden * grad[:, None]).to(hidden_dtype), to_weight, None, None, None
+        return (grad_hidden * grad[:, None]).to(hidden_dtype), to_weight, None, None, None, None
 
 
 def with_bias(model):

@@ -296,7 +296,7 @@ def training(run: Run) -> Iterator[Html]:
     """Status, key numbers and curves of every artifact but the evaluations."""
     for part in (part for part in run.parts if part.stage != "eval"):
         about = {"status": part.status, "kind": dig(part.made, "kind") or None, "stage": part.stage}
-        for name, value in (dig(part.made, "final") | dig(part.made, "training")).items():
+        for name, value in (flat(dig(part.made, "final")) | dig(part.made, "training")).items():
             about[name.replace("eval_", "held-out ").replace("_", " ")] = number(value)
         if "training" in part.made:
             about |= {"seconds": None, "duration": duration_of(part.made), "size": size_of(part.made)}

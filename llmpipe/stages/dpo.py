@@ -29,7 +29,8 @@ class Schema(Generating):
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
         truncation_mode=data.max_length padding_free= beta=beta loss_type=objective loss_weights=objective
         label_smoothing=label_smoothing precompute_ref_log_probs=precompute precompute_ref_batch_size=precompute
-        sync_ref_model= reference_free=
+        sync_ref_model= ld_alpha= f_divergence_type= f_alpha_divergence_coef= use_weighting=
+        disable_dropout=adapter.dropout
     """)
 
     stage: Literal["dpo"] = "dpo"
@@ -41,7 +42,7 @@ class Schema(Generating):
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the policy is held to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs whose answers are taken to be exchanged."""
+    """Share of the pairs whose answers are taken to be exchanged; read by robust, exo_pair, aot and aot_unpaired."""
     precompute: bool = False
     """Compute the reference's log-probabilities once, beforehand: no second model in memory."""
 
@@ -49,6 +50,11 @@ class Schema(Generating):
     def _reference(self) -> Schema:
         if self.adapter and self.adapter.rewrites:
             raise ValueError(f"adapter.init: {self.adapter.init} rewrites the model, which is the reference")
+        smoothed = {"robust", "exo_pair", "aot", "aot_unpaired"} & set(self.weights)
+        if self.label_smoothing and not smoothed:
+            raise ValueError(f"label_smoothing: {', '.join(self.weights)} does not read it; robust does")
+        if "exo_pair" in self.weights and not self.label_smoothing:
+            raise ValueError("objective: exo_pair needs label_smoothing, such as 0.001 (Ji 2024)")
         return self
 
     @property

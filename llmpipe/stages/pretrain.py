@@ -158,7 +158,8 @@ def trained_tokenizer(job: Job) -> Path:
     folder = job.prepared / f"tokenizer-{rundir.digest([content, recipe.tokenizer.vocab_size])[:16]}"
     if not (folder / "tokenizer.json").exists():
         job.say(f"tokenizer: training {recipe.tokenizer.vocab_size:,} byte-level tokens")
-        rows = (row for source in recipe.data.train for _, row in rows_of(source, ("text",), "pretrain", content))
+        every = (rows_of(source, ("text",), "pretrain", content, recipe.data.stream) for source in recipe.data.train)
+        rows = (row for found in every for _, row in found)
         with rundir.publishing(folder) as staging:
             train((row["text"] for row in rows if isinstance(row, dict)), recipe.tokenizer.vocab_size, staging)
     return folder

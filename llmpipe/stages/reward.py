@@ -24,6 +24,7 @@ class Schema(Training):
     trainer_owned: ClassVar[dict[str, str]] = owned("""
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
         chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
+        disable_dropout=adapter.dropout
     """)
 
     stage: Literal["reward"] = "reward"

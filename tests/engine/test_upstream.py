@@ -19,6 +19,7 @@ from llmpipe.engine import upstream
 
 LENGTHS = (5, 1, 9, 17)
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+OF_DPO = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 @pytest.fixture(autouse=True)
@@ -144,10 +145,12 @@ def call(function, hidden, weight, targets, outputs=OUTPUTS, bias=None):
     return function.apply(hidden, weight, bias, targets, 1.0, 64, None, 1.0, outputs)
 
 
+@pytest.mark.parametrize("outputs", [OUTPUTS, OF_DPO, ("log_probs",)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_log_probs_with_a_factor_per_token_and_across_tiles(autocast, monkeypatch):
+def test_log_probs_with_a_factor_per_token_and_across_tiles(autocast, outputs, monkeypatch):
     """As DFT's loss has it: every token's gradient is scaled differently."""
     monkeypatch.setattr(upstream, "TILE", 4)
+    monkeypatch.setattr(upstream, "CACHED", 3 * 101)  # three rows of a tile at once
     torch.manual_seed(0)
     targets, factor = torch.randint(0, 101, (11,)), torch.rand(11)
     results = []
@@ -155,12 +158,14 @@ def test_log_probs_with_a_factor_per_token_and_across_tiles(autocast, monkeypatc
         torch.manual_seed(1)
         hidden, weight = torch.randn(11, 32, requires_grad=True), torch.randn(101, 32, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logprobs, entropy, _, _, top1 = call(function, hidden, weight, targets)
-        (logprobs * factor).sum().backward()
-        results.append((logprobs, entropy, top1, hidden.grad, weight.grad))
+            found = call(function, hidden, weight, targets, outputs)
+        (found[0] * factor).sum().backward()
+        results.append((found, (hidden.grad, weight.grad)))
     tolerance = 3e-2 if autocast else 1e-5
-    torch.testing.assert_close(results[1][:3], results[0][:3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(results[1][3:], results[0][3:], atol=tolerance, rtol=tolerance)
+    assert [value is None for value in results[1][0]] == [value is None for value in results[0][0]]
+    known = [tuple(value for value in found if value is not None) for found, _ in results]
+    torch.testing.assert_close(known[1], known[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], atol=tolerance, rtol=tolerance)
 
 
 def test_log_probs_edges():
@@ -173,7 +178,7 @@ def test_log_probs_edges():
     assert hidden.grad.abs().sum() > 0
     with torch.no_grad():
         assert not call(upstream.LogProbs, hidden, weight, targets)[0].requires_grad
-    for outputs in (("log_probs",), ("log_probs", "entropy"), (*OUTPUTS, "mean_logits")):  # GRPO's and DPO's stay TRL's
+    for outputs in ((*OUTPUTS, "log_sum_sq_probs"), ("log_probs", "log_sum_sq_probs")):  # WPO's stays TRL's
         functions = ChunkedLogProbFunction, upstream.LogProbs
         expected, found = (call(function, hidden, weight, targets, outputs) for function in functions)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
@@ -246,6 +251,28 @@ def test_canary_attention():
     packed = source.split("if packed_sequence_mask is not None:")[1].split("if block_sequence_ids")[0]
     assert "allow_is_causal_skip = False" in packed  # how `documents_mask` knows a packed row from a plain one
     assert callable(AttentionInterface.register) and callable(AttentionMaskInterface.register)
+
+
+def test_canary_trainers_of_pairs():
+    """What `engine/preference.py` overrides or leans on."""
+    from trl import DPOTrainer, RewardTrainer
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    assert callable(suppress_seqcls_warning)
+    for trainer in (RewardTrainer, DPOTrainer):
+        assert {"_prepare_dataset", "_set_signature_columns_if_needed", "compute_loss"} <= set(vars(trainer))
+        assert "num_items_in_batch" in inspect.signature(trainer.compute_loss).parameters
+    source = inspect.getsource(DPOTrainer)
+    assert 'model.add_adapter("ref", default_config)' in source and '.replace(".default.", ".ref.")' in source
+    assert 'adapter_name="ref" if "ref" in' in source
+    assert '{"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}' in source  # all else goes to the model
+    assert (
+        "per_token_logps = outputs.log_probs[:, -seq_len:]" in source and "loss += per_sequence_loss.mean()" in source
+    )
+    assert list(inspect.signature(DPOTrainer._compute_loss).parameters) == ["self", "model", "inputs", "return_outputs"]
+    assert "outputs.logits.squeeze(-1), chunks=2" in inspect.getsource(RewardTrainer.compute_loss)
+    scaling = inspect.getsource(transformers.Trainer.training_step)
+    assert "loss / self.current_gradient_accumulation_steps" in scaling
 
 
 def test_canary_noise():
