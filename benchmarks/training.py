@@ -3,14 +3,17 @@
     python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8
     python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8 --stage qlora
     python benchmarks/training.py --model DIR --rows alpaca.json --pairs 8 --stage pretrain --count 400
+    python benchmarks/training.py --model DIR --rows dpo.json --pairs 8 --stage dpo --count 48
 
-The peer is TRL (with PEFT for lora and qlora); for pretrain, where rows are text, the model starts from random weights
-and DIR gives the tokenizer, it is a loop of PyTorch: forward, backward, clipping, fused AdamW.
+The peer is TRL (with PEFT for lora and qlora), which tokenizes pairs by itself, as its documentation has it. For
+pretrain, where rows are text, the model starts from random weights and DIR gives the tokenizer, it is a PyTorch loop:
+forward, backward, clipping, fused AdamW.
 
 Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
 imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
 runs from the first step's start to the last step's end; loading, tokenizing and packing are outside.
-`--rows`: a JSON list of Alpaca rows (instruction, input, output).
+`--rows`: a JSON list of Alpaca rows (instruction, input, output); for reward and dpo, of ShareGPT rows with answers
+(conversations, chosen, rejected).
 """
 
 import argparse
@@ -35,12 +38,16 @@ def prepare(args, home: Path, packing: bool) -> Path:
     rows = json.loads(Path(args.rows).read_text())[: args.count]
     if args.stage == "pretrain":
         rows = [{"text": " ".join(row.values())} for row in rows]
+    if args.stage in PREFERENCES:
+        rows = [conversation(row) for row in rows]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
     extra = {"adapter": {"rank": 8, "alpha": 16}} if "lora" in args.stage else {}
     extra |= {"quantization": {"bits": 4}} if args.stage == "qlora" else {}
     data = {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing}
     batch = {"batch_size": args.batch}
+    if args.stage in PREFERENCES:
+        del data["packing"]
     if args.stage == "pretrain":
         extra, batch = {"tokenizer": args.model, "architecture": SHAPE}, {"batch_tokens": args.batch * args.max_length}
         del data["packing"]
@@ -68,18 +75,28 @@ def prepare(args, home: Path, packing: bool) -> Path:
     return home / recipe["name"]
 
 
+PREFERENCES = ("reward", "dpo")
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def conversation(row: dict) -> dict:
+    """A ShareGPT row with its two answers as TRL knows preferences."""
+    turns = lambda *found: [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in found]  # noqa: E731
+    return {"prompt": turns(*row["conversations"]), **{side: turns(row[side]) for side in ("chosen", "rejected")}}
+
+
 SHAPE = {"layers": 6, "width": 384, "heads": 6, "ffn": 1024}
 
 
 def rate(args) -> float:
     """The peak learning rate."""
-    return 2e-5 if args.stage == "sft" else 2e-4
+    return {"sft": 2e-5, "reward": 1e-5, "dpo": 1e-6}.get(args.stage, 2e-4)
 
 
 def common(args, out: str) -> dict:
     """What both sides are told: nothing here is a matter of speed."""
     return dict(  # noqa: C408  names of fields
-                output_dir=out, max_length=args.max_length, packing=args.packing, bf16=args.precision == "bf16", seed=0,
+                output_dir=out, max_length=args.max_length, bf16=args.precision == "bf16", seed=0,
                 num_train_epochs=1, learning_rate=rate(args), use_cpu=True, logging_steps=1, save_strategy="no",
                 report_to="none", disable_tqdm=True)  # fmt: skip
 
@@ -88,27 +105,38 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     """Bare TRL, as its documentation has it."""
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     half = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    how, peft = {"dtype": torch.float32 if args.stage == "sft" else half}, None
-    if args.stage != "sft":
+    how, peft = {"dtype": half if "lora" in args.stage else torch.float32}, None
+    if "lora" in args.stage:
         peft = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if args.stage == "qlora":
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
         )
-    model = AutoModelForCausalLM.from_pretrained(args.model, **how)
-    config = SFTConfig(
+    if args.stage == "reward":
+        how |= {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    kind = AutoModelForSequenceClassification if args.stage == "reward" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = kind.from_pretrained(args.model, **how)
+    own = {} if args.stage in PREFERENCES else {
+        "packing": args.packing, "dataset_kwargs": {"skip_prepare_dataset": True}
+    }  # fmt: skip
+    make, settings = {"reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}.get(
+        args.stage, (SFTTrainer, SFTConfig)
+    )
+    config = settings(
         **common(args, out),
+        **own,
         per_device_train_batch_size=args.batch,
         gradient_checkpointing=args.checkpointing or args.trl_default,
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
     named = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [callback], "peft_config": peft}
-    trainer = SFTTrainer(model, config, **named)
+    trainer = make(model, args=config, **named)
     trainer.train()
+    trainer.seen = len(trainer.train_dataset)  # RewardTrainer drops what is too long
     return trainer
 
 
@@ -188,6 +216,8 @@ def measure(args) -> dict:
     # bare TRL gets the very sequences that llmpipe trains on: when it packs by itself, it breaks ties at random
     folder = home / ("packed" if args.packing else "unpacked")
     rows = datasets.Dataset.from_file(str(home / ".prepared" / key_of(folder) / "train.arrow"))
+    if args.stage in PREFERENCES and args.side == "peer":
+        rows = datasets.Dataset.from_list([json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()])
     with tempfile.TemporaryDirectory() as out:
         if args.side == "peer":
             trainer = (run_loop if args.stage == "pretrain" else run_trl)(
@@ -237,8 +267,8 @@ def lower_bound(ratios: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model with a ChatML tokenizer")
-    parser.add_argument("--rows", required=True, help="JSON list of Alpaca rows")
-    parser.add_argument("--stage", choices=["sft", "lora", "qlora", "pretrain"], default="sft")
+    parser.add_argument("--rows", required=True, help="JSON list of rows; see above")
+    parser.add_argument("--stage", choices=["sft", "lora", "qlora", "pretrain", *PREFERENCES], default="sft")
     parser.add_argument("--count", type=int, default=96, help="rows used")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--packing", action="store_true")

@@ -1,13 +1,15 @@
 # python recipes/make_quickstart.py
 """Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on and 470 to test on,
-with short answers that are right by construction.
+with short answers that are right by construction; and quickstart-pairs.jsonl and quickstart-test-pairs.jsonl: 400 and
+200 with a wrong answer beside the right one.
 
-Thirteen kinds of task, several phrasings each; no problem occurs twice, so that what is tested was never seen in
-other words. The problems behind `samples:` in recipes/quickstart.yaml are left out altogether. Same seed, same file.
+Thirteen kinds of task, several phrasings each; no problem occurs twice in any of them, so that what is tested was never
+seen in other words. The problems behind `samples:` in recipes/quickstart.yaml are left out. Same seed, same files.
 """
 
 import json
 import random
+import re
 from pathlib import Path
 
 WORDS = """
@@ -172,28 +174,49 @@ def calendar(rng: random.Random) -> Row:
     return ("day", DAYS[day], step), ask.format(d=DAYS[day]), f"{DAYS[(day + step) % 7]}."
 
 
-# task -> rows to train on, rows to test on
+# task -> rows to train on, rows to test on, pairs to train on, pairs to test on
 TASKS = {
-    add: (150, 80),
-    subtract: (120, 80),
-    larger: (100, 60),
-    parity: (80, 40),
-    following: (70, 20),
-    ordered: (90, 60),
-    reverse: (70, 10),
-    spell: (80, 30),
-    count: (90, 30),
-    edge: (80, 40),
-    capitals: (50, 20),
-    plural: (70, 0),  # there are no more of them
-    calendar: (50, 0),
+    add: (150, 80, 80, 40),
+    subtract: (120, 80, 80, 40),
+    larger: (100, 60, 70, 40),
+    parity: (80, 40, 30, 10),
+    following: (70, 20, 0, 0),
+    ordered: (90, 60, 60, 30),
+    reverse: (70, 10, 0, 0),
+    spell: (80, 30, 30, 20),
+    count: (90, 30, 20, 10),
+    edge: (80, 40, 30, 10),
+    capitals: (50, 20, 0, 0),
+    plural: (70, 0, 0, 0),  # there are no more of them
+    calendar: (50, 0, 0, 0),
 }
+FILES = ("quickstart", "quickstart-test", "quickstart-pairs", "quickstart-test-pairs")
 
 
-def rows(seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """`messages` rows in a shuffled order, to train on and to test on; no problem occurs twice in either or both."""
+def wrong(rng: random.Random, problem: Problem, answer: str) -> str:
+    """An answer of the same form that is not right."""
+    kind = problem[0]
+    if kind == "larger":
+        return f"{min(problem[1:])} is larger."
+    if kind == "parity":
+        return answer.replace("even", "ODD").replace("odd", "even").lower()
+    if kind == "ordered":
+        words = rng.sample(problem[1:], 3)
+        return ", ".join(words if words != sorted(words) else reversed(words)) + "."
+    if kind == "spell":
+        cut = rng.randrange(len(problem[1]))
+        return "-".join(problem[1][:cut] + problem[1][cut + 1 :]) + "."
+    if kind == "edge":
+        return rng.choice([letter for letter in problem[1] if f"{letter}." != answer]) + "."
+    before, number, behind = re.fullmatch(r"(.* )(\d+)(\D*)", answer).groups()
+    others = {int(number) + step for step in (-10, -2, -1, 1, 2, 10)}
+    return f"{before}{rng.choice([other for other in sorted(others) if other > 0])}{behind}"
+
+
+def rows(seed: int = 0) -> tuple[list[dict], ...]:
+    """The rows of FILES, in a shuffled order; no problem occurs twice in any or all of them."""
     seen = set(KEPT_OUT)
-    return tuple(_draw(random.Random(seed + part), part, seen) for part in (0, 1))
+    return tuple(_draw(random.Random(seed + part), part, seen) for part in range(len(FILES)))
 
 
 def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
@@ -204,16 +227,25 @@ def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
             problem, prompt, answer = task(rng)
             if problem not in seen:
                 seen.add(problem)
-                found.append((prompt, answer))
+                found.append((problem, prompt, answer))
     rng.shuffle(found)
+    user, assistant = ({"role": role} for role in ("user", "assistant"))
+    if part < 2:
+        return [
+            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]} for _, prompt, answer in found
+        ]
     return [
-        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-        for prompt, answer in found
+        {
+            "prompt": [user | {"content": prompt}],
+            "chosen": [assistant | {"content": answer}],
+            "rejected": [assistant | {"content": wrong(rng, problem, answer)}],
+        }
+        for problem, prompt, answer in found
     ]
 
 
 if __name__ == "__main__":
-    for name, part in zip(("quickstart.jsonl", "quickstart-test.jsonl"), rows(), strict=True):
+    for name, part in zip(FILES, rows(), strict=True):
         lines = [json.dumps(row, ensure_ascii=False) for row in part]
-        Path(__file__).with_name(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{name}: {len(lines)} rows")
+        Path(__file__).with_name(f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{name}.jsonl: {len(lines)} rows")

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from llmpipe import launch, rundir
@@ -41,6 +42,11 @@ def recipe(run: Path, **changes) -> dict:
             target = target.setdefault(part, {})
         target[last] = value
     return values
+
+
+def by_the_dozen(*values):
+    """A case for `make faults`: `make test` has others of its kind."""
+    return pytest.param(*values, marks=pytest.mark.faults)
 
 
 def write(run: Path, **changes) -> Path:

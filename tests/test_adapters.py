@@ -84,7 +84,7 @@ def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
     assert life.essence(life.command(path)) == life.essence(whole)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", life.by_the_dozen("olora")])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init, rslora):
     """Begins where the base is, trains other weights, and is published for the base that nobody touched (Meng 2024)."""
@@ -116,7 +116,7 @@ def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init
     assert life.essence(made) == life.essence(life.command(write(tmp_path / "whole", adapter=adapter)))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", [*map(life.by_the_dozen, ("adamw_8bit", "paged_adamw")), "paged_adamw_8bit"])
 def test_optimizers_resume_exactly(tmp_path, optimizer):
     whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
     assert whole.manifest()["final"]["eval_loss"] < whole.manifest()["final"]["eval_loss_before"] - 0.3

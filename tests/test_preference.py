@@ -206,7 +206,7 @@ def test_losses_equal_bare_trl(tmp_path, stage):
     assert losses(mine) == pytest.approx(bare_trl(tmp_path, stage), abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("stage", [life.by_the_dozen("reward"), "dpo"])
 def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
     """8x1 = 4x2 = 3 rows at a time = two processes; the last batch of an epoch is not whole."""
     from tests.test_processes import PYTHON, run
@@ -235,7 +235,10 @@ def test_objectives_that_depend_on_the_cut_are_refused(tmp_path, objective):
     assert life.command(write(tmp_path / "whole", "dpo", objective=objective, **whole)).finished
 
 
-@pytest.mark.parametrize("objective", ["ipo", "hinge", "robust", "exo_pair", "apo_zero", {"sigmoid": 0.7, "ipo": 0.3}])
+@pytest.mark.parametrize(
+    "objective",
+    ["robust", {"sigmoid": 0.7, "ipo": 0.3}, *map(life.by_the_dozen, ("ipo", "hinge", "exo_pair", "apo_zero"))],
+)
 def test_objectives_by_name(tmp_path, objective):
     changes = {"optim__steps": 30, "optim__learning_rate": 5e-3, "evaluation": {}}
     changes |= {"label_smoothing": 0.1} if objective in ("robust", "exo_pair") else {}
@@ -291,15 +294,10 @@ def test_the_reward_model(reward, tmp_path):
                 assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(value, abs=1e-4)
 
 
-def by_the_dozen(*values):
-    """A case for `make faults`: `make test` has others of its kind."""
-    return pytest.param(*values, marks=pytest.mark.faults)
-
-
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [("reward", "full"), ("dpo", "lora"), by_the_dozen("reward", "lora"), by_the_dozen("reward", "qlora"),
-     by_the_dozen("dpo", "full"), by_the_dozen("dpo", "qlora")],
+    [("reward", "full"), ("dpo", "lora"), life.by_the_dozen("reward", "lora"), life.by_the_dozen("reward", "qlora"),
+     life.by_the_dozen("dpo", "full"), life.by_the_dozen("dpo", "qlora")],
 )  # fmt: skip
 def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
     """R1, R5: killed after a checkpoint, then told to stop inside a step and inside a save."""
@@ -311,7 +309,7 @@ def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
     assert life.essence(life.command(path)) == life.essence(whole)
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", [False, life.by_the_dozen(True)])
 def test_resume_with_the_parents_adapter_as_reference(parents, tmp_path, precompute):
     """The checkpoint holds the reference, too, or its log-probabilities lie beside the rows."""
     shutil.copytree(parents, tmp_path / "run")

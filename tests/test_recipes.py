@@ -143,8 +143,8 @@ def test_recipes_without_a_process_count_fit_eight_gpus(name):
 
 
 def test_quickstart_rows_are_what_the_generator_makes():
-    made = runpy.run_path(str(ROOT / "recipes" / "make_quickstart.py"))["rows"]()
-    for name, rows, count in zip(("quickstart", "quickstart-test"), made, (1100, 470), strict=True):
+    made = runpy.run_path(str(ROOT / "recipes" / "make_quickstart.py"))
+    for name, rows, count in zip(made["FILES"], made["rows"](), (1100, 470, 400, 200), strict=True):
         lines = (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         assert lines.pop() == ""
         assert [json.loads(line) for line in lines] == rows
@@ -154,15 +154,45 @@ def test_quickstart_rows_are_what_the_generator_makes():
 def test_quickstart_is_tested_on_what_it_was_not_trained_on():
     from llmpipe.data.formats import question
 
-    trained, tested = (
+    *trained, tested, ranked = (
         {
             question(json.loads(line))
-            for line in (ROOT / "recipes" / name).read_text(encoding="utf-8").split("\n")
+            for line in (ROOT / "recipes" / f"quickstart{name}.jsonl").read_text(encoding="utf-8").split("\n")
             if line
         }
-        for name in ("quickstart.jsonl", "quickstart-test.jsonl")
+        for name in ("", "-pairs", "-test", "-test-pairs")
     )
-    assert len(tested) == 470 and not tested & trained
+    assert len(tested) == 470 and len(ranked) == 200
+    assert not (tested | ranked) & (trained[0] | trained[1])
+
+
+@pytest.mark.parametrize("made", ["quickstart", "sums"])
+def test_wrong_answers_are_wrong(made):
+    files = runpy.run_path(str(ROOT / "recipes" / f"make_{made}.py"))["rows"]()
+    files = [files[name] for name in ("pairs", "test-pairs")] if made == "sums" else files[2:]
+    right = {True: max, False: sum}
+    checked = 0
+    for row in (row for file in files for row in file):
+        asked, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+        assert chosen != rejected and re.sub(r"[\w, -]+", "", chosen) == re.sub(r"[\w, -]+", "", rejected)
+        if "+" in asked or "larger" in chosen:
+            number = right["larger" in chosen](int(n) for n in re.findall(r"\d+", asked))
+            answers = [int(re.findall(r"\d+", text)[0 if "larger" in chosen else -1]) for text in (chosen, rejected)]
+            assert answers[0] == number != answers[1], row
+            checked += 1
+    assert checked > 100
+
+
+def test_sums_are_tested_on_other_expressions():
+    """Split by expression: a + b is b + a."""
+    files = runpy.run_path(str(ROOT / "recipes" / "make_sums.py"))["rows"]()
+    numbers = lambda row: frozenset(re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1])))  # noqa: E731
+    asked = {name: [numbers(row) for row in rows] for name, rows in files.items()}
+    assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
+    parts = [set(asked[name]) for name in ("form", "pairs", "test")]
+    assert [len(part) for part in parts] == [len(asked[name]) for name in ("form", "pairs", "test")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert {max(map(len, part)) for part in asked["test"]} == {1, 2}
 
 
 def test_quickstart_answers_are_right():

@@ -1,0 +1,72 @@
+# python recipes/make_sums.py
+"""Writes ./sums/: sums of two numbers with one or two digits each, where every answer can be checked.
+
+form.jsonl       right answers to a few of them, for sft: what an answer looks like
+pairs.jsonl      right and wrong answers, for reward and dpo
+test.jsonl       sums with their answers, and test-pairs.jsonl the same with wrong ones beside
+
+No expression of one file is in another but for the two of the test, and a + b is the same expression as b + a. Same
+seed, same files.
+"""
+
+import json
+import random
+from pathlib import Path
+
+DIGITS = {1: range(1, 10), 2: range(10, 100)}
+FORM, PAIRS, TEST = 160, 2400, 500
+Sum = tuple[int, int]
+
+
+def expressions(rng: random.Random) -> list[list[Sum]]:
+    """The expressions of the three parts: both operands short, mixed, both long, in the same shares in each."""
+    kinds = [(1, 1), (1, 2), (2, 2)]
+    every = [sorted({tuple(sorted((a, b))) for a in DIGITS[i] for b in DIGITS[j]}) for i, j in kinds]
+    parts: list[list[Sum]] = [[], [], []]
+    for kind, share in zip(every, (0.01, 0.25, 0.74), strict=True):
+        rng.shuffle(kind)
+        for part, size in zip(parts, (FORM, PAIRS, TEST), strict=True):
+            count = round(size * share)
+            part += [rng.sample(found, 2) for found in kind[:count]]
+            del kind[:count]
+    for part in parts:
+        rng.shuffle(part)
+    return parts
+
+
+def wrong(rng: random.Random, right: int) -> int:
+    """Another number: one digit of the right one changed, or off by a little."""
+    while True:
+        digits = list(str(right))
+        if rng.random() < 0.5:
+            digits[rng.randrange(len(digits))] = str(rng.randrange(10))
+            found = int("".join(digits))
+        else:
+            found = right + rng.choice([-10, -2, -1, 1, 2, 10])
+        if found > 0 and found != right:
+            return found
+
+
+def turns(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def rows(seed: int = 0) -> dict[str, list[dict]]:
+    """The files and their rows."""
+    rng = random.Random(seed)
+    form, train, test = expressions(rng)
+    ask = lambda a, b: turns("user", f"What is {a} + {b}?")  # noqa: E731
+    say = lambda number: turns("assistant", f"{number}")  # noqa: E731
+    answered = lambda part: [{"messages": ask(a, b) + say(a + b)} for a, b in part]  # noqa: E731
+    pairs = lambda part: [  # noqa: E731
+        {"prompt": ask(a, b), "chosen": say(a + b), "rejected": say(wrong(rng, a + b))} for a, b in part
+    ]
+    return {"form": answered(form), "pairs": pairs(train), "test": answered(test), "test-pairs": pairs(test)}
+
+
+if __name__ == "__main__":
+    folder = Path("sums")
+    folder.mkdir(exist_ok=True)
+    for name, found in rows().items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        print(f"{folder}/{name}.jsonl: {len(found):,} rows")
