@@ -359,57 +359,92 @@ def test_nan_stops_before_the_optimizer(tmp_path, stage, where):
     assert not rundir.Artifact(tmp_path / "run" / stage).finished
 
 
+# start: the parent, what the recipe changes, where the parent lies (a folder, an adapter on it), and the untuned model
 STARTS = {
-    "full": ("artifact:sft", {}),
-    "new adapter": ("artifact:sft", {"adapter": {"rank": 4, "alpha": 8}}),
-    "adapter continued": ("artifact:lora", {"adapter": {"rank": 4, "alpha": 8}}),
-    "adapter merged": ("artifact:lora-merged", {}),
-    "adapter, all weights": ("artifact:lora", {}),
-    "4 bits continued": ("artifact:qlora", HOW["qlora"]),
-    "precomputed": ("artifact:lora", {"adapter": {"rank": 4, "alpha": 8}, "precompute": True}),
-}  # fmt: skip
+    "full": ("artifact:sft", {}, ("sft", None), None),
+    "new adapter": ("artifact:sft", HOW["lora"], ("sft", None), None),
+    "adapter continued": ("artifact:lora", HOW["lora"], ("sft", "lora"), None),
+    "adapter merged": ("artifact:lora-merged", {}, ("lora-merged", None), None),
+    "adapter, all weights": ("artifact:lora", {}, ("sft", "lora"), None),
+    "4 bits continued": ("artifact:qlora", HOW["qlora"], ("sft", "qlora"), None),
+    "precomputed": ("artifact:lora", HOW["lora"] | {"precompute": True}, ("sft", "lora"), None),
+    "from zero": ("artifact:taught", {}, ("taught", None), "pretrain"),
+}
+
+
+def log_probs(run, rows, parent, untuned, bits, out):
+    """Sums of the answers' log-probabilities by plain transformers and peft: of the parent, and of the untuned base."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    def of(folder, adapter=None, **how):
+        model = AutoModelForCausalLM.from_pretrained(folder, **how)
+        model = PeftModel.from_pretrained(model, run / adapter / "model") if adapter else model
+        model.eval()
+        sums = []
+        for ids, answered in json.loads(rows.read_text()):
+            ids = torch.tensor([ids])
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(bits)):
+                found = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+            sums.append(float(found[len(ids[0]) - answered - 1 :].sum()))
+        return sums
+
+    how = {"dtype": torch.float32}
+    if bits:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    folder, adapter = parent
+    out.write_text(json.dumps({"parent": of(run / folder / "model", adapter, **how), "untuned": of(untuned)}))
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, start):
-    """At step 0 the loss is ln 2, and the log-probabilities are those of the parent in plain transformers and peft."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, monkeypatch, start):
+    """At step 0 the loss is ln 2, and both have the log-probabilities of the parent, pair by pair; not the base's."""
+    from llmpipe.engine import preference
 
-    reference, changes = STARTS[start]
+    reference, changes, parent, untuned = STARTS[start]
+    if start == "from zero":
+        tests_of_pretrain = pytest.importorskip("tests.test_pretrain")
+        (tmp_path / "texts").mkdir()
+        for i in range(30):
+            (tmp_path / "texts" / f"{i}.txt").write_text(f"Question {i}: what is {i} plus one? It is {i + 1}. " * 20)
+        life.command(tests_of_pretrain.write(parents, tmp_path / "texts"))
+        settings = {"optim__steps": 8, "optim__learning_rate": 5e-3, "evaluation": {}, "data__max_rejected": 1.0}
+        life.command(life.write(parents, name="taught", model="artifact:pretrain", **settings))
+        changes = changes | {"data__max_rejected": 1.0}
+    rows, policy, held, original = [], [], [], preference.DPOTrainer._compute_loss
+
+    def spied(self, model, inputs, *args):
+        if self.state.global_step == 0 and not self.model.training:
+            lengths, answered = inputs["attention_mask"].sum(1), inputs["completion_mask"].sum(1)
+            rows.extend(
+                (ids[:n].tolist(), int(m)) for ids, n, m in zip(inputs["input_ids"], lengths, answered, strict=True)
+            )
+            policy.extend(model().log_probs.sum(1).tolist())
+            held.extend([*inputs["ref_chosen_logps"].tolist(), *inputs["ref_rejected_logps"].tolist()])
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(preference.DPOTrainer, "_compute_loss", spied)
     name = start.replace(" ", "-").replace(",", "")
     made = life.command(write(parents, "dpo", name=name, model=reference, optim__steps=6, **changes))
     first, *_, last = [line for line in metrics(made) if "eval_loss" in line]
     assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-4) and first[
-        "eval_log_ratio_per_token"
-    ] == pytest.approx(0, abs=1e-4)
+    assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert last["eval_rewards/margins"] != 0
-    if "quantization" in changes:
-        return  # the 4 bits' own forward is compared when it is published
 
-    def log_probs(model):
-        from datasets import Dataset
-
-        held_out = (Dataset.from_file(str(path)) for path in (parents / ".prepared").glob("*/eval.arrow"))
-        rows = next(found for found in held_out if "prompt_ids" in found.column_names).to_list()
-        sums = []
-        for row in rows:
-            ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
-            with torch.no_grad():
-                found = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-            sums.append(float(found[len(row["prompt_ids"]) - 1 :].sum()))
-        return sum(sums) / len(sums)
-
-    parent = AutoModelForCausalLM.from_pretrained(parents / "sft" / "model").eval()
-    untuned = AutoModelForCausalLM.from_pretrained(life.TINY / "model").eval()
-    if reference == "artifact:lora":
-        parent = PeftModel.from_pretrained(parent, parents / "lora" / "model").eval()
-    elif reference == "artifact:lora-merged":
-        parent = AutoModelForCausalLM.from_pretrained(parents / "lora-merged" / "model").eval()
-    assert first["eval_logps/chosen"] == pytest.approx(log_probs(parent), abs=1e-3)
-    assert abs(first["eval_logps/chosen"] - log_probs(untuned)) > 0.1
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    base, out = parents / untuned / "model" if untuned else life.TINY / "model", tmp_path / "plain.json"
+    process = life.forked(log_probs, parents, tmp_path / "rows.json", parent, base, "quantization" in changes, out)
+    process.join(120)
+    plain = json.loads(out.read_text())
+    assert len(rows) == 2 * made.manifest()["data"]["rows"]["eval"]
+    within = 0.2 if "quantization" in changes else 1e-3  # bf16
+    assert policy == pytest.approx(held, abs=1e-4)
+    assert policy == pytest.approx(plain["parent"], abs=within)
+    assert max(abs(a - b) for a, b in zip(plain["parent"], plain["untuned"], strict=True)) > 0.5
 
 
 def test_lineage(parents):
