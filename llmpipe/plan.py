@@ -21,6 +21,7 @@ from llmpipe.recipe import Recipe, is_local, science
 from llmpipe.rundir import Artifact, digest
 
 Kinds = tuple[str, ...]  # of artifacts
+Accepts = Kinds | dict[str, Kinds]  # that a stage takes; by the first name of the field where fields differ
 Action = Literal["run", "resume", "skip"]
 
 
@@ -248,17 +249,19 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def ask(recipe: Recipe, run: Path, accepts: Kinds, old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
+def ask(recipe: Recipe, run: Path, accepts: Accepts, old: dict[str, Any]) -> tuple[dict, dict[str, Model]]:
     """The document that decides the result, and the models it names. Hub revisions pinned in `old` stay pinned."""
     pins, content = old.get("models", {}), old.get("content", {})
-    keep = recipe.keeps_adapters
-    models = {at: resolve(r, at, run, accepts, pins.get(at), keep) for at, r in recipe.references().items()}
+    models = {}
+    for at, wanted in recipe.references().items():
+        kinds = accepts[at.partition(".")[0]] if isinstance(accepts, dict) else accepts
+        models[at] = resolve(wanted, at, run, kinds, pins.get(at), recipe.keeps_adapters or at != "model")
     identities = {at: model.identity for at, model in models.items()}
     document = science(recipe) | {"stage": recipe.narrows or recipe.stage}
     return {"recipe": document, "models": identities, "content": content_of(recipe, content)}, models
 
 
-def decide(artifact: Artifact, recipe: Recipe, accepts: Kinds, progress: str) -> Plan:
+def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) -> Plan:
     """Compare what is asked with what lies there; `progress` globs what an unfinished artifact goes on from.
 
     Raises UserError (3) when another recipe made it.

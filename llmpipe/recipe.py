@@ -132,6 +132,17 @@ class Pairs(Templated):
     whose answers are then the same, or whose prompt leaves no room, is rejected."""
 
 
+class Prompts(Templated):
+    """Prompts to answer."""
+
+    kind: ClassVar[str] = "prompts"
+    packing: ClassVar[bool] = True
+    loss: ClassVar[str] = "assistant"
+
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest prompt in tokens; a longer one is rejected."""
+
+
 class AdamW(Section):
     """The optimizer, and what every schedule has."""
 
@@ -327,8 +338,6 @@ class Training(Recipe):
     """Metrics."""
     launch: Launch = cosmetic(default_factory=Launch)
     """The machine: never part of the result's identity."""
-    trainer: dict[str, Any] = {}
-    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
@@ -368,8 +377,15 @@ class Training(Recipe):
         return {"data.template": self.data.template} if own else {}
 
 
-class Generating(Training):
-    """What every stage shares that trains a model to answer."""
+class Hosted(Training):
+    """What every stage shares whose loop is a library's."""
+
+    trainer: dict[str, Any] = {}
+    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
+
+
+class Generating(Hosted):
+    """What every stage shares that trains a model to answer in such a loop."""
 
     samples: Samples = Field(default_factory=Samples)
     """Prompts that show what changed."""

@@ -173,3 +173,43 @@ def count_batches():
         original(self, *args)
 
     Book.close = close
+
+
+def ppo_kill_after(step):
+    from llmpipe.engine.ppo.loop import Loop
+
+    _after(Loop, "_save", lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step == step else None)
+
+
+def ppo_term_in(step):
+    from llmpipe.engine.ppo.loop import Loop
+
+    _before(Loop, "learn", lambda self, *_: os.kill(os.getpid(), signal.SIGTERM) if self.step == step - 1 else None)
+
+
+def ppo_term_in_save(step):
+    from llmpipe.engine.ppo.loop import Loop
+
+    _before(Loop, "_save", lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.step == step else None)
+
+
+def ppo_nan_loss(step):
+    from llmpipe.engine.ppo.loop import Loop
+
+    original = Loop._gradients
+
+    def gradients(self, *args):
+        sums = original(self, *args)
+        return sums | {"loss/policy": float("nan")} if self.step == step - 1 else sums
+
+    Loop._gradients = gradients
+
+
+def ppo_nan_gradient(step):
+    from llmpipe.engine.ppo.loop import Loop
+
+    def action(self, sums):
+        if self.step == step - 1:
+            next(iter(self.learned.values())).grad[0] = float("inf")
+
+    _before(Loop, "_step_optimizer", action)

@@ -18,7 +18,9 @@ from llmpipe.errors import Stopped, UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
-WALL_CLOCK = ("tokens_per_second", "share_of_peak", "memory_gb", "seconds")
+WALL_CLOCK = (
+    "tokens_per_second", "episodes_per_second", "rollout_share", "share_of_peak", "memory_gb", "seconds",
+)  # fmt: skip
 
 
 def recipe(run: Path, **changes) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import signal
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data import templates
-from llmpipe.data.formats import Rejected, convert, question, taught_bytes
+from llmpipe.data.formats import Rejected, asked, convert, question, taught_bytes
 from llmpipe.data.pack import COLUMNS, IGNORED, Piece
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
@@ -73,14 +74,17 @@ class Encoder:
         counts = Counter(read=len(rows))
         for number, payload in rows:
             try:
-                example = convert(parse(payload), format, columns)
-                row, truncated = self.pair(example) if self.kind == "pairs" else self.row(example)
+                raw = parse(payload)
+                example = convert(raw, format, columns)
+                if self.kind == "prompts":
+                    example["columns"] = {name: value for name, value in raw.items() if name not in columns}
+                row, truncated = {"pairs": self.pair, "prompts": self.prompt}.get(self.kind, self.row)(example)
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
             whole = b"".join(piece[0].tobytes() for piece in row)  # of a pair the prompt: it is held out or it is not
-            asked = question(example).encode()
-            about = {"hash": hash_of(whole, self.key), "asks": hash_of(asked), "bytes": taught_bytes(example)}
+            asks = hash_of(question(example).encode())
+            about = {"hash": hash_of(whole, self.key), "asks": asks, "bytes": taught_bytes(example)}
             pieces += [
                 {**dict(zip(self.columns, piece, strict=True)), "first": not i, **about} for i, piece in enumerate(row)
             ]
@@ -113,8 +117,8 @@ class Encoder:
         with its end-of-turn token. `margin` is a number, or empty.
         """
         sides = [self.answered(example, side) for side in ("chosen", "rejected")]
-        asked = self._asked(example)
-        begin = min(templates.shared(asked, ids) for ids in sides)
+        before = self._asked(example["prompt"], example.get("tools"))
+        begin = min(templates.shared(before, ids) for ids in sides)
         if begin >= self.max_length:
             raise Rejected("too long", f"the prompt has {begin:,} tokens, {self.max_length:,} fit with an answer")
         cut = [np.array(ids[begin : self.max_length], np.int32) for ids in sides]
@@ -126,12 +130,27 @@ class Encoder:
         margin = np.array([example["margin"]] if "margin" in example else [], np.float32)
         return [(np.array(sides[0][:begin], np.int32), *cut, margin)], truncated
 
-    def _asked(self, example: dict[str, Any]) -> list[int]:
-        """Tokens of a preference's prompt, up to where an answer would begin."""
-        if isinstance(example["prompt"], str):
-            return [*self.bos, *self.tokenizer.ids(example["prompt"])]
+    def prompt(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
+        """A row that asks something -> [(tokens, row)]: up to where an answer begins, and, as JSON in UTF-8, the prompt
+        (text or messages), tools, the answer that the row has, and its other columns. Raises Rejected."""
+        prompt, reference = asked(example)
+        ids = self._asked(prompt, example.get("tools"))
+        if len(ids) > self.max_length:
+            raise Rejected("too long", f"the prompt has {len(ids):,} tokens, {self.max_length:,} fit")
+        if not ids:
+            raise Rejected("empty text", "the prompt has no token")
+        row = {"prompt": prompt, "tools": example.get("tools"), "reference": reference, "columns": example["columns"]}
+        text = json.dumps(row, ensure_ascii=False, default=str).encode()
+        return [(np.array(ids, np.int32), np.frombuffer(text, np.uint8))], False
+
+    def _asked(self, prompt: str | list[dict], tools: list[dict] | None) -> list[int]:
+        """Tokens of a prompt, up to where an answer would begin."""
+        if isinstance(prompt, str):
+            return [*self.bos, *self.tokenizer.ids(prompt)]
+        if not self.template:
+            raise Rejected("template refuses", "there is no chat template")
         with templates.bounded():
-            text, _ = self.template.render(templates.clean(example["prompt"]), example["tools"], True)
+            text, _ = self.template.render(templates.clean(prompt), tools, True)
         return self.tokenizer.ids(text)
 
     def answered(self, example: dict[str, Any], side: str) -> list[int]:

@@ -283,6 +283,19 @@ def question(example: dict[str, Any]) -> str:
     return " ".join(source.casefold().split())
 
 
+def asked(example: dict[str, Any]) -> tuple[str | list[dict], str | None]:
+    """What a row asks, text or messages, and the answer that it has beside it, if any. Raises Rejected."""
+    if "messages" in example:
+        *prompt, last = example["messages"]
+        if last["role"] != "assistant" or not prompt:
+            raise Rejected("no assistant turn", "the conversation does not end with an answer")
+        return prompt, last["content"]
+    answer = example.get("completion", example.get("chosen"))
+    if isinstance(answer, list):
+        answer = answer[-1]["content"]
+    return example["prompt"], answer and answer.strip()
+
+
 def taught_bytes(example: dict[str, Any]) -> int:
     """UTF-8 bytes of what a row teaches: a text, a completion, or the assistant's turns."""
     turns = example.get("messages", [])[example.get("first", 0) :]

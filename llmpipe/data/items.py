@@ -18,14 +18,14 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Rejected, convert, question
+from llmpipe.data.formats import Rejected, asked, convert, question
 from llmpipe.errors import UserError
 from llmpipe.recipe import Rows
 from llmpipe.rundir import Artifact
 
 FORMATS = {  # what a task can use
     "perplexity": ("text", "alpaca", "sharegpt", "messages", "prompt-completion"),
-    "generate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt"),
+    "generate": ("alpaca", "sharegpt", "messages", "prompt-completion", "prompt", "preference"),
     "choice": ("choice",),
     "preference": ("preference",),
 }
@@ -78,13 +78,9 @@ def _item(row: dict[str, Any], task: str, bare: bool) -> dict[str, Any]:
         return {key: row[key] for key in ("text", "messages", "tools", "prompt", "completion", "first") if key in row}
     prompt, more = row.get("prompt"), {}
     if task == "generate":
-        if "messages" in row:
-            prompt, last = row["messages"][:-1], row["messages"][-1]
-            if last["role"] != "assistant" or not prompt:
-                raise Rejected("no assistant turn", "the conversation does not end with an answer")
-            more = {"reference": last["content"]}
-        elif "completion" in row:
-            bare, more = True, {"reference": row["completion"].strip()}  # text to go on with, as in training
+        prompt, reference = asked(row)
+        more = {} if reference is None else {"reference": reference}
+        bare = bare or "completion" in row or isinstance(row.get("chosen"), str)  # text to go on with, as in training
     elif task == "choice":
         more = {"choices": row["choices"], "answer": row["answer"]}
     else:

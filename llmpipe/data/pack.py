@@ -18,10 +18,11 @@ import pyarrow as pa
 IGNORED = -100
 WINDOW_ROWS, WINDOW_TOKENS, BATCH_SEQUENCES = 8192, 2_000_000, 256
 LIST = pa.list_(pa.int32())
-# What a piece of each kind of data is made of; `margin` holds one number or none.
+# What a piece of each kind of data is made of; `margin` holds one number or none, `row` JSON (see Encoder.prompt).
 ROW = {"ids": LIST, "labels": LIST}
 PAIR = {"prompt": LIST, "chosen": LIST, "rejected": LIST, "margin": pa.list_(pa.float32())}
-COLUMNS = {"rows": ROW, "blocks": ROW, "pairs": PAIR}
+PROMPT = {"prompt": LIST, "row": pa.list_(pa.uint8())}
+COLUMNS = {"rows": ROW, "blocks": ROW, "pairs": PAIR, "prompts": PROMPT}
 
 Piece = tuple[np.ndarray, ...]  # ids and labels, int32 (n,) each; or a pair's columns
 
@@ -137,6 +138,25 @@ class PairOutput(Output):
             self.tokens += 2 * len(prompt) + len(chosen) + len(rejected)
             for part in (prompt, chosen, rejected, margin):
                 self.digest.update(part.tobytes() + b"|")
+
+
+class PromptOutput(Output):
+    """Prompts, one a row: `prompt_ids` list<int32> and `row`, JSON as Encoder.prompt makes it."""
+
+    def laid_out(self, rows: list[Piece], last: bool) -> list[list[Piece]]:
+        return [[row] for row in rows]
+
+    def _write(self, sequences: list[list[Piece]]) -> None:
+        prompts = [prompt for (prompt,) in sequences]
+        rows = [row.tobytes().decode() for _, row in prompts]
+        batch = pa.RecordBatch.from_pydict({"prompt_ids": pa.array([ids for ids, _ in prompts], LIST), "row": rows})
+        if self._writer is None:
+            self._writer = pa.ipc.new_stream(str(self.path), batch.schema)
+        self._writer.write_batch(batch)
+        self.sequences += len(prompts)
+        for ids, row in prompts:
+            self.tokens += len(ids)
+            self.digest.update(ids.tobytes() + b"|" + row.tobytes())
 
 
 class Blocks(Output):

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from llmpipe.data import sources, templates, tokenizer
 from llmpipe.data.encode import Batch, Encoder, schema_of, start_worker, work
 from llmpipe.data.formats import Rejected
-from llmpipe.data.pack import COLUMNS, Blocks, Output, PairOutput
+from llmpipe.data.pack import COLUMNS, Blocks, Output, PairOutput, PromptOutput
 from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
@@ -108,6 +108,7 @@ def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned
     notes = [(rows["eval"], "held out"), *((rows[name], name) for name in ("rejected", "truncated", "split"))]
     learned = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} of them learned"
     what = f"{tokens['train']:,} tokens, {learned}; {record['sequences']['train']:,} sequences"
+    what = f"prompts of {tokens['train']:,} tokens" if data.kind == "prompts" else what
     what = "to be tokenized in training" if data.stream else f"{rows['train']:,} rows to train on; {what}"
     say(f"data: {what}" + "".join(f"; {count:,} {name}" for count, name in notes if count))
     return final
@@ -178,7 +179,7 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     held = _held(of_train, data.eval.holdout)
     if data.eval.holdout and not held:
         say("data: all rows are equal, so none is held out")
-    output = {"rows": Output, "blocks": Blocks, "pairs": PairOutput}[data.kind]
+    output = {"rows": Output, "blocks": Blocks, "pairs": PairOutput, "prompts": PromptOutput}[data.kind]
     train, held_out = (output(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
     weights = [source.weight for source in data.train]
     names = list(COLUMNS[data.kind])
@@ -186,7 +187,7 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     spool_path.unlink()
     if not streamed:
         save_file({"asks": asks}, folder / "seen.safetensors")
-    if not (train.supervised or streamed):
+    if not (train.rows or streamed):
         hint = "see data.eval.holdout and the weights of the sources"
         raise UserError("no row is left to train on: there would be nothing to learn", hint, NUMERIC)
     trained = of_train[np.searchsorted(of_train, held) :]
@@ -232,18 +233,20 @@ def _open(origin: sources.Origin, kind: str, say: Say, has_template: bool) -> di
     """Open a source; what the manifest says of it, with counts of zero. Raises UserError for rows that do not fit."""
     origin.open()
     shown, format = origin.source.path, origin.format
-    if (purpose := {"preference": "reward and dpo", "prompt": "ppo and grpo", "choice": "eval"}.get(format)) and (
-        kind != "pairs" or format != "preference"
-    ):
-        raise UserError(f"{shown}: format {format} is for {purpose}, not for this stage")
+    fits = {"pairs": format == "preference", "prompts": format not in ("text", "choice")}
+    purpose = {"preference": "reward and dpo", "prompt": "ppo", "choice": "eval", "text": "pretrain and sft"}
+    if not fits.get(kind, format not in ("preference", "prompt", "choice")) and kind != "pairs":
+        raise UserError(f"{shown}: format {format} is for {purpose[format]}, not for this stage")
     if kind == "pairs" and format != "preference":
         problem = f"{shown}: format {format} has no chosen and rejected answers"
         raise UserError(problem, "map yours with columns, such as {better: chosen, worse: rejected}")
     turns = any(isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns)
-    if kind == "pairs" and has_template and not turns:
+    text = kind == "pairs" or (kind == "prompts" and format in ("prompt", "prompt-completion", "preference"))
+    if text and has_template and not turns:
         say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")
     if not has_template and (
-        format in ("alpaca", "sharegpt", "messages") or (format in ("prompt-completion", "preference") and turns)
+        format in ("alpaca", "sharegpt", "messages")
+        or (format in ("prompt-completion", "preference", "prompt") and turns)
     ):
         problem = f"{shown}: the rows are conversations, and the model's tokenizer has no chat template"
         raise UserError(problem, "set data.template: chatml")

@@ -122,7 +122,7 @@ class Candidate:
 
     def scored(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
         """`log_probs` in batches whose logits take a gigabyte at most."""
-        return _batched(self.log_probs, sequences, self.batch_size, 2**28 // len(self.tokenizer))
+        return batched(self.log_probs, sequences, self.batch_size, 2**28 // len(self.tokenizer))
 
     @torch.no_grad()
     def log_probs(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
@@ -228,7 +228,7 @@ def score(
         say(f"{model.label} on {name}: {total:,} items in {duration(time.monotonic() - begun)}")
 
 
-def _batched(call: Callable, sequences: list, size: int, most: float = math.inf) -> list:
+def batched(call: Callable, sequences: list, size: int, most: float = math.inf) -> list:
     """`call` on batches of at most `size` sequences of like length, `most` tokens; the results in the order given."""
     lengths = [len(s[0] if isinstance(s, tuple) else s) for s in sequences]
     order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
@@ -251,7 +251,7 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
             scored_bytes.append(len(item["text"].encode()))
         else:
             try:
-                pieces, _ = _encoder(model).row(item)
+                pieces, _ = encoder_of(model).row(item)
             except Rejected as error:
                 raise UserError(f"{item['at']}: {model.label}: {error.reason}: {error.detail}") from None
             ids, labels = pieces[0]
@@ -298,7 +298,7 @@ def windows(ids: list[int], marks: list[bool], window: int, stride: int) -> Iter
             break
 
 
-def _encoder(model: Candidate) -> Encoder:
+def encoder_of(model: Candidate) -> Encoder:
     """Conversations as training encodes them, uncut."""
     if not hasattr(model, "_encoder"):
         choice = Chosen(model.folder, "auto", model.kwargs)
@@ -348,10 +348,10 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
     if model.ranks:
         try:  # up to the end of the last turn, as in training
             pairs = [{**item, "prompt": item["ask"].get("text") or item["ask"]["messages"]} for item in batch]
-            ids = [_encoder(model).answered({"tools": None, **pair}, side) for pair in pairs for side in SIDES]
+            ids = [encoder_of(model).answered({"tools": None, **pair}, side) for pair in pairs for side in SIDES]
         except Rejected as error:
             raise UserError(f"{batch[0]['at']}: {model.label}: {error.reason}: {error.detail}") from None
-        values = iter(_batched(model.rewards, ids, model.batch_size))
+        values = iter(batched(model.rewards, ids, model.batch_size))
         scores = [{"accuracy": (next(values), next(values))} for _ in batch]
     else:
         # an answer begins where its rendering parts from the prompt's

@@ -34,10 +34,12 @@ class Progress:
         """Print one line of metrics."""
         self.close()
         step = line["step"]
-        if "eval_loss" in line:
-            self.say(f"step {step:>6}  held-out loss {line['eval_loss']:.4f}")
+        if held_out := next((name for name in ("eval_loss", "eval_score") if name in line), None):
+            self.say(f"step {step:>6}  held-out {held_out.removeprefix('eval_')} {line[held_out]:.4f}")
             return
         parts = [f"step {step:>6}/{self.last}", f"loss {line['loss']:.4f}", f"lr {line['learning_rate']:.2e}"]
+        if "objective/kl" in line:
+            parts.insert(1, f"score {line['objective/scores']:.3f}  KL {line['objective/kl']:.2f}")
         parts += [
             f"grad {line['grad_norm']:.2f}",
             f"{line['tokens_per_second']:,.0f} tok/s",

@@ -75,7 +75,7 @@ def finish(
 ) -> dict[str, Any]:  # fmt: skip
     """Fit, answer the recipe's prompts before and after, publish; what the manifest says. `also`: more of the final
     metrics, from the trained model that is still in memory."""
-    recipe, artifact, say, rows = job.recipe, job.artifact, job.say, job.prepared / prepared["data"]
+    recipe, artifact, say = job.recipe, job.artifact, job.say
     identity = f"{job.plan['identity']}:{prepared['content_digest']}"  # of the recipe, and of the very tokens
     trainer.attach(artifact, recipe, identity, hardware, job.signals, say, measure=measure, inexact=job.inexact,
                    stream=stream)  # fmt: skip
@@ -87,13 +87,22 @@ def finish(
     if generates:
         answer_samples(trainer, tokenizer, "after")
 
-    made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": hardware.describe()}
+    return conclude(trainer, job, prepared, tokenizer, final, base, stream)
+
+
+def conclude(
+    trainer: Any, job: Any, prepared: dict[str, Any], tokenizer: Tokenizer, final: dict[str, Any],
+    base: Path | None = None, stream: Stream | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Publish what was trained; returns what the manifest says of it, with its `final` metrics."""
+    recipe, artifact, rows = job.recipe, job.artifact, job.prepared / prepared["data"]
+    made: dict[str, Any] = {"final": final, "training": trainer.facts(), "hardware": trainer.hardware.describe()}
     if recipe.adapter is None:
         made["verified"] = verify.publish(trainer, tokenizer)
     else:
         base, start = base or job.model, job.plan["models"]["model"]
-        reference = (start["base"] if job.bases else start)["reference"]
-        made |= {"kind": "adapter"} if generates else {}
+        reference = (start["base"] if "model" in job.bases else start)["reference"]
+        made |= {"kind": "adapter"} if trainer.plain_model().can_generate() else {}
         made["verified"] = adapters.publish(trainer, tokenizer, base, reference)
         if recipe.adapter.merge and trainer.is_world_process_zero():
             name = f"{artifact.name}-merged"

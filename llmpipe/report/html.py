@@ -196,9 +196,11 @@ def span(values: list[float], margin: float = 0) -> tuple[float, float]:
     return (max(low - pad, 0) if low >= 0 else low - pad), high + pad
 
 
-def plot(title: str, unit: str, curves: dict[str, tuple[int, list[Point]]], steps: Point, most: int) -> Html:
+def plot(
+    title: str, unit: str, curves: dict[str, tuple[int, list[Point]]], steps: Point, most: int, along: str = "step"
+) -> Html:
     """Curves, {label: (style, points)}, from the first to the last of `steps`, at most `most` points each; the last
-    value stands at the end."""
+    value stands at the end. `along`: what lies on the horizontal axis."""
     left, right, top, bottom = 46, 240 if len(curves) > 1 else 284, 8, 150
     (x0, x1), (y0, y1) = steps, span([p[1] for _, points in curves.values() for p in points], 0.06)
 
@@ -213,13 +215,13 @@ def plot(title: str, unit: str, curves: dict[str, tuple[int, list[Point]]], step
         drawn.append(tag("text", number(value, digits=6), x=left - 6, y=y + 4, text_anchor="end"))
     for value in ticks(x0, x1):
         drawn.append(tag("text", number(value, digits=6), x=at((value, y0))[0], y=bottom + 16, text_anchor="middle"))
-    drawn.append(tag("text", "step", x=right + 26, y=bottom + 16))
+    drawn.append(tag("text", along, x=right + 26, y=bottom + 16))
     for label, (style, points) in curves.items():
         line = " ".join("{:g},{:g}".format(*at(p)) for p in thin(points, most))
         drawn.append(tag("polyline", points=line, class_=f"line s{style}"))
         mark = f"dot s{style}" + " rare" * (len(points) <= 40)
         for p in (*points[:: -(-len(points) // 8)], points[-1]):
-            tip, (x, y) = tag("title", f"{label} step {number(p[0])}: {number(p[1])}"), at(p)
+            tip, (x, y) = tag("title", f"{label} {along} {number(p[0])}: {number(p[1])}"), at(p)
             drawn.append(tag("circle", tip, cx=x, cy=y, r=2.5, class_=mark))
         ends.append((at(points[-1])[1], f"{label} {number(points[-1][1])}", f"end s{style}"))
     for i, (y, words, style) in enumerate(sorted(ends), 1):
@@ -302,6 +304,18 @@ def training(run: Run) -> Iterator[Html]:
             about |= {"seconds": None, "duration": duration_of(part.made), "size": size_of(part.made)}
         yield tag("h4", part.name)
         yield join(facts(about), *plots({"": part}, POINTS // run.scale))
+        scores, kl = (dict(part.curves.get(f"objective/{name}", [])) for name in ("scores", "kl"))
+        if path := [(kl[step], score) for step, score in scores.items() if step in kl]:
+            picture = plot("score by KL", "update by update", {"": (0, path)}, span([x for x, _ in path]), 400, "nats")
+            yield join(tag("h5", "what the score costs"), tag("div", picture, class_="plots"))
+        drawn = list(lines_of(part.path / "rollouts.jsonl"))[-ITEMS // run.scale :]
+        if drawn:
+            cards = []
+            for x in drawn:
+                asked = x["prompt"] if isinstance(x["prompt"], str) else "\n\n".join(t["content"] for t in x["prompt"])
+                said = join(clip(x["answer"], CHARACTERS), "" if x["ended"] else tag("small", "cut off"))
+                cards.append(card(clip(asked, CHARACTERS), {f"update {x['step']}, score {number(x['score'])}": said}))
+            yield fold(f"the last {len(cards)} answers that were shown", *cards)
         if part.undrawn:
             yield tag("p", f"{part.undrawn:,} values or lines of metrics.jsonl are not numbers and not drawn.")
 

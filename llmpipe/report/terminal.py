@@ -43,8 +43,9 @@ def describe(artifact: Artifact) -> list[str]:
         f"{rows['truncated']:,} truncated, {rows['split']:,} split; {rows['train']:,} train, {rows['eval']:,} held out"
     )
     tokens = manifest["data"]["tokens"]
-    share = tokens["train_supervised"] / max(tokens["train"], 1)
-    lines.append(f"  tokens     {tokens['train']:,} per epoch, {share:.0%} supervised")
+    share = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} supervised"
+    share = "prompts, to be answered" if manifest["stage"] == "ppo" else share
+    lines.append(f"  tokens     {tokens['train']:,} per epoch, {share}")
     lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
     return lines + losses(artifact)
 
@@ -80,7 +81,7 @@ def measurements(results: dict[str, Any]) -> list[str]:
 
 
 def losses(artifact: Artifact) -> list[str]:
-    """Loss curves of metrics.jsonl as sparklines."""
+    """Curves of metrics.jsonl as sparklines: losses, and for ppo scores and KL."""
     path = artifact.path / "metrics.jsonl"
     if not path.exists():
         return []
@@ -91,7 +92,9 @@ def losses(artifact: Artifact) -> list[str]:
         except json.JSONDecodeError:  # a line that is being written
             break
     out = []
-    for name, title in (("loss", "loss"), ("eval_loss", "held out")):
+    names = {"loss": "loss", "eval_loss": "held out", "objective/scores": "score", "objective/kl": "KL",
+             "eval_score": "held out"}  # fmt: skip
+    for name, title in names.items():
         values = [line[name] for line in metrics if name in line]
         if values:
             out.append(f"  {title:<10} {values[0]:.4f} -> {values[-1]:.4f}  {sparkline(values)}")

@@ -22,6 +22,7 @@ STAGES = {
     "lora": "sft of a low-rank adapter on a frozen model",
     "qlora": "sft of an adapter on a model held in 4 or 8 bits",
     "reward": "reward modelling: learn which of two answers people prefer",
+    "ppo": "proximal policy optimization: answer so that a reward is high",
     "dpo": "direct preference optimization: answer as people prefer",
     "eval": "evaluation: measure models on the same items, with intervals",
 }

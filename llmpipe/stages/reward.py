@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmpipe.recipe import Pairs, Training, owned
+from llmpipe.recipe import Hosted, Pairs, owned
 from llmpipe.stages import CHECKPOINTS, Job, tokens
 
 ACCEPTS = ("model", "adapter")
@@ -19,7 +19,7 @@ PROGRESS = CHECKPOINTS
 prepare = tokens
 
 
-class Schema(Training):
+class Schema(Hosted):
     trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.reward_config", "RewardConfig")
     trainer_owned: ClassVar[dict[str, str]] = owned("""
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length

@@ -387,3 +387,38 @@ def test_hub_rows(here, base, monkeypatch):
     assert (line["file"], line["row"]) == ("hub", 10)
     with pytest.raises(UserError, match="hub: "):
         make(base, {"path": "hub", "split": "nothing"}, template="chatml")
+
+
+def test_prompts_keep_what_rewards_read(tmp_path):
+    """Text and messages, the answer beside them and every other column; what asks nothing is refused."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from llmpipe.recipe import Prompts
+    from tests.life import TINY
+
+    rows = [
+        {"prompt": "What is 2 + 2?", "answer": 4, "level": "easy"},
+        {"prompt": "What is 2 + 3? " * 80, "answer": 5, "level": "long"},
+        {"prompt": [{"role": "user", "content": "Is grass green?"}], "answer": None, "level": "hard"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 64, "max_rejected": 0.5}
+    folder = prepare(Prompts(**settings), TINY / "model", tmp_path / "cache", seed=0, say=lambda _: None)
+    made = Dataset.from_file(str(folder / "train.arrow")).to_list()
+    kept = [json.loads(row["row"]) for row in made]
+    assert sorted(row["columns"]["level"] for row in kept) == ["easy", "hard"]
+    easy = next(i for i, row in enumerate(kept) if row["columns"]["level"] == "easy")
+    assert kept[easy] == {
+        "prompt": "What is 2 + 2?", "tools": None, "reference": None, "columns": {"answer": 4, "level": "easy"},
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    assert made[easy]["prompt_ids"] == tokenizer("What is 2 + 2?")["input_ids"]
+    asked = tokenizer.apply_chat_template(rows[2]["prompt"], add_generation_prompt=True, return_dict=False)
+    assert made[1 - easy]["prompt_ids"] == asked
+    (rejected,) = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert (rejected["row"], rejected["reason"]) == (2, "too long")
+    (tmp_path / "text.jsonl").write_text('{"text": "It asks nothing."}\n')
+    with pytest.raises(UserError, match="format text is for pretrain and sft"):
+        prepare(Prompts(train=[{"path": str(tmp_path / "text.jsonl")}]), TINY / "model", tmp_path / "cache", seed=0,
+                say=lambda _: None)  # fmt: skip

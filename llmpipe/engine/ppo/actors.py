@@ -1,0 +1,268 @@
+"""Policy, reference and critic, each weight in memory once.
+
+    all weights   policy, a frozen copy of the parent, and a critic: a model with a value head, or a head on the policy
+    adapter       one frozen base: the policy is its adapter `default`, the reference the base alone or the parent's
+                  adapter, kept as `reference`, and the critic an adapter `critic` of its own with a value head
+
+Training passes lay answers end to end in one row, each after its prompt and with positions of its own: no padding is
+computed, and logits exist for a tile of answer tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from llmpipe import rundir
+from llmpipe.engine import models, upstream
+from llmpipe.engine.ppo.rollout import Episode
+from llmpipe.errors import UserError
+
+TILE = 256  # tokens whose logits exist at once
+
+
+class Packed(NamedTuple):
+    """Episodes end to end: `ids` and `positions` int64 [1, tokens]; `at` [answer tokens], where each is predicted from;
+    `targets` [answer tokens]; `allowed`: which ids could be drawn at each, or None."""
+
+    ids: Tensor
+    positions: Tensor
+    at: Tensor
+    targets: Tensor
+    allowed: list[Tensor] | None
+
+
+def pack(episodes: list[Episode], device: torch.device) -> Packed:
+    wholes = [episode.prompt + episode.answer for episode in episodes]
+    at, start = [], 0
+    for episode, whole in zip(episodes, wholes, strict=True):
+        first = start + len(episode.prompt) - 1
+        at += range(first, first + len(episode.answer))
+        start += len(whole)
+    allowed = None if episodes[0].allowed is None else [ids for episode in episodes for ids in episode.allowed]
+    return Packed(
+        torch.tensor([[token for whole in wholes for token in whole]], device=device),
+        torch.tensor([[i for whole in wholes for i in range(len(whole))]], device=device),
+        torch.tensor(at, device=device),
+        torch.tensor([token for episode in episodes for token in episode.answer], device=device),
+        allowed,
+    )
+
+
+def log_probs(
+    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, allowed: list[Tensor] | None, bonus: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` under the distribution that tokens are drawn from, and its entropy in nats,
+    float32 [tokens] each. hidden [tokens, width]; `bonus`: the entropy is learned from."""
+    if hidden.device.type == "cpu" and allowed is None and not bonus and head.bias is None:
+        found = upstream.LogProbs.apply(
+            hidden / temperature, head.weight, None, targets, 1.0, TILE, None, 1.0, ("entropy",)
+        )
+        return found[0], found[1]
+    parts = []
+    for start in range(0, len(targets), TILE):
+        part = slice(start, start + TILE)
+        mask = None
+        if allowed is not None:
+            mask = torch.zeros(len(targets[part]), head.weight.shape[0], dtype=torch.bool)
+            for row, ids in zip(mask, allowed[part], strict=True):
+                row[ids.long()] = True
+            mask = mask.to(hidden.device)
+        arguments = hidden[part], head.weight, head.bias, targets[part], temperature, mask
+        parts.append(
+            checkpoint(_tile, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _tile(*arguments)
+        )
+    log_p, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return log_p, entropy
+
+
+def _tile(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    logits = linear(hidden, weight, bias).float() / temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+class Actors(nn.Module):
+    """What learns, and what it is held to. Shapes as in `Packed`."""
+
+    def __init__(self, policy: Any, critic: Any, reference: Any, value: nn.Linear, how: Any, trunk: bool):
+        """`critic` and `reference`: models of their own, or None where they are adapters of the policy's."""
+        super().__init__()
+        self.policy, self.critic, self.reference, self.value = policy, critic, reference, value
+        self.temperature, self.bonus, self.trunk = how.rollout.temperature, how.algorithm.entropy > 0, trunk
+        self.adapted = how.adapter is not None
+
+    @property
+    def causal(self) -> Any:
+        """The policy as transformers knows it; its layers hold the adapters."""
+        return self.policy.get_base_model() if self.adapted else self.policy
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Compute with one of the adapters, or with none. PEFT's own switch also decides what learns; this does not."""
+        if not self.adapted:
+            yield
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in self.policy.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = name is None, [name or "default"]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters, layer._active_adapter = False, ["default"]
+
+    def _hidden(self, model: Any, batch: Packed) -> Tensor:
+        out = model.base_model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+        return out.last_hidden_state[0, batch.at]
+
+    def _predicted(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value(hidden.float()).squeeze(-1)
+
+    def spoken(self, batch: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The policy's log-probabilities and entropies; its values, where they come from the same pass."""
+        hidden = self._hidden(self.causal, batch)
+        head = self.causal.get_output_embeddings()
+        found = log_probs(hidden, head, batch.targets, self.temperature, batch.allowed, self.bonus)
+        return *found, self._predicted(hidden) if self.trunk else None
+
+    def valued(self, batch: Packed) -> Tensor:
+        """The critic's values V(s_t), float32 [answer tokens]."""
+        if self.critic is not None:
+            return self._predicted(self._hidden(self.critic, batch))
+        with self.using("default" if self.trunk else "critic"):
+            return self._predicted(self._hidden(self.causal, batch))
+
+    @torch.no_grad()
+    def referred(self, batch: Packed) -> Tensor:
+        """The reference's log-probabilities, over the whole vocabulary: what no token was drawn from counts as well."""
+        model = self.causal if self.reference is None else self.reference
+        continued = self.adapted and "reference" in self.policy.peft_config
+        with self.using("reference" if continued else None):
+            hidden = self._hidden(model, batch)
+        head = model.get_output_embeddings()
+        return log_probs(hidden, head, batch.targets, self.temperature, None, False)[0]
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What learns: names as in the module."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def alone(self) -> None:
+        """Leave the policy as it is published."""
+        for name in ("critic", "reference"):
+            if self.adapted and name in self.policy.peft_config:
+                self.policy.delete_adapter(name)
+        self.critic = self.reference = None
+
+
+def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -> Actors:
+    """The actors of a recipe, on their device, in evaluation mode: PPO compares probabilities, and dropout is noise."""
+    recipe, say, base = job.recipe, job.say, job.bases.get("model")
+    policy = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
+    causal = policy.get_base_model() if recipe.adapter else policy
+    _refuse(causal, job, prepared)
+    wanted, half = recipe.critic.start, torch.bfloat16 if hardware.bf16 else torch.float32
+    width = causal.config.get_text_config().hidden_size
+    torch.manual_seed(recipe.seed)
+    value = nn.Linear(width, 1)
+    nn.init.normal_(value.weight, std=1 / (width + 1))  # Huang 2024
+    nn.init.zeros_(value.bias)
+    critic = reference = None
+    if recipe.adapter:
+        from peft import LoraConfig
+
+        own = policy.peft_config["default"]
+        if wanted == "reward":
+            raise UserError("critic.start: reward: with an adapter the critic is one, too", "set critic.start: policy")
+        if wanted != "trunk":
+            config = LoraConfig(
+                r=recipe.critic.rank, lora_alpha=2 * recipe.critic.rank, target_modules=own.target_modules
+            )
+            policy.add_adapter("critic", config)
+        if base:
+            policy.load_adapter(str(job.model), "reference", is_trainable=False)
+        for name, p in policy.named_parameters():
+            p.requires_grad = any(f".{learns}." in name for learns in ("default", "critic"))
+            p.data = p.data.float() if p.requires_grad else p.data
+        held = "the parent's adapter" if base else "the parent, the adapter off"
+    else:
+        reference = models.load_model(job.model, hardware.attention, half)
+        models.fit(reference, tokenizer)
+        reference.requires_grad_(False)
+        upstream.speed_up(reference, device_type=hardware.device)
+        held = "a frozen copy of the parent"
+        if wanted != "trunk":
+            critic, value, wanted = _critic(job, tokenizer, hardware, causal, value, wanted)
+    if recipe.launch.activation_checkpointing:
+        for model in filter(None, (causal, critic)):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    predicts = (
+        "a head on the policy" if wanted == "trunk" else f"{'an adapter' if recipe.adapter else 'a model'} of its own"
+    )
+    say(f"reference: {held}; critic: {predicts}{', from the reward model' if wanted == 'reward' else ''}")
+    actors = Actors(policy, critic, reference, value, recipe, wanted == "trunk").to(hardware.device)
+    for module in actors.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return actors.train(recipe.launch.activation_checkpointing)  # which transformers knows in training mode only
+
+
+def _critic(
+    job: Any, tokenizer: Any, hardware: models.Hardware, causal: Any, value: nn.Linear, wanted: str
+) -> tuple[Any, nn.Linear, str]:
+    """A critic with weights of its own, its head, and what it begins with."""
+    found = next(((at, path) for at, path in job.models.items() if at.startswith("reward.")), None)
+    if found and found[0] not in job.bases and wanted in ("auto", "reward"):
+        ranker = models.load_model(found[1], hardware.attention)
+        shapes = [{n: p.shape for n, p in model.base_model.named_parameters()} for model in (ranker, causal)]
+        if shapes[0] == shapes[1]:
+            upstream.speed_up(ranker, device_type=hardware.device)
+            value.weight.data.copy_(ranker.score.weight.data)
+            return _body(ranker), value, "reward"
+    if wanted == "reward":
+        raise UserError(
+            "critic.start: reward: the reward model has not the policy's shape, or is an adapter",
+            "set critic.start: policy, or adapter.merge: true for the reward model and take NAME-merged",
+        )
+    critic = models.load_model(job.model, hardware.attention)
+    models.fit(critic, tokenizer)
+    upstream.speed_up(critic, device_type=hardware.device)
+    return _body(critic), value, "policy"
+
+
+def _body(model: Any) -> Any:
+    """`model` with only its body to learn: the head is `value`."""
+    model.requires_grad_(False)
+    model.base_model.requires_grad_(True)
+    return model
+
+
+def _refuse(causal: Any, job: Any, prepared: dict) -> None:
+    recipe = job.recipe
+    config = causal.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise UserError(f"model: {config.model_type} changes its logits ({name}), which ppo does not know yet")
+    if recipe.adapter and recipe.adapter.dropout:
+        raise UserError("adapter.dropout: PPO compares probabilities, and dropout is noise in them", "set it to 0")
+    parent = rundir.read_json(job.model / "adapter_config.json") if job.bases.get("model") else {}
+    if parent.get("modules_to_save") or parent.get("trainable_token_indices"):
+        raise UserError("model: the adapter has embeddings of its own", "set adapter.continue: false to merge it first")
+    if recipe.adapter and (recipe.adapter.embeddings == "all" or prepared["added_tokens"]):
+        raise UserError("adapter: ppo trains no embeddings", "add tokens in sft, and set adapter.embeddings: new")

@@ -1,0 +1,549 @@
+"""One update after the other: draw answers, score them, learn from them. Checkpoints lie between updates.
+
+Nothing random has a state to keep: what an update draws depends on the seed, the update and the episode alone, so that
+a resumed run goes on bit by bit, and every way to cut a batch gives the same episodes. Losses are sums over tokens
+divided by the number of tokens in the whole minibatch; gradients are summed over processes once per step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpipe import rundir
+from llmpipe.engine import checkpoints, models, supervised, training
+from llmpipe.engine.generate import answer_samples
+from llmpipe.engine.ppo import algorithm
+from llmpipe.engine.ppo.actors import Actors, build, pack
+from llmpipe.engine.ppo.rewards import Rewards
+from llmpipe.engine.ppo.rollout import Episode, draw, seeded
+from llmpipe.engine.progress import Progress
+from llmpipe.errors import NUMERIC, Stopped, UserError
+
+SHOWN = 4  # episodes of an update that rollouts.jsonl shows
+ORDER, DRAW, SHUFFLE, HELD_OUT = range(4)  # what a generator is for
+
+
+def train(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Train a policy and publish it; returns what the manifest says of it."""
+    rows, hardware = job.prepared / prepared["data"], models.hardware(job.recipe, job.say)
+    accelerator = Accelerator(cpu=hardware.device == "cpu")
+    tokenizer, rewards = models.load_tokenizer(rows / "tokenizer"), Rewards(job, hardware)
+    actors = build(job, prepared, hardware, tokenizer)
+    loop = Loop(job, prepared, hardware, accelerator, tokenizer, actors, rewards)
+    answer_samples(loop, tokenizer, "before")
+    final = loop.fit()
+    actors.alone()
+    answer_samples(loop, tokenizer, "after")
+    return supervised.conclude(loop, job, prepared, tokenizer, final, job.bases.get("model"))
+
+
+class Loop:
+    """The state of a training, and how it moves on."""
+
+    def __init__(
+        self, job: Any, prepared: dict, hardware: models.Hardware, accelerator: Accelerator, tokenizer: Tokenizer,
+        actors: Actors, rewards: Rewards,
+    ):  # fmt: skip
+        self.recipe, self.artifact, self.say, self.signals = job.recipe, job.artifact, job.say, job.signals
+        self.hardware, self.accelerator, self.tokenizer = hardware, accelerator, tokenizer
+        self.actors, self.rewards = actors, rewards
+        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        rows = job.prepared / prepared["data"]
+        self.rows = training.dataset(rows / "train.arrow")
+        self.held_out = training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None
+        stops = actors.causal.generation_config.eos_token_id
+        self.stops = stops if isinstance(stops, list) else [stops]
+        _fits(actors.causal, max(map(len, self.rows["prompt_ids"])), self.recipe.rollout.max_new_tokens)
+        optim, size = self.recipe.optim, self.recipe.optim.batch_size
+        self.steps = optim.steps or max(1, math.ceil(optim.epochs * len(self.rows) / size))
+        self.learned = actors.learned()
+        self.optimizer = self._optimizer()
+        kl = self.recipe.reference
+        self.coefficient = algorithm.Coefficient(kl.coefficient, kl.target, kl.horizon)
+        self.moments = algorithm.Moments()
+        self.step = self.tokens = 0
+        self.first: dict[str, float] = {}  # metrics of the first update, to warn of drift
+        self.warned: list[str] = []
+        self.begun = time.monotonic()
+        self.metrics, self.table = artifact_files(self.artifact)
+        identity = f"{job.plan['identity']}:{prepared['content_digest']}"
+        self.about = {"identity": identity, "machine": hardware.resume_key()}
+        picked = checkpoints.pick(
+            self.artifact.checkpoints, identity, hardware.resume_key(), self.say, inexact=job.inexact
+        )
+        self.resumes, self.exact = picked is not None, picked[1] if picked else True
+        self.about["exact"] = self.exact
+        kept = self._restore(picked[0]) if picked else (0, 0)
+        for path, size in zip((self.metrics, self.table), kept, strict=True) if self.rank == 0 else ():
+            with path.open("ab") as file:
+                file.truncate(size)
+        self.progress = Progress(self.say) if self.rank == 0 else None
+
+    # --- what publishing and samples ask of a trainer ---
+
+    def is_world_process_zero(self) -> bool:
+        return self.rank == 0
+
+    def plain_model(self) -> Any:
+        return self.actors.policy
+
+    def forget_optimizer(self) -> None:
+        for p in self.actors.parameters():
+            p.grad = None
+        self.optimizer = None
+        models.release_memory()
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the training itself."""
+        seconds = round(time.monotonic() - self.begun, 1)
+        about = {"steps": self.step, "published_step": self.step, "tokens": self.tokens, "seconds": seconds}
+        return about | {"exact_resume": self.exact}
+
+    # --- the loop ---
+
+    def fit(self) -> dict[str, Any]:
+        """Update to the end; returns the last metrics. Raises Stopped when a signal was served, after a checkpoint."""
+        self.signals.deferred = True
+        if self.resumes:
+            self.say(f"resuming from step-{self.step} of {self.steps}")
+        elif self.held_out is not None:
+            self._evaluate()
+        if self.progress:
+            self.progress.begin(self.step, self.steps)
+        every = self.recipe.evaluation.every
+        while self.step < self.steps:
+            line = self.update()
+            last = self.step == self.steps
+            if last or self.step % self.recipe.log.every == 0:
+                self._write(line)
+            if self.held_out is not None and (last or (every and self.step % every == 0)):
+                self._evaluate()
+            stop = int(self.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
+            if stop or last or self.step % self.recipe.checkpoint.every == 0:
+                self._save()
+            if stop and not last:
+                raise Stopped(stop, f"stopped at step {self.step}, checkpoint written")
+        self.signals.deferred = False
+        if self.progress:
+            self.progress.close()
+        self.accelerator.wait_for_everyone()
+        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        updates, held = ([line for line in lines if key in line] for key in ("objective/scores", "eval_score"))
+        final = {name: updates[-1][name] for name in ("loss", "objective/scores", "objective/kl")}
+        if held:
+            final |= {"eval_score_before": held[0]["eval_score"], "eval_score": held[-1]["eval_score"]}
+            self.say(f"held-out score: {held[0]['eval_score']:.4f} before, {held[-1]['eval_score']:.4f} after")
+        return final
+
+    def update(self) -> dict[str, float]:
+        """Draw, score, learn; what there is to say of it."""
+        begun, recipe = time.monotonic(), self.recipe
+        rate = self._rate()
+        at = [self._row_at(self.step * recipe.optim.batch_size + i) for i in range(recipe.optim.batch_size)]
+        mine = list(range(self.rank, len(at), self.world))  # positions in the batch
+        rows = [json.loads(self.rows[at[i]]["row"]) for i in mine]
+        luck = torch.stack([self._luck(DRAW, self.step, i) for i in mine])
+        episodes = self.drawn([self.rows[at[i]]["prompt_ids"] for i in mine], luck)
+        answers = [self.text(episode) for episode in episodes]
+        scores, each = self.rewards(rows, answers)
+        line = self.judge(episodes, torch.tensor(scores))
+        drawn = time.monotonic()
+        line |= self.learn(episodes, mine)
+        self.step += 1
+        for name, values in each.items() if len(each) > 1 else ():
+            line[f"scores/{name}"] = float(self.add(torch.tensor(values).sum())) / len(at)
+        tokens = int(self.add(torch.tensor(float(sum(len(e.answer) for e in episodes)))))
+        self.tokens += tokens
+        seconds = time.monotonic() - begun
+        line |= {"learning_rate": rate, "tokens_per_second": tokens / seconds, "episodes_per_second": len(at) / seconds}
+        line |= {"rollout_share": (drawn - begun) / seconds, "coefficient": self.coefficient.value}
+        self.coefficient.adapt(line["objective/kl"], len(at))
+        if self.rank == 0 and (self.step % recipe.log.every == 0 or self.step == self.steps):
+            self._show(rows, episodes, answers, scores)
+        self._warn(line)
+        return line
+
+    def drawn(self, prompts: list[list[int]], luck: Tensor) -> list[Episode]:
+        """Answers of the policy as it is now, a batch of like length at a time."""
+        causal, size = self.actors.causal, self.recipe.launch.rollout_batch_size
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        found: list[Any] = [None] * len(prompts)
+        attention, was_training = causal.config._attn_implementation, causal.training
+        causal.eval()
+        causal.set_attn_implementation("sdpa")  # with a cache and padding on the left
+        with self._autocast():
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                made = draw(causal, [prompts[i] for i in part], luck[part], self.recipe.rollout, self.stops,
+                            self.tokenizer.pad_token_id)  # fmt: skip
+                for i, episode in zip(part, made, strict=True):
+                    found[i] = episode
+                if self.progress:
+                    self.progress.note(f"step {self.step + 1}: {min(start + size, len(order))}/{len(order)} answers")
+        causal.set_attn_implementation(attention)
+        causal.train(was_training)
+        return found
+
+    def text(self, episode: Episode) -> str:
+        tokens = episode.answer[:-1] if episode.ended else episode.answer
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def judge(self, episodes: list[Episode], scores: Tensor) -> dict[str, float]:
+        """Old log-probabilities, values, advantages and returns of each episode, from their scores [episodes]."""
+        recipe, how = self.recipe, self.recipe.algorithm
+        old, entropy, values, reference = ([None] * len(episodes) for _ in range(4))
+        with torch.no_grad(), self._autocast():
+            for part in self._batches(range(len(episodes)), episodes):
+                batch = pack([episodes[i] for i in part], self.device)
+                lengths = [len(episodes[i].answer) for i in part]
+                spoken, bits, valued = self.actors.spoken(batch)
+                valued = self.actors.valued(batch) if valued is None else valued
+                for into, found in zip((old, entropy, values, reference),
+                                       (spoken, bits, valued, self.actors.referred(batch)), strict=True):  # fmt: skip
+                    for i, piece in zip(part, found.float().cpu().split(lengths), strict=True):
+                        into[i] = piece
+        lengths = torch.tensor([len(episode.answer) for episode in episodes])
+        mask = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).float()
+        padded = lambda parts: pad_sequence(parts, batch_first=True)  # noqa: E731
+        ended = torch.tensor([float(episode.ended) for episode in episodes])
+        raw = scores + recipe.rollout.unfinished * (1 - ended)
+        shaped = self._shaped(raw)
+        kl = algorithm.kl_penalty(padded(old), padded(reference), recipe.reference.estimator) * mask
+        rewards = algorithm.token_rewards(shaped, kl, mask, self.coefficient.value)
+        found, returns = algorithm.advantages(rewards, padded(values), mask, how.discount, how.smoothing)
+        if how.whiten:
+            found = algorithm.whitened(found, mask, self.add)
+        for i, episode in enumerate(episodes):
+            n = int(lengths[i])
+            episode.old, episode.values = old[i], values[i]
+            episode.advantages, episode.returns = found[i, :n], returns[i, :n]
+        k1 = ((padded(old) - padded(reference)) * mask).sum()
+        error = ((returns - padded(values)) ** 2 * mask).sum()
+        sums = [
+            torch.tensor(float(len(episodes))),
+            mask.sum(),
+            k1,
+            padded(entropy).sum(),
+            raw.sum(),
+            ended.sum(),
+            error,
+        ]
+        sums += [(returns * mask).sum(), (returns**2 * mask).sum(), scores.sum(), (raw**2).sum()]
+        count, tokens, k1, bits, total, finished, error, first, second, plain, squares = self.add(
+            torch.stack([value.double() for value in sums])
+        ).tolist()
+        spread = second / tokens - (first / tokens) ** 2
+        penalty = self.coefficient.value * k1 / count
+        line = {
+            "objective/scores": plain / count,
+            "objective/scores_std": math.sqrt(max(squares / count - (total / count) ** 2, 0)),
+            "objective/kl": k1 / count,
+            "objective/entropy": bits / tokens,
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": total / count - penalty,
+            "val/explained_variance": 1 - error / tokens / spread if spread > 0 else 0.0,
+            "answers/tokens": tokens / count,
+            "answers/ended": finished / count,
+        }
+        if broken := [name for name, value in line.items() if not math.isfinite(value)]:
+            raise self._broken(broken[0], line[broken[0]])
+        return line
+
+    def _shaped(self, scores: Tensor) -> Tensor:
+        """Scores as the algorithm sees them: by their running deviation, and clipped, where the recipe says so."""
+        how = self.recipe.algorithm
+        if how.normalize_scores:
+            self.moments.add(
+                *self.add(
+                    torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]).double()
+                ).tolist()
+            )
+            scores = (scores - self.moments.mean) / self.moments.deviation
+        return scores if how.clip_scores is None else scores.clamp(-how.clip_scores, how.clip_scores)
+
+    def learn(self, episodes: list[Episode], mine: list[int]) -> dict[str, float]:
+        """The passes over a rollout; means over its tokens. `mine`: the episodes' places in the batch."""
+        how, recipe = self.recipe.algorithm, self.recipe
+        place = {i: n for n, i in enumerate(mine)}
+        lengths = torch.zeros(recipe.optim.batch_size)
+        lengths[mine] = torch.tensor([float(len(episode.answer)) for episode in episodes])
+        lengths = self.add(lengths)
+        totals: dict[str, float] = {}
+        norm = steps = seen = 0.0
+        for epoch in range(how.epochs):
+            order = torch.randperm(recipe.optim.batch_size, generator=seeded(recipe.seed, SHUFFLE, self.step, epoch))
+            for chosen in order.chunk(how.minibatches):
+                tokens = float(lengths[chosen].sum())
+                members = [place[i] for i in chosen.tolist() if i in place]
+                sums = self._gradients([episodes[i] for i in members], tokens)
+                names = sorted(sums)
+                sums = dict(
+                    zip(
+                        names,
+                        self.add(torch.tensor([sums[n] for n in names], dtype=torch.float64)).tolist(),
+                        strict=True,
+                    )
+                )
+                norm += self._step_optimizer(sums)
+                steps, seen = steps + 1, seen + tokens
+                totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+                if how.stop_kl and sums["policy/approxkl"] / tokens > how.stop_kl:
+                    return self._means(totals, seen, norm, steps)
+        return self._means(totals, seen, norm, steps)
+
+    def _means(self, totals: dict[str, float], tokens: float, norm: float, steps: float) -> dict[str, float]:
+        means = {name: value / tokens for name, value in totals.items()}
+        loss = means["loss/policy"] + self.recipe.critic.coefficient * means["loss/value"]
+        return {"loss": loss, "grad_norm": norm / steps, **means, "optimizer_steps": steps}
+
+    def _gradients(self, episodes: list[Episode], tokens: float) -> dict[str, float]:
+        """Add up the gradients of a minibatch of `tokens` in all processes; sums over the tokens of this one."""
+        how, critic = self.recipe.algorithm, self.recipe.critic
+        names = (
+            "loss/policy",
+            "loss/value",
+            "policy/approxkl",
+            "policy/clipfrac",
+            "policy/entropy",
+            "val/ratio",
+            "val/clipfrac",
+        )
+        sums = dict.fromkeys(names, 0.0)
+        for part in self._batches(range(len(episodes)), episodes):
+            chosen = [episodes[i] for i in part]
+            batch = pack(chosen, self.device)
+            old, advantages, returns, before = (
+                torch.cat([getattr(e, name) for e in chosen]).to(self.device)
+                for name in ("old", "advantages", "returns", "values")
+            )
+            with self._autocast():
+                spoken, entropy, values = self.actors.spoken(batch)
+            loss, found = algorithm.policy_loss(spoken, old, advantages, how.clip)
+            total = loss - how.entropy * entropy.sum() if how.entropy else loss
+            if values is None:  # one graph after the other: activations of both models need not exist at once
+                (total / tokens).backward()
+                total = 0.0
+                with self._autocast():
+                    values = self.actors.valued(batch)
+            missed, more = algorithm.value_loss(values, before, returns, critic.clip)
+            ((total + critic.coefficient * missed) / tokens).backward()
+            found |= more | {"loss/policy": loss, "loss/value": missed, "policy/entropy": entropy.sum()}
+            sums = {name: value + float(found[name].detach()) for name, value in sums.items()}
+        return sums
+
+    def _step_optimizer(self, sums: dict[str, float]) -> float:
+        """Sum gradients over processes, check, clip, step; the gradient's norm."""
+        for name in ("loss/policy", "loss/value"):
+            if not math.isfinite(sums[name]):
+                raise self._broken(name, sums[name])
+        for p in self.learned.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if self.world > 1:
+                torch.distributed.all_reduce(p.grad)
+        limit = self.recipe.optim.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.learned.values(), limit or math.inf))
+        if not math.isfinite(norm):
+            raise self._broken("gradient norm", norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _evaluate(self) -> None:
+        """The mean score of answers to the held-out prompts, each drawn with the same numbers every time."""
+        mine = list(range(self.rank, len(self.held_out), self.world))
+        rows = [json.loads(self.held_out[i]["row"]) for i in mine]
+        sums = torch.zeros(3, dtype=torch.float64)
+        if mine:
+            luck = torch.stack([self._luck(HELD_OUT, 0, i) for i in mine])
+            episodes = self.drawn([self.held_out[i]["prompt_ids"] for i in mine], luck)
+            scores, _ = self.rewards(rows, [self.text(episode) for episode in episodes])
+            sums += torch.tensor([sum(scores), sum(e.ended for e in episodes), sum(len(e.answer) for e in episodes)])
+        total, ended, tokens = (self.add(sums) / len(self.held_out)).tolist()
+        self._write({"eval_score": total, "eval_ended": ended, "eval_tokens": tokens})
+
+    # --- small parts ---
+
+    def add(self, value: Tensor, greatest: bool = False) -> Tensor:
+        """Sum, or greatest, over processes."""
+        if self.world == 1:
+            return value
+        shared = value.to(self.device)
+        op = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(shared, op=op)
+        return shared.cpu()
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.hardware.bf16)
+
+    def _batches(self, indices: Any, episodes: list[Episode]) -> list[list[int]]:
+        """Indices in micro-batches, answers of like length together."""
+        order, size = (
+            sorted(indices, key=lambda i: len(episodes[i].prompt) + len(episodes[i].answer)),
+            self.hardware.micro_batch_size,
+        )
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _row_at(self, position: int) -> int:
+        """The row at a position in the endless sequence of shuffled epochs."""
+        epoch, i = divmod(position, len(self.rows))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.rows), generator=seeded(self.recipe.seed, ORDER, epoch)).tolist()
+        return self._order[i]
+
+    def _luck(self, use: int, step: int, i: int) -> Tensor:
+        return torch.rand(self.recipe.rollout.max_new_tokens, generator=seeded(self.recipe.seed, use, step, i))
+
+    def _optimizer(self) -> Any:
+        optim = self.recipe.optim
+        policy = [p for name, p in self.learned.items() if not critical(name)]
+        critic = [p for name, p in self.learned.items() if critical(name)]
+        groups = [{"params": policy, "peak": optim.learning_rate},
+                  {"params": critic, "peak": self.recipe.critic.learning_rate or optim.learning_rate}]  # fmt: skip
+        how = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
+        if optim.optimizer == "adamw":
+            return torch.optim.AdamW(groups, **how, weight_decay=optim.weight_decay, fused=True)
+        import bitsandbytes
+
+        kind = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}[
+            optim.optimizer
+        ]
+        return getattr(bitsandbytes.optim, kind)(groups, **how, weight_decay=optim.weight_decay)
+
+    def _rate(self) -> float:
+        """Set the learning rate of this update: it rises for the warm-up, then falls as the schedule has it."""
+        optim = self.recipe.optim
+        warm = optim.warmup * self.steps if optim.warmup < 1 else optim.warmup
+        done = max(0.0, self.step + 1 - warm) / max(1.0, self.steps - warm + 1)
+        share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.scheduler]
+        share = min((self.step + 1) / max(warm, 1.0), 1.0) if self.step + 1 <= warm else share
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        return optim.learning_rate * share
+
+    def _broken(self, what: str, value: float) -> UserError:
+        return UserError(
+            f"step {self.step + 1}: {what} is {value}; stopped before the optimizer step",
+            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
+            NUMERIC,
+        )
+
+    def _warn(self, line: dict[str, float]) -> None:
+        """Say once what looks like a policy that games its reward (Gao 2022; Stiennon 2020, section 4.3)."""
+        self.first = self.first or line
+        signs = {
+            "KL ran away": line["objective/kl"] > 4 * (self.recipe.reference.target or 12.5),
+            "answers grow": line["answers/tokens"] > 2 * self.first["answers/tokens"] + 8,
+            "answers shrink": line["answers/tokens"] < 0.4 * self.first["answers/tokens"] - 1,
+            "entropy collapsed": line["objective/entropy"] < 0.1 * self.first["objective/entropy"],
+        }
+        for sign in (name for name, there in signs.items() if there and name not in self.warned):
+            self.warned.append(sign)
+            what = {"KL": "objective/kl", "answers": "answers/tokens", "entropy": "objective/entropy"}[sign.split()[0]]
+            self.say(f"warning: {sign}: {what} {self.first[what]:.2f} at first, {line[what]:.2f} now; read "
+                     "rollouts.jsonl, raise reference.coefficient, or lower optim.learning_rate")  # fmt: skip
+
+    # --- files ---
+
+    def _write(self, logs: dict[str, float]) -> None:
+        """One line in metrics.jsonl and one on the screen."""
+        if self.rank:
+            return
+        line = {"step": self.step, **logs, "memory_gb": round(models.memory_gb(), 3)}
+        line["seconds"] = round(time.monotonic() - self.begun, 3)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.progress.show(line)
+
+    def _show(self, rows: list[dict], episodes: list[Episode], answers: list[str], scores: list[float]) -> None:
+        """Some episodes of an update, to read."""
+        with self.table.open("a", encoding="utf-8") as file:
+            for row, episode, answer, score in list(zip(rows, episodes, answers, scores, strict=True))[:SHOWN]:
+                line = {"step": self.step, "prompt": row["prompt"], "answer": answer, "score": score}
+                line |= {"ended": episode.ended, "tokens": len(episode.answer)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _save(self) -> None:
+        """A checkpoint: all that learns, the optimizer, and what was counted. Rank 0 has it all."""
+        if self.rank == 0:
+            if self.progress:
+                self.progress.note(f"saving step {self.step}")
+            for path in (self.metrics, self.table):
+                path.touch()
+                rundir.fsync(path)
+            state = {
+                "moments": vars(self.moments), "coefficient": self.coefficient.value, "tokens": self.tokens,
+                "seconds": time.monotonic() - self.begun, "first": self.first, "warned": self.warned,
+                "bytes": [self.metrics.stat().st_size, self.table.stat().st_size],
+            }  # fmt: skip
+            state["optimizer"], tensors = apart(self.optimizer.state_dict()["state"])
+            parts = {"learned": {name: p.detach() for name, p in self.learned.items()}, "optimizer": tensors}
+            with checkpoints.writing(self.artifact.checkpoints, self.step, self.about, lambda: state) as staging:
+                for name, part in parts.items():
+                    save_file({at: t.cpu().contiguous() for at, t in part.items()}, staging / f"{name}.safetensors")
+            checkpoints.rotate(self.artifact.checkpoints, self.recipe.checkpoint.keep, set())
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Any) -> list[int]:
+        """Go on from a checkpoint; the sizes that the files of lines had."""
+        state = rundir.read_json(folder / checkpoints.STATE)
+        for name, tensor in load_file(folder / "learned.safetensors").items():
+            self.learned[name].data.copy_(tensor)
+        tensors = load_file(folder / "optimizer.safetensors")
+        held = {int(i): together(own, tensors) for i, own in state["optimizer"].items()}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": held})
+        self.step = rundir.read_json(folder / rundir.SUMS)["step"]
+        self.moments = algorithm.Moments(**state["moments"])
+        self.coefficient.value, self.tokens = state["coefficient"], state["tokens"]
+        self.first, self.warned = state["first"], state["warned"]
+        self.begun -= state["seconds"]
+        return state["bytes"]
+
+
+def artifact_files(artifact: Any) -> tuple[Any, Any]:
+    return artifact.path / "metrics.jsonl", artifact.path / "rollouts.jsonl"
+
+
+def apart(value: Any, at: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """A nested state as JSON, and its tensors by their places in it."""
+    if isinstance(value, Tensor):
+        return {"tensor": at}, {at: value}
+    if not isinstance(value, dict):
+        return value, {}
+    plain, tensors = {}, {}
+    for key, inner in value.items():
+        plain[str(key)], found = apart(inner, f"{at}/{key}")
+        tensors |= found
+    return plain, tensors
+
+
+def together(plain: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `apart` took apart."""
+    if not isinstance(plain, dict):
+        return plain
+    if plain.keys() == {"tensor"}:
+        return tensors[plain["tensor"]]
+    return {key: together(inner, tensors) for key, inner in plain.items()}
+
+
+def critical(name: str) -> bool:
+    """Whether a parameter is the critic's."""
+    return name.startswith(("critic.", "value.")) or ".critic." in name
+
+
+def _fits(model: Any, prompt: int, answer: int) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and prompt + answer > most:
+        problem = f"a prompt of {prompt:,} tokens and an answer of {answer:,} exceed the model's {most:,}"
+        raise UserError(problem, "lower data.max_length or rollout.max_new_tokens")

@@ -1,0 +1,191 @@
+"""`llmpipe ppo`: proximal policy optimization (Schulman 2017) of a language model (Ziegler 2019; Ouyang 2022).
+
+Inputs: a policy, mostly what `sft` or `lora` made, prompts, and one or several rewards. Makes: a `model`, or an
+adapter. Every update draws answers, scores them, and learns from them for a few epochs, held to the parent by a KL
+penalty.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llmpipe.recipe import AdamW, Launch, Positive, Prompts, Reference, Samples, Section, Training
+from llmpipe.stages import CHECKPOINTS, Job, tokens
+
+ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
+MAKES = "model"  # or an adapter, with `adapter:`
+PROGRESS = CHECKPOINTS
+prepare = tokens
+Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
+
+
+class Reward(Section):
+    """One source of reward: a model, a function or a verifier."""
+
+    model: Reference | None = None
+    """A reward model: `artifact:reward`, a folder or a Hub id. It reads the text through its own tokenizer and
+    template."""
+    function: str | None = None
+    """`./rewards.py:name`: called with lists `prompts` and `completions` and every other column of the rows as a
+    keyword; returns a number for each. The file is part of the result's identity."""
+    verifier: Verifier | None = None
+    """1 for an answer that is right by the row's own, else 0."""
+    pattern: str | None = None
+    """The regular expression of `verifier: regex`."""
+    weight: float = 1.0
+    """What the source's score is multiplied by before scores are added."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Reward:
+        if sum(value is not None for value in (self.model, self.function, self.verifier)) != 1:
+            raise ValueError("give one of model, function and verifier")
+        if self.function and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"function: '{self.function}' is not ./file.py:name")
+        if (self.verifier == "regex") != (self.pattern is not None):
+            raise ValueError("pattern is for verifier: regex, which needs it")
+        return self
+
+
+class KL(Section):
+    """The parent, which the policy is held to."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the KL penalty in the reward, per token."""
+    estimator: Literal["k1", "k3"] = "k1"
+    """k1: log p/q, unbiased; k3: q/p - 1 + log p/q, never negative (Schulman 2020)."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per answer that the coefficient is steered towards (Ziegler 2019, section 2.2); without it, it stays."""
+    horizon: Positive = 10_000
+    """Episodes over which the coefficient adapts."""
+
+
+class Critic(Section):
+    """What predicts the return."""
+
+    start: Literal["auto", "policy", "reward", "trunk"] = "auto"
+    """What it begins with: the reward model's weights where their shape is the policy's (Ouyang 2022), the policy's, or
+    a head alone on the policy's own trunk. With `adapter:` it is an adapter of its own on the same base, or the head.
+    `auto`: reward where it fits, else policy."""
+    rank: Positive = 8
+    """Rank of its own adapter."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Its own peak learning rate; optim.learning_rate unless set."""
+    coefficient: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of its loss beside the policy's."""
+    clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """How far a value may move from what it was at the rollout before its loss stops counting."""
+
+
+class Rollout(Section):
+    """How answers are drawn."""
+
+    max_new_tokens: Positive = 128
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have this share together."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from so many of the likeliest tokens; 0 is no limit."""
+    unfinished: float = 0.0
+    """Added to the score of an answer without an end token, mostly negative (Huang 2024)."""
+
+
+class Algorithm(Section):
+    epochs: Positive = 4
+    """Passes over each rollout."""
+    minibatches: Positive = 4
+    """Optimizer steps per pass."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """How far the probability ratio may leave 1 before the policy's loss stops counting."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Gamma: how much a reward one token later is worth."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of the generalized advantage estimate (Schulman 2016)."""
+    whiten: bool = True
+    """Bring advantages to mean 0 and deviation 1 over the whole batch."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an entropy bonus."""
+    stop_kl: Annotated[float, Field(gt=0)] | None = None
+    """End an update's passes when the policy has moved so many nats per token since the rollout."""
+    normalize_scores: bool = False
+    """Divide scores by their running deviation, less their running mean."""
+    clip_scores: Annotated[float, Field(gt=0)] | None = None
+    """Keep scores within plus and minus this."""
+
+
+class Updates(AdamW):
+    batch_size: Positive = 64
+    """Answers per update, over all processes."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the prompts."""
+    steps: Positive | None = None
+    """Stop after this many updates instead; overrides `epochs`."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up, which is in updates."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """AdamW's epsilon."""
+
+
+class RolloutLaunch(Launch):
+    rollout_batch_size: Positive = 64
+    """Answers that a process draws at a time."""
+
+
+class Schema(Training):
+    stage: Literal["ppo"] = "ppo"
+    """Proximal policy optimization."""
+    data: Prompts
+    """Prompts, and the columns that rewards read."""
+    reward: Annotated[list[Reward], Field(min_length=1)]
+    """Where scores come from; they are added."""
+    reference: KL = Field(default_factory=KL)
+    """How the policy is held to its parent."""
+    critic: Critic = Field(default_factory=Critic)
+    """The value function."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """Sampling, as long as the policy learns."""
+    algorithm: Algorithm = Field(default_factory=Algorithm)
+    """How an update learns from them."""
+    optim: Updates
+    """The optimizer and its schedule."""
+    launch: RolloutLaunch = Field(default_factory=RolloutLaunch, json_schema_extra={"identity": False})
+    """The machine: never part of the result's identity."""
+    samples: Samples = Field(default_factory=Samples)
+    """Prompts that show what changed."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Schema:
+        if self.adapter and self.adapter.rewrites:
+            raise ValueError(f"adapter.init: {self.adapter.init} rewrites the model, which is the reference")
+        if self.evaluation.keep_best or self.evaluation.patience:
+            raise ValueError(
+                "evaluation.keep_best and patience: a score that rises is no sign that the policy got better"
+            )
+        if self.optim.batch_size % self.algorithm.minibatches:
+            problem = f"optim.batch_size ({self.optim.batch_size}) must be a multiple of algorithm.minibatches"
+            raise ValueError(f"{problem} ({self.algorithm.minibatches})")
+        if self.critic.start == "reward" and not any(source.model for source in self.reward):
+            raise ValueError("critic.start: reward: there is no reward model")
+        return self
+
+    def references(self) -> dict[str, str]:
+        named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
+        return {"model": self.model} | {at: name for at, name in named.items() if name}
+
+    def files(self) -> dict[str, str]:
+        named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}
+        return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
+
+
+def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.engine import upstream
+
+    upstream.silence()
+    from llmpipe.engine.ppo import loop
+
+    return loop.train(job, prepared)

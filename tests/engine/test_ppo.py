@@ -1,0 +1,153 @@
+"""The equations of PPO against NumPy and numbers worked out by hand; sampling against the distribution it claims."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llmpipe.engine.ppo import algorithm, rollout
+
+
+def gae(rewards, values, discount, smoothing):
+    """One episode, by the sum of Schulman 2016, eq. 16."""
+    n = len(rewards)
+    following = np.append(values[1:], 0.0)
+    deltas = rewards + discount * following - values
+    found = [sum((discount * smoothing) ** (j - t) * deltas[j] for j in range(t, n)) for t in range(n)]
+    return np.array(found)
+
+
+def test_advantages_and_returns():
+    rng = np.random.default_rng(0)
+    lengths = [1, 7, 3, 12]
+    mask = torch.zeros(4, 12)
+    rewards, values = (torch.tensor(rng.normal(size=(4, 12)), dtype=torch.float32) for _ in range(2))
+    for i, n in enumerate(lengths):
+        mask[i, :n] = 1
+    found, returns = algorithm.advantages(rewards * mask, values, mask, 0.97, 0.9)
+    for i, n in enumerate(lengths):
+        expected = gae(rewards[i, :n].numpy(), values[i, :n].numpy(), 0.97, 0.9)
+        assert found[i, :n].numpy() == pytest.approx(expected, abs=1e-6)
+        assert returns[i, :n].numpy() == pytest.approx(expected + values[i, :n].numpy(), abs=1e-6)
+        assert not found[i, n:].any() and not returns[i, n:].any()
+
+
+def test_the_score_is_at_the_last_token():
+    kl = torch.tensor([[0.5, -0.25, 9.0], [1.0, 9.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    found = algorithm.token_rewards(torch.tensor([2.0, 3.0]), kl, mask, 0.1)
+    assert found.tolist() == [pytest.approx([-0.05, 2.025, 0]), pytest.approx([2.9, 0, 0])]
+
+
+def test_kl_estimators():
+    """Both have the KL as their mean; k3 is never negative."""
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 50).log_softmax(-1)
+    drawn = torch.multinomial(p.exp(), 200_000, replacement=True)
+    exact = float((p.exp() * (p - q)).sum())
+    for estimator in ("k1", "k3"):
+        found = algorithm.kl_penalty(p[drawn], q[drawn], estimator)
+        assert float(found.mean()) == pytest.approx(exact, abs=0.02)
+    assert float(found.min()) >= 0
+
+
+def test_whitened():
+    values, mask = torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    found = algorithm.whitened(values, mask, lambda total: total)
+    deviation = math.sqrt((4 + 1 + 9) / 3)
+    assert found.tolist() == [pytest.approx([-2 / deviation, -1 / deviation, 0]), pytest.approx([3 / deviation, 0, 0])]
+
+
+def test_losses_by_hand():
+    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5])
+    advantage = torch.tensor([2.0, 1.0, 1.0, -1.0, -1.0])
+    old = torch.full((5,), -2.0)
+    loss, seen = algorithm.policy_loss(old + ratio.log(), old, advantage, 0.2)
+    # -2; held at 1.2; free 0.5; free 1.5; held at 0.8
+    assert float(loss) == pytest.approx(-2 - 1.2 - 0.5 + 1.5 + 0.8)
+    assert int(seen["policy/clipfrac"]) == 2 and float(seen["val/ratio"]) == pytest.approx(5)
+    assert float(seen["policy/approxkl"]) == pytest.approx(float((ratio - 1 - ratio.log()).sum()), abs=1e-6)
+    values, before, returns = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 3.0])
+    loss, seen = algorithm.value_loss(values, before, returns, 0.2)
+    assert float(loss) == pytest.approx(0.5 * (1 + 1.8**2)) and int(seen["val/clipfrac"]) == 1
+    assert float(algorithm.value_loss(values, before, returns, None)[0]) == pytest.approx(0.5 * (1 + 1))
+
+
+def test_the_coefficient_follows_its_target():
+    steered = algorithm.Coefficient(0.1, 6.0, 1000)
+    steered.adapt(60.0, 100)
+    assert steered.value == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    steered.adapt(5.7, 100)
+    assert steered.value == pytest.approx(0.102 * (1 - 0.05 * 0.1))
+    fixed = algorithm.Coefficient(0.1, None, 1000)
+    fixed.adapt(60.0, 100)
+    assert fixed.value == 0.1
+
+
+def test_running_moments_are_those_of_all_scores():
+    rng = np.random.default_rng(1)
+    scores, moments = rng.normal(3, 2, 60), algorithm.Moments()
+    for part in np.split(scores, [7, 20, 21]):
+        moments.add(len(part), part.sum(), (part**2).sum())
+    assert moments.mean == pytest.approx(scores.mean()) and moments.deviation == pytest.approx(scores.std(ddof=1))
+
+
+class Fixed(torch.nn.Module):
+    """A `model` that says the same at every place."""
+
+    def __init__(self, logits):
+        super().__init__()
+        from transformers import LlamaConfig
+
+        self.logits, self.device, self.config = logits, torch.device("cpu"), LlamaConfig(num_hidden_layers=1)
+
+    def forward(self, input_ids, past_key_values, **_):
+        from types import SimpleNamespace
+
+        one = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+        past_key_values.update(one, one, 0)
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1))
+
+
+class How:
+    def __init__(self, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
+        self.max_new_tokens, self.temperature, self.top_p, self.top_k = max_new_tokens, temperature, top_p, top_k
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.7, 6)]
+)
+def test_tokens_are_drawn_from_the_distribution_that_is_claimed(temperature, top_p, top_k):
+    torch.manual_seed(2)
+    logits = torch.randn(20)
+    luck = torch.rand(4000, 5, generator=rollout.seeded(1))
+    drawn = rollout.draw(Fixed(logits), [[1]] * 4000, luck, How(5, temperature, top_p, top_k), [99], 0)
+    probabilities = (logits / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    kept = order[: top_k or 20]
+    shares = probabilities[kept] / probabilities[kept].sum()
+    kept = kept[: int((shares.cumsum(0) - shares < top_p).sum())]
+    expected = torch.zeros(20)
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    counts = torch.zeros(20)
+    for episode in drawn:
+        for i, (token, log_p) in enumerate(zip(episode.answer, episode.log_probs.tolist(), strict=True)):
+            counts[token] += 1
+            assert log_p == pytest.approx(math.log(expected[token]), abs=1e-5)
+            if episode.allowed:
+                assert sorted(episode.allowed[i].tolist()) == sorted(kept.tolist())
+    assert float((counts / counts.sum() - expected).abs().max()) < 0.01
+
+
+def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
+    logits = torch.zeros(4)
+    model, sizes = Fixed(logits), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    luck = torch.rand(64, 30, generator=rollout.seeded(3))
+    drawn = rollout.draw(model, [[1, 2]] * 64, luck, How(30), [3], 0)
+    for episode in drawn:
+        assert episode.ended == (episode.answer[-1] == 3) and 3 not in episode.answer[:-1]
+        assert len(episode.answer) == len(episode.log_probs) <= 30
+    needed = sum(len(episode.answer) for episode in drawn)
+    assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"

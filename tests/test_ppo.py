@@ -1,0 +1,468 @@
+"""PPO as a stage: the same distribution in rollout and training, closed forms, exact resume, any cut of a batch."""
+
+import json
+import math
+import shutil
+import signal
+
+import pytest
+
+from llmpipe import rundir
+from llmpipe.errors import UserError
+from llmpipe.recipe import load
+from llmpipe.stages import schema
+from tests import life
+
+ROWS = life.TINY / "rows.jsonl"
+HOW = {
+    "full": {},
+    "trunk": {"critic": {"start": "trunk"}},
+    "lora": {"adapter": {"rank": 4, "alpha": 8}},
+    "lora, trunk": {"adapter": {"rank": 4, "alpha": 8}, "critic": {"start": "trunk"}},
+    "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
+}
+REWARD = """
+def brevity(prompts, completions, **columns):
+    return [-len(text) / 10 for text in completions]
+
+
+def letters(prompts, completions, **columns):
+    return [text.count("e") / 4 for text in completions]
+
+
+def fails(prompts, completions, **columns):
+    raise ValueError("no such thing")
+
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+def words(prompts, completions, **columns):
+    return ["much"] * len(completions)
+"""
+
+
+def write(run, **changes):
+    (run.parent / "rewards.py").write_text(REWARD)
+    values = {
+        "stage": "ppo",
+        "run": str(run),
+        "model": str(life.TINY / "model"),
+        "data": {"train": [{"path": str(ROWS)}], "max_length": 64},
+        "reward": [{"function": f"{run.parent}/rewards.py:letters"}],
+        "rollout": {"max_new_tokens": 12},
+        "algorithm": {"epochs": 2, "minibatches": 2},
+        "optim": {"learning_rate": 2e-3, "batch_size": 8, "steps": 6, "precision": "fp32"},
+        "checkpoint": {"every": 2},
+        "log": {"every": 1},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 4},
+    }
+    for dotted, value in changes.items():
+        target = values
+        *path, last = dotted.split("__")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    path = run.parent / f"{run.name}-{values.get('name', 'ppo')}.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def metrics(artifact):
+    return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def updates(artifact):
+    return [line for line in metrics(artifact) if "loss" in line]
+
+
+# --- the closed form -------------------------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(28)]
+
+
+def bandit(folder, seed):
+    """A model that says one of a few dozen words, and rewards for them."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "ask", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    (folder.parent / "asks.jsonl").write_text(json.dumps({"prompt": "ask"}) + "\n")
+    rewards = torch.randn(len(vocabulary)).tolist()
+    rewards[:2] = [0.0, 0.0]  # pad and end have no text
+    table = {"": 0.0} | {word: rewards[i] for word, i in vocabulary.items() if i > 1}
+    (folder.parent / "rewards.py").write_text(
+        f"TABLE = {table!r}\n\n\ndef look(prompts, completions, **_):\n    return [TABLE[x] for x in completions]\n"
+    )
+    with torch.no_grad():
+        return model(torch.tensor([[2]])).logits[0, -1].log_softmax(-1), torch.tensor(rewards)
+
+
+@pytest.mark.parametrize("seed", [0, *map(life.by_the_dozen, range(1, 5))])
+def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
+    """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq. 4)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, beta = tmp_path / "bandit", 0.7
+    folder.mkdir()
+    reference, rewards = bandit(folder, seed)
+    values = {
+        "stage": "ppo", "run": str(tmp_path / "run"), "model": str(folder), "seed": seed,
+        "data": {"train": [{"path": str(tmp_path / "asks.jsonl")}], "max_length": 8},
+        "reward": [{"function": f"{tmp_path}/rewards.py:look"}],
+        "reference": {"coefficient": beta, "estimator": "k1"},
+        "rollout": {"max_new_tokens": 1},
+        "critic": {"clip": None, "coefficient": 1.0},
+        "algorithm": {"epochs": 2, "minibatches": 2, "whiten": False},
+        "optim": {"learning_rate": 1e-2, "batch_size": 512, "steps": 120, "precision": "fp32", "warmup": 0},
+        "checkpoint": {"every": 1000}, "log": {"every": 10},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 512, "rollout_batch_size": 512},
+    }  # fmt: skip
+    path = tmp_path / "ppo.yaml"
+    path.write_text(json.dumps(values))
+    made = life.command(path)
+    model = AutoModelForCausalLM.from_pretrained(made.model)
+    with torch.no_grad():
+        found = model(torch.tensor([[2]])).logits[0, -1].softmax(-1)
+    target = (reference + rewards / beta).softmax(-1)
+    away = lambda p: float((p - target).abs().sum() / 2)  # noqa: E731  total variation
+    assert away(reference.exp()) > 0.2, "there is something to learn"
+    assert away(found) < 0.03
+    last = updates(made)[-1]
+    optimum = float(beta * torch.logsumexp(reference + rewards / beta, 0))
+    assert last["objective/rlhf_reward"] == pytest.approx(optimum, abs=0.1)
+
+
+# --- rollout and training see one distribution -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What the first minibatch and the first rollout of a stage saw."""
+    from llmpipe.engine.ppo import algorithm, loop
+
+    seen = {"rollout": [], "ratio": [], "kl": []}
+    judge, policy_loss, penalty = loop.Loop.judge, algorithm.policy_loss, algorithm.kl_penalty
+
+    def judged(self, episodes, scores):
+        line = judge(self, episodes, scores)
+        if self.step == 0:
+            seen["rollout"] += [float((e.old - e.log_probs).exp().sub(1).abs().max()) for e in episodes]
+            seen["episodes"] = episodes
+        return line
+
+    def lost(log_probs, old, advantage, clip):
+        if len(seen["ratio"]) < 1:
+            seen["ratio"].append(float((log_probs.detach() - old).exp().sub(1).abs().max()))
+        return policy_loss(log_probs, old, advantage, clip)
+
+    def held(log_probs, reference, estimator):
+        if not seen["kl"]:
+            seen["kl"].append(float((log_probs - reference).abs().max()))
+        return penalty(log_probs, reference, estimator)
+
+    monkeypatch.setattr(loop.Loop, "judge", judged)
+    monkeypatch.setattr(algorithm, "policy_loss", lost)
+    monkeypatch.setattr(algorithm, "kl_penalty", held)
+    return seen
+
+
+DRAWN = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top-p": {"temperature": 1.4, "top_p": 0.8},
+    "top-k": {"top_k": 7},
+    "entropy bonus": {"bonus": True},
+}
+
+
+@pytest.mark.parametrize("how", ["full", "trunk", "lora"])
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_the_first_ratio_is_one(tmp_path, spied, how, drawn):
+    """On every token, with prompts of several lengths and so padding on the left of most."""
+    settings = dict(DRAWN[drawn])
+    extra = {"algorithm__entropy": 0.01} if settings.pop("bonus", False) else {}
+    rollout = {"max_new_tokens": 12, **settings}
+    life.command(write(tmp_path / "run", **HOW[how], **extra, rollout=rollout, optim__steps=1))
+    assert len(spied["rollout"]) == 8 and max(spied["rollout"]) < 1e-5
+    assert spied["ratio"][0] < 1e-5
+    assert len({len(episode.prompt) for episode in spied["episodes"]}) > 2
+    if drawn in ("plain", "temperature"):
+        assert spied["kl"][0] < 1e-5, "the reference begins as the policy"
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """What ppo starts from: sft, an adapter on it, merged as well, one on 4 bits, and reward models."""
+    from tests import test_preference
+
+    run = tmp_path_factory.mktemp("parents") / "run"
+    quick = {"optim__steps": 4, "evaluation": {}}
+    life.command(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
+    adapter = {"adapter": {"rank": 4, "alpha": 8, "merge": True}, "optim__learning_rate": 2e-2}
+    life.command(life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick))
+    four = {"quantization": {"bits": 4}, "optim__precision": "bf16", "name": "qlora", "stage": "qlora"}
+    life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
+    pairs = {"model": "artifact:sft", "optim__steps": 4, "evaluation": {}}
+    life.command(test_preference.write(run, "reward", **pairs))
+    life.command(test_preference.write(run, "reward", name="reward-lora", adapter={"rank": 4, "alpha": 8}, **pairs))
+    return run
+
+
+STARTS = {
+    "full": ("artifact:sft", {}),
+    "new adapter": ("artifact:sft", HOW["lora"]),
+    "adapter continued": ("artifact:lora", HOW["lora"]),
+    "adapter merged": ("artifact:lora-merged", {}),
+    "adapter, all weights": ("artifact:lora", {}),
+    "4 bits continued": ("artifact:qlora", HOW["qlora"]),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("reward", ["reward", "reward-lora"])
+def test_every_start_with_a_reward_model(parents, spied, start, reward):
+    """The reference is the parent, what should move moves, and the artifact names the true base."""
+    reference, changes = STARTS[start]
+    if reward == "reward-lora" and start not in ("full", "adapter continued"):
+        pytest.skip("shown for two")
+    name = f"{start}-{reward}".replace(" ", "-").replace(",", "")
+    sources = [{"model": f"artifact:{reward}"}, {"verifier": "contains", "weight": 0.5}]
+    made = life.command(write(parents, name=name, model=reference, reward=sources, optim__steps=3, **changes))
+    assert spied["kl"][0] < 1e-5
+    manifest = made.verify()
+    assert {parent["name"] for parent in manifest["parents"]} == {reference.removeprefix("artifact:"), reward}
+    lines = updates(made)
+    assert all(f"scores/artifact:{reward}" in line and "scores/contains" in line for line in lines)
+    assert lines[-1]["objective/kl"] != 0
+    if changes:
+        assert manifest["kind"] == "adapter" and manifest["base"]["reference"] == "artifact:sft"
+    else:
+        assert manifest["kind"] == "model" and manifest["verified"]["max_logit_difference"] < 1e-5
+    said = (made.path / "log.txt").read_text()
+    assert ("from the reward model" in said) == (
+        start in ("full", "adapter merged", "adapter, all weights") and reward == "reward"
+    )
+
+
+def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
+    """A reward model with another tokenizer and template than the policy's reads what a person would."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llmpipe.engine.ppo import loop
+    from tests import test_pretrain
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(f"Question {i}: what is {i} plus one? It is {i + 1}. " * 20)
+    run = tmp_path / "run"
+    life.command(test_pretrain.write(run, texts, data__max_length=256, optim__batch_tokens=2048))
+    from tests import test_preference
+
+    more = {"data__max_length": 256, "data__max_rejected": 1.0, "optim__steps": 4, "evaluation": {}}
+    ranker = life.command(test_preference.write(run, "reward", model="artifact:pretrain", **more))
+    seen, scored = [], loop.Rewards.__call__
+
+    def spied(self, rows, answers):
+        out = scored(self, rows, answers)
+        seen.append((rows, answers, out[0]))
+        return out
+
+    monkeypatch.setattr(loop.Rewards, "__call__", spied)
+    life.command(write(run, reward=[{"model": "artifact:reward"}], optim__steps=2))
+    tokenizer = AutoTokenizer.from_pretrained(ranker.model)
+    assert len(tokenizer("What is 2 + 2?")["input_ids"]) != len(
+        AutoTokenizer.from_pretrained(life.TINY / "model")("What is 2 + 2?")["input_ids"]
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(ranker.model).eval()
+    for rows, answers, scores in seen:
+        for row, answer, score in zip(rows, answers, scores, strict=True):
+            turns = row["prompt"] + [{"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=False)
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+            with torch.no_grad():
+                assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
+
+
+# --- durable ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["full", "lora", life.by_the_dozen("trunk"), life.by_the_dozen("qlora")])
+def test_resume_is_bitwise_the_straight_run(tmp_path, how):
+    """R1, R5: killed after a checkpoint, then told to stop in an update and in a save."""
+    changes = HOW[how] | {"algorithm__normalize_scores": True, "reference__target": 1.0, "data__eval": {"holdout": 0.1}}
+    whole = life.command(write(tmp_path / "whole", **changes))
+    path = write(tmp_path / "run", **changes)
+    for hook, code in (("ppo_kill_after_2", -signal.SIGKILL), ("ppo_term_in_3", 143), ("ppo_term_in_save_4", 143)):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == code, trial.text()
+    made = life.command(path)
+    assert life.essence(made) == life.essence(whole)
+    assert (made.path / "rollouts.jsonl").read_text() == (whole.path / "rollouts.jsonl").read_text()
+
+
+@pytest.mark.parametrize("optimizer", [life.by_the_dozen("paged_adamw"), "adamw_8bit"])
+def test_other_optimizers_resume_exactly(tmp_path, optimizer):
+    whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
+    path = write(tmp_path / "run", optim__optimizer=optimizer)
+    trial = life.Trial(path, hook="ppo_kill_after_2")
+    assert trial.wait() == -signal.SIGKILL, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_a_batch_cut_any_way_is_one_trajectory(tmp_path):
+    """Micro-batches of 1, 2 and 8, rollouts of 3 at a time, two processes."""
+    from tests.test_processes import PYTHON, run
+
+    same = {"data__eval": {"holdout": 0.1}}
+    made = [
+        life.command(
+            write(tmp_path / f"run{micro}", **same, launch__micro_batch_size=micro, launch__rollout_batch_size=size)
+        )
+        for micro, size in ((8, 64), (2, 3), (1, 1))
+    ]
+    path = write(tmp_path / "two", **same, launch__micro_batch_size=4, launch__processes=2)
+    code, out = run([*PYTHON, "ppo", str(path)])
+    assert code == 0, out
+    made.append(rundir.Artifact(tmp_path / "two" / "ppo"))
+    for artifact in made[1:]:
+        for one, other in zip(metrics(made[0]), metrics(artifact), strict=True):
+            for name in (
+                "loss",
+                "objective/kl",
+                "objective/scores",
+                "val/explained_variance",
+                "grad_norm",
+                "eval_score",
+            ):
+                assert other.get(name) == pytest.approx(one.get(name), abs=2e-4), (name, one["step"])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_the_optimizer(tmp_path, where):
+    """R13."""
+    trial = life.Trial(write(tmp_path / "run"), hook=f"ppo_nan_{where}_3")
+    assert trial.wait() == 4, trial.text()
+    assert "stopped before the optimizer step" in trial.text()
+    assert not rundir.Artifact(tmp_path / "run" / "ppo").finished
+
+
+# --- what users get wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("fails", 2, "line 11: ValueError: no such thing"),
+        ("short", 2, "gave 1 scores for 8 answers"),
+        ("nan", 4, "gave nan for"),
+        ("words", 2, "gave 'much' for"),
+        ("missing", 2, "has no attribute 'missing'"),
+    ],
+)
+def test_a_reward_function_that_fails(tmp_path, name, code, words):
+    path = write(tmp_path / "run")
+    recipe = json.loads(path.read_text())
+    recipe["reward"] = [{"function": f"{tmp_path}/rewards.py:{name}"}]
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(UserError) as refused:
+        life.command(path)
+    assert refused.value.code == code and words in refused.value.message and "\n" not in refused.value.message
+    assert not rundir.Artifact(tmp_path / "run" / "ppo").finished
+
+
+def test_prompts_that_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match="exceed the model's"):
+        life.command(write(tmp_path / "run", rollout__max_new_tokens=2000))
+    with pytest.raises(UserError, match="too long"):
+        life.command(write(tmp_path / "other", data__max_length=8))
+
+
+def test_empty_answers_are_scored(parents, monkeypatch):
+    from llmpipe.engine.ppo import loop
+
+    monkeypatch.setattr(loop.Loop, "text", lambda self, episode: "")
+    made = life.command(write(parents, name="empty", reward=[{"model": "artifact:reward"}], optim__steps=1))
+    assert math.isfinite(updates(made)[0]["objective/scores"])
+
+
+def test_a_verifier_reads_the_answer_beside_the_prompt(tmp_path):
+    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "kind": "sum"} for i in range(9)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data__train": [{"path": str(tmp_path / "sums.jsonl")}], "optim__steps": 1}
+    made = life.command(write(tmp_path / "run", reward=[{"verifier": "number"}], **changes))
+    assert 0 <= updates(made)[0]["objective/scores"] <= 1
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="no right answer beside"):
+        life.command(write(tmp_path / "bare", reward=[{"verifier": "number"}], **changes))
+
+
+def test_recipes(tmp_path):
+    for changes, message in [
+        ({"reward": []}, "at least 1"),
+        ({"reward": [{"model": "artifact:rm", "verifier": "number"}]}, "one of model, function and verifier"),
+        ({"reward": [{"function": "rewards.py"}]}, "is not ./file.py:name"),
+        ({"reward": [{"verifier": "regex"}]}, "needs it"),
+        ({"adapter": {"rank": 4, "init": "pissa"}}, "which is the reference"),
+        ({"algorithm__minibatches": 3}, "must be a multiple of algorithm.minibatches"),
+        ({"critic": {"start": "reward"}}, "there is no reward model"),
+        ({"trainer": {"x": 1}}, "unknown key"),
+    ]:
+        with pytest.raises(UserError) as refused:
+            load(write(tmp_path / "run", **changes), schema("ppo"))
+        assert message in str(refused.value)
+
+
+def test_kinds_that_it_cannot_use(parents):
+    for changes in ({"model": "artifact:reward"}, {"reward": [{"model": "artifact:sft"}]}):
+        with pytest.raises(UserError, match="is of kind") as refused:
+            life.command(write(parents, name="refused", **changes))
+        assert refused.value.code == 3
+    with pytest.raises(UserError, match="is not a reward model"):
+        life.command(write(parents, name="refused", reward=[{"model": str(life.TINY / "model")}]))
+
+
+def test_a_changed_reward_function_is_another_artifact(tmp_path):
+    path = write(tmp_path / "run", optim__steps=1)
+    life.command(path)
+    (tmp_path / "rewards.py").write_text(REWARD.replace("/ 4", "/ 5"))
+    with pytest.raises(UserError, match=r"rewards\.py") as refused:
+        life.command(path)
+    assert refused.value.code == 3
+
+
+def test_a_score_that_rises(tmp_path):
+    """It learns, held out too; every weight of the policy moved; the rows of the table can be read."""
+    from safetensors.torch import load_file
+
+    made = life.command(
+        write(tmp_path / "run", optim__steps=25, optim__batch_size=16, optim__learning_rate=4e-3,
+              data__eval={"holdout": 0.1}, reference__coefficient=0.01, samples={"prompts": ["What is 2 + 2?"]})
+    )  # fmt: skip
+    final = made.verify()["final"]
+    assert final["eval_score"] > final["eval_score_before"] + 0.3
+    before, after = load_file(life.TINY / "model" / "model.safetensors"), load_file(made.model / "model.safetensors")
+    assert all((after[name] != tensor).any() for name, tensor in before.items() if name in after)
+    table = [json.loads(line) for line in (made.path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(table) == 100 and {"step", "prompt", "answer", "score", "ended", "tokens"} == set(table[0])
+    shutil.rmtree(made.path / "checkpoints")
+    assert made.verify()
