@@ -298,7 +298,7 @@ def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
         for row, answer, score in zip(rows, answers, scores, strict=True):
             turns = row["prompt"] + [{"role": "assistant", "content": answer}]
             ids = tokenizer.apply_chat_template(turns, return_dict=False)
-            ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
             with torch.no_grad():
                 assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
 

@@ -491,7 +491,7 @@ class Loop:
             parts = {"learned": {name: p.detach() for name, p in self.learned.items()}, "optimizer": tensors}
             with checkpoints.writing(self.artifact.checkpoints, self.step, self.about, lambda: state) as staging:
                 for name, part in parts.items():
-                    save_file({at: t.cpu().contiguous() for at, t in part.items()}, staging / f"{name}.safetensors")
+                    save_file({at: t.cpu().clone() for at, t in part.items()}, staging / f"{name}.safetensors")
             checkpoints.rotate(self.artifact.checkpoints, self.recipe.checkpoint.keep, set())
         self.accelerator.wait_for_everyone()
 
