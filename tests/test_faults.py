@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests import life, test_adapters, test_preference, test_pretrain
+from tests import life, test_adapters, test_ppo, test_preference, test_pretrain
 from tests.test_life import begin_again, copy, passed_over
 from tests.test_processes import PYTHON, processes_of, run, start
 
@@ -20,6 +20,7 @@ SEED = 20261121
 
 # How many trials a stage gets: the loop is shared, so sft stands for most of it.
 SHARE = {"sft": 1.0, "lora": 0.4, "qlora": 0.4, "pretrain": 0.4, "stream": 0.4, "reward": 0.4, "dpo": 0.4}
+SHARE["ppo"] = 1.0  # a loop of its own
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def writers(tmp_path_factory):
         "pretrain": lambda run: test_pretrain.write(run, texts),
         "reward": lambda run: test_preference.write(run, "reward"),
         "dpo": lambda run: test_preference.write(run, "dpo"),
+        "ppo": lambda run: test_ppo.write(run, **test_ppo.LONGER),
         "stream": lambda run: test_pretrain.write(run, texts, **test_pretrain.streamed(texts)),
     }
 
@@ -70,6 +72,7 @@ WHOLE = [*EVERY, "model.safetensors", "config.json", "generation_config.json"]
 ADAPTER = [*EVERY, "adapter_model.safetensors", "adapter_config.json"]
 CHECKPOINT_FILES = {"sft": WHOLE, "lora": ADAPTER, "qlora": ADAPTER, "pretrain": WHOLE, "stream": WHOLE}
 CHECKPOINT_FILES |= {"dpo": WHOLE, "reward": [name for name in WHOLE if name != "generation_config.json"]}
+CHECKPOINT_FILES["ppo"] = ["learned.safetensors", "optimizer.safetensors", "llmpipe.json", "sums.json"]
 STATES = [(stage, name) for stage, names in CHECKPOINT_FILES.items() for name in names]
 CUTS = [(stage, kept) for stage, names in CHECKPOINT_FILES.items() for kept in range(len(names))]
 

@@ -21,6 +21,11 @@ HOW = {
     "lora, trunk": {"adapter": {"rank": 4, "alpha": 8}, "critic": {"start": "trunk"}},
     "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
 }
+LONGER = {  # for the faults: checkpoints at 3, 6, 9 and 12, and everything that has a state
+    "optim__steps": 12, "checkpoint__every": 3, "data__eval": {"holdout": 0.1}, "evaluation": {"every": 5},
+    "algorithm__normalize_scores": True, "reference__target": 1.0, "samples": {"prompts": ["What is 2 + 2?"]},
+    "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}],
+}  # fmt: skip
 REWARD = """
 def brevity(prompts, completions, **columns):
     return [-len(text) / 10 for text in completions]
@@ -131,9 +136,9 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
         "rollout": {"max_new_tokens": 1},
         "critic": {"clip": None, "coefficient": 1.0},
         "algorithm": {"epochs": 2, "minibatches": 2, "whiten": False},
-        "optim": {"learning_rate": 1e-2, "batch_size": 512, "steps": 120, "precision": "fp32", "warmup": 0},
+        "optim": {"learning_rate": 1e-2, "batch_size": 256, "steps": 100, "precision": "fp32", "warmup": 0},
         "checkpoint": {"every": 1000}, "log": {"every": 10},
-        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 512, "rollout_batch_size": 512},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 256, "rollout_batch_size": 256},
     }  # fmt: skip
     path = tmp_path / "ppo.yaml"
     path.write_text(json.dumps(values))
