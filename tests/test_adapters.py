@@ -73,7 +73,7 @@ def test_plain_peft_loads_it_and_merging_changes_nothing(straight):
         assert float((model.merge_and_unload()(ids).logits - on).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("stage", ["lora", "qlora"])
+@pytest.mark.parametrize("stage", ["lora", life.by_the_dozen("qlora")])
 def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
     """R1, R5: killed after a checkpoint, then told to stop inside a save."""
     whole = life.command(write(tmp_path / "whole", stage))
@@ -85,7 +85,7 @@ def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", life.by_the_dozen("olora")])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rslora", [life.by_the_dozen(False), True])
 def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init, rslora):
     """Begins where the base is, trains other weights, and is published for the base that nobody touched (Meng 2024)."""
     import torch

@@ -113,7 +113,7 @@ def streamed(texts, **more):
             "data__train": [{"path": f"{texts}/*.txt"}, {"path": str(rows)}], **more}  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["plain", "isolate", "stream"])
+@pytest.mark.parametrize("how", ["plain", life.by_the_dozen("isolate"), "stream"])
 def test_resume_is_bitwise_the_straight_run(texts, tmp_path, how):
     """R1, R5: with the tokenizer, blocks and model made anew by every start."""
     changes = streamed(texts) if how == "stream" else {"data__isolate": how == "isolate"}

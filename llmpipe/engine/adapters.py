@@ -110,6 +110,8 @@ def plain(model: Any) -> tuple[dict[str, torch.Tensor], Any]:
     has changed them by B A - B0 A0 = [B, -B0] [A; A0], an adapter of twice the rank."""
     tensors, config = tensors_of(model), copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    if isinstance(config.target_modules, set):  # whose order is another one in every process
+        config.target_modules = sorted(config.target_modules)
     if began := getattr(model, "began_with", None):
         for name in tensors:
             if "lora_A" in name:
