@@ -1,7 +1,7 @@
 # python recipes/make_quickstart.py
 """Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on and 470 to test on,
 with short answers that are right by construction; and quickstart-pairs.jsonl and quickstart-test-pairs.jsonl: 400 and
-200 with a wrong answer beside the right one.
+200 with a wrong answer beside the right one, half of them slips, half the answer to another question.
 
 Thirteen kinds of task, several phrasings each; no problem occurs twice in any of them, so that what is tested was never
 seen in other words. The problems behind `samples:` in recipes/quickstart.yaml are left out. Same seed, same files.
@@ -10,6 +10,7 @@ seen in other words. The problems behind `samples:` in recipes/quickstart.yaml a
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 WORDS = """
@@ -193,8 +194,10 @@ TASKS = {
 FILES = ("quickstart", "quickstart-test", "quickstart-pairs", "quickstart-test-pairs")
 
 
-def wrong(rng: random.Random, problem: Problem, answer: str) -> str:
-    """An answer of the same form that is not right."""
+def wrong(rng: random.Random, task: Callable, problem: Problem, answer: str) -> str:
+    """An answer of the same form that is not right: to another problem, or with a slip."""
+    if rng.random() < 0.5:
+        return next(other for *_, other in iter(lambda: task(rng), None) if other != answer)
     kind = problem[0]
     if kind == "larger":
         return f"{min(problem[1:])} is larger."
@@ -227,20 +230,20 @@ def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
             problem, prompt, answer = task(rng)
             if problem not in seen:
                 seen.add(problem)
-                found.append((problem, prompt, answer))
+                found.append((task, problem, prompt, answer))
     rng.shuffle(found)
     user, assistant = ({"role": role} for role in ("user", "assistant"))
     if part < 2:
         return [
-            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]} for _, prompt, answer in found
+            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]} for *_, prompt, answer in found
         ]
     return [
         {
             "prompt": [user | {"content": prompt}],
             "chosen": [assistant | {"content": answer}],
-            "rejected": [assistant | {"content": wrong(rng, problem, answer)}],
+            "rejected": [assistant | {"content": wrong(rng, task, problem, answer)}],
         }
-        for problem, prompt, answer in found
+        for task, problem, prompt, answer in found
     ]
 
 

@@ -65,6 +65,7 @@ def test_they_are_all_found():
         "quickstart.yaml",
         "reward.yaml",
         "sft.yaml",
+        "sums.yaml",
         "tiny/dpo.yaml",
         "tiny/eval.yaml",
         "tiny/ppo.yaml",
@@ -88,7 +89,7 @@ def test_local_files_exist(path):
     for recipe in recipes_in(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
-            if is_local(name) and not name.startswith(("./models/", "./texts/", "./runs/")):  # made by a command
+            if is_local(name) and not name.startswith(("./models/", "./texts/", "./runs/", "./sums/")):  # made by a command
                 assert (ROOT / name).exists(), f"{path}: {name}"
         assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"
 
