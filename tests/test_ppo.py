@@ -311,7 +311,7 @@ def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
 # --- durable ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["full", "lora", life.by_the_dozen("trunk"), life.by_the_dozen("qlora")])
+@pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("lora", "trunk", "qlora"))])
 def test_resume_is_bitwise_the_straight_run(tmp_path, how):
     """R1, R5: killed after a checkpoint, then told to stop in an update and in a save."""
     changes = HOW[how] | {"algorithm__normalize_scores": True, "reference__target": 1.0, "data__eval": {"holdout": 0.1}}

@@ -251,7 +251,7 @@ def test_objectives_by_name(tmp_path, objective):
 # --- what is made ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=HOW)
+@pytest.fixture(scope="module", params=["full", "lora", life.by_the_dozen("qlora")])
 def reward(request, tmp_path_factory):
     run = tmp_path_factory.mktemp("reward") / "run"
     rate = {"optim__learning_rate": 5e-3 if request.param == "full" else 2e-2}
@@ -296,7 +296,7 @@ def test_the_reward_model(reward, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [("reward", "full"), ("dpo", "lora"), life.by_the_dozen("reward", "lora"), life.by_the_dozen("reward", "qlora"),
+    [("dpo", "lora"), life.by_the_dozen("reward", "full"), life.by_the_dozen("reward", "lora"), life.by_the_dozen("reward", "qlora"),
      life.by_the_dozen("dpo", "full"), life.by_the_dozen("dpo", "qlora")],
 )  # fmt: skip
 def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):

@@ -77,7 +77,7 @@ def losses(artifact):
     return [line.get("loss", line.get("eval_loss")) for line in lines]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, life.by_the_dozen(2)])
 def test_signals_codes_and_orphans(tmp_path, longer, processes):
     """SIGTERM -> 143, SIGINT -> 130, kill -9 of the parent leaves nobody; the end is the straight run's."""
     settings = {"launch__processes": processes, "launch__micro_batch_size": 2, "optim__steps": 40, "log__every": 1}

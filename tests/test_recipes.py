@@ -89,7 +89,8 @@ def test_local_files_exist(path):
     for recipe in recipes_in(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
-            if is_local(name) and not name.startswith(("./models/", "./texts/", "./runs/", "./sums/")):  # made by a command
+            made_by_a_command = name.startswith(("./models/", "./texts/", "./runs/", "./sums/"))
+            if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"
         assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"
 

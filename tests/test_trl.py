@@ -89,7 +89,7 @@ def probe_logits(artifact):
         return model(torch.arange(3, 40)[None]).logits
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [life.by_the_dozen(False), True])
 def test_batch_cut_any_way_is_one_trajectory(tmp_path, packing):
     """8x1 = 4x2 = 1x8: losses and probe logits within 1e-4 after ten steps."""
     settings = {

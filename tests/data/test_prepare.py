@@ -339,7 +339,7 @@ def test_no_heavy_import():
 
 
 def test_workers_die_with_an_interrupted_parent(here, base):
-    write(Path("d.jsonl"), ALPACA * 200)
+    write(Path("d.jsonl"), ALPACA * 800)
     code = (
         "import sys; from pathlib import Path\n"
         "from llmpipe.data.prepare import prepare; from llmpipe.recipe import Data\n"
