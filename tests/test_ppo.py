@@ -362,6 +362,45 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path):
                 assert other.get(name) == pytest.approx(one.get(name), abs=2e-4), (name, one["step"])
 
 
+@pytest.mark.parametrize("how", ["lora", life.by_the_dozen("full")])
+def test_recomputed_activations_change_nothing(tmp_path, how):
+    """Also where the critic is an adapter of another rank on the policy's base."""
+    made = [
+        life.command(write(tmp_path / f"run{on}", **HOW[how], optim__steps=3, launch__activation_checkpointing=on))
+        for on in (False, True)
+    ]
+    for one, other in zip(*map(updates, made), strict=True):
+        for name in ("loss", "grad_norm", "objective/kl", "val/explained_variance"):
+            assert other[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_a_signal_before_a_due_evaluation(tmp_path):
+    """The evaluation waits for the resumed run, the last update's too."""
+    changes = {"data__eval": {"holdout": 0.1}, "evaluation": {"every": 2}}
+    whole = life.command(write(tmp_path / "whole", **changes))
+    path = write(tmp_path / "run", **changes)
+    for hook in ("ppo_term_in_2", "ppo_term_in_6"):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == 143, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_models_whose_answers_would_mix_are_refused(tmp_path):
+    """OPT keeps rows apart by padding alone: laid end to end they would see one another."""
+    import torch
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.3)  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="does not know how OPTForCausalLM keeps answers apart"):
+        life.command(write(tmp_path / "run", model=str(tmp_path / "model")))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="neither embeddings nor head"):
+        life.command(write(tmp_path / "head", adapter={"rank": 4, "targets": ["q_proj", "lm_head"]}))
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_before_the_optimizer(tmp_path, where):
     """R13."""
@@ -431,6 +470,9 @@ def test_recipes(tmp_path):
         ({"algorithm__minibatches": 3}, "must be a multiple of algorithm.minibatches"),
         ({"critic": {"start": "reward"}}, "there is no reward model"),
         ({"trainer": {"x": 1}}, "unknown key"),
+        ({"reward": [{"verifier": "regex", "pattern": "("}]}, "unterminated"),
+        ({"log__trackers": ["wandb"]}, "metrics.jsonl only"),
+        ({"critic": {"start": "reward"}, "adapter": {"rank": 4}}, "there is no reward model"),
     ]:
         with pytest.raises(UserError) as refused:
             load(write(tmp_path / "run", **changes), schema("ppo"))

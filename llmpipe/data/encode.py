@@ -140,7 +140,7 @@ class Encoder:
         if not ids:
             raise Rejected("empty text", "the prompt has no token")
         row = {"prompt": prompt, "tools": example.get("tools"), "reference": reference, "columns": example["columns"]}
-        text = json.dumps(row, ensure_ascii=False, default=str).encode()
+        text = json.dumps(row, default=str).encode()
         return [(np.array(ids, np.int32), np.frombuffer(text, np.uint8))], False
 
     def _asked(self, prompt: str | list[dict], tools: list[dict] | None) -> list[int]:

@@ -8,17 +8,18 @@ penalty.
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.errors import UserError
 from llmpipe.recipe import AdamW, Launch, Positive, Prompts, Reference, Samples, Section, Training
 from llmpipe.stages import CHECKPOINTS, Job, tokens
 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
-prepare = tokens
 Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
 
 
@@ -29,8 +30,9 @@ class Reward(Section):
     """A reward model: `artifact:reward`, a folder or a Hub id. It reads the text through its own tokenizer and
     template."""
     function: str | None = None
-    """`./rewards.py:name`: called with lists `prompts` and `completions` and every other column of the rows as a
-    keyword; returns a number for each. The file is part of the result's identity."""
+    """`./rewards.py:name`: called with lists `prompts`, `completions`, `reference` (the answer that a row has, or None)
+    and every column that is none of the format's, as keywords; returns a number for each. The file is part of the
+    result's identity."""
     verifier: Verifier | None = None
     """1 for an answer that is right by the row's own, else 0."""
     pattern: str | None = None
@@ -46,6 +48,10 @@ class Reward(Section):
             raise ValueError(f"function: '{self.function}' is not ./file.py:name")
         if (self.verifier == "regex") != (self.pattern is not None):
             raise ValueError("pattern is for verifier: regex, which needs it")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern: {error}") from None
         return self
 
 
@@ -170,6 +176,12 @@ class Schema(Training):
             raise ValueError(f"{problem} ({self.algorithm.minibatches})")
         if self.critic.start == "reward" and not any(source.model for source in self.reward):
             raise ValueError("critic.start: reward: there is no reward model")
+        if self.critic.start == "reward" and self.adapter:
+            raise ValueError("critic.start: reward: with an adapter the critic is one, too")
+        if self.adapter and self.adapter.embeddings == "all":
+            raise ValueError("adapter.embeddings: ppo trains no embeddings")
+        if self.log.trackers:
+            raise ValueError("log.trackers: ppo writes metrics.jsonl only, so far")
         return self
 
     def references(self) -> dict[str, str]:
@@ -179,6 +191,13 @@ class Schema(Training):
     def files(self) -> dict[str, str]:
         named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}
         return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
+
+
+def prepare(job: Job) -> dict[str, Any]:
+    """Prompts -> tokens, once it is clear that what scores answers is there."""
+    if any(source.verifier == "math_verify" for source in job.recipe.reward) and not find_spec("math_verify"):
+        raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
+    return tokens(job)
 
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ computed, and logits exist for a tile of answer tokens at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe import rundir
 from llmpipe.engine import models, upstream
 from llmpipe.engine.ppo.rollout import Episode
+from llmpipe.engine.verify import PROBE
 from llmpipe.errors import UserError
 
 TILE = 256  # tokens whose logits exist at once
@@ -142,10 +145,17 @@ class Actors(nn.Module):
 
     def valued(self, batch: Packed) -> Tensor:
         """The critic's values V(s_t), float32 [answer tokens]."""
-        if self.critic is not None:
-            return self._predicted(self._hidden(self.critic, batch))
-        with self.using("default" if self.trunk else "critic"):
-            return self._predicted(self._hidden(self.causal, batch))
+        return self._predicted(self._hidden(self.causal if self.critic is None else self.critic, batch))
+
+    def as_critic(self) -> Any:
+        """What `valued`, and the backward pass of what it returns, have to run in."""
+        return self.using("critic" if self.adapted and not self.trunk else "default")
+
+    def recompute(self, wanted: bool) -> None:
+        """Whether layers recompute their activations in the backward pass; transformers asks their training mode."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = wanted
 
     @torch.no_grad()
     def referred(self, batch: Packed) -> Tensor:
@@ -175,19 +185,19 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
     policy = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
     causal = policy.get_base_model() if recipe.adapter else policy
     _refuse(causal, job, prepared)
-    wanted, half = recipe.critic.start, torch.bfloat16 if hardware.bf16 else torch.float32
+    if recipe.adapter and recipe.adapter.dropout:
+        say("adapter.dropout: 0 here: PPO compares probabilities, and dropout is noise in them")
+    wanted = recipe.critic.start
     width = causal.config.get_text_config().hidden_size
     torch.manual_seed(recipe.seed)
     value = nn.Linear(width, 1)
-    nn.init.normal_(value.weight, std=1 / (width + 1))  # Huang 2024
+    nn.init.normal_(value.weight, std=1 / math.sqrt(width + 1))  # Huang 2024
     nn.init.zeros_(value.bias)
     critic = reference = None
     if recipe.adapter:
         from peft import LoraConfig
 
         own = policy.peft_config["default"]
-        if wanted == "reward":
-            raise UserError("critic.start: reward: with an adapter the critic is one, too", "set critic.start: policy")
         if wanted != "trunk":
             config = LoraConfig(
                 r=recipe.critic.rank, lora_alpha=2 * recipe.critic.rank, target_modules=own.target_modules
@@ -200,7 +210,7 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
             p.data = p.data.float() if p.requires_grad else p.data
         held = "the parent's adapter" if base else "the parent, the adapter off"
     else:
-        reference = models.load_model(job.model, hardware.attention, half)
+        reference = models.load_model(job.model, hardware.attention)
         models.fit(reference, tokenizer)
         reference.requires_grad_(False)
         upstream.speed_up(reference, device_type=hardware.device)
@@ -209,18 +219,32 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
             critic, value, wanted = _critic(job, tokenizer, hardware, causal, value, wanted)
     if recipe.launch.activation_checkpointing:
         for model in filter(None, (causal, critic)):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
     predicts = (
         "a head on the policy" if wanted == "trunk" else f"{'an adapter' if recipe.adapter else 'a model'} of its own"
     )
     say(f"reference: {held}; critic: {predicts}{', from the reward model' if wanted == 'reward' else ''}")
     actors = Actors(policy, critic, reference, value, recipe, wanted == "trunk").to(hardware.device)
-    for module in actors.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    return actors.train(recipe.launch.activation_checkpointing)  # which transformers knows in training mode only
+    actors.eval()
+    _probe(actors, tokenizer, 0.3 if hardware.bf16 or recipe.quantization else 1e-3)
+    actors.recompute(recipe.launch.activation_checkpointing)
+    return actors
+
+
+@torch.no_grad()
+def _probe(actors: Actors, tokenizer: Any, tolerance: float) -> None:
+    """Refuse a model that, episodes end to end, does not say what it says of each alone, by its own head."""
+    ids = tokenizer(PROBE)["input_ids"]
+    episodes = [Episode(ids[:cut], ids[cut:], False, Tensor(), None) for cut in (len(ids) // 2, len(ids) // 3)]
+    with torch.autocast(actors.value.weight.device.type, torch.bfloat16, enabled=tolerance > 0.1):
+        packed = actors.spoken(pack(episodes, actors.value.weight.device))[0].cpu()
+        logits = actors.causal(torch.tensor([ids], device=actors.value.weight.device), use_cache=False).logits[0, :-1]
+    alone = (logits.float() / actors.temperature).log_softmax(-1).cpu().gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    expected = torch.cat([alone[len(episode.prompt) - 1 :] for episode in episodes])
+    apart = float((packed - expected).abs().max())
+    if not apart <= tolerance:
+        kind = type(actors.causal).__name__
+        raise UserError(f"model: ppo does not know how {kind} keeps answers apart, or its head: {apart:.2g} nats")
 
 
 def _critic(
@@ -231,13 +255,14 @@ def _critic(
     if found and found[0] not in job.bases and wanted in ("auto", "reward"):
         ranker = models.load_model(found[1], hardware.attention)
         shapes = [{n: p.shape for n, p in model.base_model.named_parameters()} for model in (ranker, causal)]
-        if shapes[0] == shapes[1]:
+        vocabularies = models.load_tokenizer(found[1]).get_vocab(), tokenizer.get_vocab()
+        if shapes[0] == shapes[1] and vocabularies[0] == vocabularies[1]:
             upstream.speed_up(ranker, device_type=hardware.device)
             value.weight.data.copy_(ranker.score.weight.data)
             return _body(ranker), value, "reward"
     if wanted == "reward":
         raise UserError(
-            "critic.start: reward: the reward model has not the policy's shape, or is an adapter",
+            "critic.start: reward: the reward model has not the policy's shape and vocabulary, or is an adapter",
             "set critic.start: policy, or adapter.merge: true for the reward model and take NAME-merged",
         )
     critic = models.load_model(job.model, hardware.attention)
@@ -259,10 +284,9 @@ def _refuse(causal: Any, job: Any, prepared: dict) -> None:
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"model: {config.model_type} changes its logits ({name}), which ppo does not know yet")
-    if recipe.adapter and recipe.adapter.dropout:
-        raise UserError("adapter.dropout: PPO compares probabilities, and dropout is noise in them", "set it to 0")
     parent = rundir.read_json(job.model / "adapter_config.json") if job.bases.get("model") else {}
     if parent.get("modules_to_save") or parent.get("trainable_token_indices"):
         raise UserError("model: the adapter has embeddings of its own", "set adapter.continue: false to merge it first")
-    if recipe.adapter and (recipe.adapter.embeddings == "all" or prepared["added_tokens"]):
-        raise UserError("adapter: ppo trains no embeddings", "add tokens in sft, and set adapter.embeddings: new")
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    if recipe.adapter and (prepared["added_tokens"] or any(hasattr(end, "base_layer") for end in ends)):
+        raise UserError("adapter: ppo trains neither embeddings nor head", "add tokens in sft; mend adapter.targets")

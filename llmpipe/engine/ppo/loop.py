@@ -63,7 +63,8 @@ class Loop:
         self.held_out = training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None
         stops = actors.causal.generation_config.eos_token_id
         self.stops = stops if isinstance(stops, list) else [stops]
-        _fits(actors.causal, max(map(len, self.rows["prompt_ids"])), self.recipe.rollout.max_new_tokens)
+        held_out = max(map(len, self.held_out["prompt_ids"])) if self.held_out is not None else 0
+        _fits(actors.causal, max(prepared["lengths"]["max"], held_out), self.recipe.rollout.max_new_tokens)
         optim, size = self.recipe.optim, self.recipe.optim.batch_size
         self.steps = optim.steps or max(1, math.ceil(optim.epochs * len(self.rows) / size))
         self.learned = actors.learned()
@@ -72,15 +73,17 @@ class Loop:
         self.coefficient = algorithm.Coefficient(kl.coefficient, kl.target, kl.horizon)
         self.moments = algorithm.Moments()
         self.step = self.tokens = 0
+        self.pending = False  # whether an evaluation is due that a signal put off
         self.first: dict[str, float] = {}  # metrics of the first update, to warn of drift
         self.warned: list[str] = []
         self.begun = time.monotonic()
         self.metrics, self.table = artifact_files(self.artifact)
         identity = f"{job.plan['identity']}:{prepared['content_digest']}"
-        self.about = {"identity": identity, "machine": hardware.resume_key()}
-        picked = checkpoints.pick(
-            self.artifact.checkpoints, identity, hardware.resume_key(), self.say, inexact=job.inexact
-        )
+        launch = self.recipe.launch
+        machine = hardware.resume_key() | {"rollout_batch_size": launch.rollout_batch_size}
+        machine["activation_checkpointing"] = launch.activation_checkpointing
+        self.about = {"identity": identity, "machine": machine}
+        picked = checkpoints.pick(self.artifact.checkpoints, identity, machine, self.say, inexact=job.inexact)
         self.resumes, self.exact = picked is not None, picked[1] if picked else True
         self.about["exact"] = self.exact
         kept = self._restore(picked[0]) if picked else (0, 0)
@@ -100,7 +103,7 @@ class Loop:
     def forget_optimizer(self) -> None:
         for p in self.actors.parameters():
             p.grad = None
-        self.optimizer = None
+        self.optimizer, self.learned = None, {}
         models.release_memory()
 
     def facts(self) -> dict[str, Any]:
@@ -116,8 +119,10 @@ class Loop:
         self.signals.deferred = True
         if self.resumes:
             self.say(f"resuming from step-{self.step} of {self.steps}")
-        elif self.held_out is not None:
+        if self.held_out is not None and (self.pending or not self.resumes):
             self._evaluate()
+            if not self.resumes and (stop := self._asked_to_stop()):
+                raise Stopped(stop, "stopped before the first update")
         if self.progress:
             self.progress.begin(self.step, self.steps)
         every = self.recipe.evaluation.every
@@ -126,12 +131,14 @@ class Loop:
             last = self.step == self.steps
             if last or self.step % self.recipe.log.every == 0:
                 self._write(line)
-            if self.held_out is not None and (last or (every and self.step % every == 0)):
+            self.pending = self.held_out is not None and bool(last or (every and self.step % every == 0))
+            stop = self._asked_to_stop()
+            if self.pending and not stop:
                 self._evaluate()
-            stop = int(self.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
+                stop = self._asked_to_stop()
             if stop or last or self.step % self.recipe.checkpoint.every == 0:
                 self._save()
-            if stop and not last:
+            if stop:
                 raise Stopped(stop, f"stopped at step {self.step}, checkpoint written")
         self.signals.deferred = False
         if self.progress:
@@ -145,6 +152,25 @@ class Loop:
             self.say(f"held-out score: {held[0]['eval_score']:.4f} before, {held[-1]['eval_score']:.4f} after")
         return final
 
+    def _asked_to_stop(self) -> int:
+        """The signal that any process was sent, 0 for none."""
+        return int(self.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
+
+    def scored(self, rows: list[dict], answers: list[str]) -> tuple[list[float], dict[str, list[float]]]:
+        """Scores of this process's answers. What one process raises, all do: none may wait for another."""
+        found, error = ([], {}), None
+        try:
+            found = self.rewards(rows, answers) if rows else found
+        except UserError as problem:
+            error = problem
+        errors = [error and (error.message, error.hint, error.code)]
+        if self.world > 1:
+            errors = [None] * self.world
+            torch.distributed.all_gather_object(errors, error and (error.message, error.hint, error.code))
+        if first := next(filter(None, errors), None):
+            raise UserError(*first)
+        return found
+
     def update(self) -> dict[str, float]:
         """Draw, score, learn; what there is to say of it."""
         begun, recipe = time.monotonic(), self.recipe
@@ -155,7 +181,7 @@ class Loop:
         luck = torch.stack([self._luck(DRAW, self.step, i) for i in mine])
         episodes = self.drawn([self.rows[at[i]]["prompt_ids"] for i in mine], luck)
         answers = [self.text(episode) for episode in episodes]
-        scores, each = self.rewards(rows, answers)
+        scores, each = self.scored(rows, answers)
         line = self.judge(episodes, torch.tensor(scores))
         drawn = time.monotonic()
         line |= self.learn(episodes, mine)
@@ -178,8 +204,8 @@ class Loop:
         causal, size = self.actors.causal, self.recipe.launch.rollout_batch_size
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: list[Any] = [None] * len(prompts)
-        attention, was_training = causal.config._attn_implementation, causal.training
-        causal.eval()
+        attention = causal.config._attn_implementation
+        self.actors.recompute(False)
         causal.set_attn_implementation("sdpa")  # with a cache and padding on the left
         with self._autocast():
             for start in range(0, len(order), size):
@@ -191,7 +217,7 @@ class Loop:
                 if self.progress:
                     self.progress.note(f"step {self.step + 1}: {min(start + size, len(order))}/{len(order)} answers")
         causal.set_attn_implementation(attention)
-        causal.train(was_training)
+        self.actors.recompute(self.recipe.launch.activation_checkpointing)
         return found
 
     def text(self, episode: Episode) -> str:
@@ -207,7 +233,9 @@ class Loop:
                 batch = pack([episodes[i] for i in part], self.device)
                 lengths = [len(episodes[i].answer) for i in part]
                 spoken, bits, valued = self.actors.spoken(batch)
-                valued = self.actors.valued(batch) if valued is None else valued
+                if valued is None:
+                    with self.actors.as_critic():
+                        valued = self.actors.valued(batch)
                 for into, found in zip((old, entropy, values, reference),
                                        (spoken, bits, valued, self.actors.referred(batch)), strict=True):  # fmt: skip
                     for i, piece in zip(part, found.float().cpu().split(lengths), strict=True):
@@ -238,20 +266,23 @@ class Loop:
             ended.sum(),
             error,
         ]
-        sums += [(returns * mask).sum(), (returns**2 * mask).sum(), scores.sum(), (raw**2).sum()]
-        count, tokens, k1, bits, total, finished, error, first, second, plain, squares = self.add(
+        noise = sum(float((old[i] - episode.log_probs).abs().sum()) for i, episode in enumerate(episodes))
+        sums += [(returns * mask).sum(), (returns**2 * mask).sum(), scores.sum(), (scores**2).sum(), kl.sum()]
+        sums += [torch.tensor(noise)]
+        count, tokens, k1, bits, total, finished, error, first, second, plain, squares, held, noise = self.add(
             torch.stack([value.double() for value in sums])
         ).tolist()
         spread = second / tokens - (first / tokens) ** 2
-        penalty = self.coefficient.value * k1 / count
+        penalty = self.coefficient.value * held / count
         line = {
             "objective/scores": plain / count,
-            "objective/scores_std": math.sqrt(max(squares / count - (total / count) ** 2, 0)),
+            "objective/scores_std": math.sqrt(max(squares / count - (plain / count) ** 2, 0)),
             "objective/kl": k1 / count,
             "objective/entropy": bits / tokens,
             "objective/non_score_reward": -penalty,
             "objective/rlhf_reward": total / count - penalty,
             "val/explained_variance": 1 - error / tokens / spread if spread > 0 else 0.0,
+            "val/rollout_difference": noise / tokens,
             "answers/tokens": tokens / count,
             "answers/ended": finished / count,
         }
@@ -263,10 +294,9 @@ class Loop:
         """Scores as the algorithm sees them: by their running deviation, and clipped, where the recipe says so."""
         how = self.recipe.algorithm
         if how.normalize_scores:
+            wide = scores.double()
             self.moments.add(
-                *self.add(
-                    torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]).double()
-                ).tolist()
+                *self.add(torch.stack([torch.ones_like(wide).sum(), wide.sum(), (wide**2).sum()])).tolist()
             )
             scores = (scores - self.moments.mean) / self.moments.deviation
         return scores if how.clip_scores is None else scores.clamp(-how.clip_scores, how.clip_scores)
@@ -333,10 +363,11 @@ class Loop:
             if values is None:  # one graph after the other: activations of both models need not exist at once
                 (total / tokens).backward()
                 total = 0.0
+            with self.actors.as_critic():  # of the backward pass, too, which may compute the layers again
                 with self._autocast():
-                    values = self.actors.valued(batch)
-            missed, more = algorithm.value_loss(values, before, returns, critic.clip)
-            ((total + critic.coefficient * missed) / tokens).backward()
+                    values = self.actors.valued(batch) if values is None else values
+                missed, more = algorithm.value_loss(values, before, returns, critic.clip)
+                ((total + critic.coefficient * missed) / tokens).backward()
             found |= more | {"loss/policy": loss, "loss/value": missed, "policy/entropy": entropy.sum()}
             sums = {name: value + float(found[name].detach()) for name, value in sums.items()}
         return sums
@@ -364,10 +395,13 @@ class Loop:
         mine = list(range(self.rank, len(self.held_out), self.world))
         rows = [json.loads(self.held_out[i]["row"]) for i in mine]
         sums = torch.zeros(3, dtype=torch.float64)
+        scores: list[float] = []
+        episodes: list[Episode] = []
         if mine:
             luck = torch.stack([self._luck(HELD_OUT, 0, i) for i in mine])
             episodes = self.drawn([self.held_out[i]["prompt_ids"] for i in mine], luck)
-            scores, _ = self.rewards(rows, [self.text(episode) for episode in episodes])
+        scores, _ = self.scored(rows, [self.text(episode) for episode in episodes])
+        if mine:
             sums += torch.tensor([sum(scores), sum(e.ended for e in episodes), sum(len(e.answer) for e in episodes)])
         total, ended, tokens = (self.add(sums) / len(self.held_out)).tolist()
         self._write({"eval_score": total, "eval_ended": ended, "eval_tokens": tokens})
@@ -403,7 +437,8 @@ class Loop:
         return self._order[i]
 
     def _luck(self, use: int, step: int, i: int) -> Tensor:
-        return torch.rand(self.recipe.rollout.max_new_tokens, generator=seeded(self.recipe.seed, use, step, i))
+        chance = seeded(self.recipe.seed, use, step, i)
+        return torch.rand(self.recipe.rollout.max_new_tokens, generator=chance, dtype=torch.float64)
 
     def _optimizer(self) -> Any:
         optim = self.recipe.optim
@@ -484,7 +519,8 @@ class Loop:
                 rundir.fsync(path)
             state = {
                 "moments": vars(self.moments), "coefficient": self.coefficient.value, "tokens": self.tokens,
-                "seconds": time.monotonic() - self.begun, "first": self.first, "warned": self.warned,
+                "pending": self.pending, "first": self.first, "warned": self.warned,
+                "seconds": time.monotonic() - self.begun,
                 "bytes": [self.metrics.stat().st_size, self.table.stat().st_size],
             }  # fmt: skip
             state["optimizer"], tensors = apart(self.optimizer.state_dict()["state"])
@@ -506,7 +542,7 @@ class Loop:
         self.step = rundir.read_json(folder / rundir.SUMS)["step"]
         self.moments = algorithm.Moments(**state["moments"])
         self.coefficient.value, self.tokens = state["coefficient"], state["tokens"]
-        self.first, self.warned = state["first"], state["warned"]
+        self.first, self.warned, self.pending = state["first"], state["warned"], state["pending"]
         self.begun -= state["seconds"]
         return state["bytes"]
 

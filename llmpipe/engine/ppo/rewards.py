@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,7 @@ class Rewards:
                 source = _function(name)
             else:
                 source = _verifier(wanted.verifier, wanted.pattern)
+            name += f" ({i + 1})" if any(name == known for known, *_ in self.sources) else ""
             self.sources.append((name, wanted.weight, source))
 
     def __call__(self, rows: list[dict], answers: list[str]) -> tuple[Scores, dict[str, Scores]]:
@@ -93,8 +96,9 @@ def _model(name: str, folder: Path, base: Path | None, hardware: models.Hardware
 
 def _function(name: str) -> Source:
     path, _, attribute = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(path).expanduser())
+    spec = importlib.util.spec_from_file_location(f"llmpipe_rewards_{Path(path).stem}", Path(path).expanduser())
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as dataclasses expect
     try:
         spec.loader.exec_module(module)
         called = getattr(module, attribute)
@@ -103,6 +107,10 @@ def _function(name: str) -> Source:
 
     def scores(rows: list[dict], answers: list[str]) -> Scores:
         columns = {key for row in rows for key in row["columns"]}
+        if taken := columns & {"prompts", "completions"}:
+            raise UserError(
+                f"reward: {name}: the rows have a column '{taken.pop()}', a name that the call has", "rename it"
+            )
         more = {key: [row["columns"].get(key) for row in rows] for key in sorted(columns)}
         more |= {"reference": [row["reference"] for row in rows]} if "reference" not in more else {}
         try:
@@ -126,11 +134,15 @@ def _where(error: Exception, path: str) -> str:
 
 
 def _verifier(kind: str, pattern: str | None) -> Source:
+    needing = {"exact_match", "contains", "number", "math_verify"} | (
+        {"regex"} if re.compile(pattern or "").groups else set()
+    )
+
     def scores(rows: list[dict], answers: list[str]) -> Scores:
         found = []
         for row, answer in zip(rows, answers, strict=True):
             right = row["reference"] or row["columns"].get("answer")
-            if right is None and kind not in ("json", "regex"):
+            if kind in needing and not (right is not None and str(right).strip()):
                 raise UserError(
                     f"reward: verifier {kind}: no right answer beside {_cut(row['prompt'])!r}",
                     "give the rows a column `answer`, or an answer as sft has it",

@@ -61,7 +61,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 @torch.no_grad()
 def draw(model: Any, prompts: list[list[int]], luck: Tensor, how: Any, stops: list[int], pad: int) -> list[Episode]:
-    """Answers to tokenized prompts. `luck`: uniform numbers, float32 [prompts, how.max_new_tokens]; `how`: the recipe's
+    """Answers to tokenized prompts. `luck`: uniform numbers, float64 [prompts, how.max_new_tokens]; `how`: the recipe's
     `rollout`. The model is as it is: adapters, mode and autocast are the caller's."""
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -84,17 +84,21 @@ def draw(model: Any, prompts: list[list[int]], luck: Tensor, how: Any, stops: li
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         log_p = logits.log_softmax(-1)
-        cumulative = log_p.exp().cumsum(-1)
+        cumulative = log_p.double().exp().cumsum(-1)
         at = luck[rows, t, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[1] - 1)
-        chosen = log_p.gather(1, token).squeeze(1)
+        likeliest = log_p.argmax(-1, keepdim=True)  # for a number that rounding put behind what could be drawn
+        token = torch.where(log_p.gather(1, token) > -torch.inf, token, likeliest)
+        chosen = log_p.gather(1, token).squeeze(1).tolist()
         token = token.squeeze(1)
-        for row, episode in enumerate(rows.tolist()):
-            if going[row]:
-                answers[episode].append(int(token[row]))
-                log_probs[episode].append(float(chosen[row]))
-                if allowed is not None:
-                    sets[episode].append(allowed[row].nonzero().squeeze(1).int().cpu())
+        which = [None] * len(rows) if allowed is None else [row.nonzero().squeeze(1).int() for row in allowed.cpu()]
+        for episode, on, one, log_one, own in zip(
+            rows.tolist(), going.tolist(), token.tolist(), chosen, which, strict=True
+        ):
+            if on:
+                answers[episode].append(one)
+                log_probs[episode].append(log_one)
+                sets[episode].append(own)
         going = going & ~torch.isin(token, ends)
         left = int(going.sum())
         if not left:
