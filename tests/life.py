@@ -37,6 +37,11 @@ def recipe(run: Path, **changes) -> dict:
         "launch": {"processes": 1, "threads": 1, "micro_batch_size": 2},
         "samples": {"prompts": ["What is 2 + 2?"], "max_new_tokens": 4},
     }
+    return put(values, changes)
+
+
+def put(values: dict, changes: dict) -> dict:
+    """`values` with `changes` made: `optim__steps` is the field `steps` in `optim`."""
     for dotted, value in changes.items():
         target = values
         *path, last = dotted.split("__")

@@ -67,12 +67,7 @@ def write(run, **changes):
         "log": {"every": 1},
         "launch": {"processes": 1, "threads": 1, "micro_batch_size": 4},
     }
-    for dotted, value in changes.items():
-        target = values
-        *path, last = dotted.split("__")
-        for part in path:
-            target = target.setdefault(part, {})
-        target[last] = value
+    life.put(values, changes)
     path = run.parent / f"{run.name}-{values.get('name', 'ppo')}.yaml"
     path.write_text(json.dumps(values))
     return path

@@ -34,12 +34,7 @@ def write(run, stage, **changes):
         "log": {"every": 2},
         "launch": {"processes": 1, "threads": 1, "micro_batch_size": 2},
     }
-    for dotted, value in changes.items():
-        target = values
-        *path, last = dotted.split("__")
-        for part in path:
-            target = target.setdefault(part, {})
-        target[last] = value
+    life.put(values, changes)
     path = run.parent / f"{run.name}-{values.get('name', stage)}.yaml"
     path.write_text(json.dumps(values))
     return path

@@ -37,12 +37,7 @@ def write(run, texts, **changes):
         "log": {"every": 2},
         "launch": {"processes": 1, "threads": 1, "micro_batch_size": 4},
     }
-    for dotted, value in changes.items():
-        target = values
-        *path, last = dotted.split("__")
-        for part in path:
-            target = target.setdefault(part, {})
-        target[last] = value
+    life.put(values, changes)
     path = run.parent / f"{run.name}.yaml"
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return path
