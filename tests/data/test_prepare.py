@@ -339,11 +339,12 @@ def test_no_heavy_import():
 
 
 def test_workers_die_with_an_interrupted_parent(here, base):
-    write(Path("d.jsonl"), ALPACA * 800)
+    write(Path("d.jsonl"), ALPACA * 200)
     code = (
         "import sys; from pathlib import Path\n"
         "from llmpipe.data.prepare import prepare; from llmpipe.recipe import Data\n"
         "if __name__ == '__main__':\n"
+        " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         " data = Data.model_validate({'train': [{'path': 'd.jsonl'}], 'template': 'chatml', 'processes': 2})\n"
         " prepare(data, Path(sys.argv[1]), Path('cache'), seed=0, say=lambda x: print(x, flush=True))\n"
     )
