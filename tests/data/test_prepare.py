@@ -344,7 +344,8 @@ def test_workers_die_with_an_interrupted_parent(here, base):
         "import sys; from pathlib import Path\n"
         "from llmpipe.data.prepare import prepare; from llmpipe.recipe import Data\n"
         "if __name__ == '__main__':\n"
-        " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
+        # a job in the background ignores the signal
+        " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         " data = Data.model_validate({'train': [{'path': 'd.jsonl'}], 'template': 'chatml', 'processes': 2})\n"
         " prepare(data, Path(sys.argv[1]), Path('cache'), seed=0, say=lambda x: print(x, flush=True))\n"
     )
