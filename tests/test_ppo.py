@@ -380,6 +380,23 @@ def test_a_signal_before_a_due_evaluation(tmp_path):
     assert life.essence(life.command(path)) == life.essence(whole)
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+def test_other_architectures(tmp_path, kind):
+    """Learned positions; a head that a file has under another name (Pythia's)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    shape |= {"max_position_embeddings": 128} | ({"intermediate_size": 64} if kind == "gpt_neox" else {})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, **shape))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "model")
+    made = life.command(write(tmp_path / "run", model=str(tmp_path / "model"), optim__steps=2))
+    assert made.verify()["verified"]["max_logit_difference"] < 1e-5
+    assert all(line["val/rollout_difference"] < 1e-5 for line in updates(made))
+
+
 def test_models_whose_answers_would_mix_are_refused(tmp_path):
     """OPT keeps rows apart by padding alone: laid end to end they would see one another."""
     import torch
