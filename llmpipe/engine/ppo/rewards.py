@@ -102,7 +102,7 @@ def _function(name: str) -> Source:
     try:
         spec.loader.exec_module(module)
         called = getattr(module, attribute)
-    except Exception as error:
+    except Exception as error:  # the file is the user's: whatever it raises is named with its line
         raise UserError(f"reward: {name}: {_where(error, path)}") from error
 
     def scores(rows: list[dict], answers: list[str]) -> Scores:
@@ -116,7 +116,7 @@ def _function(name: str) -> Source:
         try:
             found = called(prompts=[row["prompt"] for row in rows], completions=list(answers), **more)
             return [value.item() if hasattr(value, "item") else value for value in found]
-        except Exception as error:
+        except Exception as error:  # as above
             raise UserError(f"reward: {name}: {_where(error, path)}") from error
 
     return scores
