@@ -370,13 +370,13 @@ def test_recomputed_activations_change_nothing(tmp_path, how):
 
 
 def test_a_signal_before_a_due_evaluation(tmp_path):
-    """The evaluation waits for the resumed run, the last update's too."""
+    """The evaluation waits for the resumed run, the last update's too; one that is done is not done again."""
     changes = {"data__eval": {"holdout": 0.1}, "evaluation": {"every": 2}}
     whole = life.command(write(tmp_path / "whole", **changes))
     path = write(tmp_path / "run", **changes)
-    for hook in ("ppo_term_in_2", "ppo_term_in_6"):
+    for hook, code in (("ppo_term_in_2", 143), ("ppo_kill_after_4", -signal.SIGKILL), ("ppo_term_in_6", 143)):
         trial = life.Trial(path, hook=hook)
-        assert trial.wait() == 143, trial.text()
+        assert trial.wait() == code, trial.text()
     assert life.essence(life.command(path)) == life.essence(whole)
 
 

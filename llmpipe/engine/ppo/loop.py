@@ -392,6 +392,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         """The mean score of answers to the held-out prompts, each drawn with the same numbers every time."""
+        self.pending = False
         mine = list(range(self.rank, len(self.held_out), self.world))
         rows = [json.loads(self.held_out[i]["row"]) for i in mine]
         sums = torch.zeros(3, dtype=torch.float64)
