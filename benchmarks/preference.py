@@ -14,6 +14,7 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmpipe.engine import metrics
@@ -44,6 +45,24 @@ def fits(row: dict, tokenizer, most: int) -> bool:
     return len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) < most
 
 
+def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
+    """Train and evaluate one fold; the lines that `eval` wrote of its items."""
+    test = [row for row in rows[fold :: args.folds] if fits(row, tokenizer, args.max_length)]
+    parts = {"train": [row for i, row in enumerate(rows) if i % args.folds != fold], "test": test}
+    for name, part in parts.items():
+        (home / f"{name}-{fold}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    path = pipeline(args, home / str(fold), home / f"train-{fold}.jsonl", home / f"test-{fold}.jsonl")
+    with (home / f"{fold}.log").open("a") as log:
+        done = subprocess.run([sys.executable, "-m", "llmpipe", "run", str(path)], stdout=log, stderr=log)
+    if done.returncode:
+        sys.exit(f"fold {fold} ended with {done.returncode}: see {log.name}")
+    for stage in ("reward", "dpo"):
+        counts = json.loads((home / str(fold) / stage / "manifest.json").read_text())["data"]["rows"]
+        print(f"fold {fold}: {stage}: {counts}", flush=True)
+    measured = (home / str(fold) / "eval" / "samples.jsonl").read_text().splitlines()
+    return [line | {"item": line["item"] * args.folds + fold} for line in map(json.loads, measured)]
+
+
 def main() -> None:
     from transformers import AutoTokenizer
 
@@ -54,7 +73,8 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="folds at once")
+    parser.add_argument("--threads", type=int, default=2, help="of each")
     args = parser.parse_args()
 
     rows = json.loads(Path(args.rows).read_text())
@@ -62,21 +82,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     home = Path(args.run).resolve()
     home.mkdir(parents=True, exist_ok=True)
-    lines: list[dict] = []
-    for fold in range(args.folds):
-        test = [row for row in rows[fold :: args.folds] if fits(row, tokenizer, args.max_length)]
-        parts = {"train": [row for i, row in enumerate(rows) if i % args.folds != fold], "test": test}
-        for name, part in parts.items():
-            (home / f"{name}-{fold}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        path = pipeline(args, home / str(fold), home / f"train-{fold}.jsonl", home / f"test-{fold}.jsonl")
-        done = subprocess.run([sys.executable, "-m", "llmpipe", "run", str(path)], stdout=sys.stderr)
-        if done.returncode:
-            sys.exit(done.returncode)
-        for stage in ("reward", "dpo"):
-            counts = json.loads((home / str(fold) / stage / "manifest.json").read_text())["data"]["rows"]
-            print(f"fold {fold}: {stage}: {counts}", flush=True)
-        measured = (home / str(fold) / "eval" / "samples.jsonl").read_text().splitlines()
-        lines += [line | {"item": line["item"] * args.folds + fold} for line in map(json.loads, measured)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folds = pool.map(lambda fold: one(args, home, fold, rows, tokenizer), range(args.folds))
+        lines = [line for found in folds for line in found]
     found = metrics.table(lines, ["parent", "dpo", "reward"], 0)
     for kind in ("metrics", "differences"):
         for metric, cells in found[kind].items():

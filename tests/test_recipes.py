@@ -71,6 +71,7 @@ def test_they_are_all_found():
         "tiny/ppo.yaml",
         "tiny/reward.yaml",
         "tiny/sft.yaml",
+        "tldr.yaml",
         "zephyr.yaml",
     ]
 
