@@ -182,9 +182,9 @@ def ppo_kill_after(step):
 
 
 def ppo_term_in(step):
-    from llmpipe.engine.ppo.loop import Loop
+    from llmpipe.engine.ppo.learner import Learner
 
-    _before(Loop, "learn", lambda self, *_: os.kill(os.getpid(), signal.SIGTERM) if self.step == step - 1 else None)
+    _before(Learner, "learn", lambda self, at, *_: os.kill(os.getpid(), signal.SIGTERM) if at == step - 1 else None)
 
 
 def ppo_term_in_save(step):
@@ -194,22 +194,19 @@ def ppo_term_in_save(step):
 
 
 def ppo_nan_loss(step):
-    from llmpipe.engine.ppo.loop import Loop
+    from llmpipe.engine.ppo.learner import Learner
 
-    original = Loop._gradients
-
-    def gradients(self, *args):
-        sums = original(self, *args)
-        return sums | {"loss/policy": float("nan")} if self.step == step - 1 else sums
-
-    Loop._gradients = gradients
+    original = Learner._step
+    Learner._step = lambda self, at, sums: original(
+        self, at, sums | {"loss/policy": float("nan")} if at == step - 1 else sums
+    )
 
 
 def ppo_nan_gradient(step):
-    from llmpipe.engine.ppo.loop import Loop
+    from llmpipe.engine.ppo.learner import Learner
 
-    def action(self, sums):
-        if self.step == step - 1:
-            next(iter(self.learned.values())).grad[0] = float("inf")
+    def action(self, at, sums):
+        if at == step - 1:
+            next(iter(self.weights.values())).grad[0] = float("inf")
 
-    _before(Loop, "_step_optimizer", action)
+    _before(Learner, "_step", action)

@@ -257,9 +257,45 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
     else:
         assert manifest["kind"] == "model" and manifest["verified"]["max_logit_difference"] < 1e-5
     said = (made.path / "log.txt").read_text()
+    assert ("one more adapter on the policy's base" in said) == (start != "full" and reward == "reward-lora")
     assert ("from the reward model" in said) == (
         start in ("full", "adapter merged", "adapter, all weights") and reward == "reward"
     )
+
+
+def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch):
+    """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
+    import torch
+
+    from llmpipe.engine import models
+    from llmpipe.engine.ppo import loop
+
+    seen, scored = [], loop.Rewards.__call__
+
+    def spied(self, rows, answers):
+        out = scored(self, rows, answers)
+        assert all(not p.requires_grad for name, p in built[-1].policy.named_parameters() if "reward-0" in name)
+        seen.append((rows, answers, out[0]))
+        return out
+
+    built, begun = [], loop.build
+    monkeypatch.setattr(loop, "build", lambda *a: built.append(begun(*a)) or built[-1])
+    monkeypatch.setattr(loop.Rewards, "__call__", spied)
+    how = {"reward": [{"model": "artifact:reward-lora"}], "optim__learning_rate": 2e-2, "optim__steps": 4}
+    made = life.command(write(parents, name="shared", model="artifact:sft", **HOW["lora"], **how))
+    folder, base = parents / "reward-lora" / "model", parents / "sft" / "model"
+    tokenizer = models.load_tokenizer(folder)
+    alone = models.load_any(folder, base, tokenizer, bf16=False)
+    for rows, answers, scores in seen:
+        for row, answer, score in zip(rows, answers, scores, strict=True):
+            turns = row["prompt"] + [{"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=False)
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+            with torch.no_grad():
+                assert float(alone(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
+    assert len({score for *_, scores in seen for score in scores}) > 8
+    assert json.loads((made.model / "adapter_config.json").read_text())["r"] == 4
+    assert not any("reward" in path.name for path in made.model.iterdir())
 
 
 def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
@@ -491,13 +527,10 @@ def test_recipes(tmp_path):
         assert message in str(refused.value)
 
 
-def test_kinds_that_it_cannot_use(parents):
-    for changes in ({"model": "artifact:reward"}, {"reward": [{"model": "artifact:sft"}]}):
-        with pytest.raises(UserError, match="is of kind") as refused:
-            life.command(write(parents, name="refused", **changes))
-        assert refused.value.code == 3
-    with pytest.raises(UserError, match="is not a reward model"):
-        life.command(write(parents, name="refused", reward=[{"model": str(life.TINY / "model")}]))
+def test_a_folder_that_is_no_reward_model(tmp_path):
+    with pytest.raises(UserError, match="is not a reward model") as refused:
+        life.command(write(tmp_path / "run", reward=[{"model": str(life.TINY / "model")}]))
+    assert refused.value.code == 3
 
 
 def test_a_changed_reward_function_is_another_artifact(tmp_path):

@@ -51,6 +51,9 @@ class Hardware:
         """Of weights that are not trained. What an adapter is taken out of is not rounded, or it would not fit back."""
         return torch.bfloat16 if self.bf16 and not adapter.rewrites else torch.float32
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
     def describe(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name() if self.device == "cuda" else torch.backends.cpu.get_cpu_capability()
         return {**vars(self), "device_name": name}

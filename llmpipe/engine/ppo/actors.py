@@ -2,7 +2,8 @@
 
     all weights   policy, a frozen copy of the parent, and a critic: a model with a value head, or a head on the policy
     adapter       one frozen base: the policy is its adapter `default`, the reference the base alone or the parent's
-                  adapter, kept as `reference`, and the critic an adapter `critic` of its own with a value head
+                  adapter, kept as `reference`, and the critic an adapter `critic` of its own with a value head; a
+                  reward model that is an adapter on the same base is one more, `reward`
 
 Training passes lay answers end to end in one row, each after its prompt and with positions of its own: no padding is
 computed, and logits exist for a tile of answer tokens at a time.
@@ -13,9 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +29,7 @@ from llmpipe import rundir
 from llmpipe.engine import models, upstream
 from llmpipe.engine.ppo.rollout import Episode
 from llmpipe.engine.verify import PROBE
-from llmpipe.errors import UserError
+from llmpipe.errors import INTEGRITY, UserError
 
 TILE = 256  # tokens whose logits exist at once
 
@@ -104,7 +108,7 @@ class Actors(nn.Module):
         super().__init__()
         self.policy, self.critic, self.reference, self.value = policy, critic, reference, value
         self.temperature, self.bonus, self.trunk = how.rollout.temperature, how.algorithm.entropy > 0, trunk
-        self.adapted = how.adapter is not None
+        self.adapted, self.recomputes = how.adapter is not None, how.launch.activation_checkpointing
 
     @property
     def causal(self) -> Any:
@@ -151,6 +155,16 @@ class Actors(nn.Module):
         """What `valued`, and the backward pass of what it returns, have to run in."""
         return self.using("critic" if self.adapted and not self.trunk else "default")
 
+    @contextmanager
+    def padded(self) -> Iterator[None]:
+        """Compute padded batches, with a cache or without: answers are drawn so, and shared reward models read so."""
+        attention = self.causal.config._attn_implementation
+        self.recompute(False)
+        self.causal.set_attn_implementation("sdpa")
+        yield
+        self.causal.set_attn_implementation(attention)
+        self.recompute(self.recomputes)
+
     def recompute(self, wanted: bool) -> None:
         """Whether layers recompute their activations in the backward pass; transformers asks their training mode."""
         for module in self.modules():
@@ -173,15 +187,18 @@ class Actors(nn.Module):
 
     def alone(self) -> None:
         """Leave the policy as it is published."""
-        for name in ("critic", "reference"):
-            if self.adapted and name in self.policy.peft_config:
-                self.policy.delete_adapter(name)
+        for name in [name for name in self.policy.peft_config if name != "default"] if self.adapted else ():
+            self.policy.delete_adapter(name)
         self.critic = self.reference = None
 
 
 def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -> Actors:
     """The actors of a recipe, on their device, in evaluation mode: PPO compares probabilities, and dropout is noise."""
     recipe, say, base = job.recipe, job.say, job.bases.get("model")
+    for at, folder in job.models.items():
+        if at != "model" and not models.ranks(folder):
+            problem = f"{at}: {recipe.references()[at]} is not a reward model"
+            raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
     policy = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
     causal = policy.get_base_model() if recipe.adapter else policy
     _refuse(causal, job, prepared)
@@ -229,6 +246,48 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
     _probe(actors, tokenizer, 0.3 if hardware.bf16 or recipe.quantization else 1e-3)
     actors.recompute(recipe.launch.activation_checkpointing)
     return actors
+
+
+class Ranker:
+    """A reward model that is an adapter on the policy's own base; called as AutoModelForSequenceClassification is."""
+
+    def __init__(self, actors: Actors, name: str, score: Tensor):
+        self.actors, self.name, self.score = actors, name, score
+        self.config, self.device = actors.causal.config, score.device
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Scores [texts, 1] of texts that are padded on the right, as `logits`."""
+        with self.actors.padded(), self.actors.using(self.name):
+            out = self.actors.causal.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        last = out[torch.arange(len(out), device=out.device), attention_mask.sum(1) - 1]
+        return SimpleNamespace(logits=linear(last.to(self.score.dtype), self.score))
+
+
+def ranker(actors: Actors, job: Any, at: str) -> Ranker | None:
+    """The reward model that the recipe has `at`, on the policy's base; None where it needs a model of its own."""
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    folder, base = job.models[at], job.bases.get(at)
+    if base is None or not actors.adapted or job.recipe.quantization:
+        return None
+    config = PeftConfig.from_pretrained(str(folder))
+    plain = {*config.modules_to_save} <= {"classifier", "score"} and not config.trainable_token_indices
+    if base.resolve() != Path(job.bases.get("model") or job.model).resolve() or not plain:
+        return None
+    name = at.replace(".", "-")
+    config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+    actors.policy.add_adapter(name, config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    score = next(tensors.pop(key) for key in list(tensors) if key.endswith("score.weight"))
+    left = set_peft_model_state_dict(actors.policy, tensors, adapter_name=name).unexpected_keys
+    if left:
+        raise UserError(f"{folder}: {left[0]} is left over", code=INTEGRITY)
+    for parameter, p in actors.policy.named_parameters():
+        if f".{name}." in parameter:
+            p.requires_grad = False
+    return Ranker(actors, name, score.to(actors.value.weight.device))
 
 
 @torch.no_grad()

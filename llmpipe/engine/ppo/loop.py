@@ -24,22 +24,22 @@ from llmpipe.engine import checkpoints, models, supervised, training
 from llmpipe.engine.generate import answer_samples
 from llmpipe.engine.ppo import algorithm
 from llmpipe.engine.ppo.actors import Actors, build, pack
+from llmpipe.engine.ppo.learner import Learner, batches, broken
 from llmpipe.engine.ppo.rewards import Rewards
-from llmpipe.engine.ppo.rollout import Episode, draw, seeded
+from llmpipe.engine.ppo.rollout import DRAW, HELD_OUT, ORDER, Episode, draw, seeded
+from llmpipe.engine.ppo.world import World
 from llmpipe.engine.progress import Progress
-from llmpipe.errors import NUMERIC, Stopped, UserError
+from llmpipe.errors import Stopped, UserError
 
 SHOWN = 4  # episodes of an update that rollouts.jsonl shows
-ORDER, DRAW, SHUFFLE, HELD_OUT = range(4)  # what a generator is for
 
 
 def train(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train a policy and publish it; returns what the manifest says of it."""
     rows, hardware = job.prepared / prepared["data"], models.hardware(job.recipe, job.say)
-    accelerator = Accelerator(cpu=hardware.device == "cpu")
-    tokenizer, rewards = models.load_tokenizer(rows / "tokenizer"), Rewards(job, hardware)
+    world, tokenizer = World(Accelerator(cpu=hardware.device == "cpu")), models.load_tokenizer(rows / "tokenizer")
     actors = build(job, prepared, hardware, tokenizer)
-    loop = Loop(job, prepared, hardware, accelerator, tokenizer, actors, rewards)
+    loop = Loop(job, prepared, hardware, world, tokenizer, actors, Rewards(job, hardware, actors))
     answer_samples(loop, tokenizer, "before")
     final = loop.fit()
     actors.alone()
@@ -51,13 +51,12 @@ class Loop:
     """The state of a training, and how it moves on."""
 
     def __init__(
-        self, job: Any, prepared: dict, hardware: models.Hardware, accelerator: Accelerator, tokenizer: Tokenizer,
-        actors: Actors, rewards: Rewards,
+        self, job: Any, prepared: dict, hardware: models.Hardware, world: World, tokenizer: Tokenizer, actors: Actors,
+        rewards: Rewards,
     ):  # fmt: skip
         self.recipe, self.artifact, self.say, self.signals = job.recipe, job.artifact, job.say, job.signals
-        self.hardware, self.accelerator, self.tokenizer = hardware, accelerator, tokenizer
-        self.actors, self.rewards = actors, rewards
-        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.hardware, self.world, self.tokenizer = hardware, world, tokenizer
+        self.actors, self.rewards, self.rank, self.accelerator = actors, rewards, world.rank, world.accelerator
         rows = job.prepared / prepared["data"]
         self.rows = training.dataset(rows / "train.arrow")
         self.held_out = training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None
@@ -67,8 +66,7 @@ class Loop:
         _fits(actors.causal, max(prepared["lengths"]["max"], held_out), self.recipe.rollout.max_new_tokens)
         optim, size = self.recipe.optim, self.recipe.optim.batch_size
         self.steps = optim.steps or max(1, math.ceil(optim.epochs * len(self.rows) / size))
-        self.learned = actors.learned()
-        self.optimizer = self._optimizer()
+        self.learner: Any = Learner(actors, self.recipe, hardware, world)
         kl = self.recipe.reference
         self.coefficient = algorithm.Coefficient(kl.coefficient, kl.target, kl.horizon)
         self.moments = algorithm.Moments()
@@ -101,9 +99,7 @@ class Loop:
         return self.actors.policy
 
     def forget_optimizer(self) -> None:
-        for p in self.actors.parameters():
-            p.grad = None
-        self.optimizer, self.learned = None, {}
+        self.learner = None
         models.release_memory()
 
     def facts(self) -> dict[str, Any]:
@@ -154,7 +150,7 @@ class Loop:
 
     def _asked_to_stop(self) -> int:
         """The signal that any process was sent, 0 for none."""
-        return int(self.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
+        return int(self.world.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
 
     def scored(self, rows: list[dict], answers: list[str]) -> tuple[list[float], dict[str, list[float]]]:
         """Scores of this process's answers. What one process raises, all do: none may wait for another."""
@@ -163,20 +159,15 @@ class Loop:
             found = self.rewards(rows, answers) if rows else found
         except UserError as problem:
             error = problem
-        errors = [error and (error.message, error.hint, error.code)]
-        if self.world > 1:
-            errors = [None] * self.world
-            torch.distributed.all_gather_object(errors, error and (error.message, error.hint, error.code))
-        if first := next(filter(None, errors), None):
-            raise UserError(*first)
+        self.world.agree(error)
         return found
 
     def update(self) -> dict[str, float]:
         """Draw, score, learn; what there is to say of it."""
         begun, recipe = time.monotonic(), self.recipe
-        rate = self._rate()
+        rate = self.learner.rate(self.step, self.steps)
         at = [self._row_at(self.step * recipe.optim.batch_size + i) for i in range(recipe.optim.batch_size)]
-        mine = list(range(self.rank, len(at), self.world))  # positions in the batch
+        mine = list(range(self.rank, len(at), self.world.size))  # positions in the batch
         rows = [json.loads(self.rows[at[i]]["row"]) for i in mine]
         luck = torch.stack([self._luck(DRAW, self.step, i) for i in mine])
         episodes = self.drawn([self.rows[at[i]]["prompt_ids"] for i in mine], luck)
@@ -184,12 +175,13 @@ class Loop:
         scores, each = self.scored(rows, answers)
         line = self.judge(episodes, torch.tensor(scores))
         drawn = time.monotonic()
-        line |= self.learn(episodes, mine)
+        line |= self.learner.learn(self.step, episodes, mine)
         self.step += 1
-        for name, values in each.items() if len(each) > 1 else ():
-            line[f"scores/{name}"] = float(self.add(torch.tensor(values).sum())) / len(at)
-        tokens = int(self.add(torch.tensor(float(sum(len(e.answer) for e in episodes)))))
-        self.tokens += tokens
+        sums = {f"scores/{name}": sum(values) for name, values in each.items() if len(each) > 1}
+        sums = self.world.totals(sums | {"tokens": sum(len(episode.answer) for episode in episodes)})
+        tokens = sums.pop("tokens")
+        line |= {name: total / len(at) for name, total in sums.items()}
+        self.tokens += int(tokens)
         seconds = time.monotonic() - begun
         line |= {"learning_rate": rate, "tokens_per_second": tokens / seconds, "episodes_per_second": len(at) / seconds}
         line |= {"rollout_share": (drawn - begun) / seconds, "coefficient": self.coefficient.value}
@@ -204,10 +196,7 @@ class Loop:
         causal, size = self.actors.causal, self.recipe.launch.rollout_batch_size
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: list[Any] = [None] * len(prompts)
-        attention = causal.config._attn_implementation
-        self.actors.recompute(False)
-        causal.set_attn_implementation("sdpa")  # with a cache and padding on the left
-        with self._autocast():
+        with self.actors.padded(), self.hardware.autocast():
             for start in range(0, len(order), size):
                 part = order[start : start + size]
                 made = draw(causal, [prompts[i] for i in part], luck[part], self.recipe.rollout, self.stops,
@@ -216,8 +205,6 @@ class Loop:
                     found[i] = episode
                 if self.progress:
                     self.progress.note(f"step {self.step + 1}: {min(start + size, len(order))}/{len(order)} answers")
-        causal.set_attn_implementation(attention)
-        self.actors.recompute(self.recipe.launch.activation_checkpointing)
         return found
 
     def text(self, episode: Episode) -> str:
@@ -228,9 +215,9 @@ class Loop:
         """Old log-probabilities, values, advantages and returns of each episode, from their scores [episodes]."""
         recipe, how = self.recipe, self.recipe.algorithm
         old, entropy, values, reference = ([None] * len(episodes) for _ in range(4))
-        with torch.no_grad(), self._autocast():
-            for part in self._batches(range(len(episodes)), episodes):
-                batch = pack([episodes[i] for i in part], self.device)
+        with torch.no_grad(), self.hardware.autocast():
+            for part in batches(range(len(episodes)), episodes, self.hardware.micro_batch_size):
+                batch = pack([episodes[i] for i in part], self.world.device)
                 lengths = [len(episodes[i].answer) for i in part]
                 spoken, bits, valued = self.actors.spoken(batch)
                 if valued is None:
@@ -250,44 +237,45 @@ class Loop:
         rewards = algorithm.token_rewards(shaped, kl, mask, self.coefficient.value)
         found, returns = algorithm.advantages(rewards, padded(values), mask, how.discount, how.smoothing)
         if how.whiten:
-            found = algorithm.whitened(found, mask, self.add)
+            found = algorithm.whitened(found, mask, self.world.add)
         for i, episode in enumerate(episodes):
             n = int(lengths[i])
             episode.old, episode.values = old[i], values[i]
             episode.advantages, episode.returns = found[i, :n], returns[i, :n]
-        k1 = ((padded(old) - padded(reference)) * mask).sum()
-        error = ((returns - padded(values)) ** 2 * mask).sum()
-        sums = [
-            torch.tensor(float(len(episodes))),
-            mask.sum(),
-            k1,
-            padded(entropy).sum(),
-            raw.sum(),
-            ended.sum(),
-            error,
-        ]
-        noise = sum(float((old[i] - episode.log_probs).abs().sum()) for i, episode in enumerate(episodes))
-        sums += [(returns * mask).sum(), (returns**2 * mask).sum(), scores.sum(), (scores**2).sum(), kl.sum()]
-        sums += [torch.tensor(noise)]
-        count, tokens, k1, bits, total, finished, error, first, second, plain, squares, held, noise = self.add(
-            torch.stack([value.double() for value in sums])
-        ).tolist()
-        spread = second / tokens - (first / tokens) ** 2
-        penalty = self.coefficient.value * held / count
-        line = {
-            "objective/scores": plain / count,
-            "objective/scores_std": math.sqrt(max(squares / count - (plain / count) ** 2, 0)),
-            "objective/kl": k1 / count,
-            "objective/entropy": bits / tokens,
-            "objective/non_score_reward": -penalty,
-            "objective/rlhf_reward": total / count - penalty,
-            "val/explained_variance": 1 - error / tokens / spread if spread > 0 else 0.0,
-            "val/rollout_difference": noise / tokens,
-            "answers/tokens": tokens / count,
-            "answers/ended": finished / count,
+        sums = {
+            "episodes": len(episodes),
+            "tokens": mask.sum(),
+            "kl": ((padded(old) - padded(reference)) * mask).sum(),
+            "penalty": kl.sum(),
+            "entropy": padded(entropy).sum(),
+            "scores": scores.sum(),
+            "squares": (scores.double() ** 2).sum(),
+            "raw": raw.sum(),
+            "ended": ended.sum(),
+            "error": ((returns - padded(values)) ** 2 * mask).sum(),
+            "returns": (returns * mask).sum(),
+            "square returns": (returns.double() ** 2 * mask).sum(),
+            "noise": sum(float((episode.old - episode.log_probs).abs().sum()) for episode in episodes),
         }
-        if broken := [name for name, value in line.items() if not math.isfinite(value)]:
-            raise self._broken(broken[0], line[broken[0]])
+        found = self.world.totals(sums)
+        each = {name: value / found["episodes"] for name, value in found.items()}
+        token = {name: value / found["tokens"] for name, value in found.items()}
+        spread = token["square returns"] - token["returns"] ** 2
+        penalty = self.coefficient.value * each["penalty"]
+        line = {
+            "objective/scores": each["scores"],
+            "objective/scores_std": math.sqrt(max(each["squares"] - each["scores"] ** 2, 0)),
+            "objective/kl": each["kl"],
+            "objective/entropy": token["entropy"],
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": each["raw"] - penalty,
+            "val/explained_variance": 1 - token["error"] / spread if spread > 0 else 0.0,
+            "val/rollout_difference": token["noise"],
+            "answers/tokens": each["tokens"],
+            "answers/ended": each["ended"],
+        }
+        if odd := [name for name, value in line.items() if not math.isfinite(value)]:
+            raise broken(self.step, odd[0], line[odd[0]])
         return line
 
     def _shaped(self, scores: Tensor) -> Tensor:
@@ -295,139 +283,26 @@ class Loop:
         how = self.recipe.algorithm
         if how.normalize_scores:
             wide = scores.double()
-            self.moments.add(
-                *self.add(torch.stack([torch.ones_like(wide).sum(), wide.sum(), (wide**2).sum()])).tolist()
-            )
+            sums = {"count": len(wide), "total": wide.sum(), "squares": (wide**2).sum()}
+            self.moments.add(**self.world.totals(sums))
             scores = (scores - self.moments.mean) / self.moments.deviation
         return scores if how.clip_scores is None else scores.clamp(-how.clip_scores, how.clip_scores)
-
-    def learn(self, episodes: list[Episode], mine: list[int]) -> dict[str, float]:
-        """The passes over a rollout; means over its tokens. `mine`: the episodes' places in the batch."""
-        how, recipe = self.recipe.algorithm, self.recipe
-        place = {i: n for n, i in enumerate(mine)}
-        lengths = torch.zeros(recipe.optim.batch_size)
-        lengths[mine] = torch.tensor([float(len(episode.answer)) for episode in episodes])
-        lengths = self.add(lengths)
-        totals: dict[str, float] = {}
-        norm = steps = seen = 0.0
-        for epoch in range(how.epochs):
-            order = torch.randperm(recipe.optim.batch_size, generator=seeded(recipe.seed, SHUFFLE, self.step, epoch))
-            for chosen in order.chunk(how.minibatches):
-                tokens = float(lengths[chosen].sum())
-                members = [place[i] for i in chosen.tolist() if i in place]
-                sums = self._gradients([episodes[i] for i in members], tokens)
-                names = sorted(sums)
-                sums = dict(
-                    zip(
-                        names,
-                        self.add(torch.tensor([sums[n] for n in names], dtype=torch.float64)).tolist(),
-                        strict=True,
-                    )
-                )
-                norm += self._step_optimizer(sums)
-                steps, seen = steps + 1, seen + tokens
-                totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-                if how.stop_kl and sums["policy/approxkl"] / tokens > how.stop_kl:
-                    return self._means(totals, seen, norm, steps)
-        return self._means(totals, seen, norm, steps)
-
-    def _means(self, totals: dict[str, float], tokens: float, norm: float, steps: float) -> dict[str, float]:
-        means = {name: value / tokens for name, value in totals.items()}
-        loss = means["loss/policy"] + self.recipe.critic.coefficient * means["loss/value"]
-        return {"loss": loss, "grad_norm": norm / steps, **means, "optimizer_steps": steps}
-
-    def _gradients(self, episodes: list[Episode], tokens: float) -> dict[str, float]:
-        """Add up the gradients of a minibatch of `tokens` in all processes; sums over the tokens of this one."""
-        how, critic = self.recipe.algorithm, self.recipe.critic
-        names = (
-            "loss/policy",
-            "loss/value",
-            "policy/approxkl",
-            "policy/clipfrac",
-            "policy/entropy",
-            "val/ratio",
-            "val/clipfrac",
-        )
-        sums = dict.fromkeys(names, 0.0)
-        for part in self._batches(range(len(episodes)), episodes):
-            chosen = [episodes[i] for i in part]
-            batch = pack(chosen, self.device)
-            old, advantages, returns, before = (
-                torch.cat([getattr(e, name) for e in chosen]).to(self.device)
-                for name in ("old", "advantages", "returns", "values")
-            )
-            with self._autocast():
-                spoken, entropy, values = self.actors.spoken(batch)
-            loss, found = algorithm.policy_loss(spoken, old, advantages, how.clip)
-            total = loss - how.entropy * entropy.sum() if how.entropy else loss
-            if values is None:  # one graph after the other: activations of both models need not exist at once
-                (total / tokens).backward()
-                total = 0.0
-            with self.actors.as_critic():  # of the backward pass, too, which may compute the layers again
-                with self._autocast():
-                    values = self.actors.valued(batch) if values is None else values
-                missed, more = algorithm.value_loss(values, before, returns, critic.clip)
-                ((total + critic.coefficient * missed) / tokens).backward()
-            found |= more | {"loss/policy": loss, "loss/value": missed, "policy/entropy": entropy.sum()}
-            sums = {name: value + float(found[name].detach()) for name, value in sums.items()}
-        return sums
-
-    def _step_optimizer(self, sums: dict[str, float]) -> float:
-        """Sum gradients over processes, check, clip, step; the gradient's norm."""
-        for name in ("loss/policy", "loss/value"):
-            if not math.isfinite(sums[name]):
-                raise self._broken(name, sums[name])
-        for p in self.learned.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if self.world > 1:
-                torch.distributed.all_reduce(p.grad)
-        limit = self.recipe.optim.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.learned.values(), limit or math.inf))
-        if not math.isfinite(norm):
-            raise self._broken("gradient norm", norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _evaluate(self) -> None:
         """The mean score of answers to the held-out prompts, each drawn with the same numbers every time."""
         self.pending = False
-        mine = list(range(self.rank, len(self.held_out), self.world))
+        mine = list(range(self.rank, len(self.held_out), self.world.size))
         rows = [json.loads(self.held_out[i]["row"]) for i in mine]
-        sums = torch.zeros(3, dtype=torch.float64)
-        scores: list[float] = []
         episodes: list[Episode] = []
         if mine:
             luck = torch.stack([self._luck(HELD_OUT, 0, i) for i in mine])
             episodes = self.drawn([self.held_out[i]["prompt_ids"] for i in mine], luck)
         scores, _ = self.scored(rows, [self.text(episode) for episode in episodes])
-        if mine:
-            sums += torch.tensor([sum(scores), sum(e.ended for e in episodes), sum(len(e.answer) for e in episodes)])
-        total, ended, tokens = (self.add(sums) / len(self.held_out)).tolist()
-        self._write({"eval_score": total, "eval_ended": ended, "eval_tokens": tokens})
+        sums = {"eval_score": sum(scores), "eval_ended": sum(episode.ended for episode in episodes)}
+        sums["eval_tokens"] = sum(len(episode.answer) for episode in episodes)
+        self._write({name: total / len(self.held_out) for name, total in self.world.totals(sums).items()})
 
     # --- small parts ---
-
-    def add(self, value: Tensor, greatest: bool = False) -> Tensor:
-        """Sum, or greatest, over processes."""
-        if self.world == 1:
-            return value
-        shared = value.to(self.device)
-        op = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(shared, op=op)
-        return shared.cpu()
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.hardware.bf16)
-
-    def _batches(self, indices: Any, episodes: list[Episode]) -> list[list[int]]:
-        """Indices in micro-batches, answers of like length together."""
-        order, size = (
-            sorted(indices, key=lambda i: len(episodes[i].prompt) + len(episodes[i].answer)),
-            self.hardware.micro_batch_size,
-        )
-        return [order[i : i + size] for i in range(0, len(order), size)]
 
     def _row_at(self, position: int) -> int:
         """The row at a position in the endless sequence of shuffled epochs."""
@@ -440,40 +315,6 @@ class Loop:
     def _luck(self, use: int, step: int, i: int) -> Tensor:
         chance = seeded(self.recipe.seed, use, step, i)
         return torch.rand(self.recipe.rollout.max_new_tokens, generator=chance, dtype=torch.float64)
-
-    def _optimizer(self) -> Any:
-        optim = self.recipe.optim
-        policy = [p for name, p in self.learned.items() if not critical(name)]
-        critic = [p for name, p in self.learned.items() if critical(name)]
-        groups = [{"params": policy, "peak": optim.learning_rate},
-                  {"params": critic, "peak": self.recipe.critic.learning_rate or optim.learning_rate}]  # fmt: skip
-        how = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
-        if optim.optimizer == "adamw":
-            return torch.optim.AdamW(groups, **how, weight_decay=optim.weight_decay, fused=True)
-        import bitsandbytes
-
-        kind = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}[
-            optim.optimizer
-        ]
-        return getattr(bitsandbytes.optim, kind)(groups, **how, weight_decay=optim.weight_decay)
-
-    def _rate(self) -> float:
-        """Set the learning rate of this update: it rises for the warm-up, then falls as the schedule has it."""
-        optim = self.recipe.optim
-        warm = optim.warmup * self.steps if optim.warmup < 1 else optim.warmup
-        done = max(0.0, self.step + 1 - warm) / max(1.0, self.steps - warm + 1)
-        share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.scheduler]
-        share = min((self.step + 1) / max(warm, 1.0), 1.0) if self.step + 1 <= warm else share
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        return optim.learning_rate * share
-
-    def _broken(self, what: str, value: float) -> UserError:
-        return UserError(
-            f"step {self.step + 1}: {what} is {value}; stopped before the optimizer step",
-            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
-            NUMERIC,
-        )
 
     def _warn(self, line: dict[str, float]) -> None:
         """Say once what looks like a policy that games its reward (Gao 2022; Stiennon 2020, section 4.3)."""
@@ -524,8 +365,8 @@ class Loop:
                 "seconds": time.monotonic() - self.begun,
                 "bytes": [self.metrics.stat().st_size, self.table.stat().st_size],
             }  # fmt: skip
-            state["optimizer"], tensors = apart(self.optimizer.state_dict()["state"])
-            parts = {"learned": {name: p.detach() for name, p in self.learned.items()}, "optimizer": tensors}
+            state["optimizer"], tensors = apart(self.learner.optimizer.state_dict()["state"])
+            parts = {"learned": {name: p.detach() for name, p in self.learner.weights.items()}, "optimizer": tensors}
             with checkpoints.writing(self.artifact.checkpoints, self.step, self.about, lambda: state) as staging:
                 for name, part in parts.items():
                     save_file({at: t.cpu().clone() for at, t in part.items()}, staging / f"{name}.safetensors")
@@ -536,10 +377,10 @@ class Loop:
         """Go on from a checkpoint; the sizes that the files of lines had."""
         state = rundir.read_json(folder / checkpoints.STATE)
         for name, tensor in load_file(folder / "learned.safetensors").items():
-            self.learned[name].data.copy_(tensor)
+            self.learner.weights[name].data.copy_(tensor)
         tensors = load_file(folder / "optimizer.safetensors")
         held = {int(i): together(own, tensors) for i, own in state["optimizer"].items()}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": held})
+        self.learner.optimizer.load_state_dict(self.learner.optimizer.state_dict() | {"state": held})
         self.step = rundir.read_json(folder / rundir.SUMS)["step"]
         self.moments = algorithm.Moments(**state["moments"])
         self.coefficient.value, self.tokens = state["coefficient"], state["tokens"]
@@ -572,11 +413,6 @@ def together(plain: Any, tensors: dict[str, Tensor]) -> Any:
     if plain.keys() == {"tensor"}:
         return tensors[plain["tensor"]]
     return {key: together(inner, tensors) for key, inner in plain.items()}
-
-
-def critical(name: str) -> bool:
-    """Whether a parameter is the critic's."""
-    return name.startswith(("critic.", "value.")) or ".critic." in name
 
 
 def _fits(model: Any, prompt: int, answer: int) -> None:

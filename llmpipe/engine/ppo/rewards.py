@@ -22,6 +22,7 @@ from llmpipe import rundir
 from llmpipe.data.formats import Rejected
 from llmpipe.engine import metrics, models
 from llmpipe.engine.evaluate import Candidate, batched, encoder_of
+from llmpipe.engine.ppo.actors import Actors, ranker
 from llmpipe.errors import NUMERIC, UserError
 
 Scores = list[float]
@@ -31,13 +32,19 @@ Source = Callable[[list[dict], list[str]], Scores]
 class Rewards:
     """Every source of a recipe's `reward`."""
 
-    def __init__(self, job: Any, hardware: models.Hardware):
+    def __init__(self, job: Any, hardware: models.Hardware, actors: Actors):
         self.sources: list[tuple[str, float, Source]] = []
         for i, wanted in enumerate(job.recipe.reward):
             name = wanted.model or wanted.function or wanted.verifier
             if wanted.model:
                 at = f"reward.{i}.model"
-                source = _model(name, job.models[at], job.bases.get(at), hardware)
+                folder = job.models[at]
+                tokenizer, shared = models.load_tokenizer(folder), ranker(actors, job, at)
+                model = shared or models.load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
+                if shared:
+                    job.say(f"reward: {name} is one more adapter on the policy's base")
+                how = rundir.template_kwargs(folder), hardware.micro_batch_size
+                source = _model(Candidate(name, folder, model, tokenizer, True, *how))
             elif wanted.function:
                 source = _function(name)
             else:
@@ -69,13 +76,9 @@ def _cut(text: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _model(name: str, folder: Path, base: Path | None, hardware: models.Hardware) -> Source:
-    if not models.ranks(folder):
-        raise UserError(f"reward: {name} is not a reward model", "train one with `llmpipe reward`", 3)
-    tokenizer = models.load_tokenizer(folder)
-    model = models.load_any(folder, base, tokenizer, bf16=hardware.bf16).requires_grad_(False)
-    ranker = Candidate(name, folder, model, tokenizer, True, rundir.template_kwargs(folder), hardware.micro_batch_size)
-    most = getattr(model.config, "max_position_embeddings", math.inf)
+def _model(ranker: Candidate) -> Source:
+    name = ranker.label
+    most = getattr(ranker.model.config, "max_position_embeddings", math.inf)
 
     def scores(rows: list[dict], answers: list[str]) -> Scores:
         ids = []
@@ -88,7 +91,7 @@ def _model(name: str, folder: Path, base: Path | None, hardware: models.Hardware
             if len(ids[-1]) > most:
                 problem = f"reward: {name} takes {most:,} tokens, and a prompt with its answer has {len(ids[-1]):,}"
                 raise UserError(problem, "lower data.max_length or rollout.max_new_tokens")
-        with torch.autocast(model.device.type, enabled=False):
+        with torch.autocast(ranker.model.device.type, enabled=False):
             return batched(ranker.rewards, ids, ranker.batch_size)
 
     return scores

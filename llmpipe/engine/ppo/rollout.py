@@ -16,6 +16,9 @@ from transformers import DynamicCache
 RIDE = 8  # finished answers are taken out of the batch when they are at least one in so many
 
 
+ORDER, DRAW, SHUFFLE, HELD_OUT = range(4)  # what a generator is for
+
+
 @dataclass
 class Episode:
     """A prompt, an answer to it, and what the algorithm makes of them: float32 [tokens of the answer] each."""

@@ -1,0 +1,105 @@
+"""R11: every kind of artifact as input of every stage: it runs, or is refused in one line with code 3."""
+
+import json
+import pydoc_data.topics
+
+import pytest
+
+from llmpipe.errors import UserError
+from tests import life, test_adapters, test_ppo, test_preference, test_pretrain
+
+QUICK = {"optim__steps": 2, "evaluation": {}}
+ADAPTER = {"adapter": {"rank": 4, "alpha": 8}}
+MADE = {  # artifacts by name, and their kind
+    "pretrain": "model",
+    "sft": "model",
+    "lora": "adapter",
+    "lora-merged": "model",
+    "qlora": "adapter",
+    "reward": "reward-model",
+    "reward-lora": "reward-model",
+    "dpo": "adapter",
+    "ppo": "model",
+    "eval": "evaluation",
+}
+STAGES = ["pretrain", "sft", "lora", "qlora", "reward", "ppo", "dpo", "eval", "a reward of ppo"]
+
+
+def recipe(stage, run, texts, reference, **changes):
+    """The path of a recipe of `stage` that takes `reference`."""
+    fits = {"data__max_rejected": 1.0}  # the pretrained tokenizer makes long rows
+    if stage == "pretrain":
+        values = {"architecture": None, "tokenizer": None, "optim__steps": 2, **changes}
+        return test_pretrain.write(run, texts, model=reference, **values)
+    if stage == "eval":
+        tasks = [{"task": "preference", "data": [{"path": str(test_preference.PAIRS)}]}]
+        values = {"stage": "eval", "run": str(run), "models": {"it": reference}, "tasks": tasks, "precision": "fp32"}
+        path = run.parent / "eval.yaml"
+        path.write_text(json.dumps({**values, "launch": {"threads": 1}, **changes}))
+        return path
+    if stage in ("reward", "dpo"):
+        return test_preference.write(run, stage, model=reference, **QUICK, **fits, **changes)
+    if stage == "a reward of ppo":
+        return test_ppo.write(run, reward=[{"model": reference}], **{**QUICK, **changes})
+    if stage == "ppo":
+        return test_ppo.write(run, model=reference, **{**QUICK, **fits, **changes})
+    if stage == "sft":
+        return life.write(run, model=reference, **{**QUICK, **fits, **changes})
+    return test_adapters.write(run, stage, model=reference, **{**QUICK, **fits, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with an artifact of every kind in every form, and the texts that pretrain reads."""
+    home = tmp_path_factory.mktemp("handoff")
+    texts, run = home / "texts", home / "run"
+    texts.mkdir()
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (texts / f"{name}.txt").write_text(text)
+    life.command(test_pretrain.write(run, texts, optim__steps=2))
+    life.command(recipe("sft", run, texts, str(life.TINY / "model")))
+    life.command(recipe("lora", run, texts, "artifact:sft", adapter={"rank": 4, "alpha": 8, "merge": True}))
+    life.command(recipe("qlora", run, texts, "artifact:sft"))
+    life.command(recipe("reward", run, texts, "artifact:sft"))
+    life.command(recipe("reward", run, texts, "artifact:sft", name="reward-lora", **ADAPTER))
+    life.command(recipe("dpo", run, texts, "artifact:sft", **ADAPTER))
+    life.command(recipe("ppo", run, texts, "artifact:sft"))
+    life.command(recipe("eval", run, texts, "artifact:sft"))
+    return run, texts
+
+
+def takes(stage, kind):
+    if stage == "a reward of ppo":
+        return kind == "reward-model"
+    return kind in ("model", "adapter") or (stage == "eval" and kind == "reward-model")
+
+
+def test_it_is_every_kind(made):
+    run, _ = made
+    assert {name: json.loads((run / name / "manifest.json").read_text())["kind"] for name in MADE} == MADE
+
+
+RUNS = [(stage, name) for stage in STAGES for name, kind in MADE.items() if takes(stage, kind)]
+OFTEN = [(stage, name) for stage, name in RUNS if name == "lora" or "reward" in name]
+
+
+@pytest.mark.parametrize(("stage", "name"), [life.by_the_dozen(*p) if p not in OFTEN else p for p in RUNS])
+def test_it_runs(made, stage, name):
+    run, texts = made
+    four = {"quantization": {"bits": 4}} if stage == "lora" and name == "qlora" else {}
+    artifact = life.command(
+        recipe(stage, run, texts, f"artifact:{name}", name=f"{stage.split()[-1]}-of-{name}", **four)
+    )
+    assert name in [parent["name"] for parent in artifact.verify()["parents"]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_is_refused(made, stage):
+    run, texts = made
+    names = [name for name, kind in MADE.items() if not takes(stage, kind)]
+    for name in names:
+        with pytest.raises(UserError, match=f"is of kind '{MADE[name]}'") as refused:
+            life.command(recipe(stage, run, texts, f"artifact:{name}", name="refused"))
+        assert refused.value.code == 3 and "\n" not in refused.value.message
+    assert names
+    assert not (run / "refused").exists()
