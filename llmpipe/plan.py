@@ -120,7 +120,11 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
         if problems := rundir.differences(checkpoint, sums["files"], {rundir.SUMS}):
             raise UserError(f"{checkpoint}/{problems[0]}", "take another checkpoint", INTEGRITY)
         if (checkpoint / "adapter_config.json").exists():
-            raise UserError(f"{at}: {reference}: is a checkpoint of an adapter", f"take artifact:{parent.name}")
+            raise UserError(
+                f"{at}: {reference} is a checkpoint of an adapter", f"take artifact:{parent.name}", INTEGRITY
+            )
+        if (kind := "reward-model" if _ranks(checkpoint) else "model") not in accepts:
+            raise _other_kind(at, reference, kind, accepts)
         identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": digest(sums["files"])}
         parents = [{"name": f"{parent.name}@{step}", "fingerprint": identity["fingerprint"]}]
         return Model("artifact", reference, identity, checkpoint, parents)
@@ -129,10 +133,7 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
         raise UserError(f"{at}: {reference}{begun}", f"make it first; it would lie in {parent.path}")
     manifest = parent.verify()
     if manifest["kind"] not in accepts:
-        raise UserError(
-            f"{at}: {reference} is of kind '{manifest['kind']}'; this stage takes {' or '.join(accepts)}",
-            code=INTEGRITY,
-        )
+        raise _other_kind(at, reference, manifest["kind"], accepts)
     identity = {"artifact": parent.name, "fingerprint": manifest["fingerprint"]}
     parents = [{"name": parent.name, "fingerprint": identity["fingerprint"]}]
     if not (parent.model / "adapter_config.json").exists():  # a reward model may be an adapter, too
@@ -141,6 +142,16 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
     if keep:
         return Model("artifact", reference, identity, parent.model, parents, base)
     return Model("merged", reference, {**identity, "merged": True}, parent.model, parents, base)
+
+
+def _ranks(folder: Path) -> bool:
+    """Whether it is a reward model, as `models.ranks` has it."""
+    names = (rundir.read_json(folder / "config.json") or {}).get("architectures") or []
+    return any("ForSequenceClassification" in name for name in names)
+
+
+def _other_kind(at: str, reference: str, kind: str, accepts: Kinds) -> UserError:
+    return UserError(f"{at}: {reference} is of kind '{kind}'; this stage takes {' or '.join(accepts)}", code=INTEGRITY)
 
 
 def _base_of(adapter: Artifact, record: dict[str, Any], at: str) -> Model:

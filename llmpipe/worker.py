@@ -168,8 +168,11 @@ def prepare(job: Job) -> None:
 
 def train(job: Job) -> None:
     """Train and commit. Rank 0 holds the write lock: a parent that died must not admit a second writer."""
+    from llmpipe.engine import upstream
+
     artifact, main = job.artifact, launch.rank() == 0
     begun = time.time()
+    upstream.silence()
     with Lock(artifact, "write").acquire(wait=10) if main else nullcontext():
         prepared = rundir.read_json(artifact.path / "prepared.json")
         made = stage(job.recipe.stage).train(job, prepared)

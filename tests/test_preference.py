@@ -58,6 +58,8 @@ def parents(tmp_path_factory):
     life.command(life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick))
     four = {"quantization": {"bits": 4}, "optim__precision": "bf16", "name": "qlora", "stage": "qlora"}
     life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
+    adapter = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.5}, "optim__learning_rate": 2e-2}
+    life.command(life.write(run, stage="lora", name="dropped", model="artifact:sft", **adapter, **quick))
     return run
 
 
@@ -220,12 +222,23 @@ def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
         assert losses(artifact) == pytest.approx(losses(made[0]), abs=1e-4)
         first, last = (a.manifest()["final"] for a in (made[0], artifact))
         assert last["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-4)
+        assert probed(artifact) == pytest.approx(probed(made[0]), abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["sft", {"sigmoid": 1.0, "sft": 0.2}, "aot", "bco_pair"])
+def probed(artifact):
+    """A published model's logits, or scores, on some tokens, by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if artifact.manifest()["kind"] == "reward-model" else AutoModelForCausalLM
+    with torch.no_grad():
+        return kind.from_pretrained(artifact.model)(torch.arange(3, 43)[None]).logits.flatten().tolist()
+
+
+@pytest.mark.parametrize("objective", ["sft", {"sigmoid": 1.0, "sft": 0.2}, "aot"])
 def test_objectives_that_depend_on_the_cut_are_refused(tmp_path, objective):
     with pytest.raises(UserError, match="depends on how a step is cut"):
-        life.command(write(tmp_path / "run", "dpo", objective=objective))
+        load(write(tmp_path / "run", "dpo", objective=objective), schema("dpo"))
     whole = {"launch__micro_batch_size": 4, "optim__steps": 1, "evaluation": {}}
     assert life.command(write(tmp_path / "whole", "dpo", objective=objective, **whole)).finished
 
@@ -253,11 +266,23 @@ def reward(request, tmp_path_factory):
     return life.command(write(run, "reward", **HOW[request.param], **rate, center=0.01, optim__steps=40))
 
 
-def test_the_reward_model(reward, tmp_path):
-    """Scores in memory, in a plain process and by `eval` are the same; every weight that should move did."""
+def plain_scores(folder, base, rows, out):
+    """A reward model's scores of tokenized texts by plain transformers and peft; `base`: of one that is an adapter."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(base or folder, num_labels=1)
+    if base:
+        model = PeftModel.from_pretrained(model, folder)
+    model.eval()
+    with torch.no_grad():
+        out.write_text(json.dumps([float(model(torch.tensor([ids])).logits[0, 0]) for ids in json.loads(rows)]))
+
+
+def test_the_reward_model(reward, tmp_path):
+    """Scores in memory, in a plain process and by `eval` are the same; every weight that should move did."""
+    from transformers import AutoTokenizer
 
     manifest = reward.verify()
     assert manifest["kind"] == "reward-model" and manifest["verified"]["max_logit_difference"] < 1e-5
@@ -265,15 +290,7 @@ def test_the_reward_model(reward, tmp_path):
     assert ranking["n"] == 7 and ranking["held_out"] and sum(part["n"] for part in ranking["calibration"]) == 7
     assert ranking["accuracy"] == manifest["final"]["eval_accuracy"] and ranking["reward_std"] > 0
     assert min(losses(reward)[3:]) < losses(reward)[0], "it learns"
-    tokenizer = AutoTokenizer.from_pretrained(reward.model)
-    adapted = (reward.model / "adapter_config.json").exists()
-    start = life.TINY / "model" if adapted else reward.model
-    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    if adapted:
-        model = PeftModel.from_pretrained(model, reward.model)
-        assert any("score" in name for name in model.state_dict())
-    model.eval()
-    # `eval` gives the same scores, with the adapter on its base or alone
+    # `eval` gives the same scores as the plain process, with the adapter on its base or alone
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()][:5]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = [{"task": "preference", "data": [{"path": str(tmp_path / "pairs.jsonl")}]}]
@@ -281,12 +298,17 @@ def test_the_reward_model(reward, tmp_path):
     (tmp_path / "eval.yaml").write_text(json.dumps(values | {"precision": "fp32", "launch": {"threads": 1}}))
     measured = life.command(tmp_path / "eval.yaml")
     lines = [json.loads(line) for line in (measured.path / "samples.jsonl").read_text().splitlines()]
-    for row, line in zip(rows, lines, strict=True):
-        for side, value in zip(("chosen", "rejected"), line["values"]["accuracy"], strict=True):
+    found = [value for line in lines for value in line["values"]["accuracy"]]
+    tokenizer, texts = AutoTokenizer.from_pretrained(reward.model), []
+    for row in rows:
+        for side in ("chosen", "rejected"):
             ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
-            ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]  # to the end of the turn
-            with torch.no_grad():
-                assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(value, abs=1e-4)
+            texts.append(ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)])  # to the end of the turn
+    base = life.TINY / "model" if (reward.model / "adapter_config.json").exists() else None
+    process = life.forked(plain_scores, reward.model, base, json.dumps(texts), tmp_path / "plain.json")
+    process.join(120)
+    assert found == pytest.approx(json.loads((tmp_path / "plain.json").read_text()), abs=1e-4)
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +378,7 @@ def test_nan_stops_before_the_optimizer(tmp_path, stage, where):
 
 
 # start: the parent, what the recipe changes, where the parent lies (a folder, an adapter on it), and the untuned model
+DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.5}}
 STARTS = {
     "full": ("artifact:sft", {}, ("sft", None), None),
     "new adapter": ("artifact:sft", HOW["lora"], ("sft", None), None),
@@ -364,6 +387,8 @@ STARTS = {
     "adapter, all weights": ("artifact:lora", {}, ("sft", "lora"), None),
     "4 bits continued": ("artifact:qlora", HOW["qlora"], ("sft", "qlora"), None),
     "precomputed": ("artifact:lora", HOW["lora"] | {"precompute": True}, ("sft", "lora"), None),
+    "dropout": ("artifact:dropped", DROPOUT, ("sft", "dropped"), None),
+    "precomputed, dropout": ("artifact:dropped", DROPOUT | {"precompute": True}, ("sft", "dropped"), None),
     "from zero": ("artifact:taught", {}, ("taught", None), "pretrain"),
 }
 
@@ -443,6 +468,80 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
     assert max(abs(a - b) for a, b in zip(plain["parent"], plain["untuned"], strict=True)) > 0.5
 
 
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_what_learns_is_fp32(parents, stage):
+    """Under bf16 arithmetic too, the head that scores included, so that a small learning rate moves all of it."""
+    import torch
+    from safetensors.torch import load_file
+
+    how = {"optim__precision": "bf16", "optim__learning_rate": 1e-5, "optim__steps": 3, "optim__warmup": 0}
+    made = life.command(write(parents, stage, name=f"{stage}-fp32", model="artifact:sft", **HOW["lora"], **how))
+    tensors = load_file(made.model / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    if stage == "reward":
+        assert made.manifest()["verified"]["max_logit_difference"] < 1e-5
+        begun = torch.tensor(probed_head(parents))
+        (head,) = (tensor for name, tensor in tensors.items() if "score" in name)
+        assert head.shape == begun.shape and ((head - begun).abs() > 0).float().mean() > 0.95
+
+
+def probed_head(run):
+    """The head that a reward model of seed 42 on this model begins with."""
+    import torch
+
+    from llmpipe.engine import models
+
+    torch.manual_seed(42)
+    return models.load_model(run / "sft" / "model", dtype=torch.bfloat16, scores=True).score.weight.float().tolist()
+
+
+def test_another_template_than_the_parents_is_refused(parents):
+    """With both values; the model's folder instead of the artifact says that it is meant."""
+    changes = {"data__template": "llama3", "name": "drift", "optim__steps": 1, "data__max_rejected": 1.0}
+    with pytest.raises(UserError, match=r"was trained with [0-9a-f]{12}, and here it is [0-9a-f]{12}") as refused:
+        life.command(write(parents, "dpo", model="artifact:sft", **changes))
+    assert refused.value.code == 3
+    shutil.rmtree(parents / "drift")
+    life.command(write(parents, "dpo", model=str(parents / "sft" / "model"), **changes))
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(1e-1, True), (1e-4, False)])
+def test_a_collapse_is_said(parents, rate, warns):
+    changes = {"name": f"rate-{rate}", "model": "artifact:sft", "optim__learning_rate": rate, "optim__steps": 20}
+    made = life.command(write(parents, "dpo", **changes))
+    assert ("the log-probability of chosen answers fell" in (made.path / "log.txt").read_text()) == warns
+
+
+def test_a_checkpoint_is_of_a_kind_too(parents):
+    life.command(write(parents, "reward", name="ranks", model="artifact:sft", optim__steps=3, evaluation={}))
+    for reference, words in {"ranks@3": "is of kind 'reward-model'", "lora@4": "is a checkpoint of an adapter"}.items():
+        with pytest.raises(UserError, match=words) as refused:
+            life.command(write(parents, "reward", name="refused", model=f"artifact:{reference}"))
+        assert refused.value.code == 3
+
+
+def test_a_column_of_system_turns_makes_every_row_a_conversation(tmp_path):
+    """Also where it is empty; and an answer never begins with the user."""
+    rows = [
+        {"system": s, "question": f"Is {s or 'it'} so?", "chosen": "Yes.", "rejected": "No."} for s in ("Be brief.", "")
+    ]
+    rows.append(
+        {
+            "prompt": user("Hello "),
+            "chosen": user("Hello") + assistant("Hi."),
+            "rejected": user("Hello") + assistant("No."),
+        }
+    )
+    for i, part in enumerate((rows[:2] * 2, rows[2:] * 3)):
+        (tmp_path / str(i)).mkdir()
+        if i:
+            with pytest.raises(UserError, match="no common prompt"):
+                prepared(tmp_path / str(i), part)
+        else:
+            made = table(prepared(tmp_path / str(i), part))
+            assert all(row["prompt_ids"][0] == made[0]["prompt_ids"][0] for row in made), "both in the template"
+
+
 def test_lineage(parents):
     """Manifests name the true base, and `show` the parents."""
     from llmpipe.report.terminal import show_run
@@ -456,46 +555,6 @@ def test_lineage(parents):
     assert "from       lora" in show_run(parents / "on")
 
 
-KINDS = {"model": "sft", "adapter": "lora", "reward-model": "reward", "evaluation": "eval"}
-
-
-@pytest.mark.parametrize("stage", ["sft", "lora", "pretrain", "reward", "dpo"])
-@pytest.mark.parametrize("kind", ["reward-model", "evaluation"])
-def test_kinds_that_a_stage_cannot_use(parents, tmp_path, stage, kind):
-    """R11: refused in one line, with code 3."""
-    if not (parents / "reward").exists():
-        life.command(write(parents, "reward", model="artifact:sft", optim__steps=1, evaluation={}))
-        tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl")}]}]
-        values = {"stage": "eval", "run": str(parents), "models": {"sft": "artifact:sft"}, "tasks": tasks}
-        (tmp_path / "eval.yaml").write_text(json.dumps(values | {"precision": "fp32", "launch": {"threads": 1}}))
-        life.command(tmp_path / "eval.yaml")
-    reference = f"artifact:{KINDS[kind]}"
-    if stage in ("reward", "dpo"):
-        path = write(parents, stage, name="refused", model=reference)
-    elif stage == "pretrain":
-        path = tmp_path / "pretrain.yaml"
-        data = {"train": [{"path": str(life.TINY / "rows.jsonl")}], "max_length": 64}
-        optim = {"learning_rate": 1e-3, "batch_tokens": 256}
-        path.write_text(
-            json.dumps(
-                {
-                    "stage": stage,
-                    "run": str(parents),
-                    "name": "refused",
-                    "model": reference,
-                    "data": data,
-                    "optim": optim,
-                }
-            )
-        )
-    else:
-        more = {"adapter": {"rank": 4}} if stage == "lora" else {}
-        path = life.write(parents, stage=stage, name="refused", model=reference, **more)
-    with pytest.raises(UserError) as refused:
-        life.command(path)
-    assert refused.value.code == 3 and "\n" not in refused.value.message and f"kind '{kind}'" in refused.value.message
-
-
 def test_recipes(tmp_path):
     for changes, message in [
         ({"objective": "sigmoyd"}, "sigmoid"),
@@ -504,6 +563,9 @@ def test_recipes(tmp_path):
         ({"label_smoothing": 0.7}, "less than 0.5"),
         ({"label_smoothing": 0.1}, "sigmoid does not read it"),
         ({"objective": "exo_pair"}, "needs label_smoothing"),
+        ({"objective": "robust"}, "needs label_smoothing"),
+        ({"objective": {"sigmoid": 0.0}}, "greater than 0"),
+        ({"trainer": {"ref_model_mixup_alpha": 0.5}}, "llmpipe sets this itself"),
         ({"trainer": {"ld_alpha": 0.5}}, "llmpipe sets this itself"),
     ]:
         with pytest.raises(UserError) as refused:

@@ -40,6 +40,7 @@ class Rejected(Exception):
 SYNONYMS = (
     {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    {"instruction": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "choices": "choices", "answer": "answer"},
     {"question": "prompt", "choices": "choices", "answerKey": "answer"},
     {"question": "instruction", "answer": "output"},  # asked and answered: turns of a chat, not text to go on with
@@ -216,7 +217,7 @@ def _answer(values: dict, name: str) -> list[dict]:
 
 
 def _prompt_completion(values: dict) -> dict:
-    if isinstance(values["prompt"], str) and isinstance(values["completion"], str):
+    if isinstance(values["prompt"], str) and isinstance(values["completion"], str) and "tools" not in values:
         return {name: text_of(values[name], name) for name in ("prompt", "completion")}
     prompt = _asked(values)
     return {"messages": prompt + _answer(values, "completion"), "tools": tools_of(values), "first": len(prompt)}
@@ -227,7 +228,7 @@ def _preference(values: dict) -> dict:
         raise Rejected("chosen equals rejected")
     names = ("prompt", "chosen", "rejected")
     margin = {} if values.get("margin") is None else {"margin": _number(values["margin"], "margin")}
-    if all(isinstance(values.get(name), str) for name in names) and not _optional(values, "system"):
+    if all(isinstance(values.get(name), str) for name in names) and not {"system", "tools"} & set(values):
         return {name: text_of(values[name], name) for name in names} | margin
     chosen, rejected = _answer(values, "chosen"), _answer(values, "rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
@@ -238,7 +239,7 @@ def _preference(values: dict) -> dict:
     elif shared:
         prompt = _with_system(values, chosen[:shared])
     else:
-        raise Rejected("no common prompt", "chosen and rejected do not begin alike")
+        raise Rejected("no common prompt", "chosen and rejected do not begin alike, and no column is the prompt")
     chosen, rejected = chosen[shared:], rejected[shared:]
     if chosen == rejected:
         raise Rejected("chosen equals rejected")
@@ -246,11 +247,13 @@ def _preference(values: dict) -> dict:
         raise Rejected("no assistant turn", "an answer is no longer than the prompt")
     if "system" in (chosen[0]["role"], rejected[0]["role"]):
         raise Rejected("system turn not first", "in an answer")
+    if "user" in (chosen[0]["role"], rejected[0]["role"]):
+        raise Rejected("no common prompt", "chosen and rejected differ in what is asked")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools_of(values), **margin}
 
 
 def _prompt(values: dict) -> dict:
-    if isinstance(values["prompt"], str) and not _optional(values, "system"):
+    if isinstance(values["prompt"], str) and not {"system", "tools"} & set(values):
         return {"prompt": text_of(values["prompt"], "prompt")}
     messages = _asked(values)
     if messages[-1]["role"] == "assistant":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -84,9 +84,31 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
         made = upstream.with_bias(get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init") from None
+    in_fp32(made)
     if wanted.rewrites:
         made.began_with = {name: tensor.clone() for name, tensor in tensors_of(made).items()}
     return made
+
+
+def in_fp32(model: Any) -> bool:
+    """Bring what learns beside low-rank matrices, a head or embeddings, to fp32, as PEFT does with the matrices only;
+    returns whether there is any. A whole layer casts what goes in, or what comes out of embeddings."""
+    found = False
+    for module in list(model.modules()):
+        whole, rows = (getattr(module, name, None) for name in ("modules_to_save", "trainable_tokens_delta"))
+        for part in (whole, rows):
+            if isinstance(part, torch.nn.Module):
+                part.float()
+                found = True
+        for layer in whole.values() if isinstance(whole, torch.nn.ModuleDict) else ():
+            outside = module.original_module.weight.dtype
+            if isinstance(layer, torch.nn.Embedding):
+                layer._forward_hooks.clear()
+                layer.register_forward_hook(lambda layer, args, out, outside=outside: out.to(outside))
+            else:
+                layer._forward_pre_hooks.clear()
+                layer.register_forward_pre_hook(lambda layer, args: (args[0].to(layer.weight.dtype), *args[1:]))
+    return found
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
@@ -128,7 +150,14 @@ def same_shape(model: Any, wanted: Adapter) -> None:
     has = model.peft_config["default"]
     there = {"rank": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "rslora": has.use_rslora}
     there["dora"] = has.use_dora
+    there |= {"init": "default", "embeddings": "all" if has.modules_to_save else wanted.embeddings}
     other = {name: value for name, value in there.items() if getattr(wanted, name) != value}
+    if (targets := _targets(model)) and wanted.targets != "all-linear":
+        named = lambda name: any(name == end or name.endswith(f".{end}") for end in wanted.targets)  # noqa: E731
+        if any(named(name) != adapted for name, adapted in targets.items()):
+            other["targets"] = sorted({name.rpartition(".")[2] for name, adapted in targets.items() if adapted})
+    elif not all(targets.values()):
+        other["targets"] = sorted({name.rpartition(".")[2] for name, adapted in targets.items() if adapted})
     if other:
         words = ", ".join(
             f"{name} {value} there, {getattr(wanted, name)} in the recipe" for name, value in other.items()
@@ -137,14 +166,28 @@ def same_shape(model: Any, wanted: Adapter) -> None:
         raise UserError(f"adapter: the one that is trained on is another: {words}", hint, INTEGRITY)
 
 
+def _targets(model: Any) -> dict[str, bool]:
+    """Linear layers of the model under an adapter, the head apart, and whether they are adapted."""
+    inside = ("lora_", "base_layer", "modules_to_save", "original_module")
+    head = model.get_output_embeddings()
+    return {
+        name: hasattr(module, "lora_A")
+        for name, module in model.get_base_model().named_modules()
+        if (isinstance(module, torch.nn.Linear) or hasattr(module, "lora_A")) and module is not head
+        and not any(part in name for part in inside)
+    }  # fmt: skip
+
+
 def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
     """`model` with the adapter in `folder`. Raises UserError (3) when their tensors do not fit one another."""
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors, which are refused below
             both = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+            if in_fp32(both):
+                set_peft_model_state_dict(both, load_file(folder / WEIGHTS))  # unrounded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: the adapter does not fit its base: {reason}", code=INTEGRITY) from error

@@ -156,7 +156,8 @@ class Candidate:
 
     @torch.no_grad()
     def rewards(self, texts: list[list[int]]) -> list[float]:
-        """The score of each text, one batch, padded on the right: reward models read up to the last real token."""
+        """The score of each text, one batch, padded on the right: reward models read up to the last token that is no
+        pad token, which is one before the end of turn where the two are the same."""
         width = max(map(len, texts))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in texts], device=self.model.device)
@@ -341,16 +342,17 @@ def _choice(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> l
 
 
 def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> list[Line]:
-    wholes = [model.whole(item, item[side]) for item in batch for side in SIDES]
     owners = [item for item in batch for _ in range(2)]
-    ids = [model.ids(text, item) for text, item in zip(wholes, owners, strict=True)]
-    lines = []
-    if model.ranks:
+    if model.ranks or model.tokenizer.chat_template:
         try:  # up to the end of the last turn, as in training
             pairs = [{**item, "prompt": item["ask"].get("text") or item["ask"]["messages"]} for item in batch]
             ids = [encoder_of(model).answered({"tools": None, **pair}, side) for pair in pairs for side in SIDES]
         except Rejected as error:
             raise UserError(f"{batch[0]['at']}: {model.label}: {error.reason}: {error.detail}") from None
+    else:
+        ids = [model.ids(model.whole(item, item[side]), item) for item in batch for side in SIDES]
+    lines = []
+    if model.ranks:
         values = iter(batched(model.rewards, ids, model.batch_size))
         scores = [{"accuracy": (next(values), next(values))} for _ in batch]
     else:

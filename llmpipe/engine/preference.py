@@ -21,9 +21,10 @@ from llmpipe.engine import adapters, models, supervised, training, upstream
 from llmpipe.engine.metrics import RESAMPLES, interval, wilson
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.rundir import digest
+from llmpipe.stages.dpo import WHOLE_STEPS
 
 BUCKETS = 4  # of calibration
-COLLAPSED = 1.5  # times the first log-probability of chosen answers: below that something is wrong
+COLLAPSED = 1.5  # times the reference's log-probability of chosen answers: below that something is wrong
 
 
 class _Collator:
@@ -96,13 +97,10 @@ class _Reward(_Pairs, RewardTrainer):
 class _Policy(_Pairs, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
         parent_as_reference(self.model)
-        how = [dataset._fingerprint, self.args.bf16, str(self.args.device), torch.get_num_threads()]
+        how = [dataset._fingerprint, self.args.bf16, str(self.args.device), torch.get_num_threads(), torch.__version__]
+        how += [self.args.per_device_train_batch_size, self.args.world_size, self.model.config._attn_implementation]
         dataset._fingerprint = digest(how)[:32]  # TRL's cache knows nothing of how the numbers are computed
         return super()._precompute_ref_logps(dataset, *args)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs.pop("margin", None)
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def _halves(trainer: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,21 +141,21 @@ def reward(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def score(trainer: Any, rows: Any, most: int = 1000) -> np.ndarray:
-    """Scores of up to `most` pairs, float64 (pairs, 2): chosen, rejected. Every process computes them all."""
+    """Scores of `most` pairs, evenly spread over the rows, or of all: float64 (pairs, 2): chosen, rejected. Every
+    process computes them all."""
     size, found = trainer.args.per_device_eval_batch_size, []
+    taken = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int).tolist()
     trainer.model.eval()
-    for start in range(0, min(len(rows), most), size):
-        batch = trainer._prepare_inputs(
-            trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
-        )
+    for start in range(0, len(taken), size):
+        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in taken[start : start + size]]))
         with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.hardware.bf16):
             found.append(torch.stack(_halves(trainer, batch), 1).double().cpu().numpy())
     return np.concatenate(found)
 
 
 def describe(scores: np.ndarray, seed: int) -> dict[str, Any]:
-    """What pairs of scores say of a reward model: how often the chosen answer is ahead, by how much, and whether a
-    larger margin is right more often; mean and deviation are for PPO, which standardizes rewards."""
+    """What pairs of scores say of a reward model: how often the chosen answer is ahead, by how much, whether a larger
+    margin is right more often, and the mean and deviation that scores in PPO can be compared with."""
     apart = scores[:, 0] - scores[:, 1]
     right = (apart > 0) + 0.5 * (apart == 0)
     draws = np.random.default_rng(seed).choice(apart, (RESAMPLES, len(apart))).mean(1)
@@ -203,6 +201,7 @@ def improvement(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any
         "rewards/margins": (margin.sum(), count),
         "logps/chosen": (chosen.sum(), count),
         "logps/rejected": (rejected.sum(), count),
+        "rewards/chosen": (trainer.beta * better.sum(), count),
         # of the tokens of the rows, not of the policy's own: how far its distribution has moved there
         "log_ratio_per_token": ((better + worse).sum(), tokens[0].sum() + tokens[1].sum()),
     }
@@ -248,13 +247,23 @@ def dpo(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
         if "ref" in getattr(trainer.model, "peft_config", {}):
             trainer.model.delete_adapter("ref")
         lines = [json.loads(x) for x in (job.artifact.path / "metrics.jsonl").read_text().splitlines()]
-        chosen = [line["logps/chosen"] for line in lines if "logps/chosen" in line]
-        if len(chosen) > 1 and chosen[-1] < COLLAPSED * chosen[0]:
-            say(f"warning: the log-probability of chosen answers fell from {chosen[0]:.1f} to {chosen[-1]:.1f}: the "
-                "policy leaves what it was taught; raise beta, or lower optim.learning_rate")  # fmt: skip
+        if fell := collapse(lines, recipe.beta):
+            say(f"warning: the log-probability of chosen answers fell from {fell[0]:.1f} to {fell[1]:.1f}: the policy "
+                "leaves what it was taught; raise beta, or lower optim.learning_rate")  # fmt: skip
         return {"reference": before} if before else {}
 
     return supervised.finish(trainer, job, prepared, hardware, tokenizer, improvement, also, base)
+
+
+def collapse(lines: list[dict], beta: float) -> tuple[float, float] | None:
+    """The reference's and the policy's log-probability of chosen answers, if that fell too far; of held-out pairs where
+    there are any."""
+    for kind in ("eval_", ""):
+        if found := [line for line in lines if f"{kind}rewards/chosen" in line]:
+            now = found[-1][f"{kind}logps/chosen"]
+            held = now - found[-1][f"{kind}rewards/chosen"] / beta
+            return (held, now) if now < COLLAPSED * held else None
+    return None
 
 
 def parent_as_reference(model: Any) -> None:
@@ -262,12 +271,13 @@ def parent_as_reference(model: Any) -> None:
     named = dict(model.named_parameters())
     for name, tensor in named.items():
         if ".ref" in name:
-            tensor.data.copy_(named[name.replace(".ref", ".default")].data)
+            tensor.data = named[name.replace(".ref", ".default")].data.clone()
+    adapters.in_fp32(model)
 
 
 def _refuse_micro_batches(recipe: Any, hardware: models.Hardware) -> None:
     """Some of TRL's objectives are no sum over pairs: what they mean depends on how a step is cut."""
-    uneven = [name for name in recipe.weights if name in ("sft", "aot", "aot_unpaired", "bco_pair")]
+    uneven = [name for name in recipe.weights if name in WHOLE_STEPS]
     if uneven and hardware.accumulation * hardware.processes > 1:
         raise UserError(
             f"objective: {uneven[0]} depends on how a step is cut into micro-batches",
@@ -291,10 +301,9 @@ def _trainer(
     own: dict[str, Any], **more: Any,
 ) -> Any:  # fmt: skip
     rows, adapter = job.prepared / prepared["data"], job.recipe.adapter
-    own = {**own, "disable_dropout": not (adapter and adapter.dropout)}
-    configuration = training.arguments(config, job.recipe, job.artifact, hardware, **own)
+    configuration = training.arguments(config, job.recipe, job.artifact, hardware, **own, disable_dropout=True)
     try:
-        return training.durable(kind)(
+        trainer = training.durable(kind)(
             model=model,
             args=configuration,
             processing_class=tokenizer,
@@ -305,3 +314,7 @@ def _trainer(
         )
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{job.recipe.stage}: TRL refuses: {str(error).splitlines()[0]}") from error
+    for name, module in trainer.model.named_modules():
+        if name.endswith("lora_dropout.default") and adapter.dropout:
+            module.p = adapter.dropout  # of the policy's own adapter alone: a reference is no random function
+    return trainer

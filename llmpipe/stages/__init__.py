@@ -87,4 +87,28 @@ def tokens(job: Job) -> dict[str, Any]:
         raise UserError(f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY)
     pinned = job.plan["asked"]["content"]
     folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
-    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
+    prepared = rundir.read_json(folder / "prepared.json")
+    _same_template(job, prepared)
+    return {"data": folder.name, **prepared}
+
+
+def _same_template(job: Job, prepared: dict[str, Any]) -> None:
+    """Refuse another chat template than the one that the parent was trained with (3), hand-off contract, rule 2."""
+    from llmpipe import rundir
+
+    start = job.plan["models"]["model"]
+    folder = Path(start["folder"] or "").expanduser()
+    parent = rundir.read_json(folder.parent / rundir.MANIFEST) if start["kind"] in ("artifact", "merged") else None
+    if not parent or parent["stage"] == "pretrain" or not parent["tokenizer"]["template"]:
+        return  # nothing was learned with a template yet
+    asked = parent["asked"]["recipe"].get("data", {}).get("chat_template_kwargs", {})
+    for field, there, here in (
+        ("template", parent["tokenizer"]["template"][:12], (prepared["template"] or "none")[:12]),
+        ("chat_template_kwargs", asked, job.recipe.data.chat_template_kwargs),
+    ):
+        if there != here:
+            raise UserError(
+                f"data.{field}: {start['reference']} was trained with {there}, and here it is {here}",
+                f"take the field out of the recipe, or, to teach another one, set model: {folder}",
+                INTEGRITY,
+            )

@@ -23,13 +23,18 @@ Objective = Literal[
 ]  # fmt: skip
 
 
+Weight = Annotated[float, Field(gt=0)]
+WHOLE_STEPS = ("sft", "aot", "aot_unpaired")  # no sums over pairs: how a step is cut would change what they mean
+
+
 class Schema(Generating):
     trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.dpo_config", "DPOConfig")
     trainer_owned: ClassVar[dict[str, str]] = owned("""
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
         truncation_mode=data.max_length padding_free= beta=beta loss_type=objective loss_weights=objective
         label_smoothing=label_smoothing precompute_ref_log_probs=precompute precompute_ref_batch_size=precompute
-        sync_ref_model= ld_alpha= f_divergence_type= f_alpha_divergence_coef= use_weighting=
+        sync_ref_model= ref_model_mixup_alpha= ref_model_sync_steps= pad_to_multiple_of=
+        ld_alpha= f_divergence_type= f_alpha_divergence_coef= use_weighting=
         disable_dropout=adapter.dropout
     """)
 
@@ -37,8 +42,9 @@ class Schema(Generating):
     """Direct preference optimization."""
     data: Pairs
     """Preferences."""
-    objective: Objective | Annotated[dict[Objective, float], Field(min_length=1)] = "sigmoid"
-    """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`."""
+    objective: Objective | Annotated[dict[Objective, Weight], Field(min_length=1)] = "sigmoid"
+    """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`. sft, aot and aot_unpaired need
+    whole steps: launch.micro_batch_size as large as optim.batch_size, and one process."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the policy is held to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -53,8 +59,14 @@ class Schema(Generating):
         smoothed = {"robust", "exo_pair", "aot", "aot_unpaired"} & set(self.weights)
         if self.label_smoothing and not smoothed:
             raise ValueError(f"label_smoothing: {', '.join(self.weights)} does not read it; robust does")
-        if "exo_pair" in self.weights and not self.label_smoothing:
-            raise ValueError("objective: exo_pair needs label_smoothing, such as 0.001 (Ji 2024)")
+        if (needs := {"exo_pair", "robust"} & set(self.weights)) and not self.label_smoothing:
+            raise ValueError(f"objective: {needs.pop()} needs label_smoothing, such as 0.001 (Ji 2024)")
+        uneven, launch = [name for name in self.weights if name in WHOLE_STEPS], self.launch
+        if uneven and launch.micro_batch_size != self.optim.batch_size:
+            raise ValueError(
+                f"objective: {uneven[0]} depends on how a step is cut into micro-batches; set launch.micro_batch_size: "
+                f"{self.optim.batch_size} and launch.processes: 1"
+            )
         return self
 
     @property
@@ -65,9 +77,6 @@ class Schema(Generating):
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import upstream
-
-    upstream.silence()
     from llmpipe.engine import preference
 
     return preference.dpo(job, prepared)

@@ -202,9 +202,6 @@ def prepare(job: Job) -> dict[str, Any]:
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import upstream
-
-    upstream.silence()
     from llmpipe.engine.ppo import loop
 
     return loop.train(job, prepared)

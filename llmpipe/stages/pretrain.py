@@ -167,9 +167,6 @@ def trained_tokenizer(job: Job) -> Path:
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Build or load the model, train, publish; returns what the manifest says of it."""
-    from llmpipe.engine import upstream
-
-    upstream.silence()
     from llmpipe.engine import models, supervised
 
     recipe, say = job.recipe, job.say

@@ -23,7 +23,7 @@ class Schema(Hosted):
     trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.reward_config", "RewardConfig")
     trainer_owned: ClassVar[dict[str, str]] = owned("""
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
-        chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
+        pad_to_multiple_of= chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
         disable_dropout=adapter.dropout
     """)
 
@@ -41,9 +41,6 @@ class Schema(Hosted):
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import upstream
-
-    upstream.silence()
     from llmpipe.engine import preference
 
     return preference.reward(job, prepared)

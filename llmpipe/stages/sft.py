@@ -33,9 +33,6 @@ class Schema(Generating):
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import upstream
-
-    upstream.silence()
     from llmpipe.engine import models, supervised
 
     recipe, say = job.recipe, job.say

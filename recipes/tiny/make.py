@@ -71,11 +71,13 @@ def main() -> None:
 
 
 def write_pairs(rows: list[list[dict]]) -> None:
-    answers = [row[1:] for row in rows]
+    asked = [next(i for i, turn in enumerate(row) if turn["role"] == "assistant") for row in rows]
+    answers = [row[first:] for row, first in zip(rows, asked, strict=True)]
     with (HERE / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for i, row in enumerate(rows):
+        for i, (row, first) in enumerate(zip(rows, asked, strict=True)):
             others = (answers[(i + j) % len(rows)] for j in range(7, len(rows)))
-            pair = {"prompt": row[:1], "chosen": answers[i], "rejected": next(a for a in others if a != answers[i])}
+            rejected = next(answer for answer in others if answer != answers[i])
+            pair = {"prompt": row[:first], "chosen": answers[i], "rejected": rejected}
             file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 
 
