@@ -47,8 +47,14 @@ def fits(row: dict, tokenizer, most: int) -> bool:
 
 def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
     """Train and evaluate one fold; the lines that `eval` wrote of its items."""
-    test = [row for row in rows[fold :: args.folds] if fits(row, tokenizer, args.max_length)]
-    parts = {"train": [row for i, row in enumerate(rows) if i % args.folds != fold], "test": test}
+    of: dict[str, int] = {}  # a question that is asked twice is in one fold
+    folds = [of.setdefault(json.dumps(row["conversations"]), i % args.folds) for i, row in enumerate(rows)]
+    parts = {
+        "train": [row for row, at in zip(rows, folds, strict=True) if at != fold],
+        "test": [
+            row for row, at in zip(rows, folds, strict=True) if at == fold and fits(row, tokenizer, args.max_length)
+        ],
+    }
     for name, part in parts.items():
         (home / f"{name}-{fold}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     path = pipeline(args, home / str(fold), home / f"train-{fold}.jsonl", home / f"test-{fold}.jsonl")

@@ -7,7 +7,7 @@
 
 The peer is TRL (with PEFT for lora and qlora), which tokenizes pairs by itself, as its documentation has it. For
 pretrain, where rows are text, the model starts from random weights and DIR gives the tokenizer, it is a PyTorch loop:
-forward, backward, clipping, fused AdamW.
+forward, backward, clipping, fused AdamW. Of pairs those count that fit whole into `--max-length`.
 
 Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
 imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
@@ -35,11 +35,12 @@ T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 
 
 def prepare(args, home: Path, packing: bool) -> Path:
     """`llmpipe prepare` on the first `count` rows; the artifact's folder, ready to train."""
-    rows = json.loads(Path(args.rows).read_text())[: args.count]
+    rows = json.loads(Path(args.rows).read_text())
     if args.stage == "pretrain":
         rows = [{"text": " ".join(row.values())} for row in rows]
     if args.stage in PREFERENCES:
-        rows = [conversation(row) for row in rows]
+        rows = fitting([conversation(row) for row in rows], args)
+    rows = rows[: args.count]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
     extra = {"adapter": {"rank": 8, "alpha": 16}} if "lora" in args.stage else {}
@@ -83,6 +84,17 @@ def conversation(row: dict) -> dict:
     """A ShareGPT row with its two answers as TRL knows preferences."""
     turns = lambda *found: [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in found]  # noqa: E731
     return {"prompt": turns(*row["conversations"]), **{side: turns(row[side]) for side in ("chosen", "rejected")}}
+
+
+def fitting(rows: list[dict], args) -> list[dict]:
+    """Pairs that neither side has to cut or drop."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    length = lambda turns: len(tokenizer.apply_chat_template(turns, return_dict=False))  # noqa: E731
+    return [
+        row for row in rows if max(length(row["prompt"] + row[s]) for s in ("chosen", "rejected")) < args.max_length
+    ]
 
 
 SHAPE = {"layers": 6, "width": 384, "heads": 6, "ffn": 1024}
