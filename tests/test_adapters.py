@@ -211,6 +211,20 @@ def test_fresh_takes_the_merged_model_along(tmp_path):
     assert rundir.Artifact(run / "lora-merged").verify()["merged_from"] == "lora"
 
 
+def publish_wrongly(adapter, hurt):
+    """As if the adapter had been published with a tensor `missing`, or `renamed`."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter.model / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "layers.0" in name)
+    tensor = tensors.pop(name)
+    save_file(tensors | ({name.replace("layers.0", "layers.9"): tensor} if hurt == "renamed" else {}), file)
+    manifest = adapter.manifest()
+    manifest["files"] = rundir.table(adapter.path, rundir.SCRATCH | {"checkpoints"})
+    rundir.write_json(adapter.path / "manifest.json", manifest | {"fingerprint": rundir.fingerprint(manifest)})
+
+
 def other_weights(folder):
     """The same shape and tokenizer, other numbers."""
     import torch
@@ -231,16 +245,7 @@ def test_another_base_is_refused(tmp_path, hurt):
     elif hurt == "tokenizer":
         (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
     else:
-        from safetensors.torch import load_file, save_file
-
-        file = adapter.model / "adapter_model.safetensors"
-        tensors = load_file(file)
-        name = sorted(tensors)[0]
-        tensor = tensors.pop(name)
-        save_file(tensors | ({name.replace("layers.0", "layers.9"): tensor} if hurt == "renamed" else {}), file)
-        manifest = adapter.manifest()  # as if it had been published so
-        manifest["files"] = rundir.table(adapter.path, rundir.SCRATCH | {"checkpoints"})
-        rundir.write_json(adapter.path / "manifest.json", manifest | {"fingerprint": rundir.fingerprint(manifest)})
+        publish_wrongly(adapter, hurt)
     with pytest.raises(UserError) as refused:
         life.command(write(tmp_path / "run", name="next", model="artifact:lora", optim__steps=1, evaluation={}))
     assert refused.value.code == 3, refused.value

@@ -1,10 +1,13 @@
-"""R11: every kind of artifact as input of every stage: it runs, or is refused in one line with code 3."""
+"""What one stage hands to the next. R11: every kind of artifact as input of every stage: it runs, or is refused in one
+line with code 3. R9, R12: artifacts of preferences that are damaged, or whose base is another one, are refused."""
 
 import json
 import pydoc_data.topics
+import shutil
 
 import pytest
 
+from llmpipe import rundir
 from llmpipe.errors import UserError
 from tests import life, test_adapters, test_ppo, test_preference, test_pretrain
 
@@ -103,3 +106,49 @@ def test_it_is_refused(made, stage):
         assert refused.value.code == 3 and "\n" not in refused.value.message
     assert names
     assert not (run / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ["reward", "reward-lora", "dpo"])
+def test_a_damaged_artifact_is_refused(made, tmp_path, name):
+    """R9: every file flipped, cut, removed, and one more: exit 3, the file named."""
+    run, _ = made
+    (tmp_path / "run").mkdir()
+    shutil.copytree(run / name, tmp_path / "run" / name, ignore=shutil.ignore_patterns("checkpoints"))
+    artifact = rundir.Artifact(tmp_path / "run" / name)
+    hurts = {"flipped": lambda data: bytes([data[0] ^ 4]) + data[1:], "cut": lambda data: data[:-1], "removed": None}
+    for at in artifact.verify()["files"]:
+        victim = artifact.path / at
+        whole = victim.read_bytes()
+        for hurt, change in hurts.items():
+            victim.unlink()
+            if change and whole:
+                victim.write_bytes(change(whole))
+            if not whole and change:
+                victim.write_bytes(whole)
+                continue
+            with pytest.raises(UserError) as refused:
+                artifact.verify()
+            assert refused.value.code == 3 and at in str(refused.value), (at, hurt)
+            victim.write_bytes(whole)
+    (artifact.model / "more.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"more\.safetensors") as refused:
+        artifact.verify()
+    assert refused.value.code == 3
+
+
+@pytest.mark.parametrize("hurt", ["base", "missing", "renamed"])
+@pytest.mark.parametrize("name", ["reward-lora", "dpo"])
+def test_an_adapter_on_another_base_is_refused(made, tmp_path, name, hurt):
+    """R12."""
+    run, texts = made
+    shutil.copytree(run, tmp_path / "run")
+    run = tmp_path / "run"
+    if hurt == "base":
+        life.command(recipe("sft", run, texts, str(life.TINY / "model"), seed=9), fresh=True)
+    else:
+        test_adapters.publish_wrongly(rundir.Artifact(run / name), hurt)
+    path = recipe("eval", run, texts, f"artifact:{name}", name="refused")
+    with pytest.raises(UserError) as refused:
+        life.command(path)
+    words = {"base": "not the one it was trained on", "missing": "is missing", "renamed": "layers."}
+    assert refused.value.code == 3 and words[hurt] in str(refused.value)

@@ -137,6 +137,50 @@ def test_pairs_that_teach_nothing_are_named(tmp_path):
     assert len(made[1]["prompt_ids"]) + len(made[1]["chosen_ids"]) == 64
 
 
+GOOD = {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y")}
+BROKEN = {  # a line, and why it is rejected
+    "bad JSON": ('{"prompt": nonsense}', "bad JSON"),
+    "cut line": (json.dumps(GOOD)[:50], "bad JSON"),
+    "latin-1": (json.dumps(GOOD).replace('"x"', '"@"').encode().replace(b"@", b"\xf6"), "not UTF-8"),
+    "NUL": (json.dumps(GOOD | {"chosen": assistant("x\0y")}), "NUL character"),
+    "half a surrogate pair": (json.dumps(GOOD | {"chosen": assistant("\ud83d")}), "broken Unicode"),
+    "a list": ("[1, 2]", "not an object"),
+    "missing key": (json.dumps({"prompt": user("a"), "chosen": assistant("x")}), "missing column"),
+    "null": (json.dumps(GOOD | {"rejected": None}), "null"),
+    "type change": (json.dumps(GOOD | {"rejected": 7}), "wrong type"),
+    "type of a message": (json.dumps(GOOD | {"chosen": ["x"]}), "wrong type"),
+    "no messages": (json.dumps(GOOD | {"chosen": []}), "no messages"),
+    "empty text": (json.dumps(GOOD | {"chosen": assistant("  ")}), "empty message"),
+    "unknown role": (json.dumps(GOOD | {"chosen": [{"role": "narrator", "content": "x"}]}), "unknown role"),
+    "no assistant turn": (json.dumps(GOOD | {"chosen": user("x")}), "no assistant turn"),
+    "a system turn in an answer": (
+        json.dumps(GOOD | {"chosen": [{"role": "system", "content": "s"}, *assistant("x")]}), "system turn not first"
+    ),
+    "a user turn in an answer": (json.dumps(GOOD | {"chosen": user("b") + assistant("x")}), "no common prompt"),
+    "chosen == rejected": (json.dumps(GOOD | {"rejected": assistant("x")}), "chosen equals rejected"),
+    "too long": (json.dumps(GOOD | {"prompt": user("word " * 80)}), "too long"),
+    "bad tools": (json.dumps(GOOD | {"tools": "{"}), "bad tools"),
+    "an image": (
+        json.dumps(GOOD | {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}),
+        "unsupported content",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_pair_is_named(tmp_path, kind):
+    """R7: by file and row, with the reason; reward and dpo read pairs alike."""
+    line, reason = BROKEN[kind]
+    good = [json.dumps(GOOD | {"prompt": user(letter), "tools": None}).encode() for letter in "bcd"]
+    line = line if isinstance(line, bytes) else line.encode()
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join([*good[:2], line, good[2], b""]))
+    changes = {"data": {"train": [{"path": str(path)}], "max_length": 64}, "optim__steps": 1, "evaluation": {}}
+    with pytest.raises(UserError, match=rf"pairs\.jsonl:3: {reason}") as refused:
+        life.command(write(tmp_path / "run", "reward", **changes))
+    assert refused.value.code == 2
+
+
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_other_formats_are_refused(tmp_path, stage):
     with pytest.raises(UserError, match="has no chosen and rejected answers"):
