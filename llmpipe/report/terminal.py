@@ -47,6 +47,10 @@ def describe(artifact: Artifact) -> list[str]:
     share = "prompts, to be answered" if manifest["stage"] == "ppo" else share
     lines.append(f"  tokens     {tokens['train']:,} per epoch, {share}")
     lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
+    if ranking := manifest["final"].get("ranking"):
+        low, high = ranking["accuracy_interval"]
+        pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
+        lines.append(f"  ranking    {ranking['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {pairs} right")
     return lines + losses(artifact)
 
 
