@@ -152,3 +152,14 @@ def test_an_adapter_on_another_base_is_refused(made, tmp_path, name, hurt):
         life.command(path)
     words = {"base": "not the one it was trained on", "missing": "is missing", "renamed": "layers."}
     assert refused.value.code == 3 and words[hurt] in str(refused.value)
+
+
+def test_a_model_of_the_hub_has_no_parents_template():
+    """Whose record names no folder."""
+    from types import SimpleNamespace
+
+    from llmpipe import stages
+    from llmpipe.plan import Model
+
+    record = Model("hub", "some/model", {"hub": "some/model", "revision": "0" * 40}, None).record()
+    stages._same_template(SimpleNamespace(plan={"models": {"model": record}}), {"template": "f" * 64})

@@ -222,7 +222,11 @@ def parents(tmp_path_factory):
     life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
     pairs = {"model": "artifact:sft", "optim__steps": 4, "evaluation": {}}
     life.command(test_preference.write(run, "reward", **pairs))
-    life.command(test_preference.write(run, "reward", name="reward-lora", adapter={"rank": 4, "alpha": 8}, **pairs))
+    life.command(
+        test_preference.write(
+            run, "reward", name="reward-lora", adapter={"rank": 4, "alpha": 8, "dropout": 0.3}, **pairs
+        )
+    )
     return run
 
 
@@ -263,7 +267,8 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
     )
 
 
-def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch):
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
+def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch, pad):
     """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
     import torch
 
@@ -281,8 +286,17 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch):
     built, begun = [], loop.build
     monkeypatch.setattr(loop, "build", lambda *a: built.append(begun(*a)) or built[-1])
     monkeypatch.setattr(loop.Rewards, "__call__", spied)
+    loaded = models.load_tokenizer
+
+    def padding(folder):
+        tokenizer = loaded(folder)
+        tokenizer.pad_token = pad if "reward" in str(folder) else tokenizer.pad_token
+        return tokenizer
+
+    monkeypatch.setattr(models, "load_tokenizer", padding)
     how = {"reward": [{"model": "artifact:reward-lora"}], "optim__learning_rate": 2e-2, "optim__steps": 4}
-    made = life.command(write(parents, name="shared", model="artifact:sft", **HOW["lora"], **how))
+    name = f"shared-{pad.strip('<|>')}"
+    made = life.command(write(parents, name=name, model="artifact:sft", **HOW["lora"], **how))
     folder, base = parents / "reward-lora" / "model", parents / "sft" / "model"
     tokenizer = models.load_tokenizer(folder)
     alone = models.load_any(folder, base, tokenizer, bf16=False)

@@ -41,6 +41,7 @@ SYNONYMS = (
     {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"instruction": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    {"instruction": "prompt", "input": "prompt_input", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "choices": "choices", "answer": "answer"},
     {"question": "prompt", "choices": "choices", "answerKey": "answer"},
     {"question": "instruction", "answer": "output"},  # asked and answered: turns of a chat, not text to go on with
@@ -227,6 +228,8 @@ def _preference(values: dict) -> dict:
     if values["chosen"] == values["rejected"]:
         raise Rejected("chosen equals rejected")
     names = ("prompt", "chosen", "rejected")
+    if more := _optional(values, "prompt_input"):
+        values = {**values, "prompt": f"{text_of(values['prompt'], 'prompt')}\n\n{more}"}
     margin = {} if values.get("margin") is None else {"margin": _number(values["margin"], "margin")}
     if all(isinstance(values.get(name), str) for name in names) and not {"system", "tools"} & set(values):
         return {name: text_of(values[name], name) for name in names} | margin
@@ -309,7 +312,7 @@ def taught_bytes(example: dict[str, Any]) -> int:
 # format -> columns it needs, columns it also reads, what converts a row. The first whose needs are met is the format.
 # Of the synonyms that fit, the one that uses most columns counts.
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict], dict]]] = {
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools", "margin"), _preference),
+    "preference": (("chosen", "rejected"), ("prompt", "prompt_input", "system", "tools", "margin"), _preference),
     "choice": (("prompt", "choices", "answer"), ("system",), _choice),
     "sharegpt": (("conversations",), ("system", "tools"), lambda values: _chat(values, "conversations")),
     "messages": (("messages",), ("tools",), lambda values: _chat(values, "messages")),

@@ -44,7 +44,7 @@ from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
 from llmpipe.recipe import Data, science
 from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
 
-VERSION = 6
+VERSION = 7
 COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
@@ -241,6 +241,7 @@ def _open(origin: sources.Origin, kind: str, say: Say, has_template: bool) -> di
         problem = f"{shown}: format {format} has no chosen and rejected answers"
         raise UserError(problem, "map yours with columns, such as {better: chosen, worse: rejected}")
     turns = any(isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns)
+    turns = turns or bool({"system", "tools"} & set(origin.columns.values()))  # then every row is a conversation
     text = kind == "pairs" or (kind == "prompts" and format in ("prompt", "prompt-completion", "preference"))
     if text and has_template and not turns:
         say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")

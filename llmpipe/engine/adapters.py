@@ -150,7 +150,7 @@ def same_shape(model: Any, wanted: Adapter) -> None:
     has = model.peft_config["default"]
     there = {"rank": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "rslora": has.use_rslora}
     there["dora"] = has.use_dora
-    there |= {"init": "default", "embeddings": "all" if has.modules_to_save else wanted.embeddings}
+    there["embeddings"] = "all" if has.modules_to_save else wanted.embeddings
     other = {name: value for name, value in there.items() if getattr(wanted, name) != value}
     if (targets := _targets(model)) and wanted.targets != "all-linear":
         named = lambda name: any(name == end or name.endswith(f".{end}") for end in wanted.targets)  # noqa: E731
@@ -168,12 +168,14 @@ def same_shape(model: Any, wanted: Adapter) -> None:
 
 def _targets(model: Any) -> dict[str, bool]:
     """Linear layers of the model under an adapter, the head apart, and whether they are adapted."""
+    from transformers.pytorch_utils import Conv1D
+
     inside = ("lora_", "base_layer", "modules_to_save", "original_module")
     head = model.get_output_embeddings()
     return {
         name: hasattr(module, "lora_A")
         for name, module in model.get_base_model().named_modules()
-        if (isinstance(module, torch.nn.Linear) or hasattr(module, "lora_A")) and module is not head
+        if (isinstance(module, torch.nn.Linear | Conv1D) or hasattr(module, "lora_A")) and module is not head
         and not any(part in name for part in inside)
     }  # fmt: skip
 

@@ -343,14 +343,7 @@ def _choice(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> l
 
 def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> list[Line]:
     owners = [item for item in batch for _ in range(2)]
-    if model.ranks or model.tokenizer.chat_template:
-        try:  # up to the end of the last turn, as in training
-            pairs = [{**item, "prompt": item["ask"].get("text") or item["ask"]["messages"]} for item in batch]
-            ids = [encoder_of(model).answered({"tools": None, **pair}, side) for pair in pairs for side in SIDES]
-        except Rejected as error:
-            raise UserError(f"{batch[0]['at']}: {model.label}: {error.reason}: {error.detail}") from None
-    else:
-        ids = [model.ids(model.whole(item, item[side]), item) for item in batch for side in SIDES]
+    ids = [_paired(model, item, side) for item in batch for side in SIDES]
     lines = []
     if model.ranks:
         values = iter(batched(model.rewards, ids, model.batch_size))
@@ -370,6 +363,17 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
         shown = {"prompt": model.prompt(item), **{side: _answer_text(item[side]) for side in ("chosen", "rejected")}}
         lines.append({**shown, "values": both, "scores": ranked})
     return lines
+
+
+def _paired(model: Candidate, item: Line, side: str) -> list[int]:
+    """Tokens of a question with one of its answers, up to the end of the last turn, as in training."""
+    if not (model.ranks or "text" in item["ask"] or model.tokenizer.chat_template):
+        return model.ids(model.whole(item, item[side]), item)
+    pair = {"tools": None, **item, "prompt": item["ask"].get("text") or item["ask"]["messages"]}
+    try:
+        return encoder_of(model).answered(pair, side)
+    except Rejected as error:
+        raise UserError(f"{item['at']}: {model.label}: {error.reason}: {error.detail}") from None
 
 
 def _answer_text(answer: str | list[dict]) -> str:

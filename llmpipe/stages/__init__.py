@@ -97,10 +97,15 @@ def _same_template(job: Job, prepared: dict[str, Any]) -> None:
     from llmpipe import rundir
 
     start = job.plan["models"]["model"]
-    folder = Path(start["folder"] or "").expanduser()
-    parent = rundir.read_json(folder.parent / rundir.MANIFEST) if start["kind"] in ("artifact", "merged") else None
+    if start["kind"] not in ("artifact", "merged"):
+        return
+    folder = Path(start["folder"]).expanduser()
+    home = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    parent = rundir.read_json(home / rundir.MANIFEST)
     if not parent or parent["stage"] == "pretrain" or not parent["tokenizer"]["template"]:
         return  # nothing was learned with a template yet
+    named = f"{'' if folder.is_absolute() else './'}{folder}"
+    on_purpose = "merge it (adapter.merge: true), and name the folder of that" if "base" in start else f"model: {named}"
     asked = parent["asked"]["recipe"].get("data", {}).get("chat_template_kwargs", {})
     for field, there, here in (
         ("template", parent["tokenizer"]["template"][:12], (prepared["template"] or "none")[:12]),
@@ -109,6 +114,6 @@ def _same_template(job: Job, prepared: dict[str, Any]) -> None:
         if there != here:
             raise UserError(
                 f"data.{field}: {start['reference']} was trained with {there}, and here it is {here}",
-                f"take the field out of the recipe, or, to teach another one, set model: {folder}",
+                f"set it as there, or, to teach another on purpose, {on_purpose}",
                 INTEGRITY,
             )

@@ -62,7 +62,7 @@ class Schema(Generating):
         if (needs := {"exo_pair", "robust"} & set(self.weights)) and not self.label_smoothing:
             raise ValueError(f"objective: {needs.pop()} needs label_smoothing, such as 0.001 (Ji 2024)")
         uneven, launch = [name for name in self.weights if name in WHOLE_STEPS], self.launch
-        if uneven and launch.micro_batch_size != self.optim.batch_size:
+        if uneven and launch.micro_batch_size not in ("auto", self.optim.batch_size):
             raise ValueError(
                 f"objective: {uneven[0]} depends on how a step is cut into micro-batches; set launch.micro_batch_size: "
                 f"{self.optim.batch_size} and launch.processes: 1"

@@ -161,9 +161,11 @@ class Actors(nn.Module):
         attention = self.causal.config._attn_implementation
         self.recompute(False)
         self.causal.set_attn_implementation("sdpa")
-        yield
-        self.causal.set_attn_implementation(attention)
-        self.recompute(self.recomputes)
+        try:
+            yield
+        finally:
+            self.causal.set_attn_implementation(attention)
+            self.recompute(self.recomputes)
 
     def recompute(self, wanted: bool) -> None:
         """Whether layers recompute their activations in the backward pass; transformers asks their training mode."""
@@ -251,8 +253,8 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
 class Ranker:
     """A reward model that is an adapter on the policy's own base; called as AutoModelForSequenceClassification is."""
 
-    def __init__(self, actors: Actors, name: str, score: Tensor):
-        self.actors, self.name, self.score = actors, name, score
+    def __init__(self, actors: Actors, name: str, score: Tensor, pad: int):
+        self.actors, self.name, self.score, self.pad = actors, name, score, pad
         self.config, self.device = actors.causal.config, score.device
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -261,11 +263,13 @@ class Ranker:
             out = self.actors.causal.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
-        last = out[torch.arange(len(out), device=out.device), attention_mask.sum(1) - 1]
+        place = torch.arange(input_ids.shape[1], device=out.device)
+        last = ((input_ids != self.pad) * place).argmax(1)  # as transformers reads it, where pad ends turns as well
+        last = out[torch.arange(len(out), device=out.device), last]
         return SimpleNamespace(logits=linear(last.to(self.score.dtype), self.score))
 
 
-def ranker(actors: Actors, job: Any, at: str) -> Ranker | None:
+def ranker(actors: Actors, job: Any, at: str, tokenizer: Any) -> Ranker | None:
     """The reward model that the recipe has `at`, on the policy's base; None where it needs a model of its own."""
     from peft import PeftConfig, set_peft_model_state_dict
 
@@ -276,8 +280,10 @@ def ranker(actors: Actors, job: Any, at: str) -> Ranker | None:
     plain = {*config.modules_to_save} <= {"classifier", "score"} and not config.trainable_token_indices
     if base.resolve() != Path(job.bases.get("model") or job.model).resolve() or not plain:
         return None
+    if len(tokenizer) > actors.causal.get_input_embeddings().weight.shape[0]:
+        return None
     name = at.replace(".", "-")
-    config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+    config.modules_to_save, config.task_type, config.lora_dropout = None, "CAUSAL_LM", 0.0
     actors.policy.add_adapter(name, config)
     tensors = load_file(folder / "adapter_model.safetensors")
     score = next(tensors.pop(key) for key in list(tensors) if key.endswith("score.weight"))
@@ -287,7 +293,8 @@ def ranker(actors: Actors, job: Any, at: str) -> Ranker | None:
     for parameter, p in actors.policy.named_parameters():
         if f".{name}." in parameter:
             p.requires_grad = False
-    return Ranker(actors, name, score.to(actors.value.weight.device))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Ranker(actors, name, score.to(actors.value.weight.device), pad)
 
 
 @torch.no_grad()

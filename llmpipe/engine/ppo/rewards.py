@@ -39,7 +39,8 @@ class Rewards:
             if wanted.model:
                 at = f"reward.{i}.model"
                 folder = job.models[at]
-                tokenizer, shared = models.load_tokenizer(folder), ranker(actors, job, at)
+                tokenizer = models.load_tokenizer(folder)
+                shared = ranker(actors, job, at, tokenizer)
                 model = shared or models.load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
                 if shared:
                     job.say(f"reward: {name} is one more adapter on the policy's base")
