@@ -296,7 +296,8 @@ def test_objectives_by_name(tmp_path, objective):
     changes |= {"label_smoothing": 0.1} if objective in ("robust", "exo_pair") else {}
     made = life.command(write(tmp_path / "run", "dpo", objective=objective, **changes))
     lines = [line for line in metrics(made) if "loss" in line]
-    assert lines[-1]["rewards/margins"] > 0 and lines[-1]["loss"] < lines[0]["loss"]
+    assert sum(line["rewards/margins"] for line in lines[-5:]) > 0
+    assert sum(line["loss"] for line in lines[-5:]) / 5 < lines[0]["loss"]
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 

@@ -21,7 +21,6 @@ from llmpipe.engine import adapters, models, supervised, training, upstream
 from llmpipe.engine.metrics import RESAMPLES, interval, wilson
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.rundir import digest
-from llmpipe.stages.dpo import WHOLE_STEPS
 
 BUCKETS = 4  # of calibration
 COLLAPSED = 1.5  # times the reference's log-probability of chosen answers: below that something is wrong
@@ -277,7 +276,7 @@ def parent_as_reference(model: Any) -> None:
 
 def _refuse_micro_batches(recipe: Any, hardware: models.Hardware) -> None:
     """Some of TRL's objectives are no sum over pairs: what they mean depends on how a step is cut."""
-    uneven = [name for name in recipe.weights if name in WHOLE_STEPS]
+    uneven = recipe.whole_steps
     if uneven and hardware.accumulation * hardware.processes > 1:
         raise UserError(
             f"objective: {uneven[0]} depends on how a step is cut into micro-batches",

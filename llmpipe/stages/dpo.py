@@ -24,7 +24,6 @@ Objective = Literal[
 
 
 Weight = Annotated[float, Field(gt=0)]
-WHOLE_STEPS = ("sft", "aot", "aot_unpaired")  # no sums over pairs: how a step is cut would change what they mean
 
 
 class Schema(Generating):
@@ -61,13 +60,18 @@ class Schema(Generating):
             raise ValueError(f"label_smoothing: {', '.join(self.weights)} does not read it; robust does")
         if (needs := {"exo_pair", "robust"} & set(self.weights)) and not self.label_smoothing:
             raise ValueError(f"objective: {needs.pop()} needs label_smoothing, such as 0.001 (Ji 2024)")
-        uneven, launch = [name for name in self.weights if name in WHOLE_STEPS], self.launch
+        uneven, launch = self.whole_steps, self.launch
         if uneven and launch.micro_batch_size not in ("auto", self.optim.batch_size):
             raise ValueError(
                 f"objective: {uneven[0]} depends on how a step is cut into micro-batches; set launch.micro_batch_size: "
                 f"{self.optim.batch_size} and launch.processes: 1"
             )
         return self
+
+    @property
+    def whole_steps(self) -> list[str]:
+        """Objectives that are no sums over pairs: how a step is cut would change what they mean."""
+        return [name for name in self.weights if name in ("sft", "aot", "aot_unpaired")]
 
     @property
     def weights(self) -> dict[str, float]:
