@@ -21,8 +21,6 @@ Objective = Literal[
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
     "sigmoid_norm", "sft", "aot", "aot_unpaired", "bco_pair",
 ]  # fmt: skip
-
-
 Weight = Annotated[float, Field(gt=0)]
 
 
