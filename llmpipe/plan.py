@@ -123,7 +123,7 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
             raise UserError(
                 f"{at}: {reference} is a checkpoint of an adapter", f"take artifact:{parent.name}", INTEGRITY
             )
-        if (kind := "reward-model" if _ranks(checkpoint) else "model") not in accepts:
+        if (kind := "reward-model" if rundir.ranks(checkpoint) else "model") not in accepts:
             raise _other_kind(at, reference, kind, accepts)
         identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": digest(sums["files"])}
         parents = [{"name": f"{parent.name}@{step}", "fingerprint": identity["fingerprint"]}]
@@ -142,12 +142,6 @@ def _from_artifact(parent: Artifact, step: str, accepts: Kinds, reference: str, 
     if keep:
         return Model("artifact", reference, identity, parent.model, parents, base)
     return Model("merged", reference, {**identity, "merged": True}, parent.model, parents, base)
-
-
-def _ranks(folder: Path) -> bool:
-    """Whether it is a reward model, as `models.ranks` has it."""
-    names = (rundir.read_json(folder / "config.json") or {}).get("architectures") or []
-    return any("ForSequenceClassification" in name for name in names)
 
 
 def _other_kind(at: str, reference: str, kind: str, accepts: Kinds) -> UserError:

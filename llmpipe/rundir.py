@@ -269,6 +269,18 @@ def template_kwargs(model: Path) -> dict[str, Any]:
     return manifest.get("asked", {}).get("recipe", {}).get("data", {}).get("chat_template_kwargs", {})
 
 
+def ranks(folder: Path) -> bool:
+    """Whether a folder holds a reward model, or an adapter that makes one. Raises UserError (3) for a classifier."""
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter:
+        return adapter.get("task_type") == "SEQ_CLS"
+    config = read_json(folder / "config.json") or {}
+    classifies = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    if classifies and len(config.get("id2label", {0: ""})) != 1:
+        raise UserError(f"{folder}: a classifier of several labels, not a reward model", code=INTEGRITY)
+    return classifies
+
+
 def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "recipe.yaml").is_file()
 

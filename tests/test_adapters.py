@@ -182,13 +182,25 @@ def test_adapters_on_adapters(tmp_path):
     assert cells["three"]["value"] != pytest.approx(cells["two"]["value"], abs=1e-3)
 
 
-def test_another_shape_than_the_adapters_own_is_refused(tmp_path):
-    run = tmp_path / "run"
-    life.command(write(run, optim__steps=1, evaluation={}))
-    with pytest.raises(UserError, match="rank 4 there, 8 in the recipe") as refused:
-        life.command(
-            write(run, name="b", model="artifact:lora", adapter={"rank": 8, "alpha": 8}, optim__steps=1, evaluation={})
-        )
+@pytest.mark.parametrize(
+    ("begun", "wanted", "words"),
+    [
+        ({}, {"rank": 8}, "rank 4 there, 8 in the recipe"),
+        ({}, {"targets": ["q_proj"]}, r"targets \['down_proj', .*\] there, \['q_proj'\] in the recipe"),
+        ({"targets": ["q_proj"]}, {}, r"targets \['q_proj'\] there, all-linear in the recipe"),
+        ({}, {"embeddings": "all"}, "embeddings new there, all in the recipe"),
+        ({"targets": ["q_proj"]}, {"targets": ["q_proj"]}, ""),
+    ],
+)
+def test_another_shape_than_the_adapters_own_is_refused(tmp_path, begun, wanted, words):
+    run, same = tmp_path / "run", {"rank": 4, "alpha": 8}
+    life.command(write(run, adapter=same | begun, optim__steps=1, evaluation={}))
+    path = write(run, name="b", model="artifact:lora", adapter=same | wanted, optim__steps=1, evaluation={})
+    if words == "":
+        assert life.command(path).finished
+        return
+    with pytest.raises(UserError, match=words) as refused:
+        life.command(path)
     assert refused.value.code == 3
 
 

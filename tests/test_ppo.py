@@ -267,25 +267,43 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
     )
 
 
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
-def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch, pad):
-    """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
-    import torch
-
-    from llmpipe.engine import models
+@pytest.fixture
+def scored(monkeypatch):
+    """(rows, answers, scores) of every call of the rewards."""
     from llmpipe.engine.ppo import loop
 
-    seen, scored = [], loop.Rewards.__call__
+    seen, call = [], loop.Rewards.__call__
 
     def spied(self, rows, answers):
-        out = scored(self, rows, answers)
-        assert all(not p.requires_grad for name, p in built[-1].policy.named_parameters() if "reward-0" in name)
+        out = call(self, rows, answers)
         seen.append((rows, answers, out[0]))
         return out
 
-    built, begun = [], loop.build
-    monkeypatch.setattr(loop, "build", lambda *a: built.append(begun(*a)) or built[-1])
     monkeypatch.setattr(loop.Rewards, "__call__", spied)
+    return seen
+
+
+def as_by(model, tokenizer, scored):
+    """What was scored is what a reward model gives the plain text, up to the end of the turn."""
+    import torch
+
+    for rows, answers, scores in scored:
+        for row, answer, score in zip(rows, answers, scores, strict=True):
+            turns = row["prompt"] + [{"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=False)
+            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+            with torch.no_grad():
+                assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
+    assert len({score for *_, scores in scored for score in scores}) > 8
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
+def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkeypatch, pad):
+    """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
+    from safetensors.torch import load_file
+
+    from llmpipe.engine import models
+
     loaded = models.load_tokenizer
 
     def padding(folder):
@@ -299,26 +317,17 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, monkeypatch, p
     made = life.command(write(parents, name=name, model="artifact:sft", **HOW["lora"], **how))
     folder, base = parents / "reward-lora" / "model", parents / "sft" / "model"
     tokenizer = models.load_tokenizer(folder)
-    alone = models.load_any(folder, base, tokenizer, bf16=False)
-    for rows, answers, scores in seen:
-        for row, answer, score in zip(rows, answers, scores, strict=True):
-            turns = row["prompt"] + [{"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(turns, return_dict=False)
-            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
-            with torch.no_grad():
-                assert float(alone(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
-    assert len({score for *_, scores in seen for score in scores}) > 8
+    as_by(models.load_any(folder, base, tokenizer, bf16=False), tokenizer, scored)
     assert json.loads((made.model / "adapter_config.json").read_text())["r"] == 4
-    assert not any("reward" in path.name for path in made.model.iterdir())
+    learned = load_file(made.checkpoints / "step-4" / "learned.safetensors")
+    assert learned and not any("reward" in name for name in learned), "it is frozen"
 
 
-def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
+def test_scores_are_those_of_the_plain_text(parents, scored, tmp_path):
     """A reward model with another tokenizer and template than the policy's reads what a person would."""
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from llmpipe.engine.ppo import loop
-    from tests import test_pretrain
+    from tests import test_preference, test_pretrain
 
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -326,31 +335,13 @@ def test_scores_are_those_of_the_plain_text(parents, tmp_path, monkeypatch):
         (texts / f"{i}.txt").write_text(f"Question {i}: what is {i} plus one? It is {i + 1}. " * 20)
     run = tmp_path / "run"
     life.command(test_pretrain.write(run, texts, data__max_length=256, optim__batch_tokens=2048))
-    from tests import test_preference
-
     more = {"data__max_length": 256, "data__max_rejected": 1.0, "optim__steps": 4, "evaluation": {}}
     ranker = life.command(test_preference.write(run, "reward", model="artifact:pretrain", **more))
-    seen, scored = [], loop.Rewards.__call__
-
-    def spied(self, rows, answers):
-        out = scored(self, rows, answers)
-        seen.append((rows, answers, out[0]))
-        return out
-
-    monkeypatch.setattr(loop.Rewards, "__call__", spied)
     life.command(write(run, reward=[{"model": "artifact:reward"}], optim__steps=2))
     tokenizer = AutoTokenizer.from_pretrained(ranker.model)
-    assert len(tokenizer("What is 2 + 2?")["input_ids"]) != len(
-        AutoTokenizer.from_pretrained(life.TINY / "model")("What is 2 + 2?")["input_ids"]
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(ranker.model).eval()
-    for rows, answers, scores in seen:
-        for row, answer, score in zip(rows, answers, scores, strict=True):
-            turns = row["prompt"] + [{"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(turns, return_dict=False)
-            ids = ids[: len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
-            with torch.no_grad():
-                assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(score, abs=1e-5)
+    own = AutoTokenizer.from_pretrained(life.TINY / "model")
+    assert len(tokenizer("What is 2 + 2?")["input_ids"]) != len(own("What is 2 + 2?")["input_ids"])
+    as_by(AutoModelForSequenceClassification.from_pretrained(ranker.model).eval(), tokenizer, scored)
 
 
 # --- durable ---------------------------------------------------------------------------------------------------------

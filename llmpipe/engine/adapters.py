@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
 from llmpipe.engine import upstream, verify
-from llmpipe.engine.models import fit, load_model, load_tokenizer, ranks, release_memory
+from llmpipe.engine.models import fit, load_model, load_tokenizer, release_memory
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe import Adapter, Quantization
 
@@ -102,11 +102,11 @@ def in_fp32(model: Any) -> bool:
                 found = True
         for layer in whole.values() if isinstance(whole, torch.nn.ModuleDict) else ():
             outside = module.original_module.weight.dtype
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                continue  # was here before
             if isinstance(layer, torch.nn.Embedding):
-                layer._forward_hooks.clear()
                 layer.register_forward_hook(lambda layer, args, out, outside=outside: out.to(outside))
             else:
-                layer._forward_pre_hooks.clear()
                 layer.register_forward_pre_hook(lambda layer, args: (args[0].to(layer.weight.dtype), *args[1:]))
     return found
 
@@ -150,13 +150,12 @@ def same_shape(model: Any, wanted: Adapter) -> None:
     has = model.peft_config["default"]
     there = {"rank": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "rslora": has.use_rslora}
     there["dora"] = has.use_dora
-    there["embeddings"] = "all" if has.modules_to_save else wanted.embeddings
+    if "all" in (learned := "all" if has.modules_to_save else "new", wanted.embeddings):
+        there["embeddings"] = learned
     other = {name: value for name, value in there.items() if getattr(wanted, name) != value}
-    if (targets := _targets(model)) and wanted.targets != "all-linear":
-        named = lambda name: any(name == end or name.endswith(f".{end}") for end in wanted.targets)  # noqa: E731
-        if any(named(name) != adapted for name, adapted in targets.items()):
-            other["targets"] = sorted({name.rpartition(".")[2] for name, adapted in targets.items() if adapted})
-    elif not all(targets.values()):
+    targets, ends = _targets(model), wanted.targets
+    asked = {name: ends == "all-linear" or any(f".{name}".endswith(f".{end}") for end in ends) for name in targets}
+    if asked != targets:
         other["targets"] = sorted({name.rpartition(".")[2] for name, adapted in targets.items() if adapted})
     if other:
         words = ", ".join(
@@ -207,7 +206,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
 def merge(base: Path, folder: Path, target: Path) -> None:
     """Write the base with the adapter's update added to its weights, fp32, as a folder like any other."""
     tokenizer = load_tokenizer(folder)
-    model = load_model(base, scores=ranks(folder))
+    model = load_model(base, scores=rundir.ranks(folder))
     fit(model, tokenizer, generation=folder)
     model = put_on(model, folder).merge_and_unload(safe_merge=True).eval()
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -252,7 +251,7 @@ def compare(
     """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
     verify.same_tokenizer(tokenizer, folder)
     tensors = verify.same_tensors(plain(model)[0], folder)
-    again = frozen(base, bits, dtype, scores=ranks(folder))
+    again = frozen(base, bits, dtype, scores=rundir.ranks(folder))
     fit(again, tokenizer, generation=folder)
     again = put_on(again if bits else again.to(model.device), folder).eval()
     checked = verify.same_behaviour(model, again, tokenizer, TOLERANCE if hasattr(model, "began_with") else 1e-5)
@@ -261,7 +260,7 @@ def compare(
     else:
         del again
         release_memory()
-        apart = load_model(base, scores=ranks(folder))
+        apart = load_model(base, scores=rundir.ranks(folder))
         fit(apart, tokenizer, generation=folder)
         apart = put_on(apart, folder).eval()
     # merging is compared in fp32, the precision of the published weights

@@ -28,7 +28,7 @@ from llmpipe.data.templates import Choice as Chosen
 from llmpipe.data.templates import shared
 from llmpipe.engine import metrics
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
-from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, ranks, release_memory
+from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.recipe import Recipe, Section, near
@@ -190,7 +190,7 @@ def candidate(label: str, folder: Path, base: Path | None, recipe: Recipe, say: 
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
     kwargs, size = rundir.template_kwargs(folder), recipe.launch.batch_size
-    made = Candidate(label, folder, model, tokenizer, ranks(folder), kwargs, size)
+    made = Candidate(label, folder, model, tokenizer, rundir.ranks(folder), kwargs, size)
     try:
         yield made
     finally:

@@ -112,18 +112,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def ranks(folder: Path) -> bool:
-    """Whether a folder holds a reward model, or an adapter that makes one. Raises UserError (3) for a classifier."""
-    adapter = rundir.read_json(folder / "adapter_config.json")
-    if adapter:
-        return adapter.get("task_type") == "SEQ_CLS"
-    config = rundir.read_json(folder / "config.json") or {}
-    classifies = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
-    if classifies and len(config.get("id2label", {0: ""})) != 1:
-        raise UserError(f"{folder}: a classifier of several labels, not a reward model", code=INTEGRITY)
-    return classifies
-
-
 def load_model(
     folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32, quantization: Any = None,
     scores: bool = False,
@@ -133,7 +121,7 @@ def load_model(
     over."""
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-    ranked = ranks(folder)
+    ranked = rundir.ranks(folder)
     kind = AutoModelForSequenceClassification if ranked or scores else AutoModelForCausalLM
     # the head that is left out and the one that is new are no news; any other difference is refused below
     changed = suppress_seqcls_warning() if scores and not ranked else nullcontext()
@@ -164,7 +152,7 @@ def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: boo
     """A model to look at, alone or as adapter on its `base`, on the GPU where there is one."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
     # not cast later: positions are computed in fp32
-    model = load_model(base or folder, dtype=dtype, scores=bool(base) and ranks(folder))
+    model = load_model(base or folder, dtype=dtype, scores=bool(base) and rundir.ranks(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -203,7 +191,7 @@ def load(
     from llmpipe.engine import adapters
 
     dtype = found.frozen_dtype(recipe.adapter) if recipe.adapter else torch.float32
-    if ranks(base or folder) and not scores:
+    if rundir.ranks(base or folder) and not scores:
         raise UserError(f"model: {recipe.model}: a reward model, which gives no answers", code=INTEGRITY)
     if base and recipe.adapter.rewrites:
         raise UserError(

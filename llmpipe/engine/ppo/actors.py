@@ -198,7 +198,7 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
     """The actors of a recipe, on their device, in evaluation mode: PPO compares probabilities, and dropout is noise."""
     recipe, say, base = job.recipe, job.say, job.bases.get("model")
     for at, folder in job.models.items():
-        if at != "model" and not models.ranks(folder):
+        if at != "model" and not rundir.ranks(folder):
             problem = f"{at}: {recipe.references()[at]} is not a reward model"
             raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
     policy = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
