@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.data.formats import Rejected
 from llmpipe.data.templates import bounded
+from llmpipe.engine import upstream
 from llmpipe.errors import UserError
 
 
@@ -92,13 +93,12 @@ def answer(
         )
     # nothing of the model's own configuration but where it stops: a repetition penalty would be no greedy answer
     config = GenerationConfig(**how, eos_token_id=stop, pad_token_id=pad)
-    was_training, attention = model.training, model.config._attn_implementation
+    was_training = model.training
     model.eval()
-    model.set_attn_implementation("sdpa")  # runs in fp32, with a cache and padding on the left
     try:
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        with upstream.generating(model):
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     finally:
-        model.set_attn_implementation(attention)
         model.train(was_training)
     stop_ids = set(stop if isinstance(stop, list) else [stop])
     answers = []

@@ -305,3 +305,23 @@ def test_a_tied_head_that_learns_tokens_has_a_bias_to_read():
                                                                     trainable_token_indices=[3]))  # fmt: skip
     assert not hasattr(model.get_output_embeddings(), "bias"), "upstream mended it: `with_bias` can go"
     assert upstream.with_bias(model).get_output_embeddings().bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generating_copies_no_head(dtype):
+    """Without it the weight is copied for every row of the batch; when it no longer is, `generating` can do less."""
+
+    def copies(model) -> int:
+        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as seen:
+            out = model(input_ids=torch.arange(3, 15).view(3, 4), logits_to_keep=1)
+        assert out.logits.shape == (3, 1, 101)
+        return sum(
+            event.name == "aten::bmm" and any(101 in shape for shape in event.input_shapes) for event in seen.events()
+        )
+
+    model = tiny().to(dtype).requires_grad_(False)
+    upstream.speed_up(model, device_type="cpu")
+    assert copies(model) == 1
+    with upstream.generating(model):
+        assert copies(model) == 0
+    assert model.config._attn_implementation == upstream.DOCUMENTS and copies(model) == 1

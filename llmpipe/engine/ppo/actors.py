@@ -158,13 +158,11 @@ class Actors(nn.Module):
     @contextmanager
     def padded(self) -> Iterator[None]:
         """Compute padded batches, with a cache or without: answers are drawn so, and shared reward models read so."""
-        attention = self.causal.config._attn_implementation
         self.recompute(False)
-        self.causal.set_attn_implementation("sdpa")
         try:
-            yield
+            with upstream.generating(self.causal):
+                yield
         finally:
-            self.causal.set_attn_implementation(attention)
             self.recompute(self.recomputes)
 
     def recompute(self, wanted: bool) -> None:
