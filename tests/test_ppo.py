@@ -21,10 +21,11 @@ HOW = {
     "lora, trunk": {"adapter": {"rank": 4, "alpha": 8}, "critic": {"start": "trunk"}},
     "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
 }
+MIXTURE = {"train": [{"path": str(ROWS)}], "max_length": 64, "batch_size": 2}
 LONGER = {  # for the faults: checkpoints at 3, 6, 9 and 12, and everything that has a state
     "optim__steps": 12, "checkpoint__every": 3, "data__eval": {"holdout": 0.1}, "evaluation": {"every": 5},
     "algorithm__normalize_scores": True, "reference__target": 1.0, "samples": {"prompts": ["What is 2 + 2?"]},
-    "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}],
+    "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}], "mixture": MIXTURE,
 }  # fmt: skip
 REWARD = """
 def brevity(prompts, completions, **columns):
@@ -33,6 +34,10 @@ def brevity(prompts, completions, **columns):
 
 def letters(prompts, completions, **columns):
     return [text.count("e") / 4 for text in completions]
+
+
+def none(prompts, completions, **columns):
+    return [0.0] * len(completions)
 
 
 def fails(prompts, completions, **columns):
@@ -351,6 +356,7 @@ def test_scores_are_those_of_the_plain_text(parents, scored, tmp_path):
 def test_resume_is_bitwise_the_straight_run(tmp_path, how):
     """R1, R5: killed after a checkpoint, then told to stop in an update and in a save."""
     changes = HOW[how] | {"algorithm__normalize_scores": True, "reference__target": 1.0, "data__eval": {"holdout": 0.1}}
+    changes |= {"mixture": MIXTURE}
     whole = life.command(write(tmp_path / "whole", **changes))
     path = write(tmp_path / "run", **changes)
     for hook, code in (("ppo_kill_after_2", -signal.SIGKILL), ("ppo_term_in_3", 143), ("ppo_term_in_save_4", 143)):
@@ -374,7 +380,7 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path):
     """Micro-batches of 1, 2 and 8, rollouts of 3 at a time, two processes."""
     from tests.test_processes import PYTHON, run
 
-    same = {"data__eval": {"holdout": 0.1}}
+    same = {"data__eval": {"holdout": 0.1}, "mixture": MIXTURE}
     made = [
         life.command(
             write(tmp_path / f"run{micro}", **same, launch__micro_batch_size=micro, launch__rollout_batch_size=size)
@@ -469,7 +475,7 @@ def test_nan_stops_before_the_optimizer(tmp_path, where):
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("fails", 2, "line 11: ValueError: no such thing"),
+        ("fails", 2, "line 15: ValueError: no such thing"),
         ("short", 2, "gave 1 scores for 8 answers"),
         ("nan", 4, "gave nan for"),
         ("words", 2, "gave 'much' for"),
@@ -545,6 +551,44 @@ def test_a_changed_reward_function_is_another_artifact(tmp_path):
     with pytest.raises(UserError, match=r"rewards\.py") as refused:
         life.command(path)
     assert refused.value.code == 3
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_a_mixture_is_learned_beside(tmp_path, how):
+    """PPO-ptx: its first loss is plain transformers' of the same rows, and it falls although no score asks for it."""
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    from llmpipe.engine import training
+
+    same = {**HOW[how], "reward": [{"function": f"{tmp_path}/rewards.py:none"}], "optim__steps": 12}
+    same["data__train"] = [{"path": str(ROWS), "limit": 10}]
+    every = {"train": [{"path": str(ROWS)}], "max_length": 64, "batch_size": 37, "coefficient": 2.0}
+    made = life.command(write(tmp_path / "run", **same, mixture=every, algorithm={"epochs": 1, "minibatches": 1}))
+    first, *_, last = updates(made)
+    assert last["loss/mixture"] < first["loss/mixture"] - 0.2
+    manifest = made.verify()
+    mixed = manifest["data"]["mixture"]
+    assert mixed["rows"]["kept"] == 72 and mixed["sequences"]["train"] == 37, "a step reads every row once"
+    table = training.dataset(made.run / ".prepared" / mixed["data"] / "train.arrow")
+    model = AutoModelForCausalLM.from_pretrained(life.TINY / "model")
+    total = count = 0
+    for row in table:
+        at = 0
+        for length in row["seq_lengths"]:
+            ids, labels = (torch.tensor([row[name][at : at + length]]) for name in ("input_ids", "labels"))
+            with torch.no_grad():
+                learned = int((labels[:, 1:] != -100).sum())
+                total += float(model(ids, labels=labels).loss) * learned
+            count, at = count + learned, at + length
+    assert first["loss/mixture"] == pytest.approx(total / count, abs=1e-5)
+    assert first["loss"] == pytest.approx(
+        first["loss/policy"] + 0.1 * first["loss/value"] + 2 * total / count, abs=1e-4
+    )
+    assert len(load_file(made.path / "seen.safetensors")["asks"]) == 70, (
+        "of the prompts and the mixture, two of which are asked twice"
+    )
 
 
 def test_a_score_that_rises(tmp_path):

@@ -64,6 +64,7 @@ def test_they_are_all_found():
         "qlora.yaml",
         "quickstart.yaml",
         "reward.yaml",
+        "sentiment.yaml",
         "sft.yaml",
         "sums.yaml",
         "tiny/dpo.yaml",
@@ -90,7 +91,7 @@ def test_local_files_exist(path):
     for recipe in recipes_in(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
-            made_by_a_command = name.startswith(("./models/", "./texts/", "./runs/", "./sums/"))
+            made_by_a_command = name.startswith(("./models/", "./texts/", "./runs/", "./sums/", "./sentiment/"))
             if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"
         assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -116,6 +117,9 @@ def conclude(
         about["data"]["tokens"] |= {"train": tokens, "train_supervised": tokens}
         about["data"]["sequences"]["train"] = blocks
     elif trainer.is_world_process_zero():
-        for name in ("rejected.jsonl", "seen.safetensors"):
-            shutil.copyfile(rows / name, artifact.path / name)
+        folders = [rows, *([job.prepared / prepared["mixture"]["data"]] if "mixture" in prepared else [])]
+        lines = b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders)
+        (artifact.path / "rejected.jsonl").write_bytes(lines)
+        asks = [load_file(folder / "seen.safetensors")["asks"] for folder in folders]
+        save_file({"asks": np.unique(np.concatenate(asks))}, artifact.path / "seen.safetensors")
     return about | made

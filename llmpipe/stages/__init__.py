@@ -78,18 +78,25 @@ def schema(name: str) -> type[Recipe]:
 def tokens(job: Job) -> dict[str, Any]:
     """Rows -> tokens, the `prepare` of most stages that train; what the trainer and the manifest need to know."""
     from llmpipe import rundir
-    from llmpipe.data.prepare import prepare as tokenize
 
     recipe = job.recipe
     also = rundir.Artifact(job.artifact.run / f"{job.artifact.name}-merged")
     merges = recipe.adapter is not None and recipe.adapter.merge
     if merges and also.finished and also.manifest()["identity"] != job.plan["identity"]:
         raise UserError(f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY)
-    pinned = job.plan["asked"]["content"]
-    folder = tokenize(recipe.data, job.model, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
-    prepared = rundir.read_json(folder / "prepared.json")
+    prepared = tokenized(job, recipe.data)
     _same_template(job, prepared)
-    return {"data": folder.name, **prepared}
+    return prepared
+
+
+def tokenized(job: Job, data: Any) -> dict[str, Any]:
+    """Prepare one section of rows: its folder's name as `data`, and what is known of them."""
+    from llmpipe import rundir
+    from llmpipe.data.prepare import prepare as tokenize
+
+    pinned = job.plan["asked"]["content"]
+    folder = tokenize(data, job.model, job.prepared, seed=job.recipe.seed, say=job.say, pinned=pinned)
+    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
 
 
 def _same_template(job: Job, prepared: dict[str, Any]) -> None:

@@ -14,8 +14,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.errors import UserError
-from llmpipe.recipe import AdamW, Launch, Positive, Prompts, Reference, Samples, Section, Training
-from llmpipe.stages import CHECKPOINTS, Job, tokens
+from llmpipe.recipe import (
+    AdamW,
+    Data,
+    Launch,
+    Positive,
+    Prompts,
+    Reference,
+    Rows,
+    Samples,
+    Section,
+    Source,
+    Training,
+)
+from llmpipe.stages import CHECKPOINTS, Job, tokenized, tokens
 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -123,6 +135,26 @@ class Algorithm(Section):
     """Keep scores within plus and minus this."""
 
 
+class Mixture(Section):
+    """PPO-ptx (Ouyang 2022, equation 2): what the policy must not forget is learned beside the reward."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Text or conversations, as for `sft`; they are packed, and take the template of `data`."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest sequence in tokens."""
+    batch_size: Positive = 4
+    """Sequences beside each optimizer step, over all processes."""
+    coefficient: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of their loss, nats per token, beside the policy's."""
+
+    def data(self, beside: Prompts) -> Data:
+        """Its rows as `sft` has them, with all else as `beside` has it."""
+        same = {
+            name: getattr(beside, name) for name in ("template", "chat_template_kwargs", "max_rejected", "processes")
+        }
+        return Data(train=self.train, max_length=self.max_length, **same)
+
+
 class Updates(AdamW):
     batch_size: Positive = 64
     """Answers per update, over all processes."""
@@ -156,6 +188,8 @@ class Schema(Training):
     """Sampling, as long as the policy learns."""
     algorithm: Algorithm = Field(default_factory=Algorithm)
     """How an update learns from them."""
+    mixture: Mixture | None = None
+    """Rows whose loss is mixed in."""
     optim: Updates
     """The optimizer and its schedule."""
     launch: RolloutLaunch = Field(default_factory=RolloutLaunch, json_schema_extra={"identity": False})
@@ -184,6 +218,10 @@ class Schema(Training):
             raise ValueError("log.trackers: ppo writes metrics.jsonl only, so far")
         return self
 
+    def rows(self) -> dict[str, Rows]:
+        mixed = self.mixture.train if self.mixture else []
+        return super().rows() | {f"mixture.train.{i}": source for i, source in enumerate(mixed)}
+
     def references(self) -> dict[str, str]:
         named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
         return {"model": self.model} | {at: name for at, name in named.items() if name}
@@ -197,7 +235,13 @@ def prepare(job: Job) -> dict[str, Any]:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
     if any(source.verifier == "math_verify" for source in job.recipe.reward) and not find_spec("math_verify"):
         raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
-    return tokens(job)
+    prepared = tokens(job)
+    if mixture := job.recipe.mixture:
+        from llmpipe.data.prepare import facts
+
+        mixed = tokenized(job, mixture.data(job.recipe.data))
+        prepared["mixture"] = {"data": mixed["data"], **facts(mixed)["data"]}
+    return prepared
 
 
 def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe import rundir
+from llmpipe.data.pack import IGNORED
 from llmpipe.engine import models, upstream
 from llmpipe.engine.ppo.rollout import Episode
 from llmpipe.engine.verify import PROBE
 from llmpipe.errors import INTEGRITY, UserError
 
 TILE = 256  # tokens whose logits exist at once
+COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
 class Packed(NamedTuple):
@@ -59,6 +61,20 @@ def pack(episodes: list[Episode], device: torch.device) -> Packed:
         torch.tensor(at, device=device),
         torch.tensor([token for episode in episodes for token in episode.answer], device=device),
         allowed,
+    )
+
+
+def pack_rows(rows: list[dict], device: torch.device) -> Packed:
+    """Rows of sft data end to end: their documents, whose learned tokens are the targets. None at all: nothing."""
+    ids, labels, lengths = ([value for row in rows for value in row[name]] for name in COLUMNS)
+    positions = [i for length in lengths for i in range(length)]
+    learned = [i for i, label in enumerate(labels) if label != IGNORED and positions[i]]
+    return Packed(
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        torch.tensor(learned, device=device, dtype=torch.long) - 1,
+        torch.tensor([labels[i] for i in learned], device=device, dtype=torch.long),
+        None,
     )
 
 
@@ -146,6 +162,11 @@ class Actors(nn.Module):
         head = self.causal.get_output_embeddings()
         found = log_probs(hidden, head, batch.targets, self.temperature, batch.allowed, self.bonus)
         return *found, self._predicted(hidden) if self.trunk else None
+
+    def recited(self, batch: Packed) -> Tensor:
+        """The policy's log-probabilities of text that it did not draw: temperature 1, and the whole vocabulary."""
+        head = self.causal.get_output_embeddings()
+        return log_probs(self._hidden(self.causal, batch), head, batch.targets, 1.0, None, False)[0]
 
     def valued(self, batch: Packed) -> Tensor:
         """The critic's values V(s_t), float32 [answer tokens]."""

@@ -13,8 +13,8 @@ import torch
 
 from llmpipe.engine import models
 from llmpipe.engine.ppo import algorithm
-from llmpipe.engine.ppo.actors import Actors, pack
-from llmpipe.engine.ppo.rollout import SHUFFLE, Episode, seeded
+from llmpipe.engine.ppo.actors import Actors, pack, pack_rows
+from llmpipe.engine.ppo.rollout import MIXED, SHUFFLE, Episode, Shuffled, seeded
 from llmpipe.engine.ppo.world import World
 from llmpipe.errors import NUMERIC, UserError
 
@@ -41,7 +41,9 @@ def critical(name: str) -> bool:
 class Learner:
     """The weights that learn, and their optimizer."""
 
-    def __init__(self, actors: Actors, recipe: Any, hardware: models.Hardware, world: World):
+    def __init__(self, actors: Actors, recipe: Any, hardware: models.Hardware, world: World, mixture: Any = None):
+        """`mixture`: sft data whose loss is mixed in."""
+        self.mixture = None if mixture is None else Shuffled(mixture, recipe.seed, MIXED)
         self.actors, self.recipe, self.hardware, self.world = actors, recipe, hardware, world
         self.weights = actors.learned()
         self.optimizer = self._optimizer()
@@ -86,7 +88,10 @@ class Learner:
             for chosen in order.chunk(how.minibatches):
                 tokens = float(lengths[chosen].sum())
                 part = [episodes[place[i]] for i in chosen.tolist() if i in place]
-                found = self.world.totals(self._gradients(part, tokens))
+                found = self._gradients(part, tokens)
+                if self.mixture:
+                    found["loss/mixture"] = self._recited(int(step * how.epochs * how.minibatches + steps)) * tokens
+                found = self.world.totals(found)
                 norm += self._step(step, found)
                 steps, seen = steps + 1, seen + tokens
                 sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
@@ -97,6 +102,7 @@ class Learner:
     def _means(self, sums: dict[str, float], tokens: float, norm: float, steps: float) -> dict[str, float]:
         means = {name: value / tokens for name, value in sums.items()}
         loss = means["loss/policy"] + self.recipe.critic.coefficient * means["loss/value"]
+        loss += self.recipe.mixture.coefficient * means["loss/mixture"] if self.mixture else 0.0
         return {"loss": loss, "grad_norm": norm / steps, **means, "optimizer_steps": steps}
 
     def _gradients(self, episodes: list[Episode], tokens: float) -> dict[str, float]:
@@ -127,9 +133,23 @@ class Learner:
             sums = {name: value + float(found[name].detach()) for name, value in sums.items()}
         return sums
 
+    def _recited(self, place: int) -> float:
+        """Add the gradients of the mixture's rows beside an optimizer step; this process's share of their mean loss."""
+        how, size = self.recipe.mixture, self.hardware.micro_batch_size
+        at = range(place * how.batch_size + self.world.rank, (place + 1) * how.batch_size, self.world.size)
+        rows, loss = [self.mixture[i] for i in at], 0.0
+        batches = [pack_rows(rows[i : i + size], self.world.device) for i in range(0, len(rows), size)]
+        tokens = float(self.world.add(torch.tensor(float(sum(len(batch.targets) for batch in batches)))))
+        for batch in batches:
+            with self.hardware.autocast():
+                found = -self.actors.recited(batch).sum() / tokens
+            (how.coefficient * found).backward()
+            loss += float(found.detach())
+        return loss
+
     def _step(self, step: int, sums: dict[str, float]) -> float:
         """Sum gradients over processes, check, clip, step; the gradient's norm."""
-        for name in ("loss/policy", "loss/value"):
+        for name in (name for name in sums if name.startswith("loss/")):
             if not math.isfinite(sums[name]):
                 raise broken(step, name, sums[name])
         for p in self.weights.values():

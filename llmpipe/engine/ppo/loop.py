@@ -26,7 +26,7 @@ from llmpipe.engine.ppo import algorithm
 from llmpipe.engine.ppo.actors import Actors, build, pack
 from llmpipe.engine.ppo.learner import Learner, batches, broken
 from llmpipe.engine.ppo.rewards import Rewards
-from llmpipe.engine.ppo.rollout import DRAW, HELD_OUT, ORDER, Episode, draw, seeded
+from llmpipe.engine.ppo.rollout import DRAW, HELD_OUT, ORDER, Episode, Shuffled, draw, seeded
 from llmpipe.engine.ppo.world import World
 from llmpipe.engine.progress import Progress
 from llmpipe.errors import Stopped, UserError
@@ -58,15 +58,17 @@ class Loop:
         self.hardware, self.world, self.tokenizer = hardware, world, tokenizer
         self.actors, self.rewards, self.rank, self.accelerator = actors, rewards, world.rank, world.accelerator
         rows = job.prepared / prepared["data"]
-        self.rows = training.dataset(rows / "train.arrow")
+        self.rows = Shuffled(training.dataset(rows / "train.arrow"), job.recipe.seed, ORDER)
         self.held_out = training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None
         stops = actors.causal.generation_config.eos_token_id
         self.stops = stops if isinstance(stops, list) else [stops]
         held_out = max(map(len, self.held_out["prompt_ids"])) if self.held_out is not None else 0
         _fits(actors.causal, max(prepared["lengths"]["max"], held_out), self.recipe.rollout.max_new_tokens)
         optim, size = self.recipe.optim, self.recipe.optim.batch_size
-        self.steps = optim.steps or max(1, math.ceil(optim.epochs * len(self.rows) / size))
-        self.learner: Any = Learner(actors, self.recipe, hardware, world)
+        self.steps = optim.steps or max(1, math.ceil(optim.epochs * prepared["rows"]["train"] / size))
+        mixed = prepared.get("mixture")
+        mixture = training.dataset(job.prepared / mixed["data"] / "train.arrow") if mixed else None
+        self.learner: Any = Learner(actors, self.recipe, hardware, world, mixture)
         kl = self.recipe.reference
         self.coefficient = algorithm.Coefficient(kl.coefficient, kl.target, kl.horizon)
         self.moments = algorithm.Moments()
@@ -77,6 +79,7 @@ class Loop:
         self.begun = time.monotonic()
         self.metrics, self.table = artifact_files(self.artifact)
         identity = f"{job.plan['identity']}:{prepared['content_digest']}"
+        identity += f":{mixed['content_digest']}" if mixed else ""
         launch = self.recipe.launch
         machine = hardware.resume_key() | {"rollout_batch_size": launch.rollout_batch_size}
         machine["activation_checkpointing"] = launch.activation_checkpointing
@@ -166,11 +169,12 @@ class Loop:
         """Draw, score, learn; what there is to say of it."""
         begun, recipe = time.monotonic(), self.recipe
         rate = self.learner.rate(self.step, self.steps)
-        at = [self._row_at(self.step * recipe.optim.batch_size + i) for i in range(recipe.optim.batch_size)]
-        mine = list(range(self.rank, len(at), self.world.size))  # positions in the batch
-        rows = [json.loads(self.rows[at[i]]["row"]) for i in mine]
+        size = recipe.optim.batch_size
+        mine = list(range(self.rank, size, self.world.size))  # positions in the batch
+        asked = [self.rows[self.step * size + i] for i in mine]
+        rows = [json.loads(ask["row"]) for ask in asked]
         luck = torch.stack([self._luck(DRAW, self.step, i) for i in mine])
-        episodes = self.drawn([self.rows[at[i]]["prompt_ids"] for i in mine], luck)
+        episodes = self.drawn([ask["prompt_ids"] for ask in asked], luck)
         answers = [self.text(episode) for episode in episodes]
         scores, each = self.scored(rows, answers)
         line = self.judge(episodes, torch.tensor(scores))
@@ -180,12 +184,12 @@ class Loop:
         sums = {f"scores/{name}": sum(values) for name, values in each.items() if len(each) > 1}
         sums = self.world.totals(sums | {"tokens": sum(len(episode.answer) for episode in episodes)})
         tokens = sums.pop("tokens")
-        line |= {name: total / len(at) for name, total in sums.items()}
+        line |= {name: total / size for name, total in sums.items()}
         self.tokens += int(tokens)
         seconds = time.monotonic() - begun
-        line |= {"learning_rate": rate, "tokens_per_second": tokens / seconds, "episodes_per_second": len(at) / seconds}
+        line |= {"learning_rate": rate, "tokens_per_second": tokens / seconds, "episodes_per_second": size / seconds}
         line |= {"rollout_share": (drawn - begun) / seconds, "coefficient": self.coefficient.value}
-        self.coefficient.adapt(line["objective/kl"], len(at))
+        self.coefficient.adapt(line["objective/kl"], size)
         if self.rank == 0 and (self.step % recipe.log.every == 0 or self.step == self.steps):
             self._show(rows, episodes, answers, scores)
         self._warn(line)
@@ -303,14 +307,6 @@ class Loop:
         self._write({name: total / len(self.held_out) for name, total in self.world.totals(sums).items()})
 
     # --- small parts ---
-
-    def _row_at(self, position: int) -> int:
-        """The row at a position in the endless sequence of shuffled epochs."""
-        epoch, i = divmod(position, len(self.rows))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.rows), generator=seeded(self.recipe.seed, ORDER, epoch)).tolist()
-        return self._order[i]
 
     def _luck(self, use: int, step: int, i: int) -> Tensor:
         chance = seeded(self.recipe.seed, use, step, i)

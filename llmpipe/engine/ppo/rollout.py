@@ -16,7 +16,7 @@ from transformers import DynamicCache
 RIDE = 8  # finished answers are taken out of the batch when they are at least one in so many
 
 
-ORDER, DRAW, SHUFFLE, HELD_OUT = range(4)  # what a generator is for
+ORDER, DRAW, SHUFFLE, HELD_OUT, MIXED = range(5)  # what a generator is for
 
 
 @dataclass
@@ -60,6 +60,20 @@ def seeded(*numbers: int) -> torch.Generator:
         mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % (1 << 63)
         mixed ^= mixed >> 29
     return torch.Generator().manual_seed(mixed)
+
+
+class Shuffled:
+    """Rows in an endless sequence of shuffled epochs, the same for a seed and a `use`."""
+
+    def __init__(self, rows: Any, seed: int, use: int):
+        self.rows, self.seed, self.use, self.epoch = rows, seed, use, -1
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, i = divmod(position, len(self.rows))
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(len(self.rows), generator=seeded(self.seed, self.use, epoch)).tolist()
+        return self.rows[self.order[i]]
 
 
 @torch.no_grad()
