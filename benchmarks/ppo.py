@@ -6,10 +6,11 @@
 
 `speed`: episodes per second and peak memory above the bare imports. Both sides get the same prompts, model, reward
 model (a random head on the same body), precision, epochs, minibatches and lengths; each measurement is a fresh process,
-the sides alternate, the first update is left out, and what counts is the ratio within a pair. `--rows`: a JSON list of
-rows with an `instruction`.
+the sides alternate, the first update is left out, and what counts is the ratio within a pair. With `--lora` TRL's
+critic is a model that is trained whole, as its trainer has it, and llmpipe's an adapter: that is part of what is
+compared. An update's seconds hold no saving on either side. `--rows`: a JSON list of rows with an `instruction`.
 `curve`: score against KL of a tiny random model whose words have values, over seeds; both sides start from the same
-weights, and so does the critic. What counts is the difference of scores where the KL is the same.
+weights, and so do the critics, but for their random heads. What counts is the difference of scores at the same KL.
 """
 
 import argparse

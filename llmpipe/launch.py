@@ -100,7 +100,7 @@ def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
             )
         return launch.micro_batch_size
     tokens = 8192 if on_gpu else 1024  # enough to keep the hardware busy
-    most = max(1 if recipe.data.packing else 4, tokens // recipe.data.max_length)  # unpacked rows are mostly short
+    most = max(1 if recipe.data.packing else 4, tokens // recipe.longest)  # unpacked rows are mostly short
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
 
 
@@ -199,7 +199,11 @@ def free_port() -> int:
 
 
 def outside() -> bool:
-    """Whether accelerate or torchrun started this very command. RANK is unset with one process."""
+    """Whether accelerate or torchrun started this very command. RANK is unset with one process. Raises UserError where
+    the launcher would shard the model."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            raise UserError(f"accelerate: llmpipe does not shard models yet ({name})", "launch with --multi_gpu alone")
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 

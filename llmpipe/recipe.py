@@ -357,6 +357,11 @@ class Training(Recipe):
         return self.optim.batch_size
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.data.max_length
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps, where the recipe says how many."""
         return self.optim.steps

@@ -142,6 +142,14 @@ def test_outside_launchers(tmp_path, straight, command):
     assert code == 0 and "skip" in out, out
 
 
+@pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED"])
+def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
+    """Obeyed or refused, never ignored."""
+    monkeypatch.setitem(ENVIRONMENT, f"ACCELERATE_USE_{how}", "true")
+    code, out = run([*PYTHON, "sft", str(life.write(tmp_path / "run"))])
+    assert code == 2 and f"does not shard models yet ({how})" in out and "Traceback" not in out
+
+
 def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
     """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the other has no part."""
     models = {"base": str(life.TINY / "model")}

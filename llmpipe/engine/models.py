@@ -100,7 +100,7 @@ def hardware(recipe: Training, say: Say) -> Hardware:
 def has_bf16() -> bool:
     """bf16 matrix products in hardware (a GPU's, AVX-512 BF16 or AMX); elsewhere they are slower than fp32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

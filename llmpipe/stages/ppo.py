@@ -73,7 +73,8 @@ class KL(Section):
     coefficient: Annotated[float, Field(ge=0)] = 0.05
     """Weight of the KL penalty in the reward, per token."""
     estimator: Literal["k1", "k3"] = "k1"
-    """k1: log p/q, unbiased; k3: q/p - 1 + log p/q, never negative (Schulman 2020)."""
+    """k1: log p/q; k3: q/p - 1 + log p/q, never negative (Schulman 2020). As a reward only k1 pulls the policy along
+    the gradient of KL(p || q); that of k3 is KL(p || q)'s less KL(q || p)'s, and near the parent nothing."""
     target: Annotated[float, Field(gt=0)] | None = None
     """Nats per answer that the coefficient is steered towards (Ziegler 2019, section 2.2); without it, it stays."""
     horizon: Positive = 10_000
@@ -85,10 +86,10 @@ class Critic(Section):
 
     start: Literal["auto", "policy", "reward", "trunk"] = "auto"
     """What it begins with: the reward model's weights where their shape is the policy's (Ouyang 2022), the policy's, or
-    a head alone on the policy's own trunk. With `adapter:` it is an adapter of its own on the same base, or the head.
-    `auto`: reward where it fits, else policy."""
+    a head alone on the policy's own trunk. With `adapter:` it is an adapter of its own on the same base, which begins
+    as the parent's where there is one, or the head. `auto`: reward where it fits, else policy."""
     rank: Positive = 8
-    """Rank of its own adapter."""
+    """Rank of its own adapter, where that is new."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Its own peak learning rate; optim.learning_rate unless set."""
     coefficient: Annotated[float, Field(gt=0)] = 0.1
@@ -109,7 +110,8 @@ class Rollout(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from so many of the likeliest tokens; 0 is no limit."""
     unfinished: float = 0.0
-    """Added to the score of an answer without an end token, mostly negative (Huang 2024)."""
+    """Added to the score of an answer without an end token, mostly negative. A reward model reads such an answer as if
+    it had ended there. (Huang 2024 puts it in the score's place instead.)"""
 
 
 class Algorithm(Section):
@@ -210,6 +212,8 @@ class Schema(Training):
             raise ValueError(f"{problem} ({self.algorithm.minibatches})")
         if self.critic.start == "reward" and not any(source.model for source in self.reward):
             raise ValueError("critic.start: reward: there is no reward model")
+        if self.quantization and self.quantization.bits == 8:
+            raise ValueError("quantization.bits: 8 bits make an answer depend on those beside it; ppo takes 4")
         if self.critic.start == "reward" and self.adapter:
             raise ValueError("critic.start: reward: with an adapter the critic is one, too")
         if self.adapter and self.adapter.embeddings == "all":
@@ -217,6 +221,10 @@ class Schema(Training):
         if self.log.trackers:
             raise ValueError("log.trackers: ppo writes metrics.jsonl only, so far")
         return self
+
+    @property
+    def longest(self) -> int:
+        return max(self.data.max_length + self.rollout.max_new_tokens, self.mixture.max_length if self.mixture else 0)
 
     def rows(self) -> dict[str, Rows]:
         mixed = self.mixture.train if self.mixture else []

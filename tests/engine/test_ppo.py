@@ -151,3 +151,51 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
         assert len(episode.answer) == len(episode.log_probs) <= 30
     needed = sum(len(episode.answer) for episode in drawn)
     assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
+    """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise, with its gradients."""
+    from llmpipe.engine.ppo import actors
+
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2 * actors.TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
+    targets, found = torch.randint(101, (len(hidden),)), []
+    for bonus in (False, True):
+        given = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            log_p, entropy = actors.log_probs(given, head, targets, 0.7, None, bonus)
+        (log_p * torch.linspace(-1, 1, len(targets))).sum().backward()
+        found.append((log_p.detach(), entropy.detach(), given.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype and (one - other).abs().max() < (1e-5 if precision == "fp32" else 0.03)
+    everything = [torch.arange(101)] * len(hidden)
+    assert (actors.log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]).abs().max() < 0.03
+    some = [torch.tensor([int(target), 7, 8]) for target in targets]
+    logits = (hidden @ head.weight.T / 0.7).detach()
+    expected = [float(row[ids].log_softmax(0)[0]) for row, ids in zip(logits, some, strict=True) if int(ids[0]) > 8]
+    given = actors.log_probs(hidden, head, targets, 0.7, some, False)[0]
+    assert given.detach()[targets > 8].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_signs_of_a_gamed_reward_are_said_once():
+    from types import SimpleNamespace
+
+    from llmpipe.engine.ppo.loop import Loop
+
+    said: list[str] = []
+    recipe = SimpleNamespace(reference=SimpleNamespace(target=None))
+    state = SimpleNamespace(first={}, warned=[], recipe=recipe, say=said.append)
+    line = {"objective/kl": 1.0, "answers/tokens": 20.0, "objective/entropy": 2.0}
+    Loop._warn(state, line)
+    assert not said
+    for change in (
+        {"objective/kl": 51.0},
+        {"answers/tokens": 49.0},
+        {"answers/tokens": 6.0},
+        {"objective/entropy": 0.1},
+    ):
+        Loop._warn(state, line | change)
+        Loop._warn(state, line | change)
+    signs = ["KL ran away", "answers grow", "answers shrink", "entropy collapsed"]
+    assert [text.split(": ")[1] for text in said] == signs

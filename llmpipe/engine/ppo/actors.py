@@ -91,13 +91,7 @@ def log_probs(
     parts = []
     for start in range(0, len(targets), TILE):
         part = slice(start, start + TILE)
-        mask = None
-        if allowed is not None:
-            mask = torch.zeros(len(targets[part]), head.weight.shape[0], dtype=torch.bool)
-            for row, ids in zip(mask, allowed[part], strict=True):
-                row[ids.long()] = True
-            mask = mask.to(hidden.device)
-        arguments = hidden[part], head.weight, head.bias, targets[part], temperature, mask
+        arguments = hidden[part], head.weight, head.bias, targets[part], temperature, allowed and allowed[part]
         parts.append(
             checkpoint(_tile, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _tile(*arguments)
         )
@@ -106,11 +100,14 @@ def log_probs(
 
 
 def _tile(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, mask: Tensor | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, allowed: Any
 ) -> tuple[Tensor, Tensor]:
     logits = linear(hidden, weight, bias).float() / temperature
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+    if allowed is not None:
+        mask = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, ids in zip(mask, allowed, strict=True):
+            row[ids.long()] = True
+        logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     return log_p.gather(1, targets[:, None]).squeeze(1), entropy
@@ -236,7 +233,9 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
         from peft import LoraConfig
 
         own = policy.peft_config["default"]
-        if wanted != "trunk":
+        if wanted != "trunk" and base:
+            policy.load_adapter(str(job.model), "critic", is_trainable=True)
+        elif wanted != "trunk":
             config = LoraConfig(
                 r=recipe.critic.rank, lora_alpha=2 * recipe.critic.rank, target_modules=own.target_modules
             )
@@ -251,6 +250,9 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
         reference = models.load_model(job.model, hardware.attention)
         models.fit(reference, tokenizer)
         reference.requires_grad_(False)
+        if hardware.bf16:  # autocast does so for every product, and keeps nothing of what is frozen
+            for layer in (layer for layer in reference.base_model.modules() if isinstance(layer, nn.Linear)):
+                layer.to(torch.bfloat16)
         upstream.speed_up(reference, device_type=hardware.device)
         held = "a frozen copy of the parent"
         if wanted != "trunk":

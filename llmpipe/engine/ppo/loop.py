@@ -365,7 +365,7 @@ class Loop:
             parts = {"learned": {name: p.detach() for name, p in self.learner.weights.items()}, "optimizer": tensors}
             with checkpoints.writing(self.artifact.checkpoints, self.step, self.about, lambda: state) as staging:
                 for name, part in parts.items():
-                    save_file({at: t.cpu().clone() for at, t in part.items()}, staging / f"{name}.safetensors")
+                    save_file(separate(part), staging / f"{name}.safetensors")
             checkpoints.rotate(self.artifact.checkpoints, self.recipe.checkpoint.keep, set())
         self.accelerator.wait_for_everyone()
 
@@ -387,6 +387,16 @@ class Loop:
 
 def artifact_files(artifact: Any) -> tuple[Any, Any]:
     return artifact.path / "metrics.jsonl", artifact.path / "rollouts.jsonl"
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: those that share memory, as bitsandbytes' maps do, are copied."""
+    seen, found = set(), {}
+    for at, tensor in tensors.items():
+        own = tensor.untyped_storage().data_ptr()
+        found[at] = (tensor.clone() if own in seen else tensor).cpu().contiguous()
+        seen.add(own)
+    return found
 
 
 def apart(value: Any, at: str = "") -> tuple[Any, dict[str, Tensor]]:
