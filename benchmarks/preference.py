@@ -25,11 +25,11 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 def pipeline(args, run: Path, train: Path, test: Path) -> Path:
     """The recipe of one fold."""
     data = {"train": [{"path": str(train)}], "max_length": args.max_length, "max_rejected": 0.5}
-    learning = {"batch_size": args.batch_size, "epochs": args.epochs}
+    learning = {"batch_size": 8, "epochs": args.epochs}
     common = {"model": args.model, "data": data, "adapter": {"rank": 16}, "launch": {"threads": args.threads}}
     models = {"parent": args.model, "dpo": "artifact:dpo", "reward": "artifact:reward"}
     stages = [
-        {"stage": "reward", **common, "optim": {"learning_rate": args.reward_rate, **learning}},
+        {"stage": "reward", **common, "optim": {"learning_rate": 2e-4, **learning}},
         {"stage": "dpo", **common, "optim": {"learning_rate": args.dpo_rate, **learning}},
         {"stage": "eval", "models": models, "tasks": [{"task": "preference", "data": [{"path": str(test)}]}]},
     ]
@@ -79,8 +79,6 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--reward-rate", type=float, default=5e-4)
     parser.add_argument("--dpo-rate", type=float, default=2e-4)
     parser.add_argument("--jobs", type=int, default=1, help="folds at once")
     parser.add_argument("--threads", type=int, default=2, help="of each")
