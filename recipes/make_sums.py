@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 DIGITS = {1: range(1, 10), 2: range(10, 100)}
-FORM, PAIRS, TEST = 160, 2400, 500
+FORM, PAIRS, TEST, WRONG = 160, 2400, 500, 4  # expressions, and wrong answers for each that has a pair
 Sum = tuple[int, int]
 
 
@@ -34,9 +34,15 @@ def expressions(rng: random.Random) -> list[list[Sum]]:
     return parts
 
 
-def wrong(rng: random.Random, right: int) -> int:
-    """Another sum, not next to the right one."""
-    return rng.choice([number for number in range(2, 199) if abs(number - right) >= 5])
+def wrong(rng: random.Random, right: int, count: int) -> list[int]:
+    """So many other numbers: three in four a slip (tens or ones too many or too few, digits swapped), else any sum."""
+    found: dict[int, None] = {}
+    while len(found) < count:
+        slips = [right + step for step in (-20, -10, -10, 10, 10, 20, -2, -1, 1, 2)] + [int(str(right)[::-1])]
+        number = rng.choice(slips) if rng.random() < 0.75 else rng.randrange(2, 199)
+        if number != right and 2 <= number <= 198:
+            found[number] = None
+    return list(found)
 
 
 def turns(role: str, text: str) -> list[dict]:
@@ -50,10 +56,14 @@ def rows(seed: int = 0) -> dict[str, list[dict]]:
     ask = lambda a, b: turns("user", f"What is {a} + {b}?")  # noqa: E731
     say = lambda number: turns("assistant", f"{number}")  # noqa: E731
     answered = lambda part: [{"messages": ask(a, b) + say(a + b)} for a, b in part]  # noqa: E731
-    pairs = lambda part: [  # noqa: E731
-        {"prompt": ask(a, b), "chosen": say(a + b), "rejected": say(wrong(rng, a + b))} for a, b in part
+    pairs = lambda part, count: [  # noqa: E731
+        {"prompt": ask(a, b), "chosen": say(a + b), "rejected": say(number)}
+        for a, b in part
+        for number in wrong(rng, a + b, count)
     ]
-    return {"form": answered(form), "pairs": pairs(train), "test": answered(test), "test-pairs": pairs(test)}
+    several = pairs(train, WRONG)
+    rng.shuffle(several)
+    return {"form": answered(form), "pairs": several, "test": answered(test), "test-pairs": pairs(test, 1)}
 
 
 if __name__ == "__main__":

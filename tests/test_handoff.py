@@ -154,6 +154,27 @@ def test_an_adapter_on_another_base_is_refused(made, tmp_path, name, hurt):
     assert refused.value.code == 3 and words[hurt] in str(refused.value)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_a_tracker_gets_what_metrics_have(tmp_path, monkeypatch, stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.setenv(name, "")  # which is undone
+        monkeypatch.delenv(name)
+    log = {"every": 1, "trackers": ["tensorboard"]}
+    write = {"sft": life.write, "dpo": test_preference.write, "ppo": test_ppo.write}[stage]
+    named = (tmp_path / "run", stage) if stage == "dpo" else (tmp_path / "run",)
+    artifact = life.command(write(*named, log=log, optim__steps=2))
+    (events,) = (artifact.run / ".trackers" / artifact.name).rglob("events.*")
+    seen = EventAccumulator(str(events))
+    seen.Reload()
+    key, tag = ("objective/scores",) * 2 if stage == "ppo" else ("loss", "train/loss")
+    lines = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    written = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(written) == 2
+    assert [(point.step, pytest.approx(point.value, rel=1e-5)) for point in seen.Scalars(tag)] == written
+
+
 def test_a_model_of_the_hub_has_no_parents_template():
     """Whose record names no folder."""
     from types import SimpleNamespace

@@ -218,8 +218,6 @@ class Schema(Training):
             raise ValueError("critic.start: reward: with an adapter the critic is one, too")
         if self.adapter and self.adapter.embeddings == "all":
             raise ValueError("adapter.embeddings: ppo trains no embeddings")
-        if self.log.trackers:
-            raise ValueError("log.trackers: ppo writes metrics.jsonl only, so far")
         return self
 
     @property

@@ -11,7 +11,6 @@ computed, and logits exist for a tile of answer tokens at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,10 +222,9 @@ def build(job: Any, prepared: dict, hardware: models.Hardware, tokenizer: Any) -
     if recipe.adapter and recipe.adapter.dropout:
         say("adapter.dropout: 0 here: PPO compares probabilities, and dropout is noise in them")
     wanted = recipe.critic.start
-    width = causal.config.get_text_config().hidden_size
     torch.manual_seed(recipe.seed)
-    value = nn.Linear(width, 1)
-    nn.init.normal_(value.weight, std=1 / math.sqrt(width + 1))  # Huang 2024
+    value = nn.Linear(causal.config.get_text_config().hidden_size, 1)
+    nn.init.zeros_(value.weight)  # a random head on features of any size begins far from every reward
     nn.init.zeros_(value.bias)
     critic = reference = None
     if recipe.adapter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -37,11 +38,12 @@ SHOWN = 4  # episodes of an update that rollouts.jsonl shows
 def train(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train a policy and publish it; returns what the manifest says of it."""
     rows, hardware = job.prepared / prepared["data"], models.hardware(job.recipe, job.say)
-    world, tokenizer = World(Accelerator(cpu=hardware.device == "cpu")), models.load_tokenizer(rows / "tokenizer")
+    world, tokenizer = World(_tracked(job, hardware)), models.load_tokenizer(rows / "tokenizer")
     actors = build(job, prepared, hardware, tokenizer)
     loop = Loop(job, prepared, hardware, world, tokenizer, actors, Rewards(job, hardware, actors))
     answer_samples(loop, tokenizer, "before")
     final = loop.fit()
+    loop.accelerator.end_training()  # the trackers: what they hold is written
     actors.alone()
     answer_samples(loop, tokenizer, "after")
     return supervised.conclude(loop, job, prepared, tokenizer, final, job.bases.get("model"))
@@ -337,6 +339,7 @@ class Loop:
         line["seconds"] = round(time.monotonic() - self.begun, 3)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.accelerator.log(logs, step=self.step)
         self.progress.show(line)
 
     def _show(self, rows: list[dict], episodes: list[Episode], answers: list[str], scores: list[float]) -> None:
@@ -383,6 +386,17 @@ class Loop:
         self.first, self.warned, self.pending = state["first"], state["warned"], state["pending"]
         self.begun -= state["seconds"]
         return state["bytes"]
+
+
+def _tracked(job: Any, hardware: models.Hardware) -> Accelerator:
+    """Accelerate, with the recipe's experiment trackers begun."""
+    names, home = job.recipe.log.trackers, training.trackers(job.recipe, job.artifact)
+    accelerator = Accelerator(cpu=hardware.device == "cpu", log_with=names or None, project_dir=str(home))
+    if names:
+        project = os.environ.get("WANDB_PROJECT", "huggingface")  # what transformers calls it for the other stages
+        name = f"{job.artifact.run.name}-{job.artifact.name}"
+        accelerator.init_trackers(project, init_kwargs={"wandb": {"name": name}, "trackio": {"name": name}})
+    return accelerator
 
 
 def artifact_files(artifact: Any) -> tuple[Any, Any]:
