@@ -99,9 +99,13 @@ def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
                 "change one of them; accumulation makes up the rest",
             )
         return launch.micro_batch_size
-    tokens = 8192 if on_gpu else 1024  # enough to keep the hardware busy
-    most = max(1 if recipe.data.packing else 4, tokens // recipe.longest)  # unpacked rows are mostly short
+    most = max(1 if recipe.data.packing else 4, full_pass(on_gpu) // recipe.longest)  # unpacked rows are mostly short
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+
+
+def full_pass(on_gpu: bool) -> int:
+    """Tokens of a forward pass that keep the hardware busy."""
+    return 8192 if on_gpu else 1024
 
 
 def start(action: str, artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool) -> None:

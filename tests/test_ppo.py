@@ -82,6 +82,21 @@ def metrics(artifact):
     return [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_passes_are_filled():
+    """By count, or with `auto` by tokens: every episode once, like lengths together; a long one goes alone."""
+    from types import SimpleNamespace as Some
+
+    from llmpipe.engine.ppo.learner import batches
+
+    episodes = [Some(prompt=[0] * n, answer=[0] * 10) for n in (90, 400, 3000, 20, 490, 500, 5)]
+    cut = lambda micro: batches(  # noqa: E731
+        range(7), episodes, Some(launch=Some(micro_batch_size=micro)), Some(device="cpu", micro_batch_size=micro)
+    )
+    assert cut(3) == [[6, 3, 0], [1, 4, 5], [2]]
+    assert cut("auto") == [[6, 3, 0, 1], [4, 5], [2]]  # 555, 1,010 and 3,010 tokens
+    assert batches([], episodes, Some(launch=Some(micro_batch_size="auto")), Some(device="cpu")) == []
+
+
 def updates(artifact):
     return [line for line in metrics(artifact) if "loss" in line]
 
@@ -378,7 +393,7 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
 
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
 def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, how):
-    """Micro-batches of 1, 2 and 8, rollouts of 3 at a time, two processes: the losses, and what is published."""
+    """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and what is published."""
     from tests.test_processes import PYTHON, run
     from tests.test_trl import probe_logits
 
@@ -387,7 +402,7 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, how):
         life.command(
             write(tmp_path / f"run{micro}", **same, launch__micro_batch_size=micro, launch__rollout_batch_size=size)
         )
-        for micro, size in ((8, 64), (2, 3), (1, 1))
+        for micro, size in ((8, 64), (2, 3), (1, 1), ("auto", 5))
     ]
     path = write(tmp_path / "two", **same, launch__micro_batch_size=4, launch__processes=2)
     code, out = run([*PYTHON, "ppo", str(path)])

@@ -148,7 +148,7 @@ def test_a_run_has_every_section(run):
     assert set(SECTIONS) <= set(page.ids)
     assert (run / "report.html").stat().st_size < 200_000
     for expected in (
-        "2 artifacts, 2 of them finished", "model by sft, finished", "held-out loss 3.811", "duration 1m05s",
+        "2 artifacts, 2 finished", "model by sft, finished", "held-out loss 3.811", "duration 1m05s",
         "size 1.5 MB", "2 empty", "25%", "20 of 25 rejected rows", "0.708", "[0.000, 0.050]", "60 items",
         "65 asked in training of sft", "1 of 1 prompts", "cut off",
         "24 of 60 items; the scores differ on 1", "question 59", "106,816 parameters", "git 34a2ce1",

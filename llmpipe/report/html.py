@@ -201,7 +201,7 @@ def plot(
 ) -> Html:
     """Curves, {label: (style, points)}, from the first to the last of `steps`, at most `most` points each; the last
     value stands at the end. `along`: what lies on the horizontal axis."""
-    left, right, top, bottom = 46, 240 if len(curves) > 1 else 284, 8, 150
+    left, right, top, bottom = 46, 240 if any(curves) else 284, 8, 150
     (x0, x1), (y0, y1) = steps, span([p[1] for _, points in curves.values() for p in points], 0.06)
 
     def at(p: Point) -> tuple[float, float]:
@@ -453,7 +453,7 @@ def page(runs: list[Run]) -> str:
         menu.append(tag("ul", tag("li", tag("a", "Comparison", href="#comparison"))))
     for run in runs:
         done = sum(part.status == "finished" for part in run.parts)
-        about = f"{len(run.parts)} artifacts, {done} of them finished"
+        about = f"{len(run.parts)} artifact{'s' * (len(run.parts) > 1)}, {done} finished"
         body += [tag("h2", run.name, id=f"{run.prefix}run"), tag("p", about)]
         links = [tag("a", run.name, href=f"#{run.prefix}run")]
         for make in (lineage, training, data, evaluation, samples, recipes):

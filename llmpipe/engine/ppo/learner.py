@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmpipe import launch
 from llmpipe.engine import models
 from llmpipe.engine.ppo import algorithm
 from llmpipe.engine.ppo.actors import Actors, pack, pack_rows
@@ -19,10 +20,20 @@ from llmpipe.engine.ppo.world import World
 from llmpipe.errors import NUMERIC, UserError
 
 
-def batches(indices: Any, episodes: list[Episode], size: int) -> list[list[int]]:
-    """Indices in micro-batches, answers of like length together."""
-    order = sorted(indices, key=lambda i: len(episodes[i].prompt) + len(episodes[i].answer))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def batches(indices: Any, episodes: list[Episode], recipe: Any, hardware: models.Hardware) -> list[list[int]]:
+    """Indices in micro-batches, episodes of like length together: `launch.micro_batch_size` of them, or with `auto` as
+    many as have the tokens that keep the hardware busy."""
+    auto = recipe.launch.micro_batch_size == "auto"
+    most = launch.full_pass(hardware.device == "cuda") if auto else hardware.micro_batch_size
+    found: list[list[int]] = []
+    filled = math.inf
+    for length, i in sorted((len(episodes[i].prompt) + len(episodes[i].answer), i) for i in indices):
+        filled += length if auto else 1
+        if filled > most:
+            found.append([])
+            filled = length if auto else 1
+        found[-1].append(i)
+    return found
 
 
 def broken(step: int, what: str, value: float) -> UserError:
@@ -110,7 +121,7 @@ class Learner:
         how, critic = self.recipe.algorithm, self.recipe.critic
         watched = ("policy/approxkl", "policy/clipfrac", "policy/entropy", "val/ratio", "val/clipfrac")
         sums = dict.fromkeys(("loss/policy", "loss/value", *watched), 0.0)
-        for part in batches(range(len(episodes)), episodes, self.hardware.micro_batch_size):
+        for part in batches(range(len(episodes)), episodes, self.recipe, self.hardware):
             chosen = [episodes[i] for i in part]
             batch = pack(chosen, self.world.device)
             old, advantages, returns, before = (

@@ -43,7 +43,8 @@ def train(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     loop = Loop(job, prepared, hardware, world, tokenizer, actors, Rewards(job, hardware, actors))
     answer_samples(loop, tokenizer, "before")
     final = loop.fit()
-    loop.accelerator.end_training()  # the trackers: what they hold is written
+    for tracker in loop.accelerator.trackers:  # `end_training` would end the processes' group as well
+        tracker.finish()
     actors.alone()
     answer_samples(loop, tokenizer, "after")
     return supervised.conclude(loop, job, prepared, tokenizer, final, job.bases.get("model"))
@@ -85,6 +86,7 @@ class Loop:
         launch = self.recipe.launch
         machine = hardware.resume_key() | {"rollout_batch_size": launch.rollout_batch_size}
         machine["activation_checkpointing"] = launch.activation_checkpointing
+        machine["cut"] = "tokens" if launch.micro_batch_size == "auto" else "episodes"
         self.about = {"identity": identity, "machine": machine}
         picked = checkpoints.pick(self.artifact.checkpoints, identity, machine, self.say, inexact=job.inexact)
         self.resumes, self.exact = picked is not None, picked[1] if picked else True
@@ -222,7 +224,7 @@ class Loop:
         recipe, how = self.recipe, self.recipe.algorithm
         old, entropy, values, reference = ([None] * len(episodes) for _ in range(4))
         with torch.no_grad(), self.hardware.autocast():
-            for part in batches(range(len(episodes)), episodes, self.hardware.micro_batch_size):
+            for part in batches(range(len(episodes)), episodes, recipe, self.hardware):
                 batch = pack([episodes[i] for i in part], self.world.device)
                 lengths = [len(episodes[i].answer) for i in part]
                 spoken, bits, valued = self.actors.spoken(batch)
