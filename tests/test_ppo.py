@@ -602,7 +602,6 @@ def test_recipes(tmp_path):
         ({"critic": {"start": "reward"}}, "there is no reward model"),
         ({"trainer": {"x": 1}}, "unknown key"),
         ({"reward": [{"verifier": "regex", "pattern": "("}]}, "unterminated"),
-        ({"log__trackers": ["wandb"]}, "metrics.jsonl only"),
         ({"critic": {"start": "reward"}, "adapter": {"rank": 4}}, "there is no reward model"),
         ({"quantization": {"bits": 8}, "adapter": {"rank": 4}}, "ppo takes 4"),
     ]:
