@@ -213,20 +213,21 @@ def tiny(folder: Path, seed: int) -> dict:
     """A model that says words, a critic with its body, and what the words are worth."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import PhiConfig, PhiForCausalLM, PhiForSequenceClassification, PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *ASKED, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = PhiConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    policy = LlamaForCausalLM(config)
+    policy = PhiForCausalLM(config)
+    policy.lm_head.bias.data[0] = -1e4  # never draws a pad token: TRL would score nothing that comes after it
     config.num_labels = 1
-    critic = LlamaForSequenceClassification(config)
+    critic = PhiForSequenceClassification(config)
     critic.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.normal_(critic.score.weight, std=1 / math.sqrt(64 + 1))
     for name, model in {"model": policy, "critic": critic}.items():
@@ -278,7 +279,8 @@ def curve(args) -> None:
         for side, lines in curves.items():
             drawn[side].append(smooth(lines))
         ends = ", ".join(f"{side} {line['score']:.3f} at {line['kl']:.2f} nats" for side, line in last.items())
-        print(f"seed {seed}: from {curves['peer'][0]['score']:.3f}: {ends}; at equal KL {apart[-1]:+.3f}", flush=True)
+        starts = " and ".join(f"{lines[0]['score']:.3f}" for lines in curves.values())
+        print(f"seed {seed}: from {starts}: {ends}; at equal KL {apart[-1]:+.3f}", flush=True)
     mean, error = statistics.mean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
     bound = mean - T90[min(len(apart), len(T90)) - 1] * error
     print(f"score at equal KL, llmpipe less TRL: {mean:+.4f}, one-sided 90 % lower bound {bound:+.4f}")

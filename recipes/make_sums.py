@@ -2,11 +2,11 @@
 """Writes ./sums/: sums of two numbers with one or two digits each, where every answer can be checked.
 
 form.jsonl       right answers to a few of them, for sft: what an answer looks like
-pairs.jsonl      right and wrong answers, for reward and dpo
+pairs.jsonl      right and wrong answers to others, for reward and dpo
+asks.jsonl       the expressions of the pairs, once each with their answers, for ppo
 test.jsonl       sums with their answers, and test-pairs.jsonl the same with wrong ones beside
 
-No expression of one file is in another but for the two of the test, and a + b is the same expression as b + a. Same
-seed, same files.
+Learned, asked and tested expressions are others, and a + b is the same expression as b + a. Same seed, same files.
 """
 
 import json
@@ -63,7 +63,10 @@ def rows(seed: int = 0) -> dict[str, list[dict]]:
     ]
     several = pairs(train, WRONG)
     rng.shuffle(several)
-    return {"form": answered(form), "pairs": several, "test": answered(test), "test-pairs": pairs(test, 1)}
+    return {
+        "form": answered(form), "pairs": several, "asks": answered(train), "test": answered(test),
+        "test-pairs": pairs(test, 1),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from llmpipe import rundir
+from llmpipe import launch, rundir
 from llmpipe.errors import UserError
 from llmpipe.recipe import load
 from llmpipe.stages import schema
@@ -16,7 +16,7 @@ from tests import life
 ROWS = life.TINY / "rows.jsonl"
 HOW = {
     "full": {},
-    "trunk": {"critic": {"start": "trunk"}},
+    "trunk": {"critic": {"start": "trunk"}, "launch__micro_batch_size": "auto"},
     "lora": {"adapter": {"rank": 4, "alpha": 8}},
     "lora, trunk": {"adapter": {"rank": 4, "alpha": 8}, "critic": {"start": "trunk"}},
     "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
@@ -86,15 +86,16 @@ def test_passes_are_filled():
     """By count, or with `auto` by tokens: every episode once, like lengths together; a long one goes alone."""
     from types import SimpleNamespace as Some
 
-    from llmpipe.engine.ppo.learner import batches
+    from llmpipe.engine.ppo.learner import batches, pass_tokens
 
     episodes = [Some(prompt=[0] * n, answer=[0] * 10) for n in (90, 400, 3000, 20, 490, 500, 5)]
-    cut = lambda micro: batches(  # noqa: E731
-        range(7), episodes, Some(launch=Some(micro_batch_size=micro)), Some(device="cpu", micro_batch_size=micro)
-    )
-    assert cut(3) == [[6, 3, 0], [1, 4, 5], [2]]
-    assert cut("auto") == [[6, 3, 0, 1], [4, 5], [2]]  # 555, 1,010 and 3,010 tokens
-    assert batches([], episodes, Some(launch=Some(micro_batch_size="auto")), Some(device="cpu")) == []
+    assert batches(range(7), episodes, 3, None) == [[6, 3, 0], [1, 4, 5], [2]]
+    assert batches(range(7), episodes, 3, 1024) == [[6, 3, 0, 1], [4, 5], [2]]  # 555, 1,010 and 3,010 tokens
+    assert batches([], episodes, 3, 1024) == []
+    machines = [("cpu", "sdpa"), ("cuda", "sdpa"), ("cuda", "flash_attention_2")]
+    wanted = [Some(launch=Some(micro_batch_size=size)) for size in ("auto", 4)]
+    found = [[pass_tokens(recipe, Some(device=on, attention=by)) for on, by in machines] for recipe in wanted]
+    assert found == [[1024, 2048, 8192], [None] * 3]
 
 
 def updates(artifact):
@@ -377,6 +378,10 @@ def test_resume_is_bitwise_the_straight_run(tmp_path, how):
     for hook, code in (("ppo_kill_after_2", -signal.SIGKILL), ("ppo_term_in_3", 143), ("ppo_term_in_save_4", 143)):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
+        cut = 2 if "launch__micro_batch_size" in changes else "auto"
+        with pytest.raises(UserError, match="micro_batch_size") as refused:
+            life.command(path, [f"launch.micro_batch_size={cut}"])
+        assert refused.value.code == 3
     made = life.command(path)
     assert life.essence(made) == life.essence(whole)
     assert (made.path / "rollouts.jsonl").read_text() == (whole.path / "rollouts.jsonl").read_text()
@@ -392,12 +397,14 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
-def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, how):
+def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
     """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and what is published."""
     from tests.test_processes import PYTHON, run
     from tests.test_trl import probe_logits
 
-    same = HOW[how] | {"data__eval": {"holdout": 0.1}, "mixture": MIXTURE}
+    monkeypatch.setattr(launch, "full_pass", lambda on_gpu: 90)  # `auto`: two or three episodes
+    same = {name: value for name, value in HOW[how].items() if not name.startswith("launch")}
+    same |= {"data__eval": {"holdout": 0.1}, "mixture": MIXTURE}
     made = [
         life.command(
             write(tmp_path / f"run{micro}", **same, launch__micro_batch_size=micro, launch__rollout_batch_size=size)

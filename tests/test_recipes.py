@@ -196,6 +196,7 @@ def test_sums_are_tested_on_other_expressions():
     numbers = lambda row: frozenset(re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1])))  # noqa: E731
     asked = {name: [numbers(row) for row in rows] for name, rows in files.items()}
     assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
+    assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(asked["asks"])
     parts = [set(asked[name]) for name in ("form", "pairs", "test")]
     assert [len(part) for part in parts] == [len(asked["form"]), len(asked["pairs"]) / 4, len(asked["test"])]
     assert len({json.dumps(row, sort_keys=True) for row in files["pairs"]}) == len(files["pairs"])

@@ -86,10 +86,8 @@ def hardware(recipe: Training, say: Say) -> Hardware:
         bf16=bf16,
         attention=attention,
     )
-    say(
-        f"hardware: {processes} x {found.device}, {threads} threads each; batch {recipe.batch_size} = "
-        f"{micro} x {found.accumulation} accumulated x {processes}"
-    )
+    cut = f"; batch {recipe.batch_size} = {micro} x {found.accumulation} accumulated x {processes}"
+    say(f"hardware: {processes} x {found.device}, {threads} threads each{cut * (recipe.stage != 'ppo')}")
     say(f"precision: {'bf16 arithmetic' if bf16 else 'fp32'}, fp32 master weights ({why})")
     say(f"attention: {attention} ({attention_why})")
     if recipe.optim.optimizer.startswith("paged") and not on_gpu:

@@ -100,9 +100,8 @@ def schedule(recipe: Training) -> dict[str, Any]:
     return {"lr_scheduler_type": "constant_with_warmup" if optim.scheduler == "constant" else optim.scheduler}
 
 
-def trackers(recipe: Training, artifact: Artifact) -> Path:
-    """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run. Returns
-    the folder of those that write files."""
+def trackers(recipe: Training, artifact: Artifact) -> None:
+    """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
     for name in recipe.log.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log.trackers: {name} is not installed", f"pip install {name}")
@@ -116,7 +115,6 @@ def trackers(recipe: Training, artifact: Artifact) -> Path:
         os.environ.setdefault("WANDB_RESUME", "allow")
         os.environ.setdefault("WANDB_DIR", str(home))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))
-    return home
 
 
 class Order(Sampler):

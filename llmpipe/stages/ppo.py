@@ -172,7 +172,7 @@ class Updates(AdamW):
 
 class RolloutLaunch(Launch):
     micro_batch_size: Positive | Literal["auto"] = "auto"
-    """Episodes per process and forward pass; `auto` fills a pass by their tokens. No choice changes the losses."""
+    """Episodes per process and training pass; `auto` fills a pass by their tokens. No choice changes the losses."""
     rollout_batch_size: Positive = 64
     """Answers that a process draws at a time."""
 

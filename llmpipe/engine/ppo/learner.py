@@ -20,19 +20,25 @@ from llmpipe.engine.ppo.world import World
 from llmpipe.errors import NUMERIC, UserError
 
 
-def batches(indices: Any, episodes: list[Episode], recipe: Any, hardware: models.Hardware) -> list[list[int]]:
-    """Indices in micro-batches, episodes of like length together: `launch.micro_batch_size` of them, or with `auto` as
-    many as have the tokens that keep the hardware busy."""
-    auto = recipe.launch.micro_batch_size == "auto"
-    most = launch.full_pass(hardware.device == "cuda") if auto else hardware.micro_batch_size
+def pass_tokens(recipe: Any, hardware: models.Hardware) -> int | None:
+    """Tokens that fill a training pass, where `launch.micro_batch_size` is `auto`."""
+    on_gpu = hardware.device == "cuda"
+    if recipe.launch.micro_batch_size != "auto":
+        return None
+    return 2048 if on_gpu and hardware.attention == "sdpa" else launch.full_pass(on_gpu)  # sdpa's mask is dense there
+
+
+def batches(indices: Any, episodes: list[Episode], size: int, tokens: int | None) -> list[list[int]]:
+    """Indices in micro-batches, episodes of like length together: `size` of them, or as many as `tokens` hold."""
     found: list[list[int]] = []
-    filled = math.inf
+    most, filled = tokens or size, math.inf
     for length, i in sorted((len(episodes[i].prompt) + len(episodes[i].answer), i) for i in indices):
-        filled += length if auto else 1
-        if filled > most:
+        cost = length if tokens else 1
+        if filled + cost > most:
             found.append([])
-            filled = length if auto else 1
+            filled = 0
         found[-1].append(i)
+        filled += cost
     return found
 
 
@@ -56,6 +62,7 @@ class Learner:
         """`mixture`: sft data whose loss is mixed in."""
         self.mixture = None if mixture is None else Shuffled(mixture, recipe.seed, MIXED)
         self.actors, self.recipe, self.hardware, self.world = actors, recipe, hardware, world
+        self.pass_tokens = pass_tokens(recipe, hardware)
         self.weights = actors.learned()
         self.optimizer = self._optimizer()
 
@@ -72,6 +79,10 @@ class Learner:
 
         kind = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
         return getattr(bitsandbytes.optim, kind[optim.optimizer])(groups, **how, weight_decay=optim.weight_decay)
+
+    def passes(self, episodes: list[Episode]) -> list[list[int]]:
+        """Indices of episodes, those of a pass together."""
+        return batches(range(len(episodes)), episodes, self.hardware.micro_batch_size, self.pass_tokens)
 
     def rate(self, step: int, steps: int) -> float:
         """Set the learning rate of an update: it rises for the warm-up, then falls as the schedule has it."""
@@ -121,7 +132,7 @@ class Learner:
         how, critic = self.recipe.algorithm, self.recipe.critic
         watched = ("policy/approxkl", "policy/clipfrac", "policy/entropy", "val/ratio", "val/clipfrac")
         sums = dict.fromkeys(("loss/policy", "loss/value", *watched), 0.0)
-        for part in batches(range(len(episodes)), episodes, self.recipe, self.hardware):
+        for part in self.passes(episodes):
             chosen = [episodes[i] for i in part]
             batch = pack(chosen, self.world.device)
             old, advantages, returns, before = (

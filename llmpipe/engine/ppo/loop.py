@@ -25,7 +25,7 @@ from llmpipe.engine import checkpoints, models, supervised, training
 from llmpipe.engine.generate import answer_samples
 from llmpipe.engine.ppo import algorithm
 from llmpipe.engine.ppo.actors import Actors, build, pack
-from llmpipe.engine.ppo.learner import Learner, batches, broken
+from llmpipe.engine.ppo.learner import Learner, broken
 from llmpipe.engine.ppo.rewards import Rewards
 from llmpipe.engine.ppo.rollout import DRAW, HELD_OUT, ORDER, Episode, Shuffled, draw, seeded
 from llmpipe.engine.ppo.world import World
@@ -86,7 +86,11 @@ class Loop:
         launch = self.recipe.launch
         machine = hardware.resume_key() | {"rollout_batch_size": launch.rollout_batch_size}
         machine["activation_checkpointing"] = launch.activation_checkpointing
-        machine["cut"] = "tokens" if launch.micro_batch_size == "auto" else "episodes"
+        filled = self.learner.pass_tokens
+        if filled:
+            machine["micro_batch_size"] = f"{filled:,} tokens"
+        held = f"{filled:,} tokens" if filled else f"{hardware.micro_batch_size} episodes"
+        self.say(f"update: {optim.batch_size} episodes, in passes of up to {held} a process")
         self.about = {"identity": identity, "machine": machine}
         picked = checkpoints.pick(self.artifact.checkpoints, identity, machine, self.say, inexact=job.inexact)
         self.resumes, self.exact = picked is not None, picked[1] if picked else True
@@ -224,7 +228,7 @@ class Loop:
         recipe, how = self.recipe, self.recipe.algorithm
         old, entropy, values, reference = ([None] * len(episodes) for _ in range(4))
         with torch.no_grad(), self.hardware.autocast():
-            for part in batches(range(len(episodes)), episodes, recipe, self.hardware):
+            for part in self.learner.passes(episodes):
                 batch = pack([episodes[i] for i in part], self.world.device)
                 lengths = [len(episodes[i].answer) for i in part]
                 spoken, bits, valued = self.actors.spoken(batch)
@@ -341,7 +345,9 @@ class Loop:
         line["seconds"] = round(time.monotonic() - self.begun, 3)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.accelerator.log(logs, step=self.step)
+        for tracker in self.accelerator.trackers:
+            step = None if tracker.name == "wandb" else self.step  # which drops what comes for a step that it has
+            tracker.log(logs | {"train/global_step": self.step}, step=step)
         self.progress.show(line)
 
     def _show(self, rows: list[dict], episodes: list[Episode], answers: list[str], scores: list[float]) -> None:
@@ -392,12 +398,14 @@ class Loop:
 
 def _tracked(job: Any, hardware: models.Hardware) -> Accelerator:
     """Accelerate, with the recipe's experiment trackers begun."""
-    names, home = job.recipe.log.trackers, training.trackers(job.recipe, job.artifact)
-    accelerator = Accelerator(cpu=hardware.device == "cpu", log_with=names or None, project_dir=str(home))
+    training.trackers(job.recipe, job.artifact)
+    names, home = job.recipe.log.trackers, os.environ.get("TENSORBOARD_LOGGING_DIR")
+    accelerator = Accelerator(cpu=hardware.device == "cpu", log_with=names or None, project_dir=home)
     if names:
         project = os.environ.get("WANDB_PROJECT", "huggingface")  # what transformers calls it for the other stages
         name = f"{job.artifact.run.name}-{job.artifact.name}"
-        accelerator.init_trackers(project, init_kwargs={"wandb": {"name": name}, "trackio": {"name": name}})
+        own = {"wandb": {"name": name}, "mlflow": {"run_name": name}, "trackio": {"name": name, "resume": "allow"}}
+        accelerator.init_trackers(project, init_kwargs=own)
     return accelerator
 
 
