@@ -440,3 +440,21 @@ def test_a_reward_model_ranks(run, rewards, tmp_path):
                 ids.pop()
             with torch.no_grad():
                 assert float(model(torch.tensor([ids])).logits[0, 0]) == pytest.approx(value, abs=1e-5)
+
+
+def test_a_frozen_head_gets_whole_rows():
+    """A slice would make PyTorch's CPU matmul copy the frozen weight once per row."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmpipe.engine.evaluate import Candidate
+    from llmpipe.engine.generate import Sampling, answer
+
+    model, tokenizer = (kind.from_pretrained(life.TINY / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.requires_grad_(False)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, out: seen.append(given[0]))
+    made = Candidate("it", life.TINY / "model", model, tokenizer, False, {}, 4)
+    made.log_probs([([5, 6, 7, 8, 9, 10], [False] * 4 + [True] * 2), ([5, 6, 7], [False, False, True])])
+    answer(model, tokenizer, [[5, 6], [7]], Sampling(3))
+    assert len(seen) > 1 and all(len(rows) == 2 and rows.is_contiguous() for rows in seen)
+    assert seen[0].shape[1] == 3, "no more than what is scored, and one before"

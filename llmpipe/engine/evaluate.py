@@ -26,7 +26,7 @@ from llmpipe.data.encode import Encoder
 from llmpipe.data.formats import Rejected, taught_bytes
 from llmpipe.data.templates import Choice as Chosen
 from llmpipe.data.templates import shared
-from llmpipe.engine import metrics
+from llmpipe.engine import metrics, upstream
 from llmpipe.engine.generate import Sampling, answer, own_rng, render
 from llmpipe.engine.models import has_bf16, load_any, load_tokenizer, release_memory
 from llmpipe.engine.progress import Progress, duration
@@ -139,13 +139,14 @@ class Candidate:
         marked = torch.tensor([[False] * p + marks for (_, marks), p in zip(sequences, pad, strict=True)])
         device = self.model.device
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            logits_to_keep=min(keep, width),
-            use_cache=False,
-        )
+        with upstream.contiguous_head(self.model):
+            out = self.model(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=positions.to(device),
+                logits_to_keep=min(keep, width),
+                use_cache=False,
+            )
         logits = out.logits[:, :-1].float()
         targets, marked = ids[:, -logits.shape[1] :].to(device), marked[:, -logits.shape[1] :].to(device)
         chosen = logits.gather(2, targets[..., None]).squeeze(2) - logits.logsumexp(2)

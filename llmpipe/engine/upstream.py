@@ -57,22 +57,27 @@ def speed_up(model, *, device_type: str) -> None:
 
 
 @contextmanager
-def generating(model):
-    """Compute padded batches with a cache: by plain sdpa, which runs in fp32, and with contiguous rows for the head.
-
-    transformers hands the head a slice, the last position. Where the weight is frozen, PyTorch's CPU matmul then copies
-    all of it once per row: 3.6 GB and 10 s for 64 rows of a vocabulary of 49,152.
-    """
-    attention = model.config._attn_implementation
-    whole = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, given: (given[0].contiguous(), *given[1:])
-    )
-    model.set_attn_implementation("sdpa")
+def contiguous_head(model):
+    """Hand the head whole rows. transformers hands it a slice, the last positions; where the weight is frozen, a matmul
+    of PyTorch on CPU then copies all of it once per row, 3.6 GB and 10 s for 64 rows of a vocabulary of 49,152."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     try:
         yield
     finally:
+        hook.remove()
+
+
+@contextmanager
+def generating(model):
+    """Compute padded batches with a cache: by plain sdpa, which runs in fp32, and with whole rows for the head."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        with contiguous_head(model):
+            yield
+    finally:
         model.set_attn_implementation(attention)
-        whole.remove()
 
 
 def documents_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, attention_mask=None,
