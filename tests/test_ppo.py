@@ -379,7 +379,7 @@ def test_resume_is_bitwise_the_straight_run(tmp_path, how):
         trial = life.Trial(path, hook=hook)
         assert trial.wait() == code, trial.text()
         cut = 2 if "launch__micro_batch_size" in changes else "auto"
-        with pytest.raises(UserError, match="micro_batch_size") as refused:
+        with pytest.raises(UserError, match=r"micro_batch_size.*auto \(1,024 tokens\)") as refused:
             life.command(path, [f"launch.micro_batch_size={cut}"])
         assert refused.value.code == 3
     made = life.command(path)

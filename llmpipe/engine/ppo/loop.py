@@ -88,7 +88,7 @@ class Loop:
         machine["activation_checkpointing"] = launch.activation_checkpointing
         filled = self.learner.pass_tokens
         if filled:
-            machine["micro_batch_size"] = f"{filled:,} tokens"
+            machine["micro_batch_size"] = f"auto ({filled:,} tokens)"
         held = f"{filled:,} tokens" if filled else f"{hardware.micro_batch_size} episodes"
         self.say(f"update: {optim.batch_size} episodes, in passes of up to {held} a process")
         self.about = {"identity": identity, "machine": machine}
