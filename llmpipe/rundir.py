@@ -67,6 +67,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{path: value} of a nested document; the keys of a path stand with spaces between them."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path} {key}".strip()).items()}
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON, or None when the file is absent or not whole."""
     try:

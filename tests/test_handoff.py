@@ -4,12 +4,14 @@ line with code 3. R9, R12: artifacts of preferences that are damaged, or whose b
 import json
 import pydoc_data.topics
 import shutil
+import signal
 
 import pytest
+import yaml
 
 from llmpipe import rundir
 from llmpipe.errors import UserError
-from tests import life, test_adapters, test_ppo, test_preference, test_pretrain
+from tests import life, test_adapters, test_ppo, test_preference, test_pretrain, test_processes
 
 QUICK = {"optim__steps": 2, "evaluation": {}}
 ADAPTER = {"adapter": {"rank": 4, "alpha": 8}}
@@ -154,25 +156,42 @@ def test_an_adapter_on_another_base_is_refused(made, tmp_path, name, hurt):
     assert refused.value.code == 3 and words[hurt] in str(refused.value)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "ppo killed", "ppo in two"])
 def test_a_tracker_gets_what_metrics_have(tmp_path, monkeypatch, stage):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.setenv(name, "")  # which is undone
         monkeypatch.delenv(name)
+    stage, _, how = stage.partition(" ")
     log = {"every": 1, "trackers": ["tensorboard"]}
     write = {"sft": life.write, "dpo": test_preference.write, "ppo": test_ppo.write}[stage]
     named = (tmp_path / "run", stage) if stage == "dpo" else (tmp_path / "run",)
-    artifact = life.command(write(*named, log=log, optim__steps=2))
-    (events,) = (artifact.run / ".trackers" / artifact.name).rglob("events.*")
-    seen = EventAccumulator(str(events))
-    seen.Reload()
+    more = {"killed": {"checkpoint": {"every": 1}}, "in two": {"launch__processes": 2}}.get(how, {})
+    path = write(*named, log=log, optim__steps=2, **more)
+    if how == "killed":
+        trial = life.Trial(path, hook="ppo_kill_after_1")
+        assert trial.wait() == -signal.SIGKILL, trial.text()
+    if how == "in two":
+        code, out = test_processes.run([*test_processes.PYTHON, stage, str(path)])
+        assert code == 0, out
+        artifact = rundir.Artifact(tmp_path / "run" / stage)
+    else:
+        artifact = life.command(path)
+    home = artifact.run / ".trackers" / artifact.name
     key, tag = ("objective/scores",) * 2 if stage == "ppo" else ("loss", "train/loss")
     lines = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
     written = [(line["step"], line[key]) for line in lines if key in line]
     assert len(written) == 2
-    assert [(point.step, pytest.approx(point.value, rel=1e-5)) for point in seen.Scalars(tag)] == written
+    points = []
+    for events in home.rglob("events.*"):
+        seen = EventAccumulator(str(events))
+        seen.Reload()
+        points += seen.Scalars(tag) if tag in seen.Tags()["scalars"] else []
+    assert sorted((point.step, pytest.approx(point.value, rel=1e-5)) for point in points) == written
+    if stage == "ppo":
+        asked = [yaml.safe_load(file.read_text()) for file in home.rglob("hparams.yml")]
+        assert [one["optim learning_rate"] for one in asked] == [2e-3] * (2 if how == "killed" else 1)
 
 
 def test_a_model_of_the_hub_has_no_parents_template():

@@ -298,7 +298,7 @@ def training(run: Run) -> Iterator[Html]:
     """Status, key numbers and curves of every artifact but the evaluations."""
     for part in (part for part in run.parts if part.stage != "eval"):
         about = {"status": part.status, "kind": dig(part.made, "kind") or None, "stage": part.stage}
-        for name, value in (flat(dig(part.made, "final")) | dig(part.made, "training")).items():
+        for name, value in (rundir.flat(dig(part.made, "final")) | dig(part.made, "training")).items():
             about[name.replace("eval_", "held-out ").replace("_", " ")] = number(value)
         if "training" in part.made:
             about |= {"seconds": None, "duration": duration_of(part.made), "size": size_of(part.made)}
@@ -431,18 +431,11 @@ def comparison(a: Run, b: Run) -> Iterator[Html]:
         asked = changes(dig(part.made, "asked"), dig(other.made, "asked"))
         rows: list[list[object]] = [[at, clip(plain(x), 200), clip(plain(y), 200)] for at, x, y in asked]
         yield table("recipe", ["differs in", a.name, b.name], rows) if rows else tag("p", "the same recipe and inputs")
-        came = [flat(dig(p.made, "final")) | dig(p.made, "training") for p in (part, other)]
+        came = [rundir.flat(dig(p.made, "final")) | dig(p.made, "training") for p in (part, other)]
         rows = [[at, number(came[0].get(at)), number(came[1].get(at))] for at in came[0] | came[1]]
         yield table("results", ["result", f"#{a.name}", f"#{b.name}"], rows)
         yield from plots({"A": part, "B": other}, POINTS // a.scale)
     yield from (join(tag("h3", name), tag("p", f"only in {b.name}")) for name in there)
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """{path: value} of a nested document."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path} {key}".strip()).items()}
 
 
 def page(runs: list[Run]) -> str:

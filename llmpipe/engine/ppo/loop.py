@@ -405,7 +405,9 @@ def _tracked(job: Any, hardware: models.Hardware) -> Accelerator:
         project = os.environ.get("WANDB_PROJECT", "huggingface")  # what transformers calls it for the other stages
         name = f"{job.artifact.run.name}-{job.artifact.name}"
         own = {"wandb": {"name": name}, "mlflow": {"run_name": name}, "trackio": {"name": name, "resume": "allow"}}
-        accelerator.init_trackers(project, init_kwargs=own)
+        asked = rundir.flat(job.recipe.model_dump(mode="json"))
+        known = {at: value if isinstance(value, bool | int | float) else str(value) for at, value in asked.items()}
+        accelerator.init_trackers(project, known, own)
     return accelerator
 
 
