@@ -194,6 +194,70 @@ def test_a_tracker_gets_what_metrics_have(tmp_path, monkeypatch, stage):
         assert [one["optim learning_rate"] for one in asked] == [2e-3] * (2 if how == "killed" else 1)
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def other(folder, kind, **more):
+    """A model of another architecture with random weights, under the tiny tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokens |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **tokens, **more))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+EXPERTS = LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OTHERS = {
+    "gpt_neox": {"intermediate_size": 64},  # Pythia: its head has a name of its own
+    "gemma2": LLAMA | {"query_pre_attn_scalar": 16},  # bounded logits, and no sdpa
+    "qwen3_moe": EXPERTS,  # returns its routing in training, which breaks generation
+    "cohere": LLAMA | {"logit_scale": 0.25},  # transformers has no reward model of it
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_walk_the_road(tmp_path, kind):
+    run, model = tmp_path / "run", other(tmp_path / kind, kind, **OTHERS[kind])
+    sft = life.command(life.write(run, model=model, data__packing=True, **QUICK))
+    config = json.loads((sft.model / "config.json").read_text())
+    assert config["model_type"] == kind and not config.get("output_router_logits")
+    reward, changes = test_preference.write(run, "reward", model="artifact:sft", **QUICK), {}
+    if kind == "cohere":
+        with pytest.raises(UserError, match="no reward model of the kind cohere"):
+            life.command(reward)
+    else:
+        life.command(reward)
+        changes["reward"] = [{"model": "artifact:reward"}]
+    for name, how in (("ppo", {}), ("ppo-lora", ADAPTER)):
+        if (kind, name) == ("qwen3_moe", "ppo-lora"):
+            continue  # PEFT warns of a rank pattern that it has added itself
+        made = life.command(test_ppo.write(run, name=name, model="artifact:sft", optim__steps=2, **changes, **how))
+        first = test_ppo.updates(made)[0]
+        assert abs(first["objective/kl"]) < 1e-4 and first["val/ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_documents_that_the_architecture_would_mix_are_padded_or_refused(tmp_path):
+    """Falcon looks at everything before, whatever the positions say."""
+    model = other(tmp_path / "falcon", "falcon")
+    with pytest.raises(UserError, match=r"falcon does not keep documents of one row apart\n.*packing: false"):
+        life.command(life.write(tmp_path / "packed", model=model, data__packing=True))
+    losses = []
+    for size in (1, 4):
+        changes = {"launch__micro_batch_size": size, "data__packing": False, **QUICK}
+        made = life.command(life.write(tmp_path / f"padded{size}", model=model, **changes))
+        assert "rows are padded: falcon does not keep" in (made.path / "log.txt").read_text()
+        lines = (made.path / "metrics.jsonl").read_text().splitlines()
+        losses += [[line["loss"] for line in map(json.loads, lines) if "loss" in line]]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0]
+
+
 def test_a_model_of_the_hub_has_no_parents_template():
     """Whose record names no folder."""
     from types import SimpleNamespace

@@ -227,7 +227,7 @@ def publish(trainer: Any, tokenizer: Tokenizer, base: Path, reference: str) -> d
     if trainer.is_world_process_zero():
         model = trainer.plain_model()
         trainer.forget_optimizer()
-        model.set_attn_implementation("sdpa")
+        upstream.as_loaded(model)
         bits, dtype = trainer.recipe.quantization, trainer.hardware.frozen_dtype(trainer.recipe.adapter)
         tensors, config = plain(model)
         config.base_model_name_or_path = reference  # no machine's path in an artifact

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
@@ -117,20 +118,22 @@ def load_model(
     """A model from safetensors: a reward model where the folder holds one or where it `scores`, which gives any other
     a head with random weights; else a causal language model. Raises UserError (3) when a tensor is missing or left
     over."""
-    from trl.trainer.reward_trainer import suppress_seqcls_warning
-
     ranked = rundir.ranks(folder)
-    kind = AutoModelForSequenceClassification if ranked or scores else AutoModelForCausalLM
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if ranked or scores else MODEL_FOR_CAUSAL_LM_MAPPING
     # the head that is left out and the one that is new are no news; any other difference is refused below
-    changed = suppress_seqcls_warning() if scores and not ranked else nullcontext()
     try:
-        with changed:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = known.get(type(config), None)
+        if kind is None:
+            what = "reward model" if ranked or scores else "language model"
+            raise UserError(f"{folder}: transformers has no {what} of the kind {config.model_type}", code=DATA)
+        with upstream.ranking(kind) if scores and not ranked else nullcontext():
             model, report = kind.from_pretrained(
                 folder,
                 **({"num_labels": 1} if scores else {}),
                 dtype=dtype,
                 quantization_config=quantization,
-                attn_implementation=attention,
+                attn_implementation=upstream.attention_of(kind, attention),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -143,6 +146,7 @@ def load_model(
     if problems or report.get("error_msgs"):
         what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in problems.items())
         raise UserError(f"{folder}: the weights do not fit the model ({what or report['error_msgs']})", code=INTEGRITY)
+    upstream.unrouted(model.config)
     return model
 
 
@@ -228,6 +232,10 @@ def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, prepare
         generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config._attn_implementation != found.attention:
+        say(
+            f"attention: {model.config._attn_implementation} for {type(model).__name__}, which has no {found.attention}"
+        )
     upstream.speed_up(model, device_type=found.device)
     say(f"model: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
     return model

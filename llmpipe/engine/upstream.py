@@ -68,16 +68,53 @@ def contiguous_head(model):
         hook.remove()
 
 
+def attention_of(kind, wanted):
+    """The attention that a model class can be loaded with: the wanted one, else sdpa, else eager."""
+    knows = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "eager": ""}
+    return next(name for name in (wanted, "sdpa", "eager") if getattr(kind, knows[name], True))
+
+
+def as_loaded(model) -> None:
+    """Leave what only training computes with: an attention that may run in half precision alone, and the routing that
+    a mixture of experts returns, by TRL's order in the configuration: with it a cached step of generation breaks."""
+    model.set_attn_implementation(attention_of(model, "sdpa"))
+    unrouted(model.config)
+
+
+def unrouted(config) -> None:
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        config.get_text_config().output_router_logits = False
+
+
 @contextmanager
 def generating(model):
-    """Compute padded batches with a cache: by plain sdpa, which runs in fp32, and with whole rows for the head."""
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    """Compute padded batches with a cache: as a model is loaded, and with whole rows for the head."""
+    attention, config = model.config._attn_implementation, model.config.get_text_config()
+    routed = getattr(config, "output_router_logits", False)
+    as_loaded(model)
     try:
         with contiguous_head(model):
             yield
     finally:
         model.set_attn_implementation(attention)
+        if routed:
+            config.output_router_logits = True
+
+
+@contextmanager
+def ranking(kind):
+    """Make reward models of causal ones, of the class `kind`, without a word of the head that is new and of the one
+    that is left out. What TRL has for this knows no head but `lm_head`; Pythia's is `embed_out`."""
+    names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+    old = [getattr(kind, name) for name in names]
+    outside = rf"^(?!{kind.base_model_prefix}\.)"
+    for name, known in zip(names, old, strict=True):
+        setattr(kind, name, [*(known or []), outside])
+    try:
+        yield
+    finally:
+        for name, known in zip(names, old, strict=True):
+            setattr(kind, name, known)
 
 
 def documents_mask(batch_size, q_length, kv_length, q_offset=0, mask_function=None, attention_mask=None,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import rundir
+from llmpipe.engine import upstream
 from llmpipe.engine.generate import own_rng
 from llmpipe.engine.models import load_model, load_tokenizer
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
@@ -30,7 +31,7 @@ def publish(trainer: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         return {}
     model = trainer.plain_model()
     trainer.forget_optimizer()
-    model.set_attn_implementation("sdpa")  # as it will be loaded; a kernel for half precision cannot run the fp32 probe
+    upstream.as_loaded(model)
     with rundir.publishing(trainer.artifact.model) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -100,6 +101,26 @@ def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
         logits = model(_probe(model, tokenizer)).logits
     model.train(was_training)
     return logits
+
+
+def crosstalk(trainer: Any, tokenizer: Tokenizer, hardware: Any) -> float:
+    """How much of the other document reaches one that lies behind it in a row, in logits: 0 none, 1 as if they were
+    one. Architectures that read neither positions nor boundaries, Falcon for one, would learn across them unseen."""
+    ids = tokenizer(PROBE)["input_ids"]
+    parts = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
+    rows = [{"input_ids": part, "labels": part, "seq_lengths": [len(part)]} for part in (*parts, ids)]
+
+    def last(*chosen: dict) -> torch.Tensor:
+        batch = trainer._prepare_inputs(trainer.data_collator(list(chosen)))
+        batch.pop("labels")
+        return trainer.model(**batch, use_cache=False).logits[0, -len(parts[1]) :].float()
+
+    was_training = trainer.model.training
+    trainer.model.eval()
+    with own_rng(), torch.no_grad(), hardware.autocast():
+        packed, alone, joined = last(rows[0], rows[1]), last(rows[1]), last(rows[2])
+    trainer.model.train(was_training)
+    return float((packed - alone).abs().mean() / (joined - alone).abs().mean().clamp(min=1e-9))
 
 
 def same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float = 1e-5) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
     from llmpipe.engine.ppo import actors
 
     torch.manual_seed(0)
-    hidden, head = torch.randn(2 * actors.TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
+    hidden, layer = torch.randn(2 * actors.TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
+    head = actors.Head(layer, 1.5, None)
     targets, found = torch.randint(101, (len(hidden),)), []
     for bonus in (False, True):
         given = hidden.clone().requires_grad_()
@@ -172,10 +173,13 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
     everything = [torch.arange(101)] * len(hidden)
     assert (actors.log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]).abs().max() < 0.03
     some = [torch.tensor([int(target), 7, 8]) for target in targets]
-    logits = (hidden @ head.weight.T / 0.7).detach()
+    logits = (hidden @ layer.weight.T * 1.5 / 0.7).detach()
     expected = [float(row[ids].log_softmax(0)[0]) for row, ids in zip(logits, some, strict=True) if int(ids[0]) > 8]
     given = actors.log_probs(hidden, head, targets, 0.7, some, False)[0]
     assert given.detach()[targets > 8].tolist() == pytest.approx(expected, abs=1e-4)
+    bound = (2 * (logits * 0.7 / 2).tanh() / 0.7).log_softmax(-1)
+    given = actors.log_probs(hidden, actors.Head(layer, 1.5, 2.0), targets, 0.7, None, False)[0]
+    assert (given - bound.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-5
 
 
 def test_signs_of_a_gamed_reward_are_said_once():

@@ -256,9 +256,7 @@ def test_canary_attention():
 def test_canary_trainers_of_pairs():
     """What `engine/preference.py` overrides or leans on."""
     from trl import DPOTrainer, RewardTrainer
-    from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-    assert callable(suppress_seqcls_warning)
     for trainer in (RewardTrainer, DPOTrainer):
         assert {"_prepare_dataset", "_set_signature_columns_if_needed", "compute_loss"} <= set(vars(trainer))
         assert "num_items_in_batch" in inspect.signature(trainer.compute_loss).parameters

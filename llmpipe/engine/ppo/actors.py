@@ -77,20 +77,39 @@ def pack_rows(rows: list[dict], device: torch.device) -> Packed:
     )
 
 
+class Head(NamedTuple):
+    """What makes logits of hidden states: a linear layer, a factor, and a bound c: c tanh(logit / c) (Gemma 2)."""
+
+    linear: nn.Linear
+    scale: float
+    cap: float | None
+
+
+def head_of(model: Any) -> Head:
+    """The head of a model; what its architecture does beyond this, `_probe` refuses."""
+    config = model.config.get_text_config()
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
+    scale = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return Head(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+
+
 def log_probs(
-    hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float, allowed: list[Tensor] | None, bonus: bool
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float, allowed: list[Tensor] | None, bonus: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under the distribution that tokens are drawn from, and its entropy in nats,
     float32 [tokens] each. hidden [tokens, width]; `bonus`: the entropy is learned from."""
-    if hidden.device.type == "cpu" and allowed is None and not bonus and head.bias is None:
+    layer, plain = head.linear, head.linear.bias is None and head.cap is None
+    if hidden.device.type == "cpu" and allowed is None and not bonus and plain:
         found = upstream.LogProbs.apply(
-            hidden / temperature, head.weight, None, targets, 1.0, TILE, None, 1.0, ("entropy",)
+            hidden * (head.scale / temperature), layer.weight, None, targets, 1.0, TILE, None, 1.0, ("entropy",)
         )
         return found[0], found[1]
     parts = []
     for start in range(0, len(targets), TILE):
         part = slice(start, start + TILE)
-        arguments = hidden[part], head.weight, head.bias, targets[part], temperature, allowed and allowed[part]
+        how = head.scale, head.cap, temperature, allowed and allowed[part]
+        arguments = hidden[part], layer.weight, layer.bias, targets[part], *how
         parts.append(
             checkpoint(_tile, *arguments, use_reentrant=False) if torch.is_grad_enabled() else _tile(*arguments)
         )
@@ -99,9 +118,11 @@ def log_probs(
 
 
 def _tile(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, allowed: Any
-) -> tuple[Tensor, Tensor]:
-    logits = linear(hidden, weight, bias).float() / temperature
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, cap: float | None,
+    temperature: float, allowed: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = linear(hidden, weight, bias).float() * scale
+    logits = (logits if cap is None else cap * (logits / cap).tanh()) / temperature
     if allowed is not None:
         mask = torch.zeros(logits.shape, dtype=torch.bool)
         for row, ids in zip(mask, allowed, strict=True):
@@ -155,14 +176,12 @@ class Actors(nn.Module):
     def spoken(self, batch: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
         """The policy's log-probabilities and entropies; its values, where they come from the same pass."""
         hidden = self._hidden(self.causal, batch)
-        head = self.causal.get_output_embeddings()
-        found = log_probs(hidden, head, batch.targets, self.temperature, batch.allowed, self.bonus)
+        found = log_probs(hidden, head_of(self.causal), batch.targets, self.temperature, batch.allowed, self.bonus)
         return *found, self._predicted(hidden) if self.trunk else None
 
     def recited(self, batch: Packed) -> Tensor:
         """The policy's log-probabilities of text that it did not draw: temperature 1, and the whole vocabulary."""
-        head = self.causal.get_output_embeddings()
-        return log_probs(self._hidden(self.causal, batch), head, batch.targets, 1.0, None, False)[0]
+        return log_probs(self._hidden(self.causal, batch), head_of(self.causal), batch.targets, 1.0, None, False)[0]
 
     def valued(self, batch: Packed) -> Tensor:
         """The critic's values V(s_t), float32 [answer tokens]."""
@@ -195,8 +214,7 @@ class Actors(nn.Module):
         continued = self.adapted and "reference" in self.policy.peft_config
         with self.using("reference" if continued else None):
             hidden = self._hidden(model, batch)
-        head = model.get_output_embeddings()
-        return log_probs(hidden, head, batch.targets, self.temperature, None, False)[0]
+        return log_probs(hidden, head_of(model), batch.targets, self.temperature, None, False)[0]
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What learns: names as in the module."""
@@ -365,10 +383,6 @@ def _body(model: Any) -> Any:
 
 def _refuse(causal: Any, job: Any, prepared: dict) -> None:
     recipe = job.recipe
-    config = causal.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UserError(f"model: {config.model_type} changes its logits ({name}), which ppo does not know yet")
     parent = rundir.read_json(job.model / "adapter_config.json") if job.bases.get("model") else {}
     if parent.get("modules_to_save") or parent.get("trainable_token_indices"):
         raise UserError("model: the adapter has embeddings of its own", "set adapter.continue: false to merge it first")
