@@ -243,6 +243,29 @@ def test_other_architectures_walk_the_road(tmp_path, kind):
         assert abs(first["objective/kl"]) < 1e-4 and first["val/ratio"] == pytest.approx(1, abs=0.1)
 
 
+def test_tldr_in_small(tmp_path):
+    """The shipped pipeline as it stands, but for the size of model, data and steps."""
+    pipeline = yaml.safe_load((life.ROOT / "recipes" / "tldr.yaml").read_text())
+    model = other(tmp_path / "pythia", "gpt_neox", **OTHERS["gpt_neox"])
+    asks = [f"POST: I have {i} keys and lost {i % 5}.\n\nTL;DR:" for i in range(60)]
+    rows = [{"prompt": ask, "completion": " Lost keys."} for ask in asks]
+    pairs = [{"prompt": ask, "chosen": " Lost keys.", "rejected": " I have keys, I had keys."} for ask in asks]
+    for name, made in (("trl-lib/tldr", rows), ("trl-lib/tldr-preference", pairs)):
+        (tmp_path / f"{name[8:]}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    small = {"batch_size": 8, "learning_rate": 1e-3, "precision": "fp32"}
+    for stage in pipeline["stages"]:
+        values = {"run": str(tmp_path / "run"), **stage, "launch": {"processes": 1, "threads": 1}}
+        values["model"] = values["model"].replace("EleutherAI/pythia-1b-deduped", model)
+        for source in values["data"]["train"]:
+            source["path"] = f"{tmp_path}/{source.pop('split') and source['path'][8:]}.jsonl"
+        values["optim"] |= small | ({"steps": 2} if "steps" in values["optim"] else {})
+        path = tmp_path / f"{stage['stage']}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        artifact = life.command(path)
+    log = (artifact.path / "log.txt").read_text()
+    assert "critic: a model of its own, from the reward model" in log and "step      2/2" in log
+
+
 def test_documents_that_the_architecture_would_mix_are_padded_or_refused(tmp_path):
     """Falcon looks at everything before, whatever the positions say."""
     model = other(tmp_path / "falcon", "falcon")
