@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 DIGITS = {1: range(1, 10), 2: range(10, 100)}
-FORM, PAIRS, TEST, WRONG = 160, 2400, 500, 4  # expressions, and wrong answers for each that has a pair
+FORM, PAIRS, TEST, WRONG = 160, 2400, 500, 8  # expressions, and wrong answers for each that has a pair
 Sum = tuple[int, int]
 
 

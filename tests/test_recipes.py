@@ -198,7 +198,7 @@ def test_sums_are_tested_on_other_expressions():
     assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
     assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(asked["asks"])
     parts = [set(asked[name]) for name in ("form", "pairs", "test")]
-    assert [len(part) for part in parts] == [len(asked["form"]), len(asked["pairs"]) / 4, len(asked["test"])]
+    assert [len(part) for part in parts] == [len(asked["form"]), len(asked["pairs"]) / 8, len(asked["test"])]
     assert len({json.dumps(row, sort_keys=True) for row in files["pairs"]}) == len(files["pairs"])
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert {max(map(len, part)) for part in asked["test"]} == {1, 2}

@@ -64,8 +64,8 @@ class Hardware:
         return {k: v for k, v in vars(self).items() if k != "accumulation"}
 
 
-def hardware(recipe: Training, say: Say) -> Hardware:
-    """Decide device, precision, attention and micro-batch, and say why."""
+def hardware(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
+    """Decide device, precision, attention and micro-batch, and say why. `folder`: of the model, or of its base."""
     on_gpu = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or launch.thread_count(recipe.launch, processes)
@@ -77,6 +77,9 @@ def hardware(recipe: Training, say: Say) -> Hardware:
     bf16 = wanted == "bf16" or (wanted == "auto" and fast)
     why = "the recipe asks for it" if wanted != "auto" else f"the hardware has {'it' if bf16 else 'no fast bf16'}"
     attention, attention_why = upstream.choose_attention("cuda" if on_gpu else "cpu", recipe.data.packing)
+    kind = architecture(folder) if folder else None
+    if (known := upstream.attention_of(kind, attention)) != attention:
+        attention, attention_why = known, f"{kind.__name__} has no {attention}"
     micro = launch.micro_batch_size(recipe, processes, on_gpu)
     found = Hardware(
         device="cuda" if on_gpu else "cpu",
@@ -111,6 +114,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def architecture(folder: Path, ranks: bool = False) -> type[PreTrainedModel]:
+    """The class that transformers has for a model in `folder`; `ranks`: for a reward model. Raises UserError (2)."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}", code=DATA) from error
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if ranks else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = known.get(type(config), None)
+    if kind is None:
+        what = "reward model" if ranks else "language model"
+        raise UserError(f"{folder}: transformers has no {what} of the kind {config.model_type}", code=DATA)
+    return kind
+
+
 def load_model(
     folder: Path, attention: str = "sdpa", dtype: torch.dtype = torch.float32, quantization: Any = None,
     scores: bool = False,
@@ -119,14 +136,9 @@ def load_model(
     a head with random weights; else a causal language model. Raises UserError (3) when a tensor is missing or left
     over."""
     ranked = rundir.ranks(folder)
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if ranked or scores else MODEL_FOR_CAUSAL_LM_MAPPING
-    # the head that is left out and the one that is new are no news; any other difference is refused below
+    kind = architecture(folder, ranked or scores)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        kind = known.get(type(config), None)
-        if kind is None:
-            what = "reward model" if ranked or scores else "language model"
-            raise UserError(f"{folder}: transformers has no {what} of the kind {config.model_type}", code=DATA)
+        # the head that is left out and the one that is new are no news; any other difference is refused below
         with upstream.ranking(kind) if scores and not ranked else nullcontext():
             model, report = kind.from_pretrained(
                 folder,
@@ -232,10 +244,6 @@ def ready(model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, prepare
         generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.config._attn_implementation != found.attention:
-        say(
-            f"attention: {model.config._attn_implementation} for {type(model).__name__}, which has no {found.attention}"
-        )
     upstream.speed_up(model, device_type=found.device)
     say(f"model: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
     return model

@@ -120,7 +120,7 @@ def ranking(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def reward(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train a reward model and publish it; returns what the manifest says of it."""
     recipe, say = job.recipe, job.say
-    hardware = models.hardware(recipe, say)
+    hardware = models.hardware(recipe, say, job.weights)
     tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
     model = models.load(job.model, None, tokenizer, hardware, recipe, prepared, say, scores=True)
     own = {"max_length": None, "center_rewards_coefficient": recipe.center}
@@ -209,7 +209,7 @@ def improvement(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any
 def dpo(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train a policy on preferences against its parent, and publish it; returns what the manifest says of it."""
     recipe, say = job.recipe, job.say
-    hardware = models.hardware(recipe, say)
+    hardware = models.hardware(recipe, say, job.weights)
     _refuse_micro_batches(recipe, hardware)
     tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
     base = job.bases.get("model")

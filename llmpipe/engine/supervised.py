@@ -59,7 +59,8 @@ def train(
         train_dataset=training.stand_in(data) if stream else training.dataset(rows / "train.arrow"),
         eval_dataset=training.dataset(rows / "eval.arrow") if prepared["rows"]["eval"] else None,
     )
-    if own["padding_free"] and verify.crosstalk(trainer, tokenizer, hardware) > 0.15:  # bf16 alone gives 0.04
+    noise = 0.15 if hardware.bf16 or recipe.quantization else 1e-3  # in bf16 SmolLM2 shows 0.04, OPT 0.29
+    if own["padding_free"] and not verify.crosstalk(trainer, tokenizer, hardware) <= noise:
         problem = f"{model.config.model_type} does not keep documents of one row apart"
         if data.packing:
             raise UserError(f"data: {problem}", f"set data.{'isolate' if data.kind == 'blocks' else 'packing'}: false")

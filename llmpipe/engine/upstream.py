@@ -70,8 +70,15 @@ def contiguous_head(model):
 
 def attention_of(kind, wanted):
     """The attention that a model class can be loaded with: the wanted one, else sdpa, else eager."""
-    knows = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "eager": ""}
-    return next(name for name in (wanted, "sdpa", "eager") if getattr(kind, knows[name], True))
+    flash = getattr(
+        kind, "_compatible_flash_implementations", None
+    )  # else transformers takes another kernel, of the Hub
+    able = {
+        "flash_attention_2": getattr(kind, "_supports_flash_attn", True)
+        and (not flash or "flash_attention_2" in flash),
+        "sdpa": getattr(kind, "_supports_sdpa", True),
+    }
+    return next(name for name in (wanted, "sdpa", "eager") if able.get(name, True))
 
 
 def as_loaded(model) -> None:
@@ -104,12 +111,11 @@ def generating(model):
 @contextmanager
 def ranking(kind):
     """Make reward models of causal ones, of the class `kind`, without a word of the head that is new and of the one
-    that is left out. What TRL has for this knows no head but `lm_head`; Pythia's is `embed_out`."""
+    that is left out. TRL has the same for heads called `lm_head` only; Pythia's is `embed_out`."""
     names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
     old = [getattr(kind, name) for name in names]
-    outside = rf"^(?!{kind.base_model_prefix}\.)"
-    for name, known in zip(names, old, strict=True):
-        setattr(kind, name, [*(known or []), outside])
+    for name, known, head in zip(names, old, (r"^score\.", r"^(lm_head|embed_out)\."), strict=True):
+        setattr(kind, name, [*(known or []), head])
     try:
         yield
     finally:

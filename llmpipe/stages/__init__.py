@@ -55,6 +55,11 @@ class Job:
         return self.models["model"]
 
     @property
+    def weights(self) -> Path:
+        """Where the weights of `model` lie: in its own folder, or in that of its base where it is an adapter."""
+        return self.bases.get("model") or self.model
+
+    @property
     def prepared(self) -> Path:
         """Where the run keeps tokenized rows."""
         return self.artifact.run / ".prepared"

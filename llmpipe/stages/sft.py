@@ -36,7 +36,7 @@ def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
     from llmpipe.engine import models, supervised
 
     recipe, say = job.recipe, job.say
-    hardware = models.hardware(recipe, say)
+    hardware = models.hardware(recipe, say, job.weights)
     tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
     base = job.bases.get("model")
     model = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)

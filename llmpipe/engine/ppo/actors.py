@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -90,7 +89,8 @@ def head_of(model: Any) -> Head:
     config = model.config.get_text_config()
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
     scale = next((value for name in names if (value := getattr(config, name, None)) is not None), 1.0)
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite; HyperCLOVA X multiplies by it
+    scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     return Head(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
 
 
@@ -315,7 +315,7 @@ def ranker(actors: Actors, job: Any, at: str, tokenizer: Any) -> Ranker | None:
         return None
     config = PeftConfig.from_pretrained(str(folder))
     plain = {*config.modules_to_save} <= {"classifier", "score"} and not config.trainable_token_indices
-    if base.resolve() != Path(job.bases.get("model") or job.model).resolve() or not plain:
+    if base.resolve() != job.weights.resolve() or not plain:
         return None
     if len(tokenizer) > actors.causal.get_input_embeddings().weight.shape[0]:
         return None

@@ -25,7 +25,8 @@ def pass_tokens(recipe: Any, hardware: models.Hardware) -> int | None:
     on_gpu = hardware.device == "cuda"
     if recipe.launch.micro_batch_size != "auto":
         return None
-    return 2048 if on_gpu and hardware.attention == "sdpa" else launch.full_pass(on_gpu)  # sdpa's mask is dense there
+    dense = on_gpu and hardware.attention != "flash_attention_2"  # a mask of tokens x tokens
+    return 2048 if dense else launch.full_pass(on_gpu)
 
 
 def batches(indices: Any, episodes: list[Episode], size: int, tokens: int | None) -> list[list[int]]:

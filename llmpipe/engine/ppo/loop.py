@@ -37,7 +37,7 @@ SHOWN = 4  # episodes of an update that rollouts.jsonl shows
 
 def train(job: Any, prepared: dict[str, Any]) -> dict[str, Any]:
     """Train a policy and publish it; returns what the manifest says of it."""
-    rows, hardware = job.prepared / prepared["data"], models.hardware(job.recipe, job.say)
+    rows, hardware = job.prepared / prepared["data"], models.hardware(job.recipe, job.say, job.weights)
     world, tokenizer = World(_tracked(job, hardware)), models.load_tokenizer(rows / "tokenizer")
     actors = build(job, prepared, hardware, tokenizer)
     loop = Loop(job, prepared, hardware, world, tokenizer, actors, Rewards(job, hardware, actors))
@@ -405,7 +405,7 @@ def _tracked(job: Any, hardware: models.Hardware) -> Accelerator:
         project = os.environ.get("WANDB_PROJECT", "huggingface")  # what transformers calls it for the other stages
         name = f"{job.artifact.run.name}-{job.artifact.name}"
         own = {"wandb": {"name": name}, "mlflow": {"run_name": name}, "trackio": {"name": name, "resume": "allow"}}
-        asked = rundir.flat(job.recipe.model_dump(mode="json"))
+        asked = rundir.flat(job.recipe.model_dump(mode="json", by_alias=True))
         known = {at: value if isinstance(value, bool | int | float) else str(value) for at, value in asked.items()}
         accelerator.init_trackers(project, known, own)
     return accelerator
