@@ -236,8 +236,6 @@ def test_other_architectures_walk_the_road(tmp_path, kind):
         life.command(reward)
         changes["reward"] = [{"model": "artifact:reward"}]
     for name, how in (("ppo", {}), ("ppo-lora", ADAPTER)):
-        if (kind, name) == ("qwen3_moe", "ppo-lora"):
-            continue  # PEFT warns of a rank pattern that it has added itself
         made = life.command(test_ppo.write(run, name=name, model="artifact:sft", optim__steps=2, **changes, **how))
         first = test_ppo.updates(made)[0]
         assert abs(first["objective/kl"]) < 1e-4 and first["val/ratio"] == pytest.approx(1, abs=0.1)
@@ -289,6 +287,14 @@ def test_documents_that_the_architecture_would_mix_are_padded_or_refused(tmp_pat
         lines = (made.path / "metrics.jsonl").read_text().splitlines()
         losses += [[line["loss"] for line in map(json.loads, lines) if "loss" in line]]
     assert losses[0] == pytest.approx(losses[1], abs=0.02 if "adapter" in changes else 1e-5) and losses[0]
+
+
+def test_blocks_that_the_architecture_would_mix_are_refused_where_asked_for(tmp_path):
+    (tmp_path / "text.txt").write_text(pydoc_data.topics.topics["class"])
+    begin = {"model": other(tmp_path / "falcon", "falcon"), "architecture": None, "tokenizer": None}
+    with pytest.raises(UserError, match=r"falcon does not keep documents of one row apart\n.*isolate: false"):
+        life.command(test_pretrain.write(tmp_path / "run", tmp_path, **begin, data__isolate=True))
+    life.command(test_pretrain.write(tmp_path / "run", tmp_path, **begin, **QUICK))
 
 
 def test_a_model_of_the_hub_has_no_parents_template():
