@@ -186,7 +186,7 @@ def speed(args) -> None:
         told = {
             "model": args.model, "critic": str(home / "critic"), "prompts": [row["instruction"] for row in rows],
             "batch": args.batch, "tokens": args.tokens, "updates": args.updates, "rate": 1e-5 if args.lora else 1e-6,
-            "lora": args.lora, "bf16": True, "threads": os.cpu_count(), "seed": 0,
+            "lora": args.lora, "bf16": args.precision == "bf16", "threads": os.cpu_count(), "seed": 0,
         }  # fmt: skip
         ratios, memory = [], []
         for pair in range(args.pairs):
@@ -326,6 +326,7 @@ def main() -> None:
     timed.add_argument("--model", required=True, help="folder of a causal language model")
     timed.add_argument("--rows", required=True)
     timed.add_argument("--lora", action="store_true")
+    timed.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="fp32 where bf16 is slow")
     timed.add_argument("--pairs", type=int, default=4)
     timed.add_argument("--batch", type=int, default=16, help="answers per update")
     timed.add_argument("--tokens", type=int, default=32, help="longest answer")
