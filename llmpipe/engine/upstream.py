@@ -279,7 +279,7 @@ def silence() -> None:
     # and PEFT asks a model for it under its old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # and of experts held in one tensor it looks for the ranks among the modules, though it has set and heeds them
-    warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+    warnings.filterwarnings("ignore", r"The following .*_pattern keys .*\['[^',]*gate_up_proj'\]", RuntimeWarning)
     warnings.filterwarnings(
         "ignore", "Paged optimizers are not supported on CPU", UserWarning
     )  # said once, by `hardware`
