@@ -31,7 +31,8 @@ def make_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             row = {
-                "instruction": f"Explain number {i}: " + " ".join(draw.choices(WORDS, k=draw.randint(5, 20))),
+                "instruction": f"Explain number {i}: "
+                + " ".join(draw.choices(WORDS, k=draw.randint(5, 20))),
                 "input": " ".join(draw.choices(WORDS, k=10)) if i % 3 == 0 else "",
                 "output": " ".join(draw.choices(WORDS, k=draw.randint(20, 120))) + ".",
             }
@@ -61,13 +62,18 @@ def one(rows: Path, model: Path, cache: Path, processes: str) -> None:
     import multiprocessing.spawn  # noqa: F401  imported by the pool; counts as import
 
     from llmpipe.data.prepare import prepare
-    from llmpipe.recipe import Data
+    from llmpipe.recipe.sections import Data
 
     print("ready", flush=True)
     sys.stdin.readline()
     number = processes if processes == "auto" else int(processes)
     data = Data.model_validate(
-        {"train": [{"path": str(rows)}], "template": "chatml", "eval": {"holdout": 0.01}, "processes": number}
+        {
+            "train": [{"path": str(rows)}],
+            "template": "chatml",
+            "eval": {"holdout": 0.01},
+            "processes": number,
+        }
     )
     prepare(data, model, cache, seed=0, say=lambda line: None)
 
@@ -78,7 +84,9 @@ def resident(pid: int) -> int:
     try:
         total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(resident(int(child)) for child in thread.joinpath("children").read_text().split())
+            total += sum(
+                resident(int(child)) for child in thread.joinpath("children").read_text().split()
+            )
     except (OSError, IndexError):
         pass
     return total
@@ -103,7 +111,9 @@ def measure(count: int, model: Path | None, processes: str) -> dict:
             "--processes",
             processes,
         ]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as child:
             child.stdout.readline()
             imported = resident(child.pid)
             started = time.perf_counter()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch  # noqa: TID253 - a script, not the package
 
-from llmpipe.engine import upstream
-from llmpipe.engine.generate import Sampling, answer, render
-from llmpipe.engine.models import load_model, load_tokenizer
+from llmpipe import upstream
+from llmpipe.models.base import load_model, load_tokenizer
+from llmpipe.models.generate import Sampling, answer, render
 
 
 def one_by_one(model, tokenizer, prompts, most: int) -> list[str]:
@@ -24,7 +24,9 @@ def one_by_one(model, tokenizer, prompts, most: int) -> list[str]:
     out = []
     for ids in prompts:
         given = torch.tensor([ids])
-        done = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=most, do_sample=False)
+        done = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=most, do_sample=False
+        )
         out.append(tokenizer.decode(done[0, len(ids) :], skip_special_tokens=True))
     return out
 
@@ -35,13 +37,17 @@ def batched(model, tokenizer, prompts, most: int, size: int) -> list[str]:
     out = [""] * len(prompts)
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        for i, said in zip(part, answer(model, tokenizer, [prompts[i] for i in part], Sampling(most)), strict=True):
+        for i, said in zip(
+            part, answer(model, tokenizer, [prompts[i] for i in part], Sampling(most)), strict=True
+        ):
             out[i] = said["answer"]
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=Path, default=Path("recipes/quickstart-test.jsonl"))
     parser.add_argument("--count", type=int, default=64)
@@ -51,9 +57,13 @@ def main() -> None:
     args = parser.parse_args()
     upstream.silence()
     model, tokenizer = load_model(args.model).eval(), load_tokenizer(args.model)
-    rows = [json.loads(line)["messages"][:-1] for line in args.rows.read_text().splitlines()[: args.count]]
+    rows = [
+        json.loads(line)["messages"][:-1]
+        for line in args.rows.read_text().splitlines()[: args.count]
+    ]
     prompts = [
-        tokenizer(render(tokenizer, {"messages": turns}), add_special_tokens=False)["input_ids"] for turns in rows
+        tokenizer(render(tokenizer, {"messages": turns}), add_special_tokens=False)["input_ids"]
+        for turns in rows
     ]
     ratios = []
     for pair in range(args.pairs):

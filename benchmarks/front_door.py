@@ -24,13 +24,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 LLMPIPE = [sys.executable, "-m", "llmpipe"]
-TRL = [sys.executable, "-c", "import sys; sys.argv[0] = 'trl'; from trl.cli import main; main()", "sft", "--help"]
+TRL = [
+    sys.executable,
+    "-c",
+    "import sys; sys.argv[0] = 'trl'; from trl.cli import main; main()",
+    "sft",
+    "--help",
+]
 PROBE = """
 import atexit, sys
 heavy = {heavy!r}
 atexit.register(lambda: print("HEAVY", *[name for name in heavy if name in sys.modules], file=sys.stderr))
 sys.argv = ["llmpipe", *{arguments!r}]
-from llmpipe.cli import main
+from llmpipe.front.cli import main
 main()
 """
 
@@ -73,7 +79,9 @@ def heavy_modules(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Wall and CPU time of llmpipe's light commands beside trl's help.")
+    parser = argparse.ArgumentParser(
+        description="Wall and CPU time of llmpipe's light commands beside trl's help."
+    )
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--run", type=Path, metavar="DIR", help="run directory for `llmpipe show`")
     args = parser.parse_args()
@@ -81,19 +89,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         commands = fixtures(Path(name), run)
         measure(TRL, 0)  # warm
-        print(f"{pairs} pairs each, {os.cpu_count()} cores; seconds, median; ratio to `trl sft --help` within a pair")
-        print(f"{'':<18} {'wall':>7} {'trl':>7} {'ratio':>7} {'cpu':>9} {'trl':>7} {'ratio':>7}   lowest ratios")
+        print(
+            f"{pairs} pairs each, {os.cpu_count()} cores; seconds, median; ratio to `trl sft --help` within a pair"
+        )
+        print(
+            f"{'':<18} {'wall':>7} {'trl':>7} {'ratio':>7} {'cpu':>9} {'trl':>7} {'ratio':>7}   lowest ratios"
+        )
         for title, (arguments, code) in commands.items():
             own, peer = [], []
             measure([*LLMPIPE, *arguments], code)
             for pair in range(pairs):
                 for side in (0, 1) if pair % 2 else (1, 0):
-                    (own if side else peer).append(measure([*LLMPIPE, *arguments], code) if side else measure(TRL, 0))
+                    (own if side else peer).append(
+                        measure([*LLMPIPE, *arguments], code) if side else measure(TRL, 0)
+                    )
             shown = []
             lowest = []
             for i in (0, 1):
                 ratios = [theirs[i] / ours[i] for ours, theirs in zip(own, peer, strict=True)]
-                shown += [statistics.median(o[i] for o in own), statistics.median(p[i] for p in peer)]
+                shown += [
+                    statistics.median(o[i] for o in own),
+                    statistics.median(p[i] for p in peer),
+                ]
                 shown.append(statistics.median(ratios))
                 lowest.append(min(ratios))
             print(
@@ -102,7 +119,9 @@ def main() -> None:
                 flush=True,
             )
         for title, (arguments, _) in commands.items():
-            print(f"{title}: heavy modules imported: {', '.join(heavy_modules(arguments)) or 'none'}")
+            print(
+                f"{title}: heavy modules imported: {', '.join(heavy_modules(arguments)) or 'none'}"
+            )
 
 
 if __name__ == "__main__":

@@ -53,9 +53,18 @@ def peer(told: dict) -> None:
     tokenizer = AutoTokenizer.from_pretrained(told["model"], padding_side="left")
     load = AutoModelForCausalLM.from_pretrained
     classify = AutoModelForSequenceClassification.from_pretrained
-    policy, value = load(told["model"], dtype=torch.float32), classify(told["critic"], dtype=torch.float32)
-    judge = summing(told["table"]) if "table" in told else classify(told["critic"], dtype=torch.float32)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if told["lora"] else None
+    policy, value = (
+        load(told["model"], dtype=torch.float32),
+        classify(told["critic"], dtype=torch.float32),
+    )
+    judge = (
+        summing(told["table"]) if "table" in told else classify(told["critic"], dtype=torch.float32)
+    )
+    lora = (
+        LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if told["lora"]
+        else None
+    )
     reference = None if lora else load(told["model"], dtype=torch.float32)
     clock, lines = [], []
 
@@ -88,7 +97,11 @@ def peer(told: dict) -> None:
         )  # fmt: skip
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": [b - a for a, b in itertools.pairwise(clock)], "peak": peak, "lines": lines}))
+    print(
+        json.dumps(
+            {"seconds": [b - a for a, b in itertools.pairwise(clock)], "peak": peak, "lines": lines}
+        )
+    )
 
 
 def summing(values: list[float]):
@@ -101,7 +114,9 @@ def summing(values: list[float]):
             self.values = torch.nn.Parameter(torch.tensor(values))
 
         def forward(self, input_ids, attention_mask, **_):
-            return SimpleNamespace(hidden_states=[(self.values[input_ids] * attention_mask).cumsum(1)[..., None]])
+            return SimpleNamespace(
+                hidden_states=[(self.values[input_ids] * attention_mask).cumsum(1)[..., None]]
+            )
 
     class Judge(torch.nn.Module):
         base_model_prefix = "body"
@@ -134,7 +149,9 @@ def own(told: dict, home: Path, python: str) -> dict:
     path = home / "ppo.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    done = subprocess.run([python, "-m", "llmpipe", "ppo", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-m", "llmpipe", "ppo", str(path)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"llmpipe failed:\n{done.stdout}{done.stderr}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -143,7 +160,9 @@ def own(told: dict, home: Path, python: str) -> dict:
     return {
         "seconds": [told["batch"] / line["episodes_per_second"] for line in lines],
         "peak": peak * 1024 if peak > before else math.nan,
-        "lines": [{"kl": line["objective/kl"], "score": line["objective/scores"]} for line in lines],
+        "lines": [
+            {"kl": line["objective/kl"], "score": line["objective/scores"]} for line in lines
+        ],
     }
 
 
@@ -158,7 +177,9 @@ def look(prompts, completions, **_):
 
 def fresh(python: str, *arguments: str, told: dict) -> dict:
     """This script in a process of its own."""
-    done = subprocess.run([python, __file__, *arguments], input=json.dumps(told), capture_output=True, text=True)
+    done = subprocess.run(
+        [python, __file__, *arguments], input=json.dumps(told), capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{python} {arguments} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -172,11 +193,15 @@ def speed(args) -> None:
 
     imports = {}
     for side, python in {"peer": args.peer, "llmpipe": sys.executable}.items():
-        imports[side] = int(subprocess.run([python, "-c", BARE], capture_output=True, text=True).stdout) * 1024
+        imports[side] = (
+            int(subprocess.run([python, "-c", BARE], capture_output=True, text=True).stdout) * 1024
+        )
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         torch.manual_seed(0)
-        ranker = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32)
+        ranker = AutoModelForSequenceClassification.from_pretrained(
+            args.model, num_labels=1, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         ranker.config.pad_token_id = tokenizer.pad_token_id
         ranker.save_pretrained(home / "critic")
@@ -190,8 +215,14 @@ def speed(args) -> None:
         }  # fmt: skip
         ratios, memory = [], []
         for pair in range(args.pairs):
-            seen = {"peer": fresh(args.peer, "peer", told=told), "llmpipe": fresh(sys.executable, "own", told=told)}
-            rate = {side: args.batch * (args.updates - 1) / sum(found["seconds"][1:]) for side, found in seen.items()}
+            seen = {
+                "peer": fresh(args.peer, "peer", told=told),
+                "llmpipe": fresh(sys.executable, "own", told=told),
+            }
+            rate = {
+                side: args.batch * (args.updates - 1) / sum(found["seconds"][1:])
+                for side, found in seen.items()
+            }
             peak = {side: (found["peak"] - imports[side]) / 2**30 for side, found in seen.items()}
             ratios.append(rate["llmpipe"] / rate["peer"])
             memory.append(peak["llmpipe"] / peak["peer"])
@@ -201,7 +232,9 @@ def speed(args) -> None:
                 f"GiB peer {peak['peer']:.2f}, llmpipe {peak['llmpipe']:.2f}, ratio {memory[-1]:.2f}",
                 flush=True,
             )  # fmt: skip
-    print(f"episodes/s: median ratio {statistics.median(ratios):.2f}, 95 % lower bound {lower_bound(ratios):.2f}")
+    print(
+        f"episodes/s: median ratio {statistics.median(ratios):.2f}, 95 % lower bound {lower_bound(ratios):.2f}"
+    )
     print(f"peak memory: median ratio {statistics.median(memory):.2f}, highest {max(memory):.2f}")
 
 
@@ -213,19 +246,28 @@ def tiny(folder: Path, seed: int) -> dict:
     """A model that says words, a critic with its body, and what the words are worth."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PhiConfig, PhiForCausalLM, PhiForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import (
+        PhiConfig,
+        PhiForCausalLM,
+        PhiForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *ASKED, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
     torch.manual_seed(seed)
     config = PhiConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     policy = PhiForCausalLM(config)
-    policy.lm_head.bias.data[0] = -1e4  # never draws a pad token: TRL would score nothing that comes after it
+    policy.lm_head.bias.data[
+        0
+    ] = -1e4  # never draws a pad token: TRL would score nothing that comes after it
     config.num_labels = 1
     critic = PhiForSequenceClassification(config)
     critic.model.load_state_dict(policy.model.state_dict())
@@ -256,13 +298,18 @@ def at_equal_kl(curves: dict[str, list[dict]]) -> float:
         return before["score"]
 
     levels = [reached * share for share in (0.25, 0.5, 0.75, 1.0)]
-    return statistics.mean(score(curves["llmpipe"], kl) - score(curves["peer"], kl) for kl in levels)
+    return statistics.mean(
+        score(curves["llmpipe"], kl) - score(curves["peer"], kl) for kl in levels
+    )
 
 
 def smooth(lines: list[dict], width: int = 5) -> list[dict]:
     """Running means over `width` updates."""
     windows = [lines[max(0, i - width + 1) : i + 1] for i in range(len(lines))]
-    return [{key: statistics.mean(line[key] for line in window) for key in ("kl", "score")} for window in windows]
+    return [
+        {key: statistics.mean(line[key] for line in window) for key in ("kl", "score")}
+        for window in windows
+    ]
 
 
 def curve(args) -> None:
@@ -272,18 +319,25 @@ def curve(args) -> None:
         with tempfile.TemporaryDirectory() as folder:
             told = fresh(sys.executable, "tiny", told={"folder": folder, "seed": seed})
             told["updates"] = args.updates
-            seen = {"peer": fresh(args.peer, "peer", told=told), "llmpipe": fresh(sys.executable, "own", told=told)}
+            seen = {
+                "peer": fresh(args.peer, "peer", told=told),
+                "llmpipe": fresh(sys.executable, "own", told=told),
+            }
         curves = {side: found["lines"] for side, found in seen.items()}
         apart.append(at_equal_kl(curves))
         last = {side: smooth(lines)[-1] for side, lines in curves.items()}
         for side, lines in curves.items():
             drawn[side].append(smooth(lines))
-        ends = ", ".join(f"{side} {line['score']:.3f} at {line['kl']:.2f} nats" for side, line in last.items())
+        ends = ", ".join(
+            f"{side} {line['score']:.3f} at {line['kl']:.2f} nats" for side, line in last.items()
+        )
         starts = " and ".join(f"{lines[0]['score']:.3f}" for lines in curves.values())
         print(f"seed {seed}: from {starts}: {ends}; at equal KL {apart[-1]:+.3f}", flush=True)
     mean, error = statistics.mean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
     bound = mean - T90[min(len(apart), len(T90)) - 1] * error
-    print(f"score at equal KL, llmpipe less TRL: {mean:+.4f}, one-sided 90 % lower bound {bound:+.4f}")
+    print(
+        f"score at equal KL, llmpipe less TRL: {mean:+.4f}, one-sided 90 % lower bound {bound:+.4f}"
+    )
     if args.plot:
         plot(drawn, Path(args.plot))
 
@@ -292,18 +346,26 @@ def plot(drawn: dict[str, list[list[dict]]], path: Path) -> None:
     """Score against KL, a line per seed, as SVG."""
     most = max(line["kl"] for curves in drawn.values() for lines in curves for line in lines)
     x, y = lambda kl: 50 + 520 * kl / most, lambda score: 350 - 320 * score
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" font-family="sans-serif" font-size="12">']
-    parts.append('<rect width="620" height="400" fill="white"/><path d="M50 30V350H570" stroke="black" fill="none"/>')
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" font-family="sans-serif" font-size="12">'
+    ]
+    parts.append(
+        '<rect width="620" height="400" fill="white"/><path d="M50 30V350H570" stroke="black" fill="none"/>'
+    )
     for i in range(6):
         parts.append(f'<text x="20" y="{y(i / 5) + 4:.0f}">{i / 5:.1f}</text>')
         parts.append(f'<text x="{x(most * i / 5) - 8:.0f}" y="368">{most * i / 5:.1f}</text>')
     for at, (side, colour) in enumerate({"peer": "#c62", "llmpipe": "#26c"}.items()):
         for lines in drawn[side]:
             points = " ".join(f"{x(line['kl']):.1f},{y(line['score']):.1f}" for line in lines)
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity="0.6"/>')
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
+            )
         name = {"peer": "trl 1.12.0", "llmpipe": "llmpipe"}[side]
         parts.append(f'<text x="470" y="{300 + 18 * at}" fill="{colour}">{name}</text>')
-    parts.append('<text x="230" y="390">KL from the parent, nats per answer</text><text x="10" y="20">score</text>')
+    parts.append(
+        '<text x="230" y="390">KL from the parent, nats per answer</text><text x="10" y="20">score</text>'
+    )
     parts.append("</svg>")
     path.write_text("\n".join(parts) + "\n")
 
@@ -320,13 +382,17 @@ def main() -> None:
         told = json.load(sys.stdin)
         print(json.dumps(tiny(Path(told["folder"]), told["seed"])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(required=True)
     timed = kinds.add_parser("speed")
     timed.add_argument("--model", required=True, help="folder of a causal language model")
     timed.add_argument("--rows", required=True)
     timed.add_argument("--lora", action="store_true")
-    timed.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="fp32 where bf16 is slow")
+    timed.add_argument(
+        "--precision", default="bf16", choices=("bf16", "fp32"), help="fp32 where bf16 is slow"
+    )
     timed.add_argument("--pairs", type=int, default=4)
     timed.add_argument("--batch", type=int, default=16, help="answers per update")
     timed.add_argument("--tokens", type=int, default=32, help="longest answer")
@@ -338,7 +404,9 @@ def main() -> None:
     drawn.add_argument("--plot", help="an SVG file to write")
     drawn.set_defaults(do=curve)
     for kind in (timed, drawn):
-        kind.add_argument("--peer", required=True, help="the python of an environment with trl 1.12.0")
+        kind.add_argument(
+            "--peer", required=True, help="the python of an environment with trl 1.12.0"
+        )
     args = parser.parse_args()
     args.do(args)
 

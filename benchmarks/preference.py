@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llmpipe.engine import metrics
+from llmpipe.evaluation.statistics import table
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -26,12 +26,21 @@ def pipeline(args, run: Path, train: Path, test: Path) -> Path:
     """The recipe of one fold."""
     data = {"train": [{"path": str(train)}], "max_length": args.max_length, "max_rejected": 0.5}
     learning = {"batch_size": 8, "epochs": args.epochs}
-    common = {"model": args.model, "data": data, "adapter": {"rank": 16}, "launch": {"threads": args.threads}}
+    common = {
+        "model": args.model,
+        "data": data,
+        "adapter": {"rank": 16},
+        "launch": {"threads": args.threads},
+    }
     models = {"parent": args.model, "dpo": "artifact:dpo", "reward": "artifact:reward"}
     stages = [
         {"stage": "reward", **common, "optim": {"learning_rate": 2e-4, **learning}},
         {"stage": "dpo", **common, "optim": {"learning_rate": args.dpo_rate, **learning}},
-        {"stage": "eval", "models": models, "tasks": [{"task": "preference", "data": [{"path": str(test)}]}]},
+        {
+            "stage": "eval",
+            "models": models,
+            "tasks": [{"task": "preference", "data": [{"path": str(test)}]}],
+        },
     ]
     stages[2]["launch"] = common["launch"]
     path = run.with_suffix(".yaml")
@@ -41,29 +50,45 @@ def pipeline(args, run: Path, train: Path, test: Path) -> Path:
 
 def fits(row: dict, tokenizer, most: int) -> bool:
     """Whether a row's prompt is shorter than `most` tokens."""
-    turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-    return len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) < most
+    turns = [
+        {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
+    ]
+    return (
+        len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        < most
+    )
 
 
 def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
     """Train and evaluate one fold; the lines that `eval` wrote of its items."""
     of: dict[str, int] = {}  # a question that is asked twice is in one fold
-    folds = [of.setdefault(json.dumps(row["conversations"]), i % args.folds) for i, row in enumerate(rows)]
+    folds = [
+        of.setdefault(json.dumps(row["conversations"]), i % args.folds)
+        for i, row in enumerate(rows)
+    ]
     parts = {
         "train": [row for row, at in zip(rows, folds, strict=True) if at != fold],
         "test": [
-            row for row, at in zip(rows, folds, strict=True) if at == fold and fits(row, tokenizer, args.max_length)
+            row
+            for row, at in zip(rows, folds, strict=True)
+            if at == fold and fits(row, tokenizer, args.max_length)
         ],
     }
     for name, part in parts.items():
         (home / f"{name}-{fold}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    path = pipeline(args, home / str(fold), home / f"train-{fold}.jsonl", home / f"test-{fold}.jsonl")
+    path = pipeline(
+        args, home / str(fold), home / f"train-{fold}.jsonl", home / f"test-{fold}.jsonl"
+    )
     with (home / f"{fold}.log").open("a") as log:
-        done = subprocess.run([sys.executable, "-m", "llmpipe", "run", str(path)], stdout=log, stderr=log)
+        done = subprocess.run(
+            [sys.executable, "-m", "llmpipe", "run", str(path)], stdout=log, stderr=log
+        )
     if done.returncode:
         sys.exit(f"fold {fold} ended with {done.returncode}: see {log.name}")
     for stage in ("reward", "dpo"):
-        counts = json.loads((home / str(fold) / stage / "manifest.json").read_text())["data"]["rows"]
+        counts = json.loads((home / str(fold) / stage / "manifest.json").read_text())["data"][
+            "rows"
+        ]
         print(f"fold {fold}: {stage}: {counts}", flush=True)
     measured = (home / str(fold) / "eval" / "samples.jsonl").read_text().splitlines()
     return [line | {"item": line["item"] * args.folds + fold} for line in map(json.loads, measured)]
@@ -72,7 +97,9 @@ def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
 def main() -> None:
     from transformers import AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True)
     parser.add_argument("--run", required=True, help="folder for the runs")
@@ -92,7 +119,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         folds = pool.map(lambda fold: one(args, home, fold, rows, tokenizer), range(args.folds))
         lines = [line for found in folds for line in found]
-    found = metrics.table(lines, ["parent", "dpo", "reward"], 0)
+    found = table(lines, ["parent", "dpo", "reward"], 0)
     for kind in ("metrics", "differences"):
         for metric, cells in found[kind].items():
             for name, cell in cells.items():

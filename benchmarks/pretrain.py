@@ -30,24 +30,39 @@ def bigram_nats(train: list[int], held_out: list[int]) -> float:
     for a, b in pairwise(held_out):
         lower = 0.999 * precedes[b] / kinds + 0.001 / size
         seen = first[a]
-        share = (max(pairs[a, b] - discount, 0) + discount * follows[a] * lower) / seen if seen else lower
+        share = (
+            (max(pairs[a, b] - discount, 0) + discount * follows[a] * lower) / seen
+            if seen
+            else lower
+        )
         nats -= math.log(share)
     return nats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path)
     args = parser.parse_args()
     manifest = json.loads((args.artifact / "manifest.json").read_text())
     size, count = manifest["data"]["tokens"]["eval_bytes"], manifest["data"]["tokens"]["eval"]
-    model = AutoModelForCausalLM.from_pretrained(args.artifact / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.artifact / "model", dtype=torch.float32
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.artifact / "model")
     for folder in args.artifact.parent.joinpath(".prepared").iterdir():
         record = folder / "prepared.json"
-        if record.exists() and json.loads(record.read_text())["content_digest"] == manifest["data"]["content_digest"]:
+        if (
+            record.exists()
+            and json.loads(record.read_text())["content_digest"]
+            == manifest["data"]["content_digest"]
+        ):
             break
-    blocks = {name: Dataset.from_file(str(folder / f"{name}.arrow"))["input_ids"] for name in ("train", "eval")}
+    blocks = {
+        name: Dataset.from_file(str(folder / f"{name}.arrow"))["input_ids"]
+        for name in ("train", "eval")
+    }
     flat = {name: [token for block in rows for token in block] for name, rows in blocks.items()}
     text = tokenizer.decode(flat["eval"], skip_special_tokens=True).encode()
     nats = scored = 0.0
@@ -59,8 +74,12 @@ def main() -> None:
             scored += len(block) - 1
     per_token = count / size / math.log(2)
     print(f"held out: {size:,} bytes, {count:,} tokens; trained on {len(flat['train']):,} tokens")
-    print(f"gzip -9:                 {8 * len(gzip.compress(text, 9)) / len(text):.3f} bits per byte")
-    print(f"bigram, Kneser-Ney:      {bigram_nats(flat['train'], flat['eval']) / (count - 1) * per_token:.3f}")
+    print(
+        f"gzip -9:                 {8 * len(gzip.compress(text, 9)) / len(text):.3f} bits per byte"
+    )
+    print(
+        f"bigram, Kneser-Ney:      {bigram_nats(flat['train'], flat['eval']) / (count - 1) * per_token:.3f}"
+    )
     told = manifest["final"]["bits_per_byte"]
     print(f"{args.artifact.name}: {nats / scored * per_token:>20.3f}   (manifest: {told:.3f})")
 

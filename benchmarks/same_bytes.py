@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-
 ROOT = Path(__file__).parent.parent
 WALL_CLOCK = {
     "tokens_per_second",
@@ -36,7 +35,11 @@ ADAPTER = {"rank": 4, "alpha": 8}
 
 def stage(kind: str, name: str, train: list[dict[str, str]], **more: Any) -> dict[str, Any]:
     """A recipe of twelve steps, with what is the stage's own in `more`."""
-    prompts = {} if kind == "reward" else {"samples": {"prompts": ["What is 2 + 2?"], "max_new_tokens": 8}}
+    prompts = (
+        {}
+        if kind == "reward"
+        else {"samples": {"prompts": ["What is 2 + 2?"], "max_new_tokens": 8}}
+    )
     return {
         "stage": kind,
         "name": name,
@@ -79,7 +82,12 @@ def pipeline() -> dict[str, Any]:
     shape = {"kind": "llama", "layers": 2, "width": 32, "heads": 4}
     tasks = [
         {"task": "perplexity", "data": ROWS, "window": 64, "stride": 32},
-        {"task": "generate", "data": ROWS, "score": ["exact_match", "contains"], "max_new_tokens": 8},
+        {
+            "task": "generate",
+            "data": ROWS,
+            "score": ["exact_match", "contains"],
+            "max_new_tokens": 8,
+        },
         {"task": "preference", "data": PAIRS},
     ]
     measured = {"base": "./tiny/model"}

@@ -22,11 +22,16 @@ TOKENIZER = Path(__file__).parent.parent / "recipes" / "tiny" / "model"
 def generate(path: Path, megabytes: int) -> None:
     """Documents of 20 to 2,000 made-up words, one JSON object per line."""
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9))) for _ in range(20_000)]
+    words = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9)))
+        for _ in range(20_000)
+    ]
     size = 0
     with path.open("w") as file:
         while size < megabytes * 1e6:
-            size += file.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 2000)))}) + "\n")
+            size += file.write(
+                json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 2000)))}) + "\n"
+            )
 
 
 def recipe(home: Path, rows: Path, steps: int) -> Path:
@@ -44,18 +49,23 @@ def recipe(home: Path, rows: Path, steps: int) -> Path:
 
 
 def train(path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "llmpipe", "pretrain", str(path)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "llmpipe", "pretrain", str(path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def read(path: Path) -> dict:
     """The whole file through the stream, in this process."""
     from llmpipe.data.prepare import prepare
     from llmpipe.data.stream import Stream
-    from llmpipe.recipe import load
+    from llmpipe.recipe.check import load
     from llmpipe.stages import schema
 
     asked = load(path, schema("pretrain"))
-    folder = prepare(asked.data, TOKENIZER, path.parent / "prepared", seed=0, say=lambda line: None)
+    cache = path.parent / "prepared"
+    folder = prepare(asked.data, TOKENIZER, cache, seed=0, say=lambda line: None).folder(cache)
     stream = Stream(asked.data, folder, 1 << 60, 1, seed=0, pinned={}, processes=2)
     begun, before = time.monotonic(), memory()
     blocks, position = 0, stream.position(0)
@@ -80,12 +90,16 @@ def measure(args) -> dict:
             subprocess.run(command, check=True, capture_output=True)
             imports = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
             train(path)
-            return {"train": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 - imports}
+            return {
+                "train": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 - imports
+            }
         return read(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sizes", type=int, nargs="+", help="megabytes of jsonl")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--read", action="store_true", help="no training: read the whole file")
@@ -96,11 +110,22 @@ def main() -> None:
         return
     above = []
     for size in args.sizes:
-        command = [sys.executable, __file__, str(size), "--steps", str(args.steps), "--one"] + ["--read"] * args.read
-        one = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        command = [sys.executable, __file__, str(size), "--steps", str(args.steps), "--one"] + [
+            "--read"
+        ] * args.read
+        one = json.loads(
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()[-1]
+        )
         above.append(one["train"] if "train" in one else one["above"])
-        rate = f", {one['tokens'] / 1e6:.1f} M tokens in {one['seconds']:.0f} s" if args.read else ""
-        print(f"{size} MB: peak {above[-1]:.1f} MB above the {'start' if args.read else 'imports'}{rate}", flush=True)
+        rate = (
+            f", {one['tokens'] / 1e6:.1f} M tokens in {one['seconds']:.0f} s" if args.read else ""
+        )
+        print(
+            f"{size} MB: peak {above[-1]:.1f} MB above the {'start' if args.read else 'imports'}{rate}",
+            flush=True,
+        )
     print(f"ratio: {above[-1] / above[0]:.2f}")
 
 

@@ -30,7 +30,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # One-sided 95 % quantile of Student's t, by degrees of freedom; 1.645 from there on.
-T95 = [math.inf, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761]
+T95 = [
+    math.inf,
+    6.314,
+    2.920,
+    2.353,
+    2.132,
+    2.015,
+    1.943,
+    1.895,
+    1.860,
+    1.833,
+    1.812,
+    1.796,
+    1.782,
+    1.771,
+    1.761,
+]
 
 
 def prepare(args, home: Path, packing: bool) -> Path:
@@ -45,12 +61,19 @@ def prepare(args, home: Path, packing: bool) -> Path:
     launch = {"processes": 1, "activation_checkpointing": args.checkpointing}
     extra = {"adapter": {"rank": 8, "alpha": 16}} if "lora" in args.stage else {}
     extra |= {"quantization": {"bits": 4}} if args.stage == "qlora" else {}
-    data = {"train": [{"path": str(home / "rows.jsonl")}], "max_length": args.max_length, "packing": packing}
+    data = {
+        "train": [{"path": str(home / "rows.jsonl")}],
+        "max_length": args.max_length,
+        "packing": packing,
+    }
     batch = {"batch_size": args.batch}
     if args.stage in PREFERENCES:
         del data["packing"]
     if args.stage == "pretrain":
-        extra, batch = {"tokenizer": args.model, "architecture": SHAPE}, {"batch_tokens": args.batch * args.max_length}
+        extra, batch = (
+            {"tokenizer": args.model, "architecture": SHAPE},
+            {"batch_tokens": args.batch * args.max_length},
+        )
         del data["packing"]
     recipe = {
         "stage": args.stage,
@@ -69,7 +92,9 @@ def prepare(args, home: Path, packing: bool) -> Path:
     }  # fmt: skip
     path = home / f"{recipe['name']}.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
-    done = subprocess.run([sys.executable, "-m", "llmpipe", "prepare", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmpipe", "prepare", str(path)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"llmpipe prepare failed:\n{done.stdout}{done.stderr}")
     print(done.stdout.splitlines()[-1], flush=True)
@@ -82,8 +107,13 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 def conversation(row: dict) -> dict:
     """A ShareGPT row with its two answers as TRL knows preferences."""
-    turns = lambda *found: [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in found]  # noqa: E731
-    return {"prompt": turns(*row["conversations"]), **{side: turns(row[side]) for side in ("chosen", "rejected")}}
+    turns = lambda *found: [
+        {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in found
+    ]  # noqa: E731
+    return {
+        "prompt": turns(*row["conversations"]),
+        **{side: turns(row[side]) for side in ("chosen", "rejected")},
+    }
 
 
 def fitting(rows: list[dict], args) -> list[dict]:
@@ -93,7 +123,9 @@ def fitting(rows: list[dict], args) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     length = lambda turns: len(tokenizer.apply_chat_template(turns, return_dict=False))  # noqa: E731
     return [
-        row for row in rows if max(length(row["prompt"] + row[s]) for s in ("chosen", "rejected")) < args.max_length
+        row
+        for row in rows
+        if max(length(row["prompt"] + row[s]) for s in ("chosen", "rejected")) < args.max_length
     ]
 
 
@@ -117,7 +149,11 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     """Bare TRL, as its documentation has it."""
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        BitsAndBytesConfig,
+    )
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     half = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -126,7 +162,10 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
         peft = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if args.stage == "qlora":
         how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half,
         )
     if args.stage == "reward":
         how |= {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
@@ -145,7 +184,12 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
         per_device_train_batch_size=args.batch,
         gradient_checkpointing=args.checkpointing or args.trl_default,
     )
-    named = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [callback], "peft_config": peft}
+    named = {
+        "train_dataset": dataset,
+        "processing_class": tokenizer,
+        "callbacks": [callback],
+        "peft_config": peft,
+    }
     trainer = make(model, args=config, **named)
     trainer.train()
     trainer.seen = len(trainer.train_dataset)  # RewardTrainer drops what is too long
@@ -157,11 +201,17 @@ def run_loop(args, dataset, tokenizer, callback, out: str):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {"hidden_size": SHAPE["width"], "num_hidden_layers": SHAPE["layers"], "vocab_size": len(tokenizer)}
+    shape = {
+        "hidden_size": SHAPE["width"],
+        "num_hidden_layers": SHAPE["layers"],
+        "vocab_size": len(tokenizer),
+    }
     shape |= {"num_attention_heads": SHAPE["heads"], "num_key_value_heads": SHAPE["heads"]}
     shape |= {"intermediate_size": SHAPE["ffn"], "max_position_embeddings": args.max_length}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", tie_word_embeddings=True, **shape))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", tie_word_embeddings=True, **shape)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate(args), weight_decay=0.0, fused=True)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     order = [i for i in order if len(dataset[i]["input_ids"]) == args.max_length]
@@ -185,21 +235,24 @@ def run_loop(args, dataset, tokenizer, callback, out: str):
 
 def run_llmpipe(args, folder: Path, callback):
     """The stage itself, as the worker runs it: training, checkpoint, verification; the clock sees the steps."""
-    from llmpipe import launch, rundir, worker
-    from llmpipe.engine import training
+    from llmpipe.files import read_json
+    from llmpipe.front.worker import open_job
+    from llmpipe.run.artifact import Artifact
+    from llmpipe.run.signals import Signals
     from llmpipe.stages import stage
+    from llmpipe.training import hosted
 
-    attach, seen = training._Durable.attach, []
+    attach, seen = hosted._Durable.attach, []
 
     def attached(trainer, *positional, **named):
         attach(trainer, *positional, **named)
         trainer.add_callback(callback)
         seen.append(trainer)
 
-    training._Durable.attach = attached
-    job = worker.open_job(rundir.Artifact(folder), launch.Signals())
+    hosted._Durable.attach = attached
+    job = open_job(Artifact(folder), Signals())
     with contextlib.redirect_stdout(sys.stderr):
-        stage(job.recipe.stage).train(job, rundir.read_json(folder / "prepared.json"))
+        stage(job.recipe.stage).train(job, read_json(folder / "prepared.json"))
     return seen[0]
 
 
@@ -229,7 +282,9 @@ def measure(args) -> dict:
     folder = home / ("packed" if args.packing else "unpacked")
     rows = datasets.Dataset.from_file(str(home / ".prepared" / key_of(folder) / "train.arrow"))
     if args.stage in PREFERENCES and args.side == "peer":
-        rows = datasets.Dataset.from_list([json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()])
+        rows = datasets.Dataset.from_list(
+            [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+        )
     with tempfile.TemporaryDirectory() as out:
         if args.side == "peer":
             trainer = (run_loop if args.stage == "pretrain" else run_trl)(
@@ -259,7 +314,12 @@ def key_of(folder: Path) -> str:
 
 def spawn(args, home: Path, side: str, packing: bool) -> dict:
     """`measure` in a fresh process; the last line it prints is the result."""
-    argv = [arg for arg in sys.argv[1:] if arg != "--packing"] + ["--side", side, "--home", str(home)]
+    argv = [arg for arg in sys.argv[1:] if arg != "--packing"] + [
+        "--side",
+        side,
+        "--home",
+        str(home),
+    ]
     argv += ["--packing"] * packing
     done = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True)
     if done.returncode:
@@ -277,24 +337,40 @@ def lower_bound(ratios: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal language model with a ChatML tokenizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="folder of a causal language model with a ChatML tokenizer"
+    )
     parser.add_argument("--rows", required=True, help="JSON list of rows; see above")
-    parser.add_argument("--stage", choices=["sft", "lora", "qlora", "pretrain", *PREFERENCES], default="sft")
+    parser.add_argument(
+        "--stage", choices=["sft", "lora", "qlora", "pretrain", *PREFERENCES], default="sft"
+    )
     parser.add_argument("--count", type=int, default=96, help="rows used")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--against-unpacked", action="store_true", help="bare TRL stays unpacked")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=8, help="rows (packed: packed rows) per optimizer step")
     parser.add_argument(
-        "--micro-batch", type=int, help="llmpipe's share of it per forward; its own choice unless given"
+        "--batch", type=int, default=8, help="rows (packed: packed rows) per optimizer step"
     )
     parser.add_argument(
-        "--trl-default", action="store_true", help="bare TRL recomputes activations, as it does by default"
+        "--micro-batch",
+        type=int,
+        help="llmpipe's share of it per forward; its own choice unless given",
     )
-    parser.add_argument("--checkpointing", action="store_true", help="both recompute activations in the backward pass")
+    parser.add_argument(
+        "--trl-default",
+        action="store_true",
+        help="bare TRL recomputes activations, as it does by default",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="both recompute activations in the backward pass",
+    )
     parser.add_argument("--side", choices=["peer", "llmpipe"], help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -322,13 +398,20 @@ def compare(args, home: Path) -> None:
         apart = math.nan  # packed against unpacked: other batches, nothing to compare
         if abs(len(peer["losses"]) - len(own["losses"])) <= 1:
             apart = max(abs(a - b) for a, b in zip(peer["losses"], own["losses"], strict=False))
-        seconds = f"peer {peer['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}"
+        seconds = (
+            f"peer {peer['seconds']:.1f} s, llmpipe {own['seconds']:.1f} s, ratio {ratios[-1]:.2f}"
+        )
         memory = f"peaks {peer['peak'] / 2**30:.2f} and {own['peak'] / 2**30:.2f} GiB"
         print(f"pair {pair + 1}: {seconds}, {memory}, losses apart {apart:.1e}", flush=True)
     print("losses  peer   ", *(f"{loss:.5f}" for loss in peer["losses"]))
     print("losses  llmpipe", *(f"{loss:.5f}" for loss in own["losses"]))
-    for what, values in {"ratio": ratios, "ratio of processor seconds, for a busy machine": cpu}.items():
-        print(f"{what}: median {statistics.median(values):.2f}, 95 % lower bound {lower_bound(values):.2f}")
+    for what, values in {
+        "ratio": ratios,
+        "ratio of processor seconds, for a busy machine": cpu,
+    }.items():
+        print(
+            f"{what}: median {statistics.median(values):.2f}, 95 % lower bound {lower_bound(values):.2f}"
+        )
     for side, values in peaks.items():
         middle, highest = statistics.median(values) / 2**30, max(values) / 2**30
         print(f"peak above the bare import, {side}: {middle:.2f} GiB (highest {highest:.2f})")

@@ -4,6 +4,11 @@ A `UserError` says what went wrong in the user's words and what to do next; `cli
 that catch it. Anything else that escapes is a bug and is shown as one.
 """
 
+import difflib
+from collections.abc import Callable
+
+Say = Callable[[str], None]  # prints a line, and keeps it where there is a log
+
 DONE = 0
 DATA = 2  # recipe or data
 INTEGRITY = 3  # a file, a parent or a template is not what was recorded
@@ -34,3 +39,9 @@ class Stopped(BaseException):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+def near(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""

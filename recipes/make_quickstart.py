@@ -41,16 +41,28 @@ PLURALS = dict(
     """.split()
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 SHORT = [word for word in WORDS if len(word) <= 5]
-KEPT_OUT = {("add", 6, 8), ("larger", 47, 74), ("plural", "knife"), ("day", "Friday", 2), ("count", "planet")}
+KEPT_OUT = {
+    ("add", 6, 8),
+    ("larger", 47, 74),
+    ("plural", "knife"),
+    ("day", "Friday", 2),
+    ("count", "planet"),
+}
 
 Problem = tuple  # the task's name, then what makes the problem
 Row = tuple[Problem, str, str]  # the problem, a prompt, the answer
 
 
 def add(rng: random.Random) -> Row:
-    a, b = (rng.randint(1, 9), rng.randint(1, 9)) if rng.random() < 0.5 else (rng.randint(2, 60), rng.randint(2, 39))
+    a, b = (
+        (rng.randint(1, 9), rng.randint(1, 9))
+        if rng.random() < 0.5
+        else (rng.randint(2, 60), rng.randint(2, 39))
+    )
     ask = rng.choice(
         [
             "What is {a} + {b}?",
@@ -64,10 +76,19 @@ def add(rng: random.Random) -> Row:
 
 
 def subtract(rng: random.Random) -> Row:
-    b, c = (rng.randint(1, 9), rng.randint(1, 9)) if rng.random() < 0.5 else (rng.randint(2, 39), rng.randint(2, 60))
+    b, c = (
+        (rng.randint(1, 9), rng.randint(1, 9))
+        if rng.random() < 0.5
+        else (rng.randint(2, 39), rng.randint(2, 60))
+    )
     a = b + c
     ask = rng.choice(
-        ["What is {a} - {b}?", "Subtract {b} from {a}.", "Calculate {a} - {b}.", "Take {b} away from {a}."]
+        [
+            "What is {a} - {b}?",
+            "Subtract {b} from {a}.",
+            "Calculate {a} - {b}.",
+            "Take {b} away from {a}.",
+        ]
     )
     return ("subtract", a, b), ask.format(a=a, b=b), f"{a} - {b} = {c}."
 
@@ -75,35 +96,61 @@ def subtract(rng: random.Random) -> Row:
 def larger(rng: random.Random) -> Row:
     a, b = rng.sample(range(1, 100), 2)
     ask = rng.choice(
-        ["Which number is larger, {a} or {b}?", "Which is greater: {a} or {b}?", "Name the larger of {a} and {b}."]
+        [
+            "Which number is larger, {a} or {b}?",
+            "Which is greater: {a} or {b}?",
+            "Name the larger of {a} and {b}.",
+        ]
     )
     return ("larger", *sorted((a, b))), ask.format(a=a, b=b), f"{max(a, b)} is larger."
 
 
 def parity(rng: random.Random) -> Row:
     a = rng.randint(1, 250)
-    ask = rng.choice(["Is {a} even or odd?", "Is the number {a} odd or even?", "Tell me whether {a} is even or odd."])
+    ask = rng.choice(
+        [
+            "Is {a} even or odd?",
+            "Is the number {a} odd or even?",
+            "Tell me whether {a} is even or odd.",
+        ]
+    )
     return ("parity", a), ask.format(a=a), f"{a} is {'odd' if a % 2 else 'even'}."
 
 
 def following(rng: random.Random) -> Row:
     start, step = rng.randint(1, 20), rng.choice([1, 2, 3, 5, 10])
     shown = ", ".join(str(start + step * i) for i in range(4))
-    ask = rng.choice(["What number comes next: {s}?", "Continue with one number: {s}", "{s}: which number follows?"])
+    ask = rng.choice(
+        [
+            "What number comes next: {s}?",
+            "Continue with one number: {s}",
+            "{s}: which number follows?",
+        ]
+    )
     return ("following", start, step), ask.format(s=shown), f"{start + step * 4}."
 
 
 def ordered(rng: random.Random) -> Row:
     words = rng.sample(WORDS, 3)
     ask = rng.choice(
-        ["Sort these words alphabetically: {w}", "Put these words in alphabetical order: {w}", "Order from A to Z: {w}"]
+        [
+            "Sort these words alphabetically: {w}",
+            "Put these words in alphabetical order: {w}",
+            "Order from A to Z: {w}",
+        ]
     )
-    return ("ordered", *sorted(words)), ask.format(w=", ".join(words)), ", ".join(sorted(words)) + "."
+    return (
+        ("ordered", *sorted(words)),
+        ask.format(w=", ".join(words)),
+        ", ".join(sorted(words)) + ".",
+    )
 
 
 def reverse(rng: random.Random) -> Row:
     word = rng.choice([w for w in SHORT if len(w) <= 4])
-    ask = rng.choice(["Reverse the word '{w}'.", "Write '{w}' backwards.", "What is '{w}' spelled backwards?"])
+    ask = rng.choice(
+        ["Reverse the word '{w}'.", "Write '{w}' backwards.", "What is '{w}' spelled backwards?"]
+    )
     return ("reverse", word), ask.format(w=word), f"{word[::-1]}."
 
 
@@ -140,7 +187,11 @@ def edge(rng: random.Random) -> Row:
 def capitals(rng: random.Random) -> Row:
     word = rng.choice(WORDS)
     ask = rng.choice(
-        ["Write '{w}' in capital letters.", "Put the word '{w}' in upper case.", "Capitalize all of '{w}'."]
+        [
+            "Write '{w}' in capital letters.",
+            "Put the word '{w}' in upper case.",
+            "Capitalize all of '{w}'.",
+        ]
     )
     return ("capitals", word), ask.format(w=word), f"{word.upper()}."
 
@@ -163,7 +214,11 @@ def calendar(rng: random.Random) -> Row:
         month, step = rng.randrange(12), rng.choice([-1, 1])
         side = "before" if step < 0 else "after"
         ask = rng.choice(["Which month comes right {s} {m}?", "Name the month {s} {m}."])
-        return ("month", MONTHS[month], step), ask.format(s=side, m=MONTHS[month]), f"{MONTHS[(month + step) % 12]}."
+        return (
+            ("month", MONTHS[month], step),
+            ask.format(s=side, m=MONTHS[month]),
+            f"{MONTHS[(month + step) % 12]}.",
+        )
     day, step = rng.randrange(7), rng.choice([-2, -1, 1, 2, 3])
     ask = {
         -2: "Today is {d}. What day was the day before yesterday?",
@@ -235,7 +290,8 @@ def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
     user, assistant = ({"role": role} for role in ("user", "assistant"))
     if part < 2:
         return [
-            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]} for *_, prompt, answer in found
+            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]}
+            for *_, prompt, answer in found
         ]
     return [
         {
@@ -250,5 +306,7 @@ def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
 if __name__ == "__main__":
     for name, part in zip(FILES, rows(), strict=True):
         lines = [json.dumps(row, ensure_ascii=False) for row in part]
-        Path(__file__).with_name(f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path(__file__).with_name(f"{name}.jsonl").write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
         print(f"{name}.jsonl: {len(lines)} rows")

@@ -14,14 +14,21 @@ import random
 from pathlib import Path
 
 DIGITS = {1: range(1, 10), 2: range(10, 100)}
-FORM, PAIRS, TEST, WRONG = 160, 2400, 500, 8  # expressions, and wrong answers for each that has a pair
+FORM, PAIRS, TEST, WRONG = (
+    160,
+    2400,
+    500,
+    8,
+)  # expressions, and wrong answers for each that has a pair
 Sum = tuple[int, int]
 
 
 def expressions(rng: random.Random) -> list[list[Sum]]:
     """The expressions of the three parts: both operands short, mixed, both long, in the same shares in each."""
     kinds = [(1, 1), (1, 2), (2, 2)]
-    every = [sorted({tuple(sorted((a, b))) for a in DIGITS[i] for b in DIGITS[j]}) for i, j in kinds]
+    every = [
+        sorted({tuple(sorted((a, b))) for a in DIGITS[i] for b in DIGITS[j]}) for i, j in kinds
+    ]
     parts: list[list[Sum]] = [[], [], []]
     for kind, share in zip(every, (0.01, 0.25, 0.74), strict=True):
         rng.shuffle(kind)
@@ -38,7 +45,9 @@ def wrong(rng: random.Random, right: int, count: int) -> list[int]:
     """So many other numbers: three in four a slip (tens or ones too many or too few, digits swapped), else any sum."""
     found: dict[int, None] = {}
     while len(found) < count:
-        slips = [right + step for step in (-20, -10, -10, 10, 10, 20, -2, -1, 1, 2)] + [int(str(right)[::-1])]
+        slips = [right + step for step in (-20, -10, -10, 10, 10, 20, -2, -1, 1, 2)] + [
+            int(str(right)[::-1])
+        ]
         number = rng.choice(slips) if rng.random() < 0.75 else rng.randrange(2, 199)
         if number != right and 2 <= number <= 198:
             found[number] = None
@@ -73,5 +82,7 @@ if __name__ == "__main__":
     folder = Path("sums")
     folder.mkdir(exist_ok=True)
     for name, found in rows().items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
+        )
         print(f"{folder}/{name}.jsonl: {len(found):,} rows")

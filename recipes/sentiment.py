@@ -30,5 +30,7 @@ if __name__ == "__main__":
     folder = Path("sentiment")
     folder.mkdir(exist_ok=True)
     rows = [{"prompt": f"{who} {did}"} for who in WHO for did in DID]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     print(f"{folder}/prompts.jsonl: {len(rows)} prompts")

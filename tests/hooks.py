@@ -37,23 +37,23 @@ def _before(owner, name, action):
 
 
 def kill_after_checkpoint(step):
-    from llmpipe.engine import training
+    from llmpipe.training import hosted
 
     def action(self, *_):
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _after(training._Durable, "_save_checkpoint", action)
+    _after(hosted._Durable, "_save_checkpoint", action)
 
 
 def _signal_in_step(step, number):
-    from llmpipe.engine import training
+    from llmpipe.training import hosted
 
     def action(self, *_):
         if self.state.global_step == step - 1:
             os.kill(os.getpid(), number)
 
-    _before(training._Durable, "training_step", action)
+    _before(hosted._Durable, "training_step", action)
 
 
 def term_in_step(step):
@@ -65,26 +65,26 @@ def int_in_step(step):
 
 
 def term_in_evaluation():
-    from llmpipe.engine import training
+    from llmpipe.training import hosted
 
-    original = training._Durable.evaluate
+    original = hosted._Durable.evaluate
 
     def evaluate(self, *args, **kwargs):
         if self.state.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
 
-    training._Durable.evaluate = evaluate
+    hosted._Durable.evaluate = evaluate
 
 
 def term_in_save(step):
-    from llmpipe.engine import training
+    from llmpipe.training import hosted
 
     def action(self, *_):
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    _before(training._Durable, "_gather_state", action)
+    _before(hosted._Durable, "_gather_state", action)
 
 
 def term_in_prepare():
@@ -100,7 +100,11 @@ def nan_loss(step):
 
         def compute_loss(self, model, inputs, *args, original=trainer.compute_loss, **kwargs):
             loss = original(self, model, inputs, *args, **kwargs)
-            return loss * float("nan") if self.state.global_step == step - 1 and model.training else loss
+            return (
+                loss * float("nan")
+                if self.state.global_step == step - 1 and model.training
+                else loss
+            )
 
         trainer.compute_loss = compute_loss
 
@@ -133,7 +137,7 @@ def disk_full_at(step):
 
 def _after_batches(count, act):
     """Do `act` instead of keeping a batch of an evaluation, after `count` were kept."""
-    from llmpipe.engine.evaluate import Book
+    from llmpipe.evaluation.book import Book
 
     original, kept = Book.add, []
 
@@ -164,7 +168,7 @@ def kill_inside_a_line():
 
 def count_batches():
 
-    from llmpipe.engine.evaluate import Book
+    from llmpipe.evaluation.book import Book
 
     kept, original = _after_batches(-1, None), Book.close
 
@@ -176,25 +180,37 @@ def count_batches():
 
 
 def ppo_kill_after(step):
-    from llmpipe.engine.ppo.loop import Loop
+    from llmpipe.rl.ppo import Loop
 
-    _after(Loop, "_save", lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step == step else None)
+    _after(
+        Loop,
+        "_save",
+        lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step == step else None,
+    )
 
 
 def ppo_term_in(step):
-    from llmpipe.engine.ppo.learner import Learner
+    from llmpipe.rl.learner import Learner
 
-    _before(Learner, "learn", lambda self, at, *_: os.kill(os.getpid(), signal.SIGTERM) if at == step - 1 else None)
+    _before(
+        Learner,
+        "learn",
+        lambda self, at, *_: os.kill(os.getpid(), signal.SIGTERM) if at == step - 1 else None,
+    )
 
 
 def ppo_term_in_save(step):
-    from llmpipe.engine.ppo.loop import Loop
+    from llmpipe.rl.ppo import Loop
 
-    _before(Loop, "_save", lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.step == step else None)
+    _before(
+        Loop,
+        "_save",
+        lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.step == step else None,
+    )
 
 
 def ppo_nan_loss(step):
-    from llmpipe.engine.ppo.learner import Learner
+    from llmpipe.rl.learner import Learner
 
     original = Learner._step
     Learner._step = lambda self, at, sums: original(
@@ -203,7 +219,7 @@ def ppo_nan_loss(step):
 
 
 def ppo_nan_gradient(step):
-    from llmpipe.engine.ppo.learner import Learner
+    from llmpipe.rl.learner import Learner
 
     def action(self, at, sums):
         if at == step - 1:

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmpipe import launch, rundir
 from llmpipe.errors import Stopped, UserError
+from llmpipe.files import read_json, table
+from llmpipe.front import launch
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.signals import Signals
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
@@ -29,7 +32,11 @@ def recipe(run: Path, **changes) -> dict:
         "stage": "sft",
         "run": str(run),
         "model": str(TINY / "model"),
-        "data": {"train": [{"path": str(TINY / "rows.jsonl")}], "eval": {"holdout": 0.1}, "max_length": 64},
+        "data": {
+            "train": [{"path": str(TINY / "rows.jsonl")}],
+            "eval": {"holdout": 0.1},
+            "max_length": 64,
+        },
         "optim": {"learning_rate": 1e-3, "batch_size": 4, "steps": 12, "precision": "fp32"},
         "evaluation": {"every": 5},
         "checkpoint": {"every": 3},
@@ -63,51 +70,65 @@ def write(run: Path, **changes) -> Path:
 
 
 def start_here(action, artifact, recipe, *, inexact, debug):
-    """`launch.start` without a process of its own."""
-    from llmpipe.worker import act, guarded
+    """`start` without a process of its own."""
+    from llmpipe.front.worker import act, guarded
 
-    signals = launch.Signals()
+    signals = Signals()
     if multiprocessing.parent_process() is not None:  # a trial: signals reach it
         signals.install()
     (artifact.path / "outcome.json").unlink(missing_ok=True)
     status = guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact))
-    launch.finish(rundir.read_json(artifact.path / "outcome.json"), status, artifact)
+    launch.finish(read_json(artifact.path / "outcome.json"), status, artifact)
 
 
-def command(path: Path, sets=(), **options) -> rundir.Artifact:
+def command(path: Path, sets=(), **options) -> Artifact:
     """Run the recipe's stage to its end in this process; raises what the command would have printed."""
-    from llmpipe import cli
+    from llmpipe.front import cli
 
     original, launch.start = launch.start, start_here
     try:
         made = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
         cli.make(made, **options)
-        return rundir.Artifact(Path(made.run) / made.artifact)
+        return Artifact(Path(made.run) / made.artifact)
     finally:
         launch.start = original
 
 
-def essence(artifact: rundir.Artifact) -> dict:
+def essence(artifact: Artifact) -> dict:
     """What must be bitwise equal: every file in model/, the samples, and the metrics less wall-clock figures."""
-    files = {name: entry["sha256"] for name, entry in rundir.table(artifact.model).items()}
-    metrics = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    files = {name: entry["sha256"] for name, entry in table(artifact.model).items()}
+    metrics = [
+        json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()
+    ]
     for line in metrics:
         for name in WALL_CLOCK:
             line.pop(name, None)
     samples = artifact.path / "samples.jsonl"  # a reward model answers nothing
-    return {"files": files, "metrics": metrics, "samples": samples.read_text() if samples.exists() else None}
+    return {
+        "files": files,
+        "metrics": metrics,
+        "samples": samples.read_text() if samples.exists() else None,
+    }
 
 
 # --- forked trials ---------------------------------------------------------------------------------------------------
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["llmpipe.cli", "llmpipe.worker", "llmpipe.engine.training", "llmpipe.engine.verify", "trl.trainer.sft_trainer"]
+    [
+        "llmpipe.front.cli",
+        "llmpipe.front.worker",
+        "llmpipe.training.supervised",
+        "llmpipe.models.publish",
+        "trl.trainer.sft_trainer",
+    ]
 )
 
 
 def _trial(path: str, out: str, sets: tuple[str, ...], hook: str | None) -> None:
-    sys.stdout = sys.stderr = os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), "w", buffering=1)
+    sys.stdout = sys.stderr = os.fdopen(
+        os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), "w", buffering=1
+    )
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     if hook:

@@ -9,9 +9,12 @@ import time
 
 import pytest
 
-from tests import life, test_adapters, test_ppo, test_preference, test_pretrain
-from tests.test_life import begin_again, copy, passed_over
-from tests.test_processes import PYTHON, processes_of, run, start
+from tests import life
+from tests.front.test_processes import PYTHON, processes_of, run, start
+from tests.models import test_adapters
+from tests.rl import test_ppo
+from tests.training import test_preference, test_pretrain
+from tests.training.test_life import begin_again, copy, passed_over
 
 pytestmark = pytest.mark.faults
 FULL = os.environ.get("FAULTS") == "full"
@@ -19,7 +22,15 @@ SEED = 20261121
 
 
 # How many trials a stage gets: the loop is shared, so sft stands for most of it.
-SHARE = {"sft": 1.0, "lora": 0.4, "qlora": 0.4, "pretrain": 0.4, "stream": 0.4, "reward": 0.4, "dpo": 0.4}
+SHARE = {
+    "sft": 1.0,
+    "lora": 0.4,
+    "qlora": 0.4,
+    "pretrain": 0.4,
+    "stream": 0.4,
+    "reward": 0.4,
+    "dpo": 0.4,
+}
 SHARE["ppo"] = 1.0  # a loop of its own
 
 
@@ -53,7 +64,10 @@ def made(writers, tmp_path_factory):
                 trial = life.Trial(writers[stage](tmp_path_factory.mktemp(f"{stage}{i}") / "run"))
                 assert trial.wait() == 0, trial.text()
             seconds = time.monotonic() - begun
-            known[stage] = life.command(writers[stage](tmp_path_factory.mktemp(stage) / "run")), seconds
+            known[stage] = (
+                life.command(writers[stage](tmp_path_factory.mktemp(stage) / "run")),
+                seconds,
+            )
         return known[stage]
 
     return make
@@ -70,16 +84,34 @@ EVERY = [
 ]  # fmt: skip
 WHOLE = [*EVERY, "model.safetensors", "config.json", "generation_config.json"]
 ADAPTER = [*EVERY, "adapter_model.safetensors", "adapter_config.json"]
-CHECKPOINT_FILES = {"sft": WHOLE, "lora": ADAPTER, "qlora": ADAPTER, "pretrain": WHOLE, "stream": WHOLE}
-CHECKPOINT_FILES |= {"dpo": WHOLE, "reward": [name for name in WHOLE if name != "generation_config.json"]}
-CHECKPOINT_FILES["ppo"] = ["learned.safetensors", "optimizer.safetensors", "llmpipe.json", "sums.json"]
+CHECKPOINT_FILES = {
+    "sft": WHOLE,
+    "lora": ADAPTER,
+    "qlora": ADAPTER,
+    "pretrain": WHOLE,
+    "stream": WHOLE,
+}
+CHECKPOINT_FILES |= {
+    "dpo": WHOLE,
+    "reward": [name for name in WHOLE if name != "generation_config.json"],
+}
+CHECKPOINT_FILES["ppo"] = [
+    "learned.safetensors",
+    "optimizer.safetensors",
+    "llmpipe.json",
+    "sums.json",
+]
 STATES = [(stage, name) for stage, names in CHECKPOINT_FILES.items() for name in names]
 CUTS = [(stage, kept) for stage, names in CHECKPOINT_FILES.items() for kept in range(len(names))]
 
 
 def trials(count):
     """(stage, number) of as many random trials as each stage gets."""
-    return [(stage, i) for stage, share in SHARE.items() for i in range(count if FULL else round(count * share / 2))]
+    return [
+        (stage, i)
+        for stage, share in SHARE.items()
+        for i in range(count if FULL else round(count * share / 2))
+    ]
 
 
 @pytest.mark.parametrize("hurt", ["missing", "empty", "half", "flipped"])
@@ -87,7 +119,9 @@ def trials(count):
 def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
     """R2: every file of the newest checkpoint missing, empty, half, flipped: the end is the straight run's."""
     straight, _ = made(stage)
-    assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(CHECKPOINT_FILES[stage])
+    assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(
+        CHECKPOINT_FILES[stage]
+    )
     passed_over(straight, tmp_path, name, hurt, writers[stage])
 
 
@@ -131,10 +165,15 @@ def test_kill_the_real_tree(straight, tmp_path, trial):
     parent = start(command)
     folder = tmp_path / "run" / "sft"
     deadline = time.monotonic() + 60
-    while not any("worker" in cmdline(pid) for pid in processes_of(folder)) and time.monotonic() < deadline:
+    while (
+        not any("worker" in cmdline(pid) for pid in processes_of(folder))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     time.sleep(rng.uniform(0.5, 15))
-    victims = [pid for pid in processes_of(folder) if pid != parent.pid] if trial % 2 else [parent.pid]
+    victims = (
+        [pid for pid in processes_of(folder) if pid != parent.pid] if trial % 2 else [parent.pid]
+    )
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     parent.communicate(timeout=60)
@@ -164,12 +203,16 @@ def test_sigterm_at_random(made, writers, tmp_path, stage, trial):
     victim.process.terminate()
     begun = time.monotonic()
     code = victim.wait()
-    assert code in (0, 143, -signal.SIGTERM), victim.text()  # -15: before Python had installed its handlers
+    assert code in (0, 143, -signal.SIGTERM), (
+        victim.text()
+    )  # -15: before Python had installed its handlers
     assert time.monotonic() - begun < 5
     assert life.essence(life.command(path)) == life.essence(straight)
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "model"])
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "model"]
+)
 @pytest.mark.parametrize("hurt", ["flip", "cut", "remove"])
 def test_every_artifact_file(straight, tmp_path, name, hurt):
     """R9: every file of an artifact flipped, cut or removed: exit 3, the file named."""

@@ -45,7 +45,12 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[Requirement]:
     project = PROJECT["project"]
-    extras = [r for group in project["optional-dependencies"].values() for r in group if not r.startswith("llmpipe[")]
+    extras = [
+        r
+        for group in project["optional-dependencies"].values()
+        for r in group
+        if not r.startswith("llmpipe[")
+    ]
     return [Requirement(r) for r in [*project["dependencies"], *extras]]
 
 
@@ -58,12 +63,18 @@ def shipped() -> list[Path]:
     )
     if done.returncode:
         pytest.skip("not a git checkout")
-    return [path for name in done.stdout.split("\n") if name.endswith(TEXT) and (path := ROOT / name).is_file()]
+    return [
+        path
+        for name in done.stdout.split("\n")
+        if name.endswith(TEXT) and (path := ROOT / name).is_file()
+    ]
 
 
 def targets() -> dict[str, str]:
     """Makefile target -> its prerequisites."""
-    rules = re.findall(r"^([a-z]+):([^#=\n]*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    rules = re.findall(
+        r"^([a-z]+):([^#=\n]*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M
+    )
     return {name: needs.strip() for name, needs in rules}
 
 
@@ -79,7 +90,9 @@ def test_every_dependency_is_constrained_within_its_bounds():
     for requirement in requirements():
         version = pinned.get(canonical(requirement.name))
         assert version, f"{requirement.name}: not in constraints.txt"
-        assert requirement.specifier.contains(version), f"{requirement}: constraints.txt says {version}"
+        assert requirement.specifier.contains(version), (
+            f"{requirement}: constraints.txt says {version}"
+        )
 
 
 def test_constraints_are_sorted_exact_versions_without_a_local_part():
@@ -117,7 +130,9 @@ def test_the_constraints_hold_the_whole_closure():
             continue  # a marker excludes it here
         for need in map(Requirement, needs):
             markers = [{"extra": extra} for extra in ("", *extras)]
-            own = re.match(r"nvidia-|cuda-|triton", need.name)  # torch pins its CUDA libraries itself
+            own = re.match(
+                r"nvidia-|cuda-|triton", need.name
+            )  # torch pins its CUDA libraries itself
             if not own and (need.marker is None or any(need.marker.evaluate(m) for m in markers)):
                 todo.append((need.name, need.extras))
 
@@ -125,24 +140,43 @@ def test_the_constraints_hold_the_whole_closure():
 def test_project_metadata():
     project = PROJECT["project"]
     assert project["name"] == "llmpipe"
-    assert "version" in project["dynamic"] and PROJECT["tool"]["hatch"]["version"]["path"] == "llmpipe/__init__.py"
+    assert (
+        "version" in project["dynamic"]
+        and PROJECT["tool"]["hatch"]["version"]["path"] == "llmpipe/__init__.py"
+    )
     assert str(Version(llmpipe.__version__)) == llmpipe.__version__
-    assert project["scripts"] == {"llmpipe": "llmpipe.cli:main"}
+    assert project["scripts"] == {"llmpipe": "llmpipe.front.cli:main"}
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_data_of_the_package_is_not_ignored_by_git():
     """hatchling leaves out what .gitignore names: templates and starter files must not be among it."""
-    files = [str(p) for p in (ROOT / "llmpipe").rglob("*") if p.suffix in (".jinja", ".yaml", ".jsonl", ".html")]
+    files = [
+        str(p)
+        for p in (ROOT / "llmpipe").rglob("*")
+        if p.suffix in (".jinja", ".yaml", ".jsonl", ".html")
+    ]
     assert files
-    done = subprocess.run(["git", "-C", str(ROOT), "check-ignore", *files], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", *files], capture_output=True, text=True
+    )
     assert done.stdout == ""
 
 
 def test_makefile_targets():
     found = targets()
-    assert {"setup", "models", "quickstart", "check", "format", "test", "faults", "bench", "constraints"} <= set(found)
+    assert {
+        "setup",
+        "models",
+        "quickstart",
+        "check",
+        "format",
+        "test",
+        "faults",
+        "bench",
+        "constraints",
+    } <= set(found)
     for name in ("quickstart", "check", "test", "faults", "bench"):
         assert "setup" in found[name].split(), f"make {name} does not set up first"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -156,7 +190,11 @@ def test_makefile_targets():
 def test_ci_runs_what_the_readme_tells_a_newcomer():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    lines = [line for line in script.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in script.read_text(encoding="utf-8").split("\n")
+        if line and not line.startswith("#")
+    ]
     assert lines[:2] == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."']
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in lines[2:]:
@@ -175,7 +213,9 @@ def test_dockerfile():
     users = [rest for keyword, rest in steps if keyword == "USER"]
     assert users and users[-1] not in ("root", "0")
     entries = [rest for keyword, rest in steps if keyword == "ENTRYPOINT"]
-    assert entries == ['["llmpipe"]'], "exec form, so that a stop signal reaches llmpipe and not a shell"
+    assert entries == ['["llmpipe"]'], (
+        "exec form, so that a stop signal reaches llmpipe and not a shell"
+    )
     keywords = [keyword for keyword, _ in steps]
     assert keywords.index("USER") > max(i for i, k in enumerate(keywords) if k == "RUN")
     assert ("ARG", "DEVICE=cuda") in steps
@@ -185,7 +225,14 @@ def test_the_image_gets_all_that_is_installed_from():
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
     kept = {line[1:] for line in lines if line.startswith("!")}
     assert "*" in lines
-    assert {"llmpipe", "recipes", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} <= kept
+    assert {
+        "llmpipe",
+        "recipes",
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    } <= kept
     assert all((ROOT / name).exists() for name in kept)
     assert (ROOT / "llmpipe" / "__main__.py").is_file(), (
         "accelerate launch llmpipe runs this in the image's work folder"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe import errors
-from llmpipe.recipe import load
+from llmpipe.recipe.check import load
 from llmpipe.stages import STAGES, schema
 
 ROOT = Path(__file__).parent.parent
@@ -43,17 +43,32 @@ def checkout(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     if not shutil.which("llmpipe", path=Path(sys.executable).parent):
         pytest.skip("llmpipe is not installed in this environment; make setup installs it")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMPIPE_", "ACCELERATE_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("LLMPIPE_", "ACCELERATE_"))
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return folder, environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
+    return folder, environment | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "hub"),
+    }
 
 
 def test_the_readme_shows_the_whole_front_door():
-    for command in ("make quickstart", "make test", "llmpipe sft", "llmpipe show", "llmpipe schema", "llmpipe init"):
+    for command in (
+        "make quickstart",
+        "make test",
+        "llmpipe sft",
+        "llmpipe show",
+        "llmpipe schema",
+        "llmpipe init",
+    ):
         assert any(line.startswith(command) for line in commands(README)), command
 
 
-@pytest.mark.parametrize("line", [line for line in commands(README + CONTRIBUTING) if line.startswith("make ")])
+@pytest.mark.parametrize(
+    "line", [line for line in commands(README + CONTRIBUTING) if line.startswith("make ")]
+)
 def test_make_targets_exist(line):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in line.split()[1:]:
@@ -64,14 +79,21 @@ def test_commands_run_as_written_in_their_order(checkout):
     folder, environment = checkout
     for line in TYPED:
         done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stdout + done.stderr, f"{line}\n{done.stderr[-3000:]}"
     assert (folder / "runs" / "tiny" / "sft" / "manifest.json").exists()
     of_a_run = README.split("## What a run directory holds")[1]
     for name in set(re.findall(r"^\| `([\w.]+)/?` \|", of_a_run, re.M)):
-        assert (folder / "runs" / "tiny" / "sft" / name).exists(), f"README's table of a run names {name}"
+        assert (folder / "runs" / "tiny" / "sft" / name).exists(), (
+            f"README's table of a run names {name}"
+        )
 
 
 def test_recipes_in_the_readme_are_valid(tmp_path):
@@ -96,14 +118,20 @@ def test_the_mistake_in_the_readme_is_answered_so(tmp_path):
 
 
 def test_exit_codes_are_the_real_ones():
-    told = [int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", README, re.M) for code in cell.split(",")]
-    real = [value for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)]
+    told = [
+        int(code)
+        for cell in re.findall(r"^\| ([\d, ]+) \|", README, re.M)
+        for code in cell.split(",")
+    ]
+    real = [
+        value for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)
+    ]
     assert sorted(told) == sorted([*real, 1])
 
 
 def test_what_is_not_there_yet_is_not_promised():
     """Every `llmpipe WORD` that can be typed from the README is a command."""
-    from llmpipe.cli import app
+    from llmpipe.front.cli import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(STAGES) <= known

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from llmpipe.recipe import Recipe, is_local, load, load_pipeline, read
+from llmpipe.recipe.check import load, load_pipeline
+from llmpipe.recipe.sections import Recipe, is_local
+from llmpipe.recipe.yaml import read
 from llmpipe.stages import STAGES, schema
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,11 @@ def models_in(annotation: object) -> list[type[BaseModel]]:
 
 
 def questions(path: Path) -> list[str]:
-    rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = [
+        json.loads(line)["messages"]
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line
+    ]
     return [message["content"] for row in rows for message in row if message["role"] == "user"]
 
 
@@ -83,7 +89,9 @@ def test_valid_and_begins_with_its_command(path):
     assert recipes
     command = path.read_text(encoding="utf-8").split("\n")[0]
     verb = "run" if "stages" in read(path)[0] else recipes[0].stage
-    assert command == f"# llmpipe {verb} {'sft.yaml' if path == STARTER else path.relative_to(ROOT)}"
+    assert (
+        command == f"# llmpipe {verb} {'sft.yaml' if path == STARTER else path.relative_to(ROOT)}"
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -91,7 +99,9 @@ def test_local_files_exist(path):
     for recipe in recipes_in(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
-            made_by_a_command = name.startswith(("./models/", "./texts/", "./runs/", "./sums/", "./sentiment/"))
+            made_by_a_command = name.startswith(
+                ("./models/", "./texts/", "./runs/", "./sums/", "./sentiment/")
+            )
             if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"
         assert recipe.run.startswith("runs/"), "runs/ is what .gitignore leaves out"
@@ -137,7 +147,9 @@ def test_quickstart_runs_on_any_machine():
     recipe, *learned, measured = recipes_in(ROOT / "recipes" / "quickstart.yaml")
     made = ["artifact:sft", *(f"artifact:{stage.artifact}" for stage in learned)]
     assert list(measured.models.values()) == [recipe.model, *made] and measured.gate
-    assert all(stage.launch.processes == 1 for stage in (recipe, *learned)), "batch_size 2 does not divide by eight"
+    assert all(stage.launch.processes == 1 for stage in (recipe, *learned)), (
+        "batch_size 2 does not divide by eight"
+    )
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert recipe.model == "./" + re.search(r"^MODEL := (.*)$", makefile, re.M)[1]
 
@@ -164,7 +176,9 @@ def test_quickstart_is_tested_on_what_it_was_not_trained_on():
     *trained, tested, ranked = (
         {
             question(json.loads(line))
-            for line in (ROOT / "recipes" / f"quickstart{name}.jsonl").read_text(encoding="utf-8").split("\n")
+            for line in (ROOT / "recipes" / f"quickstart{name}.jsonl")
+            .read_text(encoding="utf-8")
+            .split("\n")
             if line
         }
         for name in ("", "-pairs", "-test", "-test-pairs")
@@ -180,11 +194,18 @@ def test_wrong_answers_are_wrong(made):
     right = {True: max, False: sum}
     checked = 0
     for row in (row for file in files for row in file):
-        asked, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
-        assert chosen != rejected and re.sub(r"[\w, -]+", "", chosen) == re.sub(r"[\w, -]+", "", rejected)
+        asked, chosen, rejected = (
+            row[side][0]["content"] for side in ("prompt", "chosen", "rejected")
+        )
+        assert chosen != rejected and re.sub(r"[\w, -]+", "", chosen) == re.sub(
+            r"[\w, -]+", "", rejected
+        )
         if "+" in asked or "larger" in chosen:
             number = right["larger" in chosen](int(n) for n in re.findall(r"\d+", asked))
-            answers = [int(re.findall(r"\d+", text)[0 if "larger" in chosen else -1]) for text in (chosen, rejected)]
+            answers = [
+                int(re.findall(r"\d+", text)[0 if "larger" in chosen else -1])
+                for text in (chosen, rejected)
+            ]
             assert answers[0] == number != answers[1], row
             checked += 1
     assert checked > 100
@@ -193,12 +214,20 @@ def test_wrong_answers_are_wrong(made):
 def test_sums_are_tested_on_other_expressions():
     """Split by expression: a + b is b + a."""
     files = runpy.run_path(str(ROOT / "recipes" / "make_sums.py"))["rows"]()
-    numbers = lambda row: frozenset(re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1])))  # noqa: E731
+    numbers = lambda row: frozenset(
+        re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1]))
+    )  # noqa: E731
     asked = {name: [numbers(row) for row in rows] for name, rows in files.items()}
     assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
-    assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(asked["asks"])
+    assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(
+        asked["asks"]
+    )
     parts = [set(asked[name]) for name in ("form", "pairs", "test")]
-    assert [len(part) for part in parts] == [len(asked["form"]), len(asked["pairs"]) / 8, len(asked["test"])]
+    assert [len(part) for part in parts] == [
+        len(asked["form"]),
+        len(asked["pairs"]) / 8,
+        len(asked["test"]),
+    ]
     assert len({json.dumps(row, sort_keys=True) for row in files["pairs"]}) == len(files["pairs"])
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert {max(map(len, part)) for part in asked["test"]} == {1, 2}
@@ -208,7 +237,8 @@ def test_quickstart_answers_are_right():
     """An independent reading of the prompts: sums, differences, comparisons, letters."""
     checked = 0
     texts = [
-        (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("quickstart", "quickstart-test")
+        (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8")
+        for name in ("quickstart", "quickstart-test")
     ]
     for line in "".join(texts).split("\n")[:-1]:
         prompt, answer = (message["content"] for message in json.loads(line)["messages"])
@@ -220,7 +250,9 @@ def test_quickstart_answers_are_right():
         elif match := re.fullmatch(r"(\d+) is larger\.", answer):
             assert int(match[1]) == max(numbers), line
         elif match := re.fullmatch(r"(\d+) is (even|odd)\.", answer):
-            assert numbers == [int(match[1])] and (numbers[0] % 2 == 0) == (match[2] == "even"), line
+            assert numbers == [int(match[1])] and (numbers[0] % 2 == 0) == (match[2] == "even"), (
+                line
+            )
         elif match := re.fullmatch(r"'(\w+)' has (\d+) letters\.", answer):
             assert match[1] in prompt and len(match[1]) == int(match[2]), line
         elif match := re.fullmatch(r"(\w(?:-\w)+)\.", answer):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from llmpipe.data import templates
+from llmpipe.data import template
 from llmpipe.data.formats import Rejected, asked, convert, question, taught_bytes
 from llmpipe.data.pack import COLUMNS, IGNORED, Piece
 from llmpipe.data.sources import Row, parse
@@ -51,7 +51,7 @@ def hash_of(content: bytes, key: bytes = b"") -> int:
 class Encoder:
     """The saved `tokenizer/` folder of one preparation, since what is published has to be what tokenized.
 
-    `ends` and `kwargs` as in templates.Template; `eos` ends a plain text.
+    `ends` and `kwargs` as in template.Template; `eos` ends a plain text.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class Encoder:
         kind: str = "rows",
     ):  # fmt: skip
         self.tokenizer = tokenizer = Tokenizer(folder)
-        self.template = tokenizer.template and templates.Template(tokenizer.template, tokenizer.special, kwargs, ends)
+        self.template = tokenizer.template and template.Template(
+            tokenizer.template, tokenizer.special, kwargs, ends
+        )
         self.ends = {tokenizer.ids(end)[-1] for end in ends}
         self.bos = [] if tokenizer.bos is None else [tokenizer.bos]
         self.eos_text, self.eos = eos, tokenizer.backend.token_to_id(eos)
@@ -77,16 +79,23 @@ class Encoder:
                 raw = parse(payload)
                 example = convert(raw, format, columns)
                 if self.kind == "prompts":
-                    example["columns"] = {name: value for name, value in raw.items() if name not in columns}
-                row, truncated = {"pairs": self.pair, "prompts": self.prompt}.get(self.kind, self.row)(example)
+                    example["columns"] = {
+                        name: value for name, value in raw.items() if name not in columns
+                    }
+                row, truncated = {"pairs": self.pair, "prompts": self.prompt}.get(
+                    self.kind, self.row
+                )(example)
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
-            whole = b"".join(piece[0].tobytes() for piece in row)  # of a pair the prompt: it is held out or it is not
+            whole = b"".join(
+                piece[0].tobytes() for piece in row
+            )  # of a pair the prompt: it is held out or it is not
             asks = hash_of(question(example).encode())
             about = {"hash": hash_of(whole, self.key), "asks": asks, "bytes": taught_bytes(example)}
             pieces += [
-                {**dict(zip(self.columns, piece, strict=True)), "first": not i, **about} for i, piece in enumerate(row)
+                {**dict(zip(self.columns, piece, strict=True)), "first": not i, **about}
+                for i, piece in enumerate(row)
             ]
             counts.update(kept=1, truncated=truncated, split=len(row) > 1, pieces=len(row) - 1)
         return Batch(pa.RecordBatch.from_pylist(pieces, self.schema), counts, rejected)
@@ -106,8 +115,10 @@ class Encoder:
         if len(ids) > self.max_length:
             raise Rejected("too long", f"{len(ids):,} tokens, {self.max_length:,} fit")
         labels = ids.copy()
-        if not self.learn_all:  # as TRL does: what is learned begins where prompt and prompt + completion differ
-            labels[: len(self.bos) + templates.shared(self.tokenizer.ids(prompt), numbers)] = IGNORED
+        if (
+            not self.learn_all
+        ):  # as TRL does: what is learned begins where prompt and prompt + completion differ
+            labels[: len(self.bos) + template.shared(self.tokenizer.ids(prompt), numbers)] = IGNORED
         return [(ids, labels)], False
 
     def pair(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
@@ -118,15 +129,20 @@ class Encoder:
         """
         sides = [self.answered(example, side) for side in ("chosen", "rejected")]
         before = self._asked(example["prompt"], example.get("tools"))
-        begin = min(templates.shared(before, ids) for ids in sides)
+        begin = min(template.shared(before, ids) for ids in sides)
         if begin >= self.max_length:
-            raise Rejected("too long", f"the prompt has {begin:,} tokens, {self.max_length:,} fit with an answer")
+            raise Rejected(
+                "too long",
+                f"the prompt has {begin:,} tokens, {self.max_length:,} fit with an answer",
+            )
         cut = [np.array(ids[begin : self.max_length], np.int32) for ids in sides]
         truncated = any(len(ids) > self.max_length for ids in sides)
         if min(map(len, cut)) == 0:
             raise Rejected("nothing to learn", "an answer has no token of its own")
         if np.array_equal(*cut):
-            raise Rejected("cut to the same text" if truncated else "chosen equals rejected", "in tokens")
+            raise Rejected(
+                "cut to the same text" if truncated else "chosen equals rejected", "in tokens"
+            )
         margin = np.array([example["margin"]] if "margin" in example else [], np.float32)
         return [(np.array(sides[0][:begin], np.int32), *cut, margin)], truncated
 
@@ -136,10 +152,17 @@ class Encoder:
         prompt, reference = asked(example)
         ids = self._asked(prompt, example.get("tools"))
         if len(ids) > self.max_length:
-            raise Rejected("too long", f"the prompt has {len(ids):,} tokens, {self.max_length:,} fit")
+            raise Rejected(
+                "too long", f"the prompt has {len(ids):,} tokens, {self.max_length:,} fit"
+            )
         if not ids:
             raise Rejected("empty text", "the prompt has no token")
-        row = {"prompt": prompt, "tools": example.get("tools"), "reference": reference, "columns": example["columns"]}
+        row = {
+            "prompt": prompt,
+            "tools": example.get("tools"),
+            "reference": reference,
+            "columns": example["columns"],
+        }
         text = json.dumps(row, default=str).encode()
         return [(np.array(ids, np.int32), np.frombuffer(text, np.uint8))], False
 
@@ -149,18 +172,22 @@ class Encoder:
             return [*self.bos, *self.tokenizer.ids(prompt)]
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
-        with templates.bounded():
-            text, _ = self.template.render(templates.clean(prompt), tools, True)
+        with template.bounded():
+            text, _ = self.template.render(template.clean(prompt), tools, True)
         return self.tokenizer.ids(text)
 
     def answered(self, example: dict[str, Any], side: str) -> list[int]:
         """Tokens of a preference's prompt with one of its answers, to the end of its last turn."""
         prompt, answer = example["prompt"], example[side]
         if isinstance(prompt, str):
-            return [*self.bos, *self.tokenizer.ids(prompt + answer.removesuffix(self.eos_text)), self.eos]
+            return [
+                *self.bos,
+                *self.tokenizer.ids(prompt + answer.removesuffix(self.eos_text)),
+                self.eos,
+            ]
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
-        with templates.bounded():
+        with template.bounded():
             text, spans = self.template.turns(prompt + answer, example["tools"], len(prompt))
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
         return encoding.ids[: _behind(encoding, spans[-1][1])]
@@ -168,8 +195,10 @@ class Encoder:
     def _chat(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
-        with templates.bounded():
-            text, spans = self.template.turns(example["messages"], example["tools"], example.get("first", 0))
+        with template.bounded():
+            text, spans = self.template.turns(
+                example["messages"], example["tools"], example.get("first", 0)
+            )
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
         numbers = encoding.ids
         if numbers[:2] == [self.tokenizer.id("bos_token")] * 2:
@@ -182,7 +211,9 @@ class Encoder:
             raise Rejected("nothing to learn", "no token is the assistant's")
         stops = [stop for _, stop in ranges if numbers[stop - 1] in self.ends]
         if not stops:
-            raise Rejected("end of turn not supervised", "no assistant turn ends with the end-of-turn token")
+            raise Rejected(
+                "end of turn not supervised", "no assistant turn ends with the end-of-turn token"
+            )
         total = len(numbers)
         if total > self.max_length:
             total = max((stop for stop in stops if stop <= self.max_length), default=0)

@@ -21,8 +21,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from llmpipe.errors import UserError
-from llmpipe.recipe import near
+from llmpipe.errors import UserError, near
 
 
 class Rejected(Exception):
@@ -44,7 +43,10 @@ SYNONYMS = (
     {"instruction": "prompt", "input": "prompt_input", "chosen": "chosen", "rejected": "rejected"},
     {"question": "prompt", "choices": "choices", "answer": "answer"},
     {"question": "prompt", "choices": "choices", "answerKey": "answer"},
-    {"question": "instruction", "answer": "output"},  # asked and answered: turns of a chat, not text to go on with
+    {
+        "question": "instruction",
+        "answer": "output",
+    },  # asked and answered: turns of a chat, not text to go on with
     {"query": "instruction", "response": "output"},
     {"prompt": "prompt", "response": "completion"},
     {"instruction": "instruction", "response": "output", "context": "input"},
@@ -61,7 +63,9 @@ _ROLES = {
 }  # fmt: skip
 
 
-Layout = tuple[str, dict[str, str], list[str]]  # format, {your name: the format's name}, columns not used
+Layout = tuple[
+    str, dict[str, str], list[str]
+]  # format, {your name: the format's name}, columns not used
 
 
 def detect(columns: list[str], format: str, mapping: dict[str, str], where: str) -> Layout:
@@ -69,11 +73,18 @@ def detect(columns: list[str], format: str, mapping: dict[str, str], where: str)
     shown = ", ".join(columns) or "none"
     for name in mapping:
         if name not in columns:
-            raise UserError(f"{where}: columns: there is no column '{name}'{near(name, columns)}", f"found: {shown}")
+            raise UserError(
+                f"{where}: columns: there is no column '{name}'{near(name, columns)}",
+                f"found: {shown}",
+            )
     renamed = [mapping.get(name, name) for name in columns]
     if twice := next((name for name in renamed if renamed.count(name) > 1), None):
-        raise UserError(f"{where}: two columns are called '{twice}' after mapping", f"found: {shown}")
-    candidates = [mapping] if mapping else [{}, *(names for names in SYNONYMS if set(names) <= set(columns))]
+        raise UserError(
+            f"{where}: two columns are called '{twice}' after mapping", f"found: {shown}"
+        )
+    candidates = (
+        [mapping] if mapping else [{}, *(names for names in SYNONYMS if set(names) <= set(columns))]
+    )
     layouts = LAYOUTS if format == "auto" else {format: LAYOUTS[format]}
     for layout, (needs, also, _) in layouts.items():
         uses = []
@@ -115,7 +126,14 @@ def text_of(value: Any, name: str, empty: bool = False) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -183,10 +201,15 @@ def _with_system(values: dict, messages: list[dict]) -> list[dict]:
 def _alpaca(values: dict) -> dict:
     instruction, more = text_of(values["instruction"], "instruction"), _optional(values, "input")
     history = values.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise Rejected("wrong type", "history is not a list of pairs")
     messages = []
-    for ask, answer in (*history, (f"{instruction}\n\n{more}" if more else instruction, values["output"])):
+    for ask, answer in (
+        *history,
+        (f"{instruction}\n\n{more}" if more else instruction, values["output"]),
+    ):
         messages.append({"role": "user", "content": text_of(ask, "history")})
         messages.append({"role": "assistant", "content": text_of(answer, "output")})
     return {"messages": _with_system(values, messages), "tools": None}
@@ -202,7 +225,9 @@ def _chat(values: dict, name: str) -> dict:
 def _asked(values: dict) -> list[dict]:
     """The prompt, a text or messages, as messages."""
     prompt = values["prompt"]
-    messages = conversation(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], "prompt")
+    messages = conversation(
+        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], "prompt"
+    )
     return _with_system(values, messages)
 
 
@@ -218,10 +243,18 @@ def _answer(values: dict, name: str) -> list[dict]:
 
 
 def _prompt_completion(values: dict) -> dict:
-    if isinstance(values["prompt"], str) and isinstance(values["completion"], str) and "tools" not in values:
+    if (
+        isinstance(values["prompt"], str)
+        and isinstance(values["completion"], str)
+        and "tools" not in values
+    ):
         return {name: text_of(values[name], name) for name in ("prompt", "completion")}
     prompt = _asked(values)
-    return {"messages": prompt + _answer(values, "completion"), "tools": tools_of(values), "first": len(prompt)}
+    return {
+        "messages": prompt + _answer(values, "completion"),
+        "tools": tools_of(values),
+        "first": len(prompt),
+    }
 
 
 def _preference(values: dict) -> dict:
@@ -231,18 +264,25 @@ def _preference(values: dict) -> dict:
     if more := _optional(values, "prompt_input"):
         values = {**values, "prompt": f"{text_of(values['prompt'], 'prompt')}\n\n{more}"}
     margin = {} if values.get("margin") is None else {"margin": _number(values["margin"], "margin")}
-    if all(isinstance(values.get(name), str) for name in names) and not {"system", "tools"} & set(values):
+    if all(isinstance(values.get(name), str) for name in names) and not {"system", "tools"} & set(
+        values
+    ):
         return {name: text_of(values[name], name) for name in names} | margin
     chosen, rejected = _answer(values, "chosen"), _answer(values, "rejected")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     if values.get("prompt"):
         prompt = _asked(values)
         own = len(prompt) - bool(_optional(values, "system"))
-        shared = own if chosen[:own] == rejected[:own] == prompt[-own:] else 0  # both forms at once, as UltraFeedback
+        shared = (
+            own if chosen[:own] == rejected[:own] == prompt[-own:] else 0
+        )  # both forms at once, as UltraFeedback
     elif shared:
         prompt = _with_system(values, chosen[:shared])
     else:
-        raise Rejected("no common prompt", "chosen and rejected do not begin alike, and no column is the prompt")
+        raise Rejected(
+            "no common prompt",
+            "chosen and rejected do not begin alike, and no column is the prompt",
+        )
     chosen, rejected = chosen[shared:], rejected[shared:]
     if chosen == rejected:
         raise Rejected("chosen equals rejected")
@@ -252,7 +292,13 @@ def _preference(values: dict) -> dict:
         raise Rejected("system turn not first", "in an answer")
     if "user" in (chosen[0]["role"], rejected[0]["role"]):
         raise Rejected("no common prompt", "chosen and rejected differ in what is asked")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools_of(values), **margin}
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "tools": tools_of(values),
+        **margin,
+    }
 
 
 def _prompt(values: dict) -> dict:
@@ -260,7 +306,9 @@ def _prompt(values: dict) -> dict:
         return {"prompt": text_of(values["prompt"], "prompt")}
     messages = _asked(values)
     if messages[-1]["role"] == "assistant":
-        raise Rejected("unknown role", "a prompt ends with the user or a tool, not with the assistant")
+        raise Rejected(
+            "unknown role", "a prompt ends with the user or a tool, not with the assistant"
+        )
     return {"prompt": messages, "tools": tools_of(values)}
 
 
@@ -276,7 +324,9 @@ def _choice(values: dict) -> dict:
         where = [i for i, pair in enumerate(zip(labels, texts, strict=False)) if answer in pair]
         answer = where[0] if len(where) == 1 else None
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
-        raise Rejected("bad answer", f"{str(values['answer'])[:40]!r} is none of the {len(texts)} choices")
+        raise Rejected(
+            "bad answer", f"{str(values['answer'])[:40]!r} is none of the {len(texts)} choices"
+        )
     return {**_prompt(values), "choices": texts, "answer": answer}
 
 
@@ -285,7 +335,9 @@ def question(example: dict[str, Any]) -> str:
     the same count as overlapping, whatever is answered."""
     source = example.get("messages") or example.get("prompt") or example["text"]
     if isinstance(source, list):
-        source = next((turn["content"] for turn in source if turn["role"] == "user"), source[0]["content"])
+        source = next(
+            (turn["content"] for turn in source if turn["role"] == "user"), source[0]["content"]
+        )
     return " ".join(source.casefold().split())
 
 
@@ -305,16 +357,26 @@ def asked(example: dict[str, Any]) -> tuple[str | list[dict], str | None]:
 def taught_bytes(example: dict[str, Any]) -> int:
     """UTF-8 bytes of what a row teaches: a text, a completion, or the assistant's turns."""
     turns = example.get("messages", [])[example.get("first", 0) :]
-    spoken = "".join(turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0)
+    spoken = "".join(
+        turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("weight") != 0
+    )
     return len((example.get("text") or example.get("completion") or spoken).encode())
 
 
 # format -> columns it needs, columns it also reads, what converts a row. The first whose needs are met is the format.
 # Of the synonyms that fit, the one that uses most columns counts.
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict], dict]]] = {
-    "preference": (("chosen", "rejected"), ("prompt", "prompt_input", "system", "tools", "margin"), _preference),
+    "preference": (
+        ("chosen", "rejected"),
+        ("prompt", "prompt_input", "system", "tools", "margin"),
+        _preference,
+    ),
     "choice": (("prompt", "choices", "answer"), ("system",), _choice),
-    "sharegpt": (("conversations",), ("system", "tools"), lambda values: _chat(values, "conversations")),
+    "sharegpt": (
+        ("conversations",),
+        ("system", "tools"),
+        lambda values: _chat(values, "conversations"),
+    ),
     "messages": (("messages",), ("tools",), lambda values: _chat(values, "messages")),
     "alpaca": (("instruction", "output"), ("input", "system", "history"), _alpaca),
     "prompt-completion": (("prompt", "completion"), ("tools",), _prompt_completion),
@@ -339,7 +401,9 @@ def conversation(value: Any, name: str) -> list[dict]:
         messages.append(_message(item, f"{name}, message {i}"))
         if i > 1 and messages[-1]["role"] == "system":
             two = messages[0]["role"] == "system"
-            raise Rejected("two system turns" if two else "system turn not first", f"{name}, message {i}")
+            raise Rejected(
+                "two system turns" if two else "system turn not first", f"{name}, message {i}"
+            )
     return messages
 
 
@@ -358,8 +422,13 @@ def _message(item: Any, at: str) -> dict:
         content = "".join(_part(part, at) for part in content)
     if content is None and not calls:
         raise Rejected("null", at)
-    message: dict[str, Any] = {"role": role, "content": text_of(content or "" if calls else content, at, empty=True)}
-    if not message["content"].strip() and not calls and role != "tool":  # a tool may well answer nothing
+    message: dict[str, Any] = {
+        "role": role,
+        "content": text_of(content or "" if calls else content, at, empty=True),
+    }
+    if (
+        not message["content"].strip() and not calls and role != "tool"
+    ):  # a tool may well answer nothing
         raise Rejected("empty message", at)
     if calls:
         if role != "assistant" or not isinstance(calls, list):
@@ -378,14 +447,21 @@ def _part(part: Any, at: str) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else "text"
     text = part.get("text") if isinstance(part, dict) else part
     if kind != "text" or not isinstance(text, str):
-        raise Rejected("unsupported content", f"{at}: a part of type {str(kind)[:40]!r}; only text is supported")
+        raise Rejected(
+            "unsupported content",
+            f"{at}: a part of type {str(kind)[:40]!r}; only text is supported",
+        )
     return text
 
 
 def _call(call: Any, at: str) -> dict:
     """A tool call -> {"type": "function", "function": {"name", "arguments": object}, ...}."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not function["name"]
+    ):
         raise Rejected("bad tool call", f"{at}: a call has no function name")
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:  # OpenAI sends text; templates expect the object
@@ -393,6 +469,11 @@ def _call(call: Any, at: str) -> dict:
     elif arguments in (None, ""):
         arguments = {}
     if not isinstance(arguments, dict):
-        raise Rejected("bad tool call", f"{at}: arguments of {function['name']} are {_kind(arguments)}")
-    kept = {"type": "function", "function": _checked({"name": function["name"], "arguments": arguments}, at)}
+        raise Rejected(
+            "bad tool call", f"{at}: arguments of {function['name']} are {_kind(arguments)}"
+        )
+    kept = {
+        "type": "function",
+        "function": _checked({"name": function["name"], "arguments": arguments}, at),
+    }
     return {**kept, "id": call["id"]} if isinstance(call.get("id"), str) else kept

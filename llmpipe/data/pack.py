@@ -71,7 +71,9 @@ class Output:
         self.rows += 1
         length = self.length(piece)
         self.lengths[length] += 1
-        self._window.append(tuple(part.copy() for part in piece))  # views would keep whole batches of the spool alive
+        self._window.append(
+            tuple(part.copy() for part in piece)
+        )  # views would keep whole batches of the spool alive
         self._window_tokens += length
         if len(self._window) >= WINDOW_ROWS or self._window_tokens >= WINDOW_TOKENS:
             self._flush(last=False)
@@ -86,15 +88,23 @@ class Output:
         """The rows of a window as sequences, each a list of documents or parts of them."""
         if not self.packing:
             return [[row] for row in rows]
-        return [[rows[i] for i in bin] for bin in best_fit([len(ids) for ids, _ in rows], self.max_length)]
+        return [
+            [rows[i] for i in bin]
+            for bin in best_fit([len(ids) for ids, _ in rows], self.max_length)
+        ]
 
     def _write(self, sequences: list[list[Piece]]) -> None:
         lengths = [[len(ids) for ids, _ in parts] for parts in sequences]
         sums = np.array([sum(parts) for parts in lengths])
-        ids, labels = (np.concatenate([part[side] for parts in sequences for part in parts]) for side in (0, 1))
+        ids, labels = (
+            np.concatenate([part[side] for parts in sequences for part in parts]) for side in (0, 1)
+        )
         offsets = pa.array(np.concatenate([[0], np.cumsum(sums)]), pa.int32())
         columns = {"input_ids": ids, "labels": labels}
-        columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
+        columns = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(values))
+            for name, values in columns.items()
+        }
         if self.packing:
             columns["seq_lengths"] = pa.array(lengths, LIST)
         batch = pa.RecordBatch.from_pydict(columns)
@@ -126,8 +136,13 @@ class PairOutput(Output):
 
     def _write(self, sequences: list[list[Piece]]) -> None:
         pairs = [pair for (pair,) in sequences]
-        columns = {f"{name}_ids": pa.array([pair[i] for pair in pairs], LIST) for i, name in enumerate(list(PAIR)[:3])}
-        columns["margin"] = pa.array([float(pair[3][0]) if len(pair[3]) else 0.0 for pair in pairs], pa.float32())
+        columns = {
+            f"{name}_ids": pa.array([pair[i] for pair in pairs], LIST)
+            for i, name in enumerate(list(PAIR)[:3])
+        }
+        columns["margin"] = pa.array(
+            [float(pair[3][0]) if len(pair[3]) else 0.0 for pair in pairs], pa.float32()
+        )
         batch = pa.RecordBatch.from_pydict(columns)
         if self._writer is None:
             self._writer = pa.ipc.new_stream(str(self.path), batch.schema)
@@ -149,7 +164,9 @@ class PromptOutput(Output):
     def _write(self, sequences: list[list[Piece]]) -> None:
         prompts = [prompt for (prompt,) in sequences]
         rows = [row.tobytes().decode() for _, row in prompts]
-        batch = pa.RecordBatch.from_pydict({"prompt_ids": pa.array([ids for ids, _ in prompts], LIST), "row": rows})
+        batch = pa.RecordBatch.from_pydict(
+            {"prompt_ids": pa.array([ids for ids, _ in prompts], LIST), "row": rows}
+        )
         if self._writer is None:
             self._writer = pa.ipc.new_stream(str(self.path), batch.schema)
         self._writer.write_batch(batch)

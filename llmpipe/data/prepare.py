@@ -26,7 +26,7 @@ import shutil
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,19 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from llmpipe.data import sources, templates, tokenizer
+from llmpipe.data import sources, template, tokenizer
 from llmpipe.data.encode import Batch, Encoder, schema_of, start_worker, work
 from llmpipe.data.formats import Rejected
 from llmpipe.data.pack import COLUMNS, Blocks, Output, PairOutput, PromptOutput
-from llmpipe.errors import DATA, NUMERIC, RESOURCES, UserError
-from llmpipe.recipe import Data, science
-from llmpipe.rundir import digest, disk_full, files_below, fsync, read_json, write_json
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.errors import DATA, NUMERIC, RESOURCES, Say, UserError
+from llmpipe.files import digest, disk_full, files_below, fsync, read_json
+from llmpipe.recipe.sections import Data, science
 
 VERSION = 7
 COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 SMALL = 4 << 20  # bytes of data below which one process is faster
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
-Say = Callable[[str], None]
 
 
 def key_of(
@@ -65,13 +65,21 @@ def key_of(
     fields = science(data)
     for section in (*fields["train"], *fields["eval"]["sources"]):
         del section["path"]
-    fields["template"] = [data.template == "auto", templates.template_source(model, data.template)]
+    fields["template"] = [data.template == "auto", template.template_source(model, data.template)]
     contents = [[o.revision, *((file.name, file.sha256) for file in o.files)] for o in origins]
     return digest([VERSION, seed, fields, contents, tokenizer.identity(model)]), origins
 
 
-def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned: dict[str, str] | None = None) -> Path:
-    """Rows -> tokens for training on text and conversations; the folder with `prepared.json`.
+def prepare(
+    data: Data,
+    model: Path,
+    cache: Path,
+    *,
+    seed: int,
+    say: Say,
+    pinned: dict[str, str] | None = None,
+) -> PreparedRows:
+    """Rows -> tokens, in a folder of `cache`, and what is known of them.
 
     Raises UserError: code 2 for data that cannot be read or too many rejected rows, 3 for a broken tokenizer, 4 when
     nothing would be learned, 5 when a worker process dies or the disk is full.
@@ -79,20 +87,21 @@ def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned
     started = time.monotonic()
     key, origins = key_of(data, model, seed, pinned)
     final = cache / key
-    if record := read_json(final / "prepared.json"):
-        say(f"data: {record['rows']['train']:,} rows ready (cached)")
-        return final
+    if ready := PreparedRows.from_file(final / "prepared.json"):
+        say(f"data: {ready.rows.train:,} rows ready (cached)")
+        return ready.model_copy(update={"data": key})
     for left in cache.glob(f".{key}.*"):  # of a process that was killed
         if not _other_runs(int(left.suffix[1:])):
             shutil.rmtree(left, ignore_errors=True)
     temporary = cache / f".{key}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        record = {"version": VERSION, "key": key, **_make(data, model, temporary, origins, seed, say)}
-        record["seconds"] = round(time.monotonic() - started, 3)
+        values = _make(data, model, temporary, origins, seed, say)
+        seconds = round(time.monotonic() - started, 3)
+        ready = PreparedRows(version=VERSION, key=key, seconds=seconds, **values)
         for path in (*files_below(temporary), temporary / "tokenizer"):
             fsync(path)
-        write_json(temporary / "prepared.json", record)
+        ready.to_file(temporary / "prepared.json")
         try:
             temporary.rename(final)
         except OSError:  # another process was faster, or an unfinished folder is in the way
@@ -104,25 +113,26 @@ def prepare(data: Data, model: Path, cache: Path, *, seed: int, say: Say, pinned
         raise disk_full(error, cache) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    rows, tokens = record["rows"], record["tokens"]
-    notes = [(rows["eval"], "held out"), *((rows[name], name) for name in ("rejected", "truncated", "split"))]
-    learned = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} of them learned"
-    what = f"{tokens['train']:,} tokens, {learned}; {record['sequences']['train']:,} sequences"
-    what = f"prompts of {tokens['train']:,} tokens" if data.kind == "prompts" else what
-    what = "to be tokenized in training" if data.stream else f"{rows['train']:,} rows to train on; {what}"
-    say(f"data: {what}" + "".join(f"; {count:,} {name}" for count, name in notes if count))
-    return final
+    say(f"data: {_in_words(ready, data)}")
+    return ready.model_copy(update={"data": key})
 
 
-def facts(prepared: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of prepared data: tokenizer, template, vocabulary and the rows."""
-    tokenizer = ("template", "template_name", "eos_token", "pad_token", "stop_tokens")
-    apart = {"version", "key", "data", "seconds", "tokenizer", "vocab_size", *tokenizer}
-    return {
-        "tokenizer": {"sha256": prepared["tokenizer"], **{name: prepared[name] for name in tokenizer}},
-        "vocab_size": prepared["vocab_size"],
-        "data": {key: value for key, value in prepared.items() if key not in apart},
+def _in_words(ready: PreparedRows, data: Data) -> str:
+    rows, tokens = ready.rows, ready.tokens
+    learned = f"{tokens.train_supervised / max(tokens.train, 1):.0%} of them learned"
+    what = f"{tokens.train:,} tokens, {learned}; {ready.sequences.train:,} sequences"
+    if data.kind == "prompts":
+        what = f"prompts of {tokens.train:,} tokens"
+    what = f"{rows.train:,} rows to train on; {what}"
+    if data.stream:
+        what = "to be tokenized in training"
+    notes = {
+        "held out": rows.eval,
+        "rejected": rows.rejected,
+        "truncated": rows.truncated,
+        "split": rows.split,
     }
+    return what + "".join(f"; {count:,} {name}" for name, count in notes.items() if count)
 
 
 def _other_runs(process: int) -> bool:
@@ -133,13 +143,24 @@ def _other_runs(process: int) -> bool:
     return process != os.getpid()
 
 
-def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], seed: int, say: Say) -> dict[str, Any]:
+def _make(
+    data: Data, model: Path, folder: Path, origins: list[sources.Origin], seed: int, say: Say
+) -> dict[str, Any]:
     kwargs = data.chat_template_kwargs
-    choice = templates.Choice(model, data.template, kwargs)
+    choice = template.Choice(model, data.template, kwargs)
     for note in choice.notes:
         say(f"data: {note}")
     choice.tokenizer.save(folder / "tokenizer", choice.template)
-    spec = (folder / "tokenizer", choice.ends, kwargs, choice.text_eos, data.max_length, data.loss, seed, data.kind)
+    spec = (
+        folder / "tokenizer",
+        choice.ends,
+        kwargs,
+        choice.text_eos,
+        data.max_length,
+        data.loss,
+        seed,
+        data.kind,
+    )
     records = [_open(origin, data.kind, say, choice.template is not None) for origin in origins]
     streamed = origins[: len(data.train)] if data.stream else []
     for origin in streamed:
@@ -149,7 +170,10 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     auto = 1 if small else len(os.sched_getaffinity(0))
     processes = auto if data.processes == "auto" else data.processes
 
-    hashes = array("Q"), array("Q")  # one for each kept row: of the sources to train on, and of those to evaluate on
+    hashes = (
+        array("Q"),
+        array("Q"),
+    )  # one for each kept row: of the sources to train on, and of those to evaluate on
     spooled: list[int] = []  # the source of each batch of the spool
     errors: list[str] = []  # the first rows rejected
     spool_path = folder / "spool.arrow"
@@ -164,7 +188,9 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
                 rejected.write(line + "\n")
                 errors += [text] if len(errors) < 5 else []
             first = batch.pieces["first"].to_numpy(zero_copy_only=False)
-            hashes[index >= len(data.train)].frombytes(batch.pieces["hash"].to_numpy()[first].tobytes())
+            hashes[index >= len(data.train)].frombytes(
+                batch.pieces["hash"].to_numpy()[first].tobytes()
+            )
             spool.write_batch(batch.pieces)
             spooled.append(index)
             bar.update(chunk.bytes)
@@ -179,17 +205,26 @@ def _make(data: Data, model: Path, folder: Path, origins: list[sources.Origin], 
     held = _held(of_train, data.eval.holdout)
     if data.eval.holdout and not held:
         say("data: all rows are equal, so none is held out")
-    output = {"rows": Output, "blocks": Blocks, "pairs": PairOutput, "prompts": PromptOutput}[data.kind]
-    train, held_out = (output(folder / f"{name}.arrow", data.max_length, data.packing) for name in ("train", "eval"))
+    output = {"rows": Output, "blocks": Blocks, "pairs": PairOutput, "prompts": PromptOutput}[
+        data.kind
+    ]
+    train, held_out = (
+        output(folder / f"{name}.arrow", data.max_length, data.packing)
+        for name in ("train", "eval")
+    )
     weights = [source.weight for source in data.train]
     names = list(COLUMNS[data.kind])
-    unseen, asks, size_held = _replay(spool_path, spooled, names, train, held_out, held, weights, seed)
+    unseen, asks, size_held = _replay(
+        spool_path, spooled, names, train, held_out, held, weights, seed
+    )
     spool_path.unlink()
     if not streamed:
         save_file({"asks": asks}, folder / "seen.safetensors")
     if not (train.rows or streamed):
         hint = "see data.eval.holdout and the weights of the sources"
-        raise UserError("no row is left to train on: there would be nothing to learn", hint, NUMERIC)
+        raise UserError(
+            "no row is left to train on: there would be nothing to learn", hint, NUMERIC
+        )
     trained = of_train[np.searchsorted(of_train, held) :]
     return {
         "sources": records,
@@ -234,24 +269,41 @@ def _open(origin: sources.Origin, kind: str, say: Say, has_template: bool) -> di
     origin.open()
     shown, format = origin.source.path, origin.format
     fits = {"pairs": format == "preference", "prompts": format not in ("text", "choice")}
-    purpose = {"preference": "reward and dpo", "prompt": "ppo", "choice": "eval", "text": "pretrain and sft"}
+    purpose = {
+        "preference": "reward and dpo",
+        "prompt": "ppo",
+        "choice": "eval",
+        "text": "pretrain and sft",
+    }
     if not fits.get(kind, format not in ("preference", "prompt", "choice")) and kind != "pairs":
         raise UserError(f"{shown}: format {format} is for {purpose[format]}, not for this stage")
     if kind == "pairs" and format != "preference":
         problem = f"{shown}: format {format} has no chosen and rejected answers"
-        raise UserError(problem, "map yours with columns, such as {better: chosen, worse: rejected}")
-    turns = any(isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns)
-    turns = turns or bool({"system", "tools"} & set(origin.columns.values()))  # then every row is a conversation
-    text = kind == "pairs" or (kind == "prompts" and format in ("prompt", "prompt-completion", "preference"))
+        raise UserError(
+            problem, "map yours with columns, such as {better: chosen, worse: rejected}"
+        )
+    turns = any(
+        isinstance(row.get(name), list | dict) for row in origin.sample for name in origin.columns
+    )
+    turns = turns or bool(
+        {"system", "tools"} & set(origin.columns.values())
+    )  # then every row is a conversation
+    text = kind == "pairs" or (
+        kind == "prompts" and format in ("prompt", "prompt-completion", "preference")
+    )
     if text and has_template and not turns:
         say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")
     if not has_template and (
         format in ("alpaca", "sharegpt", "messages")
         or (format in ("prompt-completion", "preference", "prompt") and turns)
     ):
-        problem = f"{shown}: the rows are conversations, and the model's tokenizer has no chat template"
+        problem = (
+            f"{shown}: the rows are conversations, and the model's tokenizer has no chat template"
+        )
         raise UserError(problem, "set data.template: chatml")
-    names = ", ".join(yours if yours == name else f"{yours} as {name}" for yours, name in origin.columns.items())
+    names = ", ".join(
+        yours if yours == name else f"{yours} as {name}" for yours, name in origin.columns.items()
+    )
     unused = f"; not used: {', '.join(origin.unused)}" if origin.unused else ""
     say(f"data: {shown}: format {format} ({names}){unused}")
     return {
@@ -263,7 +315,9 @@ def _open(origin: sources.Origin, kind: str, say: Say, has_template: bool) -> di
     }  # fmt: skip
 
 
-def _count(record: dict, origin: sources.Origin, chunk: sources.Chunk, batch: Batch) -> Iterator[tuple[str, str]]:
+def _count(
+    record: dict, origin: sources.Origin, chunk: sources.Chunk, batch: Batch
+) -> Iterator[tuple[str, str]]:
     """Add a batch to its source's record; a line of rejected.jsonl and one for people of each rejected row."""
     for name, count in batch.counts.items():
         record[name] += count
@@ -280,7 +334,9 @@ def encoded(
     origins: list[sources.Origin], spec: tuple, processes: int, first: int = 0
 ) -> Iterator[tuple[int, sources.Chunk, Batch]]:
     """Every chunk of the sources, from chunk `first` on, with its tokens, in order; a few are under way at once."""
-    tasks = ((index, chunk, origin) for index, origin in enumerate(origins) for chunk in origin.chunks)
+    tasks = (
+        (index, chunk, origin) for index, origin in enumerate(origins) for chunk in origin.chunks
+    )
     tasks = islice(tasks, first, None)
     if processes == 1:
         encoder = Encoder(*spec)
@@ -342,10 +398,14 @@ def _replay(
     asks = array("Q")
     with pa.OSFile(str(spool)) as file, pa.ipc.open_stream(file) as reader:
         for index, batch in zip(spooled, reader, strict=True):
-            parts = [(batch[name].flatten().to_numpy(), batch[name].offsets.to_numpy()) for name in names]
+            parts = [
+                (batch[name].flatten().to_numpy(), batch[name].offsets.to_numpy()) for name in names
+            ]
             hashes, first = batch["hash"].to_numpy(), batch["first"].to_numpy(zero_copy_only=False)
             to_train = index < len(weights)
-            out, weight = (hashes < held, weights[index]) if to_train else (np.full(len(hashes), True), 0)
+            out, weight = (
+                (hashes < held, weights[index]) if to_train else (np.full(len(hashes), True), 0)
+            )
             # the hash chose the held-out rows already, so it is mixed anew for the weight
             luck = (hashes ^ np.uint64(seed * 2654435761 + index)) * np.uint64(0x9E3779B97F4A7C15)
             luck = (luck ^ (luck >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -355,7 +415,9 @@ def _replay(
             asks.frombytes(batch["asks"].to_numpy()[first & ~out & (copies > 0)].tobytes())
             for i in range(len(hashes)):
                 for _ in range(1 if out[i] else copies[i]):
-                    (held_out if out[i] else train).add(*(values[at[i] : at[i + 1]] for values, at in parts))
+                    (held_out if out[i] else train).add(
+                        *(values[at[i] : at[i + 1]] for values, at in parts)
+                    )
     train.close()
     held_out.close()
     return unseen, np.unique(np.asarray(asks)), held_bytes

@@ -27,9 +27,9 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from llmpipe.data.formats import Rejected, detect
-from llmpipe.errors import UserError
-from llmpipe.recipe import Rows, is_local, near
-from llmpipe.rundir import sha256_file
+from llmpipe.errors import UserError, near
+from llmpipe.files import sha256_file
+from llmpipe.recipe.sections import Rows, is_local
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MAX_LINE = 64 << 20  # bytes of one row
@@ -72,23 +72,40 @@ def files_of(source: Rows) -> list[File]:
     if path.is_file():
         found, root = [path], path.parent
     elif path.is_dir():
-        found, root = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()), path
-        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        found, root = (
+            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()),
+            path,
+        )
+        found = [
+            p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)
+        ]
         if not found:
-            raise UserError(f"{given}: no data files in this folder", f"looked for {', '.join(SUFFIXES)}")
-    elif found := sorted(p for name in glob.glob(str(path), recursive=True) if (p := Path(name)).is_file()):
+            raise UserError(
+                f"{given}: no data files in this folder", f"looked for {', '.join(SUFFIXES)}"
+            )
+    elif found := sorted(
+        p for name in glob.glob(str(path), recursive=True) if (p := Path(name)).is_file()
+    ):
         root = Path(os.path.commonpath([p.parent for p in found]))
     else:
         there = path.parent.is_dir()
-        guess = near(path.name, os.listdir(path.parent)) if there else f"; there is no folder {path.parent}"
-        raise UserError(f"{given}: no such file{guess}", "paths are looked up from the current folder")
+        guess = (
+            near(path.name, os.listdir(path.parent))
+            if there
+            else f"; there is no folder {path.parent}"
+        )
+        raise UserError(
+            f"{given}: no such file{guess}", "paths are looked up from the current folder"
+        )
     return [_file(p, p.relative_to(root).as_posix(), given if p == path else str(p)) for p in found]
 
 
 def _file(path: Path, name: str, shown: str) -> File:
     if path.suffix.lower() not in SUFFIXES:
         kind = path.suffix or "no suffix"
-        raise UserError(f"{shown}: {kind} is not a known kind of file", f"known are {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{shown}: {kind} is not a known kind of file", f"known are {', '.join(SUFFIXES)}"
+        )
     try:
         with path.open("rb") as stream:
             head = stream.read(2)
@@ -115,7 +132,10 @@ class Origin:
 
     def __init__(self, source: Rows, pinned: dict[str, str], stream: bool = False):
         path, self.stream = Path(source.path), stream
-        self.source, self.name = source, path.name if path.expanduser().is_absolute() else source.path
+        self.source, self.name = (
+            source,
+            path.name if path.expanduser().is_absolute() else source.path,
+        )
         local = is_local(source.path)
         self.files = files_of(source) if local else []
         self.revision = None if local else pinned.get(hub_key(source)) or hub_revision(source)
@@ -137,7 +157,9 @@ class Origin:
         if not self.sample:
             raise UserError(errors[0], "none of the first rows can be read")
         found = list(dict.fromkeys(name for row in self.sample for name in row))
-        self.format, self.columns, self.unused = detect(found, source.format, source.columns, source.path)
+        self.format, self.columns, self.unused = detect(
+            found, source.format, source.columns, source.path
+        )
 
 
 def _chunks(origin: Origin) -> Iterator[Chunk]:
@@ -182,7 +204,10 @@ def parse(payload: Payload) -> dict[str, Any]:
         cut_off = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         cut = " (the line is cut off)" if cut_off else ""
         raise Rejected("bad JSON", f"{error.msg} at position {error.pos + 1}{cut}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, nesting without end
         raise Rejected("bad JSON", str(error)[:100]) from None
     if not isinstance(row, dict):
         raise Rejected("not an object", f"a row is {{...}}, not {text.strip()[:20]}")
@@ -224,8 +249,12 @@ def _json(file: File) -> Reading:
                 if ended or len(window) - at > MAX_LINE:
                     line += window.count("\n", 0, getattr(error, "pos", at))
                     where = f"{file.shown}:{number + 1}: row {number + 1} (line {line})"
-                    problem = f"{where} is not valid JSON: {getattr(error, 'msg', str(error)[:100])}"
-                    hint = "a JSON list cannot be read past a mistake; one row per line (.jsonl) can"
+                    problem = (
+                        f"{where} is not valid JSON: {getattr(error, 'msg', str(error)[:100])}"
+                    )
+                    hint = (
+                        "a JSON list cannot be read past a mistake; one row per line (.jsonl) can"
+                    )
                     raise UserError(problem, hint) from None
                 line += window.count("\n", 0, at)
                 more = stream.read(step)
@@ -249,7 +278,11 @@ def _csv(file: File) -> Reading:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield number, Rejected("wrong number of fields", f"{error}; a quote that is never closed?"), 0
+                yield (
+                    number,
+                    Rejected("wrong number of fields", f"{error}; a quote that is never closed?"),
+                    0,
+                )
                 continue
             text = ",".join(fields)
             if header is None:
@@ -257,7 +290,11 @@ def _csv(file: File) -> Reading:
             elif not fields:  # a blank line
                 continue
             elif len(fields) != len(header):
-                yield number, Rejected("wrong number of fields", f"{len(fields)} instead of {len(header)}"), len(text)
+                yield (
+                    number,
+                    Rejected("wrong number of fields", f"{len(fields)} instead of {len(header)}"),
+                    len(text),
+                )
             else:
                 yield number, _utf8(text, dict(zip(header, fields, strict=True))), len(text)
 
@@ -269,11 +306,17 @@ def _parquet(file: File) -> Reading:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
-            rows = (row for batch in table.iter_batches(batch_size=CHUNK_ROWS) for row in batch.to_pylist())
+            rows = (
+                row
+                for batch in table.iter_batches(batch_size=CHUNK_ROWS)
+                for row in batch.to_pylist()
+            )
             for number, row in enumerate(rows, 1):
                 yield number, row, file.bytes // table.metadata.num_rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{file.shown}:{number + 1}: not a readable parquet file: {error}") from None
+        raise UserError(
+            f"{file.shown}:{number + 1}: not a readable parquet file: {error}"
+        ) from None
 
 
 def _txt(file: File) -> Reading:
@@ -294,7 +337,14 @@ def _utf8(text: str, payload: bytes | dict) -> Payload:
     return Rejected("not UTF-8", "save the file as UTF-8") if _ESCAPED.search(text) else payload
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _txt}
+_READERS = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -308,7 +358,11 @@ def hub_key(source: Rows) -> str:
 def hub_revision(source: Rows) -> str:
     """The commit that a Hub data set's revision means. Raises UserError at once where there is no network."""
     there = Path(source.path).exists()
-    hint = f"did you mean ./{source.path}?" if there else "local paths start with ./ or end in a known suffix"
+    hint = (
+        f"did you mean ./{source.path}?"
+        if there
+        else "local paths start with ./ or end in a known suffix"
+    )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{source.path}: is a Hub data set, and HF_HUB_OFFLINE is set", hint)
     if not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
@@ -317,9 +371,15 @@ def hub_revision(source: Rows) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision, timeout=30).sha
+        return (
+            huggingface_hub.HfApi()
+            .dataset_info(source.path, revision=source.revision, timeout=30)
+            .sha
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{source.path}: not readable from the Hub: {_reason(error)}", hint) from None
+        raise UserError(
+            f"{source.path}: not readable from the Hub: {_reason(error)}", hint
+        ) from None
 
 
 def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
@@ -348,7 +408,9 @@ def _hub(origin: Origin) -> Reading:
         rows = datasets.load_dataset(source.path, source.subset, **wanted)
         yield from ((number, row, 0) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source.path}: {_reason(error)}", "see subset, split and revision") from None
+        raise UserError(
+            f"{source.path}: {_reason(error)}", "see subset, split and revision"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

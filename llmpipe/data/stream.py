@@ -17,7 +17,7 @@ from typing import Any
 from llmpipe.data.pack import Blocks, Piece
 from llmpipe.data.prepare import COUNTS, encoded
 from llmpipe.data.sources import Origin
-from llmpipe.data.templates import Choice
+from llmpipe.data.template import Choice
 from llmpipe.errors import NUMERIC, UserError
 
 START = {"epoch": 0, "chunk": 0, "tokens": 0, "before": {}, "rows": {}, "rejected_bytes": None}
@@ -31,12 +31,36 @@ class Stream:
     epoch up to and with the chunk, "before": without it, "rejected_bytes": of rejected.jsonl before it}.
     """
 
-    def __init__(self, data: Any, prepared: Path, length: int, batch: int, *, seed: int, pinned: dict, processes: int):
+    def __init__(
+        self,
+        data: Any,
+        prepared: Path,
+        length: int,
+        batch: int,
+        *,
+        seed: int,
+        pinned: dict,
+        processes: int,
+    ):
         """`prepared`: folder with the tokenizer; positions are kept for every `batch`-th block."""
-        self.data, self.prepared, self.length, self.batch, self.processes = data, prepared, length, batch, processes
+        self.data, self.prepared, self.length, self.batch, self.processes = (
+            data,
+            prepared,
+            length,
+            batch,
+            processes,
+        )
         self.origins = [Origin(source, pinned, stream=True) for source in data.train]
         choice = Choice(prepared / "tokenizer", "auto", {})
-        self.spec = (prepared / "tokenizer", choice.ends, {}, choice.text_eos, data.max_length, data.loss, seed)
+        self.spec = (
+            prepared / "tokenizer",
+            choice.ends,
+            {},
+            choice.text_eos,
+            data.max_length,
+            data.loss,
+            seed,
+        )
         self.rejected: Path | None = None  # where the main process lists rows that cannot be used
         self.positions: dict[int, dict[str, Any]] = {}
         self.go(0, START)
@@ -81,21 +105,42 @@ class Stream:
                 origin.open()
             batches = encoded(self.origins, self.spec, self.processes, first)
             for number, (index, chunk, batch) in enumerate(batches, first):
-                here = {"epoch": epoch, "chunk": number, "before": dict(rows), "rejected_bytes": size}
+                here = {
+                    "epoch": epoch,
+                    "chunk": number,
+                    "before": dict(rows),
+                    "rejected_bytes": size,
+                }
                 if epoch == 0:
-                    rows += batch.counts + Counter(f"rejected: {reason}" for _, reason, _ in batch.rejected)
+                    rows += batch.counts + Counter(
+                        f"rejected: {reason}" for _, reason, _ in batch.rejected
+                    )
                     size += self._reject(self.origins[index], chunk.file, batch.rejected)
                     self._enough(rows, ENOUGH)
                 ids, labels = (batch.pieces[name] for name in ("ids", "labels"))
-                pieces = [(i.values.to_numpy(), n.values.to_numpy()) for i, n in zip(ids, labels, strict=True)]
+                pieces = [
+                    (i.values.to_numpy(), n.values.to_numpy())
+                    for i, n in zip(ids, labels, strict=True)
+                ]
                 carried = sum(len(ids) for ids, _ in blocks.carry)
-                for count, parts in enumerate(blocks.laid_out(list(_behind(pieces, skip)), last=False), 1):
+                for count, parts in enumerate(
+                    blocks.laid_out(list(_behind(pieces, skip)), last=False), 1
+                ):
                     found = True
-                    yield parts, {**here, "rows": dict(rows), "tokens": skip + count * blocks.max_length - carried}
+                    yield (
+                        parts,
+                        {
+                            **here,
+                            "rows": dict(rows),
+                            "tokens": skip + count * blocks.max_length - carried,
+                        },
+                    )
                 found, skip = found or bool(pieces), 0
             self._enough(rows, 0)
             if not found and not first:
-                raise UserError("no row is left to train on: there would be nothing to learn", code=NUMERIC)
+                raise UserError(
+                    "no row is left to train on: there would be nothing to learn", code=NUMERIC
+                )
             epoch, first = epoch + 1, 0
 
     def _open_rejected(self, size: int | None) -> int:
@@ -112,7 +157,10 @@ class Stream:
     def _reject(self, origin: Origin, file: int, rejected: list[tuple[int, str, str]]) -> int:
         """Note rows that cannot be used; the bytes that took."""
         name = origin.files[file].name if origin.files else origin.name
-        about = [{"file": name, "row": row, "reason": reason, "detail": detail} for row, reason, detail in rejected]
+        about = [
+            {"file": name, "row": row, "reason": reason, "detail": detail}
+            for row, reason, detail in rejected
+        ]
         text = "".join(json.dumps(line) + "\n" for line in about)
         if self.rejected and text:
             with self.rejected.open("a", encoding="utf-8") as out:
@@ -123,8 +171,12 @@ class Stream:
         """Refuse to go on when too many of the rows so far cannot be used."""
         bad = {reason: count for reason, count in rows.items() if reason.startswith("rejected: ")}
         if sum(bad.values()) > self.data.max_rejected * max(rows["read"], least):
-            words = ", ".join(f"{count:,} {reason.removeprefix('rejected: ')}" for reason, count in bad.items())
-            problem = f"{sum(bad.values()):,} of {rows['read']:,} rows so far cannot be used: {words}"
+            words = ", ".join(
+                f"{count:,} {reason.removeprefix('rejected: ')}" for reason, count in bad.items()
+            )
+            problem = (
+                f"{sum(bad.values()):,} of {rows['read']:,} rows so far cannot be used: {words}"
+            )
             raise UserError(problem, "see rejected.jsonl; mend them, or raise data.max_rejected")
 
 
@@ -141,8 +193,16 @@ def counted(rows: dict[str, int], prepared: dict[str, Any]) -> dict[str, Any]:
     """A position's counts as a manifest has them, with those of the rows that were `prepared` to evaluate on."""
     reasons = Counter(prepared["rejected_by_reason"])
     reasons += Counter(
-        {name.removeprefix("rejected: "): n for name, n in rows.items() if name.startswith("rejected: ")}
+        {
+            name.removeprefix("rejected: "): n
+            for name, n in rows.items()
+            if name.startswith("rejected: ")
+        }
     )
     counts = {name: prepared[name] + rows.get(name, 0) for name in COUNTS}
-    about = {"rejected": reasons.total(), "rejected_by_reason": dict(sorted(reasons.items())), "train": rows["kept"]}
+    about = {
+        "rejected": reasons.total(),
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "train": rows["kept"],
+    }
     return prepared | counts | about

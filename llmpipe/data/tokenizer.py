@@ -13,9 +13,15 @@ from typing import Any
 import tokenizers
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.rundir import digest
+from llmpipe.files import digest
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.jinja")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "chat_template.jinja",
+)
 # What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which tokenizer.json lacks.
 KEPT = "add_bos_token add_eos_token clean_up_tokenization_spaces model_max_length padding_side truncation_side".split()
 KEPT += ["model_input_names"]
@@ -36,11 +42,20 @@ class Tokenizer:
         self.template = own_template(folder)
         self.load()
         self.special: dict[str, str] = {}  # bos_token, eos_token, ... as the template may use them
-        for name, value in {**_read_json(folder / "special_tokens_map.json"), **self.config}.items():
+        for name, value in {
+            **_read_json(folder / "special_tokens_map.json"),
+            **self.config,
+        }.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str) and self.backend.token_to_id(text) is not None:
+            if (
+                name.endswith("_token")
+                and isinstance(text, str)
+                and self.backend.token_to_id(text) is not None
+            ):
                 self.special[name] = text
-        if "eos_token" not in self.special:  # GPT-2's own class knew it; the model's config still does
+        if (
+            "eos_token" not in self.special
+        ):  # GPT-2's own class knew it; the model's config still does
             number = _read_json(folder / "config.json").get("eos_token_id")
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(number, int) and (text := self.backend.id_to_token(number)):
@@ -56,7 +71,9 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_str(self.raw)
             self.starts = self.backend.encode("a").ids
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer.json of the model cannot be used: {error}", code=INTEGRITY) from None
+            raise UserError(
+                f"tokenizer.json of the model cannot be used: {error}", code=INTEGRITY
+            ) from None
         self.backend.no_truncation()
         self.backend.no_padding()
         # It adds special tokens, which are never asked for, and trims offsets, which would leave gaps in the masks.
@@ -78,7 +95,9 @@ class Tokenizer:
         new = [token for token in tokens if self.ids(token) != [self.backend.token_to_id(token)]]
         if new:
             full = tokenizers.Tokenizer.from_str(self.raw)
-            full.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in new])
+            full.add_special_tokens(
+                [tokenizers.AddedToken(token, special=True, normalized=False) for token in new]
+            )
             self.raw = full.to_str()
             self.load()
         return new
@@ -88,8 +107,13 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {name: self.config[name] for name in KEPT if name in self.config}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
-        files = {"tokenizer.json": self.raw, "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True)}
-        for name, text in (files if template is None else files | {"chat_template.jinja": template}).items():
+        files = {
+            "tokenizer.json": self.raw,
+            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True),
+        }
+        for name, text in (
+            files if template is None else files | {"chat_template.jinja": template}
+        ).items():
             folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
 
 
@@ -105,23 +129,36 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     template = Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "pad_token": special[3]}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": special[0],
+        "pad_token": special[3],
+    }
     config |= {"clean_up_tokenization_spaces": False}
     folder.joinpath("chat_template.jinja").write_text(template, encoding="utf-8")
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    folder.joinpath("tokenizer_config.json").write_text(
+        json.dumps(config, indent=2), encoding="utf-8"
+    )
     backend.save(str(folder / "tokenizer.json"))  # last: a folder that was cut short has none
 
 
 def own_template(folder: Path) -> str | None:
     """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
-    own = _read(folder / "chat_template.jinja") or _read_json(folder / "tokenizer_config.json").get("chat_template")
+    own = _read(folder / "chat_template.jinja") or _read_json(folder / "tokenizer_config.json").get(
+        "chat_template"
+    )
     if isinstance(own, list):
-        own = {item.get("name"): item.get("template") for item in own if isinstance(item, dict)}.get("default")
+        own = {
+            item.get("name"): item.get("template") for item in own if isinstance(item, dict)
+        }.get("default")
     return own if isinstance(own, str) and own.strip() else None
 
 
@@ -137,14 +174,18 @@ def _read(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
+        raise UserError(
+            f"{path.name} of the model cannot be read: {error}", code=INTEGRITY
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(path) or "{}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} of the model cannot be read: {error}", code=INTEGRITY) from None
+        raise UserError(
+            f"{path.name} of the model cannot be read: {error}", code=INTEGRITY
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path.name} of the model is not a JSON object", code=INTEGRITY)
     return value

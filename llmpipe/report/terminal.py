@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmpipe import rundir
 from llmpipe.errors import UserError
-from llmpipe.rundir import Artifact
+from llmpipe.files import read_json
+from llmpipe.run.artifact import Artifact, artifacts
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -18,9 +18,11 @@ def show_run(path: Path) -> str:
     """Every artifact of a run, or one of them, a paragraph each."""
     if (path / "recipe.yaml").exists():
         return "\n".join(describe(Artifact(path)))
-    found = rundir.artifacts(path)
+    found = artifacts(path)
     if not found:
-        raise UserError(f"{path}: holds no artifacts", "give the folder that `run:` of a recipe names")
+        raise UserError(
+            f"{path}: holds no artifacts", "give the folder that `run:` of a recipe names"
+        )
     return "\n\n".join("\n".join(describe(artifact)) for artifact in found)
 
 
@@ -32,9 +34,11 @@ def describe(artifact: Artifact) -> list[str]:
     by = f"{manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
     lines = [f"{artifact.path}  {status} {by}"]
     if manifest["kind"] == "evaluation":
-        return lines + measurements(rundir.read_json(artifact.path / "results.json") or {"tasks": {}})
+        return lines + measurements(read_json(artifact.path / "results.json") or {"tasks": {}})
     rows, training = manifest["data"]["rows"], manifest["training"]
-    rejected = ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
+    rejected = (
+        ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
+    )
     parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
     outside = ", ".join(model["reference"] for model in manifest["models"].values())
     lines.append(f"  from       {parents or outside or 'random weights'}")
@@ -46,11 +50,15 @@ def describe(artifact: Artifact) -> list[str]:
     share = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} supervised"
     share = "prompts, to be answered" if manifest["stage"] == "ppo" else share
     lines.append(f"  tokens     {tokens['train']:,} per epoch, {share}")
-    lines.append(f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}")
+    lines.append(
+        f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}"
+    )
     if ranking := manifest["final"].get("ranking"):
         low, high = ranking["accuracy_interval"]
         pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
-        lines.append(f"  ranking    {ranking['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {pairs} right")
+        lines.append(
+            f"  ranking    {ranking['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {pairs} right"
+        )
     return lines + losses(artifact)
 
 
@@ -62,7 +70,7 @@ def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
         except UserError as error:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
     steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
-    outcome = rundir.read_json(artifact.path / "outcome.json")
+    outcome = read_json(artifact.path / "outcome.json")
     message = outcome.get("message") if isinstance(outcome, dict) else None
     at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
     return f"not finished, {at}" + (f"; last ended with: {message}" if message else ""), None
@@ -73,14 +81,19 @@ def measurements(results: dict[str, Any]) -> list[str]:
     lines = []
     for task, about in results["tasks"].items():
         seen = max(about.get("overlap", {}).values(), default=0)
-        lines.append(f"  {task}: {about['task']}" + (f"; {seen:,} of {about['n']:,} asked in training" if seen else ""))
+        lines.append(
+            f"  {task}: {about['task']}"
+            + (f"; {seen:,} of {about['n']:,} asked in training" if seen else "")
+        )
         for metric, cells in about["metrics"].items():
             for label, c in cells.items():
                 value = f"{c['value']:10.4f}  [{c['low']:.4f}, {c['high']:.4f}]  n={c['n']:,}"
                 lines.append(f"    {metric:<16} {label:<14} {value}")
             for pair, c in about["differences"].get(metric, {}).items():
                 real = "" if c["low"] <= 0 <= c["high"] else "  differs"
-                lines.append(f"    {'':<16} {pair:<14} {c['value']:+10.4f}  [{c['low']:+.4f}, {c['high']:+.4f}]{real}")
+                lines.append(
+                    f"    {'':<16} {pair:<14} {c['value']:+10.4f}  [{c['low']:+.4f}, {c['high']:+.4f}]{real}"
+                )
     return lines
 
 

@@ -6,16 +6,22 @@ is the parent, never the untuned base: a frozen copy, the parent with the new ad
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.recipe import Generating, Pairs, owned
-from llmpipe.stages import CHECKPOINTS, Job, tokens
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.recipe.sections import Generating, Pairs
+from llmpipe.recipe.trainer import owned
+from llmpipe.run.handoff import tokens
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.stages import CHECKPOINTS
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
+PREPARED = PreparedRows
 prepare = tokens
 Objective = Literal[
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
@@ -52,12 +58,18 @@ class Schema(Generating):
     @model_validator(mode="after")
     def _reference(self) -> Schema:
         if self.adapter and self.adapter.rewrites:
-            raise ValueError(f"adapter.init: {self.adapter.init} rewrites the model, which is the reference")
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} rewrites the model, which is the reference"
+            )
         smoothed = {"robust", "exo_pair", "aot", "aot_unpaired"} & set(self.weights)
         if self.label_smoothing and not smoothed:
-            raise ValueError(f"label_smoothing: {', '.join(self.weights)} does not read it; robust does")
+            raise ValueError(
+                f"label_smoothing: {', '.join(self.weights)} does not read it; robust does"
+            )
         if (needs := {"exo_pair", "robust"} & set(self.weights)) and not self.label_smoothing:
-            raise ValueError(f"objective: {needs.pop()} needs label_smoothing, such as 0.001 (Ji 2024)")
+            raise ValueError(
+                f"objective: {needs.pop()} needs label_smoothing, such as 0.001 (Ji 2024)"
+            )
         uneven, launch = self.whole_steps, self.launch
         if uneven and launch.micro_batch_size not in ("auto", self.optim.batch_size):
             raise ValueError(
@@ -77,8 +89,8 @@ class Schema(Generating):
         return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import preference
+    from llmpipe.training import preference
 
     return preference.dpo(job, prepared)

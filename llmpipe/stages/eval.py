@@ -15,16 +15,42 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe import rundir
-from llmpipe.errors import NUMERIC, UserError
-from llmpipe.recipe import Machine, Name, Positive, Recipe, Reference, Rows, Section, cosmetic, near
-from llmpipe.stages import Job
+from llmpipe.errors import NUMERIC, UserError, near
+from llmpipe.files import Record, digest, read_json, write_json
+from llmpipe.recipe.sections import (
+    Machine,
+    Name,
+    Positive,
+    Recipe,
+    Reference,
+    Rows,
+    Section,
+    cosmetic,
+)
+from llmpipe.run.artifact import MANIFEST, Artifact
+from llmpipe.run.artifact import artifacts as artifacts_of
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.run.reference import Model
 
 ACCEPTS = ("model", "adapter", "reward-model")
 MAKES = "evaluation"
 PROGRESS = "samples.jsonl"
-NEEDS = {"math_verify": "math_verify", "rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
-COMPARED = {"exact_match", "contains", "number", "math_verify", "rouge", "bleu", "chrf"}  # with a reference
+NEEDS = {
+    "math_verify": "math_verify",
+    "rouge": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+}
+COMPARED = {
+    "exact_match",
+    "contains",
+    "number",
+    "math_verify",
+    "rouge",
+    "bleu",
+    "chrf",
+}  # with a reference
 
 Items = Annotated[list[Rows], Field(min_length=1)]
 Template = Literal["auto", "none"]
@@ -52,7 +78,9 @@ class Perplexity(OnItems):
     @model_validator(mode="after")
     def _fits(self) -> Perplexity:
         if self.stride >= self.window:
-            raise ValueError(f"stride ({self.stride}) must be below window ({self.window}), or tokens go unscored")
+            raise ValueError(
+                f"stride ({self.stride}) must be below window ({self.window}), or tokens go unscored"
+            )
         return self
 
 
@@ -71,7 +99,19 @@ class Generate(OnItems):
     """`auto`: the model's own chat template, the one it was trained with; `none`: prompts as bare text."""
 
     score: Annotated[
-        list[Literal["exact_match", "contains", "regex", "number", "math_verify", "json", "rouge", "bleu", "chrf"]],
+        list[
+            Literal[
+                "exact_match",
+                "contains",
+                "regex",
+                "number",
+                "math_verify",
+                "json",
+                "rouge",
+                "bleu",
+                "chrf",
+            ]
+        ],
         Field(min_length=1),
     ]
     """exact_match, contains, number (the last one in the answer), math_verify: against the reference; regex: `pattern`
@@ -177,16 +217,38 @@ class Schema(Recipe):
 
     def files(self) -> dict[str, str]:
         tasks = enumerate(self.tasks)
-        return {f"tasks.{i}.folder": t.folder for i, t in tasks if isinstance(t, Harness) and t.folder}
+        return {
+            f"tasks.{i}.folder": t.folder for i, t in tasks if isinstance(t, Harness) and t.folder
+        }
 
 
 def name_of(task: Task) -> str:
     return task.name or task.task
 
 
-def prepare(job: Job) -> dict[str, Any]:
+class TaskItems(Record):
+    """The items of a task, one a line of a file."""
+
+    items: str
+    n: int
+    overlap: dict[str, int]
+    """How many of them an artifact of the run was trained on, by its name."""
+
+
+class PreparedItems(Record):
+    """prepared.json of an evaluation."""
+
+    folder: str
+    """In the run's `.prepared/`."""
+    tasks: dict[str, TaskItems]
+
+
+PREPARED = PreparedItems
+
+
+def prepare(job: Job) -> PreparedItems:
     """Rows -> items, and how many of them the models have seen in training."""
-    from llmpipe.data.items import items_of, seen_by
+    from llmpipe.evaluation.items import items_of, seen_by
 
     recipe = job.recipe
     for task in recipe.tasks:
@@ -196,71 +258,86 @@ def prepare(job: Job) -> dict[str, Any]:
             if importlib.util.find_spec(package) is None:
                 extra = "harness" if package == "lm_eval" else "eval"
                 raise UserError(
-                    f"tasks: {name_of(task)}: {package} is not installed", f"pip install 'llmpipe[{extra}]'"
+                    f"tasks: {name_of(task)}: {package} is not installed",
+                    f"pip install 'llmpipe[{extra}]'",
                 )
-    folder = job.prepared / f"eval-{job.plan['identity'][:16]}"
+    folder = job.prepared / f"eval-{job.plan.identity[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts = rundir.artifacts(job.artifact.run) + [rundir.Artifact(path.parent) for path in job.models.values()]
+    artifacts = artifacts_of(job.artifact.run) + [
+        Artifact(path.parent) for path in job.models.values()
+    ]
     tasks = {}
     for i, task in enumerate(recipe.tasks):
         if not isinstance(task, OnItems):
             continue
-        pinned = job.plan["asked"]["content"]
-        bare, compared = getattr(task, "template", "auto") == "none", bool(COMPARED & set(getattr(task, "score", ())))
+        pinned = job.plan.content
+        bare, compared = (
+            getattr(task, "template", "auto") == "none",
+            bool(COMPARED & set(getattr(task, "score", ()))),
+        )
         items = items_of(task.data, task.task, bare=bare, compared=compared, pinned=pinned)
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (folder / f"{i}.jsonl").write_text(lines, encoding="utf-8")
         overlap = seen_by(items, artifacts)
-        note = ", ".join(f"{count:,} asked in training of {name}" for name, count in overlap.items() if count)
+        note = ", ".join(
+            f"{count:,} asked in training of {name}" for name, count in overlap.items() if count
+        )
         job.say(f"{name_of(task)}: {len(items):,} items; {note or 'none asked in training'}")
-        tasks[name_of(task)] = {"items": f"{i}.jsonl", "n": len(items), "overlap": overlap}
-    return {"folder": folder.name, "tasks": tasks}
+        tasks[name_of(task)] = TaskItems(items=f"{i}.jsonl", n=len(items), overlap=overlap)
+    return PreparedItems(folder=folder.name, tasks=tasks)
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedItems) -> Made:
     """Score every model on every task, then put intervals to it all."""
-    from llmpipe.engine import evaluate, upstream
-    from llmpipe.engine.metrics import table
+    from llmpipe import upstream
+    from llmpipe.evaluation import tasks as scoring
+    from llmpipe.evaluation.book import Book
+    from llmpipe.evaluation.candidate import candidate, machine
+    from llmpipe.evaluation.statistics import table
     from llmpipe.report.terminal import measurements
 
     upstream.silence()
     recipe, artifact, say = job.recipe, job.artifact, job.say
-    book = evaluate.Book(artifact.path / "samples.jsonl", evaluate.machine(recipe))
+    book = Book(artifact.path / "samples.jsonl", machine(recipe))
     items = {}
-    for name, task in prepared["tasks"].items():
-        text = (job.prepared / prepared["folder"] / task["items"]).read_text(encoding="utf-8")
+    for name, task in prepared.tasks.items():
+        text = (job.prepared / prepared.folder / task.items).read_text(encoding="utf-8")
         items[name] = [json.loads(line) for line in text.split("\n") if line]
     models = {}
     for label in recipe.models:
         at = f"models.{label}"
-        with evaluate.candidate(label, job.models[at], job.bases.get(at), recipe, say) as model:
-            models[label] = model.describe() | {"parent": parent_of(label, job.plan["models"])}
+        with candidate(label, job.models[at], job.bases.get(at), recipe, say) as model:
+            models[label] = model.describe() | {"parent": parent_of(label, job.plan.models)}
             for task in recipe.tasks:
-                evaluate.score(model, task, name_of(task), items.get(name_of(task)), book, recipe, say)
+                scoring.score(
+                    model, task, name_of(task), items.get(name_of(task)), book, recipe, say
+                )
     book.close([name_of(task) for task in recipe.tasks], list(models))
     results = {"models": models, "tasks": {}}
     for task in recipe.tasks:
         name = name_of(task)
-        about = {"task": task.task, **{k: v for k, v in prepared["tasks"].get(name, {}).items() if k != "items"}}
+        about: dict[str, Any] = {"task": task.task}
+        if known := prepared.tasks.get(name):
+            about |= {"n": known.n, "overlap": known.overlap}
         results["tasks"][name] = about | table(book.of(name), list(models), recipe.seed)
-    rundir.write_json(artifact.path / "results.json", results)
+    write_json(artifact.path / "results.json", results)
     for line in measurements(results):
         say(line)
-    return {"final": summary(results)}
+    return Made(final=summary(results))
 
 
-def parent_of(label: str, models: dict[str, Any]) -> str | None:
+def parent_of(label: str, models: dict[str, Model]) -> str | None:
     """Which of the models a model was made from, directly or by way of others."""
     start = models[f"models.{label}"]
-    if start["kind"] != "artifact" or "folder" not in start:
+    if start.kind != "artifact" or start.folder is None:
         return None
-    known = {_key(model["identity"]): at for at, model in models.items() if at.startswith("models.")}
-    run = Path(start["folder"]).parent.parent
-    manifest = rundir.read_json(Path(start["folder"]).parent / rundir.MANIFEST) or {}
+    known = {_key(model.identity): at for at, model in models.items() if at.startswith("models.")}
+    run = start.folder.parent.parent
+    manifest = read_json(start.folder.parent / MANIFEST) or {}
     while made_from := manifest.get("models", {}).get("model"):
         if at := known.get(_key(made_from)):
             return at.removeprefix("models.")
-        manifest = rundir.read_json(run / str(made_from.get("artifact")) / rundir.MANIFEST) or {}
+        manifest = read_json(run / str(made_from.get("artifact")) / MANIFEST) or {}
         if manifest.get("fingerprint") != made_from.get("fingerprint"):
             return None  # made anew since
     return None
@@ -268,7 +345,9 @@ def parent_of(label: str, models: dict[str, Any]) -> str | None:
 
 def _key(identity: dict[str, Any]) -> str:
     """What two identities of one model share: whether an adapter was merged does not make it another model."""
-    return rundir.digest({key: value for key, value in identity.items() if key not in ("reference", "merged")})
+    return digest(
+        {key: value for key, value in identity.items() if key not in ("reference", "merged")}
+    )
 
 
 def summary(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -280,11 +359,11 @@ def summary(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def judge(recipe: Schema, artifact: rundir.Artifact, say: Any) -> None:
+def judge(recipe: Schema, artifact: Artifact, say: Any) -> None:
     """Hold the last model against the recipe's gate. Raises UserError (4) naming every condition that fails."""
     if not recipe.gate:
         return
-    results = rundir.read_json(artifact.path / "results.json")
+    results = read_json(artifact.path / "results.json")
     label = list(recipe.models)[-1]
     parent = results["models"][label]["parent"]
     found = summary(results)
@@ -293,23 +372,41 @@ def judge(recipe: Schema, artifact: rundir.Artifact, say: Any) -> None:
         metrics = [metric for metric in found if metric == name or metric.partition(".")[2] == name]
         if len(metrics) != 1 or label not in found[metrics[0]]:
             known = ", ".join(metric for metric in found if label in found[metric])
-            several = "several tasks have it" if len(metrics) > 1 else f"not measured{near(name, list(found))}"
+            several = (
+                "several tasks have it"
+                if len(metrics) > 1
+                else f"not measured{near(name, list(found))}"
+            )
             raise UserError(f"gate: {name}: {several}", f"there are: {known}")
         value = found[metrics[0]][label]
         if gate.max_ratio_to_parent is not None and parent not in found[metrics[0]]:
-            raise UserError(f"gate: {name}: the parent of {label} is not among models", "add it to `models:`")
+            raise UserError(
+                f"gate: {name}: the parent of {label} is not among models", "add it to `models:`"
+            )
         reference = found[metrics[0]].get(parent, 0.0)
         limits = [
-            ("at least", gate.min, gate.min is not None and not value >= gate.min),  # NaN passes nothing
+            (
+                "at least",
+                gate.min,
+                gate.min is not None and not value >= gate.min,
+            ),  # NaN passes nothing
             ("at most", gate.max, gate.max is not None and not value <= gate.max),
         ]
         if ratio := gate.max_ratio_to_parent:
-            limits.append((f"at most {ratio:g} x {parent}'s", ratio * reference, not value <= ratio * reference))
+            limits.append(
+                (
+                    f"at most {ratio:g} x {parent}'s",
+                    ratio * reference,
+                    not value <= ratio * reference,
+                )
+            )
         failures += [
             f"gate: {metrics[0]} of {label} is {value:.4g}, not {words} {limit:.4g}"
             for words, limit, failed in limits
             if failed
         ]
     if failures:
-        raise UserError("\n".join(failures), f"the measurements are kept: llmpipe show {artifact.path}", NUMERIC)
+        raise UserError(
+            "\n".join(failures), f"the measurements are kept: llmpipe show {artifact.path}", NUMERIC
+        )
     say(f"gate: {label} passes {len(recipe.gate)} condition{'s' * (len(recipe.gate) > 1)}")

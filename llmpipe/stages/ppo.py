@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
-from llmpipe.recipe import (
+from llmpipe.recipe.sections import (
     AdamW,
     Data,
     Launch,
@@ -27,11 +28,15 @@ from llmpipe.recipe import (
     Source,
     Training,
 )
-from llmpipe.stages import CHECKPOINTS, Job, tokenized, tokens
+from llmpipe.run.handoff import tokenized, tokens
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.stages import CHECKPOINTS
 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
+PREPARED = PreparedRows
 Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
 
 
@@ -152,7 +157,8 @@ class Mixture(Section):
     def data(self, beside: Prompts) -> Data:
         """Its rows as `sft` has them, with all else as `beside` has it."""
         same = {
-            name: getattr(beside, name) for name in ("template", "chat_template_kwargs", "max_rejected", "processes")
+            name: getattr(beside, name)
+            for name in ("template", "chat_template_kwargs", "max_rejected", "processes")
         }
         return Data(train=self.train, max_length=self.max_length, **same)
 
@@ -196,7 +202,9 @@ class Schema(Training):
     """Rows whose loss is mixed in."""
     optim: Updates
     """The optimizer and its schedule."""
-    launch: RolloutLaunch = Field(default_factory=RolloutLaunch, json_schema_extra={"identity": False})
+    launch: RolloutLaunch = Field(
+        default_factory=RolloutLaunch, json_schema_extra={"identity": False}
+    )
     """The machine: never part of the result's identity."""
     samples: Samples = Field(default_factory=Samples)
     """Prompts that show what changed."""
@@ -204,7 +212,9 @@ class Schema(Training):
     @model_validator(mode="after")
     def _possible(self) -> Schema:
         if self.adapter and self.adapter.rewrites:
-            raise ValueError(f"adapter.init: {self.adapter.init} rewrites the model, which is the reference")
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} rewrites the model, which is the reference"
+            )
         if self.evaluation.keep_best or self.evaluation.patience:
             raise ValueError(
                 "evaluation.keep_best and patience: a score that rises is no sign that the policy got better"
@@ -215,7 +225,9 @@ class Schema(Training):
         if self.critic.start == "reward" and not any(source.model for source in self.reward):
             raise ValueError("critic.start: reward: there is no reward model")
         if self.quantization and self.quantization.bits == 8:
-            raise ValueError("quantization.bits: 8 bits make an answer depend on those beside it; ppo takes 4")
+            raise ValueError(
+                "quantization.bits: 8 bits make an answer depend on those beside it; ppo takes 4"
+            )
         if self.critic.start == "reward" and self.adapter:
             raise ValueError("critic.start: reward: with an adapter the critic is one, too")
         if self.adapter and self.adapter.embeddings == "all":
@@ -224,7 +236,10 @@ class Schema(Training):
 
     @property
     def longest(self) -> int:
-        return max(self.data.max_length + self.rollout.max_new_tokens, self.mixture.max_length if self.mixture else 0)
+        return max(
+            self.data.max_length + self.rollout.max_new_tokens,
+            self.mixture.max_length if self.mixture else 0,
+        )
 
     def rows(self) -> dict[str, Rows]:
         mixed = self.mixture.train if self.mixture else []
@@ -239,21 +254,21 @@ class Schema(Training):
         return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
 
 
-def prepare(job: Job) -> dict[str, Any]:
+def prepare(job: Job) -> PreparedRows:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
-    if any(source.verifier == "math_verify" for source in job.recipe.reward) and not find_spec("math_verify"):
+    if any(source.verifier == "math_verify" for source in job.recipe.reward) and not find_spec(
+        "math_verify"
+    ):
         raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
     prepared = tokens(job)
     if mixture := job.recipe.mixture:
-        from llmpipe.data.prepare import facts
-
         mixed = tokenized(job, mixture.data(job.recipe.data))
-        prepared["mixture"] = {"data": mixed["data"], **facts(mixed)["data"]}
+        prepared = prepared.model_copy(update={"mixture": mixed})
     return prepared
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine.ppo import loop
+    from llmpipe.rl import ppo
 
-    return loop.train(job, prepared)
+    return ppo.train(job, prepared)

@@ -12,13 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe import rundir
-from llmpipe.recipe import AdamW, Generating, Positive, Prepared, Reference, Section, Share
-from llmpipe.stages import Job, sft
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.files import digest, publishing
+from llmpipe.recipe.sections import AdamW, Generating, Positive, Prepared, Reference, Section, Share
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.stages import sft
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"
 PROGRESS = sft.PROGRESS
+PREPARED = PreparedRows
 
 
 class Corpus(Prepared):
@@ -76,7 +80,9 @@ class Architecture(Section):
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
         if self.kind == "gpt2" and (self.kv_heads or self.rope_scaling):
             raise ValueError("gpt2 has neither kv_heads nor rotary positions")
         return self
@@ -89,7 +95,9 @@ class TrainTokenizer(Section):
 
 class Schema(Generating):
     trainer_config: ClassVar[tuple[str, str, str]] = sft.Schema.trainer_config
-    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned | {"lr_scheduler_kwargs": "optim.final"}
+    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned | {
+        "lr_scheduler_kwargs": "optim.final"
+    }
 
     stage: Literal["pretrain"] = "pretrain"
     """Pretraining on raw text."""
@@ -120,10 +128,16 @@ class Schema(Generating):
             )
         if self.data.stream and not self.steps:
             raise ValueError("data.stream needs optim.tokens or optim.steps, to know when to end")
-        if self.data.stream and (self.data.eval.holdout or any(source.weight != 1 for source in self.data.train)):
-            raise ValueError("data.stream: rows are not known beforehand: use data.eval.sources, and no weights")
+        if self.data.stream and (
+            self.data.eval.holdout or any(source.weight != 1 for source in self.data.train)
+        ):
+            raise ValueError(
+                "data.stream: rows are not known beforehand: use data.eval.sources, and no weights"
+            )
         if self.optim.scheduler == "wsd" and not self.steps:
-            raise ValueError("optim.scheduler: wsd needs optim.tokens or optim.steps, to know when to decay")
+            raise ValueError(
+                "optim.scheduler: wsd needs optim.tokens or optim.steps, to know when to decay"
+            )
         return self
 
     @property
@@ -132,47 +146,60 @@ class Schema(Generating):
 
     @property
     def steps(self) -> int | None:
-        return -(-self.optim.tokens // self.optim.batch_tokens) if self.optim.tokens else self.optim.steps
+        return (
+            -(-self.optim.tokens // self.optim.batch_tokens)
+            if self.optim.tokens
+            else self.optim.steps
+        )
 
     def references(self) -> dict[str, str]:
         named = {"model": self.model, "tokenizer": self.tokenizer}
         return {at: name for at, name in named.items() if isinstance(name, str)}
 
 
-def prepare(job: Job) -> dict[str, Any]:
+def prepare(job: Job) -> PreparedRows:
     """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks for that."""
     from llmpipe.data.prepare import prepare as tokenize
 
-    recipe, pinned = job.recipe, job.plan["asked"]["content"]
+    recipe, pinned = job.recipe, job.plan.content
     start = job.models.get("model") or job.models.get("tokenizer") or trained_tokenizer(job)
-    folder = tokenize(recipe.data, start, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
-    return {"data": folder.name, **rundir.read_json(folder / "prepared.json")}
+    return tokenize(recipe.data, start, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
 
 
 def trained_tokenizer(job: Job) -> Path:
     """The folder of a tokenizer trained on the documents, once for equal documents."""
-    from llmpipe.data.items import rows_of
     from llmpipe.data.tokenizer import train
+    from llmpipe.evaluation.items import rows_of
 
-    recipe, content = job.recipe, job.plan["asked"]["content"]
-    folder = job.prepared / f"tokenizer-{rundir.digest([content, recipe.tokenizer.vocab_size])[:16]}"
+    recipe, content = job.recipe, job.plan.content
+    folder = job.prepared / f"tokenizer-{digest([content, recipe.tokenizer.vocab_size])[:16]}"
     if not (folder / "tokenizer.json").exists():
         job.say(f"tokenizer: training {recipe.tokenizer.vocab_size:,} byte-level tokens")
-        every = (rows_of(source, ("text",), "pretrain", content, recipe.data.stream) for source in recipe.data.train)
+        every = (
+            rows_of(source, ("text",), "pretrain", content, recipe.data.stream)
+            for source in recipe.data.train
+        )
         rows = (row for found in every for _, row in found)
-        with rundir.publishing(folder) as staging:
-            train((row["text"] for row in rows if isinstance(row, dict)), recipe.tokenizer.vocab_size, staging)
+        with publishing(folder) as staging:
+            train(
+                (row["text"] for row in rows if isinstance(row, dict)),
+                recipe.tokenizer.vocab_size,
+                staging,
+            )
     return folder
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedRows) -> Made:
     """Build or load the model, train, publish; returns what the manifest says of it."""
-    from llmpipe.engine import models, supervised
+    from llmpipe.models.architecture import build
+    from llmpipe.models.base import load_tokenizer
+    from llmpipe.models.hardware import choose
+    from llmpipe.training import supervised
 
     recipe, say = job.recipe, job.say
     if recipe.model:
         return sft.train(job, prepared)
-    hardware = models.hardware(recipe, say)
-    tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
-    model = models.build(recipe, tokenizer, hardware, prepared, say)
+    hardware = choose(recipe, say)
+    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
+    model = build(recipe, tokenizer, hardware, prepared, say)
     return supervised.train(job, prepared, hardware, tokenizer, model)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmpipe.recipe import Quantization
+from llmpipe.recipe.sections import Quantization
 from llmpipe.stages import lora
-from llmpipe.stages.lora import ACCEPTS, MAKES, PROGRESS, prepare, train
+from llmpipe.stages.lora import ACCEPTS, MAKES, PREPARED, PROGRESS, prepare, train
 
-__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "train"]
+__all__ = ["ACCEPTS", "MAKES", "PREPARED", "PROGRESS", "Schema", "prepare", "train"]
 
 
 class Schema(lora.Schema):

@@ -6,21 +6,31 @@ gives a conversation one score. An adapter as `model:` is merged into its base f
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmpipe.recipe import Hosted, Pairs, owned
-from llmpipe.stages import CHECKPOINTS, Job, tokens
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.recipe.sections import Hosted, Pairs
+from llmpipe.recipe.trainer import owned
+from llmpipe.run.handoff import tokens
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.stages import CHECKPOINTS
 
 ACCEPTS = ("model", "adapter")
 MAKES = "reward-model"
 PROGRESS = CHECKPOINTS
+PREPARED = PreparedRows
 prepare = tokens
 
 
 class Schema(Hosted):
-    trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.reward_config", "RewardConfig")
+    trainer_config: ClassVar[tuple[str, str, str]] = (
+        "trl",
+        "trainer.reward_config",
+        "RewardConfig",
+    )
     trainer_owned: ClassVar[dict[str, str]] = owned("""
         activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
         pad_to_multiple_of= chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
@@ -39,8 +49,8 @@ class Schema(Hosted):
         return False
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import preference
+    from llmpipe.training import preference
 
     return preference.reward(job, prepared)

@@ -6,14 +6,20 @@ The story is `train`, top to bottom; the trainer underneath is TRL's SFTTrainer 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from llmpipe.recipe import Generating, owned
-from llmpipe.stages import CHECKPOINTS, Job, tokens
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.recipe.sections import Generating
+from llmpipe.recipe.trainer import owned
+from llmpipe.run.handoff import tokens
+from llmpipe.run.job import Job
+from llmpipe.run.manifest import Made
+from llmpipe.stages import CHECKPOINTS
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
+PREPARED = PreparedRows
 prepare = tokens
 
 
@@ -31,13 +37,16 @@ class Schema(Generating):
     """)
 
 
-def train(job: Job, prepared: dict[str, Any]) -> dict[str, Any]:
+def train(job: Job, prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.engine import models, supervised
+    from llmpipe.models.base import load_tokenizer
+    from llmpipe.models.hardware import choose
+    from llmpipe.models.load import load
+    from llmpipe.training import supervised
 
     recipe, say = job.recipe, job.say
-    hardware = models.hardware(recipe, say, job.weights)
-    tokenizer = models.load_tokenizer(job.prepared / prepared["data"] / "tokenizer")
+    hardware = choose(recipe, say, job.weights)
+    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
     base = job.bases.get("model")
-    model = models.load(job.model, base, tokenizer, hardware, recipe, prepared, say)
+    model = load(job.model, base, tokenizer, hardware, recipe, prepared, say)
     return supervised.train(job, prepared, hardware, tokenizer, model, base)

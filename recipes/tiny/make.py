@@ -14,7 +14,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2: padding, start of turn, end of turn
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]  # ids 0, 1, 2: padding, start of turn, end of turn
 CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -44,7 +48,10 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def main() -> None:
     lines = (HERE / "rows.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line)["messages"] for line in lines if line]
-    tok = tokenizer([message["content"] for row in rows for message in row] + ["system\n", "user\n", "assistant\n"])
+    tok = tokenizer(
+        [message["content"] for row in rows for message in row]
+        + ["system\n", "user\n", "assistant\n"]
+    )
     assert len(tok) == 512, len(tok)
     config = LlamaConfig(
         vocab_size=512,
@@ -67,7 +74,9 @@ def main() -> None:
     model.save_pretrained(HERE / "model")
     tok.save_pretrained(HERE / "model")
     write_pairs(rows)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tok)} tokens, {len(rows)} rows")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tok)} tokens, {len(rows)} rows"
+    )
 
 
 def write_pairs(rows: list[list[dict]]) -> None:

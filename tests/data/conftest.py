@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from llmpipe.data.prepare import prepare
-from llmpipe.recipe import Data
+from llmpipe.recipe.sections import Data
 
 # SmolLM2's own: no generation markers, a default system turn, a newline after the end of turn.
 SMOL = (
@@ -21,11 +21,15 @@ SMOL = (
 TEXT = "Hello there, how are you today? The answer is 42. ### Instruction: system user assistant\nDas ist schön 你好"
 
 
-def make_model(folder: Path, *, special=("<|endoftext|>",), template=None, bos: str | None = None, **config) -> Path:
+def make_model(
+    folder: Path, *, special=("<|endoftext|>",), template=None, bos: str | None = None, **config
+) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)  # as GPT-2, Llama 3
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(
+        trim_offsets=True
+    )  # as GPT-2, Llama 3
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=[*special, *([bos] if bos else [])], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
@@ -40,7 +44,9 @@ def make_model(folder: Path, *, special=("<|endoftext|>",), template=None, bos: 
     tokenizer.save(str(folder / "tokenizer.json"))
     config.setdefault("eos_token", special[0] if special else None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    folder.joinpath("tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    folder.joinpath("tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     if template is not None:
         folder.joinpath("chat_template.jinja").write_text(template)
     return folder
@@ -69,16 +75,26 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def write(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
-def make(model: Path, *train: str | dict, cache: str = "cache", said: list | None = None, seed: int = 0, **fields):
+def make(
+    model: Path,
+    *train: str | dict,
+    cache: str = "cache",
+    said: list | None = None,
+    seed: int = 0,
+    **fields,
+):
     """Prepare; the folder's record, train rows and eval rows (lists of column -> list)."""
     sources = [{"path": source} if isinstance(source, str) else source for source in train]
     data = Data.model_validate({"train": sources, "max_rejected": 1.0, **fields})
     said = [] if said is None else said
-    return load(prepare(data, model, Path(cache), seed=seed, say=said.append))
+    ready = prepare(data, model, Path(cache), seed=seed, say=said.append)
+    return load(ready.folder(Path(cache)))
 
 
 def load(folder: Path):
@@ -115,4 +131,7 @@ def saved(cache: Path = Path("cache")) -> tokenizers.Tokenizer:
 def talk(*contents: str, system: str | None = None) -> dict:
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
-    return {"messages": messages + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+    return {
+        "messages": messages
+        + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    }

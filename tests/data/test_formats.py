@@ -61,7 +61,11 @@ def test_alpaca():
 def test_sharegpt():
     call = '{"name": "f", "arguments": {"x": 1}}'
     turns = [("human", "q"), ("function_call", call), ("observation", "1"), ("gpt", "a")]
-    row = {"conversations": [{"from": f, "value": v} for f, v in turns], "system": "s", "tools": '[{"name": "f"}]'}
+    row = {
+        "conversations": [{"from": f, "value": v} for f, v in turns],
+        "system": "s",
+        "tools": '[{"name": "f"}]',
+    }
     got = same("sharegpt", row)
     assert got["tools"] == [{"name": "f"}]
     assert got["messages"] == [
@@ -74,14 +78,30 @@ def test_messages():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     got = same("messages", {"messages": [U, {"role": "assistant", "content": parts}]})
     assert got["messages"][1]["content"] == "ab"
-    text_arguments = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    got = same("messages", {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [text_arguments]}]})
-    assert got["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "1"}]}
-    assert same("messages", {"messages": '[{"role": "assistant", "content": "a"}]'})["messages"] == [A]  # a CSV cell
+    text_arguments = {
+        "type": "function",
+        "id": "1",
+        "function": {"name": "f", "arguments": '{"x": 1}'},
+    }
+    got = same(
+        "messages",
+        {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [text_arguments]}]},
+    )
+    assert got["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**CALL, "id": "1"}],
+    }
+    assert same("messages", {"messages": '[{"role": "assistant", "content": "a"}]'})[
+        "messages"
+    ] == [A]  # a CSV cell
 
 
 def test_prompt_completion():
-    assert same("prompt-completion", {"prompt": "q", "completion": "a"}) == {"prompt": "q", "completion": "a"}
+    assert same("prompt-completion", {"prompt": "q", "completion": "a"}) == {
+        "prompt": "q",
+        "completion": "a",
+    }
     got = same("prompt-completion", {"prompt": [U], "completion": [A]})
     assert got == {"messages": [U, A], "tools": None, "first": 1}
 
@@ -93,7 +113,9 @@ def test_preference():
     whole = {"prompt": [U], "chosen": [A], "rejected": [b], "tools": None}
     assert same("preference", {"prompt": [U], "chosen": [A], "rejected": [b]}) == whole
     assert same("preference", {"chosen": [U, A], "rejected": [U, b]}) == whole  # implicit prompt
-    assert same("preference", {"prompt": "q", "chosen": [U, A], "rejected": [U, b]}) == whole  # UltraFeedback
+    assert (
+        same("preference", {"prompt": "q", "chosen": [U, A], "rejected": [U, b]}) == whole
+    )  # UltraFeedback
     dicts = {"prompt": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
              "rejected": {"role": "assistant", "content": "b"}}  # fmt: skip
     assert same("preference", dicts) == whole

@@ -22,7 +22,10 @@ USER = ("user", "Hello")
 LINES = {
     "bad JSON": (b'{"messages": nonsense}', "bad JSON"),
     "cut line": (GOOD.encode()[:40], "bad JSON"),
-    "latin-1": (messages(USER, ("assistant", "sch@n")).encode().replace(b"@", b"\xf6"), "not UTF-8"),
+    "latin-1": (
+        messages(USER, ("assistant", "sch@n")).encode().replace(b"@", b"\xf6"),
+        "not UTF-8",
+    ),
     "NUL": (GOOD.encode()[:30] + b"\0" + GOOD.encode()[30:], "NUL character"),
     "escaped NUL": (messages(USER, ("assistant", "a\0b")), "NUL character"),
     "half a surrogate pair": (messages(USER, ("assistant", "\ud83d")), "broken Unicode"),
@@ -40,11 +43,26 @@ LINES = {
     "no assistant turn": (messages(USER), "no assistant turn"),
     "unknown role": (messages(USER, ("narrator", "Hi")), "unknown role"),
     "role missing": ('{"messages": [{"content": "x"}]}', "unknown role"),
-    "two system turns": (messages(("system", "a"), ("system", "b"), USER, ("assistant", "c")), "two system turns"),
-    "late system turn": (messages(USER, ("system", "b"), ("assistant", "c")), "system turn not first"),
-    "an image": (messages(("user", [{"type": "image", "url": "x"}]), ("assistant", "c")), "unsupported content"),
-    "bad tools": ('{"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}', "bad tools"),
-    "bad tool call": ('{"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}', "bad tool call"),
+    "two system turns": (
+        messages(("system", "a"), ("system", "b"), USER, ("assistant", "c")),
+        "two system turns",
+    ),
+    "late system turn": (
+        messages(USER, ("system", "b"), ("assistant", "c")),
+        "system turn not first",
+    ),
+    "an image": (
+        messages(("user", [{"type": "image", "url": "x"}]), ("assistant", "c")),
+        "unsupported content",
+    ),
+    "bad tools": (
+        '{"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}',
+        "bad tools",
+    ),
+    "bad tool call": (
+        '{"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}',
+        "bad tool call",
+    ),
     "too long": (messages(("user", "Hello " * 200), ("assistant", "Hi")), "too long"),
 }
 
@@ -53,21 +71,31 @@ LINES = {
 def test_row_is_named(here, smol, kind):
     line, reason = LINES[kind]
     line = line if isinstance(line, bytes) else line.encode()
-    Path("d.jsonl").write_bytes("\n".join([GOOD, GOOD, ""]).encode() + line + b"\n" + GOOD.encode() + b"\n")
+    Path("d.jsonl").write_bytes(
+        "\n".join([GOOD, GOOD, ""]).encode() + line + b"\n" + GOOD.encode() + b"\n"
+    )
     record, train, _ = make(smol, "./d.jsonl", packing=False, max_length=128)
     assert record["rows"]["rejected_by_reason"] == {reason: 1}
     assert (record["rows"]["read"], record["rows"]["kept"], len(train)) == (4, 3, 3)
     lines = next(Path("cache").glob("*/rejected.jsonl")).read_text().splitlines()
-    assert [(r["file"], r["row"], r["reason"]) for r in map(json.loads, lines)] == [("d.jsonl", 3, reason)]
+    assert [(r["file"], r["row"], r["reason"]) for r in map(json.loads, lines)] == [
+        ("d.jsonl", 3, reason)
+    ]
     with pytest.raises(UserError, match=rf"\./d\.jsonl:3: {reason}") as error:
         make(smol, "./d.jsonl", max_length=128, max_rejected=0.01)
-    assert error.value.code == 2 and "max_rejected" in error.value.hint and "rejected.jsonl" in error.value.hint
+    assert (
+        error.value.code == 2
+        and "max_rejected" in error.value.hint
+        and "rejected.jsonl" in error.value.hint
+    )
     assert f"1 {reason}" in error.value.message
     assert Path("cache/rejected.jsonl").read_text().count("\n") == 1
 
 
 def test_byte_order_mark_is_no_mistake(here, smol):
-    Path("d.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode())  # and Windows line ends
+    Path("d.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode()
+    )  # and Windows line ends
     assert make(smol, "d.jsonl")[0]["rows"]["kept"] == 2
     Path("e.json").write_bytes(b"\xef\xbb\xbf[" + GOOD.encode() + b"]")
     assert make(smol, "e.json")[0]["rows"]["kept"] == 1
@@ -80,7 +108,11 @@ def test_byte_order_mark_is_no_mistake(here, smol):
         ("d.jsonl", b"\n\n", "has no rows"),
         ("d.jsonl", "[1]\n".encode("utf-16"), "UTF-16"),
         ("d.jsonl", b"nothing\n", r"d\.jsonl:1: bad JSON"),
-        ("d.json", b'[{"text": "a"},', r"d\.json:2: row 2 \(line 1\) is not valid JSON: the file is cut off"),
+        (
+            "d.json",
+            b'[{"text": "a"},',
+            r"d\.json:2: row 2 \(line 1\) is not valid JSON: the file is cut off",
+        ),
         ("d.json", b'[{"text": "a"},\n {"text": "b" "c"}]', r"d\.json:2: row 2 \(line 2\)"),
         ("d.json", b'[{"text": "\xf6"}]', r"d\.json:1: not UTF-8"),
         ("d.json", b'"text"', "neither a list of rows nor"),

@@ -15,11 +15,13 @@ from llmpipe.data import pack
 from llmpipe.data.pack import best_fit
 from llmpipe.data.prepare import key_of, prepare
 from llmpipe.errors import UserError
-from llmpipe.recipe import Data
+from llmpipe.recipe.sections import Data
 
 from .conftest import learned, make, make_model, saved, talk, write
 
-ALPACA = [{"instruction": f"Say {i}", "input": "", "output": f"{i} " * (i % 23 + 1)} for i in range(300)]
+ALPACA = [
+    {"instruction": f"Say {i}", "input": "", "output": f"{i} " * (i % 23 + 1)} for i in range(300)
+]
 
 
 def documents(rows: list[dict]) -> Counter:
@@ -63,13 +65,17 @@ def test_loads_with_datasets_and_equals_trl(here, base):
     ours = datasets.Dataset.from_file(str(Path("cache", record["key"], "train.arrow")))
     assert ours.column_names == ["input_ids", "labels", "seq_lengths"] and ours[3] == sequences[3]
     theirs = pack_dataset(datasets.Dataset.from_list(rows), 256, "bfd")
-    assert len(theirs) <= len(ours) <= 1.03 * len(theirs)  # the price of not sorting short rows by length
+    assert (
+        len(theirs) <= len(ours) <= 1.03 * len(theirs)
+    )  # the price of not sorting short rows by length
     assert ours.features["seq_lengths"].feature.dtype == "int32"
     assert documents(theirs.to_list()) == documents(sequences)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
     record = json.loads(found["prepared.json"])
     found["prepared.json"] = json.dumps({**record, "processes": 0, "seconds": 0}).encode()
     return found
@@ -92,16 +98,21 @@ def test_cache_is_reused_and_follows_content(here, base):
     write(Path("a/d.jsonl"), ALPACA[:5])
     data = Data.model_validate({"train": [{"path": "./a/d.jsonl"}], "template": "chatml"})
     said: list[str] = []
-    first = prepare(data, base, Path("cache"), seed=0, say=said.append)
+    ready = prepare(data, base, Path("cache"), seed=0, say=said.append)
+    first = ready.folder(Path("cache"))
     stamp = first.joinpath("prepared.json").stat().st_mtime_ns
-    assert prepare(data, base, Path("cache"), seed=0, say=said.append) == first
+    assert prepare(data, base, Path("cache"), seed=0, say=said.append) == ready
     assert said[-1] == "data: 5 rows ready (cached)"
     assert first.joinpath("prepared.json").stat().st_mtime_ns == stamp
     assert sorted(p.name for p in Path("cache").iterdir()) == [first.name]
     assert sorted(p.name for p in first.iterdir()) == [
         "prepared.json", "rejected.jsonl", "seen.safetensors", "tokenizer", "train.arrow",
     ]  # fmt: skip
-    assert key_of(data, base, 0)[0] == first.name == json.loads((first / "prepared.json").read_text())["key"]
+    assert (
+        key_of(data, base, 0)[0]
+        == first.name
+        == json.loads((first / "prepared.json").read_text())["key"]
+    )
 
     def key(model=base, seed=0, **fields) -> str:
         return key_of(Data.model_validate({**data.model_dump(), **fields}), model, seed)[0]
@@ -129,34 +140,58 @@ def test_unfinished_folder_is_replaced(here, base):
     gone.wait()
     for process in (gone.pid, os.getpid(), os.getppid()):
         Path("cache", f".{key}.{process}").mkdir()
-    folder = prepare(data, base, Path("cache"), seed=0, say=lambda line: None)
-    assert folder.joinpath("prepared.json").exists() and folder.joinpath("train.arrow").stat().st_size > 100
-    assert {p.name for p in Path("cache").iterdir()} == {key, f".{key}.{os.getppid()}"}  # which still runs
+    cache = Path("cache")
+    folder = prepare(data, base, cache, seed=0, say=lambda line: None).folder(cache)
+    assert (
+        folder.joinpath("prepared.json").exists()
+        and folder.joinpath("train.arrow").stat().st_size > 100
+    )
+    assert {p.name for p in Path("cache").iterdir()} == {
+        key,
+        f".{key}.{os.getppid()}",
+    }  # which still runs
 
 
 def test_holdout_is_exact_and_disjoint(here, base):
     write(Path("d.jsonl"), ALPACA)
-    record, train, held = make(base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.1})
+    record, train, held = make(
+        base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.1}
+    )
     assert (len(train), len(held)) == (270, 30) == (record["rows"]["train"], record["rows"]["eval"])
     assert not set(documents(train)) & set(documents(held))
-    _, _, other = make(base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.1}, seed=1)
+    _, _, other = make(
+        base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.1}, seed=1
+    )
     assert documents(other) != documents(held)
-    order = [tuple(row["input_ids"]) for row in make(base, "d.jsonl", template="chatml", packing=False)[1]]
+    order = [
+        tuple(row["input_ids"])
+        for row in make(base, "d.jsonl", template="chatml", packing=False)[1]
+    ]
     kept = [tuple(row["input_ids"]) for row in train]
     assert kept == [row for row in order if row in set(kept)]  # the order of the source
 
 
 def test_equal_rows_fall_on_one_side(here, base):
     write(Path("d.jsonl"), [row for row in ALPACA[:30] for _ in range(3)])
-    record, train, held = make(base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.2})
+    record, train, held = make(
+        base, "d.jsonl", template="chatml", packing=False, eval={"holdout": 0.2}
+    )
     assert record["rows"]["duplicates"] == 60
     assert len(held) == 18 and not set(documents(train)) & set(documents(held))
     write(Path("same.jsonl"), ALPACA[:1] * 4)
     said: list[str] = []
-    record, train, held = make(base, "same.jsonl", template="chatml", eval={"holdout": 0.5}, said=said)
-    assert record["rows"]["train"] == 4 and not held and any("all rows are equal" in line for line in said)
+    record, train, held = make(
+        base, "same.jsonl", template="chatml", eval={"holdout": 0.5}, said=said
+    )
+    assert (
+        record["rows"]["train"] == 4
+        and not held
+        and any("all rows are equal" in line for line in said)
+    )
     write(Path("two.jsonl"), ALPACA[:2])
-    assert make(base, "two.jsonl", template="chatml", eval={"holdout": 0.001})[0]["rows"]["eval"] == 1
+    assert (
+        make(base, "two.jsonl", template="chatml", eval={"holdout": 0.001})[0]["rows"]["eval"] == 1
+    )
 
 
 def test_eval_sources_and_overlap(here, base):
@@ -178,7 +213,9 @@ def test_weights_and_limits(here, base):
     assert counts[2] == 10 and 70 < counts[1] < 130
     assert record["rows"]["unseen"] == 200 - counts[1]
     assert record["rows"]["train"] == len(train) == 20 + counts[1]
-    record, train, _ = make(base, {"path": "b.jsonl", "weight": 1.5}, template="chatml", packing=False)
+    record, train, _ = make(
+        base, {"path": "b.jsonl", "weight": 1.5}, template="chatml", packing=False
+    )
     assert 270 < len(train) < 330 and len(documents(train)) == 200
 
 
@@ -216,7 +253,9 @@ def test_prompt_completion_as_trl_does(here, base):
     for row, got in zip(rows, train, strict=True):
         prompt = tokenizer(row["prompt"])["input_ids"]
         whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt)
+        )
         assert got["input_ids"] == whole
         assert got["labels"] == [-100] * shared + whole[shared:]
     assert make(base, "d.csv", loss="all", packing=False)[1][0]["labels"] == train[0]["input_ids"]
@@ -241,7 +280,9 @@ def test_turn_of_weight_zero_is_not_learned(here, smol, base):
 
 def test_preference_is_refused_in_one_line(here, smol):
     write(Path("d.jsonl"), [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match="format preference is for reward and dpo, not for this stage"):
+    with pytest.raises(
+        UserError, match="format preference is for reward and dpo, not for this stage"
+    ):
         make(smol, "d.jsonl")
 
 
@@ -262,7 +303,16 @@ def test_every_kind_of_file_gives_the_same_rows(here, base):
             writer.writeheader()
             writer.writerows(rows)
     digests = set()
-    for path in ("./f/d.jsonl", "./f", "f/*.jsonl", "d.json", "lines.json", "d.parquet", "d.csv", "d.tsv"):
+    for path in (
+        "./f/d.jsonl",
+        "./f",
+        "f/*.jsonl",
+        "d.json",
+        "lines.json",
+        "d.parquet",
+        "d.csv",
+        "d.tsv",
+    ):
         record, _, _ = make(base, path if path != "./f" else "./f/", template="chatml")
         digests.add(record["content_digest"])
         assert record["rows"]["read"] == record["rows"]["kept"] == 700, path
@@ -334,7 +384,9 @@ def test_no_heavy_import():
         "heavy = {'torch', 'transformers', 'datasets', 'trl', 'pandas', 'huggingface_hub'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -342,7 +394,7 @@ def test_workers_die_with_an_interrupted_parent(here, base):
     write(Path("d.jsonl"), ALPACA * 200)
     code = (
         "import sys; from pathlib import Path\n"
-        "from llmpipe.data.prepare import prepare; from llmpipe.recipe import Data\n"
+        "from llmpipe.data.prepare import prepare; from llmpipe.recipe.sections import Data\n"
         "if __name__ == '__main__':\n"
         # a job in the background ignores the signal
         " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -396,17 +448,28 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from llmpipe.recipe import Prompts
+    from llmpipe.recipe.sections import Prompts
     from tests.life import TINY
 
     rows = [
         {"prompt": "What is 2 + 2?", "answer": 4, "level": "easy"},
         {"prompt": "What is 2 + 3? " * 80, "answer": 5, "level": "long"},
-        {"prompt": [{"role": "user", "content": "Is grass green?"}], "answer": None, "level": "hard"},
+        {
+            "prompt": [{"role": "user", "content": "Is grass green?"}],
+            "answer": None,
+            "level": "hard",
+        },
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "max_length": 64, "max_rejected": 0.5}
-    folder = prepare(Prompts(**settings), TINY / "model", tmp_path / "cache", seed=0, say=lambda _: None)
+    settings = {
+        "train": [{"path": str(tmp_path / "rows.jsonl")}],
+        "max_length": 64,
+        "max_rejected": 0.5,
+    }
+    ready = prepare(
+        Prompts(**settings), TINY / "model", tmp_path / "cache", seed=0, say=lambda _: None
+    )
+    folder = ready.folder(tmp_path / "cache")
     made = Dataset.from_file(str(folder / "train.arrow")).to_list()
     kept = [json.loads(row["row"]) for row in made]
     assert sorted(row["columns"]["level"] for row in kept) == ["easy", "hard"]
@@ -416,9 +479,13 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     assert made[easy]["prompt_ids"] == tokenizer("What is 2 + 2?")["input_ids"]
-    asked = tokenizer.apply_chat_template(rows[2]["prompt"], add_generation_prompt=True, return_dict=False)
+    asked = tokenizer.apply_chat_template(
+        rows[2]["prompt"], add_generation_prompt=True, return_dict=False
+    )
     assert made[1 - easy]["prompt_ids"] == asked
-    (rejected,) = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    (rejected,) = [
+        json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()
+    ]
     assert (rejected["row"], rejected["reason"]) == (2, "too long")
     (tmp_path / "text.jsonl").write_text('{"text": "It asks nothing."}\n')
     with pytest.raises(UserError, match="format text is for pretrain and sft"):

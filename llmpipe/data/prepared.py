@@ -1,0 +1,124 @@
+"""What is known of prepared rows: `prepared.json` of a folder of tokens, and of the artifact that trains on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmpipe.files import Record
+
+
+class FileRows(Record):
+    name: str
+    sha256: str
+    rows: int
+
+
+class SourceRows(Record):
+    """One source of rows, with how many of them were kept."""
+
+    path: str
+    format: str
+    columns: dict[str, str]
+    """Your column names, and what the format calls them."""
+    unused_columns: list[str]
+    files: list[FileRows]
+    revision: str | None
+    """Commit of a Hub data set."""
+    weight: float
+    rejected: dict[str, int]
+    """Rows by the reason they were rejected for."""
+    read: int
+    kept: int
+    truncated: int
+    split: int
+    """Rows that became several pieces."""
+    pieces: int
+    """Examples beyond one a row."""
+
+
+class RowCounts(Record):
+    read: int
+    kept: int
+    truncated: int
+    split: int
+    pieces: int
+    rejected: int
+    rejected_by_reason: dict[str, int]
+    duplicates: int
+    """Rows to train on that another one equals."""
+    unseen: int
+    """Rows that a source's weight leaves out."""
+    overlap: int
+    """Rows to evaluate on that are trained on as well."""
+    train: int
+    eval: int
+
+
+class TokenCounts(Record):
+    train: int
+    train_supervised: int
+    eval: int
+    eval_supervised: int
+    eval_bytes: int
+    """Bytes of the text that the evaluated rows teach."""
+
+
+class SequenceCounts(Record):
+    train: int
+    eval: int
+
+
+class Lengths(Record):
+    """Tokens of a row to train on, before packing."""
+
+    p50: int
+    p95: int
+    max: int
+
+
+class PreparedRows(Record):
+    """Rows as tokens, and the tokenizer that made them."""
+
+    data: str = ""
+    """Name of the folder in the run's `.prepared/`."""
+    version: int
+    key: str
+    sources: list[SourceRows]
+    rows: RowCounts
+    tokens: TokenCounts
+    sequences: SequenceCounts
+    lengths: Lengths
+    tokenizer: str
+    """sha256 of what decides token ids."""
+    template: str | None
+    """sha256 of the chat template."""
+    template_name: str | None
+    added_tokens: list[str]
+    """Tokens that the template needs and the tokenizer did not have."""
+    stop_tokens: list[str]
+    eos_token: str | None
+    pad_token: str | None
+    vocab_size: int
+    content_digest: str
+    """sha256 of every token to train on."""
+    processes: int
+    seconds: float
+    mixture: PreparedRows | None = None
+    """Rows whose loss PPO mixes in."""
+
+    def folder(self, cache: Path) -> Path:
+        return cache / self.data
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of them: tokenizer, template, vocabulary and the rows."""
+        named = ("template", "template_name", "eos_token", "pad_token", "stop_tokens")
+        apart = {"version", "key", "data", "seconds", "tokenizer", "vocab_size", "mixture", *named}
+        data = self.model_dump(exclude=apart)
+        if self.mixture:
+            data["mixture"] = {"data": self.mixture.data, **self.mixture.facts()["data"]}
+        return {
+            "tokenizer": {"sha256": self.tokenizer} | {name: getattr(self, name) for name in named},
+            "vocab_size": self.vocab_size,
+            "data": data,
+        }

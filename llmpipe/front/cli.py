@@ -1,0 +1,342 @@
+"""The front door: commands, what is printed, and the exit code.
+
+Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+os.environ.setdefault(
+    "PYDANTIC_DISABLE_PLUGINS", "__all__"
+)  # typer imports pydantic; looking for its plugins takes longer than help
+
+import typer
+
+from llmpipe import __version__
+from llmpipe.errors import DONE, SIGINT, Stopped, UserError
+from llmpipe.stages import STAGES
+
+if TYPE_CHECKING:
+    from llmpipe.recipe.sections import Recipe
+    from llmpipe.run.artifact import Artifact
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="The whole road of making a language model, one verified stage after the other.",
+)
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE]", help="The recipe; recipes/STAGE.yaml if not given."),
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", metavar="DIR", help="Run directory, instead of the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; repeatable."),
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Move an artifact that is there aside and start anew.")
+]
+InexactOption = Annotated[
+    bool,
+    typer.Option(
+        "--inexact-resume", help="Resume although processes, micro-batch or threads changed."
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> Recipe:
+    from llmpipe.recipe.check import load
+    from llmpipe.stages import schema
+
+    if path is None:
+        path = Path("recipes", f"{name}.yaml")
+        if not path.exists():
+            hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
+            raise UserError(f"no recipe named, and there is no {path} here", hint)
+        say(f"no recipe named: using {path}")
+    return load(path, schema(name), [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
+
+
+def make(
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    inexact: bool = False,
+    debug: bool = False,
+    only_prepare: bool = False,
+) -> None:
+    """Plan and make one artifact; the parent's side of `launch`."""
+    from llmpipe.front.launch import give_word, start, wait_for_word
+    from llmpipe.recipe.sections import Training
+    from llmpipe.run.artifact import Artifact
+    from llmpipe.run.lock import Lock
+    from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count, rank
+    from llmpipe.run.plan import ask, decide
+    from llmpipe.run.reference import parents_of
+    from llmpipe.stages import stage
+
+    gc.enable()
+    artifact = Artifact(Path(recipe.run) / recipe.artifact)
+    if outside() and rank() > 0:
+        if wait_for_word(artifact) == "train":
+            train_here(artifact, inexact, debug)
+        return
+    module = stage(recipe.stage)
+    with ExitStack() as locks:
+        # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
+        for lock in (
+            Lock(artifact),
+            *(Lock(p, shared=True) for p in parents_of(recipe, artifact.run)),
+        ):
+            locks.enter_context(lock.acquire())
+        Lock(
+            artifact, "write"
+        ).acquire().release()  # a worker whose parent was killed may still be at work
+        if fresh:
+            ask(recipe, artifact.run, module.ACCEPTS, {})  # refuse first
+            if aside := artifact.move_aside():
+                say(f"{artifact.path}: moved to {aside}")
+        decision = decide(artifact, recipe, module.ACCEPTS, module.PROGRESS)
+        say(f"{artifact.path}: {decision.action}: {decision.why}")
+        if decision.action != "skip":
+            from llmpipe.front.worker import write_plan
+
+            if isinstance(recipe, Training):  # refuse what does not divide before any work
+                micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
+            if decision.action == "run":
+                (artifact.path / "samples.jsonl").unlink(missing_ok=True)
+            write_plan(artifact, recipe, decision.plan)
+            if any(model.converts for model in decision.plan.models.values()):
+                start("convert", artifact, recipe, inexact=inexact, debug=debug)
+            start("prepare", artifact, recipe, inexact=inexact, debug=debug)
+        if outside():
+            (artifact.path / "outcome.json").unlink(missing_ok=True)
+            trains = decision.action != "skip" and not only_prepare and isinstance(recipe, Training)
+            give_word(artifact, "train" if trains else "skip")
+        if only_prepare:
+            return
+        if decision.action != "skip" and outside() and isinstance(recipe, Training):
+            train_here(artifact, inexact, debug)
+        elif decision.action != "skip":
+            start("train", artifact, recipe, inexact=inexact, debug=debug)
+        if judge := getattr(module, "judge", None):
+            judge(recipe, artifact, say)
+
+
+def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
+    """Train in this process: an outside launcher made it one of several."""
+    from llmpipe.files import read_json
+    from llmpipe.front.launch import environment_for, finish
+    from llmpipe.front.worker import act, guarded
+    from llmpipe.run.signals import Signals, die_with_parent
+
+    die_with_parent()
+    signals = Signals().install()
+    os.environ |= {k: v for k, v in environment_for("train", 1).items() if k != "OMP_NUM_THREADS"}
+    code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
+    if code:
+        outcome = read_json(artifact.path / "outcome.json")
+        if not outcome or outcome["code"] != code:  # another rank's
+            outcome = {"code": code, "message": "stopped; see what rank 0 says"}
+        finish(outcome, code, artifact)
+
+
+def _add_stage(name: str, story: str) -> None:
+    def command(
+        recipe: RecipeFile = None,
+        run: RunOption = None,
+        sets: SetOption = None,
+        fresh: FreshOption = False,
+        inexact_resume: InexactOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        make(read_recipe(name, recipe, run, sets), fresh=fresh, inexact=inexact_resume, debug=debug)
+
+    app.command(name, help=f"{story[0].upper()}{story[1:]}.")(command)
+
+
+for _name, _story in STAGES.items():
+    _add_stage(_name, _story)
+
+
+@app.command("run")
+def run_pipeline(
+    pipeline: Annotated[Path, typer.Argument(help="A YAML file with `run:` and a list `stages:`.")],
+    run: RunOption = None,
+    sets: SetOption = None,
+    fresh: FreshOption = False,
+    inexact_resume: InexactOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is resumed."""
+    from llmpipe.recipe.check import load_pipeline
+    from llmpipe.stages import schema
+
+    recipes = load_pipeline(
+        pipeline, schema, [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])]
+    )
+    for i, recipe in enumerate(recipes, 1):
+        say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {Path(recipe.run) / recipe.artifact}")
+        make(recipe, fresh=fresh, inexact=inexact_resume, debug=debug)
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of any stage.")],
+    run: RunOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
+    from llmpipe.recipe.yaml import read
+
+    values, _ = read(recipe)
+    if isinstance(values, dict) and "stages" in values:
+        raise UserError(
+            f"{recipe}: this is a pipeline of several stages",
+            "prepare takes the recipe of one stage",
+        )
+    name = str(values.get("stage")) if isinstance(values, dict) else ""
+    make(read_recipe(name, recipe, run, sets), debug=debug, only_prepare=True)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one artifact of it.")],
+) -> None:
+    """Stages of a run: status, parents, rows, steps, loss, size, time."""
+    from llmpipe.report.terminal import show_run
+
+    print(show_run(run))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN [RUN]", help="A run directory; two are compared.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to; RUN/report.html.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page: lineage, curves, data, evaluations, samples side by side."""
+    from llmpipe.report.page import write_report
+
+    if len(runs) > 2:
+        raise UserError("report takes one run, or two to compare")
+    print(f"wrote {write_report(runs, out)}")
+
+
+@app.command()
+def chat(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="ARTIFACT [ARTIFACT]", help="An artifact or a model folder."),
+    ],
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest word each time.")
+    ] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Talk to a model in the terminal, or to two side by side."""
+    if len(models) > 2:
+        raise UserError("chat takes one model, or two side by side")
+    os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from tempfile import TemporaryDirectory
+
+    from llmpipe.front.worker import convert_one
+    from llmpipe.run.reference import model_folder, resolve
+
+    here = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
+    records = [resolve(name, "chat", Path(), ("model", "adapter")) for name in here]
+    with TemporaryDirectory() as scratch:
+        from llmpipe import upstream
+
+        upstream.silence()
+        from llmpipe.front import chat as conversation
+
+        voices = []
+        for name, record in zip(models, records, strict=True):
+            folder = convert_one(record, Path(scratch), say)
+            base = model_folder(record.base, Path(scratch)) if record.is_adapter else None
+            voices.append(conversation.open_voice(name, folder, base))
+    conversation.chat(voices, conversation.Sampling(max_new_tokens, temperature), seed)
+
+
+@app.command("schema")
+def show_schema(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))],
+) -> None:
+    """JSON Schema of a stage's recipe, for completion in an editor."""
+    os.environ["LLMPIPE_DOCSTRINGS"] = "1"
+    from llmpipe.stages import schema
+
+    print(json.dumps(schema(name).model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to write; made if it is not there.")
+    ],
+) -> None:
+    """Write a starter recipe with comments, and a few rows to try it on."""
+    from llmpipe.report.starter import write_starter
+
+    for path in write_starter(folder):
+        print(f"wrote {path}")
+    print(f"next: cd {folder} && llmpipe sft sft.yaml")
+
+
+def main() -> None:
+    """The console script: run the app, catch what a user can mend, set the exit code."""
+    gc.disable()  # collections during the imports take a tenth of the front door's time; `make` turns them on again
+    if "--version" in sys.argv[1:2]:
+        print(f"llmpipe {__version__}")
+        sys.exit(DONE)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(
+            f"error: {error}" if "\n" not in error.message else str(error),
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(error.code)
+    except Stopped as stop:
+        print(f"{stop.message}; the same command goes on from there", file=sys.stderr, flush=True)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(SIGINT)
+    except typer.Abort:
+        sys.exit(SIGINT)
+    except Exception as error:  # click's own usage errors print themselves; anything else is a bug and shows as one
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(DONE)

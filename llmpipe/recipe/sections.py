@@ -1,0 +1,434 @@
+"""A recipe: one YAML file, closed, checked all at once, every problem with its line.
+
+    recipe = load(Path("recipes/alpaca.yaml"), SFTRecipe, sets=["optim.learning_rate=1e-5"])
+
+Reading happens in two steps. `read` turns YAML into plain values plus a map from each value's path to its line; it is
+stricter than YAML (no anchors, tags or duplicate keys) and reads scalars as YAML 1.2 does, so `1e-5` is a number and
+`no` is a string. `validate` hands the values to pydantic and gives every complaint its `file:line` and, for an unknown
+name, the nearest known one. Nothing here imports more than pydantic and PyYAML.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def cosmetic(*default: Any, **kwargs: Any) -> Any:
+    """A field that does not change the artifact, and so is no part of its identity."""
+    return Field(*default, json_schema_extra={"identity": False}, **kwargs)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,  # a section is compiled when a recipe is validated, not when it is imported
+        # reading them out of the source takes a third of the front door's time, and only `schema` shows them
+        use_attribute_docstrings=os.environ.get("LLMPIPE_DOCSTRINGS") == "1",
+    )
+
+
+TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto` is a Jinja file
+
+
+class Rows(Section):
+    path: str
+    """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt) starting with `./`,
+    `../`, `/` or `~` or ending in one of these suffixes."""
+    format: Literal[
+        "auto",
+        "text",
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompt-completion",
+        "preference",
+        "prompt",
+        "choice",
+    ] = "auto"
+    """How a row is laid out; `auto` decides by the column names and says what it found."""
+    columns: dict[str, str] = {}
+    """Your column names mapped to the format's: `{question: prompt, answer: completion}`."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset; the commit it resolves to is recorded."""
+    limit: Positive | None = None
+    """Read at most this many rows."""
+
+
+class Source(Rows):
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half."""
+
+
+class Holdout(Section):
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training rows kept out for evaluation, chosen by content with the recipe's seed, so that equal
+    rows fall on the same side."""
+    sources: list[Rows] = []
+    """Evaluation rows of their own, beside or instead of a holdout."""
+
+
+class Prepared(Section):
+    """What every kind of training data has."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """The sources to train on."""
+    eval: Holdout = Field(default_factory=Holdout)
+    """What is kept for evaluation."""
+    max_rejected: Share = 0.01
+    """Share of rows that may be rejected before the run stops."""
+    processes: Positive | Literal["auto"] = cosmetic("auto")
+    """Processes that tokenize; `auto` is one per core, and one alone for small data."""
+
+
+class Templated(Prepared):
+    """Rows that a chat template renders."""
+
+    stream: ClassVar[bool] = False
+
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Extra variables for the template, such as `enable_thinking`."""
+
+
+class Data(Templated):
+    kind: ClassVar[str] = "rows"
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as
+    truncated) or rejected; a longer text is split into pieces."""
+    packing: bool = True
+    """Fill sequences of `max_length` with several rows that do not see one another."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
+
+
+class Pairs(Templated):
+    """Preferences: a prompt with a chosen and a rejected answer."""
+
+    kind: ClassVar[str] = "pairs"
+    packing: ClassVar[bool] = False
+    loss: ClassVar[str] = "assistant"
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest prompt with one of its answers, in tokens; a longer answer is cut there (counted as truncated), and a row
+    whose answers are then the same, or whose prompt leaves no room, is rejected."""
+
+
+class Prompts(Templated):
+    """Prompts to answer."""
+
+    kind: ClassVar[str] = "prompts"
+    packing: ClassVar[bool] = True
+    loss: ClassVar[str] = "assistant"
+
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest prompt in tokens; a longer one is rejected."""
+
+
+class AdamW(Section):
+    """The optimizer, and what every schedule has."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate. No single default is right: about 2e-5 for full fine-tuning, 2e-4 for LoRA."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data."""
+    steps: Positive | None = None
+    """Stop after this many optimizer steps instead; overrides `epochs`."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Warm-up: a share of the steps if below 1, a number of steps otherwise."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the gradient's norm to this; 0 does not clip."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where the hardware has
+    it and fp32 elsewhere."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to the CPU's memory when
+    a GPU is full (Dettmers 2023), and on a CPU means nothing."""
+
+
+class Optim(AdamW):
+    batch_size: Positive = 32
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+
+
+class Adapter(Section):
+    rank: Positive = 16
+    """Rank of the update: more weights, and more to learn with (LoRA, Hu 2021)."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in front of the update."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers get one: all but the head, or those whose names end so."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each weight column apart from its direction (Liu 2024)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the update begins; none changes what the model says at first. pissa (Meng 2024) and olora (Büyükakyüz 2024)
+    move a part of the frozen weights into it; what is published is an adapter of twice the rank for the weights as
+    they were."""
+    embeddings: Literal["new", "all", "none"] = "new"
+    """Embeddings to train: those of tokens that were added, all, or none."""
+    resume: Annotated[bool, Field(alias="continue")] = True
+    """Where `model:` is an adapter: train that one on; `false` merges it into its base and starts a new one."""
+    merge: bool = False
+    """Publish the merged model too, as the artifact NAME-merged."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the frozen weights are others than the model's own while this adapter is trained."""
+        return self.init in ("pissa", "olora")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Adapter:
+        if self.rslora and self.dora:
+            raise ValueError("rslora and dora are two ways to scale; take one")
+        if self.rewrites and self.dora:
+            raise ValueError(
+                f"init: {self.init} and dora both decompose the frozen weights; take one"
+            )
+        return self
+
+
+class Quantization(Section):
+    bits: Literal[4, 8] = 4
+    """4: NF4 (QLoRA, Dettmers 2023); 8: LLM.int8()."""
+    double: bool = True
+    """Quantize the constants of the 4-bit quantization, too: 0.4 bits per weight less."""
+
+
+class Evaluation(Section):
+    every: Positive | None = None
+    """Evaluate on the held-out rows every so many steps; without it only before the first and after the last."""
+    keep_best: bool = False
+    """Publish the checkpoint with the lowest held-out loss instead of the last one."""
+    patience: Positive | None = None
+    """Stop when the held-out loss has not improved for this many evaluations."""
+
+
+class Samples(Section):
+    prompts: list[str] = []
+    """Prompts answered before and after training."""
+    max_new_tokens: Positive = 64
+    """Longest answer in tokens."""
+
+
+class Checkpoint(Section):
+    every: Positive = cosmetic(100)
+    """Write a resumable checkpoint every so many steps."""
+    keep: Annotated[int, Field(ge=2)] = cosmetic(2)
+    """Keep this many checkpoints; older ones are removed after a newer one is verified."""
+
+
+class Log(Section):
+    every: Positive = cosmetic(10)
+    """Write metrics every so many steps."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = cosmetic([])
+    """Experiment trackers that also receive the metrics."""
+
+
+class Machine(Section):
+    threads: Positive | Literal["auto"] = "auto"
+    """CPU threads per process; `auto` divides the cores."""
+
+
+class Launch(Machine):
+    processes: Positive | Literal["auto"] = "auto"
+    """Training processes; `auto` is one per GPU, or one on a CPU."""
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    """Sequences per process and forward pass; accumulation makes up the rest of `optim.batch_size`."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+def reference(text: str) -> str:
+    """A validator of what names a model."""
+    if text.startswith("artifact:") and not re.fullmatch(
+        r"artifact:[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@\d+)?", text
+    ):
+        raise ValueError(f"'{text}' is not artifact:NAME or artifact:NAME@STEP")
+    return text
+
+
+Reference = Annotated[str, AfterValidator(reference)]
+
+
+class Recipe(Section):
+    """What every stage shares; a stage narrows `stage` and adds its own fields."""
+
+    narrows: ClassVar[str | None] = None  # the stage that this one is, with a field required
+
+    stage: str
+    """The kind of work."""
+    name: Name | None = cosmetic(None)
+    """Folder of the artifact in the run; the stage's name unless set."""
+    run: str = cosmetic(...)
+    """Directory that holds the artifacts of one pipeline."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything that is drawn: the holdout, the order of the data, the training, sampled answers."""
+    launch: Machine = cosmetic(default_factory=Machine)
+    """The machine: never part of the result's identity."""
+
+    @property
+    def artifact(self) -> str:
+        return self.name or self.stage
+
+    @property
+    def keeps_adapters(self) -> bool:
+        """Whether a model that is an adapter is used as base and adapter; otherwise it is merged first."""
+        return True
+
+    def references(self) -> dict[str, str]:
+        """Every model that the recipe names, by the path of its field."""
+        return {}
+
+    def rows(self) -> dict[str, Rows]:
+        """Every source of rows, by the path of its field."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """Every other file or folder whose content decides the result, by the path of its field."""
+        return {}
+
+
+class Training(Recipe):
+    """What every stage that trains shares."""
+
+    model: Reference
+    """What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), `./folder`, `./file.gguf`,
+    `artifact:NAME` of this run, or `artifact:NAME@STEP`."""
+    data: Data
+    """Rows and how they become tokens."""
+    optim: Optim
+    """The optimizer and its schedule."""
+    adapter: Adapter | None = None
+    """Train a low-rank adapter on a frozen model instead of all weights; the artifact is the adapter."""
+    quantization: Quantization | None = None
+    """Hold the frozen model in few bits; needs `adapter`."""
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    """Evaluation during training."""
+    checkpoint: Checkpoint = cosmetic(default_factory=Checkpoint)
+    """Resumable state."""
+    log: Log = cosmetic(default_factory=Log)
+    """Metrics."""
+    launch: Launch = cosmetic(default_factory=Launch)
+    """The machine: never part of the result's identity."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if (self.evaluation.keep_best or self.evaluation.patience) and not self.evaluation.every:
+            raise ValueError("evaluation.keep_best and evaluation.patience need evaluation.every")
+        if self.evaluation.every and not (self.data.eval.holdout or self.data.eval.sources):
+            raise ValueError(
+                "evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources"
+            )
+        if self.quantization and not self.adapter:
+            raise ValueError("quantization: quantized weights cannot be trained; add `adapter:`")
+        if self.quantization and self.adapter.rewrites:
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} rewrites the frozen weights, and these are quantized"
+            )
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.optim.batch_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.data.max_length
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, where the recipe says how many."""
+        return self.optim.steps
+
+    @property
+    def keeps_adapters(self) -> bool:
+        return self.adapter is not None and self.adapter.resume
+
+    def references(self) -> dict[str, str]:
+        return {"model": self.model}
+
+    def rows(self) -> dict[str, Rows]:
+        train = {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
+        return train | {
+            f"data.eval.sources.{i}": source for i, source in enumerate(self.data.eval.sources)
+        }
+
+    def files(self) -> dict[str, str]:
+        own = self.data.template not in ("auto", *TEMPLATES)
+        return {"data.template": self.data.template} if own else {}
+
+
+class Hosted(Training):
+    """What every stage shares whose loop is a library's."""
+
+    trainer: dict[str, Any] = {}
+    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
+
+
+class Generating(Hosted):
+    """What every stage shares that trains a model to answer in such a loop."""
+
+    samples: Samples = Field(default_factory=Samples)
+    """Prompts that show what changed."""
+
+
+def science(section: BaseModel) -> dict[str, Any]:
+    """The part of a recipe that decides the result: every field not declared `cosmetic`."""
+    out = {}
+    for attribute, field in type(section).model_fields.items():
+        if (field.json_schema_extra or {}).get("identity") is False:
+            continue
+        value, name = getattr(section, attribute), field.alias or attribute
+        if isinstance(value, BaseModel):
+            value = science(value)
+        elif isinstance(value, list):
+            value = [science(item) if isinstance(item, BaseModel) else item for item in value]
+        out[name] = value
+    return out
+
+
+LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja")
+
+
+def is_local(path: str) -> bool:
+    """Local paths start with ./, ../, / or ~, or end in a known suffix; everything else is a Hub id."""
+    return (
+        path.startswith(("./", "../", "/", "~"))
+        or path in (".", "..")
+        or path.endswith(LOCAL_SUFFIXES)
+    )

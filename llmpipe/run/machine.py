@@ -1,0 +1,78 @@
+"""What this machine has, and how a batch is cut on it; without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llmpipe.errors import UserError
+from llmpipe.recipe.sections import Launch, Machine, Training
+
+
+def gpus() -> int:
+    """GPUs that a worker will see, counted without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def process_count(launch: Machine) -> int:
+    if not isinstance(launch, Launch):
+        return 1  # a stage that does not train
+    if outside():
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch.processes if isinstance(launch.processes, int) else max(1, gpus())
+
+
+def thread_count(launch: Machine, processes: int) -> int:
+    return (
+        launch.threads
+        if isinstance(launch.threads, int)
+        else max(1, len(os.sched_getaffinity(0)) // processes)
+    )
+
+
+def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
+    """Sequences per process and forward pass; raises UserError when `optim.batch_size` does not divide."""
+    total, launch = recipe.batch_size, recipe.launch
+    if total % processes:
+        raise UserError(
+            f"optim.batch_size ({total}) must be a multiple of launch.processes ({processes})",
+            f"set optim.batch_size to {total - total % processes or processes}",
+        )
+    share = total // processes
+    if isinstance(launch.micro_batch_size, int):
+        if share % launch.micro_batch_size:
+            raise UserError(
+                f"optim.batch_size ({total}) must be a multiple of launch.micro_batch_size ({launch.micro_batch_size}) "
+                f"x launch.processes ({processes})",
+                "change one of them; accumulation makes up the rest",
+            )
+        return launch.micro_batch_size
+    most = max(
+        1 if recipe.data.packing else 4, full_pass(on_gpu) // recipe.longest
+    )  # unpacked rows are mostly short
+    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+
+
+def full_pass(on_gpu: bool) -> int:
+    """Tokens of a forward pass that keep the hardware busy."""
+    return 8192 if on_gpu else 1024
+
+
+def outside() -> bool:
+    """Whether accelerate or torchrun started this very command. RANK is unset with one process. Raises UserError where
+    the launcher would shard the model."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate: llmpipe does not shard models yet ({name})",
+                "launch with --multi_gpu alone",
+            )
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,640 @@
+"""The training loop's surroundings, shared by every stage with a Hugging Face trainer underneath.
+
+`durable(SFTTrainer)` is that trainer with exact checkpoints, signals served at the end of a step, a stop on NaN before
+the optimizer sees it, and a held-out loss per token that does not depend on batch or process count. The loop itself,
+the loss and the optimizer stay the library's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from llmpipe.data.stream import Stream
+from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
+from llmpipe.files import fsync, read_json
+from llmpipe.models.generate import own_rng
+from llmpipe.models.hardware import Hardware, flops_per_token, memory_gb, peak_flops, release_memory
+from llmpipe.recipe.sections import Training
+from llmpipe.run import checkpoints
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.progress import Progress
+
+OPTIMIZERS = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def dataset(path: Path) -> Dataset:
+    """Prepared rows, memory-mapped. Raises UserError (3) when the file is gone."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: missing", f"remove {path.parent} and run the same command again", INTEGRITY
+        )
+    return Dataset.from_file(str(path))
+
+
+def arguments(
+    config: type, recipe: Training, artifact: Artifact, hardware: Hardware, **own: Any
+) -> Any:
+    """The recipe as one of TRL's configurations, with what is the stage's `own`. Raises UserError when `trainer:` holds
+    what the configuration refuses."""
+    optim = recipe.optim
+    trackers(recipe, artifact)
+    ours: dict[str, Any] = {
+        "output_dir": str(artifact.path),
+        "run_name": f"{artifact.run.name}-{artifact.name}",
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": optim.learning_rate,
+        "per_device_train_batch_size": hardware.micro_batch_size,
+        "per_device_eval_batch_size": hardware.micro_batch_size,
+        "gradient_accumulation_steps": hardware.accumulation,
+        "num_train_epochs": optim.epochs,
+        "max_steps": recipe.steps or -1,
+        **schedule(recipe),
+        **({} if optim.optimizer == "adamw" else {"optim": OPTIMIZERS[optim.optimizer]}),
+        "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "adam_epsilon": optim.epsilon,
+        "max_grad_norm": optim.max_grad_norm,
+        "bf16": hardware.bf16,
+        "use_cpu": hardware.device == "cpu",
+        "gradient_checkpointing": recipe.launch.activation_checkpointing,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": recipe.log.every,
+        "logging_nan_inf_filter": False,
+        "report_to": recipe.log.trackers or "none",
+        "disable_tqdm": True,
+        "average_tokens_across_devices": True,
+        **own,
+    }
+    try:
+        return config(**ours, **recipe.trainer)
+    except (TypeError, ValueError, ImportError) as error:
+        problem = f"trainer: {str(error).strip().splitlines()[0]}"
+        raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
+
+
+def schedule(recipe: Training) -> dict[str, Any]:
+    """The learning rate's shape in transformers' words."""
+    optim, final = recipe.optim, getattr(recipe.optim, "final", 0.0)
+    if optim.scheduler == "wsd":
+        kwargs = {
+            "num_decay_steps": max(1, round(optim.decay * recipe.steps)),
+            "min_lr_ratio": final,
+        }
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
+    if optim.scheduler == "cosine" and final:
+        return {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": final},
+        }
+    return {
+        "lr_scheduler_type": "constant_with_warmup"
+        if optim.scheduler == "constant"
+        else optim.scheduler
+    }
+
+
+def trackers(recipe: Training, artifact: Artifact) -> None:
+    """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
+    for name in recipe.log.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed", f"pip install {name}")
+    home = artifact.run / ".trackers" / artifact.name
+    if recipe.log.trackers:
+        home.mkdir(parents=True, exist_ok=True)
+        token = home / "run_id"
+        if not token.exists():
+            token.write_text(os.urandom(4).hex())
+        os.environ.setdefault("WANDB_RUN_ID", token.read_text())
+        os.environ.setdefault("WANDB_RESUME", "allow")
+        os.environ.setdefault("WANDB_DIR", str(home))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))
+
+
+class Order(Sampler):
+    """The order of an epoch: `rows` shuffled by seed + epoch as Accelerate does it, then the fillers.
+
+    Accelerate evens out the last batch of several processes with rows from the start of the epoch, which are then seen
+    twice. Here it is evened out with fillers, sequences without a label: they weigh nothing.
+    """
+
+    def __init__(self, rows: int, fillers: int, seed: int, shuffled: bool = True):
+        self.rows, self.fillers, self.seed, self.epoch, self.shuffled = (
+            rows,
+            fillers,
+            seed,
+            0,
+            shuffled,
+        )
+
+    def __len__(self) -> int:
+        return self.rows + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from (
+            torch.randperm(self.rows, generator=generator).tolist()
+            if self.shuffled
+            else range(self.rows)
+        )
+        yield from range(self.rows, self.rows + self.fillers)
+
+
+def stand_in(data: Any) -> Dataset:
+    """What TRL looks at while a trainer is made whose rows are streamed: it takes no other kind of dataset."""
+    return Dataset.from_list(
+        [{"input_ids": [0, 0], "labels": [0, 0]} | ({"seq_lengths": [2]} if data.packing else {})]
+    )
+
+
+def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
+    """`rows` and `count` short sequences of which nothing is learned."""
+    if not count:
+        return rows
+    filler: dict[str, Any] = {
+        "input_ids": [token, token],
+        "labels": [-100, -100],
+        "seq_lengths": [2],
+    }
+    filler |= {
+        "prompt_ids": [token],
+        "chosen_ids": [token],
+        "rejected_ids": [token],
+        "margin": math.nan,
+    }
+    filler |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
+    columns = {name: [filler[name]] * count for name in rows.column_names}
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
+
+
+class _Interrupted(Exception):
+    """A signal arrived inside evaluation."""
+
+
+class _Loop(TrainerCallback):
+    """Decides at the end of each step what follows it: log, evaluate, save, stop."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._on_begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._order.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        last = step >= state.max_steps
+        due = trainer.recipe.evaluation.every
+        control.should_evaluate = trainer.eval_dataset is not None and (
+            last or bool(due and step % due == 0)
+        )
+        control.should_save = last or step % trainer.recipe.checkpoint.every == 0
+        control.should_log = control.should_log or last
+        if trainer._stop_asked():
+            trainer._pending_evaluation = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        self.trainer._write_metrics(logs)
+
+
+def durable(trainer_class: type[Trainer]) -> type:
+    """`trainer_class` with llmpipe's loop. Call `attach` before `fit`."""
+    return type(f"Durable{trainer_class.__name__}", (_Durable, trainer_class), {})
+
+
+class _Durable:
+    """Mixed in before a transformers Trainer; see the module's docstring."""
+
+    def __init__(self, *, model: Any, **arguments: Any):
+        learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model=model, **arguments)
+        for name, p in model.named_parameters():
+            if name in learned:
+                p.data = learned[name].to(
+                    p.device
+                )  # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
+
+    def attach(
+        self,
+        artifact: Artifact,
+        recipe: Training,
+        identity: str,
+        hardware: Hardware,
+        signals: Any,
+        say: Any,
+        *,
+        measure: Callable[[Any, dict], dict[str, tuple[Any, Any]]],
+        inexact: bool,
+        stream: Stream | None = None,
+    ) -> None:
+        """Bind the trainer to its artifact and look for a checkpoint to go on from.
+
+        `measure(trainer, batch)` gives {name: (sum, count)} of held-out rows; `loss` is what the best is chosen by.
+        `stream` replaces the dataset.
+        """
+        self.artifact, self.recipe, self.identity, self.hardware = (
+            artifact,
+            recipe,
+            identity,
+            hardware,
+        )
+        self.signals, self.say, self._measure = signals, say, measure
+        self._pending_evaluation = False
+        self._stopped: int | None = None
+        self._peak = hardware.processes * (peak_flops() or 0)
+        self._per_token = flops_per_token(self.model, recipe.data.max_length) if self._peak else 0
+        self._best: tuple[float, int] | None = None
+        self._worse = 0
+        self._tokens = 0
+        self._last_logged = (time.monotonic(), 0)
+        self._begun = time.monotonic()
+        self._restored: dict[str, Any] | None = None
+        self._exact = True
+        self._stream = stream
+        count, together = (
+            len(stream or self.train_dataset),
+            hardware.micro_batch_size * hardware.processes,
+        )
+        fillers = -count % together if hardware.processes > 1 else 0
+        self._order = Order(count, fillers, recipe.seed, shuffled=stream is None)
+        self.train_dataset = stream or with_fillers(
+            self.train_dataset, fillers, self.processing_class.pad_token_id
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Loop(self))
+        self._progress = Progress(say) if self.is_world_process_zero() else None
+        picked = checkpoints.pick(
+            artifact.checkpoints, identity, hardware.resume_key(), say, inexact=inexact
+        )
+        self._checkpoint, self._exact = picked if picked else (None, True)
+        if self.is_world_process_zero():
+            kept = (
+                read_json(self._checkpoint / checkpoints.STATE)["metrics_bytes"]
+                if self._checkpoint
+                else 0
+            )
+            with (artifact.path / "metrics.jsonl").open("ab") as file:
+                file.truncate(kept)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+        return self._checkpoint is not None
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint when there is one; returns the last metrics.
+
+        Raises Stopped when a signal was served (a checkpoint is written then) and UserError (4) on NaN or Inf.
+        """
+        self.signals.deferred = True
+        checkpoint = self._checkpoint
+        if checkpoint:
+            state = read_json(checkpoint / "trainer_state.json")
+            self.say(f"resuming from {checkpoint.name} of {state['max_steps']}")
+            self._restored = read_json(checkpoint / checkpoints.STATE)
+            if self._stream:
+                self._stream.go(
+                    state["global_step"] * self.recipe.batch_size, self._restored["stream"]
+                )
+            self._best = tuple(self._restored["best"]) if self._restored["best"] else None
+            self._worse = self._restored["worse"]
+            finished = state["global_step"] >= state["max_steps"] or self._restored["finished"]
+            if finished or self._restored["pending_evaluation"]:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+            if self._restored[
+                "pending_evaluation"
+            ]:  # a signal came before it; it may end the training
+                self._evaluate(None, None)
+                if self._stopped:
+                    raise self._stop()
+            if finished or self.control.should_training_stop:
+                mine = self._restored["ranks"][0]
+                self._tokens, self._begun = mine["tokens"], self._begun - mine["seconds"]
+                return self._finish()
+        elif self.eval_dataset is not None:
+            try:
+                self.evaluate()
+            except _Interrupted:
+                raise Stopped(self._stopped, "stopped before the first step") from None
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self._stopped:
+            raise self._stop()
+        return self._finish()
+
+    def _stop(self) -> Stopped:
+        return Stopped(
+            self._stopped, f"stopped at step {self.state.global_step}, checkpoint written"
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Load the best weights when the recipe keeps those, and gather what the manifest says."""
+        self.signals.deferred = False
+        if self._progress:
+            self._progress.close()
+        if (
+            self.recipe.evaluation.keep_best
+            and self._best
+            and self._best[1] != self.state.global_step
+        ):
+            path = checkpoints.folder(self.artifact.checkpoints, self._best[1])
+            if problems := checkpoints.verify(path):
+                raise UserError(
+                    f"{path}/{problems[0]}",
+                    "the best checkpoint is damaged; --fresh trains anew",
+                    3,
+                )
+            self._load_from_checkpoint(str(path))
+            self.say(f"keeping the best: step {self._best[1]}, held-out loss {self._best[0]:.4f}")
+        self.accelerator.wait_for_everyone()
+        lines = [
+            json.loads(x) for x in (self.artifact.path / "metrics.jsonl").read_text().splitlines()
+        ]
+        held_out = [line for line in lines if "eval_loss" in line]
+        final = {"loss": next((x["loss"] for x in reversed(lines) if "loss" in x), None)}
+        if held_out:
+            kept = [line for line in held_out if line["step"] == self.facts()["published_step"]]
+            after = (kept or held_out)[-1]
+            final |= {"eval_loss_before": held_out[0]["eval_loss"]}
+            final |= {name: value for name, value in after.items() if name.startswith("eval_")}
+            self.say(
+                f"held-out loss: {held_out[0]['eval_loss']:.4f} before, {after['eval_loss']:.4f} after"
+            )
+        return final
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the training itself."""
+        kept = (
+            self._best[1]
+            if self.recipe.evaluation.keep_best and self._best
+            else self.state.global_step
+        )
+        return {
+            "steps": self.state.global_step,
+            "published_step": kept,
+            "tokens": self._tokens * self.args.world_size,
+            "seconds": round(time.monotonic() - self._begun, 1),
+            "exact_resume": self._exact,
+        }
+
+    def plain_model(self) -> Any:
+        """The model without DDP and autocast around it, as a reader of the saved files has it."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def forget_optimizer(self) -> None:
+        """Free gradients and optimizer state: what follows needs the memory."""
+        self.model.zero_grad(set_to_none=True)
+        self.accelerator.free_memory()
+        self.optimizer = self.lr_scheduler = self.callback_handler.optimizer = (
+            self.callback_handler.lr_scheduler
+        ) = None
+        release_memory()
+
+    def _stop_asked(self) -> bool:
+        """Whether any rank was told to stop; all ranks get the same answer."""
+        code = self._agree(self.signals.code or 0)
+        if code:
+            self._stopped = code
+        return bool(code)
+
+    def _agree(self, value: int) -> int:
+        """The greatest value over all ranks."""
+        if self.args.world_size == 1:
+            return value
+        box = torch.tensor(value, device=self.args.device)
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return int(box)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        ids = inputs["input_ids"]
+        self._tokens += (
+            int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
+        )
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            raise self._not_finite("gradient norm", norm)
+        return norm
+
+    def _not_finite(self, what: str, value: Any) -> UserError:
+        return UserError(
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}; stopped before the optimizer step",
+            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
+            NUMERIC,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self._order
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """What `measure` finds on the held-out rows, the same for every batch size and process count.
+
+        Each rank takes every world-size-th batch, and one that has none left a batch that does not count, since what
+        measures may speak to the other ranks; sums and counts are added over ranks. The generators of Python, NumPy
+        and torch are left as they were found.
+        """
+        rows, size, world = (
+            self.eval_dataset,
+            self.args.per_device_eval_batch_size,
+            self.args.world_size,
+        )
+        totals: dict[str, torch.Tensor] = {}
+        was_training = self.model.training
+        self.model.eval()
+        with own_rng(), torch.no_grad():
+            for start in range(0, len(rows), world * size):
+                if code := self._agree(self.signals.code or 0):
+                    self._stopped = code
+                    self.model.train(was_training)
+                    raise _Interrupted
+                first = start + self.args.process_index * size
+                mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
+                batch = self._prepare_inputs(self.data_collator(mine or [rows[0]]))
+                # autocast by hand: before training, Accelerate has not put it around the model yet
+                with torch.autocast(
+                    self.args.device.type, torch.bfloat16, enabled=self.hardware.bf16
+                ):
+                    found = self._measure(self, batch)
+                for name, pair in found.items():
+                    sums = torch.tensor([float(value) for value in pair], dtype=torch.float64)
+                    totals[name] = totals.get(
+                        name, torch.zeros(2, dtype=torch.float64)
+                    ) + sums * bool(mine)
+        shared = torch.stack(list(totals.values()))
+        if world > 1:
+            shared = shared.to(
+                self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64
+            )
+            torch.distributed.all_reduce(shared)
+        metrics = {
+            f"eval_{name}": float(value / count)
+            for name, (value, count) in zip(totals, shared, strict=True)
+        }
+        if not math.isfinite(metrics["eval_loss"]):
+            raise self._not_finite("held-out loss", metrics["eval_loss"])
+        self.log(
+            dict(metrics)
+        )  # in eval mode still: the trainer underneath keeps its training averages then
+        self.model.train(was_training)
+        self.control.should_evaluate = False
+        return metrics
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate inside the loop; note the best; a signal in the middle leaves the evaluation for the resumed run."""
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except _Interrupted:
+            self._pending_evaluation = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {"eval_loss": math.inf}
+        step, loss, wanted = self.state.global_step, metrics["eval_loss"], self.recipe.evaluation
+        if self._best is None or loss < self._best[0]:
+            self._best, self._worse = (loss, step), 0
+            self.control.should_save = self.control.should_save or wanted.keep_best
+        else:
+            self._worse += 1
+            if wanted.patience and self._worse >= wanted.patience and step < self.state.max_steps:
+                self.say(f"step {step}: no better for {self._worse} evaluations; stopping early")
+                self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's own checkpoint, published whole; every rank writes its part."""
+        step, main, where = (
+            self.state.global_step,
+            self.is_world_process_zero(),
+            self.artifact.checkpoints,
+        )
+        about = {
+            "identity": self.identity,
+            "machine": self.hardware.resume_key(),
+            "exact": self._exact,
+        }
+        state = self._gather_state()
+        output, self.args.output_dir = self.args.output_dir, str(where / f".step-{step}.staging")
+        if main and self._progress:
+            self._progress.note(f"saving step {step}")
+        with checkpoints.writing(where, step, about, lambda: state) if main else nullcontext():
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                inner = Path(self.args.output_dir, f"checkpoint-{step}")
+                for path in inner.iterdir():
+                    path.rename(inner.parent / path.name)
+                inner.rmdir()
+        self.args.output_dir = output
+        if main:
+            keep_best = self.recipe.evaluation.keep_best and self._best
+            release_memory()
+            checkpoints.rotate(
+                where, self.recipe.checkpoint.keep, {self._best[1]} if keep_best else set()
+            )
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card in a checkpoint."""
+
+    def _gather_state(self) -> dict[str, Any]:
+        """What the library does not keep: sums since the last log, per rank, and llmpipe's own counters."""
+        mine = {
+            "loss_sum": float(self._tr_loss),
+            "last_logged": self._globalstep_last_logged,
+            "averages": {k: list(v) for k, v in self._metrics["train"].items()},
+            "train_tokens": self._total_train_tokens,
+            "tokens": self._tokens,
+            "seconds": time.monotonic() - self._begun,
+        }
+        ranks = [mine]
+        if self.args.world_size > 1:
+            ranks = [None] * self.args.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        metrics = self.artifact.path / "metrics.jsonl"
+        for path in (metrics, self._stream.rejected if self._stream else None):
+            if self.is_world_process_zero() and path and path.exists():
+                fsync(path)
+        return {
+            "ranks": ranks,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "best": self._best,
+            "worse": self._worse,
+            "pending_evaluation": self._pending_evaluation,
+            "stream": self._stream
+            and self._stream.position(self.state.global_step * self.recipe.batch_size),
+            "finished": self.control.should_training_stop and not self._stopped,
+        }
+
+    def _on_begin(self) -> None:
+        """Put the counters back, after the library has restored its own."""
+        if self._progress:
+            self._progress.begin(self.state.global_step, self.state.max_steps)
+        if not self._restored:
+            return
+        mine = self._restored["ranks"][
+            min(self.args.process_index, len(self._restored["ranks"]) - 1)
+        ]
+        self._tr_loss += mine["loss_sum"]
+        self._globalstep_last_logged = mine["last_logged"]
+        self._metrics["train"] = defaultdict(
+            list, {k: list(v) for k, v in mine["averages"].items()}
+        )
+        self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
+        self._last_logged = (time.monotonic(), self._tokens)
+        self._begun -= mine["seconds"]
+
+    def _write_metrics(self, logs: dict[str, float]) -> None:
+        """One line in metrics.jsonl and one on the screen."""
+        if not self.is_world_process_zero() or "train_runtime" in logs:
+            return
+        now = time.monotonic()
+        line: dict[str, Any] = {"step": self.state.global_step, **logs}
+        if "loss" in logs:
+            since, tokens = self._last_logged
+            everywhere = (self._tokens - tokens) * self.args.world_size
+            line["tokens_per_second"] = round(everywhere / max(now - since, 1e-9), 1)
+            self._last_logged = (now, self._tokens)
+            if self._peak:
+                line["share_of_peak"] = round(
+                    line["tokens_per_second"] * self._per_token / self._peak, 4
+                )
+        line |= {"memory_gb": round(memory_gb(), 3), "seconds": round(now - self._begun, 3)}
+        with (self.artifact.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._progress:
+            self._progress.show(line)

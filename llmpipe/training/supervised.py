@@ -1,0 +1,154 @@
+"""What a stage that trains through TRL does once there are tokens and a model: train, publish, prove. `train` is that
+of `sft`, its narrower stages and `pretrain`; `reward` and `dpo` share `finish`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl import SFTConfig, SFTTrainer
+
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.stream import Stream, counted
+from llmpipe.errors import UserError
+from llmpipe.models import publish, verify
+from llmpipe.models.hardware import Hardware
+from llmpipe.run.machine import rank
+from llmpipe.run.manifest import Made
+from llmpipe.training import hosted
+from llmpipe.training.crosstalk import crosstalk
+from llmpipe.training.samples import answer_samples
+
+Measure = Callable[[Any, dict], dict[str, tuple[Any, Any]]]  # see `_Durable.attach`
+
+
+def nats(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Held-out loss in nats per supervised token."""
+    out = trainer.model(
+        **batch, use_cache=False, fused_lm_head=True
+    )  # TRL's head; no collective in it
+    return {"loss": (-out.log_probs.double().sum(), out.label_mask.sum())}
+
+
+def train(
+    job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Tokenizer, model: Any,
+    base: Path | None = None,
+) -> Made:  # fmt: skip
+    """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
+    manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
+    recipe, artifact, data = job.recipe, job.artifact, job.recipe.data
+    rows, stream = prepared.folder(job.prepared), None
+    if data.stream:
+        processes = (
+            1
+            if hardware.device == "cpu"
+            else max(1, (os.cpu_count() or 1) // hardware.processes - 1)
+        )
+        processes = processes if data.processes == "auto" else data.processes
+        pinned, length = job.plan.content, recipe.steps * recipe.batch_size
+        about = {"seed": recipe.seed, "pinned": pinned, "processes": processes}
+        stream = Stream(data, rows, length, recipe.batch_size, **about)
+        stream.rejected = artifact.path / "rejected.jsonl" if rank() == 0 else None
+    own = {
+        "max_length": data.max_length if data.packing else None,  # rows are cut already
+        "packing": data.packing,
+        # unpacked rows are laid end to end too, instead of padded, where attention can keep them apart for free
+        "padding_free": data.packing or hardware.device == "cpu" or hardware.attention != "sdpa",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    trainer = hosted.durable(SFTTrainer)(
+        model=model,
+        args=hosted.arguments(SFTConfig, recipe, artifact, hardware, **own),
+        processing_class=tokenizer,
+        train_dataset=hosted.stand_in(data) if stream else hosted.dataset(rows / "train.arrow"),
+        eval_dataset=hosted.dataset(rows / "eval.arrow") if prepared.rows.eval else None,
+    )
+    noise = (
+        0.15 if hardware.bf16 or recipe.quantization else 1e-3
+    )  # in bf16 SmolLM2 shows 0.04, OPT 0.29
+    if own["padding_free"] and not crosstalk(trainer, tokenizer, hardware) <= noise:
+        problem = f"{model.config.model_type} does not keep documents of one row apart"
+        if data.packing:
+            raise UserError(
+                f"data: {problem}",
+                f"set data.{'isolate' if data.kind == 'blocks' else 'packing'}: false",
+            )
+        job.say(f"data: rows are padded: {problem}")
+        trainer.data_collator.padding_free = False
+
+    def also(final: dict[str, Any]) -> dict[str, Any]:
+        tokens = prepared.tokens
+        if data.kind != "blocks" or not tokens.eval_bytes:
+            return {}
+        bits = final["eval_loss"] / math.log(2) * tokens.eval / tokens.eval_bytes
+        job.say(f"held-out: {bits:.4f} bits per byte")
+        return {"bits_per_byte": bits}
+
+    return finish(trainer, job, prepared, hardware, tokenizer, nats, also, base, stream)
+
+
+def finish(
+    trainer: Any, job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Tokenizer,
+    measure: Measure, also: Callable[[dict], dict], base: Path | None = None, stream: Stream | None = None,
+) -> Made:  # fmt: skip
+    """Fit, answer the recipe's prompts before and after, publish; what the manifest says. `also`: more of the final
+    metrics, from the trained model that is still in memory."""
+    recipe, artifact, say = job.recipe, job.artifact, job.say
+    identity = (
+        f"{job.plan.identity}:{prepared.content_digest}"  # of the recipe, and of the very tokens
+    )
+    trainer.attach(artifact, recipe, identity, hardware, job.signals, say, measure=measure, inexact=job.inexact,
+                   stream=stream)  # fmt: skip
+    generates = trainer.plain_model().can_generate()
+    if generates:
+        answer_samples(trainer, tokenizer, "before")
+    final = trainer.fit()
+    final |= also(final)
+    if generates:
+        answer_samples(trainer, tokenizer, "after")
+
+    return conclude(trainer, job, prepared, tokenizer, final, base, stream)
+
+
+def conclude(
+    trainer: Any, job: Any, prepared: PreparedRows, tokenizer: Tokenizer, final: dict[str, Any],
+    base: Path | None = None, stream: Stream | None = None,
+) -> Made:  # fmt: skip
+    """Publish what was trained; returns what the manifest says of it, with its `final` metrics."""
+    recipe, artifact, rows = job.recipe, job.artifact, prepared.folder(job.prepared)
+    made = Made(final, training=trainer.facts(), hardware=trainer.hardware.describe())
+    if recipe.adapter is None:
+        made.verified = verify.publish(trainer, tokenizer)
+    else:
+        base, start = base or job.model, job.plan.models["model"]
+        reference = (start.base if start.is_adapter else start).reference
+        made.kind = "adapter" if trainer.plain_model().can_generate() else None
+        made.verified = publish.publish(trainer, tokenizer, base, reference)
+        if recipe.adapter.merge and trainer.is_world_process_zero():
+            name = f"{artifact.name}-merged"
+            publish.merge(base, artifact.model, artifact.run / name / "model")
+            made.merged = [name]
+    about = prepared.facts()
+    if stream:
+        blocks = trainer.state.global_step * recipe.batch_size
+        tokens, read = blocks * recipe.data.max_length, stream.position(blocks)["rows"]
+        about["data"]["rows"] = counted(read, about["data"]["rows"])
+        about["data"]["tokens"] |= {"train": tokens, "train_supervised": tokens}
+        about["data"]["sequences"]["train"] = blocks
+    elif trainer.is_world_process_zero():
+        folders = [
+            rows,
+            *([prepared.mixture.folder(job.prepared)] if prepared.mixture else []),
+        ]
+        lines = b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders)
+        (artifact.path / "rejected.jsonl").write_bytes(lines)
+        asks = [load_file(folder / "seen.safetensors")["asks"] for folder in folders]
+        save_file({"asks": np.unique(np.concatenate(asks))}, artifact.path / "seen.safetensors")
+    made.facts = about
+    return made

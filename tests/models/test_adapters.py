@@ -1,0 +1,375 @@
+"""LoRA and QLoRA: the adapter that is published is the trained one, on the base it was trained on and on no other."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.files import table, write_json
+from llmpipe.recipe.check import load
+from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
+from llmpipe.run.plan import decide
+from llmpipe.stages import schema
+from tests import life
+
+KINDS = {
+    "lora": {"adapter": {"rank": 4, "alpha": 8}, "optim__precision": "fp32"},
+    "qlora": {
+        "adapter": {"rank": 4, "alpha": 8},
+        "quantization": {"bits": 4},
+        "optim__precision": "bf16",
+    },
+}
+
+
+def write(run, stage="lora", **changes):
+    return life.write(
+        run, **{"stage": stage, "optim__learning_rate": 1e-2, **KINDS[stage], **changes}
+    )
+
+
+@pytest.fixture(scope="module", params=["lora", "qlora"])
+def straight(request, tmp_path_factory):
+    """An adapter made without interruption."""
+    return life.command(write(tmp_path_factory.mktemp(request.param) / "run", request.param))
+
+
+def test_the_artifact(straight):
+    manifest = straight.verify()
+    assert manifest["kind"] == "adapter" and manifest["stage"] == straight.name
+    assert manifest["base"]["reference"] == str(life.TINY / "model")
+    assert {p.name for p in straight.model.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"]
+    assert manifest["verified"]["max_logit_difference"] == 0
+    assert manifest["verified"]["merged_difference"] < 1e-4
+    assert ("quantized_to_merged_difference" in manifest["verified"]) == (straight.name == "qlora")
+
+
+def test_only_the_adapter_is_trained_and_in_fp32(straight):
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(straight.model / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2, "A and B of seven linear layers in two blocks"
+    for name, tensor in tensors.items():
+        assert "lora_A" in name or "lora_B" in name
+        assert tensor.dtype == torch.float32 and float(tensor.abs().max()) > 0, (
+            f"{name} did not move"
+        )
+        assert bool((tensor != tensor.bfloat16().float()).any()), f"{name} was rounded to bf16"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks transformers under an old name
+def test_plain_peft_loads_it_and_merging_changes_nothing(straight):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(life.TINY / "model")
+    ids = AutoTokenizer.from_pretrained(straight.model)(
+        "What colour is grass?", return_tensors="pt"
+    )["input_ids"]
+    model = PeftModel.from_pretrained(base, straight.model).eval()
+    with torch.no_grad():
+        on = model(ids).logits
+        with model.disable_adapter():
+            off = model(ids).logits
+        assert float((on - off).abs().max()) > 1e-2
+        assert float((model.merge_and_unload()(ids).logits - on).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["lora", life.by_the_dozen("qlora")])
+def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
+    """R1, R5: killed after a checkpoint, then told to stop inside a save."""
+    whole = life.command(write(tmp_path / "whole", stage))
+    path = write(tmp_path / "run", stage)
+    for hook, code in (
+        ("kill_after_checkpoint_3", -signal.SIGKILL),
+        ("term_in_step_5", 143),
+        ("term_in_save_9", 143),
+    ):
+        trial = life.Trial(path, hook=hook)
+        assert trial.wait() == code, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+@pytest.mark.parametrize("init", ["pissa", life.by_the_dozen("olora")])
+@pytest.mark.parametrize("rslora", [life.by_the_dozen(False), True])
+def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init, rslora):
+    """Begins where the base is, trains other weights, and is published for the base that nobody touched (Meng 2024)."""
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = {"rank": 4, "alpha": 8, "init": init, "rslora": rslora}
+    path = write(tmp_path / "run", adapter=adapter)
+    trial = life.Trial(path, hook="term_in_step_5")
+    assert trial.wait() == 143, trial.text()
+    made = life.command(path)
+    manifest, plain = made.verify(), life.command(write(tmp_path / "plain", optim__steps=1))
+    assert manifest["final"]["eval_loss_before"] == pytest.approx(
+        plain.manifest()["final"]["eval_loss_before"], abs=1e-5
+    )
+    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"] - 0.3
+    assert (
+        manifest["verified"]["max_logit_difference"] < 1e-4
+        and manifest["asked"]["recipe"]["adapter"]["init"] == init
+    )
+    config = json.loads((made.model / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["init_lora_weights"] is True
+    tensors = load_file(made.model / "adapter_model.safetensors")
+    deltas = [
+        tensors[name.replace("lora_A", "lora_B")] @ tensor
+        for name, tensor in tensors.items()
+        if "lora_A" in name
+    ]
+    assert all(float(delta.abs().max()) > 1e-4 for delta in deltas), "every layer learned"
+    ranks = {int(torch.linalg.matrix_rank(delta)) for delta in deltas}
+    assert max(ranks) > 4, "the difference of two products of rank 4"
+    assert life.essence(made) == life.essence(
+        life.command(write(tmp_path / "whole", adapter=adapter))
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer", [*map(life.by_the_dozen, ("adamw_8bit", "paged_adamw")), "paged_adamw_8bit"]
+)
+def test_optimizers_resume_exactly(tmp_path, optimizer):
+    whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
+    assert (
+        whole.manifest()["final"]["eval_loss"] < whole.manifest()["final"]["eval_loss_before"] - 0.3
+    )
+    said = (whole.path / "log.txt").read_text()
+    assert ("a CPU has nothing to page to" in said) == optimizer.startswith("paged")
+    path = write(tmp_path / "run", optim__optimizer=optimizer)
+    trial = life.Trial(path, hook="term_in_step_5")
+    assert trial.wait() == 143, trial.text()
+    assert life.essence(life.command(path)) == life.essence(whole)
+
+
+def test_lora_is_sft_with_an_adapter(straight):
+    """One identity: either command finds the other's work done."""
+    if straight.name != "lora":
+        pytest.skip("shown once")
+    path = straight.run.parent / "as-sft.yaml"
+    path.write_text(
+        json.dumps(
+            life.recipe(straight.run, name="lora", optim__learning_rate=1e-2, **KINDS["lora"])
+        )
+    )
+    made = load(path, schema("sft"))
+    assert decide(straight, made, ("model", "adapter"), "checkpoints/step-*").action == "skip"
+
+
+def test_adapters_on_adapters(tmp_path):
+    """sft -> lora -> lora continued -> lora anew: each with the right base, each better on what it saw."""
+    run = tmp_path / "run"
+    life.command(life.write(run, optim__steps=4, evaluation={}))
+    one = life.command(write(run, name="one", model="artifact:sft", evaluation={}))
+    two = life.command(write(run, name="two", model="artifact:one", evaluation={}, optim__steps=4))
+    new = {"rank": 2, "alpha": 4, "continue": False, "merge": True}
+    three = life.command(
+        write(run, name="three", model="artifact:two", adapter=new, evaluation={}, optim__steps=4)
+    )
+    bases = [artifact.verify()["base"] for artifact in (one, two, three)]
+    sft = Artifact(run / "sft").manifest()["fingerprint"]
+    assert bases[0] == bases[1] == {"kind": "artifact", "reference": "artifact:sft",
+                                    "identity": {"artifact": "sft", "fingerprint": sft}}  # fmt: skip
+    assert bases[2]["kind"] == "merged" and bases[2]["reference"] == "artifact:two"
+    assert [a.manifest()["parents"][0]["name"] for a in (one, two, three)] == ["sft", "one", "two"]
+
+    # two starts where one ended, and three where two ended
+    first = [
+        json.loads((a.path / "metrics.jsonl").read_text().splitlines()[0])
+        for a in (one, two, three)
+    ]
+    assert all("eval_loss" in line for line in first)
+    for before, after in ((one, two), (two, three)):
+        last = before.manifest()["final"]["eval_loss"]
+        assert after.manifest()["final"]["eval_loss_before"] == pytest.approx(last, abs=2e-5)
+
+    told = [
+        json.loads((a.model / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for a in (one, two, three)
+    ]
+    assert told == ["artifact:sft", "artifact:sft", "artifact:two"]
+    merged = Artifact(run / "three-merged")
+    assert merged.verify()["kind"] == "model"
+    full = life.command(
+        life.write(run, name="full", model="artifact:three", optim__steps=2, evaluation={})
+    )
+    assert full.manifest()["final"]["eval_loss_before"] == pytest.approx(
+        three.manifest()["final"]["eval_loss"], abs=2e-5
+    )
+
+    # all of them can be measured, unmerged; adapter and merged model say the same
+    tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl")}]}]
+    models = {"two": "artifact:two", "three": "artifact:three", "merged": "artifact:three-merged"}
+    values = {
+        "stage": "eval",
+        "run": str(run),
+        "models": models,
+        "tasks": tasks,
+        "precision": "fp32",
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps(values | {"launch": {"threads": 1}}))
+    measured = life.command(tmp_path / "eval.yaml")
+    cells = json.loads((measured.path / "results.json").read_text())["tasks"]["perplexity"][
+        "metrics"
+    ]["nats_per_token"]
+    assert cells["three"]["value"] == pytest.approx(cells["merged"]["value"], abs=1e-5)
+    assert cells["three"]["value"] != pytest.approx(cells["two"]["value"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("begun", "wanted", "words"),
+    [
+        ({}, {"rank": 8}, "rank 4 there, 8 in the recipe"),
+        (
+            {},
+            {"targets": ["q_proj"]},
+            r"targets \['down_proj', .*\] there, \['q_proj'\] in the recipe",
+        ),
+        ({"targets": ["q_proj"]}, {}, r"targets \['q_proj'\] there, all-linear in the recipe"),
+        ({}, {"embeddings": "all"}, "embeddings new there, all in the recipe"),
+        ({"targets": ["q_proj"]}, {"targets": ["q_proj"]}, ""),
+    ],
+)
+def test_another_shape_than_the_adapters_own_is_refused(tmp_path, begun, wanted, words):
+    run, same = tmp_path / "run", {"rank": 4, "alpha": 8}
+    life.command(write(run, adapter=same | begun, optim__steps=1, evaluation={}))
+    path = write(
+        run, name="b", model="artifact:lora", adapter=same | wanted, optim__steps=1, evaluation={}
+    )
+    if words == "":
+        assert life.command(path).finished
+        return
+    with pytest.raises(UserError, match=words) as refused:
+        life.command(path)
+    assert refused.value.code == 3
+
+
+def test_an_adapter_without_a_manifest_is_refused(tmp_path):
+    run = tmp_path / "run"
+    adapter = life.command(write(run, optim__steps=1, evaluation={}))
+    shutil.copytree(adapter.model, tmp_path / "alone")
+    with pytest.raises(UserError, match="whose base no manifest names") as refused:
+        life.command(
+            write(run, name="b", model=str(tmp_path / "alone"), optim__steps=1, evaluation={})
+        )
+    assert refused.value.code == 3
+
+
+def test_fresh_takes_the_merged_model_along(tmp_path):
+    run = tmp_path / "run"
+    path = write(run, adapter={"rank": 4, "alpha": 8, "merge": True}, optim__steps=1, evaluation={})
+    life.command(path)
+    before = Artifact(run / "lora-merged").verify()["fingerprint"]
+    life.command(path, ["seed=9"], fresh=True)
+    assert Artifact(run / "lora-merged.old-1").verify()["fingerprint"] == before
+    assert Artifact(run / "lora-merged").verify()["merged_from"] == "lora"
+
+
+def publish_wrongly(adapter, hurt):
+    """As if the adapter had been published with a tensor `missing`, or `renamed`."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter.model / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "layers.0" in name)
+    tensor = tensors.pop(name)
+    save_file(
+        tensors | ({name.replace("layers.0", "layers.9"): tensor} if hurt == "renamed" else {}),
+        file,
+    )
+    manifest = adapter.manifest()
+    manifest["files"] = table(adapter.path, SCRATCH | {"checkpoints"})
+    write_json(adapter.path / "manifest.json", manifest | {"fingerprint": fingerprint(manifest)})
+
+
+def other_weights(folder):
+    """The same shape and tokenizer, other numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("hurt", ["weights", "tokenizer", "missing", "renamed"])
+def test_another_base_is_refused(tmp_path, hurt):
+    """R12: exit 3, both values shown; a wrong adapter file as well."""
+    shutil.copytree(life.TINY / "model", tmp_path / "base")
+    path = write(tmp_path / "run", model=str(tmp_path / "base"), optim__steps=1, evaluation={})
+    adapter = life.command(path)
+    if hurt == "weights":
+        other_weights(tmp_path / "base")
+    elif hurt == "tokenizer":
+        (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    else:
+        publish_wrongly(adapter, hurt)
+    with pytest.raises(UserError) as refused:
+        life.command(
+            write(
+                tmp_path / "run", name="next", model="artifact:lora", optim__steps=1, evaluation={}
+            )
+        )
+    assert refused.value.code == 3, refused.value
+    words = {"weights": "not the one it was trained on", "tokenizer": "not the one it was trained on",
+             "missing": "is missing", "renamed": "layers."}  # fmt: skip
+    assert words[hurt] in str(refused.value)
+
+
+def test_new_tokens_get_trained_embeddings(tmp_path):
+    """A base model without a template: its markers are added, their embeddings learned, and all is there again."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(life.TINY / "model", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    path = write(tmp_path / "run", model=str(tmp_path / "base"), data__template="llama3", data__max_length=128,
+                 adapter={"rank": 4, "merge": True}, evaluation={})  # fmt: skip
+    adapter = life.command(path)
+    added = adapter.manifest()["data"]["added_tokens"]
+    names = [
+        name for name in load_file(adapter.model / "adapter_model.safetensors") if "token" in name
+    ]
+    assert len(added) >= 3 and len(names) >= 1
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lora-merged" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "lora-merged" / "model")
+    rows = merged.get_input_embeddings().weight
+    assert rows.shape[0] >= len(tokenizer)
+    assert all(
+        bool(torch.isfinite(rows[tokenizer.convert_tokens_to_ids(token)]).all()) for token in added
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": None}, "adapter"),
+        ({"adapter": {"rank": 0}}, "adapter.rank"),
+        ({"adapter": {"rnak": 4}}, "did you mean 'rank'?"),
+        ({"adapter": {"contineu": True}}, "did you mean 'continue'?"),
+        ({"quantization": {"bits": 3}}, "quantization.bits"),
+    ],
+)
+def test_recipes(tmp_path, changes, message):
+    with pytest.raises(UserError) as refused:
+        load(write(tmp_path / "run", **changes), schema("lora"))
+    assert message in str(refused.value)
+    with pytest.raises(UserError, match="add `adapter:`"):
+        load(life.write(tmp_path / "run", quantization={"bits": 4}), schema("sft"))
+
+
+def test_no_layer_has_the_name(tmp_path):
+    with pytest.raises(UserError, match="adapter: Target modules"):
+        life.command(write(tmp_path / "run", adapter={"targets": ["qproj"]}))

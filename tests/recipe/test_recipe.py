@@ -1,0 +1,309 @@
+"""Recipes: every problem at once, each with its line; what YAML would let pass is refused."""
+
+import random
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmpipe.errors import UserError
+from llmpipe.files import digest
+from llmpipe.recipe.check import load, load_pipeline
+from llmpipe.recipe.sections import science
+from llmpipe.recipe.trainer import config_fields
+from llmpipe.recipe.yaml import parse
+from llmpipe.stages import schema
+
+SFT = schema("sft")
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+GOOD = """\
+stage: sft
+run: runs/x
+model: ./model
+data:
+  train:
+    - path: ./rows.jsonl
+      weight: 2
+    - {path: tatsu-lab/alpaca, limit: 10}
+  eval: {holdout: 0.1}
+optim:
+  learning_rate: 1e-5
+evaluation: {every: 5}
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path, text, sets=()):
+    with pytest.raises(UserError) as caught:
+        load(write(tmp_path, text), SFT, list(sets))
+    assert caught.value.code == 2
+    return str(caught.value).replace(str(tmp_path) + "/", "").splitlines()
+
+
+def test_reads_a_recipe(tmp_path):
+    recipe = load(
+        write(tmp_path, GOOD),
+        SFT,
+        ["optim.epochs=2", "data.train.1.limit=5", "launch.processes=2", "seed=7"],
+    )
+    assert recipe.optim.learning_rate == 1e-5
+    assert (
+        recipe.optim.epochs,
+        recipe.data.train[1].limit,
+        recipe.launch.processes,
+        recipe.seed,
+    ) == (2.0, 5, 2, 7)
+    assert recipe.data.train[0].weight == 2.0
+    assert recipe.artifact == "sft"
+
+
+def test_every_problem_at_once_with_its_line(tmp_path):
+    text = (
+        GOOD.replace("weight: 2", "wieght: 2")
+        .replace("1e-5", "fast")
+        .replace("model: ./model", "modle: ./model")
+    )
+    found = problems(tmp_path, text)
+    assert any(
+        line.startswith("r.yaml:3: modle: unknown key; did you mean 'model'?") for line in found
+    )
+    assert any(
+        line.startswith("r.yaml:7: data.train.0.wieght: unknown key; did you mean 'weight'?")
+        for line in found
+    )
+    assert any(
+        line.startswith("r.yaml:11: optim.learning_rate: should be a valid number, not 'fast'")
+        for line in found
+    )
+    assert any("model: required, but missing" in line for line in found)
+    assert len(found) == 4
+
+
+def fields(model, prefix=""):
+    """(dotted path of the section, field name) of every field of a recipe."""
+    from llmpipe.recipe.check import _models_in, fields_of
+
+    for name, field in fields_of(model).items():
+        yield prefix, name
+        for inner in _models_in(field.annotation):
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize(("section", "name"), sorted(set(fields(SFT))))
+def test_a_typo_in_every_field_gives_the_near_name_and_the_line(tmp_path, section, name):
+    typo = (
+        name + "s"
+        if len(name) < 4
+        else name[:2] + name[3] + name[2] + name[4:]
+        if name[2] != name[3]
+        else name[:-1]
+    )
+    lines = ["stage: sft", "run: runs/x", "model: ./m"]
+    parts = [p for p in section.split(".") if p]
+    indent = 0
+    for part in parts:
+        lines.append("  " * indent + f"{part}:")
+        indent += 1
+        if part in ("train", "sources"):
+            lines.append("  " * indent + "- path: ./a.jsonl")
+            indent += 1
+    lines.append("  " * indent + f"{typo}: 1")
+    found = problems(tmp_path, "\n".join(lines))
+    mine = [line for line in found if line.startswith(f"r.yaml:{len(lines)}: ") and typo in line]
+    assert mine and f"did you mean '{name}'?" in mine[0], found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x 1\nb: *x", "r.yaml:1: anchors"),
+        ("a: 1\nb: *x", "r.yaml:2: aliases"),
+        ("a: !!python/object:os.system x", "r.yaml:1: tags"),
+        ("a: 1\nb: 2\na: 3", "r.yaml:3: a: given twice; the first is on line 1"),
+        ("a: [1, 2", "r.yaml:1: not valid YAML"),
+        ("a: 1\n\tb: 2", "r.yaml:2: not valid YAML"),
+        ("", "r.yaml:1: the file is empty"),
+        ("- 1", "r.yaml:1: a recipe is a mapping"),
+        ("? [1]\n: 2", "r.yaml:1: a key must be a plain word"),
+        ("a: 1\n---\nb: 2", "r.yaml:2: not valid YAML"),
+        ("stages: []", "r.yaml:1: this is a pipeline"),
+    ],
+)
+def test_refuses_what_yaml_would_let_pass(tmp_path, text, message):
+    assert problems(tmp_path, text)[0].startswith(message)
+
+
+def test_scalars_are_yaml_1_2():
+    values, _ = parse(
+        "a: 1e-5\nb: no\nc: 12:30\nd: 0x10\ne: 1_000\nf: ~\ng: '1'\nh: .5\ni: off\nj: 1.\nk: 010",
+        "x",
+    )
+    assert values == {
+        "a": 1e-5, "b": "no", "c": "12:30", "d": "0x10", "e": 1000, "f": None, "g": "1", "h": 0.5, "i": "off", "j": 1.0,
+        "k": 10,
+    }  # fmt: skip
+
+
+def test_sets_are_located(tmp_path):
+    assert problems(tmp_path, GOOD, ["optim.learning_rte=1"])[0].startswith(
+        "--set optim.learning_rte=1: optim.learning_rte: unknown key; did you mean 'learning_rate'?"
+    )
+    assert "no data.train.7" in problems(tmp_path, GOOD, ["data.train.7.path=x"])[0]
+    assert "expected key.sub=value" in problems(tmp_path, GOOD, ["novalue"])[0]
+
+
+def test_the_escape_hatch_is_checked_by_name(tmp_path):
+    assert len(config_fields("trl", "trainer.sft_config", "SFTConfig")) > 100
+    text = (
+        GOOD
+        + "trainer:\n  neftune_noise_alhpa: 5\n  learning_rate: 1\n  activation_ofloading: true\n  save_stepz: 4\n"
+    )
+    found = problems(tmp_path, text)
+    assert (
+        found[0]
+        == "r.yaml:14: trainer.neftune_noise_alhpa: SFTConfig has no such field; did you mean 'neftune_noise_alpha'?"
+    )
+    assert (
+        found[1]
+        == "r.yaml:15: trainer.learning_rate: llmpipe sets this itself; use optim.learning_rate"
+    )
+    assert found[2].endswith("did you mean 'activation_offloading'?")
+    assert "save_steps" in found[3]
+    recipe = load(write(tmp_path, GOOD + "trainer: {neftune_noise_alpha: 5}"), SFT)
+    assert science(recipe)["trainer"] == {"neftune_noise_alpha": 5}
+
+
+def test_identity_is_science_only(tmp_path):
+    one = load(write(tmp_path, GOOD), SFT)
+    for same in (
+        "run=other",
+        "name=b",
+        "log.every=3",
+        "checkpoint.every=7",
+        "launch.threads=3",
+        "data.processes=2",
+    ):
+        assert digest(science(load(write(tmp_path, GOOD), SFT, [same]))) == digest(science(one)), (
+            same
+        )
+    for other in (
+        "seed=1",
+        "optim.epochs=2",
+        "data.max_length=99",
+        "optim.precision=fp32",
+        "samples.max_new_tokens=3",
+    ):
+        assert digest(science(load(write(tmp_path, GOOD), SFT, [other]))) != digest(science(one)), (
+            other
+        )
+
+
+def test_pipeline(tmp_path):
+    inner = "\n".join(
+        "    " + line for line in GOOD.splitlines() if not line.startswith("run:")
+    ).replace("    stage", "  - stage", 1)
+    path = write(tmp_path, f"run: runs/p\nstages:\n{inner}\n")
+    assert [r.run for r in load_pipeline(path, schema)] == ["runs/p"]
+    path.write_text(
+        path.read_text().replace("learning_rate", "learning_rat").replace("run:", "rum:")
+    )
+    with pytest.raises(UserError) as caught:
+        load_pipeline(path, schema)
+    assert "r.yaml:1: rum: unknown key; did you mean 'run'?" in str(caught.value)
+    assert "did you mean 'learning_rate'?" in str(caught.value)
+
+
+def mutate(text: str, rng: random.Random) -> bytes:
+    """A recipe with one to four random hurts: bytes, lines, words, indentation."""
+    data = bytearray(text.encode())
+    for _ in range(rng.randint(1, 4)):
+        kind, at = rng.randrange(7), rng.randrange(max(1, len(data)))
+        if kind == 0:
+            data[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind == 1:
+            del data[at : at + rng.randint(1, 20)]
+        elif kind == 2:
+            data[at:at] = rng.choice(
+                [
+                    b"&a ",
+                    b"*a ",
+                    b"!!x ",
+                    b": ",
+                    b"- ",
+                    b"[",
+                    b"}",
+                    b"\t",
+                    b"'",
+                    b'"',
+                    b"\x00",
+                    b"%",
+                    b"{a: ",
+                ]
+            )
+        elif kind == 3:
+            data[at:at] = "".join(rng.choices(string.printable, k=5)).encode()
+        elif kind == 4:
+            lines = bytes(data).split(b"\n")
+            rng.shuffle(lines)
+            data = bytearray(b"\n".join(lines))
+        elif kind == 5:
+            data[at:at] = bytes(data[at : at + 40])
+        else:
+            data[at:at] = rng.choice(
+                [b"1e999", b".nan", b"-1", b"null", b"[]", b"{}", b"true", b"9" * 400]
+            )
+    return bytes(data)
+
+
+def check_fuzzed(path, data):
+    """Loads, or is refused with exit 2 and a place: nothing else may come out."""
+    path.write_bytes(data)
+    try:
+        load(path, SFT)
+    except UserError as error:
+        assert error.code == 2
+        assert all(line.startswith((f"{path}:", "--set")) for line in error.message.splitlines()), (
+            error.message
+        )
+
+
+def test_fuzz_mutations(tmp_path):
+    """R6: 5,000 mutated recipes."""
+    rng = random.Random(20261121)
+    seeds = [GOOD, *(p.read_text() for p in sorted(RECIPES.rglob("*.yaml")))]
+    for _ in range(5000):
+        check_fuzzed(tmp_path / "r.yaml", mutate(rng.choice(seeds), rng))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=200))
+def test_fuzz_text(tmp_path_factory, text):
+    check_fuzzed(tmp_path_factory.getbasetemp() / "h.yaml", text.encode("utf-8", "replace"))
+
+
+YAML_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(SFT.model_fields)), YAML_VALUES))
+def test_fuzz_values(tmp_path_factory, values):
+    import yaml
+
+    check_fuzzed(
+        tmp_path_factory.getbasetemp() / "h.yaml",
+        yaml.safe_dump(values, allow_unicode=True).encode(),
+    )

@@ -1,0 +1,249 @@
+"""The equations of PPO against NumPy and numbers worked out by hand; sampling against the distribution it claims."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llmpipe.rl import policy_gradient, rollout
+
+
+def gae(rewards, values, discount, smoothing):
+    """One episode, by the sum of Schulman 2016, eq. 16."""
+    n = len(rewards)
+    following = np.append(values[1:], 0.0)
+    deltas = rewards + discount * following - values
+    found = [
+        sum((discount * smoothing) ** (j - t) * deltas[j] for j in range(t, n)) for t in range(n)
+    ]
+    return np.array(found)
+
+
+def test_advantages_and_returns():
+    rng = np.random.default_rng(0)
+    lengths = [1, 7, 3, 12]
+    mask = torch.zeros(4, 12)
+    rewards, values = (
+        torch.tensor(rng.normal(size=(4, 12)), dtype=torch.float32) for _ in range(2)
+    )
+    for i, n in enumerate(lengths):
+        mask[i, :n] = 1
+    found, returns = policy_gradient.advantages(rewards * mask, values, mask, 0.97, 0.9)
+    for i, n in enumerate(lengths):
+        expected = gae(rewards[i, :n].numpy(), values[i, :n].numpy(), 0.97, 0.9)
+        assert found[i, :n].numpy() == pytest.approx(expected, abs=1e-6)
+        assert returns[i, :n].numpy() == pytest.approx(expected + values[i, :n].numpy(), abs=1e-6)
+        assert not found[i, n:].any() and not returns[i, n:].any()
+
+
+def test_the_score_is_at_the_last_token():
+    kl = torch.tensor([[0.5, -0.25, 9.0], [1.0, 9.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    found = policy_gradient.token_rewards(torch.tensor([2.0, 3.0]), kl, mask, 0.1)
+    assert found.tolist() == [pytest.approx([-0.05, 2.025, 0]), pytest.approx([2.9, 0, 0])]
+
+
+def test_kl_estimators():
+    """Both have the KL as their mean; k3 is never negative."""
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 50).log_softmax(-1)
+    drawn = torch.multinomial(p.exp(), 200_000, replacement=True)
+    exact = float((p.exp() * (p - q)).sum())
+    for estimator in ("k1", "k3"):
+        found = policy_gradient.kl_penalty(p[drawn], q[drawn], estimator)
+        assert float(found.mean()) == pytest.approx(exact, abs=0.02)
+    assert float(found.min()) >= 0
+
+
+def test_whitened():
+    values, mask = (
+        torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]),
+        torch.tensor([[1.0, 1, 0], [1, 0, 0]]),
+    )
+    found = policy_gradient.whitened(values, mask, lambda total: total)
+    deviation = math.sqrt((4 + 1 + 9) / 3)
+    assert found.tolist() == [
+        pytest.approx([-2 / deviation, -1 / deviation, 0]),
+        pytest.approx([3 / deviation, 0, 0]),
+    ]
+
+
+def test_losses_by_hand():
+    ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5])
+    advantage = torch.tensor([2.0, 1.0, 1.0, -1.0, -1.0])
+    old = torch.full((5,), -2.0)
+    loss, seen = policy_gradient.policy_loss(old + ratio.log(), old, advantage, 0.2)
+    # -2; held at 1.2; free 0.5; free 1.5; held at 0.8
+    assert float(loss) == pytest.approx(-2 - 1.2 - 0.5 + 1.5 + 0.8)
+    assert int(seen["policy/clipfrac"]) == 2 and float(seen["val/ratio"]) == pytest.approx(5)
+    assert float(seen["policy/approxkl"]) == pytest.approx(
+        float((ratio - 1 - ratio.log()).sum()), abs=1e-6
+    )
+    values, before, returns = (
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([1.0, 1.0]),
+        torch.tensor([0.0, 3.0]),
+    )
+    loss, seen = policy_gradient.value_loss(values, before, returns, 0.2)
+    assert float(loss) == pytest.approx(0.5 * (1 + 1.8**2)) and int(seen["val/clipfrac"]) == 1
+    assert float(policy_gradient.value_loss(values, before, returns, None)[0]) == pytest.approx(
+        0.5 * (1 + 1)
+    )
+
+
+def test_the_coefficient_follows_its_target():
+    steered = policy_gradient.Coefficient(0.1, 6.0, 1000)
+    steered.adapt(60.0, 100)
+    assert steered.value == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    steered.adapt(5.7, 100)
+    assert steered.value == pytest.approx(0.102 * (1 - 0.05 * 0.1))
+    fixed = policy_gradient.Coefficient(0.1, None, 1000)
+    fixed.adapt(60.0, 100)
+    assert fixed.value == 0.1
+
+
+def test_running_moments_are_those_of_all_scores():
+    rng = np.random.default_rng(1)
+    scores, moments = rng.normal(3, 2, 60), policy_gradient.Moments()
+    for part in np.split(scores, [7, 20, 21]):
+        moments.add(len(part), part.sum(), (part**2).sum())
+    assert moments.mean == pytest.approx(scores.mean()) and moments.deviation == pytest.approx(
+        scores.std(ddof=1)
+    )
+
+
+class Fixed(torch.nn.Module):
+    """A `model` that says the same at every place."""
+
+    def __init__(self, logits):
+        super().__init__()
+        from transformers import LlamaConfig
+
+        self.logits, self.device, self.config = (
+            logits,
+            torch.device("cpu"),
+            LlamaConfig(num_hidden_layers=1),
+        )
+
+    def forward(self, input_ids, past_key_values, **_):
+        from types import SimpleNamespace
+
+        one = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+        past_key_values.update(one, one, 0)
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1))
+
+
+class How:
+    def __init__(self, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
+        self.max_new_tokens, self.temperature, self.top_p, self.top_k = (
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+        )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.7, 6)],
+)
+def test_tokens_are_drawn_from_the_distribution_that_is_claimed(temperature, top_p, top_k):
+    torch.manual_seed(2)
+    logits = torch.randn(20)
+    luck = torch.rand(4000, 5, generator=rollout.seeded(1))
+    drawn = rollout.draw(
+        Fixed(logits), [[1]] * 4000, luck, How(5, temperature, top_p, top_k), [99], 0
+    )
+    probabilities = (logits / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    kept = order[: top_k or 20]
+    shares = probabilities[kept] / probabilities[kept].sum()
+    kept = kept[: int((shares.cumsum(0) - shares < top_p).sum())]
+    expected = torch.zeros(20)
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    counts = torch.zeros(20)
+    for episode in drawn:
+        for i, (token, log_p) in enumerate(
+            zip(episode.answer, episode.log_probs.tolist(), strict=True)
+        ):
+            counts[token] += 1
+            assert log_p == pytest.approx(math.log(expected[token]), abs=1e-5)
+            if episode.allowed:
+                assert sorted(episode.allowed[i].tolist()) == sorted(kept.tolist())
+    assert float((counts / counts.sum() - expected).abs().max()) < 0.01
+
+
+def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
+    logits = torch.zeros(4)
+    model, sizes = Fixed(logits), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    luck = torch.rand(64, 30, generator=rollout.seeded(3))
+    drawn = rollout.draw(model, [[1, 2]] * 64, luck, How(30), [3], 0)
+    for episode in drawn:
+        assert episode.ended == (episode.answer[-1] == 3) and 3 not in episode.answer[:-1]
+        assert len(episode.answer) == len(episode.log_probs) <= 30
+    needed = sum(len(episode.answer) for episode in drawn)
+    assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
+    """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise, with its gradients."""
+    from llmpipe.rl import actors
+
+    torch.manual_seed(0)
+    hidden, layer = torch.randn(2 * actors.TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
+    head = actors.Head(layer, 1.5, None)
+    targets, found = torch.randint(101, (len(hidden),)), []
+    for bonus in (False, True):
+        given = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            log_p, entropy = actors.log_probs(given, head, targets, 0.7, None, bonus)
+        (log_p * torch.linspace(-1, 1, len(targets))).sum().backward()
+        found.append((log_p.detach(), entropy.detach(), given.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype and (one - other).abs().max() < (
+            1e-5 if precision == "fp32" else 0.03
+        )
+    everything = [torch.arange(101)] * len(hidden)
+    assert (
+        actors.log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]
+    ).abs().max() < 0.03
+    some = [torch.tensor([int(target), 7, 8]) for target in targets]
+    logits = (hidden @ layer.weight.T * 1.5 / 0.7).detach()
+    expected = [
+        float(row[ids].log_softmax(0)[0])
+        for row, ids in zip(logits, some, strict=True)
+        if int(ids[0]) > 8
+    ]
+    given = actors.log_probs(hidden, head, targets, 0.7, some, False)[0]
+    assert given.detach()[targets > 8].tolist() == pytest.approx(expected, abs=1e-4)
+    bound = (2 * (logits * 0.7 / 2).tanh() / 0.7).log_softmax(-1)
+    given = actors.log_probs(hidden, actors.Head(layer, 1.5, 2.0), targets, 0.7, None, False)[0]
+    assert (given - bound.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-5
+
+
+def test_signs_of_a_gamed_reward_are_said_once():
+    from types import SimpleNamespace
+
+    from llmpipe.rl.ppo import Loop
+
+    said: list[str] = []
+    recipe = SimpleNamespace(reference=SimpleNamespace(target=None))
+    state = SimpleNamespace(first={}, warned=[], recipe=recipe, say=said.append)
+    line = {"objective/kl": 1.0, "answers/tokens": 20.0, "objective/entropy": 2.0}
+    Loop._warn(state, line)
+    assert not said
+    for change in (
+        {"objective/kl": 51.0},
+        {"answers/tokens": 49.0},
+        {"answers/tokens": 6.0},
+        {"objective/entropy": 0.1},
+    ):
+        Loop._warn(state, line | change)
+        Loop._warn(state, line | change)
+    signs = ["KL ran away", "answers grow", "answers shrink", "entropy collapsed"]
+    assert [text.split(": ")[1] for text in said] == signs

@@ -1,0 +1,379 @@
+"""The overrides in `llmpipe.upstream` change no result, and what they hold on to upstream is still there."""
+
+import copy
+import inspect
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+import transformers.masking_utils
+import trl.trainer.utils
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from llmpipe import upstream
+from llmpipe.kernels import cpu
+from llmpipe.kernels.cpu import DOCUMENTS, LogProbs
+
+LENGTHS = (5, 1, 9, 17)
+OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+OF_DPO = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch):
+    """Give TRL its own names back after each test."""
+    for name in ("_use_triton", "_ChunkedLogProbFunction"):
+        monkeypatch.setattr(trl.trainer.utils, name, getattr(trl.trainer.utils, name))
+
+
+def tiny() -> LlamaForCausalLM:
+    """A random Llama: two layers, four heads that share two keys."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=101, max_position_embeddings=64, pad_token_id=0,
+                         tie_word_embeddings=True, attn_implementation="sdpa", initializer_range=0.2)  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def pair() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """The same model as it is, and sped up."""
+    plain = tiny()
+    fast = copy.deepcopy(plain)
+    upstream.speed_up(fast, device_type="cpu")
+    assert (
+        fast.config._attn_implementation == DOCUMENTS
+        and plain.config._attn_implementation == "sdpa"
+    )
+    return plain, fast
+
+
+def rows(seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 101, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [
+        {"input_ids": row, "labels": [-100] * (len(row) // 2) + row[len(row) // 2 :]} for row in ids
+    ]
+
+
+def batch(padding_free: bool) -> dict:
+    return DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)(rows())
+
+
+def inputs(collated: dict) -> dict:
+    return {name: value for name, value in collated.items() if name != "labels"}
+
+
+def grads(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_packed_row_equals_the_dense_block_mask():
+    plain, fast = pair()
+    packed = inputs(batch(padding_free=True))
+    expected, found = (model(**packed, use_cache=False).logits for model in (plain, fast))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(grads(fast), grads(plain), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "keep", [{"input_ids", "position_ids"}, None], ids=["position_ids alone", "TRL's collator"]
+)
+def test_documents_do_not_see_each_other(keep):
+    _, fast = pair()
+    packed = inputs(batch(padding_free=True))
+    packed = {name: value for name, value in packed.items() if keep is None or name in keep}
+    other = packed | {"input_ids": packed["input_ids"].clone()}
+    other["input_ids"][0, : LENGTHS[0]] = 7
+    before, after = (fast(**given, use_cache=False).logits[0] for given in (packed, other))
+    assert (before[: LENGTHS[0]] != after[: LENGTHS[0]]).any()
+    assert (before[LENGTHS[0] :] == after[LENGTHS[0] :]).all()
+
+
+def test_mask_is_lengths_none_or_dense():
+    _, fast = pair()
+    embeds, config = torch.zeros(1, 6, 32), fast.config
+    causal = transformers.masking_utils.create_causal_mask
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0]])
+    assert causal(config, embeds, None, None, positions).tolist() == [2, 3, 1]
+    assert causal(config, embeds, None, None, torch.arange(6)[None]) is None
+    assert causal(config, embeds, torch.tensor([[1, 1, 1, 1, 0, 0]]), None) is None
+    assert causal(config, embeds, torch.tensor([[0, 0, 1, 1, 1, 1]]), None).shape == (1, 1, 6, 6)
+    assert causal(config, torch.zeros(2, 6, 32), None, None, positions.expand(2, -1)).shape == (
+        2,
+        1,
+        6,
+        6,
+    )
+    window = copy.deepcopy(config)
+    window.sliding_window = 3
+    slide = transformers.masking_utils.create_sliding_window_causal_mask
+    assert slide(window, embeds, None, None, positions).shape == (1, 1, 6, 6)
+    window.sliding_window = 6
+    assert slide(window, embeds, None, None, positions).tolist() == [2, 3, 1]
+
+
+def test_padded_batches_are_equal_where_there_are_tokens():
+    plain, fast = pair()
+    padded = inputs(batch(padding_free=False))
+    real = padded["attention_mask"].bool()
+    expected, found = (model(**padded, use_cache=False).logits[real] for model in (plain, fast))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_from_left_padding_is_equal():
+    plain, fast = pair()
+    ids = torch.tensor([[0, 0, 0, 5, 6], [9, 8, 7, 6, 5]])
+    asked = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "max_new_tokens": 8,
+        "do_sample": False,
+    }
+    expected, found = (model.eval().generate(**asked) for model in (plain, fast))
+    assert expected.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("items", [None, 37])
+def test_head_equals_trls(padding_free, items, monkeypatch):
+    plain, fast = pair()
+    given = batch(padding_free)
+    with monkeypatch.context() as bare:
+        bare.setattr(trl.trainer.utils, "_use_triton", lambda _: False)
+        bare.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+        trl.trainer.utils.add_fused_lm_head(plain, outputs=OUTPUTS)
+        expected = plain(**given, num_items_in_batch=items, fused_lm_head=True)
+        expected.loss.backward()
+    trl.trainer.utils.add_fused_lm_head(fast, outputs=OUTPUTS)
+    found = fast(**given, num_items_in_batch=items, fused_lm_head=True)
+    found.loss.backward()
+    for name in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads(fast), grads(plain), atol=1e-5, rtol=1e-4)
+
+
+def call(function, hidden, weight, targets, outputs=OUTPUTS, bias=None):
+    return function.apply(hidden, weight, bias, targets, 1.0, 64, None, 1.0, outputs)
+
+
+@pytest.mark.parametrize("outputs", [OUTPUTS, OF_DPO, ("log_probs",)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_probs_with_a_factor_per_token_and_across_tiles(autocast, outputs, monkeypatch):
+    """As DFT's loss has it: every token's gradient is scaled differently."""
+    monkeypatch.setattr(cpu, "TILE", 4)
+    monkeypatch.setattr(cpu, "CACHED", 3 * 101)  # three rows of a tile at once
+    torch.manual_seed(0)
+    targets, factor = torch.randint(0, 101, (11,)), torch.rand(11)
+    results = []
+    for function in (ChunkedLogProbFunction, LogProbs):
+        torch.manual_seed(1)
+        hidden, weight = (
+            torch.randn(11, 32, requires_grad=True),
+            torch.randn(101, 32, requires_grad=True),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = call(function, hidden, weight, targets, outputs)
+        (found[0] * factor).sum().backward()
+        results.append((found, (hidden.grad, weight.grad)))
+    tolerance = 3e-2 if autocast else 1e-5
+    assert [value is None for value in results[1][0]] == [value is None for value in results[0][0]]
+    known = [tuple(value for value in found if value is not None) for found, _ in results]
+    torch.testing.assert_close(known[1], known[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], atol=tolerance, rtol=tolerance)
+
+
+def test_log_probs_edges():
+    hidden, weight = torch.randn(3, 32, requires_grad=True), torch.randn(101, 32)
+    nothing = call(LogProbs, hidden[:0], weight, torch.empty(0, dtype=torch.long))[0]
+    nothing.sum().backward()
+    assert hidden.grad.abs().sum() == 0
+    targets = torch.tensor([1, 2, 3])
+    call(LogProbs, hidden, weight, targets)[0].sum().backward()  # a frozen head, as under LoRA
+    assert hidden.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not call(LogProbs, hidden, weight, targets)[0].requires_grad
+    for outputs in (
+        (*OUTPUTS, "log_sum_sq_probs"),
+        ("log_probs", "log_sum_sq_probs"),
+    ):  # WPO's stays TRL's
+        functions = ChunkedLogProbFunction, LogProbs
+        expected, found = (
+            call(function, hidden, weight, targets, outputs) for function in functions
+        )
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_saved_config_names_no_attention(tmp_path):
+    _, fast = pair()
+    fast.save_pretrained(tmp_path)
+    assert "llmpipe" not in (tmp_path / "config.json").read_text()
+    assert not any("attn_impl" in key for key in json.loads((tmp_path / "config.json").read_text()))
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_other_devices_and_other_attentions_are_left_alone():
+    before = trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction
+    model = tiny()
+    upstream.speed_up(model, device_type="cuda")
+    assert model.config._attn_implementation == "sdpa"
+    assert (trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction) == before
+    model.set_attn_implementation("eager")
+    upstream.speed_up(model, device_type="cpu")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_choose_attention():
+    for device in ("cpu", "cuda", "mps"):
+        for packed in (True, False):
+            name, why = upstream.choose_attention(device, packed)
+            assert name in ("sdpa", "flash_attention_2") and why
+    assert upstream.choose_attention("cpu", True)[0] == "sdpa"
+
+
+def test_silence(caplog):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        upstream.silence()
+        warnings.warn(
+            "`gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning
+        )
+        warnings.warn("something else", FutureWarning)
+    assert [str(warning.message) for warning in caught] == ["something else"]
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    logger.warning("a line that matters")
+    assert [record.getMessage() for record in caplog.records] == ["a line that matters"]
+
+
+# Canaries: what the overrides hold on to. A failure here says that upstream moved and upstream.py has to follow.
+
+
+def test_canary_fused_head():
+    source = inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    assert (
+        source.count("_use_triton(") == 1
+        and "compact = _use_triton(hidden_states.device)" in source
+    )
+    assert source.count("_ChunkedLogProbFunction.apply(") == 1
+    assert (
+        inspect.getsource(trl.trainer.utils).count("_use_triton") == 2
+    )  # its import and `compact`
+    assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == [
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "outputs",
+    ]  # fmt: skip
+    sft = inspect.getsource(trl.SFTTrainer)
+    assert 'outputs=("log_probs", "entropy", "is_top1")' in sft
+    assert "outputs.entropy.detach()" in sft  # so the entropy needs no gradient
+
+
+def test_canary_attention():
+    needed = {"batch_size", "q_length", "kv_length", "q_offset", "mask_function", "attention_mask", "local_size",
+              "use_vmap", "allow_is_causal_skip", "device"}  # fmt: skip
+    assert needed <= set(inspect.signature(transformers.masking_utils.sdpa_mask).parameters)
+    expected = ["module", "query", "key", "value", "attention_mask", "dropout", "scaling"]
+    assert list(inspect.signature(sdpa_attention_forward).parameters)[:7] == expected
+    source = inspect.getsource(transformers.masking_utils.create_causal_mask)
+    packed = source.split("if packed_sequence_mask is not None:")[1].split("if block_sequence_ids")[
+        0
+    ]
+    assert (
+        "allow_is_causal_skip = False" in packed
+    )  # how `documents_mask` knows a packed row from a plain one
+    assert callable(AttentionInterface.register) and callable(AttentionMaskInterface.register)
+
+
+def test_canary_trainers_of_pairs():
+    """What `engine/preference.py` overrides or leans on."""
+    from trl import DPOTrainer, RewardTrainer
+
+    for trainer in (RewardTrainer, DPOTrainer):
+        assert {"_prepare_dataset", "_set_signature_columns_if_needed", "compute_loss"} <= set(
+            vars(trainer)
+        )
+        assert "num_items_in_batch" in inspect.signature(trainer.compute_loss).parameters
+    source = inspect.getsource(DPOTrainer)
+    assert (
+        'model.add_adapter("ref", default_config)' in source
+        and '.replace(".default.", ".ref.")' in source
+    )
+    assert 'adapter_name="ref" if "ref" in' in source
+    assert (
+        '{"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}' in source
+    )  # all else goes to the model
+    assert (
+        "per_token_logps = outputs.log_probs[:, -seq_len:]" in source
+        and "loss += per_sequence_loss.mean()" in source
+    )
+    assert list(inspect.signature(DPOTrainer._compute_loss).parameters) == [
+        "self",
+        "model",
+        "inputs",
+        "return_outputs",
+    ]
+    assert "outputs.logits.squeeze(-1), chunks=2" in inspect.getsource(RewardTrainer.compute_loss)
+    scaling = inspect.getsource(transformers.Trainer.training_step)
+    assert "loss / self.current_gradient_accumulation_steps" in scaling
+
+
+def test_canary_noise():
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    for name, start in upstream.NOISE.items():
+        assert start.split(": [")[0] in Path(find_spec(name).origin).read_text(), name
+
+
+def test_a_quantized_model_says_the_same_before_and_after_its_first_evaluation():
+    """bitsandbytes still repacks 4-bit weights on some CPUs, and still asks this attribute first."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    upstream.keep_unpacked(torch.nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_a_tied_head_that_learns_tokens_has_a_bias_to_read():
+    """PEFT's wrapper forwards `weight` alone, and TRL's fused head reads `weight` and `bias`."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM",
+                                                                    trainable_token_indices=[3]))  # fmt: skip
+    assert not hasattr(model.get_output_embeddings(), "bias"), (
+        "upstream mended it: `with_bias` can go"
+    )
+    assert upstream.with_bias(model).get_output_embeddings().bias is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generating_copies_no_head(dtype):
+    """Without it the weight is copied for every row of the batch; when it no longer is, `generating` can do less."""
+
+    def copies(model) -> int:
+        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as seen:
+            out = model(input_ids=torch.arange(3, 15).view(3, 4), logits_to_keep=1)
+        assert out.logits.shape == (3, 1, 101)
+        return sum(
+            event.name == "aten::bmm" and any(101 in shape for shape in event.input_shapes)
+            for event in seen.events()
+        )
+
+    model = tiny().to(dtype).requires_grad_(False)
+    upstream.speed_up(model, device_type="cpu")
+    assert copies(model) == 1
+    with upstream.generating(model):
+        assert copies(model) == 0
+    assert model.config._attn_implementation == DOCUMENTS and copies(model) == 1
