@@ -15,8 +15,8 @@ from pathlib import Path
 import torch  # noqa: TID253 - a script, not the package
 
 from llmpipe import upstream
-from llmpipe.models.base import load_model, load_tokenizer
-from llmpipe.models.generate import Sampling, answer, render
+from llmpipe.models.generate import Sampling, generate, render
+from llmpipe.models.pretrained import load_model, load_tokenizer
 
 
 def one_by_one(model, tokenizer, prompts, most: int) -> list[str]:
@@ -38,9 +38,11 @@ def batched(model, tokenizer, prompts, most: int, size: int) -> list[str]:
     for start in range(0, len(order), size):
         part = order[start : start + size]
         for i, said in zip(
-            part, answer(model, tokenizer, [prompts[i] for i in part], Sampling(most)), strict=True
+            part,
+            generate(model, tokenizer, [prompts[i] for i in part], Sampling(most)),
+            strict=True,
         ):
-            out[i] = said["answer"]
+            out[i] = said.text
     return out
 
 

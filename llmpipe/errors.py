@@ -45,3 +45,8 @@ def near(word: str, known: list[str]) -> str:
     """`; did you mean 'x'?` or nothing."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in a line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

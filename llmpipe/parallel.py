@@ -1,42 +1,100 @@
-"""The processes of a run and what they tell each other: sums, the greatest, and the first error."""
+"""How a model is spread over processes, and what these tell each other.
+
+Today every process holds the whole model: one process alone, or several under
+DistributedDataParallel, which Accelerate puts around it. Nothing else in llmpipe calls
+`torch.distributed`, so whatever comes after DDP has one place to go.
+
+All methods of `World` that speak to the other processes are collective: every process has to call
+them, in one order. 
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch import distributed as dist
 
 from llmpipe.errors import UserError
+from llmpipe.run.signals import Signals
+
+T = TypeVar("T")
 
 
 class World:
-    """All processes, as one of them sees them. With one process nothing is sent."""
+    """All processes of a run, as one of them sees them. With one process nothing is sent."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.device = accelerator, accelerator.device
-        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.size: int = accelerator.num_processes
 
-    def add(self, value: Tensor, greatest: bool = False) -> Tensor:
-        """The sum over processes, or the greatest, on the CPU."""
-        if self.size == 1:
-            return value
-        shared = value.to(self.device)
-        op = torch.distributed.ReduceOp.MAX if greatest else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(shared, op=op)
-        return shared.cpu()
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
 
-    def totals(self, sums: dict[str, Any]) -> dict[str, float]:
-        """Every number's sum over processes."""
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes of a tensor of any shape; on the CPU where there are several
+        processes.
+        """
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def greatest(self, value: float) -> float:
+        """The greatest of the processes' numbers, the same in all of them."""
+        return float(self._reduced(torch.tensor(float(value)), dist.ReduceOp.MAX))
+
+    def totals(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """The sum over processes of every number, added in float64. All processes have the same
+        names in one order.
+        """
         values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
-        return dict(zip(sums, self.add(values).tolist(), strict=True))
+        return dict(zip(sums, self.sum(values).tolist(), strict=True))
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add the gradients up in place, those that are missing as zeros. DDP averages them itself;
+        this is for a loop without it.
+        """
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.size > 1:
+                dist.all_reduce(parameter.grad)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's object, which is pickled on the way, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def agree(self, error: UserError | None) -> None:
-        """Raise in all processes what one has met: none may wait for another."""
-        errors = [error and (error.message, error.hint, error.code)]
-        if self.size > 1:
-            errors *= self.size
-            torch.distributed.all_gather_object(errors, errors[0])
-        if first := next(filter(None, errors), None):
+        """Raise in all processes what one of them has met, the first by rank: none may wait for
+        another.
+        """
+        told = (error.message, error.hint, error.code) if error else None
+        first = next((each for each in self.gather(told) if each), None)
+        if first:
             raise UserError(*first)
+
+    def stop_code(self, signals: Signals) -> int:
+        """The exit code of a signal that any process was sent, 0 for none; the same in all
+        processes.
+        """
+        return int(self.greatest(signals.code or 0))
+
+    def _reduced(self, value: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return value
+        shared = value.to(self.device, copy=True)
+        dist.all_reduce(shared, op=operation)
+        return shared.cpu()

@@ -69,7 +69,7 @@ def contiguous_head(model):
         hook.remove()
 
 
-def attention_of(kind, wanted):
+def supported_attention(kind, wanted):
     """The attention that a model class can be loaded with: the wanted one, else sdpa, else eager."""
     flash = getattr(
         kind, "_compatible_flash_implementations", None
@@ -85,11 +85,11 @@ def attention_of(kind, wanted):
 def as_loaded(model) -> None:
     """Leave what only training computes with: an attention that may run in half precision alone, and the routing that
     a mixture of experts returns, by TRL's order in the configuration: with it a cached step of generation breaks."""
-    model.set_attn_implementation(attention_of(model, "sdpa"))
-    unrouted(model.config)
+    model.set_attn_implementation(supported_attention(model, "sdpa"))
+    forget_routing(model.config)
 
 
-def unrouted(config) -> None:
+def forget_routing(config) -> None:
     if getattr(config.get_text_config(), "output_router_logits", False):
         config.get_text_config().output_router_logits = False
 
@@ -110,7 +110,7 @@ def generating(model):
 
 
 @contextmanager
-def ranking(kind):
+def as_reward_model(kind):
     """Make reward models of causal ones, of the class `kind`, without a word of the head that is new and of the one
     that is left out. TRL has the same for heads called `lm_head` only; Pythia's is `embed_out`."""
     names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")

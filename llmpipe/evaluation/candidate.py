@@ -19,10 +19,10 @@ from llmpipe.data.encode import Encoder
 from llmpipe.data.template import Choice as Chosen
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Line
-from llmpipe.models.base import load_tokenizer
 from llmpipe.models.generate import render
 from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
+from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 

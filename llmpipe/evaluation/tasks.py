@@ -23,7 +23,7 @@ from llmpipe.evaluation import scores
 from llmpipe.evaluation.book import Book, Line
 from llmpipe.evaluation.candidate import Candidate, Sequence_, batched, encoder_of
 from llmpipe.evaluation.statistics import pass_at
-from llmpipe.models.generate import Sampling, answer, own_rng
+from llmpipe.models.generate import Sampling, generate, isolated_rng
 from llmpipe.recipe.sections import Recipe, Section
 from llmpipe.run.progress import Progress, duration
 
@@ -221,20 +221,20 @@ def _answers(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) -> 
     seed = int(
         sha256(f"{recipe.seed} {[item['id'] for item in batch]}".encode()).hexdigest()[:8], 16
     )
-    with own_rng(seed):
+    with isolated_rng(seed):
         flat = [a for i in range(0, len(ids), model.batch_size)
-                for a in answer(model.model, model.tokenizer, ids[i : i + model.batch_size], sampling)]  # fmt: skip
+                for a in generate(model.model, model.tokenizer, ids[i : i + model.batch_size], sampling)]  # fmt: skip
     lines = []
     for i, item in enumerate(batch):
         own, reference = flat[i * n : (i + 1) * n], item.get("reference")
         each = [
             {k: v for kind in task.score if kind not in ("bleu", "chrf")
-             for k, v in scores.score(kind, one["answer"], reference, task.pattern).items()}
+             for k, v in scores.score(kind, one.text, reference, task.pattern).items()}
             for one in own
         ]  # fmt: skip
         lines.append({
             "prompt": prompts[i], "reference": reference,
-            "answers": [one["answer"] for one in own], "ended": [one["ended"] for one in own],
+            "answers": [one.text for one in own], "ended": [one.ended for one in own],
             "scores": _over_samples(each, task),
             "corpus": [kind for kind in task.score if kind in ("bleu", "chrf")],
         })  # fmt: skip

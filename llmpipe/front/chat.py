@@ -20,10 +20,10 @@ import torch
 from transformers import TextStreamer
 
 from llmpipe.errors import UserError
-from llmpipe.models.base import load_tokenizer
-from llmpipe.models.generate import Sampling, answer, render
+from llmpipe.models.generate import Sampling, generate, render
 from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
+from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs
 
 HELP = "/system TEXT  set the system turn   /reset  start over   /save FILE  write the conversation   /quit"
@@ -53,7 +53,7 @@ class Voice:
         streamer = (
             _Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         )
-        said = answer(self.model, self.tokenizer, [ids], sampling, streamer)[0]["answer"]
+        said = generate(self.model, self.tokenizer, [ids], sampling, streamer)[0].text
         self.turns.append({"role": "assistant", "content": said})
         return said
 

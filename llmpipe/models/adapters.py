@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.models.base import load_model
+from llmpipe.models.pretrained import load_model
 from llmpipe.recipe.sections import Adapter, Quantization
 
 WEIGHTS = "adapter_model.safetensors"
@@ -97,13 +97,13 @@ def begin(model: PreTrainedModel, wanted: Adapter, new_tokens: list[int], seed: 
         raise UserError(
             f"adapter: {str(error).splitlines()[0]}", "see adapter.targets and adapter.init"
         ) from None
-    in_fp32(made)
+    upcast_trained(made)
     if wanted.rewrites:
         made.began_with = {name: tensor.clone() for name, tensor in tensors_of(made).items()}
     return made
 
 
-def in_fp32(model: Any) -> bool:
+def upcast_trained(model: Any) -> bool:
     """Bring what learns beside low-rank matrices, a head or embeddings, to fp32, as PEFT does with the matrices only;
     returns whether there is any. A whole layer casts what goes in, or what comes out of embeddings."""
     found = False
@@ -222,7 +222,7 @@ def put_on(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
             both = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, local_files_only=True
             )
-            if in_fp32(both):
+            if upcast_trained(both):
                 set_peft_model_state_dict(both, load_file(folder / WEIGHTS))  # unrounded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

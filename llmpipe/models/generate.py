@@ -1,11 +1,12 @@
-"""Generation: conversations as a model sees them, answers in batches, the recipe's prompts before and after."""
+"""Generation: a conversation as a model sees it, and its responses to a batch of prompts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +21,50 @@ from llmpipe.errors import UserError
 
 
 @contextmanager
-def own_rng(seed: int = 0) -> Iterator[None]:
-    """Run with a generator of its own; Python's, NumPy's and torch's come out as they went in."""
-    states = random.getstate(), np.random.get_state()
+def isolated_rng(seed: int = 0) -> Iterator[None]:
+    """Run with fresh generators; those of Python, NumPy and torch come out as they went in."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
-class Sampling(NamedTuple):
-    """How an answer is drawn; temperature 0 is greedy, top_k 0 is no limit."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is drawn; temperature 0 is greedy, top_k 0 is no limit."""
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """In the words of transformers' GenerationConfig."""
+        if self.temperature:
+            return {"do_sample": True, **asdict(self)}
+        return {"max_new_tokens": self.max_new_tokens}
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model generated after a prompt."""
+
+    text: str
+    """Without special tokens."""
+    tokens: int
+    """How many were generated, with the one that ended it."""
+    ended: bool
+    """Whether a stop token ended it, and not the limit of new tokens."""
+
+    def record(self) -> dict[str, Any]:
+        """As a line of samples.jsonl has it."""
+        return {"answer": self.text, "tokens": self.tokens, "ended": self.ended}
 
 
 def render(
@@ -50,9 +75,11 @@ def render(
     *,
     open_turn: bool = True,
 ) -> str:
-    """A conversation as the model sees it, up to where its answer begins; the bare text without a template.
+    """A conversation as the model sees it, up to where its response begins.
 
-    `ask`: {"text": str}, which no template touches, or {"messages": [...]}.
+    `ask`: {"text": str}, which no template touches, or {"messages": [...]}, whose contents are
+    joined by empty lines when the tokenizer has no template. Raises UserError (2) when the template
+    refuses the conversation, or is refused itself for what it does.
     """
     if "text" in ask:
         return ask["text"]
@@ -74,53 +101,74 @@ def render(
 
 
 @torch.no_grad()
-def answer(
+def generate(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     sampling: Sampling,
     streamer: Any = None,
-) -> list[dict[str, Any]]:
-    """Answers to tokenized prompts, one batch: [{answer, tokens, ended}], `ended` by a stop token of the model's."""
+) -> list[Response]:
+    """Responses to prompts, each a list of token ids, in one batch and in the prompts' order.
+
+    The model is left in the mode it was in. Raises UserError (2) when the longest prompt and the
+    new tokens exceed the model's context.
+    """
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(e)) + e for e in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(e)) + [1] * len(e) for e in prompts], device=model.device
+    _fits_context(model, width, sampling)
+    stops = stop_tokens(model, tokenizer)
+    # only where it stops is the model's own: with its repetition penalty nothing would be greedy
+    config = GenerationConfig(
+        **sampling.options(),
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=tokenizer.pad_token_id,
     )
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
-    how = (
-        {"do_sample": True, **sampling._asdict()}
-        if sampling.temperature
-        else {"max_new_tokens": sampling.max_new_tokens}
-    )
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most and width + sampling.max_new_tokens > most:
-        raise UserError(
-            f"a prompt of {width:,} tokens and {sampling.max_new_tokens:,} new ones exceed the model's {most:,}"
-        )
-    # nothing of the model's own configuration but where it stops: a repetition penalty would be no greedy answer
-    config = GenerationConfig(**how, eos_token_id=stop, pad_token_id=pad)
+    input_ids, attention_mask = _left_padded(prompts, width, tokenizer.pad_token_id, model.device)
     was_training = model.training
     model.eval()
     try:
         with upstream.generating(model):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+            rows = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                streamer=streamer,
             )
     finally:
         model.train(was_training)
-    stop_ids = set(stop if isinstance(stop, list) else [stop])
-    answers = []
-    for row in out[:, width:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stop_ids), None)
-        text = tokenizer.decode(row if end is None else row[:end], skip_special_tokens=True)
-        answers.append(
-            {
-                "answer": text,
-                "tokens": len(row) if end is None else end + 1,
-                "ended": end is not None,
-            }
+    return [_response(tokenizer, row, stops) for row in rows[:, width:].tolist()]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a response of the model's; the tokenizer's end token where it names none."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _fits_context(model: PreTrainedModel, width: int, sampling: Sampling) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    new = sampling.max_new_tokens
+    if context and width + new > context:
+        problem = (
+            f"a prompt of {width:,} tokens and {new:,} new ones exceed the model's {context:,}"
         )
-    return answers
+        raise UserError(problem)
+
+
+def _left_padded(
+    prompts: list[list[int]], width: int, pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 [prompts, width] each."""
+    padding = [width - len(prompt) for prompt in prompts]
+    pairs = list(zip(padding, prompts, strict=True))
+    ids = [[pad] * missing + prompt for missing, prompt in pairs]
+    mask = [[0] * missing + [1] * len(prompt) for missing, prompt in pairs]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _response(tokenizer: Tokenizer, generated: list[int], stops: list[int]) -> Response:
+    end = next((place for place, token in enumerate(generated) if token in stops), None)
+    text = tokenizer.decode(generated[:end], skip_special_tokens=True)
+    tokens = len(generated) if end is None else end + 1
+    return Response(text, tokens, ended=end is not None)

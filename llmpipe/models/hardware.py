@@ -18,7 +18,7 @@ from transformers import (
 
 from llmpipe import upstream
 from llmpipe.errors import Say, UserError
-from llmpipe.models.base import architecture
+from llmpipe.models.pretrained import model_class
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import machine
 from llmpipe.run.machine import thread_count
@@ -87,8 +87,8 @@ def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
     attention, attention_why = upstream.choose_attention(
         "cuda" if on_gpu else "cpu", recipe.data.packing
     )
-    kind = architecture(folder) if folder else None
-    if (known := upstream.attention_of(kind, attention)) != attention:
+    kind = model_class(folder) if folder else None
+    if (known := upstream.supported_attention(kind, attention)) != attention:
         attention, attention_why = known, f"{kind.__name__} has no {attention}"
     micro = machine.micro_batch_size(recipe, processes, on_gpu)
     found = Hardware(

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.models.base import fit, load_model
 from llmpipe.models.hardware import Hardware
+from llmpipe.models.pretrained import load_model, resize_embeddings, take_generation
 from llmpipe.recipe.sections import Training
 from llmpipe.run.artifact import is_reward_model
 
@@ -39,7 +39,8 @@ def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: boo
     if base:
         from llmpipe.models.adapters import put_on
 
-        fit(model, tokenizer, generation=folder)
+        resize_embeddings(model, tokenizer)
+        take_generation(model, folder)
         model = put_on(model, folder)
     return model.to(device).eval()
 
@@ -67,7 +68,7 @@ def load(
         )
     torch.manual_seed(recipe.seed)  # of a new head
     model = frozen(base or folder, recipe.quantization, dtype, found.attention, scores)
-    rows = fit(model, tokenizer)
+    rows = resize_embeddings(model, tokenizer)
     if len(tokenizer) > rows:
         say(
             f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old"

@@ -13,8 +13,8 @@ from llmpipe import upstream
 from llmpipe.files import publishing
 from llmpipe.models import verify
 from llmpipe.models.adapters import WEIGHTS, frozen, plain, put_on
-from llmpipe.models.base import fit, load_model, load_tokenizer
 from llmpipe.models.hardware import release_memory
+from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings, take_generation
 from llmpipe.models.verify import probe_logits, refuse, same_behaviour, same_tensors, same_tokenizer
 from llmpipe.recipe.sections import Quantization
 from llmpipe.run.artifact import is_reward_model
@@ -26,7 +26,8 @@ def merge(base: Path, folder: Path, target: Path) -> None:
     """Write the base with the adapter's update added to its weights, fp32, as a folder like any other."""
     tokenizer = load_tokenizer(folder)
     model = load_model(base, scores=is_reward_model(folder))
-    fit(model, tokenizer, generation=folder)
+    resize_embeddings(model, tokenizer)
+    take_generation(model, folder)
     model = put_on(model, folder).merge_and_unload(safe_merge=True).eval()
     model.config.eos_token_id, model.config.pad_token_id = (
         tokenizer.eos_token_id,
@@ -84,7 +85,8 @@ def compare(
     same_tokenizer(tokenizer, folder)
     tensors = same_tensors(plain(model)[0], folder)
     again = frozen(base, bits, dtype, scores=is_reward_model(folder))
-    fit(again, tokenizer, generation=folder)
+    resize_embeddings(again, tokenizer)
+    take_generation(again, folder)
     again = put_on(again if bits else again.to(model.device), folder).eval()
     checked = same_behaviour(
         model, again, tokenizer, TOLERANCE if hasattr(model, "began_with") else 1e-5
@@ -95,7 +97,8 @@ def compare(
         del again
         release_memory()
         apart = load_model(base, scores=is_reward_model(folder))
-        fit(apart, tokenizer, generation=folder)
+        resize_embeddings(apart, tokenizer)
+        take_generation(apart, folder)
         apart = put_on(apart, folder).eval()
     # merging is compared in fp32, the precision of the published weights
     before = probe_logits(apart, tokenizer).cpu()

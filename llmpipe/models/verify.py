@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.files import publishing
-from llmpipe.models.base import load_model, load_tokenizer
-from llmpipe.models.generate import own_rng
+from llmpipe.models.generate import isolated_rng
+from llmpipe.models.pretrained import load_model, load_tokenizer
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 
@@ -103,7 +103,7 @@ def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
     """Logits on the probe text, with the model in evaluation mode."""
     was_training = model.training
     model.eval()
-    with own_rng(), torch.no_grad():
+    with isolated_rng(), torch.no_grad():
         logits = model(_probe(model, tokenizer)).logits
     model.train(was_training)
     return logits
@@ -124,7 +124,7 @@ def same_behaviour(
         return {"max_logit_difference": difference}
     stop = reloaded.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
-    with own_rng(), torch.no_grad():
+    with isolated_rng(), torch.no_grad():
         ended = [_stops(reloaded, _probe(reloaded, tokenizer), token, stops) for token in stops]
     if tokenizer.eos_token_id not in stops or not all(ended):
         refuse("generation does not stop at the end of a turn")

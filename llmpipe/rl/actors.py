@@ -29,9 +29,9 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.kernels.cpu import LogProbs
-from llmpipe.models.base import fit, load_model, load_tokenizer
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load
+from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
 from llmpipe.models.verify import PROBE
 from llmpipe.rl.rollout import Episode
 from llmpipe.run.artifact import is_reward_model
@@ -313,7 +313,7 @@ def build(job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Any) 
         held = "the parent's adapter" if base else "the parent, the adapter off"
     else:
         reference = load_model(job.model, hardware.attention)
-        fit(reference, tokenizer)
+        resize_embeddings(reference, tokenizer)
         reference.requires_grad_(False)
         if hardware.bf16:  # autocast does so for every product, and keeps nothing of what is frozen
             for layer in (
@@ -444,7 +444,7 @@ def _critic(
             "set critic.start: policy, or adapter.merge: true for the reward model and take NAME-merged",
         )
     critic = load_model(job.model, hardware.attention)
-    fit(critic, tokenizer)
+    resize_embeddings(critic, tokenizer)
     upstream.speed_up(critic, device_type=hardware.device)
     return _body(critic), value, "policy"
 

@@ -119,7 +119,7 @@ class Learner:
         place = {i: n for n, i in enumerate(mine)}
         lengths = torch.zeros(size)
         lengths[mine] = torch.tensor([float(len(episode.answer)) for episode in episodes])
-        lengths = self.world.add(lengths)
+        lengths = self.world.sum(lengths)
         sums: dict[str, float] = {}
         norm = steps = seen = 0.0
         for epoch in range(how.epochs):
@@ -201,7 +201,7 @@ class Learner:
             pack_rows(rows[i : i + size], self.world.device) for i in range(0, len(rows), size)
         ]
         tokens = float(
-            self.world.add(torch.tensor(float(sum(len(batch.targets) for batch in batches))))
+            self.world.sum(torch.tensor(float(sum(len(batch.targets) for batch in batches))))
         )
         for batch in batches:
             with self.hardware.autocast():

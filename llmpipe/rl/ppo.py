@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
 from llmpipe.files import flat, fsync, read_json
-from llmpipe.models.base import load_tokenizer
 from llmpipe.models.hardware import Hardware, choose, memory_gb, release_memory
+from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World
 from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors, build, pack
@@ -201,7 +201,7 @@ class Loop:
 
     def _asked_to_stop(self) -> int:
         """The signal that any process was sent, 0 for none."""
-        return int(self.world.add(torch.tensor(float(self.signals.code or 0)), greatest=True))
+        return self.world.stop_code(self.signals)
 
     def scored(
         self, rows: list[dict], answers: list[str]
@@ -304,7 +304,7 @@ class Loop:
             rewards, padded(values), mask, how.discount, how.smoothing
         )
         if how.whiten:
-            found = policy_gradient.whitened(found, mask, self.world.add)
+            found = policy_gradient.whitened(found, mask, self.world.sum)
         for i, episode in enumerate(episodes):
             n = int(lengths[i])
             episode.old, episode.values = old[i], values[i]

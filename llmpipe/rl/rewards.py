@@ -22,9 +22,9 @@ from llmpipe.data.formats import Rejected
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.evaluation.candidate import Candidate, batched, encoder_of
 from llmpipe.evaluation.scores import score
-from llmpipe.models.base import load_tokenizer
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
+from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.rl.actors import Actors, ranker
 from llmpipe.run.artifact import template_kwargs
 

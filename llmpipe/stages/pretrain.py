@@ -192,8 +192,8 @@ def trained_tokenizer(job: Job) -> Path:
 def train(job: Job, prepared: PreparedRows) -> Made:
     """Build or load the model, train, publish; returns what the manifest says of it."""
     from llmpipe.models.architecture import build
-    from llmpipe.models.base import load_tokenizer
     from llmpipe.models.hardware import choose
+    from llmpipe.models.pretrained import load_tokenizer
     from llmpipe.training import supervised
 
     recipe, say = job.recipe, job.say

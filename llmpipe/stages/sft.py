@@ -39,9 +39,9 @@ class Schema(Generating):
 
 def train(job: Job, prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.models.base import load_tokenizer
     from llmpipe.models.hardware import choose
     from llmpipe.models.load import load
+    from llmpipe.models.pretrained import load_tokenizer
     from llmpipe.training import supervised
 
     recipe, say = job.recipe, job.say

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.models.generate import own_rng
+from llmpipe.models.generate import isolated_rng
 from llmpipe.models.verify import PROBE
 
 
@@ -28,7 +28,7 @@ def crosstalk(trainer: Any, tokenizer: Tokenizer, hardware: Any) -> float:
 
     was_training = trainer.model.training
     trainer.model.eval()
-    with own_rng(), torch.no_grad(), hardware.autocast():
+    with isolated_rng(), torch.no_grad(), hardware.autocast():
         try:
             packed, alone, joined = last(rows[0], rows[1]), last(rows[1]), last(rows[2])
         except ValueError:  # hybrids of attention and state spaces need kernels for it, and say so

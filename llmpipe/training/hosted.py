@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from llmpipe.data.stream import Stream
 from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
 from llmpipe.files import fsync, read_json
-from llmpipe.models.generate import own_rng
+from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware, flops_per_token, memory_gb, peak_flops, release_memory
 from llmpipe.recipe.sections import Training
 from llmpipe.run import checkpoints
@@ -475,7 +475,7 @@ class _Durable:
         totals: dict[str, torch.Tensor] = {}
         was_training = self.model.training
         self.model.eval()
-        with own_rng(), torch.no_grad():
+        with isolated_rng(), torch.no_grad():
             for start in range(0, len(rows), world * size):
                 if code := self._agree(self.signals.code or 0):
                     self._stopped = code

@@ -22,10 +22,10 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.evaluation.statistics import RESAMPLES, interval, wilson
 from llmpipe.files import digest
-from llmpipe.models.adapters import in_fp32, tensors_hash
-from llmpipe.models.base import fit, load_model, load_tokenizer
+from llmpipe.models.adapters import tensors_hash, upcast_trained
 from llmpipe.models.hardware import Hardware, choose
 from llmpipe.models.load import load
+from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
 from llmpipe.run.manifest import Made
 from llmpipe.training import hosted, supervised
 
@@ -283,7 +283,7 @@ def dpo(job: Any, prepared: PreparedRows) -> Made:
     reference = None
     if recipe.adapter is None and not recipe.precompute:
         reference = load_model(job.model, hardware.attention)
-        fit(reference, tokenizer)
+        resize_embeddings(reference, tokenizer)
         upstream.speed_up(reference, device_type=hardware.device)
         reference.requires_grad_(False)
     trainer = _trainer(
@@ -344,7 +344,7 @@ def parent_as_reference(model: Any) -> None:
     for name, tensor in named.items():
         if ".ref" in name:
             tensor.data = named[name.replace(".ref", ".default")].data.clone()
-    in_fp32(model)
+    upcast_trained(model)
 
 
 def _refuse_micro_batches(recipe: Any, hardware: Hardware) -> None:

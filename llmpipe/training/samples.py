@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.models.generate import Sampling, answer, own_rng, render
+from llmpipe.models.generate import Sampling, generate, isolated_rng, render
 
 
 def answer_samples(trainer: Any, tokenizer: Tokenizer, when: str) -> None:
@@ -24,7 +24,7 @@ def answer_samples(trainer: Any, tokenizer: Tokenizer, when: str) -> None:
     if when == "before" and (any(line["when"] == when for line in known) or trainer.resumes):
         return
     if samples.prompts:
-        with own_rng():
+        with isolated_rng():
             asks = [
                 {"messages": [{"role": "user", "content": prompt}]} for prompt in samples.prompts
             ]
@@ -35,11 +35,12 @@ def answer_samples(trainer: Any, tokenizer: Tokenizer, when: str) -> None:
                 tokenizer(t, add_special_tokens=not tokenizer.chat_template)["input_ids"]
                 for t in texts
             ]
-            answers = answer(
+            answers = generate(
                 trainer.plain_model(), tokenizer, prompts, Sampling(samples.max_new_tokens)
             )
         kept += [
-            {"when": when, "prompt": p, **a} for p, a in zip(samples.prompts, answers, strict=True)
+            {"when": when, "prompt": p, **a.record()}
+            for p, a in zip(samples.prompts, answers, strict=True)
         ]
     for line in kept if when == "after" else ():
         cut = "" if line["ended"] else " (cut)"

@@ -567,7 +567,7 @@ def test_a_frozen_head_gets_whole_rows():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmpipe.evaluation.candidate import Candidate
-    from llmpipe.models.generate import Sampling, answer
+    from llmpipe.models.generate import Sampling, generate
 
     model, tokenizer = (
         kind.from_pretrained(life.TINY / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
@@ -579,6 +579,6 @@ def test_a_frozen_head_gets_whole_rows():
     made.log_probs(
         [([5, 6, 7, 8, 9, 10], [False] * 4 + [True] * 2), ([5, 6, 7], [False, False, True])]
     )
-    answer(model, tokenizer, [[5, 6], [7]], Sampling(3))
+    generate(model, tokenizer, [[5, 6], [7]], Sampling(3))
     assert len(seen) > 1 and all(len(rows) == 2 and rows.is_contiguous() for rows in seen)
     assert seen[0].shape[1] == 3, "no more than what is scored, and one before"

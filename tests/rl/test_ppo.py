@@ -359,8 +359,8 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkey
     """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
     from safetensors.torch import load_file
 
-    from llmpipe.models.base import load_tokenizer
     from llmpipe.models.load import load_any
+    from llmpipe.models.pretrained import load_tokenizer
     from llmpipe.rl import rewards
 
     loaded = load_tokenizer

@@ -276,7 +276,7 @@ def _bare_trl(folder, stage):
 def test_losses_equal_bare_trl(tmp_path, stage):
     from transformers import AutoTokenizer
 
-    from llmpipe.models.base import load_model
+    from llmpipe.models.pretrained import load_model
 
     settings = {"data__eval": {}, "evaluation": {}, "optim__steps": STEPS, "log__every": 1}
     mine = life.command(write(tmp_path / "run", stage, **settings, launch__micro_batch_size=4))
@@ -690,7 +690,7 @@ def probed_head(run):
     """The head that a reward model of seed 42 on this model begins with."""
     import torch
 
-    from llmpipe.models.base import load_model
+    from llmpipe.models.pretrained import load_model
 
     torch.manual_seed(42)
     return (

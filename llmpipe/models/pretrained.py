@@ -1,0 +1,116 @@
+"""Models and tokenizers from folders of safetensors and JSON, as `from_pretrained` knows them.
+Nothing is downloaded and no code of a model's folder runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpipe import upstream
+from llmpipe.errors import DATA, INTEGRITY, UserError, first_line
+from llmpipe.run.artifact import is_reward_model
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def model_class(folder: Path, scores: bool = False) -> type[PreTrainedModel]:
+    """The class that transformers has for the model in `folder`, as a causal language model or,
+    with `scores`, as a reward model. Raises UserError (2) when it has none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}", code=DATA) from error
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
+    known = classes.get(type(config), None)
+    if known is None:
+        purpose = "reward model" if scores else "language model"
+        problem = f"transformers has no {purpose} of the kind {config.model_type}"
+        raise UserError(f"{folder}: {problem}", code=DATA)
+    return known
+
+
+def load_model(
+    folder: Path,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
+    scores: bool = False,
+) -> PreTrainedModel:
+    """A model from safetensors: a reward model where the folder holds one or where it `scores`,
+    else a causal language model. A causal model that `scores` gets a head with random weights.
+
+    `quantization`: a configuration of transformers'. Raises UserError (2) when transformers cannot
+    read the folder, (3) when a tensor is missing or left over. 
+    """
+    is_ranker = is_reward_model(folder)
+    new_head = scores and not is_ranker
+    known = model_class(folder, scores or is_ranker)
+    try:
+        # the head that is dropped and the one that is new are no news; any other difference is refused below
+        with upstream.as_reward_model(known) if new_head else nullcontext():
+            model, report = known.from_pretrained(
+                folder,
+                **({"num_labels": 1} if scores else {}),
+                dtype=dtype,
+                quantization_config=quantization,
+                attn_implementation=upstream.supported_attention(known, attention),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}", code=DATA) from error
+    if problem := _misfit(report):
+        raise UserError(f"{folder}: the weights do not fit the model ({problem})", code=INTEGRITY)
+    upstream.forget_routing(model.config)
+    return model
+
+
+def _misfit(report: dict[str, Any]) -> str:
+    """What transformers' loading report complains of, or nothing; three tensors of each
+    complaint.
+    """
+    errors = report.get("error_msgs")
+    complaints = []
+    for complaint, tensors in report.items():
+        if tensors and complaint != "error_msgs":
+            names = sorted(map(str, tensors))
+            complaints.append(f"{complaint.replace('_', ' ')}: {', '.join(names[:3])}")
+    return "; ".join(complaints) or (str(errors) if errors else "")
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """Make the embeddings at least as many rows as the tokenizer has tokens; returns how many rows
+    there were.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        # mean_resizing draws new rows from the old ones' distribution (Hewitt 2021), so that they start out harmless
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    return rows
+
+
+def take_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Let `model`, where it generates, do so as the one in `folder`: its stop tokens and its
+    sampling.
+    """
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
