@@ -235,7 +235,6 @@ def run_loop(args, dataset, tokenizer, callback, out: str):
 
 def run_llmpipe(args, folder: Path, callback):
     """The stage itself, as the worker runs it: training, checkpoint, verification; the clock sees the steps."""
-    from llmpipe.files import read_json
     from llmpipe.front.worker import open_job
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.signals import Signals
@@ -252,7 +251,8 @@ def run_llmpipe(args, folder: Path, callback):
     hosted._Durable.attach = attached
     job = open_job(Artifact(folder), Signals())
     with contextlib.redirect_stdout(sys.stderr):
-        stage(job.recipe.stage).train(job, read_json(folder / "prepared.json"))
+        module = stage(job.recipe.stage)
+        module.train(job, module.PREPARED.from_file(folder / "prepared.json"))
     return seen[0]
 
 

@@ -1,11 +1,11 @@
 """What a user reads when something is wrong, and the exit code the shell sees.
 
-A `UserError` says what went wrong in the user's words and what to do next; `cli` and `worker` are the only places
-that catch it. Anything else that escapes is a bug and is shown as one.
+A `UserError` says what went wrong in the user's words and what to do next; `cli` and `worker` are
+the only places that catch it. Anything else that escapes is a bug and is shown as one.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 Say = Callable[[str], None]  # prints a line, and keeps it where there is a log
 
@@ -20,7 +20,10 @@ SIGTERM = 143
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: `message` is what went wrong, `hint` what to do, `code` the exit code."""
+    """A mistake that the user can mend.
+
+    `message` says what went wrong, `hint` what to do; `code` is the exit code.
+    """
 
     def __init__(self, message: str, hint: str | None = None, code: int = DATA):
         super().__init__(message)
@@ -33,7 +36,10 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A signal was served; `code` is 130 or 143. Not an Exception: nothing that handles errors may swallow it."""
+    """A signal was served; `code` is 130 or 143.
+
+    Not an Exception: nothing that handles errors may swallow it.
+    """
 
     def __init__(self, code: int, message: str):
         super().__init__(message)
@@ -41,10 +47,16 @@ class Stopped(BaseException):
         self.message = message
 
 
-def near(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like `word`; None where none is like it, on a scale from 0 to 1."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def near(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` or nothing."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    name = nearest(word, known)
+    return f"; did you mean '{name}'?" if name else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -11,8 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from llmpipe.errors import UserError, near
-from llmpipe.recipe.sections import Recipe
-from llmpipe.recipe.trainer import trainer_problems
+from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, _dotted, apply_sets, read
 
 
@@ -123,8 +122,8 @@ def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Reci
                 (at, _dotted(shown)), (_line(at), f"{at}: {_dotted(shown) or 'recipe'}: {message}")
             )
     trainer = values.get("trainer")
-    if isinstance(trainer, dict):
-        for key, message in trainer_problems(trainer, schema).items():
+    if isinstance(trainer, dict) and issubclass(schema, Hosted):
+        for key, message in schema.trainer_config.problems(trainer).items():
             at = where.get(("trainer", key), f"{name}:1")
             problems[(at, key)] = (_line(at), f"{at}: {_dotted(('trainer', key))}: {message}")
     if problems:

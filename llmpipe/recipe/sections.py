@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import os
 import re
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from llmpipe.recipe.trainer import TrainerConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -172,12 +175,19 @@ class AdamW(Section):
     """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to the CPU's memory when
     a GPU is full (Dettmers 2023), and on a CPU means nothing."""
 
+    @abstractmethod
+    def sequences(self, length: int) -> int:
+        """Sequences of `length` tokens per optimizer step."""
+
 
 class Optim(AdamW):
     batch_size: Positive = 32
     """Sequences per optimizer step, over all processes and micro-batches."""
     scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
+
+    def sequences(self, length: int) -> int:
+        return self.batch_size
 
 
 class Adapter(Section):
@@ -282,6 +292,13 @@ def reference(text: str) -> str:
 
 Reference = Annotated[str, AfterValidator(reference)]
 
+_START = (
+    "What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), `./folder`, "
+    "`./file.gguf`,\n`artifact:NAME` of this run, or `artifact:NAME@STEP`."
+)
+
+Start = Annotated[Reference, Field(description=_START)]
+
 
 class Recipe(Section):
     """What every stage shares; a stage narrows `stage` and adds its own fields."""
@@ -324,13 +341,12 @@ class Recipe(Section):
 class Training(Recipe):
     """What every stage that trains shares."""
 
-    model: Reference
-    """What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), `./folder`, `./file.gguf`,
-    `artifact:NAME` of this run, or `artifact:NAME@STEP`."""
-    data: Data
-    """Rows and how they become tokens."""
-    optim: Optim
-    """The optimizer and its schedule."""
+    model: Start | None
+    """What to start from; only `pretrain` may have none."""
+    data: Prepared
+    """Rows and how they become tokens; a stage says which rows."""
+    optim: AdamW
+    """The optimizer and its schedule; a stage says by what steps are counted."""
     adapter: Adapter | None = None
     """Train a low-rank adapter on a frozen model instead of all weights; the artifact is the adapter."""
     quantization: Quantization | None = None
@@ -352,18 +368,19 @@ class Training(Recipe):
             raise ValueError(
                 "evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources"
             )
-        if self.quantization and not self.adapter:
+        adapter = self.adapter
+        if self.quantization and not adapter:
             raise ValueError("quantization: quantized weights cannot be trained; add `adapter:`")
-        if self.quantization and self.adapter.rewrites:
+        if self.quantization and adapter and adapter.rewrites:
             raise ValueError(
-                f"adapter.init: {self.adapter.init} rewrites the frozen weights, and these are quantized"
+                f"adapter.init: {adapter.init} rewrites the frozen weights, and these are quantized"
             )
         return self
 
     @property
     def batch_size(self) -> int:
         """Sequences per optimizer step."""
-        return self.optim.batch_size
+        return self.optim.sequences(self.data.max_length)
 
     @property
     def longest(self) -> int:
@@ -380,7 +397,7 @@ class Training(Recipe):
         return self.adapter is not None and self.adapter.resume
 
     def references(self) -> dict[str, str]:
-        return {"model": self.model}
+        return {"model": self.model} if self.model else {}
 
     def rows(self) -> dict[str, Rows]:
         train = {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
@@ -395,6 +412,8 @@ class Training(Recipe):
 
 class Hosted(Training):
     """What every stage shares whose loop is a library's."""
+
+    trainer_config: ClassVar[TrainerConfig]
 
     trainer: dict[str, Any] = {}
     """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""

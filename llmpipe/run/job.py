@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from llmpipe.errors import Say
+from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.plan import Plan
 from llmpipe.run.signals import Signals
 
+# Covariant: what takes a job of any `Training` recipe takes one of sft's, too.
+R_co = TypeVar("R_co", bound=Recipe, covariant=True)
 
-@dataclass
-class Job:
+
+@dataclass(frozen=True)
+class Job(Generic[R_co]):
     """One artifact being made: what a stage's `prepare` and `train` are given."""
 
     artifact: Artifact
-    recipe: Any
-    """The recipe; a stage knows its own class of it."""
+    recipe: R_co
+    """The recipe; a stage knows its own class of it: `Job[Schema]`."""
     models: dict[str, Path]
     """Folders of the models that the recipe names, as safetensors and JSON, by the path of the field."""
     bases: dict[str, Path]
@@ -39,7 +43,7 @@ class Job:
 
     @property
     def weights(self) -> Path:
-        """Where the weights of `model` lie: in its own folder, or in that of its base where it is an adapter."""
+        """Where the weights of `model` lie: its own folder, or its base's where it is an adapter."""
         return self.bases.get("model") or self.model
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from llmpipe.errors import UserError
+from llmpipe.errors import Say, UserError, near
 
 if TYPE_CHECKING:
+    from llmpipe.files import Record
     from llmpipe.recipe.sections import Recipe
+    from llmpipe.run.artifact import Artifact
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
+    from llmpipe.run.plan import Accepts
 
 STAGES = {
     "pretrain": "pretraining: from raw text to a model",
@@ -23,19 +26,50 @@ STAGES = {
     "eval": "evaluation: measure models on the same items, with intervals",
 }
 
-CHECKPOINTS = (
-    "checkpoints/step-*"  # what an unfinished artifact of a stage that trains goes on from
-)
+# what an unfinished artifact of a stage that trains goes on from
+CHECKPOINTS = "checkpoints/step-*"
 
 
-def stage(name: str) -> ModuleType:
-    """The module of a stage: `Schema`; `ACCEPTS` and `MAKES`, artifact kinds; `PROGRESS`, a glob of what an unfinished
-    artifact goes on from; `prepare(job)` and `train(job, prepared)`; where it has one, `judge(recipe, artifact)`."""
+class Stage(Protocol):
+    """What the module of a stage offers.
+
+    A stage knows its own classes of recipe and of prepared rows, which nobody else asks for; so `Any` stands for them.
+    """
+
+    Schema: type[Recipe]
+    """The recipe."""
+    ACCEPTS: Accepts
+    """Kinds of artifacts that the models it names may be."""
+    MAKES: str
+    """The kind of artifact that comes of it."""
+    PROGRESS: str
+    """A glob of what an unfinished artifact goes on from."""
+    PREPARED: type[Record]
+    """What `prepare` leaves in prepared.json, and `train` is given."""
+
+    def prepare(self, job: Job[Any]) -> Record:
+        """Read rows and make of them what `train` needs; without torch."""
+
+    def train(self, job: Job[Any], prepared: Any) -> Made:
+        """Do the work and publish `model/`; returns what the manifest says of it."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """A stage that holds what it made against conditions of the recipe, each time it is asked for."""
+
+    def judge(self, recipe: Any, artifact: Artifact, say: Say) -> None:
+        """Raises UserError (4) naming every condition that fails."""
+
+
+def stage(name: str) -> Stage:
+    """The module of a stage. Raises UserError where there is none of that name."""
     if name not in STAGES:
-        match = difflib.get_close_matches(str(name), STAGES, n=1)
-        hint = f"; did you mean '{match[0]}'?" if match else ""
-        raise UserError(f"stage: '{name}' is not a stage{hint}", f"there are: {', '.join(STAGES)}")
-    return importlib.import_module(f"llmpipe.stages.{name}")
+        raise UserError(
+            f"stage: '{name}' is not a stage{near(name, STAGES)}",
+            f"there are: {', '.join(STAGES)}",
+        )
+    return cast(Stage, importlib.import_module(f"llmpipe.stages.{name}"))
 
 
 def schema(name: str) -> type[Recipe]:

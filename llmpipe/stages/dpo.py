@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.recipe.sections import Generating, Pairs
-from llmpipe.recipe.trainer import owned
+from llmpipe.recipe.sections import Generating, Optim, Pairs, Start
+from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.handoff import tokens
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
@@ -29,22 +29,44 @@ Objective = Literal[
 ]  # fmt: skip
 Weight = Annotated[float, Field(gt=0)]
 
+TRAINER = TrainerConfig(
+    package="trl",
+    module="trainer.dpo_config",
+    name="DPOConfig",
+    owned={
+        "activation_checkpointing": "launch.activation_checkpointing",
+        "max_length": "data.max_length",
+        "truncation_mode": "data.max_length",
+        "padding_free": None,
+        "beta": "beta",
+        "loss_type": "objective",
+        "loss_weights": "objective",
+        "label_smoothing": "label_smoothing",
+        "precompute_ref_log_probs": "precompute",
+        "precompute_ref_batch_size": "precompute",
+        "sync_ref_model": None,
+        "ref_model_mixup_alpha": None,
+        "ref_model_sync_steps": None,
+        "pad_to_multiple_of": None,
+        "ld_alpha": None,
+        "f_divergence_type": None,
+        "f_alpha_divergence_coef": None,
+        "use_weighting": None,
+        "disable_dropout": "adapter.dropout",
+    },
+)
+
 
 class Schema(Generating):
-    trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.dpo_config", "DPOConfig")
-    trainer_owned: ClassVar[dict[str, str]] = owned("""
-        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
-        truncation_mode=data.max_length padding_free= beta=beta loss_type=objective loss_weights=objective
-        label_smoothing=label_smoothing precompute_ref_log_probs=precompute precompute_ref_batch_size=precompute
-        sync_ref_model= ref_model_mixup_alpha= ref_model_sync_steps= pad_to_multiple_of=
-        ld_alpha= f_divergence_type= f_alpha_divergence_coef= use_weighting=
-        disable_dropout=adapter.dropout
-    """)
+    trainer_config: ClassVar[TrainerConfig] = TRAINER
 
     stage: Literal["dpo"] = "dpo"
     """Direct preference optimization."""
+    model: Start
     data: Pairs
     """Preferences."""
+    optim: Optim
+    """The optimizer and its schedule."""
     objective: Objective | Annotated[dict[Objective, Weight], Field(min_length=1)] = "sigmoid"
     """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`. sft, aot and aot_unpaired need
     whole steps: launch.micro_batch_size as large as optim.batch_size, and one process."""

@@ -12,10 +12,15 @@ __all__ = ["ACCEPTS", "MAKES", "PREPARED", "PROGRESS", "Schema", "prepare", "tra
 MAKES = "adapter"
 
 
-class Schema(sft.Schema):
-    narrows: ClassVar[str] = "sft"
+class LowRank(sft.Supervised):
+    """The recipe of `lora`, and of the stage that narrows it."""
 
-    stage: Literal["lora"] = "lora"
-    """Supervised fine-tuning of an adapter."""
+    narrows: ClassVar[str | None] = "sft"
+
     adapter: Adapter
     """The low-rank adapter to train; the model stays frozen."""
+
+
+class Schema(LowRank):
+    stage: Literal["lora"] = "lora"
+    """Supervised fine-tuning of an adapter."""

@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
 from llmpipe.recipe.sections import (
-    AdamW,
     Data,
     Launch,
+    Optim,
     Positive,
     Prompts,
     Reference,
@@ -26,6 +26,7 @@ from llmpipe.recipe.sections import (
     Samples,
     Section,
     Source,
+    Start,
     Training,
 )
 from llmpipe.run.handoff import tokenized, tokens
@@ -163,7 +164,7 @@ class Mixture(Section):
         return Data(train=self.train, max_length=self.max_length, **same)
 
 
-class Updates(AdamW):
+class Updates(Optim):
     batch_size: Positive = 64
     """Answers per update, over all processes."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -186,6 +187,7 @@ class RolloutLaunch(Launch):
 class Schema(Training):
     stage: Literal["ppo"] = "ppo"
     """Proximal policy optimization."""
+    model: Start
     data: Prompts
     """Prompts, and the columns that rewards read."""
     reward: Annotated[list[Reward], Field(min_length=1)]
@@ -247,7 +249,7 @@ class Schema(Training):
 
     def references(self) -> dict[str, str]:
         named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
-        return {"model": self.model} | {at: name for at, name in named.items() if name}
+        return super().references() | {at: name for at, name in named.items() if name}
 
     def files(self) -> dict[str, str]:
         named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}

@@ -7,6 +7,7 @@ cut into blocks without padding; loss is on every token.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import AdamW, Generating, Positive, Prepared, Reference, Section, Share
+from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
 from llmpipe.stages import sft
@@ -53,6 +55,9 @@ class TokenOptim(AdamW):
     """wsd: share of the steps, at the end, in which the learning rate falls."""
     final: Share = 0.1
     """Learning rate at the end, as a share of the peak (cosine, wsd)."""
+
+    def sequences(self, length: int) -> int:
+        return self.batch_tokens // length
 
 
 class Architecture(Section):
@@ -94,10 +99,9 @@ class TrainTokenizer(Section):
 
 
 class Schema(Generating):
-    trainer_config: ClassVar[tuple[str, str, str]] = sft.Schema.trainer_config
-    trainer_owned: ClassVar[dict[str, str]] = sft.Schema.trainer_owned | {
-        "lr_scheduler_kwargs": "optim.final"
-    }
+    trainer_config: ClassVar[TrainerConfig] = replace(
+        sft.TRAINER, owned=sft.TRAINER.owned | {"lr_scheduler_kwargs": "optim.final"}
+    )
 
     stage: Literal["pretrain"] = "pretrain"
     """Pretraining on raw text."""
@@ -139,10 +143,6 @@ class Schema(Generating):
                 "optim.scheduler: wsd needs optim.tokens or optim.steps, to know when to decay"
             )
         return self
-
-    @property
-    def batch_size(self) -> int:
-        return self.optim.batch_tokens // self.data.max_length
 
     @property
     def steps(self) -> int | None:

@@ -11,7 +11,7 @@ from llmpipe.stages.lora import ACCEPTS, MAKES, PREPARED, PROGRESS, prepare, tra
 __all__ = ["ACCEPTS", "MAKES", "PREPARED", "PROGRESS", "Schema", "prepare", "train"]
 
 
-class Schema(lora.Schema):
+class Schema(lora.LowRank):
     stage: Literal["qlora"] = "qlora"
     """Supervised fine-tuning of an adapter on a quantized model."""
     quantization: Quantization

@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.recipe.sections import Hosted, Pairs
-from llmpipe.recipe.trainer import owned
+from llmpipe.recipe.sections import Hosted, Optim, Pairs, Start
+from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.handoff import tokens
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
@@ -24,23 +24,32 @@ PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
 prepare = tokens
 
+TRAINER = TrainerConfig(
+    package="trl",
+    module="trainer.reward_config",
+    name="RewardConfig",
+    owned={
+        "activation_checkpointing": "launch.activation_checkpointing",
+        "max_length": "data.max_length",
+        "pad_to_multiple_of": None,
+        "chat_template_path": "data.template",
+        "eos_token": "data.template",
+        "center_rewards_coefficient": "center",
+        "disable_dropout": "adapter.dropout",
+    },
+)
+
 
 class Schema(Hosted):
-    trainer_config: ClassVar[tuple[str, str, str]] = (
-        "trl",
-        "trainer.reward_config",
-        "RewardConfig",
-    )
-    trainer_owned: ClassVar[dict[str, str]] = owned("""
-        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length
-        pad_to_multiple_of= chat_template_path=data.template eos_token=data.template center_rewards_coefficient=center
-        disable_dropout=adapter.dropout
-    """)
+    trainer_config: ClassVar[TrainerConfig] = TRAINER
 
     stage: Literal["reward"] = "reward"
     """Reward modelling."""
+    model: Start
     data: Pairs
     """Preferences; a column `margin` says by how much the chosen answer is better (Touvron 2023, section 3.2.2)."""
+    optim: Optim
+    """The optimizer and its schedule."""
     center: Annotated[float, Field(ge=0)] = 0.0
     """Pulls the sum of a pair's two scores towards zero by this much (Eisenstein 2023)."""
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.recipe.sections import Generating
-from llmpipe.recipe.trainer import owned
+from llmpipe.recipe.sections import Data, Generating, Optim, Start
+from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.handoff import tokens
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
@@ -22,19 +22,43 @@ PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
 prepare = tokens
 
+TRAINER = TrainerConfig(
+    package="trl",
+    module="trainer.sft_config",
+    name="SFTConfig",
+    owned={
+        "activation_checkpointing": "launch.activation_checkpointing",
+        "max_length": "data.max_length",
+        "packing": "data.packing",
+        "packing_strategy": "data.packing",
+        "eval_packing": "data.packing",
+        "padding_free": "data.packing",
+        "truncation_mode": "data.max_length",
+        "chat_template_path": "data.template",
+        "assistant_only_loss": "data.loss",
+        "completion_only_loss": "data.loss",
+        "dataset_text_field": "data.train.N.columns",
+        "shuffle_dataset": "data",
+        "eos_token": "data.template",
+    },
+)
 
-class Schema(Generating):
+
+class Supervised(Generating):
+    """The recipe of `sft`, and of the stages that narrow it."""
+
+    trainer_config: ClassVar[TrainerConfig] = TRAINER
+
+    model: Start
+    data: Data
+    """Rows and how they become tokens."""
+    optim: Optim
+    """The optimizer and its schedule."""
+
+
+class Schema(Supervised):
     stage: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
-
-    trainer_config: ClassVar[tuple[str, str, str]] = ("trl", "trainer.sft_config", "SFTConfig")
-    trainer_owned: ClassVar[dict[str, str]] = owned("""
-        activation_checkpointing=launch.activation_checkpointing max_length=data.max_length packing=data.packing
-        packing_strategy=data.packing eval_packing=data.packing padding_free=data.packing
-        truncation_mode=data.max_length chat_template_path=data.template assistant_only_loss=data.loss
-        completion_only_loss=data.loss dataset_text_field=data.train.N.columns shuffle_dataset=data
-        eos_token=data.template
-    """)
 
 
 def train(job: Job, prepared: PreparedRows) -> Made:
