@@ -114,18 +114,13 @@ def essence(artifact: Artifact) -> dict:
 # --- forked trials ---------------------------------------------------------------------------------------------------
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    [
-        "llmpipe.front.cli",
-        "llmpipe.front.worker",
-        "llmpipe.training.supervised",
-        "llmpipe.models.publish",
-        "trl.trainer.sft_trainer",
-    ]
-)
+_server.set_forkserver_preload(["tests.warm"])
 
 
-def _trial(path: str, out: str, sets: tuple[str, ...], hook: str | None) -> None:
+def _trial(
+    path: str, out: str, sets: tuple[str, ...], hook: str | None, rank: dict[str, str] | None = None
+) -> None:
+    os.environ |= rank or {}
     sys.stdout = sys.stderr = os.fdopen(
         os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), "w", buffering=1
     )
@@ -167,3 +162,22 @@ class Trial:
 
     def text(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
+
+
+def pair(path: Path, sets=()) -> Artifact:
+    """The recipe's stage made by two ranks, as torchrun would start them, and verified. llmpipe's own launching and
+    accelerate's are tests of tests/front/test_processes.py."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    out = path.with_suffix(".out")
+    ranks = []
+    for rank in ("0", "1"):
+        environment = world | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(forked(_trial, str(path), str(out), tuple(sets), None, environment))
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0, f"exit code {process.exitcode}:\n{out.read_text()}"
+    values = yaml.safe_load(path.read_text())
+    artifact = Artifact(Path(values["run"]) / values.get("name", values["stage"]))
+    assert artifact.verify()["hardware"]["processes"] == 2
+    return artifact

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from llmpipe import errors
+from llmpipe.front import cli, launch
 from llmpipe.recipe.check import load
 from llmpipe.stages import STAGES, schema
+from tests import life
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,25 +79,67 @@ def test_make_targets_exist(line):
         assert re.search(rf"^{target}:", makefile, re.M), line
 
 
-def test_commands_run_as_written_in_their_order(checkout):
-    folder, environment = checkout
-    for line in TYPED:
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        assert "Traceback" not in done.stdout + done.stderr, f"{line}\n{done.stderr[-3000:]}"
-    assert (folder / "runs" / "tiny" / "sft" / "manifest.json").exists()
+SHELL = re.compile(r"[|>]|^(?!llmpipe )")  # lines that need one, or another program
+LAUNCHED = "accelerate launch"
+IN_A_SHELL = ("llmpipe show runs/tiny", "llmpipe schema sft", "llmpipe init my-first-run")
+
+
+def typed(line: str, folder: Path, environment: dict[str, str]) -> None:
+    """Type a line in a shell."""
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stdout + done.stderr, f"{line}\n{done.stderr[-3000:]}"
+
+
+def called(line: str, monkeypatch, capsys) -> None:
+    """The same command with its workers, in this process, where the heavy libraries are imported once."""
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr()
+    assert not end.value.code, f"{line}\n{printed.out[-3000:]}\n{printed.err[-3000:]}"
+
+
+def promised_files_are_there(run: Path) -> None:
+    assert (run / "sft" / "manifest.json").exists()
     of_a_run = README.split("## What a run directory holds")[1]
     for name in set(re.findall(r"^\| `([\w.]+)/?` \|", of_a_run, re.M)):
-        assert (folder / "runs" / "tiny" / "sft" / name).exists(), (
-            f"README's table of a run names {name}"
-        )
+        assert (run / "sft" / name).exists(), f"README's table of a run names {name}"
+
+
+def test_commands_run_in_their_order(checkout, monkeypatch, capsys):
+    """Every command of llmpipe's in this process; in a shell what needs one, and three of the front door's. Other
+    launchers are started by tests/front/test_processes.py, and by `make faults`, which types every line."""
+    folder, environment = checkout
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(launch, "start", life.start_here)
+    for line in TYPED:
+        if line in IN_A_SHELL or (SHELL.search(line) and "llmpipe" not in line):
+            typed(line, folder, environment)
+        elif not SHELL.search(line):
+            called(line, monkeypatch, capsys)
+        elif piped := re.fullmatch(r"echo '(.*)' \| (llmpipe chat .*)", line):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(piped[1] + "\n"))
+            called(piped[2], monkeypatch, capsys)
+        else:
+            assert line.startswith(LAUNCHED), line
+    promised_files_are_there(folder / "runs" / "tiny")
+
+
+@pytest.mark.faults
+def test_commands_run_as_written(checkout):
+    folder, environment = checkout
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for line in TYPED:
+        typed(line, folder, environment)
+    promised_files_are_there(folder / "runs" / "tiny")
 
 
 def test_recipes_in_the_readme_are_valid(tmp_path):

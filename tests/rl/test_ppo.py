@@ -451,11 +451,10 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
 def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
     """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and what is published."""
-    from llmpipe.run import machine
-    from tests.front.test_processes import PYTHON, run
+    from llmpipe.rl import learner
     from tests.training.test_trl import probe_logits
 
-    monkeypatch.setattr(machine, "full_pass", lambda on_gpu: 90)  # `auto`: two or three episodes
+    monkeypatch.setattr(learner, "full_pass", lambda on_gpu: 90)  # `auto`: two or three episodes
     same = {name: value for name, value in HOW[how].items() if not name.startswith("launch")}
     same |= {"data__eval": {"holdout": 0.1}, "mixture": MIXTURE}
     made = [
@@ -469,10 +468,8 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
         )
         for micro, size in ((8, 64), (2, 3), (1, 1), ("auto", 5))
     ]
-    path = write(tmp_path / "two", **same, launch__micro_batch_size=4, launch__processes=2)
-    code, out = run([*PYTHON, "ppo", str(path)])
-    assert code == 0, out
-    made.append(Artifact(tmp_path / "two" / "ppo"))
+    two = write(tmp_path / "two", **same, launch__micro_batch_size=4, launch__processes="auto")
+    made.append(life.pair(two))
     for artifact in made[1:]:
         for one, other in zip(metrics(made[0]), metrics(artifact), strict=True):
             for name in (

@@ -12,7 +12,6 @@ import yaml
 from llmpipe.errors import UserError
 from llmpipe.run.artifact import Artifact
 from tests import life
-from tests.front import test_processes
 from tests.models import test_adapters
 from tests.rl import test_ppo
 from tests.training import test_preference, test_pretrain
@@ -189,15 +188,15 @@ def test_a_tracker_gets_what_metrics_have(tmp_path, monkeypatch, stage):
     log = {"every": 1, "trackers": ["tensorboard"]}
     write = {"sft": life.write, "dpo": test_preference.write, "ppo": test_ppo.write}[stage]
     named = (tmp_path / "run", stage) if stage == "dpo" else (tmp_path / "run",)
-    more = {"killed": {"checkpoint": {"every": 1}}, "in two": {"launch__processes": 2}}.get(how, {})
+    more = {"killed": {"checkpoint": {"every": 1}}, "in two": {"launch__processes": "auto"}}.get(
+        how, {}
+    )
     path = write(*named, log=log, optim__steps=2, **more)
     if how == "killed":
         trial = life.Trial(path, hook="ppo_kill_after_1")
         assert trial.wait() == -signal.SIGKILL, trial.text()
     if how == "in two":
-        code, out = test_processes.run([*test_processes.PYTHON, stage, str(path)])
-        assert code == 0, out
-        artifact = Artifact(tmp_path / "run" / stage)
+        artifact = life.pair(path)
     else:
         artifact = life.command(path)
     home = artifact.run / ".trackers" / artifact.name

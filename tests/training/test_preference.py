@@ -294,8 +294,6 @@ def test_losses_equal_bare_trl(tmp_path, stage):
 @pytest.mark.parametrize("stage", [life.by_the_dozen("reward"), "dpo"])
 def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
     """8x1 = 4x2 = 3 rows at a time = two processes; the last batch of an epoch is not whole."""
-    from tests.front.test_processes import PYTHON, run
-
     settings = {"optim__batch_size": 12, "optim__steps": 14, "log__every": 1, "evaluation": {}}
     made = [
         life.command(
@@ -303,12 +301,8 @@ def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
         )
         for micro in (12, 4, 1)
     ]
-    path = write(
-        tmp_path / "two", stage, **settings, launch__micro_batch_size=3, launch__processes=2
-    )
-    code, out = run([*PYTHON, stage, str(path)])
-    assert code == 0, out
-    made.append(Artifact(tmp_path / "two" / stage))
+    two = write(tmp_path / "two", stage, **settings, launch__micro_batch_size=3)
+    made.append(life.pair(two))
     assert made[0].manifest()["data"]["rows"]["train"] % 12
     for artifact in made[1:]:
         assert losses(artifact) == pytest.approx(losses(made[0]), abs=1e-4)
@@ -506,8 +500,6 @@ def test_the_reference_has_the_parents_new_tokens(tmp_path):
 @pytest.mark.faults  # two processes and steps that are not whole are in `test_a_step_cut_any_way`, too
 def test_two_processes_with_what_does_not_divide(tmp_path):
     """Held-out rounds and last steps in which one process has fewer pairs, with the reference computed beforehand."""
-    from tests.front.test_processes import PYTHON, run
-
     settings = {
         "optim__batch_size": 8,
         "optim__steps": 9,
@@ -516,12 +508,7 @@ def test_two_processes_with_what_does_not_divide(tmp_path):
         "precompute": True,
     }
     one = life.command(write(tmp_path / "one", "dpo", **settings, launch__micro_batch_size=8))
-    path = write(
-        tmp_path / "two", "dpo", **settings, launch__micro_batch_size=4, launch__processes=2
-    )
-    code, out = run([*PYTHON, "dpo", str(path)])
-    assert code == 0, out
-    two = Artifact(tmp_path / "two" / "dpo")
+    two = life.pair(write(tmp_path / "two", "dpo", **settings, launch__micro_batch_size=4))
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     assert two.manifest()["final"]["eval_loss"] == pytest.approx(
         one.manifest()["final"]["eval_loss"], abs=1e-4
@@ -603,7 +590,7 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
 
     reference, changes, parent, untuned = STARTS[start]
     if start == "from zero":
-        tests_of_pretrain = pytest.importorskip("tests.test_pretrain")
+        tests_of_pretrain = pytest.importorskip("tests.training.test_pretrain")
         (tmp_path / "texts").mkdir()
         for i in range(30):
             (tmp_path / "texts" / f"{i}.txt").write_text(
