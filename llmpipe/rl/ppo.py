@@ -35,8 +35,11 @@ from llmpipe.run import checkpoints
 from llmpipe.run.artifact import SUMS
 from llmpipe.run.manifest import Made
 from llmpipe.run.progress import Progress
-from llmpipe.training import hosted, supervised
+from llmpipe.training.arguments import trackers
+from llmpipe.training.conclude import conclude
+from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples
+from llmpipe.training.setup import Training
 
 SHOWN = 4  # episodes of an update that rollouts.jsonl shows
 
@@ -55,7 +58,8 @@ def train(job: Any, prepared: PreparedRows) -> Made:
         tracker.finish()
     actors.alone()
     answer_samples(loop, tokenizer, "after")
-    return supervised.conclude(loop, job, prepared, tokenizer, final, job.bases.get("model"))
+    training = Training(job, prepared, hardware, tokenizer, actors.policy)
+    return conclude(loop, training, final)
 
 
 class Loop:
@@ -79,8 +83,8 @@ class Loop:
             world.accelerator,
         )
         rows = prepared.folder(job.prepared)
-        self.rows = Shuffled(hosted.dataset(rows / "train.arrow"), job.recipe.seed, ORDER)
-        self.held_out = hosted.dataset(rows / "eval.arrow") if prepared.rows.eval else None
+        self.rows = Shuffled(dataset(rows / "train.arrow"), job.recipe.seed, ORDER)
+        self.held_out = dataset(rows / "eval.arrow") if prepared.rows.eval else None
         stops = actors.causal.generation_config.eos_token_id
         self.stops = stops if isinstance(stops, list) else [stops]
         held_out = max(map(len, self.held_out["prompt_ids"])) if self.held_out is not None else 0
@@ -92,7 +96,7 @@ class Loop:
         optim, size = self.recipe.optim, self.recipe.optim.batch_size
         self.steps = optim.steps or max(1, math.ceil(optim.epochs * prepared.rows.train / size))
         mixed = prepared.mixture
-        mixture = hosted.dataset(mixed.folder(job.prepared) / "train.arrow") if mixed else None
+        mixture = dataset(mixed.folder(job.prepared) / "train.arrow") if mixed else None
         self.learner: Any = Learner(actors, self.recipe, hardware, world, mixture)
         kl = self.recipe.reference
         self.coefficient = policy_gradient.Coefficient(kl.coefficient, kl.target, kl.horizon)
@@ -481,7 +485,7 @@ class Loop:
 
 def _tracked(job: Any, hardware: Hardware) -> Accelerator:
     """Accelerate, with the recipe's experiment trackers begun."""
-    hosted.trackers(job.recipe, job.artifact)
+    trackers(job.recipe, job.artifact)
     names, home = job.recipe.log.trackers, os.environ.get("TENSORBOARD_LOGGING_DIR")
     accelerator = Accelerator(
         cpu=hardware.device == "cpu", log_with=names or None, project_dir=home

@@ -7,24 +7,20 @@ the loss and the optimizer stay the library's.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from llmpipe.data.stream import Stream
-from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
+from llmpipe.errors import NUMERIC, Stopped, UserError
 from llmpipe.files import fsync, read_json
 from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware, flops_per_token, memory_gb, peak_flops, release_memory
@@ -32,160 +28,7 @@ from llmpipe.recipe.sections import Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.progress import Progress
-
-OPTIMIZERS = {
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
-
-
-def dataset(path: Path) -> Dataset:
-    """Prepared rows, memory-mapped. Raises UserError (3) when the file is gone."""
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing", f"remove {path.parent} and run the same command again", INTEGRITY
-        )
-    return Dataset.from_file(str(path))
-
-
-def arguments(
-    config: type, recipe: Training, artifact: Artifact, hardware: Hardware, **own: Any
-) -> Any:
-    """The recipe as one of TRL's configurations, with what is the stage's `own`. Raises UserError when `trainer:` holds
-    what the configuration refuses."""
-    optim = recipe.optim
-    trackers(recipe, artifact)
-    ours: dict[str, Any] = {
-        "output_dir": str(artifact.path),
-        "run_name": f"{artifact.run.name}-{artifact.name}",
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "learning_rate": optim.learning_rate,
-        "per_device_train_batch_size": hardware.micro_batch_size,
-        "per_device_eval_batch_size": hardware.micro_batch_size,
-        "gradient_accumulation_steps": hardware.accumulation,
-        "num_train_epochs": optim.epochs,
-        "max_steps": recipe.steps or -1,
-        **schedule(recipe),
-        **({} if optim.optimizer == "adamw" else {"optim": OPTIMIZERS[optim.optimizer]}),
-        "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup),
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.beta1,
-        "adam_beta2": optim.beta2,
-        "adam_epsilon": optim.epsilon,
-        "max_grad_norm": optim.max_grad_norm,
-        "bf16": hardware.bf16,
-        "use_cpu": hardware.device == "cpu",
-        "gradient_checkpointing": recipe.launch.activation_checkpointing,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_steps": recipe.log.every,
-        "logging_nan_inf_filter": False,
-        "report_to": recipe.log.trackers or "none",
-        "disable_tqdm": True,
-        "average_tokens_across_devices": True,
-        **own,
-    }
-    try:
-        return config(**ours, **recipe.trainer)
-    except (TypeError, ValueError, ImportError) as error:
-        problem = f"trainer: {str(error).strip().splitlines()[0]}"
-        raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
-
-
-def schedule(recipe: Training) -> dict[str, Any]:
-    """The learning rate's shape in transformers' words."""
-    optim, final = recipe.optim, getattr(recipe.optim, "final", 0.0)
-    if optim.scheduler == "wsd":
-        kwargs = {
-            "num_decay_steps": max(1, round(optim.decay * recipe.steps)),
-            "min_lr_ratio": final,
-        }
-        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
-    if optim.scheduler == "cosine" and final:
-        return {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": final},
-        }
-    return {
-        "lr_scheduler_type": "constant_with_warmup"
-        if optim.scheduler == "constant"
-        else optim.scheduler
-    }
-
-
-def trackers(recipe: Training, artifact: Artifact) -> None:
-    """Point the experiment trackers at this artifact, so that a resumed run continues the same tracker run."""
-    for name in recipe.log.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"log.trackers: {name} is not installed", f"pip install {name}")
-    home = artifact.run / ".trackers" / artifact.name
-    if recipe.log.trackers:
-        home.mkdir(parents=True, exist_ok=True)
-        token = home / "run_id"
-        if not token.exists():
-            token.write_text(os.urandom(4).hex())
-        os.environ.setdefault("WANDB_RUN_ID", token.read_text())
-        os.environ.setdefault("WANDB_RESUME", "allow")
-        os.environ.setdefault("WANDB_DIR", str(home))
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))
-
-
-class Order(Sampler):
-    """The order of an epoch: `rows` shuffled by seed + epoch as Accelerate does it, then the fillers.
-
-    Accelerate evens out the last batch of several processes with rows from the start of the epoch, which are then seen
-    twice. Here it is evened out with fillers, sequences without a label: they weigh nothing.
-    """
-
-    def __init__(self, rows: int, fillers: int, seed: int, shuffled: bool = True):
-        self.rows, self.fillers, self.seed, self.epoch, self.shuffled = (
-            rows,
-            fillers,
-            seed,
-            0,
-            shuffled,
-        )
-
-    def __len__(self) -> int:
-        return self.rows + self.fillers
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from (
-            torch.randperm(self.rows, generator=generator).tolist()
-            if self.shuffled
-            else range(self.rows)
-        )
-        yield from range(self.rows, self.rows + self.fillers)
-
-
-def stand_in(data: Any) -> Dataset:
-    """What TRL looks at while a trainer is made whose rows are streamed: it takes no other kind of dataset."""
-    return Dataset.from_list(
-        [{"input_ids": [0, 0], "labels": [0, 0]} | ({"seq_lengths": [2]} if data.packing else {})]
-    )
-
-
-def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
-    """`rows` and `count` short sequences of which nothing is learned."""
-    if not count:
-        return rows
-    filler: dict[str, Any] = {
-        "input_ids": [token, token],
-        "labels": [-100, -100],
-        "seq_lengths": [2],
-    }
-    filler |= {
-        "prompt_ids": [token],
-        "chosen_ids": [token],
-        "rejected_ids": [token],
-        "margin": math.nan,
-    }
-    filler |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}
-    columns = {name: [filler[name]] * count for name in rows.column_names}
-    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
+from llmpipe.training.rows import Order, with_fillers
 
 
 class _Interrupted(Exception):

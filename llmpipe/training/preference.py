@@ -28,6 +28,8 @@ from llmpipe.models.load import load
 from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
 from llmpipe.run.manifest import Made
 from llmpipe.training import hosted, supervised
+from llmpipe.training.arguments import arguments
+from llmpipe.training.setup import Training
 
 BUCKETS = 4  # of calibration
 COLLAPSED = (
@@ -372,18 +374,17 @@ def _trainer(
     kind: type, config: type, job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Tokenizer, model: Any,
     own: dict[str, Any], **more: Any,
 ) -> Any:  # fmt: skip
-    rows, adapter = prepared.folder(job.prepared), job.recipe.adapter
-    configuration = hosted.arguments(
-        config, job.recipe, job.artifact, hardware, **own, disable_dropout=True
-    )
+    adapter = job.recipe.adapter
+    training = Training(job, prepared, hardware, tokenizer, model)
+    configuration = arguments(config, training, **own, disable_dropout=True)
     try:
         trainer = hosted.durable(kind)(
             model=model,
             args=configuration,
             processing_class=tokenizer,
             data_collator=_Collator(tokenizer.pad_token_id, whole=kind is _Reward),
-            train_dataset=hosted.dataset(rows / "train.arrow"),
-            eval_dataset=hosted.dataset(rows / "eval.arrow") if prepared.rows.eval else None,
+            train_dataset=training.train_rows(),
+            eval_dataset=training.eval_rows(),
             **more,
         )
     except (ValueError, NotImplementedError) as error:

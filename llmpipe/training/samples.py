@@ -3,48 +3,56 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.models.generate import Sampling, generate, isolated_rng, render
+from llmpipe.training.setup import Trained
+
+When = Literal["before", "after"]
 
 
-def answer_samples(trainer: Any, tokenizer: Tokenizer, when: str) -> None:
-    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers that are there are kept."""
+def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
+    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers stay."""
     if not trainer.is_world_process_zero():
         return
-    samples, path = trainer.recipe.samples, trainer.artifact.path / "samples.jsonl"
-    known = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if path.exists()
-        else []
-    )
-    kept = [line for line in known if line["when"] == "before" and when == "after"]
-    if when == "before" and (any(line["when"] == when for line in known) or trainer.resumes):
+    path = trainer.artifact.path / "samples.jsonl"
+    before = [line for line in _read(path) if line["when"] == "before"]
+    if when == "before" and (before or trainer.resumes):
         return
-    if samples.prompts:
-        with isolated_rng():
-            asks = [
-                {"messages": [{"role": "user", "content": prompt}]} for prompt in samples.prompts
-            ]
-            texts = [
-                render(tokenizer, ask, trainer.recipe.data.chat_template_kwargs) for ask in asks
-            ]
-            prompts = [
-                tokenizer(t, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-                for t in texts
-            ]
-            answers = generate(
-                trainer.plain_model(), tokenizer, prompts, Sampling(samples.max_new_tokens)
-            )
-        kept += [
-            {"when": when, "prompt": p, **a.record()}
-            for p, a in zip(samples.prompts, answers, strict=True)
-        ]
-    for line in kept if when == "after" else ():
-        cut = "" if line["ended"] else " (cut)"
-        trainer.say(f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{cut}")
-    path.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
-    )
+    lines = before + _answers(trainer, tokenizer, when)
+    if when == "after":
+        for line in lines:
+            cut = "" if line["ended"] else " (cut)"
+            trainer.say(f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{cut}")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def _answers(trainer: Trained, tokenizer: Tokenizer, when: When) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: a prompt and its greedy answer each."""
+    prompts = trainer.recipe.samples.prompts
+    if not prompts:
+        return []
+    with isolated_rng():
+        batch = [_encode(trainer, tokenizer, prompt) for prompt in prompts]
+        sampling = Sampling(trainer.recipe.samples.max_new_tokens)
+        responses = generate(trainer.plain_model(), tokenizer, batch, sampling)
+    pairs = zip(prompts, responses, strict=True)
+    return [{"when": when, "prompt": prompt, **response.record()} for prompt, response in pairs]
+
+
+def _encode(trainer: Trained, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt as the model sees it, up to where its answer begins."""
+    conversation = {"messages": [{"role": "user", "content": prompt}]}
+    text = render(tokenizer, conversation, trainer.recipe.data.chat_template_kwargs)
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]

@@ -4,26 +4,25 @@ of `sft`, its narrower stages and `pretrain`; `reward` and `dpo` share `finish`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.data.stream import Stream, counted
+from llmpipe.data.stream import Stream
 from llmpipe.errors import UserError
-from llmpipe.models import publish, verify
 from llmpipe.models.hardware import Hardware
-from llmpipe.run.machine import rank
 from llmpipe.run.manifest import Made
 from llmpipe.training import hosted
+from llmpipe.training.arguments import arguments
+from llmpipe.training.conclude import conclude
 from llmpipe.training.crosstalk import crosstalk
+from llmpipe.training.rows import stand_in, streamed
 from llmpipe.training.samples import answer_samples
+from llmpipe.training.setup import Training
 
 Measure = Callable[[Any, dict], dict[str, tuple[Any, Any]]]  # see `_Durable.attach`
 
@@ -42,19 +41,9 @@ def train(
 ) -> Made:  # fmt: skip
     """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
     manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
-    recipe, artifact, data = job.recipe, job.artifact, job.recipe.data
-    rows, stream = prepared.folder(job.prepared), None
-    if data.stream:
-        processes = (
-            1
-            if hardware.device == "cpu"
-            else max(1, (os.cpu_count() or 1) // hardware.processes - 1)
-        )
-        processes = processes if data.processes == "auto" else data.processes
-        pinned, length = job.plan.content, recipe.steps * recipe.batch_size
-        about = {"seed": recipe.seed, "pinned": pinned, "processes": processes}
-        stream = Stream(data, rows, length, recipe.batch_size, **about)
-        stream.rejected = artifact.path / "rejected.jsonl" if rank() == 0 else None
+    recipe, data = job.recipe, job.recipe.data
+    stream = streamed(job, prepared, hardware) if data.stream else None
+    training = Training(job, prepared, hardware, tokenizer, model, stream)
     own = {
         "max_length": data.max_length if data.packing else None,  # rows are cut already
         "packing": data.packing,
@@ -64,10 +53,10 @@ def train(
     }
     trainer = hosted.durable(SFTTrainer)(
         model=model,
-        args=hosted.arguments(SFTConfig, recipe, artifact, hardware, **own),
+        args=arguments(SFTConfig, training, **own),
         processing_class=tokenizer,
-        train_dataset=hosted.stand_in(data) if stream else hosted.dataset(rows / "train.arrow"),
-        eval_dataset=hosted.dataset(rows / "eval.arrow") if prepared.rows.eval else None,
+        train_dataset=stand_in(data.packing) if stream else training.train_rows(),
+        eval_dataset=training.eval_rows(),
     )
     noise = (
         0.15 if hardware.bf16 or recipe.quantization else 1e-3
@@ -113,42 +102,4 @@ def finish(
     if generates:
         answer_samples(trainer, tokenizer, "after")
 
-    return conclude(trainer, job, prepared, tokenizer, final, base, stream)
-
-
-def conclude(
-    trainer: Any, job: Any, prepared: PreparedRows, tokenizer: Tokenizer, final: dict[str, Any],
-    base: Path | None = None, stream: Stream | None = None,
-) -> Made:  # fmt: skip
-    """Publish what was trained; returns what the manifest says of it, with its `final` metrics."""
-    recipe, artifact, rows = job.recipe, job.artifact, prepared.folder(job.prepared)
-    made = Made(final, training=trainer.facts(), hardware=trainer.hardware.describe())
-    if recipe.adapter is None:
-        made.verified = verify.publish(trainer, tokenizer)
-    else:
-        base, start = base or job.model, job.plan.models["model"]
-        reference = (start.base if start.is_adapter else start).reference
-        made.kind = "adapter" if trainer.plain_model().can_generate() else None
-        made.verified = publish.publish(trainer, tokenizer, base, reference)
-        if recipe.adapter.merge and trainer.is_world_process_zero():
-            name = f"{artifact.name}-merged"
-            publish.merge(base, artifact.model, artifact.run / name / "model")
-            made.merged = [name]
-    about = prepared.facts()
-    if stream:
-        blocks = trainer.state.global_step * recipe.batch_size
-        tokens, read = blocks * recipe.data.max_length, stream.position(blocks)["rows"]
-        about["data"]["rows"] = counted(read, about["data"]["rows"])
-        about["data"]["tokens"] |= {"train": tokens, "train_supervised": tokens}
-        about["data"]["sequences"]["train"] = blocks
-    elif trainer.is_world_process_zero():
-        folders = [
-            rows,
-            *([prepared.mixture.folder(job.prepared)] if prepared.mixture else []),
-        ]
-        lines = b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders)
-        (artifact.path / "rejected.jsonl").write_bytes(lines)
-        asks = [load_file(folder / "seen.safetensors")["asks"] for folder in folders]
-        save_file({"asks": np.unique(np.concatenate(asks))}, artifact.path / "seen.safetensors")
-    made.facts = about
-    return made
+    return conclude(trainer, Training(job, prepared, hardware, tokenizer, None, stream), final)

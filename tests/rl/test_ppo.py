@@ -747,7 +747,7 @@ def test_a_mixture_is_learned_beside(tmp_path, how):
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
-    from llmpipe.training import hosted
+    from llmpipe.training.rows import dataset
 
     same = {**HOW[how], "reward": [{"function": f"{tmp_path}/rewards.py:none"}], "optim__steps": 12}
     same["data__train"] = [{"path": str(ROWS), "limit": 10}]
@@ -762,7 +762,7 @@ def test_a_mixture_is_learned_beside(tmp_path, how):
     assert mixed["rows"]["kept"] == 72 and mixed["sequences"]["train"] == 37, (
         "a step reads every row once"
     )
-    table = hosted.dataset(made.run / ".prepared" / mixed["data"] / "train.arrow")
+    table = dataset(made.run / ".prepared" / mixed["data"] / "train.arrow")
     model = AutoModelForCausalLM.from_pretrained(life.TINY / "model")
     total = count = 0
     for row in table:

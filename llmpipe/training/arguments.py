@@ -1,0 +1,128 @@
+"""A recipe in the words of TRL's configurations, and in those of the experiment trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+
+from llmpipe.errors import UserError
+from llmpipe.recipe import sections
+from llmpipe.run.artifact import Artifact
+from llmpipe.training.setup import Training
+
+OPTIMIZERS = {
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def arguments(
+    config: type[TrainingArguments], training: Training, **of_the_stage: Any
+) -> TrainingArguments:
+    """The recipe as one of TRL's configurations, with the fields that are the stage's own.
+
+    Raises UserError when `trainer:` holds what the configuration refuses.
+    """
+    recipe = training.job.recipe
+    trackers(recipe, training.artifact)
+    fields = {
+        **_surroundings(training),
+        **_optimizer(recipe),
+        **schedule(recipe),
+        **of_the_stage,
+    }
+    try:
+        return config(**fields, **recipe.trainer)
+    except (TypeError, ValueError, ImportError) as error:
+        problem = f"trainer: {str(error).strip().splitlines()[0]}"
+        raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
+
+
+def _surroundings(training: Training) -> dict[str, Any]:
+    """Files, seeds, batches and precision. When to save and evaluate is `hosted`'s to decide."""
+    recipe, artifact, hardware = training.recipe, training.artifact, training.hardware
+    return {
+        "output_dir": str(artifact.path),
+        "run_name": f"{artifact.run.name}-{artifact.name}",
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "num_train_epochs": recipe.optim.epochs,
+        "max_steps": recipe.steps or -1,
+        "per_device_train_batch_size": hardware.micro_batch_size,
+        "per_device_eval_batch_size": hardware.micro_batch_size,
+        "gradient_accumulation_steps": hardware.accumulation,
+        "gradient_checkpointing": recipe.launch.activation_checkpointing,
+        "average_tokens_across_devices": True,
+        "bf16": hardware.bf16,
+        "use_cpu": hardware.device == "cpu",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": recipe.log.every,
+        "logging_nan_inf_filter": False,
+        "report_to": recipe.log.trackers or "none",
+        "disable_tqdm": True,
+    }
+
+
+def _optimizer(recipe: sections.Training) -> dict[str, Any]:
+    optim = recipe.optim
+    fields: dict[str, Any] = {
+        "learning_rate": optim.learning_rate,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "adam_epsilon": optim.epsilon,
+        "max_grad_norm": optim.max_grad_norm,
+    }
+    if optim.optimizer != "adamw":
+        fields["optim"] = OPTIMIZERS[optim.optimizer]
+    return fields
+
+
+def schedule(recipe: sections.Training) -> dict[str, Any]:
+    """The learning rate's warm-up and shape in transformers' words."""
+    optim: Any = recipe.optim  # `decay` and `final` are those of pretrain
+    final = getattr(optim, "final", 0.0)
+    fields: dict[str, Any] = {
+        "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup)
+    }
+    if optim.scheduler == "wsd":
+        fields["lr_scheduler_type"] = "warmup_stable_decay"
+        fields["lr_scheduler_kwargs"] = {
+            "num_decay_steps": max(1, round(optim.decay * recipe.steps)),
+            "min_lr_ratio": final,
+        }
+    elif optim.scheduler == "cosine" and final:
+        fields["lr_scheduler_type"] = "cosine_with_min_lr"
+        fields["lr_scheduler_kwargs"] = {"min_lr_rate": final}
+    elif optim.scheduler == "constant":
+        fields["lr_scheduler_type"] = "constant_with_warmup"
+    else:
+        fields["lr_scheduler_type"] = optim.scheduler
+    return fields
+
+
+def trackers(recipe: sections.Training, artifact: Artifact) -> None:
+    """Point the experiment trackers at this artifact: a resumed run continues its tracker's run.
+
+    Raises UserError when the recipe names one that is not installed.
+    """
+    names = recipe.log.trackers
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed", f"pip install {name}")
+    if not names:
+        return
+    home = artifact.run / ".trackers" / artifact.name
+    home.mkdir(parents=True, exist_ok=True)
+    token = home / "run_id"
+    if not token.exists():
+        token.write_text(os.urandom(4).hex())
+    os.environ.setdefault("WANDB_RUN_ID", token.read_text())
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    os.environ.setdefault("WANDB_DIR", str(home))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(home))

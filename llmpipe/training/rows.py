@@ -1,0 +1,108 @@
+"""Prepared rows as a trainer takes them: memory-mapped or streamed, and in which order.
+
+Accelerate evens out the last batch of several processes with rows from the start of the epoch,
+which are then seen twice. Here it is evened out with fillers: sequences of which nothing is
+learned, behind the real rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
+
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.stream import Stream
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.models.hardware import Hardware
+from llmpipe.run.job import Job
+from llmpipe.run.machine import rank
+
+
+def dataset(path: Path) -> Dataset:
+    """Prepared rows, memory-mapped. Raises UserError (3) when the file is gone."""
+    if not path.exists():
+        hint = f"remove {path.parent} and run the same command again"
+        raise UserError(f"{path}: missing", hint, INTEGRITY)
+    return Dataset.from_file(str(path))
+
+
+def streamed(job: Job, prepared: PreparedRows, hardware: Hardware) -> Stream:
+    """The rows of a `pretrain` recipe as blocks that are tokenized while they are trained on."""
+    recipe = job.recipe
+    stream = Stream(
+        recipe.data,
+        prepared.folder(job.prepared),
+        recipe.steps * recipe.batch_size,
+        recipe.batch_size,
+        seed=recipe.seed,
+        pinned=job.plan.content,
+        processes=_tokenizing_processes(recipe.data.processes, hardware),
+    )
+    stream.rejected = job.artifact.path / "rejected.jsonl" if rank() == 0 else None
+    return stream
+
+
+def _tokenizing_processes(asked: int | str, hardware: Hardware) -> int:
+    """Processes that tokenize beside each process that trains: the cores that a GPU leaves idle."""
+    if isinstance(asked, int):
+        return asked
+    if hardware.device == "cpu":
+        return 1
+    cores = (os.cpu_count() or 1) // hardware.processes
+    return max(1, cores - 1)
+
+
+def stand_in(packed: bool) -> Dataset:
+    """What TRL looks at while a trainer is made whose rows are streamed: it takes nothing else."""
+    row: dict[str, Any] = {"input_ids": [0, 0], "labels": [0, 0]}
+    if packed:
+        row["seq_lengths"] = [2]
+    return Dataset.from_list([row])
+
+
+def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
+    """`rows` and `count` short sequences of which nothing is learned, made of `token`."""
+    if not count:
+        return rows
+    filler: dict[str, Any] = {
+        "input_ids": [token, token],
+        "labels": [-100, -100],
+        "seq_lengths": [2],
+        "prompt_ids": [token],
+        "chosen_ids": [token],
+        "rejected_ids": [token],
+        "margin": math.nan,
+        "ref_chosen_logps": 0.0,
+        "ref_rejected_logps": 0.0,
+    }
+    columns = {name: [filler[name]] * count for name in rows.column_names}
+    return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
+
+
+class Order(Sampler):
+    """The order of an epoch: `rows` shuffled by seed + epoch as Accelerate does, then fillers."""
+
+    def __init__(self, rows: int, fillers: int, seed: int, *, shuffled: bool):
+        self.rows = rows
+        self.fillers = fillers
+        self.seed = seed
+        self.shuffled = shuffled
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.rows + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffled:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+        else:
+            yield from range(self.rows)
+        yield from range(self.rows, self.rows + self.fillers)

@@ -1,0 +1,101 @@
+"""What a stage that trains has in hand, and what the end of every stage asks of its trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.stream import Stream
+from llmpipe.errors import Say
+from llmpipe.models.hardware import Hardware
+from llmpipe.recipe import sections
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.job import Job
+from llmpipe.training import rows
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, once there are tokens and a model: all that its parts share."""
+
+    job: Job
+    prepared: PreparedRows
+    hardware: Hardware
+    tokenizer: Tokenizer
+    model: PreTrainedModel | PeftModel
+    stream: Stream | None = None
+    """Rows that are tokenized while they are trained on, instead of prepared ones."""
+
+    @property
+    def recipe(self) -> sections.Training:
+        return self.job.recipe
+
+    @property
+    def artifact(self) -> Artifact:
+        return self.job.artifact
+
+    @property
+    def say(self) -> Say:
+        return self.job.say
+
+    @property
+    def folder(self) -> Path:
+        """Where the prepared rows lie, and the tokenizer that made them."""
+        return self.prepared.folder(self.job.prepared)
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model under an adapter that is trained on."""
+        return self.job.bases.get("model")
+
+    @property
+    def identity(self) -> str:
+        """Of the recipe and of the very tokens: a checkpoint of another one is refused."""
+        digests = [self.job.plan.identity, self.prepared.content_digest]
+        if self.prepared.mixture:
+            digests.append(self.prepared.mixture.content_digest)
+        return ":".join(digests)
+
+    def train_rows(self) -> Dataset:
+        return rows.dataset(self.folder / "train.arrow")
+
+    def eval_rows(self) -> Dataset | None:
+        """The held-out rows, where there are any."""
+        if not self.prepared.rows.eval:
+            return None
+        return rows.dataset(self.folder / "eval.arrow")
+
+
+class Trained(Protocol):
+    """What samples and publishing ask of a trainer: one of TRL's in `hosted`, or PPO's loop."""
+
+    accelerator: Accelerator
+    artifact: Artifact
+    hardware: Hardware
+    recipe: Any
+    """The stage's own; where it generates it has `samples`."""
+    say: Say
+
+    @property
+    def resumes(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process is the one that writes."""
+
+    def plain_model(self) -> Any:
+        """The model without what training puts around it, as a reader of the files has it."""
+
+    def forget_optimizer(self) -> None:
+        """Free gradients and optimizer state: what follows needs the memory."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the training: steps, tokens, seconds, ..."""
