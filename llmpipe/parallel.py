@@ -5,7 +5,7 @@ DistributedDataParallel, which Accelerate puts around it. Nothing else in llmpip
 `torch.distributed`, so whatever comes after DDP has one place to go.
 
 All methods of `World` that speak to the other processes are collective: every process has to call
-them, in one order. 
+them, in one order.
 """
 
 from __future__ import annotations

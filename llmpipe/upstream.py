@@ -17,24 +17,8 @@ import warnings
 from contextlib import contextmanager
 
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils import is_flash_attn_2_available
 
 from llmpipe.kernels.cpu import DOCUMENTS, LogProbs, documents_attention, documents_mask
-
-
-def choose_attention(device_type: str, packed: bool) -> tuple[str, str]:
-    """The `attn_implementation` to load a model with for training, and a sentence that says why."""
-    if device_type == "cpu":
-        return (
-            "sdpa",
-            "on CPU sdpa, which then runs document by document instead of under one dense mask",
-        )
-    if packed and device_type == "cuda" and is_flash_attn_2_available():
-        return (
-            "flash_attention_2",
-            "flash-attention's varlen kernel keeps packed documents apart without a mask",
-        )
-    return "sdpa", "PyTorch's scaled dot product attention; a packed row gets one dense block mask"
 
 
 def speed_up(model, *, device_type: str) -> None:

@@ -230,14 +230,6 @@ def test_other_devices_and_other_attentions_are_left_alone():
     assert model.config._attn_implementation == "eager"
 
 
-def test_choose_attention():
-    for device in ("cpu", "cuda", "mps"):
-        for packed in (True, False):
-            name, why = upstream.choose_attention(device, packed)
-            assert name in ("sdpa", "flash_attention_2") and why
-    assert upstream.choose_attention("cpu", True)[0] == "sdpa"
-
-
 def test_silence(caplog):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

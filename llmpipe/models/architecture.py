@@ -3,69 +3,77 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import Say, UserError
-from llmpipe.models.hardware import Hardware
-from llmpipe.models.load import ready
+from llmpipe.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from llmpipe.stages.pretrain import Architecture
 
 
 def build(
-    recipe: Any, tokenizer: Tokenizer, found: Hardware, prepared: PreparedRows, say: Say
+    architecture: Architecture, tokenizer: Tokenizer, *, context: int, seed: int, attention: str
 ) -> PreTrainedModel:
-    """A model with random weights, as the recipe's `architecture` describes it. Raises UserError when transformers
-    refuses the shape."""
-    wanted, context = recipe.architecture, recipe.data.max_length
-    wide = wanted.ffn or (
-        4 * wanted.width if wanted.kind == "gpt2" else 64 * math.ceil(wanted.width * 8 / 3 / 64)
-    )
-    common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "tie_word_embeddings": wanted.tied,
-        "use_cache": True,
-    }
-    common |= {"bos_token_id": tokenizer.bos_token_id}
-    if wanted.kind == "gpt2":
-        shape = {
-            "n_layer": wanted.layers,
-            "n_embd": wanted.width,
-            "n_head": wanted.heads,
-            "n_inner": wide,
-        }
-        shape |= {"n_positions": context, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    else:
-        shape = {
-            "num_hidden_layers": wanted.layers,
-            "hidden_size": wanted.width,
-            "intermediate_size": wide,
-        }
-        shape |= {
-            "num_attention_heads": wanted.heads,
-            "num_key_value_heads": wanted.kv_heads or wanted.heads,
-        }
-        shape |= {"max_position_embeddings": context, "head_dim": wanted.width // wanted.heads}
-        shape |= {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": wanted.rope_theta,
-                **wanted.rope_scaling,
-            }
-        }
+    """A model in fp32 with random weights, drawn from `seed`, for up to `context` tokens.
+
+    Raises UserError (2) when transformers refuses the shape.
+    """
+    shape = _gpt2 if architecture.kind == "gpt2" else _llama
     try:
-        config = AutoConfig.for_model(wanted.kind, **common, **shape)
-        torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=found.attention
+        config = AutoConfig.for_model(
+            architecture.kind,
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=architecture.tied,
+            use_cache=True,
+            bos_token_id=tokenizer.bos_token_id,
+            **shape(architecture, context),
+        )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"architecture: {str(error).strip().splitlines()[0]}") from error
-    return ready(model, tokenizer, found, prepared, say)
+        raise UserError(f"architecture: {first_line(error)}") from error
+
+
+def _gpt2(architecture: Architecture, context: int) -> dict[str, Any]:
+    """GPT-2's words (Radford 2019), without its dropout."""
+    return {
+        "n_layer": architecture.layers,
+        "n_embd": architecture.width,
+        "n_head": architecture.heads,
+        "n_inner": architecture.ffn or 4 * architecture.width,
+        "n_positions": context,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def _llama(architecture: Architecture, context: int) -> dict[str, Any]:
+    """The words of Llama (Touvron 2023) and of those that came after it."""
+    return {
+        "num_hidden_layers": architecture.layers,
+        "hidden_size": architecture.width,
+        "intermediate_size": architecture.ffn or _gated_ffn(architecture.width),
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.kv_heads or architecture.heads,
+        "max_position_embeddings": context,
+        "head_dim": architecture.width // architecture.heads,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": architecture.rope_theta,
+            **architecture.rope_scaling,
+        },
+    }
+
+
+def _gated_ffn(width: int) -> int:
+    """8/3 of the width, up to a multiple of 64: three matrices then weigh what GPT-2's two do
+    (Shazeer 2020).
+    """
+    return 64 * math.ceil(width * 8 / 3 / 64)

@@ -1,4 +1,8 @@
-"""What a process trains on, and how the recipe's `auto`s are decided."""
+"""What a process trains on, and how the recipe's `auto`s are decided.
+
+`choose` is `detect` what is here, `decide` what to do with it, which is a function of the recipe
+and the host alone, and `announce` what was decided and why. Below it: what training costs and uses.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,204 @@ import gc
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from llmpipe import upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import model_class
-from llmpipe.recipe.sections import Adapter, Training
+from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine
-from llmpipe.run.machine import thread_count
 
-PEAK = {
+
+@dataclass(frozen=True)
+class Host:
+    """What a process finds where it runs."""
+
+    device: str
+    """cpu or cuda."""
+    processes: int
+    """Of this run, over all machines."""
+    threads: int
+    """Of this process on the CPU."""
+    has_bf16: bool
+    """Whether bf16 matrix products are in hardware."""
+    has_flash_attention: bool
+    """Whether the package flash-attn is installed, and fit for this GPU."""
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Why, in words that follow the choice in brackets."""
+
+    precision: str = ""
+    attention: str = ""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What this process trains on, and how the recipe's `auto`s were decided."""
+
+    device: str
+    processes: int
+    threads: int
+    micro_batch_size: int
+    """Sequences per process and forward pass."""
+    accumulation: int
+    """Forward passes per process and optimizer step."""
+    bf16: bool
+    """Whether arithmetic is in bf16; weights that are trained are fp32 either way."""
+    attention: str
+    """The `attn_implementation` that models are loaded with."""
+    reasons: Reasons = Reasons()
+
+    def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
+        """Of weights that are not trained.
+
+        What an adapter is taken out of is not rounded, or it would not fit back.
+        """
+        return torch.bfloat16 if self.bf16 and not adapter.rewrites else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {**self._settings(), "device_name": _device_name(self.device)}
+
+    def resume_key(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be bitwise the straight one."""
+        settings = self._settings()
+        del settings["accumulation"]
+        return settings
+
+    def _settings(self) -> dict[str, Any]:
+        settings = asdict(self)
+        del settings["reasons"]
+        return settings
+
+
+def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
+    """Look, decide, and say what was decided. Sets torch's threads.
+
+    `folder`: of the model that is trained, or of its base, which decides what attention is
+    possible. Raises UserError when the recipe asks for what this machine or a batch cannot give.
+    """
+    host = detect(recipe.launch)
+    hardware = decide(recipe, host, model_class(folder) if folder else None)
+    torch.set_num_threads(hardware.threads)
+    announce(hardware, recipe, say)
+    return hardware
+
+
+def detect(launch: Launch) -> Host:
+    """What there is; how many processes and threads were asked for decides the share of this
+    one.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    return Host(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        processes=processes,
+        threads=threads or machine.thread_count(launch, processes),
+        has_bf16=has_bf16(),
+        has_flash_attention=is_flash_attn_2_available(),
+    )
+
+
+def decide(recipe: Training, host: Host, model: type[PreTrainedModel] | None) -> Hardware:
+    """Precision, attention and micro-batch of a recipe on a host, for the class of a model or any.
+
+    Raises UserError when a GPU has not the precision that the recipe asks for, and when
+    `optim.batch_size` does not divide by processes and micro-batches.
+    """
+    bf16, precision_reason = _precision(recipe.optim.precision, host)
+    attention, attention_reason = _attention(host, recipe.data.packing, model)
+    micro_batch_size = machine.micro_batch_size(recipe, host.processes, host.device == "cuda")
+    return Hardware(
+        device=host.device,
+        processes=host.processes,
+        threads=host.threads,
+        micro_batch_size=micro_batch_size,
+        accumulation=recipe.batch_size // (micro_batch_size * host.processes),
+        bf16=bf16,
+        attention=attention,
+        reasons=Reasons(precision_reason, attention_reason),
+    )
+
+
+def _precision(asked: str, host: Host) -> tuple[bool, str]:
+    """Whether arithmetic is in bf16, and why."""
+    if asked == "auto":
+        support = "it" if host.has_bf16 else "no fast bf16"
+        return host.has_bf16, f"the hardware has {support}"
+    if asked == "bf16" and host.device == "cuda" and not host.has_bf16:
+        problem = "optim.precision: bf16: this GPU has no bf16"
+        raise UserError(problem, "set optim.precision: fp32")
+    return asked == "bf16", "the recipe asks for it"
+
+
+def _attention(host: Host, packed: bool, model: type[PreTrainedModel] | None) -> tuple[str, str]:
+    """The `attn_implementation` to load a model with for training, and why."""
+    name = "sdpa"
+    reason = "PyTorch's scaled dot product attention; a packed row gets one dense block mask"
+    if host.device == "cpu":
+        reason = "on CPU sdpa, which then runs document by document instead of under one dense mask"
+    elif packed and host.has_flash_attention:
+        name = "flash_attention_2"
+        reason = "flash-attention's varlen kernel keeps packed documents apart without a mask"
+    if model is None:
+        return name, reason
+    supported = upstream.supported_attention(model, name)
+    if supported != name:
+        reason = f"{model.__name__} has no {name}"
+    return supported, reason
+
+
+def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
+    """Say what was decided and why."""
+    line = f"hardware: {hardware.processes} x {hardware.device}, {hardware.threads} threads each"
+    if recipe.stage != "ppo":  # whose passes are cut by tokens; it says so itself
+        parts = (hardware.micro_batch_size, hardware.accumulation, hardware.processes)
+        line += "; batch {} = {} x {} accumulated x {}".format(recipe.batch_size, *parts)
+    say(line)
+    arithmetic = "bf16 arithmetic" if hardware.bf16 else "fp32"
+    say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
+    say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
+    optimizer = recipe.optim.optimizer
+    if optimizer.startswith("paged") and hardware.device == "cpu":
+        why = "a CPU has nothing to page to, the moments stay where they are"
+        say(f"optimizer: {optimizer}: {why}")
+
+
+def has_bf16() -> bool:
+    """bf16 matrix products in hardware (a GPU's, AVX-512 BF16 or AMX); elsewhere they are slower
+    than fp32.
+    """
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+# --- what training costs and uses ---
+
+# dense bf16 operations per second by the makers' data sheets, in 1e12; the first name that fits counts
+PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
     "H100": 989,
@@ -35,133 +220,41 @@ PEAK = {
 }
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What this process trains on, and how the recipe's `auto`s were decided."""
-
-    device: str
-    processes: int
-    threads: int
-    micro_batch_size: int
-    accumulation: int
-    bf16: bool
-    attention: str
-
-    def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
-        """Of weights that are not trained. What an adapter is taken out of is not rounded, or it would not fit back."""
-        return torch.bfloat16 if self.bf16 and not adapter.rewrites else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
-
-    def describe(self) -> dict[str, Any]:
-        name = (
-            torch.cuda.get_device_name()
-            if self.device == "cuda"
-            else torch.backends.cpu.get_cpu_capability()
-        )
-        return {**vars(self), "device_name": name}
-
-    def resume_key(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be bitwise the straight one."""
-        return {k: v for k, v in vars(self).items() if k != "accumulation"}
-
-
-def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
-    """Decide device, precision, attention and micro-batch, and say why. `folder`: of the model, or of its base."""
-    keep_imports()
-    on_gpu = torch.cuda.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or thread_count(recipe.launch, processes)
-    torch.set_num_threads(threads)
-    wanted = recipe.optim.precision
-    fast = has_bf16()
-    if wanted == "bf16" and not fast and on_gpu:
-        raise UserError("optim.precision: bf16: this GPU has no bf16", "set optim.precision: fp32")
-    bf16 = wanted == "bf16" or (wanted == "auto" and fast)
-    why = (
-        "the recipe asks for it"
-        if wanted != "auto"
-        else f"the hardware has {'it' if bf16 else 'no fast bf16'}"
-    )
-    attention, attention_why = upstream.choose_attention(
-        "cuda" if on_gpu else "cpu", recipe.data.packing
-    )
-    kind = model_class(folder) if folder else None
-    if (known := upstream.supported_attention(kind, attention)) != attention:
-        attention, attention_why = known, f"{kind.__name__} has no {attention}"
-    micro = machine.micro_batch_size(recipe, processes, on_gpu)
-    found = Hardware(
-        device="cuda" if on_gpu else "cpu",
-        processes=processes,
-        threads=threads,
-        micro_batch_size=micro,
-        accumulation=recipe.batch_size // (micro * processes),
-        bf16=bf16,
-        attention=attention,
-    )
-    cut = f"; batch {recipe.batch_size} = {micro} x {found.accumulation} accumulated x {processes}"
-    say(
-        f"hardware: {processes} x {found.device}, {threads} threads each{cut * (recipe.stage != 'ppo')}"
-    )
-    say(f"precision: {'bf16 arithmetic' if bf16 else 'fp32'}, fp32 master weights ({why})")
-    say(f"attention: {attention} ({attention_why})")
-    if recipe.optim.optimizer.startswith("paged") and not on_gpu:
-        say(
-            f"optimizer: {recipe.optim.optimizer}: a CPU has nothing to page to, the moments stay where they are"
-        )
-    return found
-
-
-def has_bf16() -> bool:
-    """bf16 matrix products in hardware (a GPU's, AVX-512 BF16 or AMX); elsewhere they are slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def keep_imports() -> None:
-    """Take everything that is in memory now, the libraries above all, out of later collections. Each checkpoint asks
-    for one, and nine tenths of its time went into modules that stay to the end."""
-    gc.collect()
-    gc.freeze()
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps the pages of small tensors, a gigabyte of them in training."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def flops_per_token(model: PreTrainedModel, context: int) -> float:
-    """Operations that a token costs in training (Chowdhery 2022, appendix B): 2 per weight forward, 2 for the gradient
-    of what it multiplies, 2 for its own where it is trained, and 12 x layers x width x context for the attention."""
-    embeddings, head, config = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        model.config.get_text_config(),
-    )
-    looked_up = (
-        0 if head and embeddings.weight is head.weight else embeddings.weight.numel()
-    )  # it multiplies nothing
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * context
-    return 4 * (model.num_parameters() - looked_up) + 2 * trained + attention
-
-
 def peak_flops() -> float | None:
     """Dense bf16 operations per second of this GPU by its maker's data sheet, where it is known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((1e12 * peak for part, peak in PEAK.items() if part in name), None)
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def flops_per_token(model: PreTrainedModel, context: int) -> float:
+    """Operations that a token costs in training (Chowdhery 2022, appendix B).
+
+    2 per weight forward, 2 for the gradient of what it multiplies, 2 for its own where it is
+    trained, and 12 x layers x width x context for the attention.
+    """
+    config = model.config.get_text_config()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tied = head is not None and embeddings.weight is head.weight
+    looked_up = 0 if tied else embeddings.weight.numel()  # untied embeddings multiply nothing
+    multiplied = model.num_parameters() - looked_up
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * context
+    return float(4 * multiplied + 2 * trained + attention)
 
 
 def memory_gb() -> float:
     """Peak memory so far: of the GPU when there is one, else resident memory of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return float(torch.cuda.max_memory_allocated() / 2**30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps the pages of small tensors, a gigabyte of them in training.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,119 +1,202 @@
-"""Models and tokenizers: choose for the hardware, load, adapt to the tokenizer, convert."""
+"""The model that training starts from, and models to look at.
+
+`set_up` decides the hardware and loads the tokenizer; then a stage loads what it trains: `load_new`
+for random weights, `load_policy` for a language model, `load_ranker` for a reward model. The latter
+two give all weights to train in fp32, or an adapter on a frozen model where the recipe has
+`adapter:`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.models.hardware import Hardware
-from llmpipe.models.pretrained import load_model, resize_embeddings, take_generation
-from llmpipe.recipe.sections import Training
+from llmpipe.models import adapters, architecture
+from llmpipe.models.hardware import Hardware, choose
+from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.job import Job
+
+if TYPE_CHECKING:
+    from llmpipe.stages.pretrain import Architecture
+
+R_co = TypeVar("R_co", bound=Training, covariant=True)
 
 
-def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:
-    """A model to look at, alone or as adapter on its `base`, on the GPU where there is one."""
-    device, dtype = (
-        "cuda" if torch.cuda.is_available() else "cpu",
-        torch.bfloat16 if bf16 else torch.float32,
-    )
-    # not cast later: positions are computed in fp32
-    model = load_model(base or folder, dtype=dtype, scores=bool(base) and is_reward_model(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise UserError(
-            f"{folder}: the tokenizer has neither a pad nor an end token",
-            "set eos_token in its config",
-        )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if base:
-        from llmpipe.models.adapters import put_on
+@dataclass(frozen=True)
+class Setup(Generic[R_co]):
+    """What a stage that trains has in hand before there is a model."""
 
-        resize_embeddings(model, tokenizer)
-        take_generation(model, folder)
-        model = put_on(model, folder)
-    return model.to(device).eval()
+    job: Job[R_co]
+    prepared: PreparedRows
+    hardware: Hardware
+    tokenizer: Tokenizer
+    """Of the prepared rows, with the tokens that the template added."""
+
+    @property
+    def recipe(self) -> R_co:
+        return self.job.recipe
+
+    @property
+    def say(self) -> Say:
+        return self.job.say
+
+    @property
+    def base(self) -> Path | None:
+        """The folder under `job.model` where that is an adapter, which is trained on."""
+        return self.job.bases.get("model")
 
 
-def load(
-    folder: Path, base: Path | None, tokenizer: Tokenizer, found: Hardware, recipe: Training, prepared: PreparedRows, say: Say,
-    scores: bool = False,
-) -> Any:  # fmt: skip
-    """The model to train, its embeddings as wide as the tokenizer, its stop tokens as the template ends turns.
+def set_up(job: Job[R_co], prepared: PreparedRows) -> Setup[R_co]:
+    """Decide the hardware, say so, and load the tokenizer. Raises UserError as `choose` does."""
+    hardware = choose(job.recipe, job.say, job.weights if "model" in job.models else None)
+    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
+    return Setup(job, prepared, hardware, tokenizer)
 
-    All weights: fp32. With `adapter:` the model is frozen, in the precision of the arithmetic or quantized, and its
-    adapter is a new one, or the one in `folder` where that is an adapter on `base`. `scores`: a reward model.
+
+def load_new(setup: Setup[Training], shape: Architecture) -> PreTrainedModel:
+    """A model of this shape with random weights.
+
+    Raises UserError (2) when transformers refuses the shape.
     """
-    from llmpipe.models.adapters import begin, frozen, put_on, same_shape
+    recipe = setup.recipe
+    model = architecture.build(
+        shape,
+        setup.tokenizer,
+        context=recipe.data.max_length,
+        seed=recipe.seed,
+        attention=setup.hardware.attention,
+    )
+    return _made_ready(model, setup)
 
-    dtype = found.frozen_dtype(recipe.adapter) if recipe.adapter else torch.float32
-    if is_reward_model(base or folder) and not scores:
-        raise UserError(
-            f"model: {recipe.model}: a reward model, which gives no answers", code=INTEGRITY
-        )
-    if base and recipe.adapter.rewrites:
-        raise UserError(
-            f"adapter.init: {recipe.adapter.init}: the adapter is there already",
-            "set adapter.continue: false",
-        )
-    torch.manual_seed(recipe.seed)  # of a new head
-    model = frozen(base or folder, recipe.quantization, dtype, found.attention, scores)
-    rows = resize_embeddings(model, tokenizer)
-    if len(tokenizer) > rows:
-        say(
-            f"embeddings: {rows} -> {len(tokenizer)} rows, new ones drawn from the distribution of the old"
-        )
-    model = ready(model, tokenizer, found, prepared, say)
-    if recipe.adapter is None:
-        return model
-    count = model.num_parameters()
-    if base:
-        model = put_on(model, folder, trainable=True)
-        same_shape(model, recipe.adapter)
-    else:
-        added = tokenizer.convert_tokens_to_ids(prepared.added_tokens)
-        model = begin(model, recipe.adapter, added, recipe.seed)
-    # or PEFT looks the base up, on the Hub too, whenever a checkpoint is saved
-    model.peft_config["default"].base_model_name_or_path = model.get_base_model().name_or_path = ""
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    how = (
-        f"{recipe.quantization.bits} bits"
-        if recipe.quantization
-        else str(dtype).removeprefix("torch.")
-    )
-    say(
-        f"model: {count / 1e6:,.1f} M parameters in {how}, frozen; adapter of {learned / 1e6:,.2f} M trained"
-    )
+
+def load_policy(setup: Setup[Training]) -> Any:
+    """A language model to train: all of its weights, or PEFT's model with an adapter.
+
+    Raises UserError (3) when the folder holds a reward model, or an adapter that is not the
+    recipe's.
+    """
+    if is_reward_model(setup.job.weights):
+        problem = f"model: {setup.recipe.model}: a reward model, which gives no answers"
+        raise UserError(problem, code=INTEGRITY)
+    adapter = setup.recipe.adapter
+    return _load_adapter(setup, adapter) if adapter else _load_whole(setup)
+
+
+def load_ranker(setup: Setup[Training]) -> Any:
+    """A reward model to train, all of its weights or an adapter and the head, which is a new one
+    where the folder holds a language model.
+    """
+    adapter = setup.recipe.adapter
+    if adapter:
+        return _load_adapter(setup, adapter, scores=True)
+    return _load_whole(setup, scores=True)
+
+
+def load_copy(setup: Setup[Training]) -> PreTrainedModel:
+    """Another copy of the language model that training starts from, in fp32: what a reference is,
+    and what a critic begins as. It does not know the recipe's stop tokens, since it generates
+    nothing.
+    """
+    model = load_model(setup.job.model, setup.hardware.attention)
+    resize_embeddings(model, setup.tokenizer)
+    upstream.speed_up(model, device_type=setup.hardware.device)
     return model
 
 
-def ready(
-    model: PreTrainedModel, tokenizer: Tokenizer, found: Hardware, prepared: PreparedRows, say: Say
-) -> PreTrainedModel:
-    """`model` with its special tokens and generation as the template has them, and fast on this hardware."""
+def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:
+    """A model to look at, alone or as adapter on its `base`, in evaluation mode, on the GPU where
+    there is one. Gives a tokenizer without a pad token its end token for one; raises UserError (2)
+    when it has neither.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        problem = f"{folder}: the tokenizer has neither a pad nor an end token"
+        raise UserError(problem, "set eos_token in its config")
+    dtype = torch.bfloat16 if bf16 else torch.float32  # not cast later: positions are fp32
+    scores = base is not None and is_reward_model(folder)
+    model = load_model(base or folder, dtype=dtype, scores=scores)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if base:
+        model = adapters.on_base(model, folder, tokenizer)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel:
+    torch.manual_seed(setup.recipe.seed)  # of a new head
+    model = load_model(setup.job.model, setup.hardware.attention, scores=scores)
+    _resize(model, setup)
+    return _made_ready(model, setup)
+
+
+def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False) -> Any:
+    """A frozen model, in the precision of the arithmetic or quantized, with an adapter to train:
+    a new one, or the one that the recipe names as its model.
+    """
+    recipe, base = setup.recipe, setup.base
+    if base and adapter.rewrites:
+        problem = f"adapter.init: {adapter.init}: the adapter is there already"
+        raise UserError(problem, "set adapter.continue: false")
+    dtype = setup.hardware.frozen_dtype(adapter)
+    torch.manual_seed(recipe.seed)  # of a new head
+    model = adapters.load_frozen(
+        setup.job.weights, recipe.quantization, dtype, setup.hardware.attention, scores
+    )
+    _resize(model, setup)
+    _made_ready(model, setup)
+    parameters = model.num_parameters()
+    if base:
+        model = adapters.attach(model, setup.job.model, trainable=True)
+        adapters.refuse_another(model, adapter)
+    else:
+        new_tokens = setup.tokenizer.convert_tokens_to_ids(setup.prepared.added_tokens)
+        model = adapters.begin(model, adapter, new_tokens, recipe.seed)
+    adapters.forget_base(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    precision = str(dtype).removeprefix("torch.")
+    if recipe.quantization:
+        precision = f"{recipe.quantization.bits} bits"
+    frozen = f"{parameters / 1e6:,.1f} M parameters in {precision}, frozen"
+    setup.say(f"model: {frozen}; adapter of {trained / 1e6:,.2f} M trained")
+    return model
+
+
+def _resize(model: PreTrainedModel, setup: Setup[Training]) -> None:
+    tokens = len(setup.tokenizer)
+    rows = resize_embeddings(model, setup.tokenizer)
+    if tokens > rows:
+        change = f"{rows} -> {tokens} rows, new ones drawn from the distribution of the old"
+        setup.say(f"embeddings: {change}")
+
+
+def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedModel:
+    """`model` with its special tokens and generation as the template has them, and fast on this
+    hardware.
+    """
+    tokenizer = setup.tokenizer
     if model.can_generate():
-        stop_ids = tokenizer.convert_tokens_to_ids(prepared.stop_tokens)
+        stop_ids = tokenizer.convert_tokens_to_ids(setup.prepared.stop_tokens)
         generation = model.generation_config
         generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
         generation.pad_token_id = tokenizer.pad_token_id
-        generation.do_sample, generation.temperature, generation.top_p, generation.top_k = (
-            False,
-            None,
-            None,
-            None,
-        )
+        generation.do_sample = False
+        generation.temperature = None
+        generation.top_p = None
+        generation.top_k = None
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    upstream.speed_up(model, device_type=found.device)
-    say(f"model: {type(model).__name__}, {model.num_parameters() / 1e6:,.1f} M parameters")
+    upstream.speed_up(model, device_type=setup.hardware.device)
+    parameters = f"{model.num_parameters() / 1e6:,.1f} M parameters"
+    setup.say(f"model: {type(model).__name__}, {parameters}")
     return model

@@ -56,7 +56,7 @@ def load_model(
     else a causal language model. A causal model that `scores` gets a head with random weights.
 
     `quantization`: a configuration of transformers'. Raises UserError (2) when transformers cannot
-    read the folder, (3) when a tensor is missing or left over. 
+    read the folder, (3) when a tensor is missing or left over.
     """
     is_ranker = is_reward_model(folder)
     new_head = scores and not is_ranker

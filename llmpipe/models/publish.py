@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.files import publishing
 from llmpipe.models import verify
-from llmpipe.models.adapters import WEIGHTS, frozen, plain, put_on
+from llmpipe.models.adapters import WEIGHTS, as_published, attach, load_frozen
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings, take_generation
 from llmpipe.models.verify import probe_logits, refuse, same_behaviour, same_tensors, same_tokenizer
@@ -28,7 +28,7 @@ def merge(base: Path, folder: Path, target: Path) -> None:
     model = load_model(base, scores=is_reward_model(folder))
     resize_embeddings(model, tokenizer)
     take_generation(model, folder)
-    model = put_on(model, folder).merge_and_unload(safe_merge=True).eval()
+    model = attach(model, folder).merge_and_unload(safe_merge=True).eval()
     model.config.eos_token_id, model.config.pad_token_id = (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
@@ -55,7 +55,7 @@ def publish(trainer: Any, tokenizer: Tokenizer, base: Path, reference: str) -> d
             trainer.recipe.quantization,
             trainer.hardware.frozen_dtype(trainer.recipe.adapter),
         )
-        tensors, config = plain(model)
+        tensors, config = as_published(model)
         config.base_model_name_or_path = reference  # no machine's path in an artifact
         with publishing(trainer.artifact.model) as staging:
             save_file(
@@ -83,11 +83,11 @@ def compare(
 ) -> dict[str, Any]:
     """Hand-off contract, rule 4, for an adapter: tensors, logits on its base, logits merged, tokenizer, stopping."""
     same_tokenizer(tokenizer, folder)
-    tensors = same_tensors(plain(model)[0], folder)
-    again = frozen(base, bits, dtype, scores=is_reward_model(folder))
+    tensors = same_tensors(as_published(model)[0], folder)
+    again = load_frozen(base, bits, dtype, scores=is_reward_model(folder))
     resize_embeddings(again, tokenizer)
     take_generation(again, folder)
-    again = put_on(again if bits else again.to(model.device), folder).eval()
+    again = attach(again if bits else again.to(model.device), folder).eval()
     checked = same_behaviour(
         model, again, tokenizer, TOLERANCE if hasattr(model, "began_with") else 1e-5
     )
@@ -99,7 +99,7 @@ def compare(
         apart = load_model(base, scores=is_reward_model(folder))
         resize_embeddings(apart, tokenizer)
         take_generation(apart, folder)
-        apart = put_on(apart, folder).eval()
+        apart = attach(apart, folder).eval()
     # merging is compared in fp32, the precision of the published weights
     before = probe_logits(apart, tokenizer).cpu()
     after = probe_logits(apart.merge_and_unload(safe_merge=True), tokenizer).cpu()

@@ -30,8 +30,8 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.kernels.cpu import LogProbs
 from llmpipe.models.hardware import Hardware
-from llmpipe.models.load import load
-from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from llmpipe.models.load import Setup, load_copy, load_policy
+from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.models.verify import PROBE
 from llmpipe.rl.rollout import Episode
 from llmpipe.run.artifact import is_reward_model
@@ -279,7 +279,8 @@ def build(job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Any) 
         if at != "model" and not is_reward_model(folder):
             problem = f"{at}: {recipe.references()[at]} is not a reward model"
             raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
-    policy = load(job.model, base, tokenizer, hardware, recipe, prepared, say)
+    setup = Setup(job, prepared, hardware, tokenizer)
+    policy = load_policy(setup)
     causal = policy.get_base_model() if recipe.adapter else policy
     _refuse(causal, job, prepared)
     if recipe.adapter and recipe.adapter.dropout:
@@ -312,18 +313,16 @@ def build(job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Any) 
             p.data = p.data.float() if p.requires_grad else p.data
         held = "the parent's adapter" if base else "the parent, the adapter off"
     else:
-        reference = load_model(job.model, hardware.attention)
-        resize_embeddings(reference, tokenizer)
+        reference = load_copy(setup)
         reference.requires_grad_(False)
         if hardware.bf16:  # autocast does so for every product, and keeps nothing of what is frozen
             for layer in (
                 layer for layer in reference.base_model.modules() if isinstance(layer, nn.Linear)
             ):
                 layer.to(torch.bfloat16)
-        upstream.speed_up(reference, device_type=hardware.device)
         held = "a frozen copy of the parent"
         if wanted != "trunk":
-            critic, value, wanted = _critic(job, tokenizer, hardware, causal, value, wanted)
+            critic, value, wanted = _critic(setup, causal, value, wanted)
     if recipe.launch.activation_checkpointing:
         for model in filter(None, (causal, critic)):
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -423,9 +422,10 @@ def _probe(actors: Actors, tokenizer: Any, tolerance: float) -> None:
 
 
 def _critic(
-    job: Any, tokenizer: Any, hardware: Hardware, causal: Any, value: nn.Linear, wanted: str
+    setup: Setup[Any], causal: Any, value: nn.Linear, wanted: str
 ) -> tuple[Any, nn.Linear, str]:
     """A critic with weights of its own, its head, and what it begins with."""
+    job, tokenizer, hardware = setup.job, setup.tokenizer, setup.hardware
     found = next(((at, path) for at, path in job.models.items() if at.startswith("reward.")), None)
     if found and found[0] not in job.bases and wanted in ("auto", "reward"):
         ranker = load_model(found[1], hardware.attention)
@@ -443,10 +443,7 @@ def _critic(
             "critic.start: reward: the reward model has not the policy's shape and vocabulary, or is an adapter",
             "set critic.start: policy, or adapter.merge: true for the reward model and take NAME-merged",
         )
-    critic = load_model(job.model, hardware.attention)
-    resize_embeddings(critic, tokenizer)
-    upstream.speed_up(critic, device_type=hardware.device)
-    return _body(critic), value, "policy"
+    return _body(load_copy(setup)), value, "policy"
 
 
 def _body(model: Any) -> Any:

@@ -189,17 +189,13 @@ def trained_tokenizer(job: Job) -> Path:
     return folder
 
 
-def train(job: Job, prepared: PreparedRows) -> Made:
+def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Build or load the model, train, publish; returns what the manifest says of it."""
-    from llmpipe.models.architecture import build
-    from llmpipe.models.hardware import choose
-    from llmpipe.models.pretrained import load_tokenizer
+    from llmpipe.models.load import load_new, set_up
     from llmpipe.training import supervised
 
-    recipe, say = job.recipe, job.say
-    if recipe.model:
+    if job.recipe.architecture is None:
         return sft.train(job, prepared)
-    hardware = choose(recipe, say)
-    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
-    model = build(recipe, tokenizer, hardware, prepared, say)
-    return supervised.train(job, prepared, hardware, tokenizer, model)
+    setup = set_up(job, prepared)
+    model = load_new(setup, job.recipe.architecture)
+    return supervised.train(job, prepared, setup.hardware, setup.tokenizer, model)

@@ -61,16 +61,11 @@ class Schema(Supervised):
     """Supervised fine-tuning."""
 
 
-def train(job: Job, prepared: PreparedRows) -> Made:
+def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.models.hardware import choose
-    from llmpipe.models.load import load
-    from llmpipe.models.pretrained import load_tokenizer
+    from llmpipe.models.load import load_policy, set_up
     from llmpipe.training import supervised
 
-    recipe, say = job.recipe, job.say
-    hardware = choose(recipe, say, job.weights)
-    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
-    base = job.bases.get("model")
-    model = load(job.model, base, tokenizer, hardware, recipe, prepared, say)
-    return supervised.train(job, prepared, hardware, tokenizer, model, base)
+    setup = set_up(job, prepared)
+    model = load_policy(setup)
+    return supervised.train(job, prepared, setup.hardware, setup.tokenizer, model, setup.base)

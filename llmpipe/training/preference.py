@@ -17,15 +17,13 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
-from llmpipe import upstream
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.evaluation.statistics import RESAMPLES, interval, wilson
 from llmpipe.files import digest
 from llmpipe.models.adapters import tensors_hash, upcast_trained
-from llmpipe.models.hardware import Hardware, choose
-from llmpipe.models.load import load
-from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from llmpipe.models.hardware import Hardware
+from llmpipe.models.load import load_copy, load_policy, load_ranker, set_up
 from llmpipe.run.manifest import Made
 from llmpipe.training import hosted, supervised
 from llmpipe.training.arguments import arguments
@@ -158,9 +156,9 @@ def ranking(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 def reward(job: Any, prepared: PreparedRows) -> Made:
     """Train a reward model and publish it; returns what the manifest says of it."""
     recipe, say = job.recipe, job.say
-    hardware = choose(recipe, say, job.weights)
-    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
-    model = load(job.model, None, tokenizer, hardware, recipe, prepared, say, scores=True)
+    setup = set_up(job, prepared)
+    hardware, tokenizer = setup.hardware, setup.tokenizer
+    model = load_ranker(setup)
     own = {"max_length": None, "center_rewards_coefficient": recipe.center}
     trainer = _trainer(_Reward, RewardConfig, job, prepared, hardware, tokenizer, model, own)
 
@@ -268,11 +266,10 @@ def improvement(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any
 def dpo(job: Any, prepared: PreparedRows) -> Made:
     """Train a policy on preferences against its parent, and publish it; returns what the manifest says of it."""
     recipe, say = job.recipe, job.say
-    hardware = choose(recipe, say, job.weights)
+    setup = set_up(job, prepared)
+    hardware, tokenizer, base = setup.hardware, setup.tokenizer, setup.base
     _refuse_micro_batches(recipe, hardware)
-    tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
-    base = job.bases.get("model")
-    model = load(job.model, base, tokenizer, hardware, recipe, prepared, say)
+    model = load_policy(setup)
     weights = recipe.weights
     own = {
         "max_length": None,
@@ -284,9 +281,7 @@ def dpo(job: Any, prepared: PreparedRows) -> Made:
     }
     reference = None
     if recipe.adapter is None and not recipe.precompute:
-        reference = load_model(job.model, hardware.attention)
-        resize_embeddings(reference, tokenizer)
-        upstream.speed_up(reference, device_type=hardware.device)
+        reference = load_copy(setup)
         reference.requires_grad_(False)
     trainer = _trainer(
         _Policy, DPOConfig, job, prepared, hardware, tokenizer, model, own, ref_model=reference

@@ -1,4 +1,6 @@
-"""LoRA and QLoRA: the adapter that is published is the trained one, on the base it was trained on and on no other."""
+"""LoRA and QLoRA: the adapter that is published is the trained one, on the base it was trained on
+and on no other.
+"""
 
 import json
 import shutil
@@ -103,7 +105,9 @@ def test_resume_is_bitwise_the_straight_run(stage, tmp_path):
 @pytest.mark.parametrize("init", ["pissa", life.by_the_dozen("olora")])
 @pytest.mark.parametrize("rslora", [life.by_the_dozen(False), True])
 def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init, rslora):
-    """Begins where the base is, trains other weights, and is published for the base that nobody touched (Meng 2024)."""
+    """Begins where the base is, trains other weights, and is published for the base that nobody
+    touched (Meng 2024).
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -168,7 +172,9 @@ def test_lora_is_sft_with_an_adapter(straight):
 
 
 def test_adapters_on_adapters(tmp_path):
-    """sft -> lora -> lora continued -> lora anew: each with the right base, each better on what it saw."""
+    """sft -> lora -> lora continued -> lora anew: each with the right base, each better on what it
+    saw.
+    """
     run = tmp_path / "run"
     life.command(life.write(run, optim__steps=4, evaluation={}))
     one = life.command(write(run, name="one", model="artifact:sft", evaluation={}))
@@ -327,7 +333,9 @@ def test_another_base_is_refused(tmp_path, hurt):
 
 
 def test_new_tokens_get_trained_embeddings(tmp_path):
-    """A base model without a template: its markers are added, their embeddings learned, and all is there again."""
+    """A base model without a template: its markers are added, their embeddings learned, and all is
+    there again.
+    """
     import torch
     from safetensors.torch import load_file
 

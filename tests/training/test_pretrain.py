@@ -297,18 +297,14 @@ def test_gpt2_small_begins_at_chance():
     """Its first loss is ln(vocabulary) and half the variance of random logits, which is some 0.55 squared."""
     import torch
 
-    from llmpipe.models.architecture import build
     from llmpipe.models.hardware import Hardware
+    from llmpipe.models.load import Setup, load_new
 
     recipe = load(life.ROOT / "recipes" / "gpt2-124m.yaml", schema("pretrain"))
-    found = Hardware("cpu", 1, 1, 1, 1, False, "sdpa")
-    model = build(
-        recipe,
-        Vocabulary(),
-        found,
-        SimpleNamespace(stop_tokens=["<|endoftext|>"]),
-        lambda line: None,
-    )
+    job = SimpleNamespace(recipe=recipe, say=lambda line: None)
+    prepared = SimpleNamespace(stop_tokens=["<|endoftext|>"])
+    hardware = Hardware("cpu", 1, 1, 1, 1, False, "sdpa")
+    model = load_new(Setup(job, prepared, hardware, Vocabulary()), recipe.architecture)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     torch.manual_seed(1)
     ids = torch.randint(0, 50257, (1, 512))

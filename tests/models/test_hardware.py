@@ -1,0 +1,90 @@
+"""What is decided of a recipe on a host, without the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.models.hardware import Hardware, Host, announce, decide
+from llmpipe.recipe.check import load
+from llmpipe.stages import schema
+from tests import life
+
+LAPTOP = Host(device="cpu", processes=1, threads=4, has_bf16=False, has_flash_attention=False)
+GPUS = Host(device="cuda", processes=2, threads=8, has_bf16=True, has_flash_attention=True)
+
+
+class OldModel:
+    """Of the days before flash-attention and sdpa."""
+
+    _supports_flash_attn = False
+    _supports_sdpa = False
+
+
+def recipe(tmp_path, **changes):
+    return load(life.write(tmp_path / "run", **changes), schema("sft"))
+
+
+def test_an_attention_is_chosen_for_every_device_with_a_reason(tmp_path):
+    for device in ("cpu", "cuda", "mps"):
+        for packed in (True, False):
+            asked = recipe(tmp_path, data__packing=packed)
+            for flash in (True, False):
+                host = replace(LAPTOP, device=device, has_flash_attention=flash)
+                hardware = decide(asked, host, None)
+                assert hardware.attention in ("sdpa", "flash_attention_2")
+                assert hardware.reasons.attention
+    packed = recipe(tmp_path, data__packing=True)
+    assert decide(packed, LAPTOP, None).attention == "sdpa"
+    assert decide(packed, GPUS, None).attention == "flash_attention_2"
+    old = decide(packed, GPUS, OldModel)
+    assert old.attention == "eager" and old.reasons.attention == "OldModel has no flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_bf16", "bf16", "reason"),
+    [
+        ("auto", True, True, "the hardware has it"),
+        ("auto", False, False, "the hardware has no fast bf16"),
+        ("fp32", True, False, "the recipe asks for it"),
+        ("bf16", False, True, "the recipe asks for it"),  # on a CPU it is slow, no more
+    ],
+)
+def test_precision(tmp_path, asked, has_bf16, bf16, reason):
+    host = replace(LAPTOP, has_bf16=has_bf16)
+    hardware = decide(recipe(tmp_path, optim__precision=asked), host, None)
+    assert hardware.bf16 is bf16 and hardware.reasons.precision == reason
+
+
+def test_a_gpu_without_bf16_refuses_it(tmp_path):
+    host = replace(GPUS, has_bf16=False)
+    with pytest.raises(UserError, match="this GPU has no bf16"):
+        decide(recipe(tmp_path, optim__precision="bf16"), host, None)
+
+
+def test_accumulation_makes_up_the_batch(tmp_path):
+    asked = recipe(tmp_path, optim__batch_size=8, launch__micro_batch_size=2)
+    hardware = decide(asked, GPUS, None)
+    parts = (hardware.micro_batch_size, hardware.accumulation, hardware.processes)
+    assert parts == (2, 2, 2)
+    said = []
+    announce(hardware, asked, said.append)
+    assert said[0] == "hardware: 2 x cuda, 8 threads each; batch 8 = 2 x 2 accumulated x 2"
+
+
+def test_reasons_are_no_part_of_what_is_recorded():
+    hardware = Hardware("cpu", 1, 2, 4, 3, False, "sdpa")
+    key = {
+        "device": "cpu",
+        "processes": 1,
+        "threads": 2,
+        "micro_batch_size": 4,
+        "bf16": False,
+        "attention": "sdpa",
+    }
+    assert hardware.resume_key() == key
+    described = hardware.describe()
+    assert described.pop("device_name")
+    assert described == {**key, "accumulation": 3}
