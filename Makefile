@@ -43,7 +43,7 @@ format: setup ## repair what `make check` can repair itself
 	$(BIN)/ruff format
 
 test: setup ## the tests that run on every change
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: setup ## kills, full disks, damaged files: up to an hour
 	$(BIN)/pytest -m faults

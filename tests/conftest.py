@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -10,3 +12,12 @@ os.environ |= {
     "LLMPIPE_DOCSTRINGS": "1",  # the tests read them; a command reads them for `schema` alone
 }
 os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store(tmp_path_factory):
+    """One folder for all processes of this run of the suite; see tests/store.py."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+    home.mkdir(exist_ok=True)
+    os.environ["LLMPIPE_TEST_STORE"] = str(home)

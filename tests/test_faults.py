@@ -1,7 +1,6 @@
 """`make faults`: RELIABILITY.md's figures for every stage that trains, by the dozen. FAULTS=full: the nightly ones."""
 
 import os
-import pydoc_data.topics
 import random
 import shutil
 import signal
@@ -9,7 +8,7 @@ import time
 
 import pytest
 
-from tests import life
+from tests import life, store
 from tests.front.test_processes import PYTHON, processes_of, run, start
 from tests.models import test_adapters
 from tests.rl import test_ppo
@@ -35,11 +34,9 @@ SHARE["ppo"] = 1.0  # a loop of its own
 
 
 @pytest.fixture(scope="module")
-def writers(tmp_path_factory):
+def writers():
     """{stage: a function that writes its recipe for a run}; `stream` is pretrain without a copy of the tokens."""
-    texts = tmp_path_factory.mktemp("texts")
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (texts / f"{name}.txt").write_text(text)
+    texts = store.texts()
     return {
         "sft": life.write,
         "lora": lambda run: test_adapters.write(run, "lora"),
@@ -65,7 +62,7 @@ def made(writers, tmp_path_factory):
                 assert trial.wait() == 0, trial.text()
             seconds = time.monotonic() - begun
             known[stage] = (
-                life.command(writers[stage](tmp_path_factory.mktemp(stage) / "run")),
+                store.made(writers[stage](tmp_path_factory.mktemp(stage) / "run")),
                 seconds,
             )
         return known[stage]

@@ -11,7 +11,7 @@ from llmpipe.errors import UserError
 from llmpipe.files import digest, write_json
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
-from tests import life
+from tests import life, store
 
 ROWS = [{"path": str(life.TINY / "rows.jsonl")}]
 TEXTS = [
@@ -75,7 +75,7 @@ def lines(artifact):
 def run(tmp_path_factory):
     """A run whose sft model knows a part of the tiny rows by heart."""
     run = tmp_path_factory.mktemp("eval") / "run"
-    life.command(
+    store.made(
         life.write(
             run,
             optim__steps=60,
@@ -105,7 +105,7 @@ def tasks(run):
 
 @pytest.fixture(scope="module")
 def evaluated(run, tasks):
-    return life.command(write(run, tasks))
+    return store.made(write(run, tasks))
 
 
 def test_the_artifact(evaluated):

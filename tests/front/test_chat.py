@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llmpipe.front import chat
-from tests import life
+from tests import life, store
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def voice(tmp_path_factory):
         "optim__learning_rate": 5e-3,
         "optim__batch_size": 8,
     }
-    artifact = life.command(
+    artifact = store.made(
         life.write(run, **changes, data__max_length=128, checkpoint__every=99, log__every=50, evaluation={},
                    launch__micro_batch_size=8, data__packing=True)
     )  # fmt: skip

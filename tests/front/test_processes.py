@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe.run.artifact import Artifact
-from tests import life
+from tests import life, store
 
 PYTHON = [sys.executable, "-m", "llmpipe"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -68,7 +68,7 @@ def wait_for_progress(artifact: Artifact, after: int):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    return life.command(
+    return store.made(
         life.write(tmp_path_factory.mktemp("straight") / "run", optim__steps=6, log__every=1)
     )
 
@@ -81,7 +81,7 @@ def longer(tmp_path_factory):
         "evaluation__every": 10,
         "optim__batch_size": 8,
     }
-    return life.command(life.write(tmp_path_factory.mktemp("longer") / "run", **settings))
+    return store.made(life.write(tmp_path_factory.mktemp("longer") / "run", **settings))
 
 
 def losses(artifact):

@@ -14,7 +14,7 @@ from llmpipe.recipe.check import load
 from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
 from llmpipe.run.plan import decide
 from llmpipe.stages import schema
-from tests import life
+from tests import life, store
 
 KINDS = {
     "lora": {"adapter": {"rank": 4, "alpha": 8}, "optim__precision": "fp32"},
@@ -35,7 +35,7 @@ def write(run, stage="lora", **changes):
 @pytest.fixture(scope="module", params=["lora", "qlora"])
 def straight(request, tmp_path_factory):
     """An adapter made without interruption."""
-    return life.command(write(tmp_path_factory.mktemp(request.param) / "run", request.param))
+    return store.made(write(tmp_path_factory.mktemp(request.param) / "run", request.param))
 
 
 def test_the_artifact(straight):

@@ -11,7 +11,7 @@ from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
-from tests import life
+from tests import life, store
 
 ROWS = life.TINY / "rows.jsonl"
 HOW = {
@@ -251,21 +251,19 @@ def parents(tmp_path_factory):
 
     run = tmp_path_factory.mktemp("parents") / "run"
     quick = {"optim__steps": 4, "evaluation": {}}
-    life.command(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
+    store.made(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
     adapter = {"adapter": {"rank": 4, "alpha": 8, "merge": True}, "optim__learning_rate": 2e-2}
-    life.command(
-        life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick)
-    )
+    store.made(life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick))
     four = {
         "quantization": {"bits": 4},
         "optim__precision": "bf16",
         "name": "qlora",
         "stage": "qlora",
     }
-    life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
+    store.made(life.write(run, model="artifact:sft", **four, **adapter, **quick))
     pairs = {"model": "artifact:sft", "optim__steps": 4, "evaluation": {}}
-    life.command(test_preference.write(run, "reward", **pairs))
-    life.command(
+    store.made(test_preference.write(run, "reward", **pairs))
+    store.made(
         test_preference.write(
             run,
             "reward",

@@ -11,7 +11,7 @@ import yaml
 
 from llmpipe.errors import UserError
 from llmpipe.run.artifact import Artifact
-from tests import life
+from tests import life, store
 from tests.models import test_adapters
 from tests.rl import test_ppo
 from tests.training import test_preference, test_pretrain
@@ -66,21 +66,18 @@ def recipe(stage, run, texts, reference, **changes):
 def made(tmp_path_factory):
     """A run with an artifact of every kind in every form, and the texts that pretrain reads."""
     home = tmp_path_factory.mktemp("handoff")
-    texts, run = home / "texts", home / "run"
-    texts.mkdir()
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (texts / f"{name}.txt").write_text(text)
-    life.command(test_pretrain.write(run, texts, optim__steps=2))
-    life.command(recipe("sft", run, texts, str(life.TINY / "model")))
-    life.command(
+    texts, run = store.texts(), home / "run"
+    store.made(test_pretrain.write(run, texts, optim__steps=2))
+    store.made(recipe("sft", run, texts, str(life.TINY / "model")))
+    store.made(
         recipe("lora", run, texts, "artifact:sft", adapter={"rank": 4, "alpha": 8, "merge": True})
     )
-    life.command(recipe("qlora", run, texts, "artifact:sft"))
-    life.command(recipe("reward", run, texts, "artifact:sft"))
-    life.command(recipe("reward", run, texts, "artifact:sft", name="reward-lora", **ADAPTER))
-    life.command(recipe("dpo", run, texts, "artifact:sft", **ADAPTER))
-    life.command(recipe("ppo", run, texts, "artifact:sft"))
-    life.command(recipe("eval", run, texts, "artifact:sft"))
+    store.made(recipe("qlora", run, texts, "artifact:sft"))
+    store.made(recipe("reward", run, texts, "artifact:sft"))
+    store.made(recipe("reward", run, texts, "artifact:sft", name="reward-lora", **ADAPTER))
+    store.made(recipe("dpo", run, texts, "artifact:sft", **ADAPTER))
+    store.made(recipe("ppo", run, texts, "artifact:sft"))
+    store.made(recipe("eval", run, texts, "artifact:sft"))
     return run, texts
 
 

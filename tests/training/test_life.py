@@ -11,13 +11,13 @@ from llmpipe.errors import Stopped, UserError
 from llmpipe.files import publishing
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.lock import Lock
-from tests import life
+from tests import life, store
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """An artifact made without interruption."""
-    return life.command(life.write(tmp_path_factory.mktemp("straight") / "run"))
+    return store.made(life.write(tmp_path_factory.mktemp("straight") / "run"))
 
 
 def copy(artifact, tmp_path):

@@ -11,7 +11,7 @@ from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
-from tests import life
+from tests import life, store
 
 PAIRS = life.TINY / "pairs.jsonl"
 STEPS = 10
@@ -57,20 +57,18 @@ def parents(tmp_path_factory):
     """A run with what preferences start from: sft, an adapter on it, merged as well, and one on 4 bits."""
     run = tmp_path_factory.mktemp("parents") / "run"
     quick = {"optim__steps": 4, "evaluation": {}}
-    life.command(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
+    store.made(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
     adapter = {"adapter": {"rank": 4, "alpha": 8, "merge": True}, "optim__learning_rate": 2e-2}
-    life.command(
-        life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick)
-    )
+    store.made(life.write(run, stage="lora", name="lora", model="artifact:sft", **adapter, **quick))
     four = {
         "quantization": {"bits": 4},
         "optim__precision": "bf16",
         "name": "qlora",
         "stage": "qlora",
     }
-    life.command(life.write(run, model="artifact:sft", **four, **adapter, **quick))
+    store.made(life.write(run, model="artifact:sft", **four, **adapter, **quick))
     adapter = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.5}, "optim__learning_rate": 2e-2}
-    life.command(
+    store.made(
         life.write(run, stage="lora", name="dropped", model="artifact:sft", **adapter, **quick)
     )
     return run
@@ -363,7 +361,7 @@ def test_objectives_by_name(tmp_path, objective):
 def reward(request, tmp_path_factory):
     run = tmp_path_factory.mktemp("reward") / "run"
     rate = {"optim__learning_rate": 5e-3 if request.param == "full" else 2e-2}
-    return life.command(
+    return store.made(
         write(run, "reward", **HOW[request.param], **rate, center=0.01, optim__steps=40)
     )
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pydoc_data.topics
 import signal
 from types import SimpleNamespace
 
@@ -14,16 +13,12 @@ from llmpipe.errors import UserError
 from llmpipe.files import table
 from llmpipe.recipe.check import load
 from llmpipe.stages import schema
-from tests import life
+from tests import life, store
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A part of Python's own documentation, a file per document."""
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (folder / f"{name}.txt").write_text(text)
-    return folder
+def texts():
+    return store.texts()
 
 
 def write(run, texts, **changes):
@@ -46,7 +41,7 @@ def write(run, texts, **changes):
 
 @pytest.fixture(scope="module")
 def straight(texts, tmp_path_factory):
-    return life.command(write(tmp_path_factory.mktemp("pretrain") / "run", texts))
+    return store.made(write(tmp_path_factory.mktemp("pretrain") / "run", texts))
 
 
 def test_the_model(straight):
