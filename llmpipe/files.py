@@ -99,7 +99,7 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def table(folder: Path, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, dict]:
+def table(folder: Path, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
     """{relative path: {size, sha256}} of a folder; top-level names in `skip` are left out."""
     out = {}
     for path in files_below(folder):
@@ -110,7 +110,7 @@ def table(folder: Path, skip: set[str] | frozenset[str] = frozenset()) -> dict[s
 
 
 def differences(
-    folder: Path, expected: dict[str, dict], skip: set[str] | frozenset[str] = frozenset()
+    folder: Path, expected: dict[str, dict[str, Any]], skip: set[str] | frozenset[str] = frozenset()
 ) -> list[str]:
     """What in `folder` is not as recorded: one line per missing, added, cut or changed file."""
     found = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}

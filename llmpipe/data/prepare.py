@@ -58,16 +58,16 @@ def key_of(
     of Hub data sets that are known already, by `sources.hub_key`.
 
     The key changes with the content of every file, the tokenizer, the template and the recipe's fields, not with where
-    things lie. Raises UserError for a missing or unreadable file.
+    things lie or what they are called. Raises UserError for a missing or unreadable file.
     """
-    origins = [sources.Origin(source, pinned or {}, data.stream) for source in data.train]
-    origins += [sources.Origin(source, pinned or {}) for source in data.eval.sources]
+    trained = [sources.Origin(source, pinned or {}, data.stream) for source in data.train]
+    evaluated = [sources.Origin(source, pinned or {}) for source in data.eval.sources]
     fields = science(data)
-    for section in (*fields["train"], *fields["eval"]["sources"]):
-        del section["path"]
+    fields["train"] = [origin.identity() for origin in trained]
+    fields["eval"]["sources"] = [origin.identity() for origin in evaluated]
     fields["template"] = [data.template == "auto", template.template_source(model, data.template)]
-    contents = [[o.revision, *((file.name, file.sha256) for file in o.files)] for o in origins]
-    return digest([VERSION, seed, fields, contents, tokenizer.identity(model)]), origins
+    key = digest([VERSION, seed, fields, tokenizer.identity(model)])
+    return key, [*trained, *evaluated]
 
 
 def prepare(

@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from llmpipe.data.formats import Rejected, detect
 from llmpipe.errors import UserError, near
 from llmpipe.files import sha256_file
-from llmpipe.recipe.sections import Rows, is_local
+from llmpipe.recipe.sections import Rows, is_local, science
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MAX_LINE = 64 << 20  # bytes of one row
@@ -119,6 +119,22 @@ def _file(path: Path, name: str, shown: str) -> File:
     return file
 
 
+def identity_of(
+    source: Rows, files: Iterable[tuple[str, str]], revision: str | None
+) -> dict[str, Any]:
+    """What makes two sources the same data: the section's fields and the content that they name.
+
+    `files` are (name, sha256) of a local source in their order, `revision` is a Hub data set's commit.
+    Content decides: of a local path nothing counts but the files' suffixes, which say how to read them.
+    """
+    identity = science(source)
+    if is_local(source.path):
+        del identity["path"]
+    identity["files"] = [[Path(name).suffix.lower(), sha256] for name, sha256 in files]
+    identity["commit"] = revision
+    return identity
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +156,11 @@ class Origin:
         self.files = files_of(source) if local else []
         self.revision = None if local else pinned.get(hub_key(source)) or hub_revision(source)
         self.shown = [file.shown for file in self.files] or [source.path]
+
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`."""
+        files = [(file.name, file.sha256) for file in self.files]
+        return identity_of(self.source, files, self.revision)
 
     def open(self) -> None:
         """Set `chunks`, all the rows; `sample`, the first of them; and `format`, `columns` ({your name: the format's})

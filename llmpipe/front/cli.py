@@ -91,7 +91,7 @@ def make(
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.lock import Lock
     from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count, rank
-    from llmpipe.run.plan import ask, decide
+    from llmpipe.run.plan import decide, plan_of
     from llmpipe.run.reference import parents_of
     from llmpipe.stages import stage
 
@@ -113,7 +113,7 @@ def make(
             artifact, "write"
         ).acquire().release()  # a worker whose parent was killed may still be at work
         if fresh:
-            ask(recipe, artifact.run, module.ACCEPTS, {})  # refuse first
+            plan_of(recipe, artifact.run, module.ACCEPTS)  # refuse first
             if aside := artifact.move_aside():
                 say(f"{artifact.path}: moved to {aside}")
         decision = decide(artifact, recipe, module.ACCEPTS, module.PROGRESS)

@@ -99,6 +99,7 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
     values, where = parse(path.read_text(encoding="utf-8"), str(path))
     recipe = validate(values, where, schema(values["stage"]), str(path))
     plan = Plan.read(artifact.path)
+    assert plan is not None  # written before a worker is started
 
     def say(line: str) -> None:
         if rank() == 0:

@@ -601,7 +601,7 @@ def recipes(run: Run) -> Iterator[Html]:
 
 def comparison(a: Run, b: Run) -> Iterator[Html]:
     """Artifacts of one name in both runs: what was asked differently, what came out, and their curves together."""
-    from llmpipe.run.reference import changes
+    from llmpipe.run.identity import changes
 
     there = {part.name: part for part in b.parts}
     for part in a.parts:

@@ -24,10 +24,12 @@ from llmpipe.files import differences, digest, files_below, fsync, read_json, ta
 
 MANIFEST = "manifest.json"
 
+PLAN = "plan.json"
+
 SUMS = "sums.json"  # the file table of a checkpoint
 
 SCRATCH = {
-    "plan.json",
+    PLAN,
     "prepared.json",
     "outcome.json",
     "log.txt",
@@ -94,7 +96,7 @@ class Artifact:
         manifest = {**manifest, "files": table(self.path, SCRATCH | {"checkpoints"})}
         manifest["fingerprint"] = fingerprint(manifest)
         write_json(self.path / MANIFEST, manifest)
-        for name in ("plan.json", "prepared.json"):
+        for name in (PLAN, "prepared.json"):
             (self.path / name).unlink(missing_ok=True)
         return manifest
 

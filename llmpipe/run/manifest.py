@@ -71,7 +71,7 @@ def describe(job: Job, kind: str, made: Made, seconds: float) -> dict[str, Any]:
         "stage": job.recipe.stage,
         "name": job.artifact.name,
         "identity": job.plan.identity,
-        "asked": job.plan.asked,
+        "asked": job.plan.asked.model_dump(),
         "parents": list(
             {p["name"]: p for model in models.values() for p in model.parents}.values()
         ),

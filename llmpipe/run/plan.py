@@ -1,8 +1,9 @@
 """Decide, before anything is written, what a command will do: run, resume, skip or refuse.
 
-What a recipe asks for is written out as one document, `asked`: the recipe's science, the identity of the model it
-starts from and the content of every file it names. An artifact holds the document it was made for; two equal documents
-are one artifact, and where they differ the user is shown which fields do.
+What a recipe asks for is written out as one document, `Asked`: the recipe's science, the identity
+of the models it names and the content of every file. An artifact keeps the document it was made for;
+two documents that mean the same are one artifact, and where they differ the user is shown which
+fields do.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from llmpipe.data.sources import files_of, hub_key, hub_revision
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, read_json, sha256_file, table, write_json
-from llmpipe.recipe.sections import Recipe, is_local, science
-from llmpipe.run.artifact import Artifact
-from llmpipe.run.reference import Kinds, Model, _short, changes, resolve
+from llmpipe.recipe.sections import Recipe, is_local
+from llmpipe.run.artifact import PLAN, Artifact
+from llmpipe.run.identity import Asked, changed_fields, document, identity, meaning, meanings, short
+from llmpipe.run.reference import Kinds, Model, resolve
 
-Accepts = (
-    Kinds | dict[str, Kinds]
-)  # that a stage takes; by the first name of the field where fields differ
+Accepts = Kinds | dict[str, Kinds]
+"""Kinds of artifacts that a stage takes; by the first name of the field where fields differ."""
 
 Action = Literal["run", "resume", "skip"]
 
@@ -31,26 +33,30 @@ class Plan:
     """What an artifact is made of and from; plan.json holds it."""
 
     identity: str
-    asked: dict[str, Any]
-    """The document that decides the result: `recipe`, `models` and `content`."""
+    asked: Asked
+    """The document that decides the result."""
     models: dict[str, Model]
     """What the recipe's references mean, by the path of the field."""
 
     @property
     def content(self) -> dict[str, str]:
         """What every named file held, and which commit every Hub data set had."""
-        return self.asked["content"]
+        return self.asked.content
 
     def write(self, folder: Path) -> None:
-        models = {at: model.record() for at, model in self.models.items()}
-        record = {"identity": self.identity, "asked": self.asked, "models": models}
-        write_json(folder / "plan.json", record)
+        models = {field: model.record() for field, model in self.models.items()}
+        record = {"identity": self.identity, "asked": self.asked.model_dump(), "models": models}
+        write_json(folder / PLAN, record)
 
     @classmethod
-    def read(cls, folder: Path) -> Plan:
-        record = read_json(folder / "plan.json")
-        models = {at: Model.of_record(model) for at, model in record["models"].items()}
-        return cls(record["identity"], record["asked"], models)
+    def read(cls, folder: Path) -> Plan | None:
+        """The plan in plan.json, or None when the file is absent or not whole."""
+        record = read_json(folder / PLAN)
+        if record is None:
+            return None
+        asked = Asked.model_validate(record["asked"])
+        models = {field: Model.of_record(model) for field, model in record["models"].items()}
+        return cls(record["identity"], asked, models)
 
 
 @dataclass(frozen=True)
@@ -63,95 +69,108 @@ class Decision:
 
 
 def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
-    """{file: sha256, or Hub data set: commit} of every source of rows and other file that a recipe names."""
-    from llmpipe.data.sources import files_of, hub_key, hub_revision
+    """sha256 of every file that a recipe names, and the commit of every Hub data set.
 
-    found: dict[str, str] = {}
-    for at, source in recipe.rows().items():
+    Commits in `pinned` stay. Raises UserError for a file that is not there.
+    """
+    content: dict[str, str] = {}
+    for field, source in recipe.rows().items():
         if is_local(source.path):
-            found |= {f"{at}:{file.name}": file.sha256 for file in files_of(source)}
+            content |= {f"{field}:{file.name}": file.sha256 for file in files_of(source)}
         else:
-            found[hub_key(source)] = pinned.get(hub_key(source)) or hub_revision(source)
-    for at, name in recipe.files().items():
+            key = hub_key(source)
+            content[key] = pinned.get(key) or hub_revision(source)
+    for field, name in recipe.files().items():
         path = Path(name).expanduser()
         if not path.exists():
-            raise UserError(
-                f"{at}: {name}: no such file", "a local path is looked up from the current folder"
-            )
-        found[f"{at}:{path.name}"] = digest(table(path)) if path.is_dir() else sha256_file(path)
-    return found
-
-
-def ask(
-    recipe: Recipe, run: Path, accepts: Accepts, old: dict[str, Any]
-) -> tuple[dict, dict[str, Model]]:
-    """The document that decides the result, and the models it names. Hub revisions pinned in `old` stay pinned."""
-    pins, content = old.get("models", {}), old.get("content", {})
-    models = {}
-    for at, wanted in recipe.references().items():
-        kinds = accepts[at.partition(".")[0]] if isinstance(accepts, dict) else accepts
-        models[at] = resolve(
-            wanted, at, run, kinds, pins.get(at), recipe.keeps_adapters or at != "model"
+            hint = "a local path is looked up from the current folder"
+            raise UserError(f"{field}: {name}: no such file", hint)
+        content[f"{field}:{path.name}"] = (
+            digest(table(path)) if path.is_dir() else sha256_file(path)
         )
-    identities = {at: model.identity for at, model in models.items()}
-    document = science(recipe) | {"stage": recipe.narrows or recipe.stage}
-    return {
-        "recipe": document,
-        "models": identities,
-        "content": content_of(recipe, content),
-    }, models
+    return content
+
+
+def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = None) -> Plan:
+    """What a recipe asks for and the models that it names.
+
+    Hub revisions pinned in `old` stay pinned. Raises UserError for what is not there or may not be used.
+    """
+    pinned = old or Asked(recipe={}, models={}, content={})
+    models = {}
+    for field, reference in recipe.references().items():
+        kinds = accepts[field.partition(".")[0]] if isinstance(accepts, dict) else accepts
+        keep = recipe.keeps_adapters or field != "model"
+        models[field] = resolve(reference, field, run, kinds, pinned.models.get(field), keep)
+    asked = Asked(
+        recipe=document(recipe, recipe.narrows or recipe.stage),
+        models={field: model.identity for field, model in models.items()},
+        content=content_of(recipe, pinned.content),
+    )
+    return Plan(identity(recipe, asked), asked, models)
 
 
 def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) -> Decision:
-    """Compare what is asked with what lies there; `progress` globs what an unfinished artifact goes on from.
+    """Compare what is asked with what lies there.
 
-    Raises UserError (3) when another recipe made it.
+    `progress` globs what an unfinished artifact goes on from. Raises UserError (3) when another
+    recipe made the artifact, or when a file of it is gone or has another size.
     """
-    begun = read_json(artifact.path / "plan.json") if any(artifact.path.glob(progress)) else None
-    old = artifact.manifest() if artifact.finished else begun
-    asked, models = ask(recipe, artifact.run, accepts, old["asked"] if old else {})
-    if old:
-        _refuse_other(
-            artifact, recipe, old["asked"], asked, "was made" if artifact.finished else "was begun"
-        )
     if artifact.finished:
-        wrong = [n for n, e in old["files"].items() if not _same_size(artifact.path / n, e["size"])]
-        if wrong:
-            raise UserError(
-                f"{artifact.path / wrong[0]}: not as published",
-                "restore it, or make the artifact again with --fresh",
-                INTEGRITY,
-            )
-        return Decision("skip", "finished, same recipe and inputs", made_of(asked, models))
-    if old:
-        # the document it was begun with: its checkpoints know that one, and not fields that came later
-        begun_with = Plan(old["identity"], old["asked"], models)
-        return Decision("resume", "not finished, same recipe and inputs", begun_with)
-    return Decision("run", "nothing there yet", made_of(asked, models))
+        manifest = artifact.manifest()
+        made = Asked.model_validate(manifest["asked"])
+        now = plan_of(recipe, artifact.run, accepts, made)
+        _refuse_other(artifact, recipe, made, now.asked, "was made")
+        _refuse_resized(artifact, manifest["files"])
+        plan = Plan(manifest["identity"], made, now.models)
+        return Decision("skip", "finished, same recipe and inputs", plan)
+    begun = Plan.read(artifact.path) if any(artifact.path.glob(progress)) else None
+    if begun is None:
+        plan = plan_of(recipe, artifact.run, accepts)
+        return Decision("run", "nothing there yet", plan)
+    now = plan_of(recipe, artifact.run, accepts, begun.asked)
+    _refuse_other(artifact, recipe, begun.asked, now.asked, "was begun")
+    # its checkpoints know the document it was begun with, and not fields that came later
+    plan = Plan(begun.identity, begun.asked, now.models)
+    return Decision("resume", "not finished, same recipe and inputs", plan)
 
 
-def made_of(asked: dict[str, Any], models: dict[str, Model]) -> Plan:
-    return Plan(digest(asked), asked, models)
+def _refuse_resized(artifact: Artifact, files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        path = artifact.path / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            hint = "restore it, or make the artifact again with --fresh"
+            raise UserError(f"{path}: not as published", hint, INTEGRITY)
 
 
-def _same_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def _refuse_other(artifact: Artifact, recipe: Recipe, old: dict, new: dict, verb: str) -> None:
-    try:  # a field that the old document does not know takes its default
-        filled = type(recipe).model_validate(
-            {**old["recipe"], "run": recipe.run, "stage": recipe.stage}
-        )
-        old = {**old, "recipe": science(filled) | {"stage": old["recipe"]["stage"]}}
-    except ValidationError:
-        pass  # a field that no longer exists: shown as a difference
+def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, verb: str) -> None:
+    """Raise UserError (3) naming each field in which what was asked then differs from now."""
     if old == new:
         return
+    same: set[str] = set()
+    if old_recipe := _completed(recipe, old):
+        old = old.model_copy(update={"recipe": document(old_recipe, old.recipe["stage"])})
+        if meaning(old_recipe, old) == meaning(recipe, new):
+            return
+        then, now = meanings(old_recipe, old), meanings(recipe, new)
+        same = {field for field, meant in now.items() if then.get(field) == meant}
     lines = [f"{artifact.path} {verb} with another recipe or other inputs:"]
-    lines += [f"  {path}: {_short(a)} there, {_short(b)} now" for path, a, b in changes(old, new)]
-    raise UserError(
-        "\n".join(lines),
-        f"--fresh moves {artifact.path} aside and starts anew; `name:` keeps both; or put the old values back",
-        INTEGRITY,
+    for field, before, after in changed_fields(old, new, same):
+        lines.append(f"  {field}: {short(before)} there, {short(after)} now")
+    hint = (
+        f"--fresh moves {artifact.path} aside and starts anew; `name:` keeps both; "
+        "or put the old values back"
     )
+    raise UserError("\n".join(lines), hint, INTEGRITY)
+
+
+def _completed(recipe: Recipe, old: Asked) -> Recipe | None:
+    """What was asked as a recipe, a field that it does not know at its default.
+
+    None where it has a field that is no more.
+    """
+    cosmetic = {"run": recipe.run, "stage": recipe.stage}
+    try:
+        return type(recipe).model_validate({**old.recipe, **cosmetic})
+    except ValidationError:
+        return None

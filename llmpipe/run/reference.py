@@ -12,6 +12,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import differences, digest, read_json, sha256_file, table
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run.artifact import MANIFEST, SUMS, Artifact, is_artifact, is_reward_model
+from llmpipe.run.identity import changes, short
 
 Kinds = tuple[str, ...]  # of artifacts
 
@@ -191,7 +192,7 @@ def _base_of(adapter: Artifact, record: dict[str, Any], at: str) -> Model:
     base = resolve(record["reference"], where, adapter.run, kinds, record["identity"], keep)
     if base.identity != record["identity"]:
         other = changes(record["identity"], base.identity)
-        lines = [f"  {path}: {_short(a)} in training, {_short(b)} now" for path, a, b in other]
+        lines = [f"  {path}: {short(a)} in training, {short(b)} now" for path, a, b in other]
         raise UserError(
             "\n".join(
                 [
@@ -286,36 +287,6 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
             )
         if not (folder / name).is_file():
             refuse(folder / name, "missing: no safetensors weights")
-
-
-def changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Every (dotted path, old value, new value) in which two documents differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            change
-            for key in sorted({*old, *new})
-            for change in changes(
-                old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key
-            )
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            c
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for c in changes(*pair, f"{path}.{i}")
-        ]
-    return [] if old == new else [(path.removeprefix("recipe."), old, new)]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return (
-        text[:12]
-        if len(text) == 64 and " " not in text
-        else text
-        if len(text) <= 60
-        else text[:57] + "..."
-    )
 
 
 def model_folder(model: Model, converted: Path, weights: bool = True) -> Path:

@@ -360,20 +360,18 @@ def test_bf16_measures_the_model_that_bf16_loads(run):
     )  # padded in a batch of three
     with pytest.raises(UserError, match="begun with other settings"):
         (artifact.path / "manifest.json").unlink()
-        write_json(artifact.path / "plan.json", json.loads(json.dumps(artifact_plan(artifact))))
+        write_plan(artifact)
         life.command(write(run, tasks, {"sft": "artifact:sft"}, name="bf16", precision="bf16",
                            launch={"threads": 1, "batch_size": 3}))  # fmt: skip
 
 
-def artifact_plan(artifact):
+def write_plan(artifact):
     """plan.json as it was before the artifact was finished."""
     from llmpipe.recipe.check import load
-    from llmpipe.run.plan import ask
+    from llmpipe.run.plan import plan_of
 
     recipe = load(artifact.run.parent / f"{artifact.name}.yaml", schema("eval"))
-    asked, models = ask(recipe, artifact.run, ("model",), {})
-    records = {at: model.record() for at, model in models.items()}
-    return {"identity": digest(asked), "asked": asked, "models": records}
+    plan_of(recipe, artifact.run, ("model",)).write(artifact.path)
 
 
 def test_nan_passes_no_gate(run, tasks, monkeypatch):

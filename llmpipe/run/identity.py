@@ -1,0 +1,118 @@
+"""What decides a result, and when two recipes ask for the same one.
+
+Content decides. Where a file lies and what it is called does not, and neither does the spelling of a
+reference: `./rows.jsonl`, its absolute path and a copy under another name are one thing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmpipe.data.sources import hub_key, identity_of
+from llmpipe.files import Record, digest
+from llmpipe.recipe.sections import Recipe, is_local, science
+
+Identity = dict[str, Any]  # of a model: the sha256 of its files, its fingerprint or its commit
+
+
+class Asked(Record):
+    """What a recipe asks for, in a form to be read; an artifact keeps it."""
+
+    recipe: dict[str, Any]
+    """The fields that decide the result."""
+    models: dict[str, Identity]
+    """Of every model that the recipe names, by the path of its field."""
+    content: dict[str, str]
+    """sha256 of every file, by `FIELD:NAME`; commit of every Hub data set, by `sources.hub_key`."""
+
+    def files(self, field: str) -> list[tuple[str, str]]:
+        """(name, sha256) of the files that a field of the recipe names, in their order."""
+        prefix = f"{field}:"
+        return [
+            (key.removeprefix(prefix), sha256)
+            for key, sha256 in self.content.items()
+            if key.startswith(prefix)
+        ]
+
+
+def meanings(recipe: Recipe, asked: Asked) -> dict[str, Any]:
+    """What each field stands for that names rows, a file or a model, by its path in the recipe."""
+    meant: dict[str, Any] = dict(asked.models)
+    for field, source in recipe.rows().items():
+        revision = None if is_local(source.path) else asked.content[hub_key(source)]
+        meant[field] = identity_of(source, asked.files(field), revision)
+    for field, path in recipe.files().items():
+        hashes = [sha256 for _, sha256 in asked.files(field)]
+        meant[field] = [_value(asked.recipe, field).removeprefix(path), hashes]
+    return meant
+
+
+def meaning(recipe: Recipe, asked: Asked) -> dict[str, Any]:
+    """The recipe with what its names stand for in their place: equal for equal results.
+
+    `asked.recipe` holds the fields of `recipe`.
+    """
+    replaced = _replaced(asked.recipe, meanings(recipe, asked))
+    assert isinstance(replaced, dict)
+    return replaced
+
+
+def identity(recipe: Recipe, asked: Asked) -> str:
+    return digest(meaning(recipe, asked))
+
+
+def document(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The fields of a recipe that decide the result."""
+    return science(recipe) | {"stage": stage}
+
+
+def changed_fields(
+    old: Asked, new: Asked, same: set[str] | frozenset[str] = frozenset()
+) -> list[tuple[str, Any, Any]]:
+    """(field, old value, new value) of what differs, less the fields that mean the `same`."""
+
+    def spelled_otherwise(field: str) -> bool:
+        return any(field == at or field.startswith((f"{at}.", f"content.{at}:")) for at in same)
+
+    every = changes(old.model_dump(), new.model_dump())
+    return [change for change in every if not spelled_otherwise(change[0])]
+
+
+def changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Every (dotted path, old value, new value) in which two documents differ."""
+    pairs: dict[Any, tuple[Any, Any]]
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in keys}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = dict(enumerate(zip(old, new, strict=True)))
+    else:
+        return [] if old == new else [(path.removeprefix("recipe."), old, new)]
+    prefix = f"{path}." if path else ""
+    return [change for key, pair in pairs.items() for change in changes(*pair, f"{prefix}{key}")]
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: a hash by its beginning, a long text cut."""
+    text = str(value)
+    if len(text) == 64 and " " not in text:
+        return text[:12]
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _value(document: Any, field: str) -> Any:
+    for step in field.split("."):
+        document = document[int(step)] if isinstance(document, list) else document[step]
+    return document
+
+
+def _replaced(value: Any, meant: dict[str, Any], field: str = "") -> Any:
+    """`value` with the fields in `meant` replaced by what they mean."""
+    if field in meant:
+        return meant[field]
+    prefix = f"{field}." if field else ""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, meant, f"{prefix}{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, meant, f"{prefix}{i}") for i, inner in enumerate(value)]
+    return value
