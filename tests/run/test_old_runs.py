@@ -1,0 +1,88 @@
+"""A run of llmpipe 0.1.0 (tests/fixtures/run-0.1) is skipped, resumed, continued and reported.
+
+Of its artifacts sft and eval are finished; lora and ppo were stopped at step 9 of 12.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.report.page import write_report
+from llmpipe.report.terminal import show_run
+from llmpipe.run.artifact import Artifact
+from tests import life
+
+OLD = life.ROOT / "tests" / "fixtures" / "run-0.1"
+RUN = Path("runs/old")
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """A current folder that is as the old code left it."""
+    shutil.copytree(OLD / "run", tmp_path / RUN)
+    shutil.copytree(life.TINY, tmp_path / "recipes" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+def recipe(made, **changes):
+    """The recipe that an old artifact was made with, changed."""
+    values = life.put(json.loads((OLD / "recipes" / f"{made}.yaml").read_text()), changes)
+    path = Path(f"{made}.yaml")
+    path.write_text(json.dumps(values))
+    return path
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["sft", "eval"])
+def test_finished_work_is_skipped(old, capsys, stage):
+    before = files_of(old / stage)
+    artifact = life.command(recipe(stage))
+    assert f"{artifact.path}: skip: finished" in capsys.readouterr().out
+    assert files_of(old / stage) == before
+    artifact.verify()
+
+
+def test_an_adapter_is_resumed_bitwise(old, capsys):
+    resumed = life.command(recipe("lora"))
+    out = capsys.readouterr().out
+    assert f"{resumed.path}: resume: not finished" in out
+    straight = life.command(recipe("lora", name="straight"))
+    assert life.essence(resumed) == life.essence(straight)
+    assert resumed.manifest()["training"]["exact_resume"]
+
+
+def test_ppo_is_resumed_bitwise_or_refused(old, capsys):
+    try:
+        resumed = life.command(recipe("ppo"))
+    except UserError as refused:
+        assert refused.code == 3 and "\n" not in refused.message and "step-9" in refused.message
+        assert not Artifact(old / "ppo").finished
+        return
+    assert f"{resumed.path}: resume: not finished" in capsys.readouterr().out
+    straight = life.command(recipe("ppo", name="straight"))
+    assert life.essence(resumed) == life.essence(straight)
+
+
+def test_a_new_stage_begins_on_old_work(old):
+    pairs = [{"path": "./recipes/tiny/pairs.jsonl"}]
+    changes = {"name": "dpo", "model": "artifact:sft", "data__train": pairs, "optim__steps": 2}
+    dpo = life.command(recipe("sft", stage="dpo", **changes))
+    (parent,) = dpo.verify()["parents"]
+    assert parent == {"name": "sft", "fingerprint": Artifact(old / "sft").verify()["fingerprint"]}
+
+
+def test_old_work_is_shown_and_reported(old):
+    shown = show_run(old)
+    for name in ("sft", "lora", "ppo", "eval"):
+        assert name in shown
+    assert show_run(old / "sft")
+    page = write_report([old], None).read_text()
+    for text in ("exact_match", "What is 2 + 2?", "artifact:sft"):
+        assert text in page
