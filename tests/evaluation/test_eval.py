@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import digest, write_json
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
 from tests import life, store
