@@ -12,6 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ from llmpipe.models.pretrained import load_model, resize_embeddings, take_genera
 from llmpipe.recipe.sections import Adapter, Quantization
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model under an adapter, as it was held while the adapter was trained."""
+
+    folder: Path
+    reference: str
+    """What the recipe calls it."""
+    quantization: Quantization | None
+    dtype: torch.dtype
+    """Of the weights that are not quantized."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it was held as its files have it."""
+        return self.quantization is None and self.dtype == torch.float32
 
 
 # --- the base, and an adapter on it ---

@@ -207,7 +207,7 @@ def _device_name(device: str) -> str:
 
 # --- what training costs and uses ---
 
-# dense bf16 operations per second by the makers' data sheets, in 1e12; the first name that fits counts
+# 1e12 dense bf16 operations a second, by the data sheets; the first name that fits counts
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,

@@ -62,7 +62,7 @@ def load_model(
     new_head = scores and not is_ranker
     known = model_class(folder, scores or is_ranker)
     try:
-        # the head that is dropped and the one that is new are no news; any other difference is refused below
+        # a head that is dropped and one that is new are no news; all else is refused below
         with upstream.as_reward_model(known) if new_head else nullcontext():
             model, report = known.from_pretrained(
                 folder,
@@ -102,7 +102,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        # mean_resizing draws new rows from the old ones' distribution (Hewitt 2021), so that they start out harmless
+        # new rows are drawn from the old ones' distribution (Hewitt 2021), to start out harmless
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     return rows

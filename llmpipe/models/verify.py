@@ -1,144 +1,216 @@
-"""Publish a trained model and prove that what lies on the disk is what was trained."""
+"""Whether what lies on the disk is what was trained: the fourth rule of the hand-off contract.
+
+Saved tensors are whole, finite and the trained ones; reloaded, the model gives the same logits on a
+probe, with the same tokenizer and template; an adapter also does when it is merged into its base;
+and generation stops at the end of a turn. Whatever differs is refused with UserError (3), NaN and
+Inf with (4).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
-from llmpipe.files import publishing
+from llmpipe.models.adapters import Base, as_published, load_frozen, on_base
 from llmpipe.models.generate import isolated_rng
+from llmpipe.models.hardware import release_memory
 from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.run.artifact import is_reward_model
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
+PROBE_TOKENS = 64
+
+# the greatest difference of a logit, of a model and the one that was reloaded
+RELOADED = 1e-5
+# of base + adapter and the merged model, both in fp32: weights are summed in another order
+MERGED = 1e-3
 
 
-def publish(trainer: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Save to a staging folder, reload from there, compare, rename to model/. Returns what was checked.
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model and the reloaded one have in common."""
 
-    Raises UserError (3) when the saved model is not the trained one; nothing is published then.
-    """
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
-        trainer.accelerator.wait_for_everyone()
-        return {}
-    model = trainer.plain_model()
-    trainer.forget_optimizer()
-    upstream.as_loaded(model)
-    with publishing(trainer.artifact.model) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        checked = compare(model, tokenizer, staging)
-    difference = f"{checked['max_logit_difference']:.1e}"
-    trainer.say(
-        f"verified: {checked['tensors']} tensors, logits differ by {difference} after reloading"
-    )
-    trainer.accelerator.wait_for_everyone()
-    return checked
+    max_logit_difference: float
+    """The greatest on a probe; of the score, of a reward model."""
+    stops_at: int | list[int] | None = None
+    """The tokens at which generation was seen to stop; a reward model has none."""
 
 
-def refuse(why: str, code: int = INTEGRITY) -> None:
-    raise UserError(
-        f"verification failed: {why}", "nothing was published; the checkpoints are kept", code
-    )
+@dataclass(frozen=True)
+class Verified:
+    """What was compared after reloading, as the manifest holds it."""
+
+    tensors: int
+    """How many were saved."""
+    max_logit_difference: float
+    stops_at: int | list[int] | None = None
+    merged_difference: float | None = None
+    """The greatest difference of a logit after an adapter was merged into its base, in fp32."""
+    quantized_to_merged_difference: float | None = None
+    """The mean difference of a logit of the quantized base with its adapter and the merged one."""
+
+    def record(self) -> dict[str, Any]:
+        """For a manifest, without what was not compared."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def compare(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Hand-off contract, rule 4: tensors, logits on probes, tokenizer, template, stop tokens, stopping."""
-    same_tokenizer(tokenizer, folder)
-    trained = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    tensors = same_tensors(trained, folder, renamed=True)
-    reloaded = load_model(folder).to(model.device).eval()  # refuses missing and unexpected tensors
+def compare_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Verified:
+    """Compare a whole model with what was saved of it in `folder`."""
+    _same_tokenizer(tokenizer, folder)
+    trained = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # files may have other names for some, as those of GPT-NeoX; these are compared once reloaded
+    tensors = _same_tensors(trained, folder, may_be_renamed=True)
+    reloaded = load_model(folder).to(model.device).eval()  # refuses missing and left over tensors
     for name, tensor in reloaded.state_dict().items():
-        if not torch.equal(tensor.cpu(), trained[name].to(tensor.dtype)):
-            refuse(f"{name} is not the tensor that was trained")
+        if not _equal(tensor.cpu(), trained[name]):
+            _refuse(f"{name} is not the tensor that was trained")
     if reloaded.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        refuse("the embeddings have fewer rows than the tokenizer has tokens")
-    return {"tensors": tensors, **same_behaviour(model, reloaded, tokenizer)}
+        _refuse("the embeddings have fewer rows than the tokenizer has tokens")
+    behaviour = _same_behaviour(model, reloaded, tokenizer, RELOADED)
+    return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
 
 
-def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    again = load_tokenizer(folder)
-    for what in ("pad_token_id", "eos_token_id", "chat_template"):
-        if getattr(again, what) != getattr(tokenizer, what):
-            refuse(
-                f"{what} is {getattr(again, what)!r} after reloading, {getattr(tokenizer, what)!r} in training"
-            )
-    if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        refuse("the tokenizer splits a probe text differently after reloading")
-
-
-def same_tensors(trained: dict[str, torch.Tensor], folder: Path, renamed: bool = False) -> int:
-    """Every saved tensor is whole, finite and the trained one; returns how many there are. `renamed`: files may have
-    other names for some, as those of GPT-NeoX; these are compared once they are loaded again."""
-    seen = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = file.get_tensor(name)
-                if tensor.numel() == 0:
-                    refuse(f"{path.name}: {name} is empty")
-                if not torch.isfinite(tensor).all():
-                    refuse(f"{path.name}: {name} holds NaN or Inf", NUMERIC)
-                if name not in trained and renamed:
-                    pass
-                elif name not in trained or not torch.equal(tensor, trained[name].to(tensor.dtype)):
-                    refuse(f"{path.name}: {name} is not the tensor that was trained")
-                seen += 1
-    return seen
-
-
-def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
-    return torch.tensor([(tokenizer(PROBE)["input_ids"] * 4)[:64]], device=model.device)
+def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) -> Verified:
+    """Compare an adapter with what was saved of it in `folder`: on its base as it was trained, and
+    merged into it.
+    """
+    _same_tokenizer(tokenizer, folder)
+    trained, _ = as_published(model)
+    tensors = _same_tensors(trained, folder)
+    scores = is_reward_model(folder)
+    frozen = load_frozen(base.folder, base.quantization, base.dtype, scores=scores)
+    reloaded = on_base(frozen, folder, tokenizer)
+    if not base.quantization:
+        reloaded.to(model.device)
+    # where a part of the weights was taken out of them, the sums are others once it is back in
+    tolerance = MERGED if hasattr(model, "began_with") else RELOADED
+    behaviour = _same_behaviour(model, reloaded.eval(), tokenizer, tolerance)
+    if not base.is_exact:
+        del frozen, reloaded
+        release_memory()
+        reloaded = on_base(load_model(base.folder, scores=scores), folder, tokenizer).eval()
+    # merging is compared in fp32, the precision of the published weights
+    before = probe_logits(reloaded, tokenizer).cpu()
+    after = probe_logits(reloaded.merge_and_unload(safe_merge=True), tokenizer).cpu()
+    merged_difference = float((before - after).abs().max())
+    if not merged_difference <= MERGED:
+        difference = f"differ by {merged_difference:.2e}"
+        _refuse(f"merged into its base, the adapter's logits on a probe {difference}")
+    quantized_difference = None
+    if base.quantization:
+        quantized = probe_logits(model, tokenizer).float().cpu()
+        quantized_difference = float((quantized - after).abs().mean())
+    return Verified(
+        tensors,
+        behaviour.max_logit_difference,
+        behaviour.stops_at,
+        merged_difference,
+        quantized_difference,
+    )
 
 
 def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
-    """Logits on the probe text, with the model in evaluation mode."""
+    """Logits on the probe text, with the model in evaluation mode: [1, tokens, vocabulary], or
+    scores [1, 1] of a reward model.
+    """
     was_training = model.training
     model.eval()
     with isolated_rng(), torch.no_grad():
-        logits = model(_probe(model, tokenizer)).logits
+        logits: torch.Tensor = model(_probe(model, tokenizer)).logits
     model.train(was_training)
     return logits
 
 
-def same_behaviour(
-    model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float = 1e-5
-) -> dict[str, Any]:
+def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
+    """Token ids of the probe text, [1, PROBE_TOKENS]; fewer where the text has few."""
+    ids = tokenizer(PROBE)["input_ids"] * 4
+    return torch.tensor([ids[:PROBE_TOKENS]], device=model.device)
+
+
+def _refuse(difference: str, code: int = INTEGRITY) -> NoReturn:
+    hint = "nothing was published; the checkpoints are kept"
+    raise UserError(f"verification failed: {difference}", hint, code)
+
+
+def _same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    reloaded = load_tokenizer(folder)
+    for name in ("pad_token_id", "eos_token_id", "chat_template"):
+        saved, trained = getattr(reloaded, name), getattr(tokenizer, name)
+        if saved != trained:
+            _refuse(f"{name} is {saved!r} after reloading, {trained!r} in training")
+    if reloaded(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        _refuse("the tokenizer splits a probe text differently after reloading")
+
+
+def _same_tensors(
+    trained: dict[str, torch.Tensor], folder: Path, may_be_renamed: bool = False
+) -> int:
+    """Every saved tensor is whole, finite and the trained one; returns how many there are."""
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            count += len(names)
+            for name in names:
+                _same_tensor(f"{path.name}: {name}", file.get_tensor(name), trained.get(name))
+                if name not in trained and not may_be_renamed:
+                    _refuse(f"{path.name}: {name} is not the tensor that was trained")
+    return count
+
+
+def _same_tensor(place: str, saved: torch.Tensor, trained: torch.Tensor | None) -> None:
+    if saved.numel() == 0:
+        _refuse(f"{place} is empty")
+    if not torch.isfinite(saved).all():
+        _refuse(f"{place} holds NaN or Inf", NUMERIC)
+    if trained is not None and not _equal(saved, trained):
+        _refuse(f"{place} is not the tensor that was trained")
+
+
+def _equal(saved: torch.Tensor, trained: torch.Tensor) -> bool:
+    """Whether they hold the same numbers in the precision that was saved."""
+    return torch.equal(saved, trained.to(saved.dtype))
+
+
+def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float) -> Behaviour:
     """Equal logits on the probe, and an end to generation at every stop token."""
-    difference = float(
-        (probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)).abs().max()
-    )
+    apart = probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)
+    difference = float(apart.abs().max())
     if not math.isfinite(difference) or difference > tolerance:
-        refuse(
-            f"{'logits' if model.can_generate() else 'scores'} on a probe differ by {difference:.2e} after reloading"
-        )
+        outputs = "logits" if model.can_generate() else "scores"
+        _refuse(f"{outputs} on a probe differ by {difference:.2e} after reloading")
     if not model.can_generate():
-        return {"max_logit_difference": difference}
-    stop = reloaded.generation_config.eos_token_id
-    stops = stop if isinstance(stop, list) else [stop]
+        return Behaviour(difference)
+    stops_at = reloaded.generation_config.eos_token_id
+    stops = stops_at if isinstance(stops_at, list) else [stops_at]
+    probe = _probe(reloaded, tokenizer)
     with isolated_rng(), torch.no_grad():
-        ended = [_stops(reloaded, _probe(reloaded, tokenizer), token, stops) for token in stops]
-    if tokenizer.eos_token_id not in stops or not all(ended):
-        refuse("generation does not stop at the end of a turn")
-    return {"max_logit_difference": difference, "stops_at": stop}
+        all_stop = all(_stops(reloaded, probe, token, stops) for token in stops)
+    if tokenizer.eos_token_id not in stops or not all_stop:
+        _refuse("generation does not stop at the end of a turn")
+    return Behaviour(difference, stops_at)
 
 
 def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int, stops: list[int]) -> bool:
     """Whether generation as configured in the saved folder ends when `token` is its third word."""
-    begin = probe.shape[1]
+    prompt_tokens = probe.shape[1]
     other = next(i for i in range(len(stops) + 1) if i not in stops)
-    out = model.generate(
+
+    def only_allowed(_: int, ids: torch.Tensor) -> list[int]:
+        return [token if len(ids) - prompt_tokens == 2 else other]
+
+    output = model.generate(
         input_ids=probe,
         attention_mask=torch.ones_like(probe),
         max_new_tokens=8,
-        prefix_allowed_tokens_fn=lambda _, ids: [token if len(ids) - begin == 2 else other],
+        prefix_allowed_tokens_fn=only_allowed,
     )
-    return out.shape[1] - begin == 3
+    return int(output.shape[1]) - prompt_tokens == 3

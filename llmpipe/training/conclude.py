@@ -9,8 +9,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llmpipe.data.stream import Stream, counted
-from llmpipe.models import publish, verify
+from llmpipe.models.adapters import Base
+from llmpipe.models.publish import merge, publish_adapter, publish_model
+from llmpipe.models.verify import Verified
 from llmpipe.run.manifest import Made
+from llmpipe.run.reference import Model
 from llmpipe.training.setup import Trained, Training
 
 
@@ -21,11 +24,18 @@ def conclude(trainer: Trained, training: Training, final: dict[str, Any]) -> Mad
     """
     facts = trainer.facts()
     made = Made(final, training=facts, hardware=training.hardware.describe())
-    if training.recipe.adapter is None:
-        made.verified = verify.publish(trainer, training.tokenizer)
-    else:
-        _publish_adapter(trainer, training, made)
-
+    if training.recipe.adapter and trainer.plain_model().can_generate():
+        made.kind = "adapter"  # one that scores stays a reward model
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        made.verified = _publish(trainer, training).record()
+    trainer.accelerator.wait_for_everyone()
+    if (
+        training.recipe.adapter
+        and training.recipe.adapter.merge
+        and trainer.is_world_process_zero()
+    ):
+        made.merged = [_merge(training)]
     made.facts = training.prepared.facts()
     if training.stream:
         blocks = facts["steps"] * training.recipe.batch_size
@@ -35,18 +45,37 @@ def conclude(trainer: Trained, training: Training, final: dict[str, Any]) -> Mad
     return made
 
 
-def _publish_adapter(trainer: Trained, training: Training, made: Made) -> None:
-    """Publish the adapter and, where the recipe says so, the merged model beside it."""
-    job = training.job
-    start = job.plan.models["model"]
-    base = training.base or job.model
-    reference = (start.base if start.is_adapter else start).reference
-    made.kind = "adapter" if trainer.plain_model().can_generate() else None
-    made.verified = publish.publish(trainer, training.tokenizer, base, reference)
-    if training.recipe.adapter.merge and trainer.is_world_process_zero():
-        name = f"{training.artifact.name}-merged"
-        publish.merge(base, training.artifact.model, training.artifact.run / name / "model")
-        made.merged = [name]
+def _publish(trainer: Trained, training: Training) -> Verified:
+    """Save the model, or the adapter, as `model/`, and compare what was saved."""
+    model = trainer.plain_model()
+    trainer.forget_optimizer()
+    tokenizer, folder, say = training.tokenizer, training.artifact.model, training.say
+    adapter = training.recipe.adapter
+    if adapter is None:
+        return publish_model(model, tokenizer, folder, say)
+    base = Base(
+        folder=training.job.weights,
+        reference=_true_base(training).reference,
+        quantization=training.recipe.quantization,
+        dtype=training.hardware.frozen_dtype(adapter),
+    )
+    return publish_adapter(model, tokenizer, folder, base, say)
+
+
+def _true_base(training: Training) -> Model:
+    """The model whose weights stayed frozen: what was started from, or what is under it."""
+    start = training.job.plan.models["model"]
+    if start.is_adapter and start.base:
+        return start.base
+    return start
+
+
+def _merge(training: Training) -> str:
+    """Publish the merged model beside the adapter; returns the name of its artifact."""
+    name = f"{training.artifact.name}-merged"
+    folder = training.artifact.run / name / "model"
+    merge(training.job.weights, training.artifact.model, folder)
+    return name
 
 
 def count_streamed(data: dict[str, Any], stream: Stream, blocks: int, length: int) -> None:
