@@ -171,11 +171,15 @@ def test_quickstart_rows_are_what_the_generator_makes():
 
 
 def test_quickstart_is_tested_on_what_it_was_not_trained_on():
-    from llmpipe.data.formats import question
+    from llmpipe.data.formats import convert, detect, question
+
+    def asks(row: dict) -> str:
+        layout = detect(list(row), "auto", {}, "row")
+        return question(convert(row, layout.format, layout.columns))
 
     *trained, tested, ranked = (
         {
-            question(json.loads(line))
+            asks(json.loads(line))
             for line in (ROOT / "recipes" / f"quickstart{name}.jsonl")
             .read_text(encoding="utf-8")
             .split("\n")

@@ -20,7 +20,19 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data import template
-from llmpipe.data.formats import Rejected, asked, convert, question, taught_bytes
+from llmpipe.data.formats import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    Preference,
+    Rejected,
+    convert,
+    prompt_and_reference,
+    question,
+    taught_bytes,
+)
+from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.data.pack import COLUMNS, IGNORED, Piece
 from llmpipe.data.sources import Row, parse
 from llmpipe.data.tokenizer import Tokenizer
@@ -79,12 +91,12 @@ class Encoder:
                 raw = parse(payload)
                 example = convert(raw, format, columns)
                 if self.kind == "prompts":
-                    example["columns"] = {
-                        name: value for name, value in raw.items() if name not in columns
-                    }
-                row, truncated = {"pairs": self.pair, "prompts": self.prompt}.get(
-                    self.kind, self.row
-                )(example)
+                    rest = {name: value for name, value in raw.items() if name not in columns}
+                    row, truncated = self.prompt(example, rest)
+                elif isinstance(example, Preference):
+                    row, truncated = self.pair(example)
+                else:
+                    row, truncated = self.row(example)
             except Rejected as error:
                 rejected.append((number, error.reason, error.detail))
                 continue
@@ -100,16 +112,20 @@ class Encoder:
             counts.update(kept=1, truncated=truncated, split=len(row) > 1, pieces=len(row) - 1)
         return Batch(pa.RecordBatch.from_pylist(pieces, self.schema), counts, rejected)
 
-    def row(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
-        """An example of formats.convert -> its pieces, and whether it was truncated. Raises Rejected."""
-        if "messages" in example:
+    def row(self, example: Example) -> tuple[list[Piece], bool]:
+        """An example -> its pieces, and whether it was truncated. Raises Rejected."""
+        if isinstance(example, Conversation):
             return self._chat(example)
-        prompt, rest = example.get("prompt", ""), example.get("completion") or example["text"]
+        if isinstance(example, Completion):
+            prompt, rest = example.prompt, example.completion
+        else:
+            assert isinstance(example, Document)
+            prompt, rest = "", example.text
         numbers = self.tokenizer.ids(prompt + rest.removesuffix(self.eos_text))
         if not numbers:
             raise Rejected("nothing to learn", "the text has no token")
         ids = np.array([*self.bos, *numbers, self.eos], np.int32)
-        if "text" in example:
+        if isinstance(example, Document):
             pieces = [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)]
             return [(piece, piece) for piece in pieces], False
         if len(ids) > self.max_length:
@@ -121,14 +137,17 @@ class Encoder:
             labels[: len(self.bos) + template.shared(self.tokenizer.ids(prompt), numbers)] = IGNORED
         return [(ids, labels)], False
 
-    def pair(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
+    def pair(self, example: Preference) -> tuple[list[Piece], bool]:
         """A preference -> [(prompt, chosen, rejected, margin)], and whether an answer was truncated. Raises Rejected.
 
         As in TRL, an answer begins where its rendering and the prompt's part, the same for both; as in `row`, it ends
         with its end-of-turn token. `margin` is a number, or empty.
         """
-        sides = [self.answered(example, side) for side in ("chosen", "rejected")]
-        before = self._asked(example["prompt"], example.get("tools"))
+        prompt, tools = example.prompt, example.tools
+        sides = [
+            self.answered(prompt, answer, tools) for answer in (example.chosen, example.rejected)
+        ]
+        before = self._asked(prompt, tools)
         begin = min(template.shared(before, ids) for ids in sides)
         if begin >= self.max_length:
             raise Rejected(
@@ -143,14 +162,15 @@ class Encoder:
             raise Rejected(
                 "cut to the same text" if truncated else "chosen equals rejected", "in tokens"
             )
-        margin = np.array([example["margin"]] if "margin" in example else [], np.float32)
+        margin = np.array([] if example.margin is None else [example.margin], np.float32)
         return [(np.array(sides[0][:begin], np.int32), *cut, margin)], truncated
 
-    def prompt(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
+    def prompt(self, example: Example, columns: dict[str, Any]) -> tuple[list[Piece], bool]:
         """A row that asks something -> [(tokens, row)]: up to where an answer begins, and, as JSON in UTF-8, the prompt
-        (text or messages), tools, the answer that the row has, and its other columns. Raises Rejected."""
-        prompt, reference = asked(example)
-        ids = self._asked(prompt, example.get("tools"))
+        (text or messages), tools, the answer that the row has, and its other `columns`. Raises Rejected."""
+        prompt, reference = prompt_and_reference(example)
+        tools = None if isinstance(example, Document | Completion) else example.tools
+        ids = self._asked(prompt, tools)
         if len(ids) > self.max_length:
             raise Rejected(
                 "too long", f"the prompt has {len(ids):,} tokens, {self.max_length:,} fit"
@@ -159,9 +179,9 @@ class Encoder:
             raise Rejected("empty text", "the prompt has no token")
         row = {
             "prompt": prompt,
-            "tools": example.get("tools"),
+            "tools": tools,
             "reference": reference,
-            "columns": example["columns"],
+            "columns": columns,
         }
         text = json.dumps(row, default=str).encode()
         return [(np.array(ids, np.int32), np.frombuffer(text, np.uint8))], False
@@ -176,10 +196,15 @@ class Encoder:
             text, _ = self.template.render(template.clean(prompt), tools, True)
         return self.tokenizer.ids(text)
 
-    def answered(self, example: dict[str, Any], side: str) -> list[int]:
-        """Tokens of a preference's prompt with one of its answers, to the end of its last turn."""
-        prompt, answer = example["prompt"], example[side]
+    def answered(
+        self, prompt: str | Messages, answer: str | Messages, tools: Tools = None
+    ) -> list[int]:
+        """Tokens of a prompt with an answer to it, to the end of its last turn. Raises Rejected.
+
+        Both are texts, or both are messages.
+        """
         if isinstance(prompt, str):
+            assert isinstance(answer, str)
             return [
                 *self.bos,
                 *self.tokenizer.ids(prompt + answer.removesuffix(self.eos_text)),
@@ -188,17 +213,15 @@ class Encoder:
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
         with template.bounded():
-            text, spans = self.template.turns(prompt + answer, example["tools"], len(prompt))
+            text, spans = self.template.turns([*prompt, *answer], tools, len(prompt))
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
         return encoding.ids[: _behind(encoding, spans[-1][1])]
 
-    def _chat(self, example: dict[str, Any]) -> tuple[list[Piece], bool]:
+    def _chat(self, example: Conversation) -> tuple[list[Piece], bool]:
         if not self.template:
             raise Rejected("template refuses", "there is no chat template")
         with template.bounded():
-            text, spans = self.template.turns(
-                example["messages"], example["tools"], example.get("first", 0)
-            )
+            text, spans = self.template.turns(example.messages, example.tools, example.first)
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
         numbers = encoding.ids
         if numbers[:2] == [self.tokenizer.id("bos_token")] * 2:

@@ -178,9 +178,8 @@ class Origin:
         if not self.sample:
             raise UserError(errors[0], "none of the first rows can be read")
         found = list(dict.fromkeys(name for row in self.sample for name in row))
-        self.format, self.columns, self.unused = detect(
-            found, source.format, source.columns, source.path
-        )
+        layout = detect(found, source.format, source.columns, source.path)
+        self.format, self.columns, self.unused = layout.format, layout.columns, layout.unused
 
 
 def _chunks(origin: Origin) -> Iterator[Chunk]:

@@ -18,7 +18,18 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Rejected, asked, convert, question
+from llmpipe.data.formats import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    MultipleChoice,
+    Preference,
+    Rejected,
+    convert,
+    prompt_and_reference,
+    question,
+)
 from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Rows
 from llmpipe.run.artifact import Artifact
@@ -84,31 +95,46 @@ def rows_of(
                 yield at, error
 
 
-def _item(row: dict[str, Any], task: str, bare: bool) -> dict[str, Any]:
+def example_of(item: dict[str, Any]) -> Document | Conversation | Completion:
+    """The example that an item of perplexity is."""
+    if "text" in item:
+        return Document(item["text"])
+    if "messages" in item:
+        return Conversation(item["messages"], item["tools"], item.get("first", 0))
+    return Completion(item["prompt"], item["completion"])
+
+
+def _scored(row: Example) -> dict[str, Any]:
+    """The fields of an example that `example_of` reads back."""
+    fields = vars(row).copy()
+    if isinstance(row, Conversation) and not row.first:
+        del fields["first"]
+    return fields
+
+
+def _item(row: Example, task: str, bare: bool) -> dict[str, Any]:
     """One example as an item. Raises Rejected."""
     if task == "perplexity":
-        return {
-            key: row[key]
-            for key in ("text", "messages", "tools", "prompt", "completion", "first")
-            if key in row
-        }
-    prompt, more = row.get("prompt"), {}
-    if task == "generate":
-        prompt, reference = asked(row)
-        more = {} if reference is None else {"reference": reference}
-        bare = (
-            bare or "completion" in row or isinstance(row.get("chosen"), str)
-        )  # text to go on with, as in training
-    elif task == "choice":
-        more = {"choices": row["choices"], "answer": row["answer"]}
+        return _scored(row)
+    more: dict[str, Any] = {}
+    if isinstance(row, MultipleChoice):
+        prompt = row.prompt
+        more = {"choices": row.choices, "answer": row.answer}
+    elif isinstance(row, Preference) and task == "preference":
+        prompt = row.prompt
+        bare = isinstance(row.chosen, str)
+        more = {"chosen": row.chosen, "rejected": row.rejected}
     else:
-        bare = isinstance(row["chosen"], str)
-        more = {side: row[side] for side in ("chosen", "rejected")}
+        prompt, reference = prompt_and_reference(row)
+        more = {} if reference is None else {"reference": reference}
+        # text to go on with, as in training
+        texts = isinstance(row, Preference) and isinstance(row.chosen, str)
+        bare = bare or texts or isinstance(row, Completion)
     if bare and isinstance(prompt, list):
         prompt = "\n\n".join(turn["content"] for turn in prompt)
     elif isinstance(prompt, str) and not bare:
         prompt = [{"role": "user", "content": prompt}]
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    tools = {} if isinstance(row, Document | Completion) or not row.tools else {"tools": row.tools}
     return {"ask": {"text": prompt} if bare else {"messages": prompt}, **more, **tools}
 
 

@@ -22,6 +22,7 @@ from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation import scores
 from llmpipe.evaluation.book import Book, Line
 from llmpipe.evaluation.candidate import Candidate, Sequence_, batched, encoder_of
+from llmpipe.evaluation.items import example_of
 from llmpipe.evaluation.statistics import pass_at
 from llmpipe.models.generate import Sampling, generate, isolated_rng
 from llmpipe.recipe.sections import Recipe, Section
@@ -77,14 +78,14 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
             scored_bytes.append(len(item["text"].encode()))
         else:
             try:
-                pieces, _ = encoder_of(model).row(item)
+                pieces, _ = encoder_of(model).row(example_of(item))
             except Rejected as error:
                 raise UserError(
                     f"{item['at']}: {model.label}: {error.reason}: {error.detail}"
                 ) from None
             ids, labels = pieces[0]
             ids, marks = ids.tolist(), (labels != -100).tolist()
-            scored_bytes.append(taught_bytes(item))
+            scored_bytes.append(taught_bytes(example_of(item)))
         for part in windows(ids, marks, task.window, task.stride):
             sequences.append(part)
             owner.append(i)
@@ -198,9 +199,9 @@ def _paired(model: Candidate, item: Line, side: str) -> list[int]:
     """Tokens of a question with one of its answers, up to the end of the last turn, as in training."""
     if not (model.ranks or "text" in item["ask"] or model.tokenizer.chat_template):
         return model.ids(model.whole(item, item[side]), item)
-    pair = {"tools": None, **item, "prompt": item["ask"].get("text") or item["ask"]["messages"]}
+    prompt = item["ask"].get("text") or item["ask"]["messages"]
     try:
-        return encoder_of(model).answered(pair, side)
+        return encoder_of(model).answered(prompt, item[side], item.get("tools"))
     except Rejected as error:
         raise UserError(f"{item['at']}: {model.label}: {error.reason}: {error.detail}") from None
 

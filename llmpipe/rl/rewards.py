@@ -96,7 +96,7 @@ def _model(ranker: Candidate) -> Source:
                 else [{"role": "assistant", "content": answer}]
             )
             try:
-                ids.append(encoder_of(ranker).answered({**row, "answer": said}, "answer"))
+                ids.append(encoder_of(ranker).answered(row["prompt"], said, row.get("tools")))
             except Rejected as error:
                 raise UserError(f"reward: {name}: {error}: {_cut(row['prompt'])!r}") from None
             if len(ids[-1]) > most:

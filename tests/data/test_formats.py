@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from llmpipe.data.formats import Rejected, convert, detect
+from llmpipe.data.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    MultipleChoice,
+    Preference,
+    Prompt,
+    Rejected,
+    convert,
+    detect,
+)
 from llmpipe.errors import UserError
+from llmpipe.recipe.sections import Rows
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -31,7 +44,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     ],
 )  # fmt: skip
 def test_detect(columns, mapping, format, used):
-    assert detect(columns.split(), "auto", mapping, "d")[:2] == (format, used)
+    layout = detect(columns.split(), "auto", mapping, "d")
+    assert (layout.format, layout.columns) == (format, used)
 
 
 def test_detect_names_what_it_found_and_what_is_needed():
@@ -46,15 +60,15 @@ def test_detect_names_what_it_found_and_what_is_needed():
         detect(["question", "prompt"], "auto", {"question": "prompt"}, "d")
 
 
-def same(format: str, row: dict) -> dict:
+def same(format: str, row: dict):
     return convert(row, format, {name: name for name in row})
 
 
 def test_alpaca():
     row = {"instruction": "q", "input": "", "output": "a"}
-    assert same("alpaca", row) == {"messages": [U, A], "tools": None}
-    assert same("alpaca", row | {"input": "more"})["messages"][0]["content"] == "q\n\nmore"
-    got = same("alpaca", row | {"system": "s", "history": [["q1", "a1"]]})["messages"]
+    assert same("alpaca", row) == Conversation([U, A], None)
+    assert same("alpaca", row | {"input": "more"}).messages[0]["content"] == "q\n\nmore"
+    got = same("alpaca", row | {"system": "s", "history": [["q1", "a1"]]}).messages
     assert [m["content"] for m in got] == ["s", "q1", "a1", "q", "a"]
 
 
@@ -67,8 +81,8 @@ def test_sharegpt():
         "tools": '[{"name": "f"}]',
     }
     got = same("sharegpt", row)
-    assert got["tools"] == [{"name": "f"}]
-    assert got["messages"] == [
+    assert got.tools == [{"name": "f"}]
+    assert got.messages == [
         {"role": "system", "content": "s"}, U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "1"}, A,
     ]  # fmt: skip
@@ -77,7 +91,7 @@ def test_sharegpt():
 def test_messages():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     got = same("messages", {"messages": [U, {"role": "assistant", "content": parts}]})
-    assert got["messages"][1]["content"] == "ab"
+    assert got.messages[1]["content"] == "ab"
     text_arguments = {
         "type": "function",
         "id": "1",
@@ -87,30 +101,27 @@ def test_messages():
         "messages",
         {"messages": [U, {"role": "assistant", "content": None, "tool_calls": [text_arguments]}]},
     )
-    assert got["messages"][1] == {
+    assert got.messages[1] == {
         "role": "assistant",
         "content": "",
         "tool_calls": [{**CALL, "id": "1"}],
     }
-    assert same("messages", {"messages": '[{"role": "assistant", "content": "a"}]'})[
-        "messages"
-    ] == [A]  # a CSV cell
+    cell = '[{"role": "assistant", "content": "a"}]'  # of a CSV file
+    assert same("messages", {"messages": cell}).messages == [A]
 
 
 def test_prompt_completion():
-    assert same("prompt-completion", {"prompt": "q", "completion": "a"}) == {
-        "prompt": "q",
-        "completion": "a",
-    }
+    texts = {"prompt": "q", "completion": "a"}
+    assert same("prompt-completion", texts) == Completion("q", "a")
     got = same("prompt-completion", {"prompt": [U], "completion": [A]})
-    assert got == {"messages": [U, A], "tools": None, "first": 1}
+    assert got == Conversation([U, A], None, first=1)
 
 
 def test_preference():
     texts = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    assert same("preference", texts) == texts
+    assert same("preference", texts) == Preference("q", "a", "b")
     b = {"role": "assistant", "content": "b"}
-    whole = {"prompt": [U], "chosen": [A], "rejected": [b], "tools": None}
+    whole = Preference([U], [A], [b], tools=None)
     assert same("preference", {"prompt": [U], "chosen": [A], "rejected": [b]}) == whole
     assert same("preference", {"chosen": [U, A], "rejected": [U, b]}) == whole  # implicit prompt
     assert (
@@ -137,6 +148,23 @@ def test_preference():
 
 
 def test_prompt():
-    assert same("prompt", {"prompt": "q"}) == {"prompt": "q"}
-    assert same("prompt", {"prompt": [U]}) == {"prompt": [U], "tools": None}
-    assert same("prompt", {"prompt": "q", "system": "s"})["prompt"][0]["role"] == "system"
+    assert same("prompt", {"prompt": "q"}) == Prompt("q")
+    assert same("prompt", {"prompt": [U]}) == Prompt([U], tools=None)
+    assert same("prompt", {"prompt": "q", "system": "s"}).prompt[0]["role"] == "system"
+
+
+def test_choice():
+    texts = {"prompt": "q", "choices": ["x", "y"]}
+    right = MultipleChoice("q", ["x", "y"], 1)
+    for answer in (1, "B", "y"):
+        assert same("choice", texts | {"answer": answer}) == right
+    arc = {"prompt": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answer": "2"}
+    assert same("choice", arc) == right
+    for answer in (2, True, "C", None):
+        with pytest.raises(Rejected):
+            same("choice", texts | {"answer": answer})
+
+
+def test_the_recipe_names_every_format():
+    names = get_args(Rows.model_fields["format"].annotation)
+    assert set(names) == {"auto", *FORMATS}

@@ -70,7 +70,8 @@ def test_commands(voice, monkeypatch, capsys, tmp_path):
     # what is saved can be trained on
     from llmpipe.data.formats import convert
 
-    assert convert(row, "messages", {"messages": "messages"})["messages"][-1]["role"] == "assistant"
+    example = convert(row, "messages", {"messages": "messages"})
+    assert example.messages[-1]["role"] == "assistant"
 
 
 def test_ctrl_c_takes_the_turn_back(voice, monkeypatch, capsys):

@@ -1,0 +1,149 @@
+"""How a row is laid out: recognised by its columns, checked, and brought to one of six shapes.
+
+A format is a file of this folder and its line in `FORMATS`. The shapes are in `examples`.
+Validation refuses and never repairs: a row that is wrong is named (`Rejected`), not guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from llmpipe.data.formats import (
+    alpaca,
+    choice,
+    messages,
+    preference,
+    prompt,
+    prompt_completion,
+    sharegpt,
+    text,
+)
+from llmpipe.data.formats.examples import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    MultipleChoice,
+    Preference,
+    Prompt,
+    prompt_and_reference,
+    question,
+    taught_bytes,
+)
+from llmpipe.data.formats.fields import Rejected
+from llmpipe.data.formats.format import Format
+from llmpipe.errors import UserError, near
+
+__all__ = [
+    "FORMATS",
+    "Completion",
+    "Conversation",
+    "Document",
+    "Example",
+    "Format",
+    "Layout",
+    "MultipleChoice",
+    "Preference",
+    "Prompt",
+    "Rejected",
+    "convert",
+    "detect",
+    "prompt_and_reference",
+    "question",
+    "taught_bytes",
+]
+
+# `auto` is the first one that fits: what needs much stands before what needs little.
+_IN_ORDER = (
+    preference.FORMAT,
+    choice.FORMAT,
+    sharegpt.FORMAT,
+    messages.FORMAT,
+    alpaca.FORMAT,
+    prompt_completion.FORMAT,
+    text.FORMAT,
+    prompt.FORMAT,
+)
+FORMATS: dict[str, Format] = {format.name: format for format in _IN_ORDER}
+
+Renaming = dict[str, str]  # {your column: the format's}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a source are read."""
+
+    format: str
+    columns: Renaming
+    """{your column: the format's} of each column that is read."""
+    unused: list[str]
+    """Your other columns."""
+
+
+def detect(columns: list[str], format: str, mapping: Renaming, where: str) -> Layout:
+    """The layout of rows with these columns. Raises UserError naming them and what is needed.
+
+    `format` and `mapping` are the recipe's `format` and `columns`; `where` begins the message.
+    """
+    _check_mapping(columns, mapping, where)
+    candidates = list(FORMATS.values()) if format == "auto" else [FORMATS[format]]
+    renamings = [mapping] if mapping else [{}, *_synonyms(columns)]
+    for candidate in candidates:
+        if used := _columns_read(candidate, columns, renamings):
+            unused = [column for column in columns if column not in used]
+            return Layout(candidate.name, used, unused)
+    fits = "no format fits" if format == "auto" else f"format {format} does not fit"
+    needed = "; ".join(f"{it.name}: {', '.join(it.required)}" for it in candidates)
+    example = "Map yours with columns, such as {frage: instruction, antwort: output}"
+    problem = f"{where}: {fits} the columns {_shown(columns)}"
+    raise UserError(problem, f"needed are {needed}. {example}")
+
+
+def convert(row: dict[str, Any], format: str, columns: Renaming) -> Example:
+    """A row as it was read -> an example. `format` and `columns` of its Layout. Raises Rejected."""
+    chosen = FORMATS[format]
+    for yours, name in columns.items():
+        if name in chosen.required and row.get(yours) is None:
+            raise Rejected("null" if yours in row else "missing column", yours)
+    return chosen.example_of({name: row.get(yours) for yours, name in columns.items()})
+
+
+def _check_mapping(columns: list[str], mapping: Renaming, where: str) -> None:
+    hint = f"found: {_shown(columns)}"
+    for name in mapping:
+        if name not in columns:
+            problem = f"columns: there is no column '{name}'{near(name, columns)}"
+            raise UserError(f"{where}: {problem}", hint)
+    renamed = [mapping.get(name, name) for name in columns]
+    for name in renamed:
+        if renamed.count(name) > 1:
+            raise UserError(f"{where}: two columns are called '{name}' after mapping", hint)
+
+
+def _shown(columns: list[str]) -> str:
+    return ", ".join(columns) or "none"
+
+
+def _synonyms(columns: list[str]) -> Iterable[Renaming]:
+    """Every format's synonyms that rows with these columns may mean.
+
+    A name means the same whatever the format: pairs with a `question` serve as prompts, too.
+    """
+    for format in FORMATS.values():
+        for names in format.synonyms:
+            if names.keys() <= set(columns):
+                yield names
+
+
+def _columns_read(format: Format, columns: list[str], renamings: list[Renaming]) -> Renaming | None:
+    """{your column: the format's} under the renaming that reads most columns, or None."""
+    readings = []
+    for names in renamings:
+        yours = {names.get(column, column): column for column in columns}
+        collide = len(yours) < len(columns)
+        if not collide and yours.keys() >= set(format.required):
+            known = (*format.required, *format.optional)
+            readings.append({yours[name]: name for name in known if name in yours})
+    return max(readings, key=len, default=None)

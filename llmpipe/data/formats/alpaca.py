@@ -1,0 +1,53 @@
+"""`alpaca`: an instruction, perhaps with an input to it, and the answer (Taori et al. 2023).
+
+{"instruction": "Name the colour.", "input": "grass", "output": "Green."}
+
+`history`, as in LLaMA-Factory, holds the [question, answer] pairs of earlier turns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmpipe.data.formats.conversation import with_system
+from llmpipe.data.formats.examples import Conversation, Messages
+from llmpipe.data.formats.fields import Rejected, Values, optional_text, text_of
+from llmpipe.data.formats.format import Format
+
+
+def example_of(values: Values) -> Conversation:
+    instruction = text_of(values["instruction"], "instruction")
+    if more := optional_text(values, "input"):
+        instruction = f"{instruction}\n\n{more}"
+    messages: Messages = []
+    for question, answer in (*_history(values), (instruction, values["output"])):
+        messages.append({"role": "user", "content": text_of(question, "history")})
+        messages.append({"role": "assistant", "content": text_of(answer, "output")})
+    return Conversation(with_system(values, messages))
+
+
+def _history(values: Values) -> list[Any]:
+    history = values.get("history") or []
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise Rejected("wrong type", "history is not a list of pairs")
+    return history
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+FORMAT = Format(
+    name="alpaca",
+    required=("instruction", "output"),
+    optional=("input", "system", "history"),
+    shape=Conversation,
+    example_of=example_of,
+    synonyms=(
+        # asked and answered: turns of a chat, not text to go on with
+        {"question": "instruction", "answer": "output"},
+        {"query": "instruction", "response": "output"},
+        {"instruction": "instruction", "response": "output", "context": "input"},
+        {"instruction": "instruction", "response": "output"},
+    ),
+)

@@ -1,0 +1,61 @@
+"""`choice`: a question with answers to choose from, of which one is right.
+
+{"prompt": "2 + 2?", "choices": ["3", "4"], "answer": 1}       the answer's index from 0,
+{"prompt": "2 + 2?", "choices": ["3", "4"], "answer": "B"}     its letter,
+{"prompt": "2 + 2?", "choices": ["3", "4"], "answer": "4"}     or the very text
+{"question": ..., "choices": {"text": [...], "label": ["1", "2"]}, "answerKey": "2"}     as ARC
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+from typing import Any
+
+from llmpipe.data.formats import prompt
+from llmpipe.data.formats.examples import MultipleChoice
+from llmpipe.data.formats.fields import Rejected, Values, text_of
+from llmpipe.data.formats.format import Format
+
+
+def example_of(values: Values) -> MultipleChoice:
+    labels, choices = _labelled(values["choices"])
+    answer = _index(values["answer"], labels, choices)
+    asked = prompt.example_of(values)
+    return MultipleChoice(asked.prompt, choices, answer, asked.tools)
+
+
+def _labelled(choices: Any) -> tuple[list[Any], list[str]]:
+    """What each choice is called, and its text."""
+    labels: Any = list(ascii_uppercase)
+    if isinstance(choices, dict):
+        labels = choices.get("label")
+        choices = choices.get("text")
+    if not isinstance(choices, list) or len(choices) < 2 or not isinstance(labels, list):
+        raise Rejected("wrong type", "choices is not a list of two or more")
+    return labels, [text_of(choice, f"choice {i}") for i, choice in enumerate(choices, 1)]
+
+
+def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
+    """Which choice an index, a label or a choice's text means: exactly one."""
+    index = answer
+    if isinstance(answer, str):
+        named = zip(labels, choices, strict=False)
+        matches = [i for i, names in enumerate(named) if answer in names]
+        index = matches[0] if len(matches) == 1 else None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
+        problem = f"{str(answer)[:40]!r} is none of the {len(choices)} choices"
+        raise Rejected("bad answer", problem)
+    return index
+
+
+FORMAT = Format(
+    name="choice",
+    required=("prompt", "choices", "answer"),
+    optional=("system",),
+    shape=MultipleChoice,
+    example_of=example_of,
+    synonyms=(
+        {"question": "prompt", "choices": "choices", "answer": "answer"},
+        {"question": "prompt", "choices": "choices", "answerKey": "answer"},
+    ),
+)

@@ -1,0 +1,27 @@
+"""`messages`: a conversation, as OpenAI and Hugging Face have it.
+
+{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
+"""
+
+from __future__ import annotations
+
+from llmpipe.data.formats.conversation import messages_of, tools_of
+from llmpipe.data.formats.examples import Conversation
+from llmpipe.data.formats.fields import Rejected, Values
+from llmpipe.data.formats.format import Format
+
+
+def example_of(values: Values) -> Conversation:
+    messages = messages_of(values["messages"], "messages")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Rejected("no assistant turn", "messages")
+    return Conversation(messages, tools_of(values))
+
+
+FORMAT = Format(
+    name="messages",
+    required=("messages",),
+    optional=("tools",),
+    shape=Conversation,
+    example_of=example_of,
+)
