@@ -61,6 +61,7 @@ def one(rows: Path, model: Path, cache: Path, processes: str) -> None:
     """The measured process: import, say so, wait for the go, prepare."""
     import multiprocessing.spawn  # noqa: F401  imported by the pool; counts as import
 
+    from llmpipe.data.kinds.rows import ROWS
     from llmpipe.data.prepare import prepare
     from llmpipe.recipe.sections import Data
 
@@ -75,7 +76,7 @@ def one(rows: Path, model: Path, cache: Path, processes: str) -> None:
             "processes": number,
         }
     )
-    prepare(data, model, cache, seed=0, say=lambda line: None)
+    prepare(data, ROWS, model, cache, seed=0, say=lambda line: None)
 
 
 def resident(pid: int) -> int:

@@ -58,6 +58,7 @@ def train(path: Path) -> None:
 
 def read(path: Path) -> dict:
     """The whole file through the stream, in this process."""
+    from llmpipe.data.kinds.blocks import BLOCKS
     from llmpipe.data.prepare import prepare
     from llmpipe.data.stream import Stream
     from llmpipe.recipe.check import load
@@ -65,11 +66,12 @@ def read(path: Path) -> dict:
 
     asked = load(path, schema("pretrain"))
     cache = path.parent / "prepared"
-    folder = prepare(asked.data, TOKENIZER, cache, seed=0, say=lambda line: None).folder(cache)
+    ready = prepare(asked.data, BLOCKS, TOKENIZER, cache, seed=0, say=lambda line: None)
+    folder = ready.folder(cache)
     stream = Stream(asked.data, folder, 1 << 60, 1, seed=0, pinned={}, processes=2)
     begun, before = time.monotonic(), memory()
     blocks, position = 0, stream.position(0)
-    while position["epoch"] == 0:
+    while position.epoch == 0:
         blocks += 1000
         position = stream.position(blocks)
     return {"seconds": time.monotonic() - begun, "tokens": blocks * 256, "above": memory() - before}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
-from llmpipe.data.encode import Encoder
+from llmpipe.data.encode import Encoder, Encoding
 from llmpipe.data.template import Choice as Chosen
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Line
@@ -23,7 +23,7 @@ from llmpipe.models.generate import render
 from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.recipe.sections import Recipe
+from llmpipe.recipe.sections import Preparation, Recipe
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 
 Sequence_ = tuple[list[int], list[bool]]  # ids, and which of them are scored
@@ -178,7 +178,6 @@ def encoder_of(model: Candidate) -> Encoder:
     """Conversations as training encodes them, uncut."""
     if not hasattr(model, "_encoder"):
         choice = Chosen(model.folder, "auto", model.kwargs)
-        model._encoder = Encoder(
-            model.folder, choice.ends, model.kwargs, choice.text_eos, 1 << 40, "assistant", 0
-        )
+        uncut = Preparation(max_length=1 << 40, template_kwargs=model.kwargs)
+        model._encoder = Encoder(Encoding(model.folder, choice.ends, choice.text_eos, uncut))
     return model._encoder

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.data.formats import Rejected, taught_bytes
+from llmpipe.data.kinds import rows
 from llmpipe.data.template import shared
 from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation import scores
@@ -78,7 +79,7 @@ def _perplexity(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
             scored_bytes.append(len(item["text"].encode()))
         else:
             try:
-                pieces, _ = encoder_of(model).row(example_of(item))
+                pieces, _ = rows.encode(encoder_of(model), example_of(item), {})
             except Rejected as error:
                 raise UserError(
                     f"{item['at']}: {model.label}: {error.reason}: {error.detail}"

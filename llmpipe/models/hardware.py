@@ -128,7 +128,7 @@ def decide(recipe: Training, host: Host, model: type[PreTrainedModel] | None) ->
     `optim.batch_size` does not divide by processes and micro-batches.
     """
     bf16, precision_reason = _precision(recipe.optim.precision, host)
-    attention, attention_reason = _attention(host, recipe.data.packing, model)
+    attention, attention_reason = _attention(host, recipe.packs, model)
     micro_batch_size = machine.micro_batch_size(recipe, host.processes, host.device == "cuda")
     return Hardware(
         device=host.device,

@@ -72,7 +72,7 @@ def load_new(setup: Setup[Training], shape: Architecture) -> PreTrainedModel:
     model = architecture.build(
         shape,
         setup.tokenizer,
-        context=recipe.data.max_length,
+        context=recipe.data.preparation.max_length,
         seed=recipe.seed,
         attention=setup.hardware.attention,
     )

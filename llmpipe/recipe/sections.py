@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import re
 from abc import abstractmethod
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -49,8 +51,8 @@ TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto`
 
 class Rows(Section):
     path: str
-    """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt) starting with `./`,
-    `../`, `/` or `~` or ending in one of these suffixes."""
+    """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt)
+    starting with `./`, `../`, `/` or `~` or ending in one of these suffixes."""
     format: Literal[
         "auto",
         "text",
@@ -82,10 +84,31 @@ class Source(Rows):
 
 class Holdout(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training rows kept out for evaluation, chosen by content with the recipe's seed, so that equal
-    rows fall on the same side."""
+    """Share of the training rows kept out for evaluation, chosen by content with the recipe's seed,
+    so that equal rows fall on the same side."""
     sources: list[Rows] = []
     """Evaluation rows of their own, beside or instead of a holdout."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become tokens, said alike for every kind of data.
+
+    What a section of a recipe has no field for has its default here.
+    """
+
+    max_length: int
+    """Longest sequence in tokens."""
+    template: str = "auto"
+    """Chat template, as in `data.template`."""
+    template_kwargs: dict[str, Any] = dataclass_field(default_factory=dict)
+    """Extra variables for the template."""
+    packing: bool = False
+    """Whether several rows share a sequence and do not see one another."""
+    learn_all: bool = False
+    """Whether every token is learned, not the responses alone."""
+    stream: bool = False
+    """Whether rows are tokenized while they are trained on, and no copy is kept."""
 
 
 class Prepared(Section):
@@ -100,48 +123,59 @@ class Prepared(Section):
     processes: Positive | Literal["auto"] = cosmetic("auto")
     """Processes that tokenize; `auto` is one per core, and one alone for small data."""
 
+    @property
+    @abstractmethod
+    def preparation(self) -> Preparation:
+        """How these rows become tokens."""
+
 
 class Templated(Prepared):
     """Rows that a chat template renders."""
-
-    stream: ClassVar[bool] = False
 
     template: str = "auto"
     """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Extra variables for the template, such as `enable_thinking`."""
+    max_length: Annotated[int, Field(ge=8)]
+    """Longest sequence in tokens."""
+
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.max_length, self.template, self.chat_template_kwargs)
 
 
 class Data(Templated):
-    kind: ClassVar[str] = "rows"
-
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits (counted as
-    truncated) or rejected; a longer text is split into pieces."""
+    """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits
+    (counted as truncated) or rejected; a longer text is split into pieces."""
     packing: bool = True
     """Fill sequences of `max_length` with several rows that do not see one another."""
     loss: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learned: the assistant's turns with their end-of-turn token, or every token."""
+    """Which tokens are learned: the assistant's turns with their end-of-turn token, or every
+    token."""
+
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(
+            self.max_length,
+            self.template,
+            self.chat_template_kwargs,
+            packing=self.packing,
+            learn_all=self.loss == "all",
+        )
 
 
 class Pairs(Templated):
     """Preferences: a prompt with a chosen and a rejected answer."""
 
-    kind: ClassVar[str] = "pairs"
-    packing: ClassVar[bool] = False
-    loss: ClassVar[str] = "assistant"
-
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Longest prompt with one of its answers, in tokens; a longer answer is cut there (counted as truncated), and a row
-    whose answers are then the same, or whose prompt leaves no room, is rejected."""
+    """Longest prompt with one of its answers, in tokens; a longer answer is cut there (counted as
+    truncated), and a row whose answers are then the same, or whose prompt leaves no room, is
+    rejected."""
 
 
 class Prompts(Templated):
     """Prompts to answer."""
-
-    kind: ClassVar[str] = "prompts"
-    packing: ClassVar[bool] = True
-    loss: ClassVar[str] = "assistant"
 
     max_length: Annotated[int, Field(ge=8)] = 512
     """Longest prompt in tokens; a longer one is rejected."""
@@ -380,12 +414,17 @@ class Training(Recipe):
     @property
     def batch_size(self) -> int:
         """Sequences per optimizer step."""
-        return self.optim.sequences(self.data.max_length)
+        return self.optim.sequences(self.data.preparation.max_length)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.data.max_length
+        return self.data.preparation.max_length
+
+    @property
+    def packs(self) -> bool:
+        """Whether a forward pass lays several rows end to end, for attention to keep apart."""
+        return self.data.preparation.packing
 
     @property
     def steps(self) -> int | None:
@@ -406,8 +445,9 @@ class Training(Recipe):
         }
 
     def files(self) -> dict[str, str]:
-        own = self.data.template not in ("auto", *TEMPLATES)
-        return {"data.template": self.data.template} if own else {}
+        template = self.data.preparation.template
+        named = template in ("auto", *TEMPLATES)
+        return {} if named else {"data.template": template}
 
 
 class Hosted(Training):

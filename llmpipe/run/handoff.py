@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.recipe.sections import Prepared
 from llmpipe.run.job import Job
 
+if TYPE_CHECKING:
+    from llmpipe.data.kinds import Kind
 
-def tokens(job: Job) -> PreparedRows:
-    """Rows -> tokens, the `prepare` of most stages that train; what the trainer and the manifest need to know."""
+
+def tokens(job: Job, kind: Kind) -> PreparedRows:
+    """Rows -> tokens of a kind, the `prepare` of most stages that train.
+
+    Returns what the trainer and the manifest need to know.
+    """
     from llmpipe.run.artifact import Artifact
 
     recipe = job.recipe
@@ -20,17 +27,18 @@ def tokens(job: Job) -> PreparedRows:
         raise UserError(
             f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY
         )
-    prepared = tokenized(job, recipe.data)
+    prepared = tokenized(job, recipe.data, kind)
     _same_template(job, prepared)
     return prepared
 
 
-def tokenized(job: Job, data: Any) -> PreparedRows:
+def tokenized(job: Job, data: Prepared, kind: Kind) -> PreparedRows:
     """Prepare one section of rows."""
     from llmpipe.data.prepare import prepare as tokenize
 
     return tokenize(
         data,
+        kind,
         job.model,
         job.prepared,
         seed=job.recipe.seed,
@@ -62,7 +70,7 @@ def _same_template(job: Job, prepared: PreparedRows) -> None:
     asked = parent["asked"]["recipe"].get("data", {}).get("chat_template_kwargs", {})
     for field, there, here in (
         ("template", parent["tokenizer"]["template"][:12], (prepared.template or "none")[:12]),
-        ("chat_template_kwargs", asked, job.recipe.data.chat_template_kwargs),
+        ("chat_template_kwargs", asked, job.recipe.data.preparation.template_kwargs),
     ):
         if there != here:
             raise UserError(

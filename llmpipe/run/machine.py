@@ -52,7 +52,7 @@ def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
             )
         return launch.micro_batch_size
     most = max(
-        1 if recipe.data.packing else 4, full_pass(on_gpu) // recipe.longest
+        1 if recipe.packs else 4, full_pass(on_gpu) // recipe.longest
     )  # unpacked rows are mostly short
     return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
 

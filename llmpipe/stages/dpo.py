@@ -22,7 +22,6 @@ ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
-prepare = tokens
 Objective = Literal[
     "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
     "sigmoid_norm", "sft", "aot", "aot_unpaired", "bco_pair",
@@ -109,6 +108,13 @@ class Schema(Generating):
     def weights(self) -> dict[str, float]:
         """The objectives and their weights."""
         return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
+
+
+def prepare(job: Job) -> PreparedRows:
+    """Preferences -> tokens."""
+    from llmpipe.data.kinds.pairs import PAIRS
+
+    return tokens(job, PAIRS)
 
 
 def train(job: Job, prepared: PreparedRows) -> Made:

@@ -243,6 +243,10 @@ class Schema(Training):
             self.mixture.max_length if self.mixture else 0,
         )
 
+    @property
+    def packs(self) -> bool:
+        return True
+
     def rows(self) -> dict[str, Rows]:
         mixed = self.mixture.train if self.mixture else []
         return super().rows() | {f"mixture.train.{i}": source for i, source in enumerate(mixed)}
@@ -258,13 +262,16 @@ class Schema(Training):
 
 def prepare(job: Job) -> PreparedRows:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
+    from llmpipe.data.kinds.prompts import PROMPTS
+    from llmpipe.data.kinds.rows import ROWS
+
     if any(source.verifier == "math_verify" for source in job.recipe.reward) and not find_spec(
         "math_verify"
     ):
         raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
-    prepared = tokens(job)
+    prepared = tokens(job, PROMPTS)
     if mixture := job.recipe.mixture:
-        mixed = tokenized(job, mixture.data(job.recipe.data))
+        mixed = tokenized(job, mixture.data(job.recipe.data), ROWS)
         prepared = prepared.model_copy(update={"mixture": mixed})
     return prepared
 

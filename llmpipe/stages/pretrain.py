@@ -15,7 +15,16 @@ from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.files import digest, publishing
-from llmpipe.recipe.sections import AdamW, Generating, Positive, Prepared, Reference, Section, Share
+from llmpipe.recipe.sections import (
+    AdamW,
+    Generating,
+    Positive,
+    Preparation,
+    Prepared,
+    Reference,
+    Section,
+    Share,
+)
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
@@ -28,20 +37,23 @@ PREPARED = PreparedRows
 
 
 class Corpus(Prepared):
-    """Documents laid end to end, each with its end-of-document token, and cut into blocks without padding."""
-
-    kind: ClassVar[str] = "blocks"
-    template: ClassVar[str] = "auto"
-    chat_template_kwargs: ClassVar[dict[str, Any]] = {}
-    loss: ClassVar[str] = "all"
+    """Documents laid end to end, each with its end-of-document token, and cut into blocks without
+    padding."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens of a block; the last one may be shorter."""
     packing: bool = Field(False, alias="isolate")
     """Attention does not cross from one document to the next within a block."""
     stream: bool = False
-    """Tokenize while training and keep no copy, for more text than the disk holds. Blocks come in the order of the
-    rows, unshuffled, the same for any number of processes, each of which reads them all."""
+    """Tokenize while training and keep no copy, for more text than the disk holds. Blocks come in
+    the order of the rows, unshuffled, the same for any number of processes, each of which reads
+    them all."""
+
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(
+            self.max_length, packing=self.packing, learn_all=True, stream=self.stream
+        )
 
 
 class TokenOptim(AdamW):
@@ -159,11 +171,20 @@ class Schema(Generating):
 
 def prepare(job: Job) -> PreparedRows:
     """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks for that."""
+    from llmpipe.data.kinds.blocks import BLOCKS
     from llmpipe.data.prepare import prepare as tokenize
 
     recipe, pinned = job.recipe, job.plan.content
     start = job.models.get("model") or job.models.get("tokenizer") or trained_tokenizer(job)
-    return tokenize(recipe.data, start, job.prepared, seed=recipe.seed, say=job.say, pinned=pinned)
+    return tokenize(
+        recipe.data,
+        BLOCKS,
+        start,
+        job.prepared,
+        seed=recipe.seed,
+        say=job.say,
+        pinned=pinned,
+    )
 
 
 def trained_tokenizer(job: Job) -> Path:
@@ -191,11 +212,13 @@ def trained_tokenizer(job: Job) -> Path:
 
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Build or load the model, train, publish; returns what the manifest says of it."""
-    from llmpipe.models.load import load_new, set_up
+    from llmpipe.data.kinds.blocks import BLOCKS
+    from llmpipe.models.load import load_new, load_policy, set_up
     from llmpipe.training import supervised
 
-    if job.recipe.architecture is None:
-        return sft.train(job, prepared)
     setup = set_up(job, prepared)
-    model = load_new(setup, job.recipe.architecture)
-    return supervised.train(job, prepared, setup.hardware, setup.tokenizer, model)
+    architecture = job.recipe.architecture
+    model = load_new(setup, architecture) if architecture else load_policy(setup)
+    return supervised.train(
+        job, prepared, BLOCKS, setup.hardware, setup.tokenizer, model, setup.base
+    )

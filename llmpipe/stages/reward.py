@@ -22,7 +22,6 @@ ACCEPTS = ("model", "adapter")
 MAKES = "reward-model"
 PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
-prepare = tokens
 
 TRAINER = TrainerConfig(
     package="trl",
@@ -56,6 +55,13 @@ class Schema(Hosted):
     @property
     def keeps_adapters(self) -> bool:
         return False
+
+
+def prepare(job: Job) -> PreparedRows:
+    """Preferences -> tokens."""
+    from llmpipe.data.kinds.pairs import PAIRS
+
+    return tokens(job, PAIRS)
 
 
 def train(job: Job, prepared: PreparedRows) -> Made:

@@ -20,7 +20,6 @@ ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
-prepare = tokens
 
 TRAINER = TrainerConfig(
     package="trl",
@@ -61,11 +60,19 @@ class Schema(Supervised):
     """Supervised fine-tuning."""
 
 
+def prepare(job: Job[Schema]) -> PreparedRows:
+    """Texts and conversations -> tokens."""
+    from llmpipe.data.kinds.rows import ROWS
+
+    return tokens(job, ROWS)
+
+
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
+    from llmpipe.data.kinds.rows import ROWS
     from llmpipe.models.load import load_policy, set_up
     from llmpipe.training import supervised
 
     setup = set_up(job, prepared)
     model = load_policy(setup)
-    return supervised.train(job, prepared, setup.hardware, setup.tokenizer, model, setup.base)
+    return supervised.train(job, prepared, ROWS, setup.hardware, setup.tokenizer, model, setup.base)

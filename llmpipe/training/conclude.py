@@ -39,7 +39,8 @@ def conclude(trainer: Trained, training: Training, final: dict[str, Any]) -> Mad
     made.facts = training.prepared.facts()
     if training.stream:
         blocks = facts["steps"] * training.recipe.batch_size
-        count_streamed(made.facts["data"], training.stream, blocks, training.recipe.data.max_length)
+        length = training.recipe.data.preparation.max_length
+        count_streamed(made.facts["data"], training.stream, blocks, length)
     elif trainer.is_world_process_zero():
         _keep_what_was_seen(training)
     return made
@@ -81,7 +82,7 @@ def _merge(training: Training) -> str:
 def count_streamed(data: dict[str, Any], stream: Stream, blocks: int, length: int) -> None:
     """Put into a manifest's `data` what was read of a stream: `blocks` of `length` tokens."""
     tokens = blocks * length
-    data["rows"] = counted(stream.position(blocks)["rows"], data["rows"])
+    data["rows"] = counted(stream.position(blocks).rows, data["rows"])
     data["tokens"] |= {"train": tokens, "train_supervised": tokens}
     data["sequences"]["train"] = blocks
 

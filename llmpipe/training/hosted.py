@@ -13,13 +13,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from llmpipe.data.stream import Stream
+from llmpipe.data.kinds import Kind
+from llmpipe.data.stream import Position, Stream
 from llmpipe.errors import NUMERIC, Stopped, UserError
 from llmpipe.files import fsync, read_json
 from llmpipe.models.generate import isolated_rng
@@ -91,6 +93,7 @@ class _Durable:
         signals: Any,
         say: Any,
         *,
+        kind: Kind,
         measure: Callable[[Any, dict], dict[str, tuple[Any, Any]]],
         inexact: bool,
         stream: Stream | None = None,
@@ -110,7 +113,9 @@ class _Durable:
         self._pending_evaluation = False
         self._stopped: int | None = None
         self._peak = hardware.processes * (peak_flops() or 0)
-        self._per_token = flops_per_token(self.model, recipe.data.max_length) if self._peak else 0
+        self._per_token = (
+            flops_per_token(self.model, recipe.data.preparation.max_length) if self._peak else 0
+        )
         self._best: tuple[float, int] | None = None
         self._worse = 0
         self._tokens = 0
@@ -125,9 +130,9 @@ class _Durable:
         )
         fillers = -count % together if hardware.processes > 1 else 0
         self._order = Order(count, fillers, recipe.seed, shuffled=stream is None)
-        self.train_dataset = stream or with_fillers(
-            self.train_dataset, fillers, self.processing_class.pad_token_id
-        )
+        assert kind.filler is not None  # every kind that TRL trains on has one
+        filler = kind.filler(self.processing_class.pad_token_id)
+        self.train_dataset = stream or with_fillers(self.train_dataset, fillers, filler)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
         self._progress = Progress(say) if self.is_world_process_zero() else None
@@ -162,7 +167,8 @@ class _Durable:
             self._restored = read_json(checkpoint / checkpoints.STATE)
             if self._stream:
                 self._stream.go(
-                    state["global_step"] * self.recipe.batch_size, self._restored["stream"]
+                    state["global_step"] * self.recipe.batch_size,
+                    Position(**self._restored["stream"]),
                 )
             self._best = tuple(self._restored["best"]) if self._restored["best"] else None
             self._worse = self._restored["worse"]
@@ -439,7 +445,7 @@ class _Durable:
             "worse": self._worse,
             "pending_evaluation": self._pending_evaluation,
             "stream": self._stream
-            and self._stream.position(self.state.global_step * self.recipe.batch_size),
+            and asdict(self._stream.position(self.state.global_step * self.recipe.batch_size)),
             "finished": self.control.should_training_stop and not self._stopped,
         }
 

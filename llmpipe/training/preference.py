@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
+from llmpipe.data.kinds.pairs import PAIRS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.evaluation.statistics import RESAMPLES, interval, wilson
@@ -175,7 +176,7 @@ def reward(job: Any, prepared: PreparedRows) -> Made:
             f"rewards {about['reward_mean']:.3f} +- {about['reward_std']:.3f}")  # fmt: skip
         return {"ranking": about}
 
-    return supervised.finish(trainer, job, prepared, hardware, tokenizer, ranking, also)
+    return supervised.finish(trainer, job, prepared, PAIRS, hardware, tokenizer, ranking, also)
 
 
 @torch.no_grad()
@@ -321,7 +322,9 @@ def dpo(job: Any, prepared: PreparedRows) -> Made:
                 "leaves what it was taught; raise beta, or lower optim.learning_rate")  # fmt: skip
         return {"reference": before} if before else {}
 
-    return supervised.finish(trainer, job, prepared, hardware, tokenizer, improvement, also, base)
+    return supervised.finish(
+        trainer, job, prepared, PAIRS, hardware, tokenizer, improvement, also, base
+    )
 
 
 def collapse(lines: list[dict], beta: float) -> tuple[float, float] | None:

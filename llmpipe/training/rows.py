@@ -7,7 +7,6 @@ learned, behind the real rows.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,21 +66,11 @@ def stand_in(packed: bool) -> Dataset:
     return Dataset.from_list([row])
 
 
-def with_fillers(rows: Dataset, count: int, token: int) -> Dataset:
-    """`rows` and `count` short sequences of which nothing is learned, made of `token`."""
+def with_fillers(rows: Dataset, count: int, filler: dict[str, Any]) -> Dataset:
+    """`rows` and `count` times a row of which nothing is learned."""
     if not count:
         return rows
-    filler: dict[str, Any] = {
-        "input_ids": [token, token],
-        "labels": [-100, -100],
-        "seq_lengths": [2],
-        "prompt_ids": [token],
-        "chosen_ids": [token],
-        "rejected_ids": [token],
-        "margin": math.nan,
-        "ref_chosen_logps": 0.0,
-        "ref_rejected_logps": 0.0,
-    }
+    filler = filler | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # where TRL adds them
     columns = {name: [filler[name]] * count for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
 

@@ -54,5 +54,6 @@ def _answers(trainer: Trained, tokenizer: Tokenizer, when: When) -> list[dict[st
 def _encode(trainer: Trained, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt as the model sees it, up to where its answer begins."""
     conversation = {"messages": [{"role": "user", "content": prompt}]}
-    text = render(tokenizer, conversation, trainer.recipe.data.chat_template_kwargs)
+    kwargs = trainer.recipe.data.preparation.template_kwargs
+    text = render(tokenizer, conversation, kwargs)
     return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import SFTConfig, SFTTrainer
 
+from llmpipe.data.kinds import Kind
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.data.stream import Stream
 from llmpipe.errors import UserError
@@ -36,13 +37,13 @@ def nats(trainer: Any, batch: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def train(
-    job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Tokenizer, model: Any,
+    job: Any, prepared: PreparedRows, kind: Kind, hardware: Hardware, tokenizer: Tokenizer, model: Any,
     base: Path | None = None,
 ) -> Made:  # fmt: skip
     """Train `model` on the prepared rows through TRL's SFTTrainer and publish it, or its adapter; returns what the
     manifest says of it. `job`: the stage's; `base`: the folder of the model under an adapter that is trained on."""
     recipe, data = job.recipe, job.recipe.data
-    stream = streamed(job, prepared, hardware) if data.stream else None
+    stream = streamed(job, prepared, hardware) if data.preparation.stream else None
     training = Training(job, prepared, hardware, tokenizer, model, stream)
     own = {
         "max_length": data.max_length if data.packing else None,  # rows are cut already
@@ -66,24 +67,24 @@ def train(
         if data.packing:
             raise UserError(
                 f"data: {problem}",
-                f"set data.{'isolate' if data.kind == 'blocks' else 'packing'}: false",
+                f"set data.{kind.packing_field}: false",
             )
         job.say(f"data: rows are padded: {problem}")
         trainer.data_collator.padding_free = False
 
     def also(final: dict[str, Any]) -> dict[str, Any]:
         tokens = prepared.tokens
-        if data.kind != "blocks" or not tokens.eval_bytes:
+        if not kind.end_to_end or not tokens.eval_bytes:
             return {}
         bits = final["eval_loss"] / math.log(2) * tokens.eval / tokens.eval_bytes
         job.say(f"held-out: {bits:.4f} bits per byte")
         return {"bits_per_byte": bits}
 
-    return finish(trainer, job, prepared, hardware, tokenizer, nats, also, base, stream)
+    return finish(trainer, job, prepared, kind, hardware, tokenizer, nats, also, base, stream)
 
 
 def finish(
-    trainer: Any, job: Any, prepared: PreparedRows, hardware: Hardware, tokenizer: Tokenizer,
+    trainer: Any, job: Any, prepared: PreparedRows, kind: Kind, hardware: Hardware, tokenizer: Tokenizer,
     measure: Measure, also: Callable[[dict], dict], base: Path | None = None, stream: Stream | None = None,
 ) -> Made:  # fmt: skip
     """Fit, answer the recipe's prompts before and after, publish; what the manifest says. `also`: more of the final
@@ -92,8 +93,8 @@ def finish(
     identity = (
         f"{job.plan.identity}:{prepared.content_digest}"  # of the recipe, and of the very tokens
     )
-    trainer.attach(artifact, recipe, identity, hardware, job.signals, say, measure=measure, inexact=job.inexact,
-                   stream=stream)  # fmt: skip
+    trainer.attach(artifact, recipe, identity, hardware, job.signals, say, kind=kind, measure=measure,
+                   inexact=job.inexact, stream=stream)  # fmt: skip
     generates = trainer.plain_model().can_generate()
     if generates:
         answer_samples(trainer, tokenizer, "before")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.prepare import prepare
 from llmpipe.recipe.sections import Data
 
@@ -93,7 +94,7 @@ def make(
     sources = [{"path": source} if isinstance(source, str) else source for source in train]
     data = Data.model_validate({"train": sources, "max_rejected": 1.0, **fields})
     said = [] if said is None else said
-    ready = prepare(data, model, Path(cache), seed=seed, say=said.append)
+    ready = prepare(data, ROWS, model, Path(cache), seed=seed, say=said.append)
     return load(ready.folder(Path(cache)))
 
 

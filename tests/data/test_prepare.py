@@ -11,11 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from llmpipe.data import pack
+from llmpipe.data import write as writing
+from llmpipe.data.kinds.blocks import BLOCKS
+from llmpipe.data.kinds.prompts import PROMPTS
+from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.pack import best_fit
 from llmpipe.data.prepare import key_of, prepare
 from llmpipe.errors import UserError
-from llmpipe.recipe.sections import Data
+from llmpipe.recipe.sections import Data, Preparation
 
 from .conftest import learned, make, make_model, saved, talk, write
 
@@ -98,10 +101,10 @@ def test_cache_is_reused_and_follows_content(here, base):
     write(Path("a/d.jsonl"), ALPACA[:5])
     data = Data.model_validate({"train": [{"path": "./a/d.jsonl"}], "template": "chatml"})
     said: list[str] = []
-    ready = prepare(data, base, Path("cache"), seed=0, say=said.append)
+    ready = prepare(data, ROWS, base, Path("cache"), seed=0, say=said.append)
     first = ready.folder(Path("cache"))
     stamp = first.joinpath("prepared.json").stat().st_mtime_ns
-    assert prepare(data, base, Path("cache"), seed=0, say=said.append) == ready
+    assert prepare(data, ROWS, base, Path("cache"), seed=0, say=said.append) == ready
     assert said[-1] == "data: 5 rows ready (cached)"
     assert first.joinpath("prepared.json").stat().st_mtime_ns == stamp
     assert sorted(p.name for p in Path("cache").iterdir()) == [first.name]
@@ -109,13 +112,13 @@ def test_cache_is_reused_and_follows_content(here, base):
         "prepared.json", "rejected.jsonl", "seen.safetensors", "tokenizer", "train.arrow",
     ]  # fmt: skip
     assert (
-        key_of(data, base, 0)[0]
+        key_of(data, ROWS, base, 0)[0]
         == first.name
         == json.loads((first / "prepared.json").read_text())["key"]
     )
 
     def key(model=base, seed=0, **fields) -> str:
-        return key_of(Data.model_validate({**data.model_dump(), **fields}), model, seed)[0]
+        return key_of(Data.model_validate({**data.model_dump(), **fields}), ROWS, model, seed)[0]
 
     write(Path("b/d.jsonl"), ALPACA[:5])
     assert key(train=[{"path": "./b/d.jsonl"}]) == first.name  # not where it lies
@@ -133,7 +136,7 @@ def test_cache_is_reused_and_follows_content(here, base):
 def test_unfinished_folder_is_replaced(here, base):
     write(Path("d.jsonl"), ALPACA[:5])
     data = Data.model_validate({"train": [{"path": "d.jsonl"}], "template": "chatml"})
-    key = key_of(data, base, 0)[0]
+    key = key_of(data, ROWS, base, 0)[0]
     Path("cache", key).mkdir(parents=True)
     Path("cache", key, "train.arrow").write_text("half")
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -141,7 +144,7 @@ def test_unfinished_folder_is_replaced(here, base):
     for process in (gone.pid, os.getpid(), os.getppid()):
         Path("cache", f".{key}.{process}").mkdir()
     cache = Path("cache")
-    folder = prepare(data, base, cache, seed=0, say=lambda line: None).folder(cache)
+    folder = prepare(data, ROWS, base, cache, seed=0, say=lambda line: None).folder(cache)
     assert (
         folder.joinpath("prepared.json").exists()
         and folder.joinpath("train.arrow").stat().st_size > 100
@@ -342,10 +345,10 @@ def test_blocks_keep_their_documents_where_a_window_ends(here, monkeypatch):
 
     made = []
     for window in (2, 8192):
-        monkeypatch.setattr(pack, "WINDOW_ROWS", window)
-        out = pack.Blocks(here / "x.arrow", 8, packing=True)
+        monkeypatch.setattr(writing, "WINDOW_ROWS", window)
+        out = writing.Writer(here / "x.arrow", BLOCKS, Preparation(8, packing=True))
         for n in (3, 2, 1, 4, 8, 1, 1, 2, 5):
-            out.add(np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32))
+            out.add((np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int32)))
         out.close()
         with pa.memory_map("x.arrow") as file, pa.ipc.open_stream(file) as reader:
             made.append(reader.read_all().to_pydict())
@@ -394,12 +397,13 @@ def test_workers_die_with_an_interrupted_parent(here, base):
     write(Path("d.jsonl"), ALPACA * 200)
     code = (
         "import sys; from pathlib import Path\n"
-        "from llmpipe.data.prepare import prepare; from llmpipe.recipe.sections import Data\n"
+        "from llmpipe.data.kinds.rows import ROWS; from llmpipe.data.prepare import prepare\n"
+        "from llmpipe.recipe.sections import Data\n"
         "if __name__ == '__main__':\n"
         # a job in the background ignores the signal
         " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         " data = Data.model_validate({'train': [{'path': 'd.jsonl'}], 'template': 'chatml', 'processes': 2})\n"
-        " prepare(data, Path(sys.argv[1]), Path('cache'), seed=0, say=lambda x: print(x, flush=True))\n"
+        " prepare(data, ROWS, Path(sys.argv[1]), Path('cache'), seed=0, say=lambda x: print(x, flush=True))\n"
     )
     Path("go.py").write_text(code)
     root = str(Path(__file__).parents[2])
@@ -467,7 +471,7 @@ def test_prompts_keep_what_rewards_read(tmp_path):
         "max_rejected": 0.5,
     }
     ready = prepare(
-        Prompts(**settings), TINY / "model", tmp_path / "cache", seed=0, say=lambda _: None
+        Prompts(**settings), PROMPTS, TINY / "model", tmp_path / "cache", seed=0, say=lambda _: None
     )
     folder = ready.folder(tmp_path / "cache")
     made = Dataset.from_file(str(folder / "train.arrow")).to_list()
@@ -489,5 +493,5 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     assert (rejected["row"], rejected["reason"]) == (2, "too long")
     (tmp_path / "text.jsonl").write_text('{"text": "It asks nothing."}\n')
     with pytest.raises(UserError, match="format text is for pretrain and sft"):
-        prepare(Prompts(train=[{"path": str(tmp_path / "text.jsonl")}]), TINY / "model", tmp_path / "cache", seed=0,
+        prepare(Prompts(train=[{"path": str(tmp_path / "text.jsonl")}]), PROMPTS, TINY / "model", tmp_path / "cache", seed=0,
                 say=lambda _: None)  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe.data.kinds import rows as kind
 from llmpipe.data.prepare import key_of
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
@@ -48,7 +49,7 @@ def identity(stage="sft", **changes):
 def key(path, model="./model"):
     """What names the prepared rows of a source."""
     data = Data.model_validate({"train": [{"path": str(path)}], "eval": {"holdout": 0.1}})
-    return key_of(data, Path(model), 42)[0]
+    return key_of(data, kind.ROWS, Path(model), 42)[0]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "other/rows.jsonl", "other/called.jsonl"])

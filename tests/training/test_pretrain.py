@@ -3,15 +3,18 @@
 import json
 import math
 import signal
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmpipe.data.pack import Blocks
+from llmpipe.data.kinds.blocks import BLOCKS
+from llmpipe.data.write import Writer
 from llmpipe.errors import UserError
 from llmpipe.files import table
 from llmpipe.recipe.check import load
+from llmpipe.recipe.sections import Preparation
 from llmpipe.stages import schema
 from tests import life, store
 
@@ -134,7 +137,7 @@ def test_a_stream_is_every_block_in_order(texts, tmp_path):
     """The blocks that `prepare` would write, then the documents again without a seam; from any block on; counted."""
     from datasets import Dataset
 
-    from llmpipe.data.stream import Stream, counted
+    from llmpipe.data.stream import Position, Stream, counted
 
     plain = write(
         tmp_path / "plain", texts, **streamed(texts, data__stream=False, data__isolate=True)
@@ -166,7 +169,7 @@ def test_a_stream_is_every_block_in_order(texts, tmp_path):
         "split": 1,
         "pieces": 2,
     }
-    rows = counted(whole.position(len(whole) // 4 * 4)["rows"], none)
+    rows = counted(whole.position(len(whole) // 4 * 4).rows, none)
     of_train = artifact.manifest()["data"]["sources"][:-1]
     for name in ("read", "kept", "truncated", "split", "pieces"):
         assert rows[name] == sum(source[name] for source in of_train) + none[name]
@@ -180,7 +183,7 @@ def test_a_stream_is_every_block_in_order(texts, tmp_path):
     ahead = stream(tmp_path / "again.jsonl")
     for i in range(0, len(blocks) // 4 * 4, 20):
         again = stream(tmp_path / "again.jsonl")
-        again.go(i, json.loads(json.dumps(ahead.position(i))))
+        again.go(i, Position(**json.loads(json.dumps(asdict(ahead.position(i))))))
         assert [again[j] for j in range(i, min(i + 30, len(blocks)))] == blocks[i : i + 30]
         assert again.position(i + 28) == stream(tmp_path / "again.jsonl").position(i + 28)
 
@@ -204,11 +207,10 @@ def test_isolated_documents_do_not_see_one_another(tmp_path):
     from datasets import Dataset
 
     rows = [np.arange(n, dtype=np.int32) + 100 * i for i, n in enumerate((5, 20, 1, 7, 16, 3))]
-    out = Blocks(tmp_path / "x.arrow", 8, packing=True)
+    out = Writer(tmp_path / "x.arrow", BLOCKS, Preparation(8, packing=True))
     for row in rows:
-        out.add(row[:8], row[:8]) if len(row) <= 8 else [
-            out.add(row[i : i + 8], row[i : i + 8]) for i in range(0, len(row), 8)
-        ]
+        for i in range(0, len(row), 8):
+            out.add((row[i : i + 8], row[i : i + 8]))
     out.close()
     made = Dataset.from_file(str(tmp_path / "x.arrow"))
     assert [x for row in made["input_ids"] for x in row] == np.concatenate(rows).tolist()

@@ -1,0 +1,71 @@
+"""Prompts to answer, for `ppo`, with what rewards read of a row.
+
+    train.arrow   prompt_ids: list<int32>; row: string, JSON
+
+`row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, and
+its other `columns`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmpipe.data.encode import Encoder
+from llmpipe.data.formats import Completion, Document, Example, Rejected, prompt_and_reference
+from llmpipe.data.kinds import Encoded, Kind, Table
+from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
+
+
+def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
+    """A row that asks something -> its tokens up to where an answer begins, and the row, as JSON
+    in UTF-8. Raises Rejected."""
+    prompt, reference = prompt_and_reference(example)
+    tools = None if isinstance(example, Document | Completion) else example.tools
+    ids = encoder.prompt(prompt, tools)
+    if len(ids) > encoder.max_length:
+        detail = f"the prompt has {len(ids):,} tokens, {encoder.max_length:,} fit"
+        raise Rejected("too long", detail)
+    if not ids:
+        raise Rejected("empty text", "the prompt has no token")
+    row = {"prompt": prompt, "tools": tools, "reference": reference, "columns": others}
+    text = json.dumps(row, default=str).encode()
+    return Encoded([(np.array(ids, np.int32), np.frombuffer(text, np.uint8))])
+
+
+def length(piece: Piece) -> int:
+    return len(piece[0])
+
+
+def layout(max_length: int, packing: bool) -> Layout:
+    return one_each
+
+
+def table(sequences: list[Sequence], packing: bool) -> Table:
+    prompts = [prompt for (prompt,) in sequences]
+    columns = {
+        "prompt_ids": pa.array([ids for ids, _ in prompts], LIST),
+        "row": [row.tobytes().decode() for _, row in prompts],
+    }
+    return Table(
+        pa.RecordBatch.from_pydict(columns),
+        tokens=sum(len(ids) for ids, _ in prompts),
+        supervised=0,
+        content=b"".join(ids.tobytes() + b"|" + row.tobytes() for ids, row in prompts),
+    )
+
+
+PROMPTS = Kind(
+    name="prompts",
+    columns={"prompt": LIST, "row": pa.list_(pa.uint8())},
+    formats=("alpaca", "sharegpt", "messages", "prompt-completion", "preference", "prompt"),
+    encode=encode,
+    length=length,
+    layout=layout,
+    table=table,
+    learned=False,
+    asks=True,
+)

@@ -1,0 +1,190 @@
+"""Chunks of rows -> batches of pieces, in this process or in several.
+
+The result does not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from llmpipe.data.encode import Encoder, Encoding, hash_of
+from llmpipe.data.formats import Rejected, convert, question, taught_bytes
+from llmpipe.data.kinds import Kind
+from llmpipe.data.pack import Piece
+from llmpipe.data.sources import Chunk, Origin, Row, parse
+from llmpipe.errors import RESOURCES, UserError
+
+COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
+
+# Beside the columns of its kind, of each piece. Equal rows have equal hashes, and so have pairs
+# with equal prompts; `asks` is the hash of what the row asks, `bytes` the size of what it teaches;
+# `first` is true for the first piece of a row.
+OF_ROW = {"hash": pa.uint64(), "asks": pa.uint64(), "bytes": pa.uint32(), "first": pa.bool_()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process needs to tokenize rows. It is sent to worker processes."""
+
+    kind: Kind
+    encoding: Encoding
+    seed: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of a batch's pieces."""
+        return pa.schema(self.kind.columns | OF_ROW)
+
+
+class RejectedRow(NamedTuple):
+    """A row that cannot be used: its number, and what `Rejected` says of it."""
+
+    row: int
+    reason: str
+    detail: str
+
+
+class Batch(NamedTuple):
+    """What a chunk of rows became."""
+
+    pieces: pa.RecordBatch
+    """Of `Task.schema`, in the order of the rows."""
+    counts: Counter[str]
+    """COUNTS."""
+    rejected: list[RejectedRow]
+
+
+class Tokenized(NamedTuple):
+    """A chunk of the source with this number, and what it became."""
+
+    source: int
+    chunk: Chunk
+    batch: Batch
+
+
+def pieces_of(batch: pa.RecordBatch, kind: Kind) -> Iterator[Piece]:
+    """The pieces of `Batch.pieces`: views, which keep all of it alive."""
+    values = [batch[name].flatten().to_numpy() for name in kind.columns]
+    offsets = [batch[name].offsets.to_numpy() for name in kind.columns]
+    for i in range(len(batch)):
+        yield tuple(
+            column[ends[i] : ends[i + 1]] for column, ends in zip(values, offsets, strict=True)
+        )
+
+
+class Worker:
+    """Tokenizes chunks of rows."""
+
+    def __init__(self, task: Task):
+        self.kind = task.kind
+        self.schema = task.schema
+        self.encoder = Encoder(task.encoding)
+        self.key = task.seed.to_bytes(8, "little")
+
+    def batch(self, rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
+        """Rows of one file -> pieces. A row's own mistakes end up in `rejected`."""
+        pieces: dict[str, list[Any]] = {name: [] for name in self.schema.names}
+        rejected: list[RejectedRow] = []
+        counts = Counter(read=len(rows))
+        for number, payload in rows:
+            try:
+                raw = parse(payload)
+                example = convert(raw, format, columns)
+                others = {name: value for name, value in raw.items() if name not in columns}
+                encoded = self.kind.encode(self.encoder, example, others)
+            except Rejected as error:
+                rejected.append(RejectedRow(number, error.reason, error.detail))
+                continue
+            known_by = b"".join(piece[0].tobytes() for piece in encoded.pieces)
+            of_row = {
+                "hash": hash_of(known_by, self.key),
+                "asks": hash_of(question(example).encode()),
+                "bytes": taught_bytes(example),
+            }
+            for index, piece in enumerate(encoded.pieces):
+                values = dict(zip(self.kind.columns, piece, strict=True))
+                for name, value in {**values, **of_row, "first": index == 0}.items():
+                    pieces[name].append(value)
+            count = len(encoded.pieces)
+            counts.update(kept=1, truncated=encoded.truncated, split=count > 1, pieces=count - 1)
+        return Batch(pa.RecordBatch.from_pydict(pieces, self.schema), counts, rejected)
+
+
+def tokenized(
+    origins: list[Origin], task: Task, processes: int, first: int = 0
+) -> Generator[Tokenized, None, None]:
+    """Every chunk of the sources in order, from chunk `first` on, with its pieces.
+
+    Raises UserError (5) when a process dies.
+    """
+    every = ((index, chunk) for index, origin in enumerate(origins) for chunk in origin.chunks)
+    chunks = islice(every, first, None)
+    if processes > 1:
+        yield from _side_by_side(origins, chunks, task, processes)
+        return
+    worker = Worker(task)
+    for index, chunk in chunks:
+        origin = origins[index]
+        yield Tokenized(index, chunk, worker.batch(chunk.rows, origin.format, origin.columns))
+
+
+def _side_by_side(
+    origins: list[Origin], chunks: Iterable[tuple[int, Chunk]], task: Task, processes: int
+) -> Generator[Tokenized, None, None]:
+    """`tokenized` in worker processes; a few chunks are under way at once."""
+    # Never fork: torch, Arrow and tokenizers may hold threads by now.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (task,))
+    under_way: deque[tuple[int, Chunk, Future[Batch]]] = deque()
+
+    def oldest() -> Tokenized:
+        index, chunk, future = under_way.popleft()
+        return Tokenized(index, chunk, future.result())
+
+    try:
+        for index, chunk in chunks:
+            origin = origins[index]
+            future = pool.submit(_work, chunk.rows, origin.format, origin.columns)
+            under_way.append((index, chunk._replace(rows=[]), future))
+            if len(under_way) > 3 * processes:
+                yield oldest()
+        while under_way:
+            yield oldest()
+    except BrokenProcessPool:
+        problem = "a process that tokenizes died, most likely for lack of memory"
+        hint = "set data.processes to a smaller number"
+        raise UserError(problem, hint, RESOURCES) from None
+    finally:
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=not under_way, cancel_futures=True)
+        if under_way:  # stopped early: by Ctrl-C, or by an error in the data
+            for worker in workers:
+                worker.kill()
+
+
+_worker: Worker
+
+
+def _start_worker(task: Task) -> None:
+    """Pool initializer. Ctrl-C belongs to the parent, and a worker does not outlive it."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _worker = Worker(task)
+
+
+def _work(rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
+    return _worker.batch(rows, format, columns)
