@@ -470,7 +470,8 @@ def science(section: BaseModel) -> dict[str, Any]:
     """The part of a recipe that decides the result: every field not declared `cosmetic`."""
     out = {}
     for attribute, field in type(section).model_fields.items():
-        if (field.json_schema_extra or {}).get("identity") is False:
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
             continue
         value, name = getattr(section, attribute), field.alias or attribute
         if isinstance(value, BaseModel):

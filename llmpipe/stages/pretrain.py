@@ -169,7 +169,7 @@ class Schema(Generating):
         return {at: name for at, name in named.items() if isinstance(name, str)}
 
 
-def prepare(job: Job) -> PreparedRows:
+def prepare(job: Job[Schema]) -> PreparedRows:
     """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks for that."""
     from llmpipe.data.kinds.blocks import BLOCKS
     from llmpipe.data.prepare import prepare as tokenize
@@ -187,7 +187,7 @@ def prepare(job: Job) -> PreparedRows:
     )
 
 
-def trained_tokenizer(job: Job) -> Path:
+def trained_tokenizer(job: Job[Schema]) -> Path:
     """The folder of a tokenizer trained on the documents, once for equal documents."""
     from llmpipe.data.tokenizer import train
     from llmpipe.evaluation.items import rows_of
