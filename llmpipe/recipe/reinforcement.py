@@ -1,0 +1,201 @@
+"""What learning from rewards is asked for: the sections of `ppo`, without torch, for the stage and
+for the room `rl`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llmpipe.recipe.sections import (
+    Data,
+    Launch,
+    Optim,
+    Positive,
+    Prompts,
+    Reference,
+    Samples,
+    Section,
+    Source,
+    Start,
+    Training,
+)
+
+Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
+
+
+class Reward(Section):
+    """One source of reward: a model, a function or a verifier."""
+
+    model: Reference | None = None
+    """A reward model: `artifact:reward`, a folder or a Hub id. It reads the text through its own
+    tokenizer and template."""
+    function: str | None = None
+    """`./rewards.py:name`: called with lists `prompts`, `completions`, `reference` (the answer that
+    a row has, or None) and every column that is none of the format's, as keywords; returns a number
+    for each. The file is part of the result's identity."""
+    verifier: Verifier | None = None
+    """1 for an answer that is right by the row's own, else 0."""
+    pattern: str | None = None
+    """The regular expression of `verifier: regex`."""
+    weight: float = 1.0
+    """What the source's score is multiplied by before scores are added."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Reward:
+        if sum(value is not None for value in (self.model, self.function, self.verifier)) != 1:
+            raise ValueError("give one of model, function and verifier")
+        if self.function and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
+            raise ValueError(f"function: '{self.function}' is not ./file.py:name")
+        if (self.verifier == "regex") != (self.pattern is not None):
+            raise ValueError("pattern is for verifier: regex, which needs it")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern: {error}") from None
+        return self
+
+
+class KL(Section):
+    """The parent, which the policy is held to."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the KL penalty in the reward, per token."""
+    estimator: Literal["k1", "k3"] = "k1"
+    """k1: log p/q; k3: q/p - 1 + log p/q, never negative (Schulman 2020). As a reward only k1 pulls
+    the policy along the gradient of KL(p || q); that of k3 is KL(p || q)'s less KL(q || p)'s, and
+    near the parent nothing."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per answer that the coefficient is steered towards (Ziegler 2019, section 2.2); without
+    it, it stays."""
+    horizon: Positive = 10_000
+    """Episodes over which the coefficient adapts."""
+
+
+class Critic(Section):
+    """What predicts the return."""
+
+    start: Literal["auto", "policy", "reward", "trunk"] = "auto"
+    """What it begins with: the reward model's weights where their shape is the policy's (Ouyang
+    2022), the policy's, or a head alone on the policy's own trunk. With `adapter:` it is an adapter
+    of its own on the same base, which begins as the parent's where there is one, or the head.
+    `auto`: reward where it fits, else policy."""
+    rank: Positive = 8
+    """Rank of its own adapter, where that is new."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Its own peak learning rate; optim.learning_rate unless set."""
+    coefficient: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of its loss beside the policy's."""
+    clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """How far a value may move from what it was at the rollout before its loss stops counting."""
+
+
+class Rollout(Section):
+    """How answers are drawn."""
+
+    max_new_tokens: Positive = 128
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have this share together."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from so many of the likeliest tokens; 0 is no limit."""
+    unfinished: float = 0.0
+    """Added to the score of an answer without an end token, mostly negative. A reward model reads
+    such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
+
+
+class Algorithm(Section):
+    epochs: Positive = 4
+    """Passes over each rollout."""
+    minibatches: Positive = 4
+    """Optimizer steps per pass."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """How far the probability ratio may leave 1 before the policy's loss stops counting."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Gamma: how much a reward one token later is worth."""
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of the generalized advantage estimate (Schulman 2016)."""
+    whiten: bool = True
+    """Bring advantages to mean 0 and deviation 1 over the whole batch."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an entropy bonus."""
+    stop_kl: Annotated[float, Field(gt=0)] | None = None
+    """End an update's passes when the policy has moved so many nats per token since the rollout."""
+    normalize_scores: bool = False
+    """Divide scores by their running deviation, less their running mean."""
+    clip_scores: Annotated[float, Field(gt=0)] | None = None
+    """Keep scores within plus and minus this."""
+
+
+class Mixture(Section):
+    """PPO-ptx (Ouyang 2022, equation 2): what the policy must not forget is learned beside the
+    reward."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Text or conversations, as for `sft`; they are packed, and take the template of `data`."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest sequence in tokens."""
+    batch_size: Positive = 4
+    """Sequences beside each optimizer step, over all processes."""
+    coefficient: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of their loss, nats per token, beside the policy's."""
+
+    def data(self, beside: Prompts) -> Data:
+        """Its rows as `sft` has them, with all else as `beside` has it."""
+        same = {
+            name: getattr(beside, name)
+            for name in ("template", "chat_template_kwargs", "max_rejected", "processes")
+        }
+        return Data(train=self.train, max_length=self.max_length, **same)
+
+
+class Updates(Optim):
+    batch_size: Positive = 64
+    """Answers per update, over all processes."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the prompts."""
+    steps: Positive | None = None
+    """Stop after this many updates instead; overrides `epochs`."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up, which is in updates."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """AdamW's epsilon."""
+
+
+class RolloutLaunch(Launch):
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    """Episodes per process and training pass; `auto` fills a pass by their tokens. No choice
+    changes the losses."""
+    rollout_batch_size: Positive = 64
+    """Answers that a process draws at a time."""
+
+
+class PPORecipe(Training):
+    """What the loop of PPO reads; the stage adds its name, its inputs and what it refuses."""
+
+    model: Start
+    data: Prompts
+    """Prompts, and the columns that rewards read."""
+    reward: Annotated[list[Reward], Field(min_length=1)]
+    """Where scores come from; they are added."""
+    reference: KL = Field(default_factory=KL)
+    """How the policy is held to its parent."""
+    critic: Critic = Field(default_factory=Critic)
+    """The value function."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """Sampling, as long as the policy learns."""
+    algorithm: Algorithm = Field(default_factory=Algorithm)
+    """How an update learns from them."""
+    mixture: Mixture | None = None
+    """Rows whose loss is mixed in."""
+    optim: Updates
+    """The optimizer and its schedule."""
+    launch: RolloutLaunch = Field(
+        default_factory=RolloutLaunch, json_schema_extra={"identity": False}
+    )
+    """The machine: never part of the result's identity."""
+    samples: Samples = Field(default_factory=Samples)
+    """Prompts that show what changed."""
