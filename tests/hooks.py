@@ -184,8 +184,8 @@ def ppo_kill_after(step):
 
     _after(
         Loop,
-        "_save",
-        lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.step == step else None,
+        "save",
+        lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.state.step == step else None,
     )
 
 
@@ -204,8 +204,8 @@ def ppo_term_in_save(step):
 
     _before(
         Loop,
-        "_save",
-        lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.step == step else None,
+        "save",
+        lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.state.step == step else None,
     )
 
 

@@ -1,229 +1,268 @@
-"""What an update does with its episodes: a few passes, each in minibatches, and for each of these one optimizer step.
+"""What an update does with its episodes: a few passes over them, each in minibatches, and for each
+of these one optimizer step.
 
-Losses are sums over tokens divided by the number of tokens in the whole minibatch, and gradients are summed over
-processes once a step, so that neither micro-batches nor processes change the result.
+Losses are sums over tokens divided by the number of tokens in the whole minibatch, and gradients
+are summed over processes once a step, so that neither micro-batches nor processes change the
+result.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmpipe.errors import NUMERIC, UserError
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import World
+from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
-from llmpipe.rl.actors import Actors, pack, pack_rows
-from llmpipe.rl.rollout import MIXED, SHUFFLE, Episode, Shuffled, seeded
-from llmpipe.run.machine import full_pass
+from llmpipe.rl.actors import CRITIC, Actors
+from llmpipe.rl.experience import Experience
+from llmpipe.rl.packing import pack_episodes, pack_rows
+from llmpipe.rl.passes import PassSize
+from llmpipe.rl.seeds import Shuffled, Use, generator
+from llmpipe.rl.watch import Metrics, not_finite
+
+WATCHED = (
+    "loss/policy",
+    "loss/value",
+    "policy/approxkl",
+    "policy/clipfrac",
+    "policy/entropy",
+    "val/ratio",
+    "val/clipfrac",
+)
 
 
-def pass_tokens(recipe: Any, hardware: Hardware) -> int | None:
-    """Tokens that fill a training pass, where `launch.micro_batch_size` is `auto`."""
-    on_gpu = hardware.device == "cuda"
-    if recipe.launch.micro_batch_size != "auto":
-        return None
-    dense = on_gpu and hardware.attention != "flash_attention_2"  # a mask of tokens x tokens
-    return 2048 if dense else full_pass(on_gpu)
-
-
-def batches(
-    indices: Any, episodes: list[Episode], size: int, tokens: int | None
-) -> list[list[int]]:
-    """Indices in micro-batches, episodes of like length together: `size` of them, or as many as `tokens` hold."""
-    found: list[list[int]] = []
-    most, filled = tokens or size, math.inf
-    for length, i in sorted(
-        (len(episodes[i].prompt) + len(episodes[i].answer), i) for i in indices
-    ):
-        cost = length if tokens else 1
-        if filled + cost > most:
-            found.append([])
-            filled = 0
-        found[-1].append(i)
-        filled += cost
-    return found
-
-
-def broken(step: int, what: str, value: float) -> UserError:
-    return UserError(
-        f"step {step + 1}: {what} is {value}; stopped before the optimizer step",
-        "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
-        NUMERIC,
-    )
-
-
-def critical(name: str) -> bool:
+def of_critic(name: str) -> bool:
     """Whether a parameter is the critic's."""
-    return name.startswith(("critic.", "value.")) or ".critic." in name
+    return name.startswith((f"{CRITIC}.", "value.")) or f".{CRITIC}." in name
+
+
+@dataclass(frozen=True)
+class MixedRows:
+    """Sft data whose loss is mixed in (PPO-ptx, Ouyang 2022, eq. 2)."""
+
+    recipe: Mixture
+    rows: Shuffled
+
+
+@dataclass
+class _Sums:
+    """What the minibatches of an update add up to."""
+
+    metrics: Metrics = field(default_factory=dict)
+    """Sums over tokens."""
+    tokens: float = 0.0
+    gradient_norms: float = 0.0
+    optimizer_steps: float = 0.0
+
+    def add(self, metrics: Metrics, tokens: float, gradient_norm: float) -> None:
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
+        self.tokens += tokens
+        self.gradient_norms += gradient_norm
+        self.optimizer_steps += 1
 
 
 class Learner:
     """The weights that learn, and their optimizer."""
 
     def __init__(
-        self, actors: Actors, recipe: Any, hardware: Hardware, world: World, mixture: Any = None
+        self,
+        actors: Actors,
+        recipe: PPORecipe,
+        hardware: Hardware,
+        world: World,
+        mixture: Sequence[dict[str, Any]] | None,
     ):
-        """`mixture`: sft data whose loss is mixed in."""
-        self.mixture = None if mixture is None else Shuffled(mixture, recipe.seed, MIXED)
-        self.actors, self.recipe, self.hardware, self.world = actors, recipe, hardware, world
-        self.pass_tokens = pass_tokens(recipe, hardware)
+        """`mixture`: rows of sft data, where the recipe mixes any in."""
+        self.actors = actors
+        self.recipe = recipe
+        self.hardware = hardware
+        self.world = world
+        self.pass_size = PassSize.of(recipe.launch, hardware)
+        self.mixture: MixedRows | None = None
+        if recipe.mixture and mixture is not None:
+            rows = Shuffled(mixture, recipe.seed, Use.MIXTURE)
+            self.mixture = MixedRows(recipe.mixture, rows)
         self.weights = actors.learned()
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> Any:
         optim = self.recipe.optim
-        policy = [p for name, p in self.weights.items() if not critical(name)]
-        critic = [p for name, p in self.weights.items() if critical(name)]
-        groups = [{"params": policy, "peak": optim.learning_rate},
-                  {"params": critic, "peak": self.recipe.critic.learning_rate or optim.learning_rate}]  # fmt: skip
-        how = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "eps": optim.epsilon}
+        policy = [weight for name, weight in self.weights.items() if not of_critic(name)]
+        critic = [weight for name, weight in self.weights.items() if of_critic(name)]
+        groups = [
+            {"params": policy, "peak": optim.learning_rate},
+            {"params": critic, "peak": self.recipe.critic.learning_rate or optim.learning_rate},
+        ]
+        options = {
+            "lr": optim.learning_rate,
+            "betas": (optim.beta1, optim.beta2),
+            "eps": optim.epsilon,
+            "weight_decay": optim.weight_decay,
+        }
         if optim.optimizer == "adamw":
-            return torch.optim.AdamW(groups, **how, weight_decay=optim.weight_decay, fused=True)
+            return torch.optim.AdamW(groups, **options, fused=True)
         import bitsandbytes
 
-        kind = {
-            "adamw_8bit": "AdamW8bit",
-            "paged_adamw": "PagedAdamW",
-            "paged_adamw_8bit": "PagedAdamW8bit",
+        classes = {
+            "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+            "paged_adamw": bitsandbytes.optim.PagedAdamW,
+            "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
         }
-        return getattr(bitsandbytes.optim, kind[optim.optimizer])(
-            groups, **how, weight_decay=optim.weight_decay
-        )
+        return classes[optim.optimizer](groups, **options)
 
-    def passes(self, episodes: list[Episode]) -> list[list[int]]:
-        """Indices of episodes, those of a pass together."""
-        return batches(
-            range(len(episodes)), episodes, self.hardware.micro_batch_size, self.pass_tokens
-        )
-
-    def rate(self, step: int, steps: int) -> float:
-        """Set the learning rate of an update: it rises for the warm-up, then falls as the schedule has it."""
+    def set_rate(self, step: int, steps: int) -> float:
+        """Set the learning rate of an update, and return the policy's: it rises for the warm-up,
+        then falls as the schedule has it."""
         optim = self.recipe.optim
         warm = optim.warmup * steps if optim.warmup < 1 else optim.warmup
         done = max(0.0, step + 1 - warm) / max(1.0, steps - warm + 1)
-        share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-            optim.scheduler
-        ]
-        share = min((step + 1) / max(warm, 1.0), 1.0) if step + 1 <= warm else share
+        shapes = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+        }
+        share = shapes[optim.scheduler]
+        if step + 1 <= warm:
+            share = min((step + 1) / max(warm, 1.0), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         return optim.learning_rate * share
 
-    def learn(self, step: int, episodes: list[Episode], mine: list[int]) -> dict[str, float]:
-        """The passes over a rollout; means over its tokens. `mine`: the episodes' places in the batch of all
-        processes."""
-        how, size = self.recipe.algorithm, self.recipe.optim.batch_size
-        place = {i: n for n, i in enumerate(mine)}
-        lengths = torch.zeros(size)
-        lengths[mine] = torch.tensor([float(len(episode.answer)) for episode in episodes])
-        lengths = self.world.sum(lengths)
-        sums: dict[str, float] = {}
-        norm = steps = seen = 0.0
-        for epoch in range(how.epochs):
-            order = torch.randperm(size, generator=seeded(self.recipe.seed, SHUFFLE, step, epoch))
-            for chosen in order.chunk(how.minibatches):
+    def learn(self, step: int, experiences: list[Experience], places: list[int]) -> Metrics:
+        """The passes over a rollout; means over its tokens.
+
+        `places`: of the experiences in the batch of all processes.
+        """
+        algorithm = self.recipe.algorithm
+        size = self.recipe.optim.batch_size
+        by_place = dict(zip(places, experiences, strict=True))
+        lengths = self._lengths(by_place)
+        sums = _Sums()
+        for epoch in range(algorithm.epochs):
+            shuffle = generator(self.recipe.seed, Use.SHUFFLE, step, epoch)
+            order = torch.randperm(size, generator=shuffle)
+            for chosen in order.chunk(algorithm.minibatches):
                 tokens = float(lengths[chosen].sum())
-                part = [episodes[place[i]] for i in chosen.tolist() if i in place]
-                found = self._gradients(part, tokens)
+                minibatch = [by_place[i] for i in chosen.tolist() if i in by_place]
+                metrics = self._gradients(minibatch, tokens)
                 if self.mixture:
-                    found["loss/mixture"] = (
-                        self._recited(int(step * how.epochs * how.minibatches + steps)) * tokens
-                    )
-                found = self.world.totals(found)
-                norm += self._step(step, found)
-                steps, seen = steps + 1, seen + tokens
-                sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-                if how.stop_kl and found["policy/approxkl"] / tokens > how.stop_kl:
-                    return self._means(sums, seen, norm, steps)
-        return self._means(sums, seen, norm, steps)
+                    optimizer_step = step * algorithm.epochs * algorithm.minibatches
+                    optimizer_step += int(sums.optimizer_steps)
+                    loss = self._mixture_gradients(self.mixture, optimizer_step)
+                    metrics["loss/mixture"] = loss * tokens
+                metrics = self.world.totals(metrics)
+                sums.add(metrics, tokens, self._step(step, metrics))
+                moved = metrics["policy/approxkl"] / tokens
+                if algorithm.stop_kl and moved > algorithm.stop_kl:
+                    return self._means(sums)
+        return self._means(sums)
 
-    def _means(
-        self, sums: dict[str, float], tokens: float, norm: float, steps: float
-    ) -> dict[str, float]:
-        means = {name: value / tokens for name, value in sums.items()}
+    def _lengths(self, by_place: dict[int, Experience]) -> Tensor:
+        """Tokens of every response in the batch of all processes, float32 [batch]."""
+        lengths = torch.zeros(self.recipe.optim.batch_size)
+        for place, experience in by_place.items():
+            lengths[place] = len(experience.episode.response)
+        return self.world.sum(lengths)
+
+    def _means(self, sums: _Sums) -> Metrics:
+        means = {name: value / sums.tokens for name, value in sums.metrics.items()}
         loss = means["loss/policy"] + self.recipe.critic.coefficient * means["loss/value"]
-        loss += self.recipe.mixture.coefficient * means["loss/mixture"] if self.mixture else 0.0
-        return {"loss": loss, "grad_norm": norm / steps, **means, "optimizer_steps": steps}
+        if self.mixture:
+            loss += self.mixture.recipe.coefficient * means["loss/mixture"]
+        return {
+            "loss": loss,
+            "grad_norm": sums.gradient_norms / sums.optimizer_steps,
+            **means,
+            "optimizer_steps": sums.optimizer_steps,
+        }
 
-    def _gradients(self, episodes: list[Episode], tokens: float) -> dict[str, float]:
-        """Add up the gradients of a minibatch of `tokens` in all processes; sums over the tokens of this one."""
-        how, critic = self.recipe.algorithm, self.recipe.critic
-        watched = (
-            "policy/approxkl",
-            "policy/clipfrac",
-            "policy/entropy",
-            "val/ratio",
-            "val/clipfrac",
-        )
-        sums = dict.fromkeys(("loss/policy", "loss/value", *watched), 0.0)
-        for part in self.passes(episodes):
-            chosen = [episodes[i] for i in part]
-            batch = pack(chosen, self.world.device)
-            old, advantages, returns, before = (
-                torch.cat([getattr(e, name) for e in chosen]).to(self.world.device)
-                for name in ("old", "advantages", "returns", "values")
-            )
-            with self.hardware.autocast():
-                spoken, entropy, values = self.actors.spoken(batch)
-            loss, found = policy_gradient.policy_loss(spoken, old, advantages, how.clip)
-            total = loss - how.entropy * entropy.sum() if how.entropy else loss
-            if (
-                values is None
-            ):  # one graph after the other: activations of both models need not exist at once
-                (total / tokens).backward()
-                total = 0.0
-            with (
-                self.actors.as_critic()
-            ):  # of the backward pass, too, which may compute the layers again
-                with self.hardware.autocast():
-                    values = self.actors.valued(batch) if values is None else values
-                missed, more = policy_gradient.value_loss(values, before, returns, critic.clip)
-                ((total + critic.coefficient * missed) / tokens).backward()
-            found |= more | {
-                "loss/policy": loss,
-                "loss/value": missed,
-                "policy/entropy": entropy.sum(),
-            }
-            sums = {name: value + float(found[name].detach()) for name, value in sums.items()}
+    def _gradients(self, minibatch: list[Experience], tokens: float) -> Metrics:
+        """Add up the gradients of a minibatch; sums over the tokens of this process.
+
+        `tokens`: of the minibatch in all processes.
+        """
+        sums = dict.fromkeys(WATCHED, 0.0)
+        for places in self.pass_size.cut([each.episode.tokens for each in minibatch]):
+            metrics = self._pass([minibatch[i] for i in places], tokens)
+            for name in sums:
+                sums[name] += float(metrics[name].detach())
         return sums
 
-    def _recited(self, place: int) -> float:
-        """Add the gradients of the mixture's rows beside an optimizer step; this process's share of their mean loss."""
-        how, size = self.recipe.mixture, self.hardware.micro_batch_size
-        at = range(
-            place * how.batch_size + self.world.rank, (place + 1) * how.batch_size, self.world.size
+    def _pass(self, chosen: list[Experience], tokens: float) -> dict[str, Tensor]:
+        """Add the gradients of one pass; sums over its tokens."""
+        algorithm, critic = self.recipe.algorithm, self.recipe.critic
+        batch = pack_episodes([each.episode for each in chosen], self.world.device)
+        old = self._joined([each.old for each in chosen])
+        advantages = self._joined([each.advantages for each in chosen])
+        returns = self._joined([each.returns for each in chosen])
+        before = self._joined([each.values for each in chosen])
+        with self.hardware.autocast():
+            log_probs, entropy, values = self.actors.policy(batch)
+        loss, metrics = policy_gradient.policy_loss(log_probs, old, advantages, algorithm.clip)
+        total = loss - algorithm.entropy * entropy.sum() if algorithm.entropy else loss
+        if values is None:
+            # one graph after the other: activations of both models need not exist at once
+            (total / tokens).backward()
+            total = 0.0
+        with self.actors.as_critic():  # the backward pass, too, may compute the layers again
+            if values is None:
+                with self.hardware.autocast():
+                    values = self.actors.values(batch)
+            value_loss, more = policy_gradient.value_loss(values, before, returns, critic.clip)
+            ((total + critic.coefficient * value_loss) / tokens).backward()
+        return {
+            **metrics,
+            **more,
+            "loss/policy": loss,
+            "loss/value": value_loss,
+            "policy/entropy": entropy.sum(),
+        }
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).to(self.world.device)
+
+    def _mixture_gradients(self, mixture: MixedRows, optimizer_step: int) -> float:
+        """Add the gradients of the mixture's rows beside an optimizer step; this process's share of
+        their mean loss."""
+        count = mixture.recipe.batch_size
+        places = range(
+            optimizer_step * count + self.world.rank,
+            (optimizer_step + 1) * count,
+            self.world.size,
         )
-        rows, loss = [self.mixture[i] for i in at], 0.0
+        rows = [mixture.rows[i] for i in places]
+        size = self.hardware.micro_batch_size
         batches = [
             pack_rows(rows[i : i + size], self.world.device) for i in range(0, len(rows), size)
         ]
-        tokens = float(
-            self.world.sum(torch.tensor(float(sum(len(batch.targets) for batch in batches))))
-        )
+        targets = torch.tensor(float(sum(len(batch.targets) for batch in batches)))
+        tokens = float(self.world.sum(targets))
+        loss = 0.0
         for batch in batches:
             with self.hardware.autocast():
-                found = -self.actors.recited(batch).sum() / tokens
-            (how.coefficient * found).backward()
-            loss += float(found.detach())
+                part = -self.actors.policy_of_text(batch).sum() / tokens
+            (mixture.recipe.coefficient * part).backward()
+            loss += float(part.detach())
         return loss
 
-    def _step(self, step: int, sums: dict[str, float]) -> float:
+    def _step(self, step: int, metrics: Metrics) -> float:
         """Sum gradients over processes, check, clip, step; the gradient's norm."""
-        for name in (name for name in sums if name.startswith("loss/")):
-            if not math.isfinite(sums[name]):
-                raise broken(step, name, sums[name])
-        for p in self.weights.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if self.world.size > 1:
-                torch.distributed.all_reduce(p.grad)
-        limit = self.recipe.optim.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), limit or math.inf))
+        for name, value in metrics.items():
+            if name.startswith("loss/") and not math.isfinite(value):
+                raise not_finite(step, name, value)
+        self.world.sum_gradients(self.weights.values())
+        limit = self.recipe.optim.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), limit))
         if not math.isfinite(norm):
-            raise broken(step, "gradient norm", norm)
+            raise not_finite(step, "gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

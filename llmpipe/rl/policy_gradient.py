@@ -1,28 +1,30 @@
 """The equations of PPO for language models, as functions of tensors.
 
-An episode is one answer; a step of it is a token y_t in the state s_t = prompt, y_1 ... y_(t-1). Episodes of several
-lengths lie in [episodes, tokens] with a mask that is 1 for their tokens; losses take flat [tokens].
+An episode is one answer; a step of it is a token y_t in the state s_t = prompt, y_1 ... y_(t-1).
+Episodes of several lengths lie in [episodes, tokens] with a mask that is 1 for their tokens; losses
+take flat [tokens].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def kl_penalty(log_probs: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy || reference) from tokens that the policy drew, any shape (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html): k1 = log p/q, k3 = q/p - 1 + log p/q."""
-    apart = log_probs - reference
-    return apart if estimator == "k1" else torch.expm1(-apart) + apart
+    """Estimates of KL(policy || reference) from tokens that the policy drew, any shape (Schulman
+    2020, http://joschu.net/blog/kl-approx.html): k1 = log p/q, k3 = q/p - 1 + log p/q."""
+    log_ratio = log_probs - reference
+    return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """-coefficient x KL at every token, and at the last one the answer's score too (Ziegler 2019, eq. 2).
+    """-coefficient x KL at every token, and at the last one the answer's score too (Ziegler 2019,
+    eq. 2).
 
     scores [episodes], kl and mask [episodes, tokens] -> [episodes, tokens].
     """
@@ -36,68 +38,69 @@ def advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimates and returns (Schulman 2016, eq. 16), [episodes, tokens] each.
 
-    delta_t = r_t + discount V(s_(t+1)) - V(s_t), and nothing follows the last token; A_t = delta_t + discount smoothing
-    A_(t+1); the return is A_t + V(s_t).
+    delta_t = r_t + discount V(s_(t+1)) - V(s_t), and nothing follows the last token; A_t = delta_t
+    + discount smoothing A_(t+1); the return is A_t + V(s_t).
     """
-    found, following, later = (
-        torch.zeros_like(rewards),
-        torch.zeros(len(rewards)),
-        torch.zeros(len(rewards)),
-    )
+    estimates = torch.zeros_like(rewards)
+    next_value = torch.zeros(len(rewards))
+    next_advantage = torch.zeros(len(rewards))
     for t in range(rewards.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + discount * following - values[:, t]
-        later = (delta + discount * smoothing * later) * mask[:, t]
-        following = values[:, t] * mask[:, t]
-        found[:, t] = later
-    return found, (found + values) * mask
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        next_advantage = (delta + discount * smoothing * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        estimates[:, t] = next_advantage
+    return estimates, (estimates + values) * mask
 
 
-def whitened(values: Tensor, mask: Tensor, add: Any) -> Tensor:
+def whitened(values: Tensor, mask: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
     """`values` under `mask` with mean 0 and deviation 1. `add` sums a tensor over processes."""
     count, total = add(torch.stack([mask.sum(), (values * mask).sum()]).double())
-    squares = add((((values - total / count) ** 2) * mask).sum().double())
-    return ((values - (total / count)) * torch.rsqrt(squares / count + 1e-8) * mask).to(
-        values.dtype
-    )
+    mean = total / count
+    squares = add((((values - mean) ** 2) * mask).sum().double())
+    return ((values - mean) * torch.rsqrt(squares / count + 1e-8) * mask).to(values.dtype)
 
 
 def policy_loss(
     log_probs: Tensor, old: Tensor, advantage: Tensor, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (Schulman 2017, eq. 7), summed over tokens, and sums of what is worth watching."""
+    """The clipped surrogate (Schulman 2017, eq. 7), summed over tokens, and sums of what is worth
+    watching."""
     log_ratio = log_probs - old
     ratio = log_ratio.exp()
-    free, held = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    free = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
-        seen = {
+        watched = {
             "policy/approxkl": (torch.expm1(log_ratio) - log_ratio).sum(),
-            "policy/clipfrac": (held > free).sum(),
+            "policy/clipfrac": (clipped > free).sum(),
             "val/ratio": ratio.sum(),
         }
-    return torch.maximum(free, held).sum(), seen
+    return torch.maximum(free, clipped).sum(), watched
 
 
 def value_loss(
     values: Tensor, old: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error, of the worse of the value and the value held within `clip` of the old one, summed over
-    tokens (Huang 2024, detail 9 of PPO's)."""
+    """Half the squared error, of the worse of the value and the value held within `clip` of the old
+    one, summed over tokens (Huang 2024, detail 9 of PPO's)."""
     free = (values - returns) ** 2
     if clip is None:
         return 0.5 * free.sum(), {"val/clipfrac": torch.zeros(())}
-    held = (old + (values - old).clamp(-clip, clip) - returns) ** 2
-    return 0.5 * torch.maximum(free, held).sum(), {"val/clipfrac": (held > free).sum()}
+    clipped = (old + (values - old).clamp(-clip, clip) - returns) ** 2
+    return 0.5 * torch.maximum(free, clipped).sum(), {"val/clipfrac": (clipped > free).sum()}
 
 
 @dataclass
 class Coefficient:
-    """The weight of the KL penalty: fixed, or steered towards `target` nats per answer (Ziegler 2019, section 2.2)."""
+    """The weight of the KL penalty: fixed, or steered towards `target` nats per answer (Ziegler
+    2019, section 2.2)."""
 
     value: float
     target: float | None
     horizon: int
 
     def adapt(self, kl: float, episodes: int) -> None:
+        """Move by the KL, nats per answer, of so many episodes."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * episodes / self.horizon
@@ -113,11 +116,12 @@ class Moments:
 
     def add(self, count: float, total: float, squares: float) -> None:
         """`squares`: the sum of the squares of `count` scores whose sum is `total`."""
-        mean, everything = total / count, self.count + count
-        apart = mean - self.mean
-        self.squares += squares - count * mean**2 + apart**2 * self.count * count / everything
-        self.mean += apart * count / everything
-        self.count = everything
+        mean = total / count
+        all_count = self.count + count
+        shift = mean - self.mean
+        self.squares += squares - count * mean**2 + shift**2 * self.count * count / all_count
+        self.mean += shift * count / all_count
+        self.count = all_count
 
     @property
     def deviation(self) -> float:

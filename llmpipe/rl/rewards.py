@@ -1,7 +1,7 @@
-"""Scores of answers: from reward models, Python functions and verifiers, weighted and added.
+"""Scores of responses: from reward models, Python functions and verifiers, weighted and added.
 
-A reward model sees the text that a person would: the conversation is rendered with its own template and read through
-its own tokenizer. Tokens are never passed from one model to another.
+A reward model sees the text that a person would: the conversation is rendered with its own template
+and read through its own tokenizer. Tokens are never passed from one model to another.
 """
 
 from __future__ import annotations
@@ -13,162 +13,250 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmpipe.data.formats import Rejected
-from llmpipe.errors import NUMERIC, UserError
+from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.evaluation.candidate import Candidate, batched, encoder_of
 from llmpipe.evaluation.scores import score
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.rl.actors import Actors, ranker
+from llmpipe.parallel import World
+from llmpipe.recipe.reinforcement import PPORecipe, Verifier
+from llmpipe.rl.actors import Actors
+from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
+from llmpipe.run.job import Job
 
-Scores = list[float]
-Source = Callable[[list[dict], list[str]], Scores]
+Row = dict[str, Any]  # a prompt as Encoder.prompt makes it: `prompt`, `reference`, `columns`
+Score = Callable[[list[Row], list[str]], list[Any]]  # a number for each response, if all is well
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of reward."""
+
+    name: str
+    weight: float
+    score: Score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What responses are worth."""
+
+    total: list[float]
+    """The weighted sum for each response."""
+    by_source: dict[str, list[float]]
+    """Every source's own score, before its weight."""
 
 
 class Rewards:
     """Every source of a recipe's `reward`."""
 
-    def __init__(self, job: Any, hardware: Hardware, actors: Actors):
-        self.sources: list[tuple[str, float, Source]] = []
+    def __init__(self, job: Job[PPORecipe], hardware: Hardware, actors: Actors):
+        self.sources: list[Source] = []
         for i, wanted in enumerate(job.recipe.reward):
-            name = wanted.model or wanted.function or wanted.verifier
             if wanted.model:
-                at = f"reward.{i}.model"
-                folder = job.models[at]
-                tokenizer = load_tokenizer(folder)
-                shared = ranker(actors, job, at, tokenizer)
-                model = shared or load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
-                if shared:
-                    job.say(f"reward: {name} is one more adapter on the policy's base")
-                how = template_kwargs(folder), hardware.micro_batch_size
-                source = _model(Candidate(name, folder, model, tokenizer, True, *how))
+                name, call = wanted.model, _of_model(job, i, wanted.model, hardware, actors)
             elif wanted.function:
-                source = _function(name)
+                name, call = wanted.function, _of_function(wanted.function)
             else:
-                source = _verifier(wanted.verifier, wanted.pattern)
-            name += f" ({i + 1})" if any(name == known for known, *_ in self.sources) else ""
-            self.sources.append((name, wanted.weight, source))
+                assert wanted.verifier  # the recipe names one of the three
+                name, call = wanted.verifier, _of_verifier(wanted.verifier, wanted.pattern)
+            if any(name == source.name for source in self.sources):
+                name += f" ({i + 1})"
+            self.sources.append(Source(name, wanted.weight, call))
 
-    def __call__(self, rows: list[dict], answers: list[str]) -> tuple[Scores, dict[str, Scores]]:
-        """The sum for each answer, and every source's own score. `rows`: as Encoder.prompt makes them. Raises UserError
-        when a source fails, gives another number of scores (2), or one that is not finite (4)."""
-        each, total = {}, [0.0] * len(answers)
-        for name, weight, source in self.sources:
-            found = source(rows, answers)
-            if len(found) != len(answers):
-                raise UserError(
-                    f"reward: {name} gave {len(found)} scores for {len(answers)} answers"
-                )
-            for value, row, answer in zip(found, rows, answers, strict=True):
-                if not isinstance(value, int | float) or not math.isfinite(value):
-                    code = NUMERIC if isinstance(value, float) else 2
-                    raise UserError(
-                        f"reward: {name} gave {value!r} for {_cut(answer)!r} to {_cut(row['prompt'])!r}",
-                        code=code,
-                    )
-            each[name] = [float(value) for value in found]
-            total = [a + weight * b for a, b in zip(total, each[name], strict=True)]
-        return total, each
+    def __call__(self, rows: list[Row], responses: list[str]) -> Scores:
+        """Scores of responses to the prompts in `rows`.
+
+        Raises UserError when a source fails, gives another number of scores (2), or one that is not
+        finite (4).
+        """
+        by_source: dict[str, list[float]] = {}
+        total = [0.0] * len(responses)
+        for source in self.sources:
+            scores = _checked(source, rows, responses)
+            by_source[source.name] = scores
+            weighted = zip(total, scores, strict=True)
+            total = [so_far + source.weight * value for so_far, value in weighted]
+        return Scores(total, by_source)
 
 
-def _cut(text: Any) -> str:
-    text = text if isinstance(text, str) else text[-1]["content"]
-    return text if len(text) <= 60 else text[:57] + "..."
+def scored_together(
+    rewards: Rewards, rows: list[Row], responses: list[str], world: World
+) -> Scores:
+    """Scores of this process's responses. What one process raises, all do: none may wait for
+    another."""
+    scores = Scores([], {})
+    error = None
+    try:
+        if rows:
+            scores = rewards(rows, responses)
+    except UserError as problem:
+        error = problem
+    world.agree(error)
+    return scores
 
 
-def _model(ranker: Candidate) -> Source:
-    name = ranker.label
-    most = getattr(ranker.model.config, "max_position_embeddings", math.inf)
-
-    def scores(rows: list[dict], answers: list[str]) -> Scores:
-        ids = []
-        for row, answer in zip(rows, answers, strict=True):
-            said = (
-                answer
-                if isinstance(row["prompt"], str)
-                else [{"role": "assistant", "content": answer}]
+def _checked(source: Source, rows: list[Row], responses: list[str]) -> list[float]:
+    """What a source gives, where it is a finite number for each response."""
+    scores = source.score(rows, responses)
+    if len(scores) != len(responses):
+        raise UserError(
+            f"reward: {source.name} gave {len(scores)} scores for {len(responses)} answers"
+        )
+    for value, row, response in zip(scores, rows, responses, strict=True):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"reward: {source.name} gave {value!r} "
+                f"for {_shortened(response)!r} to {_shortened(row['prompt'])!r}",
+                code=NUMERIC if isinstance(value, float) else DATA,
             )
-            try:
-                ids.append(encoder_of(ranker).answered(row["prompt"], said, row.get("tools")))
-            except Rejected as error:
-                raise UserError(f"reward: {name}: {error}: {_cut(row['prompt'])!r}") from None
-            if len(ids[-1]) > most:
-                problem = f"reward: {name} takes {most:,} tokens, and a prompt with its answer has {len(ids[-1]):,}"
-                raise UserError(problem, "lower data.max_length or rollout.max_new_tokens")
-        with torch.autocast(ranker.model.device.type, enabled=False):
-            return batched(ranker.rewards, ids, ranker.batch_size)
+    return [float(value) for value in scores]
+
+
+def _shortened(text: str | list[dict[str, Any]]) -> str:
+    """A text, or the last turn of a conversation, for a message."""
+    words: str = text if isinstance(text, str) else text[-1]["content"]
+    return words if len(words) <= 60 else words[:57] + "..."
+
+
+# --- reward models ---
+
+
+def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors: Actors) -> Score:
+    """The reward model that the recipe has as its source `i`."""
+    at = f"reward.{i}.model"
+    folder = job.models[at]
+    tokenizer = load_tokenizer(folder)
+    model: Any = shared_ranker(actors, job, at, tokenizer)
+    if model:
+        job.say(f"reward: {name} is one more adapter on the policy's base")
+    else:
+        model = load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
+    ranker = Candidate(
+        label=name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        ranks=True,
+        kwargs=template_kwargs(folder),
+        batch_size=hardware.micro_batch_size,
+    )
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        texts = [_as_read(ranker, *pair) for pair in zip(rows, responses, strict=True)]
+        too_long = next((len(text) for text in texts if len(text) > longest), None)
+        if too_long:
+            raise UserError(
+                f"reward: {name} takes {longest:,} tokens, "
+                f"and a prompt with its answer has {too_long:,}",
+                "lower data.max_length or rollout.max_new_tokens",
+            )
+        with torch.autocast(model.device.type, enabled=False):
+            return batched(ranker.rewards, texts, ranker.batch_size)
 
     return scores
 
 
-def _function(name: str) -> Source:
+def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
+    """Token ids of a prompt and a response to it, as a reward model reads them."""
+    turns = [{"role": "assistant", "content": response}]
+    answer = response if isinstance(row["prompt"], str) else turns
+    try:
+        return encoder_of(ranker).answered(row["prompt"], answer, row.get("tools"))
+    except Rejected as error:
+        problem = f"reward: {ranker.label}: {error}: {_shortened(row['prompt'])!r}"
+        raise UserError(problem) from None
+
+
+# --- functions ---
+
+
+def _of_function(name: str) -> Score:
+    """A function of the user's file, `./file.py:name`."""
     path, _, attribute = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(
-        f"llmpipe_rewards_{Path(path).stem}", Path(path).expanduser()
-    )
+    function = _imported(name, path, attribute)
+
+    def scores(rows: list[Row], responses: list[str]) -> list[Any]:
+        columns = _columns(name, rows)
+        prompts = [row["prompt"] for row in rows]
+        try:
+            values = function(prompts=prompts, completions=list(responses), **columns)
+            return [value.item() if hasattr(value, "item") else value for value in values]
+        except Exception as error:  # the user's: whatever it raises is named with its line
+            raise UserError(f"reward: {name}: {_where(error, path)}") from error
+
+    return scores
+
+
+def _imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
+    """What the user's file calls `attribute`; it runs once, here."""
+    file = Path(path)
+    module_name = f"llmpipe_rewards_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file.expanduser())
+    assert spec and spec.loader  # the recipe takes only names that end in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as dataclasses expect
     try:
         spec.loader.exec_module(module)
-        called = getattr(module, attribute)
-    except Exception as error:  # the file is the user's: whatever it raises is named with its line
+        function: Callable[..., Any] = getattr(module, attribute)
+    except Exception as error:  # the user's: whatever it raises is named with its line
         raise UserError(f"reward: {name}: {_where(error, path)}") from error
+    return function
 
-    def scores(rows: list[dict], answers: list[str]) -> Scores:
-        columns = {key for row in rows for key in row["columns"]}
-        if taken := columns & {"prompts", "completions"}:
-            raise UserError(
-                f"reward: {name}: the rows have a column '{taken.pop()}', a name that the call has",
-                "rename it",
-            )
-        more = {key: [row["columns"].get(key) for row in rows] for key in sorted(columns)}
-        more |= {"reference": [row["reference"] for row in rows]} if "reference" not in more else {}
-        try:
-            found = called(
-                prompts=[row["prompt"] for row in rows], completions=list(answers), **more
-            )
-            return [value.item() if hasattr(value, "item") else value for value in found]
-        except Exception as error:  # as above
-            raise UserError(f"reward: {name}: {_where(error, path)}") from error
 
-    return scores
+def _columns(name: str, rows: list[Row]) -> dict[str, list[Any]]:
+    """What a function is given beside prompts and completions, a list for each column."""
+    names = {column for row in rows for column in row["columns"]}
+    if taken := names & {"prompts", "completions"}:
+        raise UserError(
+            f"reward: {name}: the rows have a column '{taken.pop()}', a name that the call has",
+            "rename it",
+        )
+    columns = {column: [row["columns"].get(column) for row in rows] for column in sorted(names)}
+    if "reference" not in columns:
+        columns["reference"] = [row["reference"] for row in rows]
+    return columns
 
 
 def _where(error: Exception, path: str) -> str:
     """An error of the user's file, with its line."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
-    lines = [
-        f.lineno
-        for f in traceback.extract_tb(error.__traceback__)
-        if os.path.basename(f.filename) == Path(path).name
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    name = Path(path).name
+    lines = [frame.lineno for frame in frames if os.path.basename(frame.filename) == name]
     at = f"line {lines[-1]}: " if lines else ""
-    return f"{at}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    text = str(error)
+    return f"{at}{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _verifier(kind: str, pattern: str | None) -> Source:
-    needing = {"exact_match", "contains", "number", "math_verify"} | (
-        {"regex"} if re.compile(pattern or "").groups else set()
-    )
+# --- verifiers ---
 
-    def scores(rows: list[dict], answers: list[str]) -> Scores:
-        found = []
-        for row, answer in zip(rows, answers, strict=True):
-            right = row["reference"] or row["columns"].get("answer")
-            if kind in needing and not (right is not None and str(right).strip()):
-                raise UserError(
-                    f"reward: verifier {kind}: no right answer beside {_cut(row['prompt'])!r}",
-                    "give the rows a column `answer`, or an answer as sft has it",
-                )
-            found.append(score(kind, answer, None if right is None else str(right), pattern)[kind])
-        return found
+
+def _of_verifier(kind: Verifier, pattern: str | None) -> Score:
+    """1 for a response that is right by the row's own answer, else 0."""
+    compares = kind not in ("json", "regex") or bool(re.compile(pattern or "").groups)
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        return [_verified(*pair) for pair in zip(rows, responses, strict=True)]
+
+    def _verified(row: Row, response: str) -> float:
+        right = row["reference"] or row["columns"].get("answer")
+        if compares and (right is None or not str(right).strip()):
+            raise UserError(
+                f"reward: verifier {kind}: no right answer beside {_shortened(row['prompt'])!r}",
+                "give the rows a column `answer`, or an answer as sft has it",
+            )
+        return score(kind, response, None if right is None else str(right), pattern)[kind]
 
     return scores

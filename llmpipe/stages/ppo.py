@@ -83,12 +83,12 @@ class Schema(PPORecipe):
         return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
 
 
-def prepare(job: Job) -> PreparedRows:
+def prepare(job: Job[Schema]) -> PreparedRows:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
     from llmpipe.data.kinds.prompts import PROMPTS
     from llmpipe.data.kinds.rows import ROWS
 
-    recipe: Schema = job.recipe
+    recipe = job.recipe
     needs_math = any(source.verifier == "math_verify" for source in recipe.reward)
     if needs_math and not find_spec("math_verify"):
         raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
@@ -99,7 +99,7 @@ def prepare(job: Job) -> PreparedRows:
     return prepared
 
 
-def train(job: Job, prepared: PreparedRows) -> Made:
+def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
     from llmpipe.rl import ppo
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmpipe.rl import policy_gradient, rollout
+from llmpipe.recipe.reinforcement import Rollout
+from llmpipe.rl import policy_gradient, rollout, seeds
 
 
 def gae(rewards, values, discount, smoothing):
@@ -134,16 +135,6 @@ class Fixed(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1))
 
 
-class How:
-    def __init__(self, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0):
-        self.max_new_tokens, self.temperature, self.top_p, self.top_k = (
-            max_new_tokens,
-            temperature,
-            top_p,
-            top_k,
-        )
-
-
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
     [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.7, 6)],
@@ -151,10 +142,9 @@ class How:
 def test_tokens_are_drawn_from_the_distribution_that_is_claimed(temperature, top_p, top_k):
     torch.manual_seed(2)
     logits = torch.randn(20)
-    luck = torch.rand(4000, 5, generator=rollout.seeded(1))
-    drawn = rollout.draw(
-        Fixed(logits), [[1]] * 4000, luck, How(5, temperature, top_p, top_k), [99], 0
-    )
+    luck = torch.rand(4000, 5, generator=seeds.generator(1))
+    how = Rollout(max_new_tokens=5, temperature=temperature, top_p=top_p, top_k=top_k)
+    drawn = rollout.draw(Fixed(logits), [[1]] * 4000, luck, how, [99], 0)
     probabilities = (logits / temperature).softmax(-1)
     order = probabilities.argsort(descending=True)
     kept = order[: top_k or 20]
@@ -165,7 +155,7 @@ def test_tokens_are_drawn_from_the_distribution_that_is_claimed(temperature, top
     counts = torch.zeros(20)
     for episode in drawn:
         for i, (token, log_p) in enumerate(
-            zip(episode.answer, episode.log_probs.tolist(), strict=True)
+            zip(episode.response, episode.log_probs.tolist(), strict=True)
         ):
             counts[token] += 1
             assert log_p == pytest.approx(math.log(expected[token]), abs=1e-5)
@@ -180,28 +170,28 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
     model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    luck = torch.rand(64, 30, generator=rollout.seeded(3))
-    drawn = rollout.draw(model, [[1, 2]] * 64, luck, How(30), [3], 0)
+    luck = torch.rand(64, 30, generator=seeds.generator(3))
+    drawn = rollout.draw(model, [[1, 2]] * 64, luck, Rollout(max_new_tokens=30), [3], 0)
     for episode in drawn:
-        assert episode.ended == (episode.answer[-1] == 3) and 3 not in episode.answer[:-1]
-        assert len(episode.answer) == len(episode.log_probs) <= 30
-    needed = sum(len(episode.answer) for episode in drawn)
+        assert episode.ended == (episode.response[-1] == 3) and 3 not in episode.response[:-1]
+        assert len(episode.response) == len(episode.log_probs) <= 30
+    needed = sum(len(episode.response) for episode in drawn)
     assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
     """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise, with its gradients."""
-    from llmpipe.rl import actors
+    from llmpipe.kernels.log_probs import TILE, Head, log_probs
 
     torch.manual_seed(0)
-    hidden, layer = torch.randn(2 * actors.TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
-    head = actors.Head(layer, 1.5, None)
+    hidden, layer = torch.randn(2 * TILE + 3, 16), torch.nn.Linear(16, 101, bias=False)
+    head = Head(layer, 1.5, None)
     targets, found = torch.randint(101, (len(hidden),)), []
     for bonus in (False, True):
         given = hidden.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            log_p, entropy = actors.log_probs(given, head, targets, 0.7, None, bonus)
+            log_p, entropy = log_probs(given, head, targets, 0.7, None, bonus)
         (log_p * torch.linspace(-1, 1, len(targets))).sum().backward()
         found.append((log_p.detach(), entropy.detach(), given.grad))
     for one, other in zip(*found, strict=True):
@@ -210,7 +200,7 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
         )
     everything = [torch.arange(101)] * len(hidden)
     assert (
-        actors.log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]
+        log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]
     ).abs().max() < 0.03
     some = [torch.tensor([int(target), 7, 8]) for target in targets]
     logits = (hidden @ layer.weight.T * 1.5 / 0.7).detach()
@@ -219,23 +209,20 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
         for row, ids in zip(logits, some, strict=True)
         if int(ids[0]) > 8
     ]
-    given = actors.log_probs(hidden, head, targets, 0.7, some, False)[0]
+    given = log_probs(hidden, head, targets, 0.7, some, False)[0]
     assert given.detach()[targets > 8].tolist() == pytest.approx(expected, abs=1e-4)
     bound = (2 * (logits * 0.7 / 2).tanh() / 0.7).log_softmax(-1)
-    given = actors.log_probs(hidden, actors.Head(layer, 1.5, 2.0), targets, 0.7, None, False)[0]
+    given = log_probs(hidden, Head(layer, 1.5, 2.0), targets, 0.7, None, False)[0]
     assert (given - bound.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-5
 
 
 def test_signs_of_a_gamed_reward_are_said_once():
-    from types import SimpleNamespace
-
-    from llmpipe.rl.ppo import Loop
+    from llmpipe.rl.watch import warn
 
     said: list[str] = []
-    recipe = SimpleNamespace(reference=SimpleNamespace(target=None))
-    state = SimpleNamespace(first={}, warned=[], recipe=recipe, say=said.append)
+    warned: list[str] = []
     line = {"objective/kl": 1.0, "answers/tokens": 20.0, "objective/entropy": 2.0}
-    Loop._warn(state, line)
+    warn(line, line, None, warned, said.append)
     assert not said
     for change in (
         {"objective/kl": 51.0},
@@ -243,7 +230,7 @@ def test_signs_of_a_gamed_reward_are_said_once():
         {"answers/tokens": 6.0},
         {"objective/entropy": 0.1},
     ):
-        Loop._warn(state, line | change)
-        Loop._warn(state, line | change)
+        warn(line | change, line, None, warned, said.append)
+        warn(line | change, line, None, warned, said.append)
     signs = ["KL ran away", "answers grow", "answers shrink", "entropy collapsed"]
     assert [text.split(": ")[1] for text in said] == signs

@@ -86,23 +86,18 @@ def test_passes_are_filled():
     """By count, or with `auto` by tokens: every episode once, like lengths together; a long one goes alone."""
     from types import SimpleNamespace as Some
 
-    from llmpipe.rl.learner import batches, pass_tokens
+    from llmpipe.rl.passes import PassSize
 
-    episodes = [Some(prompt=[0] * n, answer=[0] * 10) for n in (90, 400, 3000, 20, 490, 500, 5)]
-    assert batches(range(7), episodes, 3, None) == [[6, 3, 0], [1, 4, 5], [2]]
-    assert batches(range(7), episodes, 3, 1024) == [
-        [6, 3, 0, 1],
-        [4, 5],
-        [2],
-    ]  # 555, 1,010 and 3,010 tokens
-    assert batches([], episodes, 3, 1024) == []
+    lengths = [n + 10 for n in (90, 400, 3000, 20, 490, 500, 5)]
+    assert PassSize(3, None).cut(lengths) == [[6, 3, 0], [1, 4, 5], [2]]
+    filled = [[6, 3, 0, 1], [4, 5], [2]]  # 555, 1,010 and 3,010 tokens
+    assert PassSize(3, 1024).cut(lengths) == filled
+    assert PassSize(3, 1024).cut([]) == []
     machines = [("cpu", "sdpa"), ("cuda", "sdpa"), ("cuda", "flash_attention_2")]
-    wanted = [Some(launch=Some(micro_batch_size=size)) for size in ("auto", 4)]
-    found = [
-        [pass_tokens(recipe, Some(device=on, attention=by)) for on, by in machines]
-        for recipe in wanted
-    ]
-    assert found == [[1024, 2048, 8192], [None] * 3]
+    hardware = [Some(device=on, attention=by, micro_batch_size=4) for on, by in machines]
+    launches = [Some(micro_batch_size=size) for size in ("auto", 4)]
+    tokens = [[PassSize.of(launch, each).tokens for each in hardware] for launch in launches]
+    assert tokens == [[1024, 2048, 8192], [None] * 3]
 
 
 def updates(artifact):
@@ -196,13 +191,13 @@ def spied(monkeypatch):
     )
 
     def judged(self, episodes, scores):
-        line = judge(self, episodes, scores)
-        if self.step == 0:
+        experiences, line = judge(self, episodes, scores)
+        if self.state.step == 0:
             seen["rollout"] += [
-                float((e.old - e.log_probs).exp().sub(1).abs().max()) for e in episodes
+                float((e.old - e.episode.log_probs).exp().sub(1).abs().max()) for e in experiences
             ]
             seen["episodes"] = episodes
-        return line
+        return experiences, line
 
     def lost(log_probs, old, advantage, clip):
         if len(seen["ratio"]) < 1:
@@ -329,7 +324,7 @@ def scored(monkeypatch):
 
     def spied(self, rows, answers):
         out = call(self, rows, answers)
-        seen.append((rows, answers, out[0]))
+        seen.append((rows, answers, out.total))
         return out
 
     monkeypatch.setattr(ppo.Rewards, "__call__", spied)
@@ -449,10 +444,10 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
 def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
     """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and what is published."""
-    from llmpipe.rl import learner
+    from llmpipe.rl import passes
     from tests.training.test_trl import probe_logits
 
-    monkeypatch.setattr(learner, "full_pass", lambda on_gpu: 90)  # `auto`: two or three episodes
+    monkeypatch.setattr(passes, "full_pass", lambda on_gpu: 90)  # `auto`: two or three episodes
     same = {name: value for name, value in HOW[how].items() if not name.startswith("launch")}
     same |= {"data__eval": {"holdout": 0.1}, "mixture": MIXTURE}
     made = [
@@ -558,8 +553,8 @@ def test_a_critic_begins_as_the_parents_adapter(parents, monkeypatch):
     judge = ppo.Loop.judge
 
     def judged(self, episodes, scores):
-        if self.step == 0:
-            weights = dict(self.actors.policy.named_parameters())
+        if self.state.step == 0:
+            weights = dict(self.actors.cast.published.named_parameters())
             pairs = [
                 (name, name.replace(".critic.", ".default."))
                 for name in weights
@@ -679,9 +674,9 @@ def test_prompts_that_do_not_fit(tmp_path):
 
 
 def test_empty_answers_are_scored(parents, monkeypatch):
-    from llmpipe.rl import ppo
+    from llmpipe.rl.sampling import Sampler
 
-    monkeypatch.setattr(ppo.Loop, "text", lambda self, episode: "")
+    monkeypatch.setattr(Sampler, "text", lambda self, episode: "")
     made = life.command(
         write(parents, name="empty", reward=[{"model": "artifact:reward"}], optim__steps=1)
     )

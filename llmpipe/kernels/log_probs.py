@@ -1,0 +1,100 @@
+"""Log-probabilities of chosen tokens from hidden states: logits exist for a tile of tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from llmpipe.kernels.cpu import LogProbs
+
+TILE = 256  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states: a linear layer, a factor, and a bound."""
+
+    linear: nn.Linear
+    scale: float
+    cap: float | None
+    """c of c tanh(logit / c) (Gemma 2)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [tokens, vocabulary] of hidden states [tokens, width]."""
+        logits = linear(hidden, self.linear.weight, self.linear.bias).float() * self.scale
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model, as far as configurations tell of it."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in (
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+    ):  # Cohere; Muse; Falcon-H1
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    divisor = (
+        getattr(config, "logits_scaling", None) or 1.0
+    )  # Granite; HyperCLOVA X multiplies by it
+    scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), scale, cap)
+
+
+def log_probs(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: float,
+    allowed: list[Tensor] | None = None,
+    learns_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` and the entropy in nats of the distribution that they are
+    drawn from, float32 [tokens] each.
+
+    hidden [tokens, width]; targets int64 [tokens]; `allowed`: which token ids could be drawn at
+    each place; `learns_entropy`: gradients flow through the entropy as well.
+    """
+    plain = head.linear.bias is None and head.cap is None
+    if hidden.device.type == "cpu" and allowed is None and not learns_entropy and plain:
+        scaled = hidden * (head.scale / temperature)
+        weight = head.linear.weight
+        outputs = ("entropy",)
+        fused: Any = LogProbs.apply(scaled, weight, None, targets, 1.0, TILE, None, 1.0, outputs)
+        return fused[0], fused[1]
+    parts = []
+    for start in range(0, len(targets), TILE):
+        tile = slice(start, start + TILE)
+        arguments = (hidden[tile], head, targets[tile], temperature, allowed and allowed[tile])
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_of_tile, *arguments, use_reentrant=False))
+        else:
+            parts.append(_of_tile(*arguments))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _of_tile(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: float,
+    allowed: list[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    logits = head.logits(hidden) / temperature
+    if allowed is not None:
+        mask = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, ids in zip(mask, allowed, strict=True):
+            row[ids.long()] = True
+        logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), entropy

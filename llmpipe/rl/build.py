@@ -1,0 +1,239 @@
+"""Load policy, reference and critic: as models of their own, or as adapters on one base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpipe import upstream
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.files import read_json
+from llmpipe.models.load import Setup, load_copy, load_policy
+from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.models.verify import PROBE
+from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
+from llmpipe.rl.packing import pack_episodes
+from llmpipe.rl.rollout import Episode
+from llmpipe.run.artifact import is_reward_model
+
+EXACT = 1e-3  # nats that packed texts may differ by from each alone, in fp32
+ROUNDED = 0.3  # and in bf16 or on quantized weights
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What both ways to build start from."""
+
+    setup: Setup[PPORecipe]
+    policy: Any
+    """As it is published: a model, or PEFT's wrapper of one."""
+    causal: Any
+    """The policy as transformers knows it."""
+    value: nn.Linear
+    """A value head that says 0."""
+
+
+def build(setup: Setup[PPORecipe]) -> Actors:
+    """The actors of a recipe, on their device, in evaluation mode: PPO compares probabilities, and
+    dropout is noise in them."""
+    recipe, hardware = setup.recipe, setup.hardware
+    _refuse_no_reward_models(setup)
+    policy = load_policy(setup)
+    causal = policy.get_base_model() if recipe.adapter else policy
+    _refuse_embeddings(setup, causal)
+    if recipe.adapter and recipe.adapter.dropout:
+        setup.say(
+            "adapter.dropout: 0 here: PPO compares probabilities, and dropout is noise in them"
+        )
+    value = _value_head(causal.config.get_text_config().hidden_size, recipe.seed)
+    beginning = _Beginning(setup, policy, causal, value)
+    cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
+    recomputes = recipe.launch.activation_checkpointing
+    if recomputes:
+        _checkpoint_activations(cast)
+    drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
+    actors = Actors(cast, drawn, recomputes=recomputes)
+    actors.modules.to(hardware.device)
+    actors.modules.eval()
+    _probe(actors, setup.tokenizer, rounded=hardware.bf16 or recipe.quantization is not None)
+    actors.recompute(recomputes)
+    return actors
+
+
+def _value_head(width: int, seed: int) -> nn.Linear:
+    """A head that says 0: a random one on features of any size begins far from every reward."""
+    torch.manual_seed(seed)
+    value = nn.Linear(width, 1)
+    nn.init.zeros_(value.weight)
+    nn.init.zeros_(value.bias)
+    return value
+
+
+# --- one base with adapters ---
+
+
+def _with_adapters(beginning: _Beginning) -> Cast:
+    """The reference is the base without the adapter, or with the parent's."""
+    setup, policy, causal = beginning.setup, beginning.policy, beginning.causal
+    critic_recipe = setup.recipe.critic
+    parent = str(setup.job.model) if setup.base else None
+    shares_trunk = critic_recipe.start == "trunk"
+    if not shares_trunk and parent:
+        policy.load_adapter(parent, CRITIC, is_trainable=True)
+    elif not shares_trunk:
+        policy.add_adapter(CRITIC, _critic_config(policy, critic_recipe.rank))
+    if parent:
+        policy.load_adapter(parent, REFERENCE, is_trainable=False)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad = f".{POLICY}." in name or f".{CRITIC}." in name
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    reference = "the parent's adapter" if parent else "the parent, the adapter off"
+    critic = "a head on the policy" if shares_trunk else "an adapter of its own"
+    setup.say(f"reference: {reference}; critic: {critic}")
+    return Cast(
+        policy,
+        policy=Role(causal, POLICY),
+        critic=Role(causal, POLICY if shares_trunk else CRITIC),
+        reference=Role(causal, REFERENCE if parent else None),
+        value=beginning.value,
+    )
+
+
+def _critic_config(policy: Any, rank: int) -> Any:
+    """A new adapter on the layers that the policy's has."""
+    from peft import LoraConfig
+
+    targets = policy.peft_config[POLICY].target_modules
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+
+
+# --- models of their own ---
+
+
+def _with_all_weights(beginning: _Beginning) -> Cast:
+    """The reference is a frozen copy of the parent."""
+    setup = beginning.setup
+    policy = Role(beginning.causal)
+    reference = Role(_frozen_copy(setup))
+    if setup.recipe.critic.start == "trunk":
+        critic, words = policy, "a head on the policy"
+    elif ranker := _ranker_of_policys_shape(setup, beginning.causal):
+        critic, words = Role(ranker), "a model of its own, from the reward model"
+        beginning.value.weight.data.copy_(ranker.score.weight.data)
+    else:
+        critic, words = Role(load_copy(setup)), "a model of its own"
+    if critic is not policy:
+        _learn_body_only(critic.model)
+    setup.say(f"reference: a frozen copy of the parent; critic: {words}")
+    return Cast(beginning.policy, policy, critic, reference, beginning.value)
+
+
+def _frozen_copy(setup: Setup[PPORecipe]) -> Any:
+    """The parent once more. In bf16 its products' weights are kept so: autocast would round them
+    for every product, and keeps nothing of what is frozen."""
+    model = load_copy(setup)
+    model.requires_grad_(False)
+    if setup.hardware.bf16:
+        for layer in model.base_model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.to(torch.bfloat16)
+    return model
+
+
+def _ranker_of_policys_shape(setup: Setup[PPORecipe], causal: Any) -> Any:
+    """The first reward model, where the critic may begin with it: not an adapter, of the policy's
+    shape and vocabulary. None where it may not; refused where the recipe asks for it (2)."""
+    job, hardware, start = setup.job, setup.hardware, setup.recipe.critic.start
+    at = next((at for at in job.models if at.startswith("reward.")), None)
+    if at and at not in job.bases and start in ("auto", "reward"):
+        ranker = load_model(job.models[at], hardware.attention)
+        same_shape = _shapes(ranker) == _shapes(causal)
+        if same_shape and _vocabulary(job.models[at]) == setup.tokenizer.get_vocab():
+            upstream.speed_up(ranker, device_type=hardware.device)
+            return ranker
+    if start == "reward":
+        raise UserError(
+            "critic.start: reward: the reward model has not the policy's shape and vocabulary, "
+            "or is an adapter",
+            "set critic.start: policy, "
+            "or adapter.merge: true for the reward model and take NAME-merged",
+        )
+    return None
+
+
+def _shapes(model: Any) -> dict[str, torch.Size]:
+    """Of the body's weights."""
+    return {name: weight.shape for name, weight in model.base_model.named_parameters()}
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
+    return vocabulary
+
+
+def _learn_body_only(model: Any) -> None:
+    """The head of a critic is the value head."""
+    model.requires_grad_(False)
+    model.base_model.requires_grad_(True)
+
+
+def _checkpoint_activations(cast: Cast) -> None:
+    cast.policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    if cast.critic.model is not cast.policy.model:
+        cast.critic.model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+# --- what is refused ---
+
+
+def _refuse_no_reward_models(setup: Setup[PPORecipe]) -> None:
+    for at, folder in setup.job.models.items():
+        if at != "model" and not is_reward_model(folder):
+            problem = f"{at}: {setup.recipe.references()[at]} is not a reward model"
+            raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
+
+
+def _refuse_embeddings(setup: Setup[PPORecipe], causal: Any) -> None:
+    """Refuse adapters that train embeddings or the head."""
+    parent = read_json(setup.job.model / "adapter_config.json") if setup.base else {}
+    if parent.get("modules_to_save") or parent.get("trainable_token_indices"):
+        raise UserError(
+            "model: the adapter has embeddings of its own",
+            "set adapter.continue: false to merge it first",
+        )
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    adapted = any(hasattr(end, "base_layer") for end in ends)
+    if setup.recipe.adapter and (setup.prepared.added_tokens or adapted):
+        raise UserError(
+            "adapter: ppo trains neither embeddings nor head",
+            "add tokens in sft; mend adapter.targets",
+        )
+
+
+def _probe(actors: Actors, tokenizer: Tokenizer, rounded: bool) -> None:
+    """Refuse a model that, texts end to end, does not say what it says of each alone, by its own
+    head."""
+    ids = tokenizer(PROBE)["input_ids"]
+    cuts = (len(ids) // 2, len(ids) // 3)
+    episodes = [Episode(ids[:cut], ids[cut:], False, Tensor(), None) for cut in cuts]
+    device = actors.device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=rounded):
+        packed = actors.policy(pack_episodes(episodes, device))[0].cpu()
+        logits = actors.causal(torch.tensor([ids], device=device), use_cache=False).logits[0, :-1]
+    log_probs = (logits.float() / actors.distribution.temperature).log_softmax(-1).cpu()
+    alone = log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    expected = torch.cat([alone[cut - 1 :] for cut in cuts])
+    difference = float((packed - expected).abs().max())
+    if not difference <= (ROUNDED if rounded else EXACT):
+        kind = type(actors.causal).__name__
+        raise UserError(
+            f"model: ppo does not know how {kind} keeps answers apart, or its head: "
+            f"{difference:.2g} nats"
+        )

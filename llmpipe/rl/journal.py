@@ -1,0 +1,102 @@
+"""The files of lines that a training writes, and what a person sees of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmpipe.errors import Say
+from llmpipe.files import fsync
+from llmpipe.models.hardware import memory_gb
+from llmpipe.parallel import World
+from llmpipe.rl.watch import Metrics
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.progress import Progress
+
+SHOWN = 4  # episodes of an update that rollouts.jsonl shows
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An episode, to read."""
+
+    prompt: str | list[dict[str, Any]]
+    answer: str
+    score: float
+    ended: bool
+    tokens: int
+
+
+class Journal:
+    """metrics.jsonl, rollouts.jsonl, the trackers and the screen. Only the first process writes."""
+
+    def __init__(self, artifact: Artifact, world: World, say: Say):
+        self.metrics = artifact.path / "metrics.jsonl"
+        self.rollouts = artifact.path / "rollouts.jsonl"
+        self.writes = world.is_first
+        self.trackers = world.accelerator.trackers
+        self.begun = time.monotonic()
+        self.progress = Progress(say) if self.writes else None
+
+    @property
+    def seconds(self) -> float:
+        """That the training took so far, before it was resumed as well."""
+        return time.monotonic() - self.begun
+
+    def note(self, text: str) -> None:
+        """Overwrite the note on a terminal."""
+        if self.progress:
+            self.progress.note(text)
+
+    def begin(self, step: int, steps: int) -> None:
+        if self.progress:
+            self.progress.begin(step, steps)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.close()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """One line in metrics.jsonl, for every tracker and on the screen."""
+        if not self.progress:
+            return
+        line = {"step": step, **metrics, "memory_gb": round(memory_gb(), 3)}
+        line["seconds"] = round(self.seconds, 3)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            # wandb drops what comes for a step that it has
+            tracked_step = None if tracker.name == "wandb" else step
+            tracker.log(metrics | {"train/global_step": step}, step=tracked_step)
+        self.progress.show(line)
+
+    def show(self, step: int, episodes: Sequence[Shown]) -> None:
+        """Some episodes of an update, in rollouts.jsonl."""
+        if not self.writes:
+            return
+        with self.rollouts.open("a", encoding="utf-8") as file:
+            for episode in episodes[:SHOWN]:
+                line = {"step": step, **vars(episode)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def sizes(self) -> list[int]:
+        """Of both files, once they are on the disk."""
+        for path in (self.metrics, self.rollouts):
+            path.touch()
+            fsync(path)
+        return [self.metrics.stat().st_size, self.rollouts.stat().st_size]
+
+    def cut_back(self, sizes: Sequence[int]) -> None:
+        """Leave of both files what there was when they had these sizes."""
+        if not self.writes:
+            return
+        for path, size in zip((self.metrics, self.rollouts), sizes, strict=True):
+            with path.open("ab") as file:
+                file.truncate(size)

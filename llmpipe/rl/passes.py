@@ -1,0 +1,48 @@
+"""How many episodes a training pass holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpipe.models.hardware import Hardware
+from llmpipe.recipe.reinforcement import RolloutLaunch
+from llmpipe.run.machine import full_pass
+
+DENSE = 2048  # tokens of a pass whose mask is tokens x tokens
+
+
+@dataclass(frozen=True)
+class PassSize:
+    """So many episodes, or as many as their tokens fill."""
+
+    episodes: int
+    tokens: int | None
+    """None: `episodes` decides."""
+
+    @classmethod
+    def of(cls, launch: RolloutLaunch, hardware: Hardware) -> PassSize:
+        if launch.micro_batch_size != "auto":
+            return cls(hardware.micro_batch_size, None)
+        on_gpu = hardware.device == "cuda"
+        dense = on_gpu and hardware.attention != "flash_attention_2"
+        return cls(hardware.micro_batch_size, DENSE if dense else full_pass(on_gpu))
+
+    @property
+    def words(self) -> str:
+        return f"{self.tokens:,} tokens" if self.tokens else f"{self.episodes} episodes"
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Places of episodes with these many tokens, those of a pass together: each once, those of
+        like length together, and one that is too long alone."""
+        most = self.tokens or self.episodes
+        passes: list[list[int]] = []
+        filled = most
+        for length, place in sorted((length, place) for place, length in enumerate(lengths)):
+            cost = length if self.tokens else 1
+            if filled + cost > most:
+                passes.append([])
+                filled = 0
+            passes[-1].append(place)
+            filled += cost
+        return passes

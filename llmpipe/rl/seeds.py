@@ -1,0 +1,57 @@
+"""Random numbers that have no state to keep.
+
+A generator's seed is made of the recipe's seed, what the numbers are for, and the place that they
+are for: an update, an episode. So a resumed run draws what the straight one would have drawn, and
+neither batches nor processes change what an episode gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+
+class Use(IntEnum):
+    """What random numbers are for."""
+
+    ORDER = 0
+    """The order of the prompts."""
+    DRAW = 1
+    """The tokens of a response."""
+    SHUFFLE = 2
+    """Which episodes are a minibatch."""
+    HELD_OUT = 3
+    """The tokens of a response to a held-out prompt."""
+    MIXTURE = 4
+    """The order of the rows that are mixed in."""
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for each tuple of numbers: a seed, a `Use` and a place."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % (1 << 63)
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed)
+
+
+class Shuffled:
+    """Rows in an endless sequence of shuffled epochs, the same for a seed and a `use`."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], seed: int, use: Use):
+        self.rows = rows
+        self.seed = seed
+        self.use = use
+        self.epoch = -1
+        self.order: list[int] = []
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, i = divmod(position, len(self.rows))
+        if self.epoch != epoch:
+            shuffle = generator(self.seed, self.use, epoch)
+            self.order = torch.randperm(len(self.rows), generator=shuffle).tolist()
+            self.epoch = epoch
+        return self.rows[self.order[i]]

@@ -1,0 +1,149 @@
+"""The state of a training between two updates, and how a checkpoint holds it.
+
+Nothing random has a state (`seeds`): what goes on is the weights that learn, the optimizer's
+moments, and what was counted. Rank 0 has it all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmpipe.files import Record, read_json
+from llmpipe.recipe.reinforcement import KL
+from llmpipe.rl.learner import Learner
+from llmpipe.rl.policy_gradient import Coefficient, Moments
+from llmpipe.rl.watch import Metrics
+from llmpipe.run import checkpoints
+from llmpipe.run.artifact import SUMS
+
+LEARNED = "learned.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass
+class State:
+    """What an update leaves to the next beside weights and optimizer."""
+
+    coefficient: Coefficient
+    step: int = 0
+    """Updates that are done."""
+    tokens: int = 0
+    """Tokens of all responses so far."""
+    moments: Moments = field(default_factory=Moments)
+    """Of the scores so far, where they are normalized."""
+    evaluation_due: bool = False
+    """Whether a signal put an evaluation off."""
+    first: Metrics = field(default_factory=dict)
+    """Metrics of the first update, to warn of drift."""
+    warned: list[str] = field(default_factory=list)
+    """What was warned of."""
+
+    @classmethod
+    def begin(cls, kl: KL) -> State:
+        return cls(Coefficient(kl.coefficient, kl.target, kl.horizon))
+
+
+class StateRecord(Record):
+    """What a checkpoint's JSON holds of a training."""
+
+    moments: Moments
+    coefficient: float
+    tokens: int
+    pending: bool
+    first: dict[str, float]
+    warned: list[str]
+    seconds: float
+    """That the training took so far."""
+    bytes: list[int]
+    """Sizes of the files of lines, see `journal`."""
+    optimizer: Any
+    """The optimizer's state, with the name of a tensor in `OPTIMIZER` for each tensor."""
+
+
+def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> StateRecord:
+    """The state as a checkpoint holds it."""
+    return StateRecord(
+        moments=state.moments,
+        coefficient=state.coefficient.value,
+        tokens=state.tokens,
+        pending=state.evaluation_due,
+        first=state.first,
+        warned=state.warned,
+        seconds=seconds,
+        bytes=sizes,
+        optimizer=without_tensors(learner.optimizer.state_dict()["state"]),
+    )
+
+
+def save_tensors(learner: Learner, folder: Path) -> None:
+    """Weights and moments, as two files of `folder`."""
+    learned = {name: weight.detach() for name, weight in learner.weights.items()}
+    moments = tensors_of(learner.optimizer.state_dict()["state"])
+    save_file(_unshared(learned), folder / LEARNED)
+    save_file(_unshared(moments), folder / OPTIMIZER)
+
+
+def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
+    """Bring `state` and `learner` to where a checkpoint was written; what its JSON holds."""
+    kept = StateRecord.model_validate(read_json(folder / checkpoints.STATE))
+    for name, tensor in load_file(folder / LEARNED).items():
+        learner.weights[name].data.copy_(tensor)
+    optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))
+    by_number = {int(number): moments for number, moments in optimizer.items()}
+    learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
+    state.step = read_json(folder / SUMS)["step"]
+    state.tokens = kept.tokens
+    state.coefficient.value = kept.coefficient
+    state.moments = kept.moments
+    state.evaluation_due = kept.pending
+    state.first = kept.first
+    state.warned = kept.warned
+    return kept
+
+
+def without_tensors(value: Any, path: str = "") -> Any:
+    """A nested state as JSON: the path of each tensor stands for it."""
+    if isinstance(value, Tensor):
+        return {"tensor": path}
+    if not isinstance(value, dict):
+        return value
+    return {str(key): without_tensors(inner, f"{path}/{key}") for key, inner in value.items()}
+
+
+def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
+    """The tensors of a nested state by their paths."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    if not isinstance(value, dict):
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for key, inner in value.items():
+        tensors |= tensors_of(inner, f"{path}/{key}")
+    return tensors
+
+
+def with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A nested state of what `without_tensors` and `tensors_of` made of it."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"tensor"}:
+        return tensors[value["tensor"]]
+    return {key: with_tensors(inner, tensors) for key, inner in value.items()}
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: those that share memory, as bitsandbytes' maps do, are
+    copied."""
+    seen: set[int] = set()
+    copies: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        copies[name] = (tensor.clone() if memory in seen else tensor).cpu().contiguous()
+        seen.add(memory)
+    return copies

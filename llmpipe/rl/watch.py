@@ -1,0 +1,124 @@
+"""What is worth watching while a policy learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmpipe.errors import NUMERIC, Say, UserError
+from llmpipe.rl.experience import Measured
+
+Metrics = dict[str, float]  # by the name that metrics.jsonl has
+
+
+def not_finite(step: int, name: str, value: float) -> UserError:
+    """What stops a training before the optimizer sees it; `step`: updates that are done."""
+    return UserError(
+        f"step {step + 1}: {name} is {value}; stopped before the optimizer step",
+        "lower optim.learning_rate, or set optim.precision: fp32; "
+        "nothing was published, checkpoints are kept",
+        NUMERIC,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutSums:
+    """Sums over the episodes and tokens of a rollout: of this process, or of all."""
+
+    episodes: float
+    tokens: float
+    kl: float
+    """k1 estimates, whatever the penalty is made of."""
+    penalty: float
+    """KL estimates of the penalty, before its coefficient."""
+    entropy: float
+    scores: float
+    squared_scores: float
+    raw_scores: float
+    """With what `rollout.unfinished` adds, before they are normalized and clipped."""
+    ended: float
+    squared_errors: float
+    """Of the values."""
+    returns: float
+    squared_returns: float
+    rollout_difference: float
+
+    @classmethod
+    def of(
+        cls, measured: Measured, scores: Tensor, raw_scores: Tensor, kl: Tensor, returns: Tensor
+    ) -> RolloutSums:
+        """`scores` and `raw_scores` [episodes]; `kl`, of the penalty, and `returns` [episodes,
+        tokens]."""
+        mask = measured.mask
+        return cls(
+            episodes=len(measured.episodes),
+            tokens=float(mask.sum()),
+            kl=float(((measured.log_probs - measured.reference) * mask).sum()),
+            penalty=float(kl.sum()),
+            entropy=float(measured.entropies.sum()),
+            scores=float(scores.sum()),
+            squared_scores=float((scores.double() ** 2).sum()),
+            raw_scores=float(raw_scores.sum()),
+            ended=float(measured.ended.sum()),
+            squared_errors=float(((returns - measured.values) ** 2 * mask).sum()),
+            returns=float((returns * mask).sum()),
+            squared_returns=float((returns.double() ** 2 * mask).sum()),
+            rollout_difference=measured.rollout_difference,
+        )
+
+    def metrics(self, coefficient: float) -> Metrics:
+        """Means over episodes and tokens; `coefficient`: of the KL penalty."""
+        score = self.scores / self.episodes
+        variance = self.squared_scores / self.episodes - score**2
+        penalty = coefficient * (self.penalty / self.episodes)
+        return {
+            "objective/scores": score,
+            "objective/scores_std": math.sqrt(max(variance, 0)),
+            "objective/kl": self.kl / self.episodes,
+            "objective/entropy": self.entropy / self.tokens,
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": self.raw_scores / self.episodes - penalty,
+            "val/explained_variance": self._explained_variance(),
+            "val/rollout_difference": self.rollout_difference / self.tokens,
+            "answers/tokens": self.tokens / self.episodes,
+            "answers/ended": self.ended / self.episodes,
+        }
+
+    def _explained_variance(self) -> float:
+        """1 - the values' mean squared error by the returns' variance."""
+        variance = self.squared_returns / self.tokens - (self.returns / self.tokens) ** 2
+        return 1 - self.squared_errors / self.tokens / variance if variance > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """Of a policy that games its reward."""
+
+    name: str
+    metric: str
+    shown: bool
+
+
+def warn(line: Metrics, first: Metrics, target: float | None, warned: list[str], say: Say) -> None:
+    """Say once what looks like a policy that games its reward (Gao 2022; Stiennon 2020, section
+    4.3), and add it to `warned`.
+
+    `first`: the metrics of the first update; `target`: nats per answer that the recipe steers to.
+    """
+    tokens, entropy = "answers/tokens", "objective/entropy"
+    signs = [
+        _Sign("KL ran away", "objective/kl", line["objective/kl"] > 4 * (target or 12.5)),
+        _Sign("answers grow", tokens, line[tokens] > 2 * first[tokens] + 8),
+        _Sign("answers shrink", tokens, line[tokens] < 0.4 * first[tokens] - 1),
+        _Sign("entropy collapsed", entropy, line[entropy] < 0.1 * first[entropy]),
+    ]
+    for sign in signs:
+        if sign.shown and sign.name not in warned:
+            warned.append(sign.name)
+            before, now = first[sign.metric], line[sign.metric]
+            say(
+                f"warning: {sign.name}: {sign.metric} {before:.2f} at first, {now:.2f} now; read "
+                "rollouts.jsonl, raise reference.coefficient, or lower optim.learning_rate"
+            )
