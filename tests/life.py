@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from llmpipe.errors import Stopped, UserError
-from llmpipe.files import read_json, table
+from llmpipe.files import table
 from llmpipe.front import launch
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.outcome import Outcome
 from llmpipe.run.signals import Signals
 
 ROOT = Path(__file__).parent.parent
@@ -76,9 +77,9 @@ def start_here(action, artifact, recipe, *, inexact, debug):
     signals = Signals()
     if multiprocessing.parent_process() is not None:  # a trial: signals reach it
         signals.install()
-    (artifact.path / "outcome.json").unlink(missing_ok=True)
+    Outcome.clear(artifact)
     status = guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact))
-    launch.finish(read_json(artifact.path / "outcome.json"), status, artifact)
+    launch.finish(Outcome.read(artifact), status, artifact)
 
 
 def command(path: Path, sets=(), **options) -> Artifact:

@@ -1,7 +1,7 @@
-"""`llmpipe chat`: talk to a model, or to two side by side, with the template and stop tokens they were trained with.
+"""`llmpipe chat`: talk to a model, or to two side by side, with their own templates.
 
-One model streams its answer; two answer one after the other and are shown in columns. Piped input is one turn a line,
-and only answers are printed then.
+One model streams its answer; two answer one after the other and are shown in columns. Piped input
+is one turn a line, and only answers are printed then.
 """
 
 from __future__ import annotations
@@ -14,22 +14,28 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from llmpipe.errors import UserError
+from llmpipe.errors import Say, UserError
+from llmpipe.front.worker import convert_one
 from llmpipe.models.generate import Sampling, generate, render
 from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs
+from llmpipe.run.reference import Model, model_folder
 
-HELP = "/system TEXT  set the system turn   /reset  start over   /save FILE  write the conversation   /quit"
+HELP = (
+    "/system TEXT  set the system turn   /reset  start over   "
+    "/save FILE  write the conversation   /quit"
+)
 
 
-class _Stream(TextStreamer):
+class _Stream(TextStreamer):  # type: ignore[misc]  # transformers is not read by the type checker
     """Prints words as they come."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -41,57 +47,75 @@ class Voice:
     """One model and its side of the conversation."""
 
     label: str
-    model: Any
-    tokenizer: Any
-    kwargs: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template_kwargs: dict[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def reply(self, sampling: Sampling, stream: bool) -> str:
         """Answer the last turn, and keep the answer. Ctrl-C leaves the turn unanswered."""
-        text = render(self.tokenizer, {"messages": self.turns}, self.kwargs)
-        ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
-        streamer = (
-            _Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        )
-        said = generate(self.model, self.tokenizer, [ids], sampling, streamer)[0].text
-        self.turns.append({"role": "assistant", "content": said})
-        return said
+        tokenizer = self.tokenizer
+        text = render(tokenizer, {"messages": self.turns}, self.template_kwargs)
+        # a template writes the special tokens itself
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        streamer = None
+        if stream:
+            streamer = _Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (response,) = generate(self.model, tokenizer, [ids], sampling, streamer)
+        answer: str = response.text
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
 
 
 def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
+    """`folder`: of a model, or of an adapter on `base`."""
     tokenizer = load_tokenizer(folder)
     model = load_any(folder, base, tokenizer, bf16=has_bf16())
     return Voice(label, model, tokenizer, template_kwargs(folder))
 
 
+def open_voices(labels: list[str], models: list[Model], say: Say) -> list[Voice]:
+    """Load models of any kind; what has to be converted first is not kept."""
+    voices = []
+    with TemporaryDirectory() as converted:
+        for label, model in zip(labels, models, strict=True):
+            folder = convert_one(model, Path(converted), say)
+            base = None
+            if model.base and model.is_adapter:
+                base = model_folder(model.base, Path(converted))
+            voices.append(open_voice(label, folder, base))
+    return voices
+
+
 def chat(voices: list[Voice], sampling: Sampling, seed: int) -> None:
     """Read turns from standard input until it ends."""
     torch.manual_seed(seed)
-    talking = sys.stdin.isatty()
-    if talking:
-        print(f"{' | '.join(voice.label for voice in voices)}\n{HELP}")
-    for line in _lines(talking):
-        word, _, rest = line.partition(" ")
-        if word == "/quit":
+    typed = sys.stdin.isatty()
+    if typed:
+        print(" | ".join(voice.label for voice in voices))
+        print(HELP)
+    for line in _lines("> " if typed else ""):
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
             return
-        if word == "/reset":
+        if command == "/reset":
             for voice in voices:
                 voice.turns = [turn for turn in voice.turns if turn["role"] == "system"]
-        elif word == "/system":
+        elif command == "/system":
             for voice in voices:
-                voice.turns = [{"role": "system", "content": rest}] if rest else []
-        elif word == "/save":
-            save(voices, Path(rest.strip() or "chat.jsonl"))
-        elif word.startswith("/"):
+                voice.turns = [{"role": "system", "content": argument}] if argument else []
+        elif command == "/save":
+            save(voices, Path(argument.strip() or "chat.jsonl"))
+        elif command.startswith("/"):
             print(HELP)
         else:
-            converse(voices, line, sampling, talking)
+            converse(voices, line, sampling)
 
 
-def _lines(talking: bool) -> Iterator[str]:
+def _lines(prompt: str) -> Iterator[str]:
     while True:
         try:
-            line = input("> " if talking else "").strip()
+            line = input(prompt).strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -101,37 +125,41 @@ def _lines(talking: bool) -> Iterator[str]:
             yield line
 
 
-def converse(voices: list[Voice], line: str, sampling: Sampling, talking: bool) -> None:
+def converse(voices: list[Voice], line: str, sampling: Sampling) -> None:
     """One turn of the user's and its answers; an interrupted turn is taken back."""
     before = [list(voice.turns) for voice in voices]
     for voice in voices:
         voice.turns.append({"role": "user", "content": line})
     try:
-        said = [voice.reply(sampling, stream=len(voices) == 1) for voice in voices]
+        responses = [voice.reply(sampling, stream=len(voices) == 1) for voice in voices]
     except (KeyboardInterrupt, UserError) as stop:
         for voice, turns in zip(voices, before, strict=True):
             voice.turns = turns
-        print(
-            f"\n({stop.message if isinstance(stop, UserError) else 'stopped'}; the turn is taken back)"
-        )
+        reason = stop.message if isinstance(stop, UserError) else "stopped"
+        print(f"\n({reason}; the turn is taken back)")
         return
     if len(voices) > 1:
-        print(
-            columns(
-                [voice.label for voice in voices], said, shutil.get_terminal_size((100, 24)).columns
-            )
-        )
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(columns([voice.label for voice in voices], responses, width))
 
 
 def columns(labels: list[str], texts: list[str], width: int) -> str:
     """Texts side by side, each in its share of `width` characters."""
-    each = max(20, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [
-        [label, *(part for line in text.split("\n") for part in textwrap.wrap(line, each) or [""])]
-        for label, text in zip(labels, texts, strict=True)
-    ]
-    rows = itertools.zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+    separators = 3 * (len(texts) - 1)
+    share = max(20, (width - separators) // len(texts))
+    cells = [[label, *_wrapped(text, share)] for label, text in zip(labels, texts, strict=True)]
+    lines = []
+    for row in itertools.zip_longest(*cells, fillvalue=""):
+        lines.append(" | ".join(cell.ljust(share) for cell in row).rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters; empty ones stay."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(paragraph, width) or [""]
+    return lines
 
 
 def save(voices: list[Voice], path: Path) -> None:
@@ -139,10 +167,8 @@ def save(voices: list[Voice], path: Path) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
             for voice in voices:
-                file.write(
-                    json.dumps({"messages": voice.turns, "model": voice.label}, ensure_ascii=False)
-                    + "\n"
-                )
+                row = {"messages": voice.turns, "model": voice.label}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(f"saved to {path}")
     except OSError as error:
         print(f"{path}: cannot be written: {error.strerror}")

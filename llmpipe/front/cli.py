@@ -1,6 +1,7 @@
 """The front door: commands, what is printed, and the exit code.
 
-Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports what it needs.
+Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports
+what it needs.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import json
 import os
 import sys
 import traceback
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-os.environ.setdefault(
-    "PYDANTIC_DISABLE_PLUGINS", "__all__"
-)  # typer imports pydantic; looking for its plugins takes longer than help
+# typer imports pydantic; looking for its plugins takes longer than help
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
@@ -26,7 +25,6 @@ from llmpipe.stages import STAGES
 
 if TYPE_CHECKING:
     from llmpipe.recipe.sections import Recipe
-    from llmpipe.run.artifact import Artifact
 
 app = typer.Typer(
     add_completion=False,
@@ -65,6 +63,7 @@ def say(line: str) -> None:
 
 
 def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> Recipe:
+    """The recipe of stage `name`: a file, or recipes/NAME.yaml where none is named."""
     from llmpipe.recipe.check import load
     from llmpipe.stages import schema
 
@@ -74,7 +73,15 @@ def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] |
             hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
             raise UserError(f"no recipe named, and there is no {path} here", hint)
         say(f"no recipe named: using {path}")
-    return load(path, schema(name), [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])])
+    return load(path, schema(name), overrides(sets, run))
+
+
+def overrides(sets: list[str] | None, run: str | None) -> list[str]:
+    """What was given with `--set` and `--run`, as KEY=VALUE."""
+    given = list(sets or [])
+    if run:
+        given.append(f"run={json.dumps(run)}")
+    return given
 
 
 def make(
@@ -85,80 +92,18 @@ def make(
     debug: bool = False,
     only_prepare: bool = False,
 ) -> None:
-    """Plan and make one artifact; the parent's side of `launch`."""
-    from llmpipe.front.launch import give_word, start, wait_for_word
-    from llmpipe.recipe.sections import Training
-    from llmpipe.run.artifact import Artifact
-    from llmpipe.run.lock import Lock
-    from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count, rank
-    from llmpipe.run.plan import decide, plan_of
-    from llmpipe.run.reference import parents_of
-    from llmpipe.stages import stage
+    """Make one artifact, alone or as one of an outside launcher's processes."""
+    from llmpipe.front.session import Session
+    from llmpipe.run.machine import outside
 
     gc.enable()
-    artifact = Artifact(Path(recipe.run) / recipe.artifact)
-    if outside() and rank() > 0:
-        if wait_for_word(artifact) == "train":
-            train_here(artifact, inexact, debug)
-        return
-    module = stage(recipe.stage)
-    with ExitStack() as locks:
-        # a parent that is being made is busy; one that is read cannot be moved aside meanwhile
-        for lock in (
-            Lock(artifact),
-            *(Lock(p, shared=True) for p in parents_of(recipe, artifact.run)),
-        ):
-            locks.enter_context(lock.acquire())
-        Lock(
-            artifact, "write"
-        ).acquire().release()  # a worker whose parent was killed may still be at work
-        if fresh:
-            plan_of(recipe, artifact.run, module.ACCEPTS)  # refuse first
-            if aside := artifact.move_aside():
-                say(f"{artifact.path}: moved to {aside}")
-        decision = decide(artifact, recipe, module.ACCEPTS, module.PROGRESS)
-        say(f"{artifact.path}: {decision.action}: {decision.why}")
-        if decision.action != "skip":
-            from llmpipe.front.worker import write_plan
+    session = Session(recipe, say, fresh, inexact, debug, only_prepare)
+    if outside():
+        from llmpipe.front.outside import make_together
 
-            if isinstance(recipe, Training):  # refuse what does not divide before any work
-                micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
-            if decision.action == "run":
-                (artifact.path / "samples.jsonl").unlink(missing_ok=True)
-            write_plan(artifact, recipe, decision.plan)
-            if any(model.converts for model in decision.plan.models.values()):
-                start("convert", artifact, recipe, inexact=inexact, debug=debug)
-            start("prepare", artifact, recipe, inexact=inexact, debug=debug)
-        if outside():
-            (artifact.path / "outcome.json").unlink(missing_ok=True)
-            trains = decision.action != "skip" and not only_prepare and isinstance(recipe, Training)
-            give_word(artifact, "train" if trains else "skip")
-        if only_prepare:
-            return
-        if decision.action != "skip" and outside() and isinstance(recipe, Training):
-            train_here(artifact, inexact, debug)
-        elif decision.action != "skip":
-            start("train", artifact, recipe, inexact=inexact, debug=debug)
-        if judge := getattr(module, "judge", None):
-            judge(recipe, artifact, say)
-
-
-def train_here(artifact: Artifact, inexact: bool, debug: bool) -> None:
-    """Train in this process: an outside launcher made it one of several."""
-    from llmpipe.files import read_json
-    from llmpipe.front.launch import environment_for, finish
-    from llmpipe.front.worker import act, guarded
-    from llmpipe.run.signals import Signals, die_with_parent
-
-    die_with_parent()
-    signals = Signals().install()
-    os.environ |= {k: v for k, v in environment_for("train", 1).items() if k != "OMP_NUM_THREADS"}
-    code = guarded(artifact, lambda: act("train", artifact, signals, inexact=inexact), debug)
-    if code:
-        outcome = read_json(artifact.path / "outcome.json")
-        if not outcome or outcome["code"] != code:  # another rank's
-            outcome = {"code": code, "message": "stopped; see what rank 0 says"}
-        finish(outcome, code, artifact)
+        make_together(session)
+    else:
+        session.make()
 
 
 def _add_stage(name: str, story: str) -> None:
@@ -188,13 +133,12 @@ def run_pipeline(
     inexact_resume: InexactOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is resumed."""
+    """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is
+    resumed."""
     from llmpipe.recipe.check import load_pipeline
     from llmpipe.stages import schema
 
-    recipes = load_pipeline(
-        pipeline, schema, [*(sets or []), *([f"run={json.dumps(run)}"] if run else [])]
-    )
+    recipes = load_pipeline(pipeline, schema, overrides(sets, run))
     for i, recipe in enumerate(recipes, 1):
         say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {Path(recipe.run) / recipe.artifact}")
         make(recipe, fresh=fresh, inexact=inexact_resume, debug=debug)
@@ -263,25 +207,20 @@ def chat(
     if len(models) > 2:
         raise UserError("chat takes one model, or two side by side")
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from tempfile import TemporaryDirectory
+    from llmpipe.run.reference import resolve
 
-    from llmpipe.front.worker import convert_one
-    from llmpipe.run.reference import model_folder, resolve
+    # a folder needs no ./ here
+    named = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
+    resolved = [resolve(name, "chat", Path(), ("model", "adapter")) for name in named]
 
-    here = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
-    records = [resolve(name, "chat", Path(), ("model", "adapter")) for name in here]
-    with TemporaryDirectory() as scratch:
-        from llmpipe import upstream
+    from llmpipe import upstream
 
-        upstream.silence()
-        from llmpipe.front import chat as conversation
+    upstream.silence()
+    from llmpipe.front import chat as conversation
+    from llmpipe.models.generate import Sampling
 
-        voices = []
-        for name, record in zip(models, records, strict=True):
-            folder = convert_one(record, Path(scratch), say)
-            base = model_folder(record.base, Path(scratch)) if record.is_adapter else None
-            voices.append(conversation.open_voice(name, folder, base))
-    conversation.chat(voices, conversation.Sampling(max_new_tokens, temperature), seed)
+    voices = conversation.open_voices(models, resolved, say)
+    conversation.chat(voices, Sampling(max_new_tokens, temperature), seed)
 
 
 @app.command("schema")
@@ -311,7 +250,8 @@ def init(
 
 def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
-    gc.disable()  # collections during the imports take a tenth of the front door's time; `make` turns them on again
+    # collections during the imports take a tenth of the front door's time; `make` turns them on
+    gc.disable()
     if "--version" in sys.argv[1:2]:
         print(f"llmpipe {__version__}")
         sys.exit(DONE)
@@ -320,11 +260,9 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(
-            f"error: {error}" if "\n" not in error.message else str(error),
-            file=sys.stderr,
-            flush=True,
-        )
+        # several problems stand on lines of their own, each with its file
+        start = "" if "\n" in error.message else "error: "
+        print(f"{start}{error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     except Stopped as stop:
         print(f"{stop.message}; the same command goes on from there", file=sys.stderr, flush=True)
@@ -334,7 +272,8 @@ def main() -> None:
         sys.exit(SIGINT)
     except typer.Abort:
         sys.exit(SIGINT)
-    except Exception as error:  # click's own usage errors print themselves; anything else is a bug and shows as one
+    except Exception as error:
+        # click's own usage errors print themselves; anything else is a bug and shows as one
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
         error.show()

@@ -10,6 +10,7 @@ from typing import Any
 from llmpipe.errors import UserError
 from llmpipe.files import read_json
 from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.run.outcome import Outcome
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -70,10 +71,10 @@ def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
         except UserError as error:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
     steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
-    outcome = read_json(artifact.path / "outcome.json")
-    message = outcome.get("message") if isinstance(outcome, dict) else None
     at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
-    return f"not finished, {at}" + (f"; last ended with: {message}" if message else ""), None
+    outcome = Outcome.read(artifact)
+    end = f"; last ended with: {outcome.message}" if outcome and outcome.message else ""
+    return f"not finished, {at}{end}", None
 
 
 def measurements(results: dict[str, Any]) -> list[str]:

@@ -1,0 +1,107 @@
+"""One artifact, from the command to the end: locks, plan, prepare, train, judge.
+
+`Session.make` is the ordinary driver, which starts a process for each step that works. Where an
+outside launcher started this very command several times, `llmpipe.front.outside` drives the same
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmpipe.errors import Say
+from llmpipe.front import launch
+from llmpipe.front.worker import write_plan
+from llmpipe.recipe.sections import Recipe, Training
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.lock import Lock
+from llmpipe.run.machine import gpus, micro_batch_size, process_count
+from llmpipe.run.plan import Decision, decide, plan_of
+from llmpipe.run.reference import parents_of
+from llmpipe.stages import Judging, Stage, stage
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is asked for, and the steps towards it; a driver says in which order."""
+
+    recipe: Recipe
+    say: Say
+    fresh: bool = False
+    """Move an artifact that lies there aside and start anew."""
+    inexact: bool = False
+    """Resume although processes, micro-batch or threads changed."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    only_prepare: bool = False
+    """End when the rows are prepared."""
+
+    @property
+    def artifact(self) -> Artifact:
+        return Artifact(Path(self.recipe.run) / self.recipe.artifact)
+
+    @property
+    def stage(self) -> Stage:
+        return stage(self.recipe.stage)
+
+    def make(self) -> None:
+        """Raises what the command ends with: UserError or Stopped."""
+        with self.locked():
+            decision = self.plan()
+            if decision.action != "skip":
+                self.prepare(decision)
+            if self.only_prepare:
+                return
+            if decision.action != "skip":
+                self.start("train")
+            self.judge()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the artifact, and its parents shared. Raises UserError (75) where one is busy.
+
+        A parent that is being made is busy; one that is read cannot be moved aside meanwhile.
+        """
+        parents = parents_of(self.recipe, self.artifact.run)
+        with ExitStack() as locks:
+            locks.enter_context(Lock(self.artifact).acquire())
+            for parent in parents:
+                locks.enter_context(Lock(parent, shared=True).acquire())
+            # a worker whose parent was killed may still be at work
+            Lock(self.artifact, "write").acquire().release()
+            yield
+
+    def plan(self) -> Decision:
+        """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""
+        recipe, artifact, accepts = self.recipe, self.artifact, self.stage.ACCEPTS
+        if self.fresh:
+            plan_of(recipe, artifact.run, accepts)  # refuse first
+            if aside := artifact.move_aside():
+                self.say(f"{artifact.path}: moved to {aside}")
+        decision = decide(artifact, recipe, accepts, self.stage.PROGRESS)
+        self.say(f"{artifact.path}: {decision.action}: {decision.why}")
+        return decision
+
+    def prepare(self, decision: Decision) -> None:
+        """Write the plan down, make models readable that are not, and rows into tokens."""
+        recipe, artifact = self.recipe, self.artifact
+        if isinstance(recipe, Training):  # refuse what does not divide before any work
+            micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
+        if decision.action == "run":
+            (artifact.path / "samples.jsonl").unlink(missing_ok=True)
+        write_plan(artifact, recipe, decision.plan)
+        if any(model.converts for model in decision.plan.models.values()):
+            self.start("convert")
+        self.start("prepare")
+
+    def start(self, action: launch.Action) -> None:
+        """Run a worker to its end."""
+        launch.start(action, self.artifact, self.recipe, inexact=self.inexact, debug=self.debug)
+
+    def judge(self) -> None:
+        """Hold what was made against the recipe's conditions, where the stage has such."""
+        if isinstance(self.stage, Judging):
+            self.stage.judge(self.recipe, self.artifact, self.say)
