@@ -11,9 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 
@@ -69,19 +67,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
-class Record(BaseModel):
-    """A JSON file with known fields."""
+def __getattr__(name: str) -> Any:
+    """For those who still import `Record` from here."""
+    if name == "Record":
+        from llmpipe.record import Record
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self | None:
-        """The record in a file, or None when the file is absent or not whole."""
-        values = read_json(path)
-        return None if values is None else cls.model_validate(values)
-
-    def to_file(self, path: Path) -> None:
-        write_json(path, self.model_dump(exclude_unset=True))
+        return Record
+    raise AttributeError(name)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ FLOORS = [
     {"__init__"},
     {"errors"},
     {"files", "recipe"},
+    {"record"},
     {"data"},
     {"run"},
     {"kernels", "parallel", "report", "upstream"},

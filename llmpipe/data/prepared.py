@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmpipe.files import Record
+from llmpipe.record import Record
 
 
 class FileRows(Record):

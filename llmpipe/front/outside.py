@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from llmpipe.errors import DONE
-from llmpipe.files import Record
 from llmpipe.front.launch import finish, library_environment
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, guarded
 from llmpipe.recipe.sections import Training
+from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import rank
 from llmpipe.run.outcome import Outcome

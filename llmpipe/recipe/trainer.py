@@ -98,7 +98,7 @@ OWNED: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The configuration class of a library's trainer, and which of its fields llmpipe sets itself."""
+    """The configuration class of a library's trainer, and which fields llmpipe sets itself."""
 
     package: str
     module: str

@@ -1,4 +1,8 @@
-"""The language of recipes: YAML, stricter, with the line of every value."""
+"""The language of recipes: YAML, stricter, with the line of every value.
+
+There are no anchors, tags or duplicate keys, and scalars are read as YAML 1.2 does, so `1e-5` is a
+number and `no` is a string.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,10 @@ from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Recipe
 
 Loc = tuple[str | int, ...]
+"""The path of a value: keys, and places in lists."""
 
-Where = dict[Loc, str]  # path of a value -> "file:line"
+Where = dict[Loc, str]
+"""Path of a value -> "file:line"."""
 
 _NULL = re.compile(r"~|null|Null|NULL|")
 
@@ -25,7 +31,102 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?
 
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
+_DIGITS = 100  # a longer integer is read as a float
+
 _DEPTH = 30  # deeper nesting is no recipe
+
+_REFUSED: dict[type[yaml.Token], str] = {
+    yaml.AnchorToken: "anchors (&name) are not used in recipes; write the value out",
+    yaml.AliasToken: "aliases (*name) are not used in recipes; write the value out, or quote it",
+    yaml.TagToken: "tags (!name) are not used in recipes; quote the value if it starts with '!'",
+}
+
+
+def read(path: Path) -> tuple[Any, Where]:
+    """Read a recipe file; the values and the line of each."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        hint = "`llmpipe init DIR` writes one to start from"
+        raise UserError(f"{path}: no such recipe", hint) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:1: cannot be read: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}:1: cannot be read: {error.strerror}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str) -> tuple[Any, Where]:
+    """YAML text -> plain values and the line of each. Raises UserError naming `name:line`."""
+    try:
+        _refuse_tokens(text, name)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        context = f" ({error.context})" if error.context else ""
+        raise UserError(f"{name}:{line}: not valid YAML: {error.problem}{context}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow
+        line = text[: getattr(error, "position", 0)].count("\n") + 1
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{name}:{line}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{name}:1: nested too deeply") from None
+    if node is None:
+        hint = "`llmpipe init DIR` writes a recipe to start from"
+        raise UserError(f"{name}:1: the file is empty", hint)
+    reader = _Reader(name)
+    values = reader.plain(node, ())
+    if reader.problems:
+        raise UserError("\n".join(reader.problems))
+    return values, reader.where
+
+
+def _refuse_tokens(text: str, name: str) -> None:
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if reason := _REFUSED.get(type(token)):
+            raise UserError(f"{name}:{token.start_mark.line + 1}: {reason}")
+
+
+class _Reader:
+    """Plain values of YAML nodes, and where each of them stands."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.where: Where = {}
+        self.problems: list[str] = []
+
+    def plain(self, node: yaml.Node, loc: Loc) -> Any:
+        self.where[loc] = self.line_of(node)
+        if len(loc) > _DEPTH:
+            raise UserError(f"{self.where[loc]}: nested too deeply")
+        if isinstance(node, yaml.ScalarNode):
+            quoted = node.style is not None
+            return node.value if quoted else _scalar(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(item, (*loc, i)) for i, item in enumerate(node.value)]
+        return self.mapping(node, loc)
+
+    def mapping(self, node: yaml.Node, loc: Loc) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = self.line_of(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{line}: a key must be a plain word")
+                continue
+            key = key_node.value
+            path = (*loc, key)
+            if key in values:
+                first = self.where[path].rpartition(":")[2]
+                problem = f"{dotted(path)}: given twice; the first is on line {first}"
+                self.problems.append(f"{line}: {problem}")
+                continue
+            values[key] = self.plain(value_node, path)
+            self.where[path] = line
+        return values
+
+    def line_of(self, node: yaml.Node) -> str:
+        return f"{self.name}:{node.start_mark.line + 1}"
 
 
 def _scalar(text: str) -> Any:
@@ -33,7 +134,7 @@ def _scalar(text: str) -> Any:
         return None
     if _BOOL.fullmatch(text):
         return text.lower() == "true"
-    if _INT.fullmatch(text) and len(text) < 100:
+    if _INT.fullmatch(text) and len(text) < _DIGITS:
         return int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
@@ -42,122 +143,45 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _plain(node: yaml.Node, name: str, loc: Loc, where: Where, problems: list[str]) -> Any:
-    where[loc] = at = f"{name}:{node.start_mark.line + 1}"
-    if len(loc) > _DEPTH:
-        raise UserError(f"{at}: nested too deeply")
-    if isinstance(node, yaml.ScalarNode):
-        return _scalar(node.value) if node.style is None else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, name, (*loc, i), where, problems) for i, item in enumerate(node.value)]
-    out: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key_at = f"{name}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{key_at}: a key must be a plain word")
-            continue
-        key = key_node.value
-        if key in out:
-            problems.append(
-                f"{key_at}: {_dotted((*loc, key))}: given twice; the first is on line "
-                f"{where[(*loc, key)].rpartition(':')[2]}"
-            )
-            continue
-        out[key] = _plain(value_node, name, (*loc, key), where, problems)
-        where[(*loc, key)] = key_at
-    return out
-
-
-def parse(text: str, name: str) -> tuple[Any, Where]:
-    """YAML text -> plain values and the line of each. Raises UserError naming `name:line`."""
-    try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            what = {
-                yaml.AnchorToken: "anchors (&name) are not used in recipes; write the value out",
-                yaml.AliasToken: "aliases (*name) are not used in recipes; write the value out, or quote it",
-                yaml.TagToken: "tags (!name) are not used in recipes; quote the value if it starts with '!'",
-            }.get(type(token))
-            if what:
-                raise UserError(f"{name}:{token.start_mark.line + 1}: {what}")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        context = f" ({error.context})" if error.context else ""
-        raise UserError(
-            f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}{context}"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        line = text[: getattr(error, "position", 0)].count("\n") + 1
-        raise UserError(
-            f"{name}:{line}: not valid YAML: {getattr(error, 'reason', error)}"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{name}:1: nested too deeply") from None
-    if node is None:
-        raise UserError(
-            f"{name}:1: the file is empty", "`llmpipe init DIR` writes a recipe to start from"
-        )
-    where: Where = {}
-    problems: list[str] = []
-    values = _plain(node, name, (), where, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    return values, where
-
-
-def read(path: Path) -> tuple[Any, Where]:
-    """Read a recipe file; the values and the line of each."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such recipe", "`llmpipe init DIR` writes one to start from"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"{path}:1: cannot be read: {reason}") from None
-    return parse(text, str(path))
-
-
-def apply_sets(values: dict, where: Where, sets: list[str]) -> None:
-    """Apply `--set key.sub=value` in place; the value is YAML, a number in the path indexes a list."""
+def apply_sets(values: dict[str, Any], where: Where, sets: list[str]) -> None:
+    """Apply each `--set key.sub=value` in place; the value is YAML."""
     for item in sets:
+        source = f"--set {item}"
         key, equals, text = item.partition("=")
-        at = f"--set {item}"
         if not equals or not key:
-            raise UserError(f"{at}: expected key.sub=value")
-        value, _ = parse(text, at) if text.strip() else (None, {})
-        loc: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
-        target: Any = values
-        for depth, part in enumerate(loc[:-1]):
-            if isinstance(target, list) and isinstance(part, int) and part < len(target):
-                target = target[part]
-            elif isinstance(target, dict) and isinstance(part, str):
-                if target.get(part) is None:
-                    target[part] = {}
-                target = target[part]
-            else:
-                raise UserError(
-                    f"{at}: there is no {'.'.join(map(str, loc[: depth + 1]))} in the recipe"
-                )
-        last = loc[-1]
-        if isinstance(target, list) and isinstance(last, int) and last < len(target):
-            target[last] = value
-        elif isinstance(target, dict) and isinstance(last, str):
-            target[last] = value
-        else:
-            raise UserError(f"{at}: there is no {key} in the recipe")
-        for known in [k for k in where if k[: len(loc)] == tuple(loc)]:
-            del where[known]
-        where[tuple(loc)] = at
+            raise UserError(f"{source}: expected key.sub=value")
+        value = parse(text, source)[0] if text.strip() else None
+        # a number in the path is a place in a list
+        loc: Loc = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        _put(values, loc, value, source)
+        for old in [known for known in where if known[: len(loc)] == loc]:
+            del where[old]
+        where[loc] = source
 
 
-def _dotted(loc: Loc) -> str:
+def _put(values: dict[str, Any], loc: Loc, value: Any, source: str) -> None:
+    """Set the value at a path; mappings on the way are made, places in a list are not."""
+    target: Any = values
+    for depth, part in enumerate(loc, 1):
+        last = depth == len(loc)
+        listed = isinstance(target, list) and isinstance(part, int) and part < len(target)
+        keyed = isinstance(target, dict) and isinstance(part, str)
+        if not listed and not keyed:
+            path = ".".join(map(str, loc[:depth]))
+            raise UserError(f"{source}: there is no {path} in the recipe")
+        if last:
+            target[part] = value
+        elif keyed and target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+
+
+def dotted(loc: Loc) -> str:
+    """A path as a person writes it: `data.train.0.path`."""
     return ".".join(str(part) if str(part).isprintable() else repr(part) for part in loc)
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every default written out."""
-    return yaml.safe_dump(
-        recipe.model_dump(by_alias=True), sort_keys=False, allow_unicode=True, width=100
-    )
+    values = recipe.model_dump(by_alias=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from llmpipe.errors import Say, UserError, near
 
 if TYPE_CHECKING:
-    from llmpipe.files import Record
     from llmpipe.recipe.sections import Recipe
+    from llmpipe.record import Record
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.job import Job
     from llmpipe.run.manifest import Made

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.errors import NUMERIC, UserError, near
-from llmpipe.files import Record, digest, read_json, write_json
+from llmpipe.files import digest, read_json, write_json
 from llmpipe.recipe.sections import (
     Machine,
     Name,
@@ -27,6 +27,7 @@ from llmpipe.recipe.sections import (
     Section,
     cosmetic,
 )
+from llmpipe.record import Record
 from llmpipe.run.artifact import MANIFEST, Artifact
 from llmpipe.run.artifact import artifacts as artifacts_of
 from llmpipe.run.job import Job

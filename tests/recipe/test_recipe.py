@@ -89,11 +89,11 @@ def test_every_problem_at_once_with_its_line(tmp_path):
 
 def fields(model, prefix=""):
     """(dotted path of the section, field name) of every field of a recipe."""
-    from llmpipe.recipe.check import _models_in, fields_of
+    from llmpipe.recipe.check import fields_of, sections_in
 
     for name, field in fields_of(model).items():
         yield prefix, name
-        for inner in _models_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from fields(inner, f"{prefix}{name}.")
 
 
