@@ -1,11 +1,10 @@
-"""`python -m llmpipe`, and `accelerate launch llmpipe` from a checkout, which runs this folder as a script."""
+"""`python -m llmpipe`, and `accelerate launch llmpipe` from a checkout, which runs this folder."""
 
 import sys
 from pathlib import Path
 
-if (
-    not __package__
-):  # python put this folder itself on sys.path; its parent is what makes `llmpipe` importable
+# run as a script: python put this folder itself on sys.path; its parent makes `llmpipe` importable
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from llmpipe.front.cli import main

@@ -13,48 +13,60 @@ def gpus() -> int:
     """GPUs that a worker will see, counted without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
+        names = [name.strip() for name in visible.split(",")]
+        return len([name for name in names if name not in ("", "-1")])
     folder = Path("/proc/driver/nvidia/gpus")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def process_count(launch: Machine) -> int:
+    """Processes that train: as the outside launcher, the recipe or the number of GPUs has it."""
     if not isinstance(launch, Launch):
         return 1  # a stage that does not train
     if outside():
         return int(os.environ.get("WORLD_SIZE", "1"))
-    return launch.processes if isinstance(launch.processes, int) else max(1, gpus())
+    if isinstance(launch.processes, int):
+        return launch.processes
+    return max(1, gpus())
 
 
 def thread_count(launch: Machine, processes: int) -> int:
-    return (
-        launch.threads
-        if isinstance(launch.threads, int)
-        else max(1, len(os.sched_getaffinity(0)) // processes)
-    )
+    """CPU threads of each of so many processes."""
+    if isinstance(launch.threads, int):
+        return launch.threads
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // processes)
 
 
 def micro_batch_size(recipe: Training, processes: int, on_gpu: bool) -> int:
-    """Sequences per process and forward pass; raises UserError when `optim.batch_size` does not divide."""
-    total, launch = recipe.batch_size, recipe.launch
+    """Sequences per process and forward pass.
+
+    Raises UserError when `optim.batch_size` does not divide.
+    """
+    total = recipe.batch_size
     if total % processes:
         raise UserError(
             f"optim.batch_size ({total}) must be a multiple of launch.processes ({processes})",
             f"set optim.batch_size to {total - total % processes or processes}",
         )
     share = total // processes
-    if isinstance(launch.micro_batch_size, int):
-        if share % launch.micro_batch_size:
-            raise UserError(
-                f"optim.batch_size ({total}) must be a multiple of launch.micro_batch_size ({launch.micro_batch_size}) "
-                f"x launch.processes ({processes})",
-                "change one of them; accumulation makes up the rest",
-            )
-        return launch.micro_batch_size
-    most = max(
-        1 if recipe.packs else 4, full_pass(on_gpu) // recipe.longest
-    )  # unpacked rows are mostly short
-    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+    size = recipe.launch.micro_batch_size
+    if size == "auto":
+        return _fitting_micro_batch(recipe, share, on_gpu)
+    if share % size:
+        raise UserError(
+            f"optim.batch_size ({total}) must be a multiple of launch.micro_batch_size ({size}) "
+            f"x launch.processes ({processes})",
+            "change one of them; accumulation makes up the rest",
+        )
+    return size
+
+
+def _fitting_micro_batch(recipe: Training, share: int, on_gpu: bool) -> int:
+    """The largest divisor of a process's share whose tokens keep the hardware busy, and no more."""
+    least = 1 if recipe.packs else 4  # unpacked rows are mostly short
+    most = max(least, full_pass(on_gpu) // recipe.longest)
+    return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
 def full_pass(on_gpu: bool) -> int:
@@ -63,8 +75,10 @@ def full_pass(on_gpu: bool) -> int:
 
 
 def outside() -> bool:
-    """Whether accelerate or torchrun started this very command. RANK is unset with one process. Raises UserError where
-    the launcher would shard the model."""
+    """Whether accelerate or torchrun started this very command. RANK is unset with one process.
+
+    Raises UserError where the launcher would shard the model.
+    """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
             raise UserError(
@@ -75,4 +89,5 @@ def outside() -> bool:
 
 
 def rank() -> int:
+    """Which of the processes this is; 0 speaks for all."""
     return int(os.environ.get("RANK", "0"))
