@@ -67,15 +67,6 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def __getattr__(name: str) -> Any:
-    """For those who still import `Record` from here."""
-    if name == "Record":
-        from llmpipe.record import Record
-
-        return Record
-    raise AttributeError(name)
-
-
 def files_below(folder: Path) -> Iterator[Path]:
     """Every file below `folder`, sorted; a link is refused, since it could point outside."""
     for root, folders, names in os.walk(folder):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmpipe.data.sources import hub_key, identity_of
-from llmpipe.files import Record, digest
+from llmpipe.files import digest
 from llmpipe.recipe.sections import Recipe, is_local, science
+from llmpipe.record import Record
 
 Identity = dict[str, Any]  # of a model: the sha256 of its files, its fingerprint or its commit
 
