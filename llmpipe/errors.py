@@ -48,7 +48,7 @@ class Stopped(BaseException):
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like `word`; None where none is like it, on a scale from 0 to 1."""
+    """The known name most like `word`; None where none is, on a scale from 0 to 1."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 

@@ -1,11 +1,8 @@
-"""A recipe: one YAML file, closed, checked all at once, every problem with its line.
+"""The fields of a recipe: what each is called, what it may hold, and what it means.
 
-    recipe = load(Path("recipes/alpaca.yaml"), SFTRecipe, sets=["optim.learning_rate=1e-5"])
-
-Reading happens in two steps. `read` turns YAML into plain values plus a map from each value's path to its line; it is
-stricter than YAML (no anchors, tags or duplicate keys) and reads scalars as YAML 1.2 does, so `1e-5` is a number and
-`no` is a string. `validate` hands the values to pydantic and gives every complaint its `file:line` and, for an unknown
-name, the nearest known one. Nothing here imports more than pydantic and PyYAML.
+A section is closed and frozen; validators refuse, they never repair. A field is documented in the
+docstring under it, which `llmpipe schema` shows. What every stage shares is here; a stage adds its
+own in `llmpipe.stages`. Nothing here imports more than pydantic.
 """
 
 from __future__ import annotations
@@ -40,8 +37,10 @@ class Section(BaseModel):
         strict=True,
         validate_default=True,
         allow_inf_nan=False,
-        defer_build=True,  # a section is compiled when a recipe is validated, not when it is imported
-        # reading them out of the source takes a third of the front door's time, and only `schema` shows them
+        # a section is compiled when a recipe is validated, not when it is imported
+        defer_build=True,
+        # reading them out of the source takes a third of the front door's time, and only `schema`
+        # shows them
         use_attribute_docstrings=os.environ.get("LLMPIPE_DOCSTRINGS") == "1",
     )
 
@@ -185,7 +184,8 @@ class AdamW(Section):
     """The optimizer, and what every schedule has."""
 
     learning_rate: Annotated[float, Field(gt=0)]
-    """Peak learning rate. No single default is right: about 2e-5 for full fine-tuning, 2e-4 for LoRA."""
+    """Peak learning rate. No single default is right: about 2e-5 for full fine-tuning, 2e-4 for
+    LoRA."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data."""
     steps: Positive | None = None
@@ -203,11 +203,11 @@ class AdamW(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where the hardware has
-    it and fp32 elsewhere."""
+    """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where
+    the hardware has it and fp32 elsewhere."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to the CPU's memory when
-    a GPU is full (Dettmers 2023), and on a CPU means nothing."""
+    """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to
+    the CPU's memory when a GPU is full (Dettmers 2023), and on a CPU means nothing."""
 
     @abstractmethod
     def sequences(self, length: int) -> int:
@@ -238,19 +238,21 @@ class Adapter(Section):
     dora: bool = False
     """Learn the length of each weight column apart from its direction (Liu 2024)."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How the update begins; none changes what the model says at first. pissa (Meng 2024) and olora (Büyükakyüz 2024)
-    move a part of the frozen weights into it; what is published is an adapter of twice the rank for the weights as
-    they were."""
+    """How the update begins; none changes what the model says at first. pissa (Meng 2024) and olora
+    (Büyükakyüz 2024) move a part of the frozen weights into it; what is published is an adapter of
+    twice the rank for the weights as they were."""
     embeddings: Literal["new", "all", "none"] = "new"
     """Embeddings to train: those of tokens that were added, all, or none."""
     resume: Annotated[bool, Field(alias="continue")] = True
-    """Where `model:` is an adapter: train that one on; `false` merges it into its base and starts a new one."""
+    """Where `model:` is an adapter: train that one on; `false` merges it into its base and starts a
+    new one."""
     merge: bool = False
     """Publish the merged model too, as the artifact NAME-merged."""
 
     @property
     def rewrites(self) -> bool:
-        """Whether the frozen weights are others than the model's own while this adapter is trained."""
+        """Whether the frozen weights are others than the model's own while this adapter is
+        trained."""
         return self.init in ("pissa", "olora")
 
     @model_validator(mode="after")
@@ -273,7 +275,8 @@ class Quantization(Section):
 
 class Evaluation(Section):
     every: Positive | None = None
-    """Evaluate on the held-out rows every so many steps; without it only before the first and after the last."""
+    """Evaluate on the held-out rows every so many steps; without it only before the first and after
+    the last."""
     keep_best: bool = False
     """Publish the checkpoint with the lowest held-out loss instead of the last one."""
     patience: Positive | None = None
@@ -310,7 +313,8 @@ class Launch(Machine):
     processes: Positive | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or one on a CPU."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
-    """Sequences per process and forward pass; accumulation makes up the rest of `optim.batch_size`."""
+    """Sequences per process and forward pass; accumulation makes up the rest of
+    `optim.batch_size`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -326,12 +330,13 @@ def reference(text: str) -> str:
 
 Reference = Annotated[str, AfterValidator(reference)]
 
-_START = (
-    "What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), `./folder`, "
-    "`./file.gguf`,\n`artifact:NAME` of this run, or `artifact:NAME@STEP`."
-)
-
-Start = Annotated[Reference, Field(description=_START)]
+Start = Annotated[
+    Reference,
+    Field(
+        description="What to start from: a Hub id (`NAME@COMMIT` for one that is not the newest), "
+        "`./folder`, `./file.gguf`, `artifact:NAME` of this run, or `artifact:NAME@STEP`."
+    ),
+]
 
 
 class Recipe(Section):
@@ -346,7 +351,8 @@ class Recipe(Section):
     run: str = cosmetic(...)
     """Directory that holds the artifacts of one pipeline."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of everything that is drawn: the holdout, the order of the data, the training, sampled answers."""
+    """Seed of everything that is drawn: the holdout, the order of the data, the training, sampled
+    answers."""
     launch: Machine = cosmetic(default_factory=Machine)
     """The machine: never part of the result's identity."""
 
@@ -356,7 +362,8 @@ class Recipe(Section):
 
     @property
     def keeps_adapters(self) -> bool:
-        """Whether a model that is an adapter is used as base and adapter; otherwise it is merged first."""
+        """Whether a model that is an adapter is used as base and adapter; otherwise it is merged
+        first."""
         return True
 
     def references(self) -> dict[str, str]:
@@ -382,7 +389,8 @@ class Training(Recipe):
     optim: AdamW
     """The optimizer and its schedule; a stage says by what steps are counted."""
     adapter: Adapter | None = None
-    """Train a low-rank adapter on a frozen model instead of all weights; the artifact is the adapter."""
+    """Train a low-rank adapter on a frozen model instead of all weights; the artifact is the
+    adapter."""
     quantization: Quantization | None = None
     """Hold the frozen model in few bits; needs `adapter`."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -400,7 +408,8 @@ class Training(Recipe):
             raise ValueError("evaluation.keep_best and evaluation.patience need evaluation.every")
         if self.evaluation.every and not (self.data.eval.holdout or self.data.eval.sources):
             raise ValueError(
-                "evaluation.every needs rows to evaluate on: set data.eval.holdout or data.eval.sources"
+                "evaluation.every needs rows to evaluate on: "
+                "set data.eval.holdout or data.eval.sources"
             )
         adapter = self.adapter
         if self.quantization and not adapter:
@@ -456,7 +465,8 @@ class Hosted(Training):
     trainer_config: ClassVar[TrainerConfig]
 
     trainer: dict[str, Any] = {}
-    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by name."""
+    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by
+    name."""
 
 
 class Generating(Hosted):
@@ -486,7 +496,8 @@ LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf"
 
 
 def is_local(path: str) -> bool:
-    """Local paths start with ./, ../, / or ~, or end in a known suffix; everything else is a Hub id."""
+    """Local paths start with ./, ../, / or ~, or end in a known suffix; everything else is a Hub
+    id."""
     return (
         path.startswith(("./", "../", "/", "~"))
         or path in (".", "..")

@@ -33,7 +33,8 @@ CHECKPOINTS = "checkpoints/step-*"
 class Stage(Protocol):
     """What the module of a stage offers.
 
-    A stage knows its own classes of recipe and of prepared rows, which nobody else asks for; so `Any` stands for them.
+    A stage knows its own classes of recipe and of prepared rows, which nobody else asks for; so
+    `Any` stands for them.
     """
 
     Schema: type[Recipe]
@@ -56,7 +57,7 @@ class Stage(Protocol):
 
 @runtime_checkable
 class Judging(Protocol):
-    """A stage that holds what it made against conditions of the recipe, each time it is asked for."""
+    """A stage that holds what it made against the recipe's conditions, each time it is called."""
 
     def judge(self, recipe: Any, artifact: Artifact, say: Say) -> None:
         """Raises UserError (4) naming every condition that fails."""
