@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmpipe.files import Record, read_json
+from llmpipe.files import read_json
 from llmpipe.recipe.reinforcement import KL
+from llmpipe.record import Record
 from llmpipe.rl.learner import Learner
 from llmpipe.rl.policy_gradient import Coefficient, Moments
 from llmpipe.rl.watch import Metrics
