@@ -1,31 +1,54 @@
-"""Overrides of TRL and transformers internals that are not a trainer's methods (`training`, `preference`).
-`tests/test_upstream.py` fails when one of any of them moves.
+"""Overrides of TRL, transformers, PEFT and bitsandbytes internals that are not a trainer's methods
+(`training`). `tests/test_upstream.py` fails when one of any of them moves.
 
-On CPU an SFT step loses most of its time in two places, and both are mended by `speed_up` without changing the result:
+On CPU an SFT step loses most of its time in two places, and both are mended by `speed_up` without
+changing the result:
 
-- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the logits in a dozen
-  fp32 passes and multiplies the gradients in fp32. `LogProbs` scores only the positions that have a label, and its
-  forward pass leaves the gradients behind (the idea of Liger's fused cross-entropy, https://arxiv.org/abs/2410.10989);
-- attention: a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask, d1^2+d2^2+d3^2 document by document.
-  `documents_attention` does the latter.
+- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the
+  logits in a dozen fp32 passes and multiplies the gradients in fp32. `kernels.cpu.log_probs` scores
+  only the positions that have a label, and its forward pass leaves the gradients behind;
+- attention: a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask, and
+  d1^2+d2^2+d3^2 document by document, as `kernels.cpu.attend_documents` does it.
 
-On CUDA both have better answers upstream (Triton kernels, flash-attention's varlen path), and nothing is changed.
+On CUDA both have better answers upstream (Triton kernels, flash-attention's varlen path), and
+nothing is changed.
 """
+
+from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl.kernels import ChunkedLogProbFunction
 
-from llmpipe.kernels.cpu import DOCUMENTS, LogProbs, documents_attention, documents_mask
+from llmpipe.kernels import cpu
+
+DOCUMENTS = "llmpipe_documents"
+"""The `attn_implementation` of attention document by document."""
 
 
-def speed_up(model, *, device_type: str) -> None:
-    """On CPU: `model`'s sdpa document by document, and TRL's fused head through `LogProbs`. Elsewhere nothing.
+# --- speed on a CPU ---
 
-    Call before training. A model that was loaded with another attention (or knows no sdpa) keeps it. The saved
-    configuration names no attention, so nothing of this is left in the artifact.
+
+def speed_up(model: PreTrainedModel, *, device_type: str) -> None:
+    """On CPU: `model`'s sdpa document by document, and TRL's fused head through `LogProbs`.
+    Elsewhere nothing.
+
+    Call before training. A model that was loaded with another attention (or knows no sdpa) keeps
+    it. The saved configuration names no attention, so nothing of this is left in the artifact.
     """
     if device_type != "cpu":
         return
@@ -35,122 +58,273 @@ def speed_up(model, *, device_type: str) -> None:
     AttentionMaskInterface.register(DOCUMENTS, documents_mask)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(DOCUMENTS)
-    trl.trainer.utils._use_triton = lambda device: (
-        device.type in ("cpu", "cuda", "xpu")
-    )  # decides `compact`
+    trl.trainer.utils._use_triton = _scores_labels_only
     trl.trainer.utils._ChunkedLogProbFunction = LogProbs
 
 
-@contextmanager
-def contiguous_head(model):
-    """Hand the head whole rows. transformers hands it a slice, the last positions; where the weight is frozen, a matmul
-    of PyTorch on CPU then copies all of it once per row, 3.6 GB and 10 s for 64 rows of a vocabulary of 49,152."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
+def _scores_labels_only(device: torch.device) -> bool:
+    """In place of TRL's `_use_triton`, which decides whether only positions with a label count."""
+    return device.type in ("cpu", "cuda", "xpu")
 
 
-def supported_attention(kind, wanted):
-    """The attention that a model class can be loaded with: the wanted one, else sdpa, else eager."""
-    flash = getattr(
-        kind, "_compatible_flash_implementations", None
-    )  # else transformers takes another kernel, of the Hub
-    able = {
-        "flash_attention_2": getattr(kind, "_supports_flash_attn", True)
-        and (not flash or "flash_attention_2" in flash),
-        "sdpa": getattr(kind, "_supports_sdpa", True),
+class LogProbs:
+    """`trl.kernels.ChunkedLogProbFunction` on CPU: the same arguments and outputs, fewer passes.
+
+    What the kernel does not know (biases, soft caps, scales, the sum of squares) stays TRL's.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
+    ) -> tuple[Tensor | None, ...]:
+        """hidden [tokens, width], weight [vocabulary, width], targets [tokens]; `options`:
+        temperature, chunk size, soft cap, scale, and the names of the outputs.
+
+        Returns log-probabilities, entropy, sum of squares, mean logits, whether it is the
+        likeliest: [tokens] each, or None where it is not among the outputs.
+        """
+        temperature, _, softcap, scale, outputs = options
+        plain = bias is None and softcap is None and scale == temperature == 1.0
+        if hidden.device.type != "cpu" or not plain or "log_sum_sq_probs" in outputs:
+            return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
+        scores = cpu.log_probs(hidden, weight, targets, outputs)
+        return scores.log_probs, scores.entropy, None, scores.mean_logits, scores.is_top1
+
+
+def documents_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """What stands for the mask in `documents_attention`; called as `sdpa_mask` is.
+
+    Returns None (plain causal), the documents' lengths of a packed row as int64 [documents], or
+    sdpa's bool [batch, 1, q_length, kv_length] where neither is enough: left padding, a cache, a
+    sliding window, bidirectional blocks.
+    """
+    local_size = options.get("local_size")
+    looks_far = local_size is None or local_size >= q_length
+    may_be_causal = options.get("allow_is_causal_skip", True)  # not so where a row is packed
+    if q_length == kv_length and looks_far and not options.get("use_vmap", False):
+        if attention_mask is not None and may_be_causal and _padded_right(attention_mask):
+            return None  # no real token comes after the padding, so causal order hides it
+        if attention_mask is None and not may_be_causal and options["batch_size"] == 1:
+            lengths = _document_lengths(mask_function, q_length, options.get("device", "cpu"))
+            if lengths is not None:
+                return lengths
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **options,
+    )
+
+
+def _padded_right(attention_mask: Tensor) -> bool:
+    """Whether no row of a bool mask [batch, tokens] begins again after padding."""
+    return not bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any())
+
+
+def _document_lengths(
+    mask_function: Callable[..., Tensor], tokens: int, device: torch.device | str
+) -> Tensor | None:
+    """Lengths of the documents of a packed row, int64 [documents]; None where a token sees the one
+    that comes after it. `mask_function(batch, head, query, key)` says which tokens see which.
+    """
+    later = torch.arange(1, tokens, device=device)
+    zero = torch.zeros_like(later)
+    if mask_function(zero, zero, later - 1, later).any():
+        return None
+    sees_the_one_before = mask_function(zero, zero, later, later - 1)
+    starts = (~sees_the_one_before).nonzero().flatten() + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), tokens)]).diff()
+
+
+def documents_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each document of one packed row; all else goes to transformers' sdpa.
+
+    query [batch, heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], attention_mask
+    from `documents_mask`. Returns [batch, tokens, heads, dim] and None (no weights). Raises
+    ValueError for what is more than attention between queries and keys.
+    """
+    if attention_mask is None or attention_mask.ndim != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if options.get("softcap") is not None or options.get("position_bias") is not None:
+        raise ValueError(
+            "attention by document knows no soft cap and no position bias: load the model with "
+            "`eager`"
+        )
+    attended = cpu.attend_documents(
+        query,
+        key,
+        value,
+        attention_mask.tolist(),
+        dropout=options.get("dropout", 0.0),
+        scaling=options.get("scaling"),
+    )
+    return attended, None
+
+
+# --- attention and routing: in training, and as a model is read ---
+
+
+def supported_attention(model: type[PreTrainedModel] | PreTrainedModel, preferred: str) -> str:
+    """The attention that a model or its class can compute with: the preferred one, else sdpa, else
+    eager.
+    """
+    # where an architecture names kernels, transformers takes another one, of the Hub
+    kernels = getattr(model, "_compatible_flash_implementations", None)
+    flash = getattr(model, "_supports_flash_attn", True)
+    supports = {
+        "flash_attention_2": flash and (not kernels or "flash_attention_2" in kernels),
+        "sdpa": getattr(model, "_supports_sdpa", True),
     }
-    return next(name for name in (wanted, "sdpa", "eager") if able.get(name, True))
+    return next(name for name in (preferred, "sdpa", "eager") if supports.get(name, True))
 
 
-def as_loaded(model) -> None:
-    """Leave what only training computes with: an attention that may run in half precision alone, and the routing that
-    a mixture of experts returns, by TRL's order in the configuration: with it a cached step of generation breaks."""
+def as_loaded(model: PreTrainedModel) -> None:
+    """Leave what only training computes with.
+
+    That is an attention that may run in half precision alone, and the routing that a mixture of
+    experts returns, by TRL's order in the configuration: with it a cached step of generation
+    breaks.
+    """
     model.set_attn_implementation(supported_attention(model, "sdpa"))
     forget_routing(model.config)
 
 
-def forget_routing(config) -> None:
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        config.get_text_config().output_router_logits = False
+def forget_routing(config: PretrainedConfig) -> None:
+    """Let a mixture of experts not return its routing."""
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
 
 
 @contextmanager
-def generating(model):
-    """Compute padded batches with a cache: as a model is loaded, and with whole rows for the head."""
-    attention, config = model.config._attn_implementation, model.config.get_text_config()
-    routed = getattr(config, "output_router_logits", False)
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Compute padded batches with a cache: as a model is loaded, and with whole rows for the
+    head.
+    """
+    text = model.config.get_text_config()
+    attention = model.config._attn_implementation
+    returns_routing = getattr(text, "output_router_logits", False)
     as_loaded(model)
     try:
         with contiguous_head(model):
             yield
     finally:
         model.set_attn_implementation(attention)
-        if routed:
-            config.output_router_logits = True
+        if returns_routing:
+            text.output_router_logits = True
 
 
 @contextmanager
-def as_reward_model(kind):
-    """Make reward models of causal ones, of the class `kind`, without a word of the head that is new and of the one
-    that is left out. TRL has the same for heads called `lm_head` only; Pythia's is `embed_out`."""
-    names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
-    old = [getattr(kind, name) for name in names]
-    for name, known, head in zip(names, old, (r"^score\.", r"^(lm_head|embed_out)\."), strict=True):
-        setattr(kind, name, [*(known or []), head])
+def contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Hand the head whole rows.
+
+    transformers hands it a slice, the last positions; where the weight is frozen, a matmul of
+    PyTorch on CPU then copies all of it once per row, 3.6 GB and 10 s for 64 rows of a vocabulary
+    of 49,152.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:
         yield
     finally:
-        for name, known in zip(names, old, strict=True):
-            setattr(kind, name, known)
+        hook.remove()
 
 
-def with_bias(model):
-    """`model`; PEFT's wrapper of a tied head that learns new tokens lacks the `bias` that TRL's fused head reads."""
+# --- heads and layers ---
+
+
+@contextmanager
+def as_reward_model(model: type[PreTrainedModel]) -> Iterator[None]:
+    """Make reward models of causal ones, of this class, without a word of the head that is new and
+    of the one that is left out. TRL has the same for heads called `lm_head` only; Pythia's is
+    `embed_out`.
+    """
+    missing = model._keys_to_ignore_on_load_missing
+    unexpected = model._keys_to_ignore_on_load_unexpected
+    model._keys_to_ignore_on_load_missing = [*(missing or []), r"^score\."]
+    model._keys_to_ignore_on_load_unexpected = [*(unexpected or []), r"^(lm_head|embed_out)\."]
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_load_missing = missing
+        model._keys_to_ignore_on_load_unexpected = unexpected
+
+
+def with_bias(model: Any) -> Any:
+    """`model`, whose head TRL's fused head can read: PEFT's wrapper of a tied head that
+    learns new tokens lacks a `bias`.
+    """
     head = model.get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
         head.bias = None
     return model
 
 
-def keep_unpacked(model) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at a model's first evaluation on a CPU with AVX-512 BF16.
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at a model's first evaluation on a CPU with
+    AVX-512 BF16.
 
-    That rounds the constants of the quantization to bf16, so that a model which was evaluated trains on other weights
-    than one which was not, and a resumed run differs from a straight one.
+    That rounds the constants of the quantization to bf16, so that a model which was evaluated
+    trains on other weights than one which was not, and a resumed run differs from a straight one.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
+# --- noise ---
+
 NOISE = {  # logger -> words of a line that is of no use to the user, and why
-    # bitsandbytes probes an optional 4-bit kernel of the Hub at import; without it the built-in one runs
+    # bitsandbytes probes an optional 4-bit kernel of the Hub at import; the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
-    "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
-    # said for micro-batches of one, which cost nothing where documents are attended one by one
-    "trl.trainer.sft_trainer": "You are using a per_device_train_batch_size of 1 with padding-free training",
+    "transformers.trainer": (
+        "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"
+    ),
+    # of micro-batches of one, which cost nothing where documents are attended one by one
+    "trl.trainer.sft_trainer": (
+        "You are using a per_device_train_batch_size of 1 with padding-free training"
+    ),
 }
+
+WARNINGS: list[tuple[str, type[Warning]]] = [
+    # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
+    ("`gradient_checkpointing` is deprecated", FutureWarning),
+    # and PEFT asks a model for it under its old name
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),
+    # of experts held in one tensor PEFT looks for the ranks among the modules, though it has set
+    # and heeds them
+    (r"The following .*_pattern keys .*\['[^',]*gate_up_proj'\]", RuntimeWarning),
+    # said once, by `hardware`
+    ("Paged optimizers are not supported on CPU", UserWarning),
+]
 
 
 def silence() -> None:
-    """Drop the lines that say nothing to a user. Call before TRL's trainers, and so bitsandbytes, are imported."""
-    for name, words in NOISE.items():
-        logging.getLogger(name).addFilter(
-            lambda record, words=words: words not in record.getMessage()
-        )
-    # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    # and PEFT asks a model for it under its old name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # and of experts held in one tensor it looks for the ranks among the modules, though it has set and heeds them
-    warnings.filterwarnings(
-        "ignore", r"The following .*_pattern keys .*\['[^',]*gate_up_proj'\]", RuntimeWarning
-    )
-    warnings.filterwarnings(
-        "ignore", "Paged optimizers are not supported on CPU", UserWarning
-    )  # said once, by `hardware`
+    """Drop the lines that say nothing to a user. Call before TRL's trainers, and so bitsandbytes,
+    are imported.
+    """
+    for logger, words in NOISE.items():
+        logging.getLogger(logger).addFilter(_without(words))
+    for message, category in WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+
+
+def _without(words: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter of lines that hold these words."""
+    return lambda record: words not in record.getMessage()

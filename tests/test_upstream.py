@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmpipe import upstream
 from llmpipe.kernels import cpu
-from llmpipe.kernels.cpu import DOCUMENTS, LogProbs
+from llmpipe.upstream import DOCUMENTS, LogProbs
 
 LENGTHS = (5, 1, 9, 17)
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head

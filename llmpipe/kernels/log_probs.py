@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from llmpipe.kernels.cpu import LogProbs
+from llmpipe.kernels import cpu
 
 TILE = 256  # tokens whose logits exist at once
 
@@ -67,10 +67,9 @@ def log_probs(
     plain = head.linear.bias is None and head.cap is None
     if hidden.device.type == "cpu" and allowed is None and not learns_entropy and plain:
         scaled = hidden * (head.scale / temperature)
-        weight = head.linear.weight
-        outputs = ("entropy",)
-        fused: Any = LogProbs.apply(scaled, weight, None, targets, 1.0, TILE, None, 1.0, outputs)
-        return fused[0], fused[1]
+        scores = cpu.log_probs(scaled, head.linear.weight, targets, ("entropy",))
+        assert scores.entropy is not None  # it was asked for
+        return scores.log_probs, scores.entropy
     parts = []
     for start in range(0, len(targets), TILE):
         tile = slice(start, start + TILE)
