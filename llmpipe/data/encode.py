@@ -100,7 +100,7 @@ class Encoder:
         """A rendered conversation; its spans are the assistant's from message `first` on."""
         renderer = self._renderer()
         with template.bounded():
-            text, spans = renderer.turns(messages, tools, first)
+            text, spans = template.turns(renderer, messages, tools, first)
         encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
         return Rendered(encoding, spans)
 

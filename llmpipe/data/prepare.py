@@ -203,8 +203,8 @@ def _make(
         tokenizer=digest([choice.tokenizer.raw, choice.tokenizer.special]),
         template=choice.template and hashlib.sha256(choice.template.encode()).hexdigest(),
         template_name=choice.name,
-        added_tokens=choice.added,
-        stop_tokens=choice.stops,
+        added_tokens=choice.added_tokens,
+        stop_tokens=choice.stop_tokens,
         eos_token=choice.tokenizer.special["eos_token"],
         pad_token=choice.tokenizer.special["pad_token"],
         vocab_size=max(choice.tokenizer.backend.get_vocab().values()) + 1,
@@ -216,7 +216,7 @@ def _make(
 
 def _save_tokenizer(data: Prepared, model: Path, folder: Path, say: Say) -> template.Choice:
     preparation = data.preparation
-    choice = template.Choice(model, preparation.template, preparation.template_kwargs)
+    choice = template.choose(model, preparation.template, preparation.template_kwargs)
     for note in choice.notes:
         say(f"data: {note}")
     choice.tokenizer.save(folder / "tokenizer", choice.template)

@@ -20,7 +20,7 @@ from llmpipe.data.intake import rejected_lines
 from llmpipe.data.kinds.blocks import BLOCKS
 from llmpipe.data.pack import EndToEnd, Piece, Sequence
 from llmpipe.data.sources import Origin
-from llmpipe.data.template import Choice
+from llmpipe.data.template import choose
 from llmpipe.data.tokenize import COUNTS, Batch, Task, pieces_of, tokenized
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.recipe.sections import Prepared
@@ -72,7 +72,7 @@ class Stream:
         self.packing = preparation.packing
         self.max_rejected = data.max_rejected
         self.origins = [Origin(source, pinned, stream=True) for source in data.train]
-        choice = Choice(prepared / "tokenizer", "auto", {})
+        choice = choose(prepared / "tokenizer", "auto", {})
         encoding = Encoding(prepared / "tokenizer", choice.ends, choice.text_eos, preparation)
         self.task = Task(BLOCKS, encoding, seed)
         self.rejected: Path | None = None

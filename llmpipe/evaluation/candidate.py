@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
 from llmpipe.data.encode import Encoder, Encoding
-from llmpipe.data.template import Choice as Chosen
+from llmpipe.data.template import choose
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Line
 from llmpipe.models.generate import render
@@ -177,7 +177,7 @@ def batched(call: Callable, sequences: list, size: int, most: float = math.inf) 
 def encoder_of(model: Candidate) -> Encoder:
     """Conversations as training encodes them, uncut."""
     if not hasattr(model, "_encoder"):
-        choice = Chosen(model.folder, "auto", model.kwargs)
+        choice = choose(model.folder, "auto", model.kwargs)
         uncut = Preparation(max_length=1 << 40, template_kwargs=model.kwargs)
         model._encoder = Encoder(Encoding(model.folder, choice.ends, choice.text_eos, uncut))
     return model._encoder

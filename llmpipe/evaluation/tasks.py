@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.data.formats import Rejected, taught_bytes
 from llmpipe.data.kinds import rows
-from llmpipe.data.template import shared
+from llmpipe.data.template import shared_prefix
 from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation import scores
 from llmpipe.evaluation.book import Book, Line
@@ -174,7 +174,7 @@ def _preference(model: Candidate, task: Any, batch: list[Line], recipe: Recipe) 
     else:
         # an answer begins where its rendering parts from the prompt's
         prompts = [model.ids(model.prompt(item), item) for item in owners]
-        starts = [shared(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
+        starts = [shared_prefix(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
         marked = [
             (whole, [i >= start for i in range(len(whole))])
             for whole, start in zip(ids, starts, strict=True)

@@ -190,7 +190,7 @@ def prepare(job: Job[Schema]) -> PreparedRows:
 def trained_tokenizer(job: Job[Schema]) -> Path:
     """The folder of a tokenizer trained on the documents, once for equal documents."""
     from llmpipe.data.formats import Document
-    from llmpipe.data.tokenizer import train
+    from llmpipe.data.train_tokenizer import train_tokenizer
     from llmpipe.evaluation.items import rows_of
 
     recipe, content = job.recipe, job.plan.content
@@ -203,7 +203,7 @@ def trained_tokenizer(job: Job[Schema]) -> Path:
         )
         rows = (row for found in every for _, row in found)
         with publishing(folder) as staging:
-            train(
+            train_tokenizer(
                 (row.text for row in rows if isinstance(row, Document)),
                 recipe.tokenizer.vocab_size,
                 staging,

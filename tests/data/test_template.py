@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmpipe.data import template as templates
-from llmpipe.data.template import Choice, Template
+from llmpipe.data.template import Template, choose, sandbox
 from llmpipe.errors import UserError
 
 from .conftest import SMOL, learned, make, make_model, saved, talk, write
@@ -227,16 +226,16 @@ def test_doubled_first_token(here):
     ],
 )
 def test_hostile_template_is_refused(tmp_path, bomb, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     model = make_model(tmp_path / "m", template=bomb)
     started = time.monotonic()
     with pytest.raises(UserError, match="chat template"):
-        Choice(model, "auto", {})
+        choose(model, "auto", {})
     assert time.monotonic() - started < 5
 
 
 def test_bomb_that_waits_for_a_row(here, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     template = (
         "{% for m in messages %}{% if m.content == 'now' %}{% for a in range(99999) %}{% for b in range(99999) %}"
         "{% endfor %}{% endfor %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
@@ -272,7 +271,7 @@ def test_saved_folder_holds_nothing_that_runs(here, smol):
 def test_named_templates_in_the_config(tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SMOL}]
     model = make_model(tmp_path / "m", special=("<|im_end|>", "<|im_start|>"), chat_template=named)
-    assert Choice(model, "auto", {}).template == SMOL
+    assert choose(model, "auto", {}).template == SMOL
 
 
 def test_syntax_error_has_a_line():

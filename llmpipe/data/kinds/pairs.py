@@ -17,7 +17,7 @@ from llmpipe.data.encode import Encoder
 from llmpipe.data.formats import Example, Preference, Rejected
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
-from llmpipe.data.template import shared
+from llmpipe.data.template import shared_prefix
 
 
 def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
@@ -30,7 +30,7 @@ def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encode
     chosen = encoder.answered(example.prompt, example.chosen, example.tools)
     rejected = encoder.answered(example.prompt, example.rejected, example.tools)
     alone = encoder.prompt(example.prompt, example.tools)
-    begin = min(shared(alone, chosen), shared(alone, rejected))
+    begin = min(shared_prefix(alone, chosen), shared_prefix(alone, rejected))
     most = encoder.max_length
     if begin >= most:
         detail = f"the prompt has {begin:,} tokens, {most:,} fit with an answer"

@@ -19,7 +19,7 @@ from llmpipe.data.encode import Encoder
 from llmpipe.data.formats import Completion, Conversation, Document, Example, Rejected
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import IGNORED, LIST, BestFit, Layout, Piece, Sequence, one_each
-from llmpipe.data.template import shared
+from llmpipe.data.template import shared_prefix
 
 
 def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
@@ -51,7 +51,7 @@ def _completion(encoder: Encoder, example: Completion) -> Encoded:
     if not encoder.learn_all:
         begin = len(encoder.bos)
         alone = encoder.tokenizer.ids(example.prompt)
-        labels[: begin + shared(alone, ids[begin:-1].tolist())] = IGNORED
+        labels[: begin + shared_prefix(alone, ids[begin:-1].tolist())] = IGNORED
     return Encoded([(ids, labels)])
 
 

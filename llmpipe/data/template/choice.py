@@ -1,0 +1,128 @@
+"""A tokenizer and a chat template, made ready for training with one another."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpipe.data.formats import Rejected
+from llmpipe.data.template.ends import learn_ends, small_talk
+from llmpipe.data.template.rendering import OTHER, Template
+from llmpipe.data.template.sandbox import bounded
+from llmpipe.data.template.shipped import shipped
+from llmpipe.data.tokenizer import Tokenizer, own_template
+from llmpipe.errors import UserError
+from llmpipe.recipe.sections import TEMPLATES
+
+# Texts within a template that are meant to be one token each.
+_TOKEN = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
+
+
+def template_source(folder: Path, name: str) -> str | None:
+    """The text of a template before it meets a tokenizer: what a cache key hashes.
+
+    `name` as in `data.template`; `auto` is the one that the tokenizer in `folder` has, if any.
+    Raises UserError for a file that cannot be read.
+    """
+    if name == "auto":
+        return own_template(folder)
+    try:
+        if name in TEMPLATES:
+            return shipped(name)
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = f"a file, or one of: auto, {', '.join(TEMPLATES)}"
+        raise UserError(f"data.template: {name}: no such file", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template: {name}: cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tokenizer with the template that was chosen for it."""
+
+    name: str
+    """As in `data.template`."""
+    tokenizer: Tokenizer
+    """With the tokens that were added, and with eos and pad."""
+    template: str | None
+    """Its text, to be saved with the tokenizer; None where rows are texts."""
+    ends: list[str]
+    """What ends an assistant's turn, the last turn's first; empty without a template."""
+    text_eos: str
+    """The token that ends a plain text."""
+    stop_tokens: list[str]
+    """The tokens that stop a generation."""
+    added_tokens: list[str]
+    """The tokens that the template needs and the tokenizer did not have."""
+    notes: list[str]
+    """What a user should know of all this, a sentence each."""
+
+
+def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
+    """The tokenizer in `folder` with the template `name` and the template's variables `kwargs`.
+
+    Raises UserError for a missing, broken, endless or hostile template, and for a tokenizer
+    without eos.
+    """
+    tokenizer = Tokenizer(folder)
+    special = tokenizer.special
+    own_eos = special.get("eos_token")
+    template = template_source(folder, name)
+    if own_eos is None and (template is None or "eos_token" in template):
+        hint = "set eos_token in its tokenizer_config.json, or set data.template: chatml"
+        raise UserError("the tokenizer has no end-of-sequence token", hint)
+    added: list[str] = []
+    ends: list[str] = []
+    if template is not None:
+        if name in TEMPLATES and tokenizer.bos is not None:
+            # a base model expects it before a conversation, too
+            template = "{{- bos_token }}" + template
+        try:
+            with bounded():
+                added, ends = _fit(tokenizer, template, name, kwargs)
+        except Rejected as error:
+            raise UserError(f"the chat template is refused: {error.detail}", OTHER) from None
+    text_eos = own_eos or special["eos_token"]
+    stops = [*(tokenizer.last(end) for end in ends[:1]), text_eos]
+    notes = []
+    if added:
+        notes.append(f"added to the tokenizer for the template {name}: {' '.join(added)}")
+    if "pad_token" not in special:
+        special["pad_token"] = eos = special["eos_token"]
+        notes.append(f"the tokenizer has no pad token; {eos} pads, and no label is built from it")
+    return Choice(
+        name=name,
+        tokenizer=tokenizer,
+        template=template,
+        ends=ends,
+        text_eos=text_eos,
+        stop_tokens=list(dict.fromkeys(stops)),
+        added_tokens=added,
+        notes=notes,
+    )
+
+
+def _fit(
+    tokenizer: Tokenizer, text: str, name: str, kwargs: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Give the tokenizer the tokens and the eos that a template needs.
+
+    Returns the tokens that were added, and what ends an assistant's turn. A template that is the
+    tokenizer's own (`auto`) changes nothing but a missing eos.
+    """
+    special = tokenizer.special
+    template = Template(text, special, kwargs)
+    added: list[str] = []
+    if name != "auto":
+        shown = text + (template.attempt(small_talk(2), open_turn=True) or "")
+        added = tokenizer.add(sorted(set(_TOKEN.findall(shown))))
+    ends = learn_ends(template, tokenizer)
+    if "eos_token" not in special or (name != "auto" and "eos_token" not in text):
+        special["eos_token"] = tokenizer.last(ends[0])
+    bos = tokenizer.id("bos_token")
+    if bos is not None and tokenizer.ids(template.render(small_talk(2))[0])[:2] == [bos, bos]:
+        raise UserError("the chat template writes the first token twice", OTHER)
+    return added, ends
