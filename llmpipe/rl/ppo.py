@@ -65,7 +65,7 @@ def train(job: Job[PPORecipe], prepared: PreparedRows) -> Made:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Batch:
     """This process's part of an update's batch."""
 
     places: list[int]
@@ -161,31 +161,31 @@ class Loop:
         begun = time.monotonic()
         size = self.recipe.optim.batch_size
         rate = self.learner.set_rate(self.state.step, self.steps)
-        rollout = self._draw()
-        scores = scored_together(self.rewards, rollout.rows, rollout.responses, self.world)
-        experiences, metrics = self.judge(rollout.episodes, torch.tensor(scores.total))
-        drawn = time.monotonic()
-        metrics |= self.learner.learn(self.state.step, experiences, rollout.places)
+        batch = self._draw()
+        scores = scored_together(self.rewards, batch.rows, batch.responses, self.world)
+        experiences, metrics = self.judge(batch.episodes, torch.tensor(scores.total))
+        judged = time.monotonic()
+        metrics |= self.learner.learn(self.state.step, experiences, batch.places)
         self.state.step += 1
-        totals = self.world.totals(_by_source(scores) | {"tokens": rollout.tokens})
+        totals = self.world.totals(_by_source(scores) | {"tokens": batch.tokens})
         tokens = totals.pop("tokens")
-        metrics |= {name: total / size for name, total in totals.items()}
         self.state.tokens += int(tokens)
+        metrics |= {name: total / size for name, total in totals.items()}
         seconds = time.monotonic() - begun
         metrics |= {
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
             "episodes_per_second": size / seconds,
-            "rollout_share": (drawn - begun) / seconds,
+            "rollout_share": (judged - begun) / seconds,
             "coefficient": self.state.coefficient.value,
         }
         self.state.coefficient.adapt(metrics["objective/kl"], size)
         if self._due(self.recipe.log.every):
-            self.journal.show(self.state.step, rollout.shown(scores))
+            self.journal.show(self.state.step, batch.shown(scores))
         self._warn(metrics)
         return metrics
 
-    def _draw(self) -> Rollout:
+    def _draw(self) -> Batch:
         """Responses to this process's share of the next prompts."""
         size = self.recipe.optim.batch_size
         places = list(range(self.world.rank, size, self.world.size))
@@ -194,7 +194,7 @@ class Loop:
         prompts = [row["prompt_ids"] for row in asked]
         episodes = self.sampler.draw(prompts, uniforms, self._note_answers)
         responses = [self.sampler.text(episode) for episode in episodes]
-        return Rollout(places, [json.loads(row["row"]) for row in asked], episodes, responses)
+        return Batch(places, [json.loads(row["row"]) for row in asked], episodes, responses)
 
     def judge(self, episodes: list[Episode], scores: Tensor) -> tuple[list[Experience], Metrics]:
         """What is learned from each episode, by the scores [episodes] of this process, and what is
@@ -277,12 +277,12 @@ class Loop:
             self.journal.note(f"saving step {self.state.step}")
             sizes = self.journal.sizes()
             record = state.record(self.state, self.learner, self.journal.seconds, sizes)
-            about = {
+            origin = {
                 "identity": self.training.identity,
                 "machine": self._machine(),
                 "exact": self.exact,
             }
-            with checkpoints.writing(home, self.state.step, about, record.model_dump) as staging:
+            with checkpoints.writing(home, self.state.step, origin, record.model_dump) as staging:
                 state.save_tensors(self.learner, staging)
             checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
         self.world.wait()
