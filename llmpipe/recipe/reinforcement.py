@@ -160,7 +160,7 @@ class Updates(Optim):
     steps: Positive | None = None
     """Stop after this many updates instead; overrides `epochs`."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate after the warm-up, which is in updates."""
+    """Shape of the learning rate after the warm-up; both count updates."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-5
     """AdamW's epsilon."""
 

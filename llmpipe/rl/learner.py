@@ -20,8 +20,9 @@ from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
-from llmpipe.rl.actors import CRITIC, Actors
+from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience
+from llmpipe.rl.optimizer import Schedule, make_optimizer
 from llmpipe.rl.packing import pack_episodes, pack_rows
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.seeds import Shuffled, Use, generator
@@ -36,11 +37,6 @@ WATCHED = (
     "val/ratio",
     "val/clipfrac",
 )
-
-
-def of_critic(name: str) -> bool:
-    """Whether a parameter is the critic's."""
-    return name.startswith((f"{CRITIC}.", "value.")) or f".{CRITIC}." in name
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,11 @@ class Learner:
         recipe: PPORecipe,
         hardware: Hardware,
         world: World,
+        steps: int,
         mixture: Sequence[dict[str, Any]] | None,
     ):
-        """`mixture`: rows of sft data, where the recipe mixes any in."""
+        """`steps`: updates of the whole training; `mixture`: rows of sft data, where the recipe
+        mixes any in."""
         self.actors = actors
         self.recipe = recipe
         self.hardware = hardware
@@ -91,50 +89,8 @@ class Learner:
             rows = Shuffled(mixture, recipe.seed, Use.MIXTURE)
             self.mixture = MixedRows(recipe.mixture, rows)
         self.weights = actors.learned()
-        self.optimizer = self._optimizer()
-
-    def _optimizer(self) -> Any:
-        optim = self.recipe.optim
-        policy = [weight for name, weight in self.weights.items() if not of_critic(name)]
-        critic = [weight for name, weight in self.weights.items() if of_critic(name)]
-        groups = [
-            {"params": policy, "peak": optim.learning_rate},
-            {"params": critic, "peak": self.recipe.critic.learning_rate or optim.learning_rate},
-        ]
-        options = {
-            "lr": optim.learning_rate,
-            "betas": (optim.beta1, optim.beta2),
-            "eps": optim.epsilon,
-            "weight_decay": optim.weight_decay,
-        }
-        if optim.optimizer == "adamw":
-            return torch.optim.AdamW(groups, **options, fused=True)
-        import bitsandbytes
-
-        classes = {
-            "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-            "paged_adamw": bitsandbytes.optim.PagedAdamW,
-            "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-        }
-        return classes[optim.optimizer](groups, **options)
-
-    def set_rate(self, step: int, steps: int) -> float:
-        """Set the learning rate of an update, and return the policy's: it rises for the warm-up,
-        then falls as the schedule has it."""
-        optim = self.recipe.optim
-        warm = optim.warmup * steps if optim.warmup < 1 else optim.warmup
-        done = max(0.0, step + 1 - warm) / max(1.0, steps - warm + 1)
-        shapes = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-        }
-        share = shapes[optim.scheduler]
-        if step + 1 <= warm:
-            share = min((step + 1) / max(warm, 1.0), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        return optim.learning_rate * share
+        self.optimizer = make_optimizer(actors, recipe)
+        self.schedule = Schedule.of(self.optimizer, recipe, steps)
 
     def learn(self, step: int, experiences: list[Experience], places: list[int]) -> Metrics:
         """The passes over a rollout; means over its tokens.

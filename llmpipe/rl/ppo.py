@@ -113,8 +113,9 @@ class Loop:
             self.recipe.launch.rollout_batch_size,
             self.recipe.seed,
         )
-        self.learner = Learner(actors, self.recipe, self.hardware, world, _mixture_rows(training))
         self.steps = _updates(self.recipe, training.prepared.rows.train)
+        mixture = _mixture_rows(training)
+        self.learner = Learner(actors, self.recipe, self.hardware, world, self.steps, mixture)
         self.state = state.State.begin(self.recipe.reference)
         self.journal = Journal(self.artifact, world, self.say)
         self.say(
@@ -160,7 +161,7 @@ class Loop:
         """Draw, score, judge, learn; what there is to say of it."""
         begun = time.monotonic()
         size = self.recipe.optim.batch_size
-        rate = self.learner.set_rate(self.state.step, self.steps)
+        rate = self.learner.schedule.set_rate(self.state.step)
         batch = self._draw()
         scores = scored_together(self.rewards, batch.rows, batch.responses, self.world)
         experiences, metrics = self.judge(batch.episodes, torch.tensor(scores.total))

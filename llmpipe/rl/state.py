@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.recipe.reinforcement import KL
 from llmpipe.record import Record
@@ -25,6 +26,7 @@ from llmpipe.run.artifact import SUMS
 
 LEARNED = "learned.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+VERSION = 1  # of what goes on from a checkpoint: another one would go on otherwise
 
 
 @dataclass
@@ -53,6 +55,7 @@ class State:
 class StateRecord(Record):
     """What a checkpoint's JSON holds of a training."""
 
+    version: int
     moments: Moments
     coefficient: float
     tokens: int
@@ -70,6 +73,7 @@ class StateRecord(Record):
 def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> StateRecord:
     """The state as a checkpoint holds it."""
     return StateRecord(
+        version=VERSION,
         moments=state.moments,
         coefficient=state.coefficient.value,
         tokens=state.tokens,
@@ -91,8 +95,19 @@ def save_tensors(learner: Learner, folder: Path) -> None:
 
 
 def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
-    """Bring `state` and `learner` to where a checkpoint was written; what its JSON holds."""
-    kept = StateRecord.model_validate(read_json(folder / checkpoints.STATE))
+    """Bring `state` and `learner` to where a checkpoint was written; what its JSON holds.
+
+    Raises UserError (3) when another version of llmpipe wrote it, which went on otherwise.
+    """
+    values = read_json(folder / checkpoints.STATE)
+    if values.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: was written by a version of llmpipe with other learning rates: "
+            "it cannot be gone on from bit by bit",
+            "finish it with that version, or begin anew: --fresh moves what is there aside",
+            INTEGRITY,
+        )
+    kept = StateRecord.model_validate(values)
     for name, tensor in load_file(folder / LEARNED).items():
         learner.weights[name].data.copy_(tensor)
     optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))

@@ -512,7 +512,8 @@ def test_recomputed_activations_change_nothing(tmp_path, how):
 
 def test_passes_end_when_the_policy_has_moved(tmp_path):
     """The first minibatch finds the policy where it was; the second finds what the first did."""
-    made = life.command(write(tmp_path / "run", optim__steps=1, algorithm__stop_kl=1e-6))
+    moving = {"optim__steps": 1, "optim__warmup": 0}
+    made = life.command(write(tmp_path / "run", **moving, algorithm__stop_kl=1e-6))
     assert updates(made)[0]["optimizer_steps"] == 2
 
 

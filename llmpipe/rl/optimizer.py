@@ -1,0 +1,97 @@
+"""The optimizer of a loop that is llmpipe's own, and its learning rate, by transformers' rules: the
+section `optim` of a recipe means what it means where the loop is TRL's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
+
+from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.rl.actors import CRITIC, Actors
+from llmpipe.training.arguments import schedule
+
+
+def of_critic(name: str) -> bool:
+    """Whether a parameter is the critic's."""
+    return name.startswith((f"{CRITIC}.", "value.")) or f".{CRITIC}." in name
+
+
+def make_optimizer(actors: Actors, recipe: PPORecipe) -> Any:
+    """AdamW of what learns: the policy and the critic, each with a learning rate of its own."""
+    optim = recipe.optim
+    groups = _groups(actors, recipe)
+    options = {
+        "lr": optim.learning_rate,
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.epsilon,
+    }
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    import bitsandbytes
+
+    classes = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return classes[optim.optimizer](groups, **options)
+
+
+def _groups(actors: Actors, recipe: PPORecipe) -> list[dict[str, Any]]:
+    """What learns, by its learning rate and by whether it decays: norms and biases do not, as in
+    every other stage."""
+    optim = recipe.optim
+    # the method is a function of its argument alone: it reads nothing of a trainer
+    decaying = set(Trainer.get_decay_parameter_names(None, actors.modules))
+    rates = {False: optim.learning_rate, True: recipe.critic.learning_rate or optim.learning_rate}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, weight in actors.learned().items():
+        groups.setdefault((of_critic(name), name in decaying), []).append(weight)
+    return [
+        {
+            "params": weights,
+            "lr": rates[critic],
+            "weight_decay": optim.weight_decay if decays else 0.0,
+        }
+        for (critic, decays), weights in groups.items()
+    ]
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of the warm-up, as TrainingArguments.get_warmup_steps has them."""
+    return int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step, so that it has no state to keep."""
+
+    optimizer: Any
+    scheduler: Any
+    """transformers' LambdaLR: a peak and a function of the step for every group."""
+
+    @classmethod
+    def of(cls, optimizer: Any, recipe: PPORecipe, steps: int) -> Schedule:
+        """`steps`: of the whole training."""
+        fields = schedule(recipe)
+        scheduler = get_scheduler(
+            fields["lr_scheduler_type"],
+            optimizer,
+            num_warmup_steps=warmup_steps(recipe.optim.warmup, steps),
+            num_training_steps=steps,
+        )
+        return cls(optimizer, scheduler)
+
+    def set_rate(self, step: int) -> float:
+        """Set the rates of a step, the first being 0, and return the first group's."""
+        peaks, shares = self.scheduler.base_lrs, self.scheduler.lr_lambdas
+        rates = [peak * share(step) for peak, share in zip(peaks, shares, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return float(rates[0])
