@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -29,13 +30,14 @@ class Use(IntEnum):
     """The order of the rows that are mixed in."""
 
 
-def generator(*numbers: int) -> torch.Generator:
-    """A generator of its own for each tuple of numbers: a seed, a `Use` and a place."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % (1 << 63)
-        mixed ^= mixed >> 29
-    return torch.Generator().manual_seed(mixed)
+def generator(seed: int, use: Use, *place: int) -> torch.Generator:
+    """A generator of its own for each seed, use and place: an update, an episode of it.
+
+    NumPy's SeedSequence mixes them, which is made for this (O'Neill 2015).
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(use, *place))
+    (mixed,) = sequence.generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))
 
 
 class Shuffled:

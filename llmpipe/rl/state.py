@@ -26,7 +26,7 @@ from llmpipe.run.artifact import SUMS
 
 LEARNED = "learned.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-VERSION = 1  # of what goes on from a checkpoint: another one would go on otherwise
+VERSION = 2  # of what goes on from a checkpoint: another one would go on otherwise
 
 
 @dataclass
@@ -102,8 +102,8 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     values = read_json(folder / checkpoints.STATE)
     if values.get("version") != VERSION:
         raise UserError(
-            f"{folder}: was written by a version of llmpipe with other learning rates: "
-            "it cannot be gone on from bit by bit",
+            f"{folder}: was written by a version of llmpipe with other learning rates "
+            "or random numbers: it cannot be gone on from bit by bit",
             "finish it with that version, or begin anew: --fresh moves what is there aside",
             INTEGRITY,
         )

@@ -142,7 +142,7 @@ class Fixed(torch.nn.Module):
 def test_tokens_are_drawn_from_the_distribution_that_is_claimed(temperature, top_p, top_k):
     torch.manual_seed(2)
     logits = torch.randn(20)
-    luck = torch.rand(4000, 5, generator=seeds.generator(1))
+    luck = torch.rand(4000, 5, generator=seeds.generator(1, seeds.Use.DRAW))
     how = Rollout(max_new_tokens=5, temperature=temperature, top_p=top_p, top_k=top_k)
     drawn = rollout.draw(Fixed(logits), [[1]] * 4000, luck, how, [99], 0)
     probabilities = (logits / temperature).softmax(-1)
@@ -170,7 +170,7 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
     model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    luck = torch.rand(64, 30, generator=seeds.generator(3))
+    luck = torch.rand(64, 30, generator=seeds.generator(3, seeds.Use.DRAW))
     drawn = rollout.draw(model, [[1, 2]] * 64, luck, Rollout(max_new_tokens=30), [3], 0)
     for episode in drawn:
         assert episode.ended == (episode.response[-1] == 3) and 3 not in episode.response[:-1]

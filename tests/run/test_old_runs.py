@@ -59,7 +59,7 @@ def test_an_adapter_is_resumed_bitwise(old, capsys):
 
 
 def test_ppo_is_refused(old):
-    """Its learning rates were others: no bit would be that of the straight run."""
+    """Its learning rates and random numbers were others: no bit would be the straight run's."""
     with pytest.raises(UserError) as refused:
         life.command(recipe("ppo"))
     assert refused.value.code == 3
