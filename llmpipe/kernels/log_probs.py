@@ -34,17 +34,13 @@ def head_of(model: Any) -> Head:
     """The head of a causal language model, as far as configurations tell of it."""
     config = model.config.get_text_config()
     scale = 1.0
-    for name in (
-        "logit_scale",
-        "output_multiplier",
-        "lm_head_multiplier",
-    ):  # Cohere; Muse; Falcon-H1
+    # Cohere; Muse; Falcon-H1
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             scale = getattr(config, name)
             break
-    divisor = (
-        getattr(config, "logits_scaling", None) or 1.0
-    )  # Granite; HyperCLOVA X multiplies by it
+    # Granite; HyperCLOVA X multiplies by it
+    divisor = getattr(config, "logits_scaling", None) or 1.0
     scale = scale * divisor if config.model_type == "hyperclovax" else scale / divisor
     cap = getattr(config, "final_logit_softcapping", None)
     return Head(model.get_output_embeddings(), scale, cap)

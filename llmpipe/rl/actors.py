@@ -99,7 +99,7 @@ class Actors:
         """The policy's log-probabilities, its entropies in nats, and the values where they come
         from the same pass."""
         hidden = self._hidden(self.causal, batch)
-        spoken, entropy = log_probs(
+        log_p, entropy = log_probs(
             hidden,
             head_of(self.causal),
             batch.targets,
@@ -107,7 +107,7 @@ class Actors:
             batch.allowed,
             self.distribution.learns_entropy,
         )
-        return spoken, entropy, self._values(hidden) if self.cast.shares_trunk else None
+        return log_p, entropy, self._values(hidden) if self.cast.shares_trunk else None
 
     def policy_of_text(self, batch: Packed) -> Tensor:
         """The policy's log-probabilities of text that it did not draw: temperature 1, and every

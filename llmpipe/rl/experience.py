@@ -84,15 +84,15 @@ def measure(
         lengths = [len(episode.response) for episode in chosen]
         with torch.no_grad(), hardware.autocast():
             batch = pack_episodes(chosen, actors.device)
-            spoken, entropy, valued = actors.policy(batch)
-            if valued is None:
+            log_p, entropy, value = actors.policy(batch)
+            if value is None:
                 with actors.as_critic():
-                    valued = actors.values(batch)
-            referred = actors.reference(batch)
-        log_probs |= _apart(spoken, places, lengths)
-        entropies |= _apart(entropy, places, lengths)
-        values |= _apart(valued, places, lengths)
-        reference |= _apart(referred, places, lengths)
+                    value = actors.values(batch)
+            reference_log_p = actors.reference(batch)
+        log_probs |= _by_place(log_p, places, lengths)
+        entropies |= _by_place(entropy, places, lengths)
+        values |= _by_place(value, places, lengths)
+        reference |= _by_place(reference_log_p, places, lengths)
     lengths = [len(episode.response) for episode in episodes]
     columns = torch.arange(max(lengths))[None]
     return Measured(
@@ -107,7 +107,7 @@ def measure(
     )
 
 
-def _apart(packed: Tensor, places: Sequence[int], lengths: list[int]) -> dict[int, Tensor]:
+def _by_place(packed: Tensor, places: Sequence[int], lengths: list[int]) -> dict[int, Tensor]:
     """What was computed for texts end to end, by the places of the episodes."""
     return dict(zip(places, packed.float().cpu().split(lengths), strict=True))
 

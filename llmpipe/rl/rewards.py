@@ -61,17 +61,17 @@ class Rewards:
 
     def __init__(self, job: Job[PPORecipe], hardware: Hardware, actors: Actors):
         self.sources: list[Source] = []
-        for i, wanted in enumerate(job.recipe.reward):
-            if wanted.model:
-                name, call = wanted.model, _of_model(job, i, wanted.model, hardware, actors)
-            elif wanted.function:
-                name, call = wanted.function, _of_function(wanted.function)
+        for i, section in enumerate(job.recipe.reward):
+            if section.model:
+                name, call = section.model, _of_model(job, i, section.model, hardware, actors)
+            elif section.function:
+                name, call = section.function, _of_function(section.function)
             else:
-                assert wanted.verifier  # the recipe names one of the three
-                name, call = wanted.verifier, _of_verifier(wanted.verifier, wanted.pattern)
+                assert section.verifier  # the recipe names one of the three
+                name, call = section.verifier, _of_verifier(section.verifier, section.pattern)
             if any(name == source.name for source in self.sources):
                 name += f" ({i + 1})"
-            self.sources.append(Source(name, wanted.weight, call))
+            self.sources.append(Source(name, section.weight, call))
 
     def __call__(self, rows: list[Row], responses: list[str]) -> Scores:
         """Scores of responses to the prompts in `rows`.

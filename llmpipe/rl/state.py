@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,7 +156,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors takes them: those that share memory, as bitsandbytes' maps do, are
     copied."""
     seen: set[int] = set()
-    copies: dict[str, torch.Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
         copies[name] = (tensor.clone() if memory in seen else tensor).cpu().contiguous()
