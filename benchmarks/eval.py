@@ -1,9 +1,10 @@
-"""Answers per second: `llmpipe eval`'s batches against a one-by-one `generate` loop, same model, prompts and precision.
+"""Answers per second: `llmpipe eval`'s batches against a one-by-one `generate` loop.
 
     python benchmarks/eval.py --model DIR --rows recipes/quickstart-test.jsonl --count 64 --pairs 5
 
-Both sides run in one process on one loaded model, alternating; what counts is the ratio within a pair. How many greedy
-answers are the same, text for text, is printed. `--rows`: `messages` rows as JSON Lines.
+Both sides run in one process on one loaded model, with the same prompts and precision, alternating;
+what counts is the ratio within a pair. How many greedy answers are the same, text for text, is
+printed. `--rows`: `messages` rows as JSON Lines.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def one_by_one(model, tokenizer, prompts, most: int) -> list[str]:
 
 
 def batched(model, tokenizer, prompts, most: int, size: int) -> list[str]:
-    """As `engine.evaluate.score` does it: prompts of a length together."""
+    """As `llmpipe eval` does it: prompts of a length together."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     out = [""] * len(prompts)
     for start in range(0, len(order), size):
@@ -77,7 +78,8 @@ def main() -> None:
         ratios.append((between - begun) / (ended - between))
         same = sum(a == b for a, b in zip(single, together, strict=True))
         print(
-            f"pair {pair + 1}: one by one {between - begun:.1f} s, batches of {args.batch} {ended - between:.1f} s, "
+            f"pair {pair + 1}: one by one {between - begun:.1f} s, "
+            f"batches of {args.batch} {ended - between:.1f} s, "
             f"ratio {ratios[-1]:.2f}, {same} of {len(prompts)} answers the same",
             flush=True,
         )

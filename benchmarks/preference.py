@@ -1,11 +1,12 @@
-"""Whether preferences teach something on few rows: `reward` and `dpo`, cross-validated, with intervals.
+"""Whether preferences teach something on few rows: `reward` and `dpo`, cross-validated.
 
     python benchmarks/preference.py --model DIR --rows dpo_en_demo.json --run runs/folds
 
-Every row is held out once. In each fold a reward model and a policy are trained on the others, and `eval` ranks the
-held-out answers by the parent, the policy and the reward model. Rows whose prompt leaves no room for an answer in
-`--max-length` tokens are rejected in training, counted by llmpipe, and not ranked either; answers are ranked whole, in
-training what is too long is truncated, and counted, too. The command can be killed and run again.
+Every row is held out once. In each fold a reward model and a policy are trained on the others, and
+`eval` ranks the held-out answers by the parent, the policy and the reward model. Rows whose prompt
+leaves no room for an answer in `--max-length` tokens are rejected in training, counted by llmpipe,
+and not ranked either; answers are ranked whole, in training what is too long is truncated, and
+counted, too. The command can be killed and run again.
 `--rows`: a JSON list of ShareGPT rows with answers (conversations, chosen, rejected).
 """
 
@@ -15,9 +16,11 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from llmpipe.evaluation.statistics import table
+from llmpipe.evaluation.book import Line
+from llmpipe.evaluation.statistics import measured
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -59,7 +62,7 @@ def fits(row: dict, tokenizer, most: int) -> bool:
     )
 
 
-def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
+def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[Line]:
     """Train and evaluate one fold; the lines that `eval` wrote of its items."""
     of: dict[str, int] = {}  # a question that is asked twice is in one fold
     folds = [
@@ -90,8 +93,9 @@ def one(args, home: Path, fold: int, rows: list[dict], tokenizer) -> list[dict]:
             "rows"
         ]
         print(f"fold {fold}: {stage}: {counts}", flush=True)
-    measured = (home / str(fold) / "eval" / "samples.jsonl").read_text().splitlines()
-    return [line | {"item": line["item"] * args.folds + fold} for line in map(json.loads, measured)]
+    text = (home / str(fold) / "eval" / "samples.jsonl").read_text(encoding="utf-8")
+    lines = [Line.parse(line) for line in text.split("\n") if line]
+    return [replace(line, item=line.item * args.folds + fold) for line in lines]
 
 
 def main() -> None:
@@ -118,13 +122,12 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         folds = pool.map(lambda fold: one(args, home, fold, rows, tokenizer), range(args.folds))
-        lines = [line for found in folds for line in found]
-    found = table(lines, ["parent", "dpo", "reward"], 0)
-    for kind in ("metrics", "differences"):
-        for metric, cells in found[kind].items():
+        lines = [line for of_fold in folds for line in of_fold]
+    for table in measured(lines, ["parent", "dpo", "reward"], 0):
+        for metric, cells in table.items():
             for name, cell in cells.items():
-                value, low, high = (f"{cell[key]:+.4f}" for key in ("value", "low", "high"))
-                print(f"{metric:14s} {name:16s} {value}  [{low}, {high}]  n={cell['n']}")
+                interval = f"[{cell.low:+.4f}, {cell.high:+.4f}]"
+                print(f"{metric:14s} {name:16s} {cell.value:+.4f}  {interval}  n={cell.n}")
 
 
 if __name__ == "__main__":

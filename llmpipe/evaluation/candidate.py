@@ -1,37 +1,59 @@
-"""A model that is measured."""
+"""A model that is measured: what it sees of a question, how likely an answer is, what it answers.
+
+Sequences whose tokens are scored are padded on the left: what is scored is at their end, and logits
+are made for that part alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
+from llmpipe.data import template
 from llmpipe.data.encode import Encoder, Encoding
-from llmpipe.data.template import choose
+from llmpipe.data.formats import Example
+from llmpipe.data.kinds import rows
+from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
-from llmpipe.evaluation.book import Line
-from llmpipe.models.generate import render
+from llmpipe.evaluation.book import Settings
+from llmpipe.evaluation.task import Answer, Ask, Marked, Tools
+from llmpipe.models.generate import Response, Sampling, generate, isolated_rng, render
 from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.recipe.sections import Preparation, Recipe
+from llmpipe.recipe.sections import Preparation
 from llmpipe.run.artifact import is_reward_model, template_kwargs
+from llmpipe.run.results import MeasuredModel
 
-Sequence_ = tuple[list[int], list[bool]]  # ids, and which of them are scored
+LOGITS = 2**28  # of a batch at most: a gigabyte
+
+
+class LogProb(NamedTuple):
+    """Of the marked tokens of a sequence."""
+
+    log_prob: float
+    """Their sum, in nats."""
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.log_prob / self.tokens
 
 
 @dataclass
 class Candidate:
-    """A model that is measured."""
+    """A model that is measured, with the tokenizer and the template it was trained with."""
 
     label: str
     folder: Path
@@ -43,141 +65,197 @@ class Candidate:
     """`chat_template_kwargs` it was trained with."""
     batch_size: int
 
-    def describe(self) -> dict[str, Any]:
-        template = self.tokenizer.chat_template
-        return {
-            "template": template and sha256(template.encode()).hexdigest(),
-            "stops_at": None if self.ranks else self.model.generation_config.eos_token_id,
-            "vocab_size": len(self.tokenizer),
-            "parameters": self.model.num_parameters(),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
-    def prompt(self, item: Line) -> str:
-        """What the model sees of an item's question."""
-        return render(self.tokenizer, item["ask"], self.kwargs, item.get("tools"))
-
-    def ids(self, text: str, item: Line) -> list[int]:
-        """Tokens of a rendered text: a template writes the first token itself."""
-        special = "text" in item["ask"] or not self.tokenizer.chat_template
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    def scored(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
-        """`log_probs` in batches whose logits take a gigabyte at most."""
-        return batched(self.log_probs, sequences, self.batch_size, 2**28 // len(self.tokenizer))
-
-    @torch.no_grad()
-    def log_probs(self, sequences: list[Sequence_]) -> list[tuple[float, int]]:
-        """(sum of log-probabilities in nats, tokens) over the marked tokens of each sequence, one batch."""
-        width = max(len(ids) for ids, _ in sequences)
-        most = getattr(self.model.config, "max_position_embeddings", width)
-        if width > most:
-            raise UserError(
-                f"{self.label}: an item has {width:,} tokens, the model takes {most:,}",
-                "shorten it",
-            )
-        pad = [width - len(ids) for ids, _ in sequences]
-        first = [marks.index(True) if True in marks else len(marks) for _, marks in sequences]
-        keep = width - min(at + p for at, p in zip(first, pad, strict=True)) + 1
-        ids = torch.tensor([[0] * p + ids for (ids, _), p in zip(sequences, pad, strict=True)])
-        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad])
-        marked = torch.tensor(
-            [[False] * p + marks for (_, marks), p in zip(sequences, pad, strict=True)]
+    def describe(self, parent: str | None) -> MeasuredModel:
+        """What results.json says of it; `parent`: which of the others it was made from."""
+        chat_template = self.tokenizer.chat_template
+        return MeasuredModel(
+            template=chat_template and sha256(chat_template.encode()).hexdigest(),
+            stops_at=None if self.ranks else self.model.generation_config.eos_token_id,
+            vocab_size=len(self.tokenizer),
+            parameters=self.model.num_parameters(),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            parent=parent,
         )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Conversations as training encodes them, uncut."""
+        choice = template.choose(self.folder, "auto", self.kwargs)
+        uncut = Preparation(max_length=1 << 40, template_kwargs=self.kwargs)
+        return Encoder(Encoding(self.folder, choice.ends, choice.text_eos, uncut))
+
+    # --- text and tokens --------------------------------------------------------------------------
+
+    def sees_text(self, ask: Ask) -> bool:
+        """Whether a question reaches it as bare text, without a template."""
+        return ask.text is not None or not self.tokenizer.chat_template
+
+    def prompt(self, ask: Ask, tools: Tools) -> str:
+        """What the model sees of a question, up to where its answer begins."""
+        return render(self.tokenizer, ask.model_dump(exclude_unset=True), self.kwargs, tools)
+
+    def ids(self, text: str, ask: Ask) -> list[int]:
+        """Tokens of what the model sees of a question: a template writes the first token itself."""
+        encoded = self.tokenizer(text, add_special_tokens=self.sees_text(ask))
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def answered(self, ask: Ask, tools: Tools, answer: Answer) -> list[int]:
+        """Tokens of a question with one answer, up to the end of the last turn, as in training.
+
+        Raises Rejected where the template refuses the conversation.
+        """
+        policy_without_template = not (self.ranks or self.tokenizer.chat_template)
+        if ask.messages is not None and policy_without_template:
+            turns = [*ask.messages, *answer]
+            return self.ids(render(self.tokenizer, {"messages": turns}), ask)
+        return self.encoder.answered(ask.prompt, answer, tools)
+
+    def answer_marked(self, ask: Ask, tools: Tools, answered: list[int]) -> Marked:
+        """What `answered` gave; the answer begins where its rendering and the prompt's part."""
+        prompt = self.ids(self.prompt(ask, tools), ask)
+        return Marked.after(answered, template.shared_prefix(prompt, answered))
+
+    def taught(self, example: Example) -> Marked:
+        """A row as training encodes it, what it teaches marked. Raises Rejected."""
+        pieces, _ = rows.encode(self.encoder, example, {})
+        ids, labels = pieces[0]
+        return Marked(ids.tolist(), (labels != IGNORED).tolist())
+
+    # --- what the model makes of them -------------------------------------------------------------
+
+    def log_probs(self, sequences: list[Marked]) -> list[LogProb]:
+        """Of the marked tokens of each sequence. Raises UserError (4) where one is not finite."""
+        lengths = [len(sequence.ids) for sequence in sequences]
+        tokens = LOGITS // len(self.tokenizer)
+        values: dict[int, LogProb] = {}
+        for batch in batches(lengths, self.batch_size, tokens):
+            scored = self._log_probs([sequences[i] for i in batch])
+            values.update(zip(batch, scored, strict=True))
+        return [values[i] for i in range(len(sequences))]
+
+    def rewards(self, texts: list[list[int]]) -> list[float]:
+        """A reward model's score of each tokenized text."""
+        values: dict[int, float] = {}
+        for batch in batches([len(ids) for ids in texts], self.batch_size):
+            values.update(zip(batch, self._rewards([texts[i] for i in batch]), strict=True))
+        return [values[i] for i in range(len(texts))]
+
+    def responses(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
+        """A response to each tokenized prompt, drawn from `seed`."""
+        responses: list[Response] = []
+        with isolated_rng(seed):
+            for start in range(0, len(prompts), self.batch_size):
+                batch = prompts[start : start + self.batch_size]
+                responses += generate(self.model, self.tokenizer, batch, sampling)
+        return responses
+
+    def _log_probs(self, sequences: list[Marked]) -> list[LogProb]:
+        """`log_probs` of one batch."""
+        width = max(len(ids) for ids, _ in sequences)
+        self._check_fits(width)
+        pads = [width - len(ids) for ids, _ in sequences]
+        padded = list(zip(sequences, pads, strict=True))
+        ids = torch.tensor([[0] * pad + ids for (ids, _), pad in padded])
+        marks = torch.tensor([[False] * pad + marks for (_, marks), pad in padded])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+
+        # logits from the token in front of the first one that is scored
+        first = min(pad + _first(marks) for (_, marks), pad in padded)
         device = self.model.device
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with upstream.contiguous_head(self.model):
+        with torch.no_grad(), upstream.contiguous_head(self.model):
             out = self.model(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                logits_to_keep=min(keep, width),
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+                logits_to_keep=min(width - first + 1, width),
                 use_cache=False,
             )
-        logits = out.logits[:, :-1].float()
-        targets, marked = (
-            ids[:, -logits.shape[1] :].to(device),
-            marked[:, -logits.shape[1] :].to(device),
-        )
-        chosen = logits.gather(2, targets[..., None]).squeeze(2) - logits.logsumexp(2)
-        sums = torch.where(marked, chosen, 0).double().sum(1).tolist()
-        if not all(map(math.isfinite, sums)):
-            raise UserError(
-                f"{self.label}: a log-probability is not finite", "the model is broken", NUMERIC
-            )
-        return list(zip(sums, marked.sum(1).tolist(), strict=True))
+        logits = out.logits[:, :-1].float()  # of a token the next one's
+        kept = logits.shape[1]
+        targets = ids[:, -kept:].to(device)
+        scored = marks[:, -kept:].to(device)
+        log_probs = logits.gather(2, targets[..., None]).squeeze(2) - logits.logsumexp(2)
+        sums = torch.where(scored, log_probs, 0).double().sum(1).tolist()
+        if not all(math.isfinite(value) for value in sums):
+            problem = f"{self.label}: a log-probability is not finite"
+            raise UserError(problem, "the model is broken", NUMERIC)
+        return [LogProb(*pair) for pair in zip(sums, scored.sum(1).tolist(), strict=True)]
 
-    @torch.no_grad()
-    def rewards(self, texts: list[list[int]]) -> list[float]:
-        """The score of each text, one batch, padded on the right: reward models read up to the last token that is no
-        pad token, which is one before the end of turn where the two are the same."""
+    def _check_fits(self, width: int) -> None:
+        most = getattr(self.model.config, "max_position_embeddings", width)
+        if width > most:
+            problem = f"{self.label}: an item has {width:,} tokens, the model takes {most:,}"
+            raise UserError(problem, "shorten it")
+
+    def _rewards(self, texts: list[list[int]]) -> list[float]:
+        """`rewards` of one batch, padded on the right.
+
+        Reward models read up to the last token that is no pad token, which is one before the end of
+        turn where the two are the same.
+        """
         width = max(map(len, texts))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor(
-            [ids + [pad] * (width - len(ids)) for ids in texts], device=self.model.device
-        )
+        device = self.model.device
+        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in texts], device=device)
         mask = torch.tensor(
-            [[1] * len(ids) + [0] * (width - len(ids)) for ids in texts], device=self.model.device
+            [[1] * len(ids) + [0] * (width - len(ids)) for ids in texts], device=device
         )
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
-
-    def whole(self, item: Line, text: str | list[dict]) -> str:
-        """A question with one answer to it, as the template writes the pair."""
-        if isinstance(text, str) and "text" in item["ask"]:
-            return item["ask"]["text"] + text
-        turns = [{"role": "assistant", "content": text}] if isinstance(text, str) else text
-        whole = {"messages": item["ask"]["messages"] + turns}
-        return render(self.tokenizer, whole, self.kwargs, item.get("tools"), open_turn=False)
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
+        rewards: list[float] = logits[:, 0].float().tolist()
+        return rewards
 
 
-def machine(recipe: Recipe) -> dict[str, Any]:
-    """What an evaluation's numbers depend on beside the recipe: in their last digits, and what is drawn by it."""
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "batch_size": recipe.launch.batch_size,
-        "precision": "bf16" if bf16 else "fp32",
-        "device": device,
-    }
+def _first(marks: list[bool]) -> int:
+    return marks.index(True) if True in marks else len(marks)
+
+
+def batches(lengths: list[int], size: int, tokens: int | None = None) -> Iterator[list[int]]:
+    """Positions in batches of like length, the longest first.
+
+    At most `size` in a batch, and at most `tokens` with the padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = size if tokens is None else min(size, tokens // lengths[order[0]])
+        batch = order[: max(1, count)]
+        order = order[len(batch) :]
+        yield batch
+
+
+def settings_of(precision: str, batch_size: int) -> Settings:
+    """What an evaluation's numbers depend on beside the recipe; `precision` may be `auto`."""
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
+    return Settings(
+        batch_size=batch_size,
+        precision="bf16" if bf16 else "fp32",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
 
 
 @contextmanager
 def candidate(
-    label: str, folder: Path, base: Path | None, recipe: Recipe, say: Say
+    label: str, folder: Path, base: Path | None, settings: Settings, say: Say
 ) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
-    bf16 = machine(recipe)["precision"] == "bf16"
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, base, tokenizer, bf16=bf16)
-    say(f"{label}: {model.num_parameters() / 1e6:,.1f} M parameters, {'bf16' if bf16 else 'fp32'}")
+    model = load_any(folder, base, tokenizer, bf16=settings.precision == "bf16")
+    say(f"{label}: {model.num_parameters() / 1e6:,.1f} M parameters, {settings.precision}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")
-    kwargs, size = template_kwargs(folder), recipe.launch.batch_size
-    made = Candidate(label, folder, model, tokenizer, is_reward_model(folder), kwargs, size)
+    loaded = Candidate(
+        label=label,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        ranks=is_reward_model(folder),
+        kwargs=template_kwargs(folder),
+        batch_size=settings.batch_size,
+    )
     try:
-        yield made
+        yield loaded
     finally:
-        made.model = model = None  # the caller still holds `made` while the next one is loaded
+        # the caller still holds `loaded` while the next one is loaded
+        loaded.model = model = None
         release_memory()
-
-
-def batched(call: Callable, sequences: list, size: int, most: float = math.inf) -> list:
-    """`call` on batches of at most `size` sequences of like length, `most` tokens; the results in the order given."""
-    lengths = [len(s[0] if isinstance(s, tuple) else s) for s in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
-    out: list = [None] * len(sequences)
-    while order:
-        count = max(1, int(min(size, most // lengths[order[0]])))
-        part, order = order[:count], order[count:]
-        for i, value in zip(part, call([sequences[i] for i in part]), strict=True):
-            out[i] = value
-    return out
-
-
-def encoder_of(model: Candidate) -> Encoder:
-    """Conversations as training encodes them, uncut."""
-    if not hasattr(model, "_encoder"):
-        choice = choose(model.folder, "auto", model.kwargs)
-        uncut = Preparation(max_length=1 << 40, template_kwargs=model.kwargs)
-        model._encoder = Encoder(Encoding(model.folder, choice.ends, choice.text_eos, uncut))
-    return model._encoder

@@ -1,159 +1,213 @@
-"""Scores of answers, and what a set of scores says: a number, its 95 % interval, and paired differences.
+"""What a set of scores says: a number, its 95 % interval, and paired differences.
 
-A metric is a ratio of sums over items (a mean where every weight is 1), or a corpus score of all answers at once (BLEU,
-chrF). Shares of right answers get Wilson's interval (Wilson 1927), everything else the percentiles of a bootstrap over
-items (Efron 1979). Two models are compared on the same resampled items, so that what is hard for both cancels out.
+A metric is a ratio of sums over items (a mean where every weight is 1), or a corpus score of all
+answers at once (BLEU, chrF). Shares of right answers get Wilson's interval (Wilson 1927),
+everything else the percentiles of a bootstrap over items (Efron 1979). Two models are compared on
+the same resampled items, so that what is hard for both cancels out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES, CORPUS_RESAMPLES = 2000, 200
+from llmpipe.evaluation.book import Line, Reported, Score
+from llmpipe.run.results import Cell, Cells
+
+RESAMPLES = 2000
+
+CORPUS_RESAMPLES = 200  # each one scores every answer again
 
 Z95 = 1.959963984540054  # of the normal distribution
 
-Line = dict[str, Any]
-
-
-def pass_at(k: int, n: int, right: int) -> float:
-    """Chance that at least one of k answers is right, from `right` of n: 1 - C(n-c, k) / C(n, k) (Chen 2021, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+PERPLEXITY = "perplexity"  # the one metric that is the exponential of its ratio of sums
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
     """95 % interval of a share."""
-    share, z2 = right / n, Z95**2
+    share = right / n
+    z2 = Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+    low = 0.0 if right == 0 else middle - half
+    high = 1.0 if right == n else middle + half
+    return low, high
 
 
-def resampled(a: np.ndarray, b: np.ndarray, seed: int) -> np.ndarray:
-    """Ratios of sums `a`/`b`, float64 (models, items) each, on RESAMPLES draws of items: (models, RESAMPLES).
-
-    The draws depend on the seed and the number of items alone: models and metrics are compared on the same ones.
-    """
-    n = a.shape[1]
-    rng = np.random.default_rng(seed)
-    parts = []
-    for _ in range(RESAMPLES // 100):
-        draws = rng.multinomial(n, np.full(n, 1 / n), size=100)
-        parts.append((a @ draws.T) / (b @ draws.T))
-    return np.concatenate(parts, axis=1)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, (2.5, 97.5))
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a resampled number."""
+    low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
 
 
-def _corpus(kind: str) -> Callable[[Sequence[Line]], float]:
+def resampled(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> np.ndarray:
+    """Ratios of sums on RESAMPLES draws of items: float64 (models, items) -> (models, RESAMPLES).
+
+    The draws depend on the seed and the number of items alone: models and metrics are compared on
+    the same ones.
+    """
+    n = numerators.shape[1]
+    rng = np.random.default_rng(seed)
+    parts = []
+    for _ in range(RESAMPLES // 100):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=100)
+        parts.append((numerators @ counts.T) / (denominators @ counts.T))
+    return np.concatenate(parts, axis=1)
+
+
+# --- one metric -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric of one model: its value, and its values on resampled items."""
+
+    lines: list[Line]
+    value: float
+    draws: np.ndarray
+
+    @property
+    def items(self) -> list[int | str]:
+        return [line.item for line in self.lines]
+
+
+# (metric, lines of each model on the same items, seed) -> value of each model, draws of each model
+Estimator = Callable[[str, list[list[Line]], int], tuple[list[float], np.ndarray]]
+
+
+def ratios_of_sums(
+    metric: str, lines_of_models: list[list[Line]], seed: int
+) -> tuple[list[float], np.ndarray]:
+    """An `Estimator`: the sum of the items' numerators by the sum of their denominators."""
+    fractions = np.array(
+        [[_fraction((line.scores or {})[metric]) for line in lines] for lines in lines_of_models],
+        np.float64,
+    )
+    numerators, denominators = fractions[..., 0], fractions[..., 1]
+    draws = resampled(numerators, denominators, seed)
+    values = (numerators.sum(1) / denominators.sum(1)).tolist()
+    if metric == PERPLEXITY:
+        return [math.exp(value) for value in values], np.exp(draws)
+    return values, draws
+
+
+def _fraction(score: Score) -> tuple[float, float]:
+    return (score[0], score[1]) if isinstance(score, list) else (score, 1.0)
+
+
+def corpus_scores(
+    metric: str, lines_of_models: list[list[Line]], seed: int
+) -> tuple[list[float], np.ndarray]:
+    """An `Estimator`: sacrebleu's score of all answers at once."""
     from sacrebleu import BLEU, CHRF
 
-    library = BLEU() if kind == "bleu" else CHRF()
-    return lambda lines: (
-        library.corpus_score(
-            [x["answers"][0] for x in lines], [[x["reference"] for x in lines]]
-        ).score
-    )
+    library = BLEU() if metric == "bleu" else CHRF()
 
+    def value(lines: list[Line]) -> float:
+        answers = [line.shown["answers"][0] for line in lines]
+        references = [line.shown["reference"] for line in lines]
+        return float(library.corpus_score(answers, [references]).score)
 
-def _corpus_resampled(kind: str, by_model: list[list[Line]], seed: int) -> np.ndarray:
-    rng, value = np.random.default_rng(seed), _corpus(kind)
-    n = len(by_model[0])
+    n = len(lines_of_models[0])
+    rng = np.random.default_rng(seed)
     draws = [rng.integers(0, n, n) for _ in range(CORPUS_RESAMPLES)]
-    return np.array([[value([lines[i] for i in draw]) for draw in draws] for lines in by_model])
+    drawn = [[value([lines[i] for i in draw]) for draw in draws] for lines in lines_of_models]
+    return [value(lines) for lines in lines_of_models], np.array(drawn)
 
 
-def table(lines: list[Line], models: list[str], seed: int) -> dict[str, Any]:
-    """{"metrics": {metric: {model: cell}}, "differences": {metric: {"b - a": cell}}} of one task's lines.
+def _estimates(
+    metric: str, lines_by_model: dict[str, list[Line]], estimator: Estimator, seed: int
+) -> dict[str, Estimate]:
+    """A metric of every model that has it; those measured on the same items share their draws."""
+    measured = {}
+    for model, lines in lines_by_model.items():
+        if having := [line for line in lines if line.has(metric)]:
+            measured[model] = having
+    sharing: dict[tuple[int | str, ...], list[str]] = {}
+    for model, lines in measured.items():
+        sharing.setdefault(tuple(line.item for line in lines), []).append(model)
+    estimates = {}
+    for models in sharing.values():
+        values, draws = estimator(metric, [measured[model] for model in models], seed)
+        for model, value, drawn in zip(models, values, draws, strict=True):
+            estimates[model] = Estimate(measured[model], value, drawn)
+    return {model: estimates[model] for model in measured}
 
-    A line is one item of one model: {"model", "item", "scores": {metric: value or [numerator, denominator]}}; `corpus`
-    names metrics over all answers. A cell is {value, low, high, n}. A line with `reported` holds a library's own
-    numbers {metric: [value, standard error, n]}: they count, with the items' interval where they are the items' mean.
-    """
-    by_model = {
-        m: sorted((x for x in lines if x["model"] == m and "scores" in x), key=item_key)
-        for m in models
-    }
-    by_model = {m: own for m, own in by_model.items() if own}
-    metrics: dict[str, dict[str, Any]] = {}
-    differences: dict[str, dict[str, Any]] = {}
-    names = dict.fromkeys(
-        name for own in by_model.values() for line in own for name in line["scores"]
-    )
-    corpus = dict.fromkeys(
-        name for own in by_model.values() for line in own for name in line.get("corpus", ())
-    )
-    for name in (*names, *corpus):
-        chosen = {
-            m: [x for x in own if name in x["scores"] or name in x.get("corpus", ())]
-            for m, own in by_model.items()
-        }
-        chosen = {m: own for m, own in chosen.items() if own}
-        items = {m: [x["item"] for x in own] for m, own in chosen.items()}
-        draws: dict[str, np.ndarray] = {}
-        values: dict[str, float] = {}
-        groups: dict[tuple, list[str]] = {}
-        for m, own in items.items():
-            groups.setdefault(tuple(own), []).append(m)
-        for (
-            group
-        ) in groups.values():  # models that were measured on the same items share their draws
-            if name in corpus:
-                drawn = _corpus_resampled(name, [chosen[m] for m in group], seed)
-                values |= {m: _corpus(name)(chosen[m]) for m in group}
-            else:
-                pairs = np.array(
-                    [[_pair(x["scores"][name]) for x in chosen[m]] for m in group], np.float64
-                )
-                drawn = resampled(pairs[..., 0], pairs[..., 1], seed)
-                values |= dict(
-                    zip(group, (pairs[..., 0].sum(1) / pairs[..., 1].sum(1)).tolist(), strict=True)
-                )
-                if name == "perplexity":
-                    drawn, values = np.exp(drawn), values | {m: math.exp(values[m]) for m in group}
-            draws |= dict(zip(group, drawn, strict=True))
-        metrics[name] = {}
-        for m, own in chosen.items():
-            shares = name not in corpus and all(x["scores"][name] in (0, 1) for x in own)
-            low, high = wilson(values[m] * len(own), len(own)) if shares else interval(draws[m])
-            metrics[name][m] = {"value": values[m], "low": low, "high": high, "n": len(own)}
-        listed = list(chosen)
-        for i, b in enumerate(listed):
-            for a in listed[:i]:
-                if items[a] == items[b]:
-                    low, high = interval(draws[b] - draws[a])
-                    cell = {
-                        "value": values[b] - values[a],
-                        "low": low,
-                        "high": high,
-                        "n": len(items[a]),
-                    }
-                    differences.setdefault(name, {})[f"{b} - {a}"] = cell
+
+def _cell(metric: str, estimate: Estimate) -> Cell:
+    """A model's number; a share of right answers has Wilson's interval."""
+    n = len(estimate.lines)
+    scores = [(line.scores or {}).get(metric) for line in estimate.lines]
+    is_share = all(score in (0, 1) for score in scores)
+    low, high = wilson(estimate.value * n, n) if is_share else interval(estimate.draws)
+    return Cell(estimate.value, low, high, n)
+
+
+def _differences(estimates: dict[str, Estimate]) -> Cells:
+    """Every model less every one before it, of those that were measured on the same items."""
+    cells = {}
+    models = list(estimates)
+    for i, model in enumerate(models):
+        for other in models[:i]:
+            b, a = estimates[model], estimates[other]
+            if a.items == b.items:
+                low, high = interval(b.draws - a.draws)
+                cells[f"{model} - {other}"] = Cell(b.value - a.value, low, high, len(b.lines))
+    return cells
+
+
+# --- one task -------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """The numbers of one task."""
+
+    metrics: dict[str, Cells]
+    """{metric: {model: cell}}."""
+    differences: dict[str, Cells]
+    """{metric: {"b - a": cell}}, on the same items."""
+
+
+def measured(lines: list[Line], models: list[str], seed: int) -> Measured:
+    """The numbers and the differences of one task's lines, in the order of `models`."""
+    lines_by_model = _scored(lines, models)
+    every = [line for scored in lines_by_model.values() for line in scored]
+    per_item = dict.fromkeys(metric for line in every for metric in line.scores or ())
+    corpus = dict.fromkeys(metric for line in every for metric in line.corpus or ())
+    estimators: dict[str, Estimator] = dict.fromkeys(per_item, ratios_of_sums)
+    estimators |= dict.fromkeys(corpus, corpus_scores)
+
+    metrics: dict[str, Cells] = {}
+    differences: dict[str, Cells] = {}
+    for metric, estimator in estimators.items():
+        estimates = _estimates(metric, lines_by_model, estimator, seed)
+        metrics[metric] = {model: _cell(metric, of) for model, of in estimates.items()}
+        if cells := _differences(estimates):
+            differences[metric] = cells
     for line in lines:
-        for name, (value, error, n) in line.get("reported", {}).items():
-            cell = metrics.setdefault(name, {}).get(line["model"])
-            if cell is None or abs(cell["value"] - value) > 1e-9:
-                half = Z95 * error if error is not None else math.nan
-                cell = metrics[name][line["model"]] = {
-                    "low": value - half,
-                    "high": value + half,
-                    "n": n,
-                }
-            cell["value"] = value
-    return {"metrics": metrics, "differences": differences}
+        for metric, number in (line.reported or {}).items():
+            cells = metrics.setdefault(metric, {})
+            cells[line.model] = _reported(number, cells.get(line.model))
+    return Measured(metrics, differences)
 
 
-def item_key(line: Line) -> tuple[int, str]:
-    """Sorts the items of a task: by number, the harness's by name."""
-    return (line["item"], "") if isinstance(line["item"], int) else (0, line["item"])
+def _scored(lines: list[Line], models: list[str]) -> dict[str, list[Line]]:
+    """The scored items of every model that has some, in the order of the items."""
+    lines_by_model: dict[str, list[Line]] = {}
+    for model in models:
+        scored = [line for line in lines if line.model == model and line.scores is not None]
+        if scored:
+            lines_by_model[model] = sorted(scored, key=lambda line: line.order)
+    return lines_by_model
 
 
-def _pair(value: float | list[float]) -> tuple[float, float]:
-    return (value[0], value[1]) if isinstance(value, list) else (value, 1.0)
+def _reported(number: Reported, cell: Cell | None) -> Cell:
+    """A library's own number counts, with the interval of the items where it is their mean."""
+    if cell and not abs(cell.value - number.value) > 1e-9:
+        return replace(cell, value=number.value)
+    half = math.nan if number.standard_error is None else Z95 * number.standard_error
+    return Cell(number.value, number.value - half, number.value + half, number.n)

@@ -11,6 +11,7 @@ from llmpipe.errors import UserError
 from llmpipe.files import read_json
 from llmpipe.run.artifact import Artifact, artifacts
 from llmpipe.run.outcome import Outcome
+from llmpipe.run.results import Results
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -35,7 +36,8 @@ def describe(artifact: Artifact) -> list[str]:
     by = f"{manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
     lines = [f"{artifact.path}  {status} {by}"]
     if manifest["kind"] == "evaluation":
-        return lines + measurements(read_json(artifact.path / "results.json") or {"tasks": {}})
+        results = Results.from_file(artifact.path / "results.json")
+        return lines + measurements(results) if results else lines
     rows, training = manifest["data"]["rows"], manifest["training"]
     rejected = (
         ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
@@ -77,24 +79,21 @@ def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
     return f"not finished, {at}{end}", None
 
 
-def measurements(results: dict[str, Any]) -> list[str]:
-    """An evaluation in lines: every number with its interval, every difference, and those that the interval proves."""
+def measurements(results: Results) -> list[str]:
+    """An evaluation in lines: every number with its interval, every difference, and whether it is one."""
     lines = []
-    for task, about in results["tasks"].items():
-        seen = max(about.get("overlap", {}).values(), default=0)
-        lines.append(
-            f"  {task}: {about['task']}"
-            + (f"; {seen:,} of {about['n']:,} asked in training" if seen else "")
-        )
-        for metric, cells in about["metrics"].items():
-            for label, c in cells.items():
-                value = f"{c['value']:10.4f}  [{c['low']:.4f}, {c['high']:.4f}]  n={c['n']:,}"
+    for name, task in results.tasks.items():
+        seen = max((task.overlap or {}).values(), default=0)
+        note = f"; {seen:,} of {task.n:,} asked in training" if seen else ""
+        lines.append(f"  {name}: {task.task}{note}")
+        for metric, cells in task.metrics.items():
+            for label, cell in cells.items():
+                value = f"{cell.value:10.4f}  [{cell.low:.4f}, {cell.high:.4f}]  n={cell.n:,}"
                 lines.append(f"    {metric:<16} {label:<14} {value}")
-            for pair, c in about["differences"].get(metric, {}).items():
-                real = "" if c["low"] <= 0 <= c["high"] else "  differs"
-                lines.append(
-                    f"    {'':<16} {pair:<14} {c['value']:+10.4f}  [{c['low']:+.4f}, {c['high']:+.4f}]{real}"
-                )
+            for pair, cell in task.differences.get(metric, {}).items():
+                value = f"{cell.value:+10.4f}  [{cell.low:+.4f}, {cell.high:+.4f}]"
+                verdict = "  differs" if cell.differs else ""
+                lines.append(f"    {'':<16} {pair:<14} {value}{verdict}")
     return lines
 
 

@@ -21,7 +21,7 @@ import torch
 
 from llmpipe.data.formats import Rejected
 from llmpipe.errors import DATA, NUMERIC, UserError
-from llmpipe.evaluation.candidate import Candidate, batched, encoder_of
+from llmpipe.evaluation.candidate import Candidate
 from llmpipe.evaluation.scores import score
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
@@ -162,7 +162,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
                 "lower data.max_length or rollout.max_new_tokens",
             )
         with torch.autocast(model.device.type, enabled=False):
-            return batched(ranker.rewards, texts, ranker.batch_size)
+            return ranker.rewards(texts)
 
     return scores
 
@@ -172,7 +172,7 @@ def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
     turns = [{"role": "assistant", "content": response}]
     answer = response if isinstance(row["prompt"], str) else turns
     try:
-        return encoder_of(ranker).answered(row["prompt"], answer, row.get("tools"))
+        return ranker.encoder.answered(row["prompt"], answer, row.get("tools"))
     except Rejected as error:
         problem = f"reward: {ranker.label}: {error}: {_shortened(row['prompt'])!r}"
         raise UserError(problem) from None

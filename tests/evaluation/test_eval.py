@@ -564,6 +564,7 @@ def test_a_frozen_head_gets_whole_rows():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmpipe.evaluation.candidate import Candidate
+    from llmpipe.evaluation.task import Marked
     from llmpipe.models.generate import Sampling, generate
 
     model, tokenizer = (
@@ -573,9 +574,7 @@ def test_a_frozen_head_gets_whole_rows():
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _, given, out: seen.append(given[0]))
     made = Candidate("it", life.TINY / "model", model, tokenizer, False, {}, 4)
-    made.log_probs(
-        [([5, 6, 7, 8, 9, 10], [False] * 4 + [True] * 2), ([5, 6, 7], [False, False, True])]
-    )
+    made.log_probs([Marked.after([5, 6, 7, 8, 9, 10], 4), Marked.after([5, 6, 7], 2)])
     generate(model, tokenizer, [[5, 6], [7]], Sampling(3))
     assert len(seen) > 1 and all(len(rows) == 2 and rows.is_contiguous() for rows in seen)
     assert seen[0].shape[1] == 3, "no more than what is scored, and one before"

@@ -6,12 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from llmpipe.evaluation.scores import score
-from llmpipe.evaluation.statistics import interval, pass_at, resampled, table, wilson
+from llmpipe.evaluation.book import Line, Reported
+from llmpipe.evaluation.scores import pass_at, score
+from llmpipe.evaluation.statistics import interval, measured, resampled, wilson
+from llmpipe.evaluation.task import Marked
+from llmpipe.evaluation.tasks.perplexity import windows
+from llmpipe.run.results import Cell
 
 
 def line(model, item, **scores):
-    return {"task": "t", "model": model, "item": item, "scores": scores}
+    return Line("t", model, item, scores=scores)
 
 
 def test_wilson():
@@ -44,11 +48,11 @@ def test_the_bootstrap_of_a_mean_is_the_normal_interval():
 def test_ratios_of_sums_and_paired_differences():
     lines = [line("a", i, nats=[float(i + 1), 2.0 * (i + 1)]) for i in range(6)]
     lines += [line("b", i, nats=[float(i + 2), 2.0 * (i + 1)]) for i in range(6)]
-    found = table(lines, ["a", "b"], 0)
-    assert found["metrics"]["nats"]["a"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 6}
-    assert found["metrics"]["nats"]["b"]["value"] == pytest.approx(27 / 42)
-    difference = found["differences"]["nats"]["b - a"]
-    assert difference["value"] == pytest.approx(6 / 42) and difference["low"] > 0
+    found = measured(lines, ["a", "b"], 0)
+    assert found.metrics["nats"]["a"] == Cell(value=0.5, low=0.5, high=0.5, n=6)
+    assert found.metrics["nats"]["b"].value == pytest.approx(27 / 42)
+    difference = found.differences["nats"]["b - a"]
+    assert difference.value == pytest.approx(6 / 42) and difference.low > 0
 
 
 def test_pairing_makes_a_small_difference_visible():
@@ -60,33 +64,27 @@ def test_pairing_makes_a_small_difference_visible():
         for m, shift in (("a", 0.0), ("b", 0.1))
         for i, h in enumerate(hard)
     ]
-    found = table(lines, ["a", "b"], 0)
-    cells = found["metrics"]["x"]
-    assert cells["a"]["high"] > cells["b"]["low"], "apart, the intervals overlap"
-    assert found["differences"]["x"]["b - a"]["low"] == pytest.approx(0.1)
+    found = measured(lines, ["a", "b"], 0)
+    cells = found.metrics["x"]
+    assert cells["a"].high > cells["b"].low, "apart, the intervals overlap"
+    assert found.differences["x"]["b - a"].low == pytest.approx(0.1)
 
 
 def test_models_measured_on_other_items_are_not_compared():
     lines = [line("a", i, x=1.0) for i in range(3)] + [line("b", i, x=1.0) for i in range(1, 4)]
-    found = table(lines, ["a", "b"], 0)
-    assert set(found["metrics"]["x"]) == {"a", "b"} and found["differences"] == {}
+    found = measured(lines, ["a", "b"], 0)
+    assert set(found.metrics["x"]) == {"a", "b"} and found.differences == {}
 
 
 def test_a_library_s_own_number_counts():
     lines = [line("a", f"x/{i:08}", acc=float(i < 2), odd=1.0) for i in range(3)]
-    lines.append(
-        {
-            "task": "t",
-            "model": "a",
-            "item": "reported",
-            "reported": {"acc": [2 / 3, 0.1, 3], "odd": [5.0, 0.5, 3]},
-        }
-    )
-    cells = table(lines, ["a"], 0)["metrics"]
-    assert (cells["acc"]["a"]["low"], cells["acc"]["a"]["high"]) == wilson(2, 3)
-    assert cells["odd"]["a"] == {"value": 5.0, "low": 5 - 1.96 * 0.5, "high": 5 + 1.96 * 0.5, "n": 3} | {
-        "low": pytest.approx(4.02, abs=1e-3), "high": pytest.approx(5.98, abs=1e-3)
-    }  # fmt: skip
+    numbers = {"acc": Reported(2 / 3, 0.1, 3), "odd": Reported(5.0, 0.5, 3)}
+    lines.append(Line("t", "a", "reported", reported=numbers))
+    cells = measured(lines, ["a"], 0).metrics
+    assert (cells["acc"]["a"].low, cells["acc"]["a"].high) == wilson(2, 3)
+    assert (cells["odd"]["a"].value, cells["odd"]["a"].n) == (5.0, 3)
+    assert cells["odd"]["a"].low == pytest.approx(4.02, abs=1e-3)
+    assert cells["odd"]["a"].high == pytest.approx(5.98, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +111,12 @@ def test_regex_compares_its_group():
 
 
 def test_windows_score_every_token_once():
-    from llmpipe.evaluation.tasks import windows
-
     for n, window, stride in ((1, 4, 2), (10, 4, 2), (11, 5, 3), (7, 100, 50)):
         marks = [False] + [True] * (n - 1)
         seen = []
-        for start, (ids, fresh) in enumerate(windows(list(range(n)), marks, window, stride)):
+        for start, (ids, fresh) in enumerate(
+            windows(Marked(list(range(n)), marks), window, stride)
+        ):
             assert not fresh[0], "the first token of a window has nothing before it"
             seen += [i for i, m in zip(ids, fresh, strict=True) if m]
             assert len(ids) <= window, start

@@ -1,0 +1,192 @@
+"""Generate: answers to prompts, compared with references."""
+
+from __future__ import annotations
+
+import re
+from hashlib import sha256
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmpipe.data.formats import (
+    Completion,
+    Example,
+    Preference,
+    Rejected,
+    prompt_and_reference,
+)
+from llmpipe.data.formats.examples import Tools
+from llmpipe.evaluation.book import Score, Scored
+from llmpipe.evaluation.scores import pass_at, score
+from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_of
+from llmpipe.recipe.sections import Positive
+
+if TYPE_CHECKING:
+    from llmpipe.evaluation.candidate import Candidate
+
+CORPUS = {"bleu", "chrf"}  # scores of all answers at once
+
+COMPARED = {
+    "exact_match",
+    "contains",
+    "number",
+    "math_verify",
+    "rouge",
+    *CORPUS,
+}  # with a reference
+
+PACKAGES = {
+    "math_verify": "math_verify",
+    "rouge": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+}
+
+
+class Prompt(Item):
+    """What is asked, and the answer to compare with."""
+
+    ask: Ask
+    reference: str | None = None
+    tools: Tools = None
+
+
+class Generate(OnItems):
+    formats: ClassVar = (
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompt-completion",
+        "prompt",
+        "preference",
+    )
+    item_type: ClassVar = Prompt
+
+    task: Literal["generate"]
+    """Answers to prompts, compared with references. The reference is the last assistant turn of a
+    row."""
+    max_new_tokens: Positive = 128
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token each time; above 0 answers are drawn, with the recipe's seed."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from this many likeliest tokens; 0 is all of them."""
+    template: Template = "auto"
+    """`auto`: the model's own chat template, the one it was trained with; `none`: prompts as bare
+    text."""
+
+    score: Annotated[
+        list[
+            Literal[
+                "exact_match",
+                "contains",
+                "regex",
+                "number",
+                "math_verify",
+                "json",
+                "rouge",
+                "bleu",
+                "chrf",
+            ]
+        ],
+        Field(min_length=1),
+    ]
+    """exact_match, contains, number (the last one in the answer), math_verify: against the
+    reference; regex: `pattern` in the answer, its group against the reference; json: parses; rouge,
+    bleu, chrf: the libraries' scores."""
+    pattern: str | None = None
+    """What `regex` looks for; with a group, what it holds must equal the reference."""
+    samples: Positive = 1
+    """Answers per prompt, for pass@k."""
+    pass_at: list[Positive] = [1]
+    """The k of pass@k, the chance that one of k answers is right: unbiased (Chen 2021, eq. 1)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Generate:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples above 1 needs a temperature: greedy answers are all the same")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern: {error}") from None
+        if max(self.pass_at) > self.samples:
+            raise ValueError(f"pass_at {max(self.pass_at)} needs as many samples")
+        if ("regex" in self.score) != (self.pattern is not None):
+            raise ValueError("score: regex and pattern go together")
+        return self
+
+    @property
+    def packages(self) -> set[str]:
+        return {PACKAGES[kind] for kind in self.score if kind in PACKAGES}
+
+    def item_of(self, row: Example, place: Place) -> Prompt:
+        prompt, reference = prompt_and_reference(row)
+        if COMPARED & set(self.score) and not (reference or "").strip():
+            raise Rejected("no reference", "there is no answer to compare with")
+        return Prompt(
+            **place._asdict(),
+            ask=Ask.of(prompt, bare=self.template == "none" or _is_text(row)),
+            **({} if reference is None else {"reference": reference}),
+            **tools_of(row),
+        )
+
+    def score_batch(self, model: Candidate, batch: list[Prompt], seed: int) -> list[Scored]:
+        from llmpipe.models.generate import Sampling
+
+        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        prompts = [model.prompt(item.ask, item.tools) for item in batch]
+        ids = [model.ids(prompt, item.ask) for prompt, item in zip(prompts, batch, strict=True)]
+        repeated = [prompt for prompt in ids for _ in range(self.samples)]
+        responses = iter(model.responses(repeated, sampling, _seed_of(batch, seed)))
+        scored = []
+        for item, prompt in zip(batch, prompts, strict=True):
+            drawn = [next(responses) for _ in range(self.samples)]
+            answers = [response.text for response in drawn]
+            shown = {
+                "prompt": prompt,
+                "reference": item.reference,
+                "answers": answers,
+                "ended": [response.ended for response in drawn],
+            }
+            scores = self._scores(answers, item.reference)
+            corpus = [kind for kind in self.score if kind in CORPUS]
+            scored.append(Scored(shown, scores, corpus))
+        return scored
+
+    def _scores(self, answers: list[str], reference: str | None) -> dict[str, Score]:
+        """Of the answers to one prompt: pass@k of what is right or wrong, else the mean."""
+        each: list[dict[str, float]] = []
+        for answer in answers:
+            scores: dict[str, float] = {}
+            for kind in self.score:
+                if kind not in CORPUS:
+                    scores |= score(kind, answer, reference, self.pattern)
+            each.append(scores)
+        if len(each) == 1:
+            return dict(each[0])
+        return {
+            metric: value
+            for name in each[0]
+            for metric, value in self._over_samples(name, [one[name] for one in each]).items()
+        }
+
+    def _over_samples(self, name: str, values: list[float]) -> dict[str, float]:
+        right_or_wrong = all(value in (0, 1) for value in values) and not name.startswith("rouge")
+        if not right_or_wrong:
+            return {name: sum(values) / len(values)}
+        right = int(sum(values))
+        return {f"{name}@{k}": pass_at(k, len(values), right) for k in self.pass_at}
+
+
+def _is_text(row: Example) -> bool:
+    """Whether a row is text to go on with, as in training."""
+    texts = isinstance(row, Preference) and isinstance(row.chosen, str)
+    return texts or isinstance(row, Completion)
+
+
+def _seed_of(batch: list[Prompt], seed: int) -> int:
+    """Answers are drawn from the seed and the batch itself, not from what was drawn before it."""
+    content = f"{seed} {[item.id for item in batch]}"
+    return int(sha256(content.encode()).hexdigest()[:8], 16)

@@ -1,0 +1,109 @@
+"""Preference: which of two answers a model ranks first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from llmpipe.data.formats import Example, Rejected, examples
+from llmpipe.data.formats.examples import Tools
+from llmpipe.errors import UserError
+from llmpipe.evaluation.book import Scored
+from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, tools_of
+
+if TYPE_CHECKING:
+    from llmpipe.evaluation.candidate import Candidate
+
+
+class Pair(Item):
+    """A question with two answers."""
+
+    ask: Ask
+    chosen: Answer
+    rejected: Answer
+    tools: Tools = None
+
+
+class Preference(OnItems):
+    for_reward_models: ClassVar = True
+    formats: ClassVar = ("preference",)
+    item_type: ClassVar = Pair
+
+    task: Literal["preference"]
+    """Pairs: how often the chosen answer is ranked first, by a reward model's score, or by a
+    policy's summed and mean log-probability."""
+
+    def item_of(self, row: Example, place: Place) -> Pair:
+        assert isinstance(row, examples.Preference)  # as its format has it
+        return Pair(
+            **place._asdict(),
+            ask=Ask.of(row.prompt, bare=isinstance(row.chosen, str)),
+            chosen=row.chosen,
+            rejected=row.rejected,
+            **tools_of(row),
+        )
+
+    def score_batch(self, model: Candidate, batch: list[Pair], seed: int) -> list[Scored]:
+        measure = _rewards if model.ranks else _log_probs
+        scored = []
+        for item, values in zip(batch, measure(model, batch), strict=True):
+            shown = {
+                "prompt": model.prompt(item.ask, item.tools),
+                "chosen": _text(item.chosen),
+                "rejected": _text(item.rejected),
+                "values": values,
+            }
+            scores = {metric: _ranked_first(*pair) for metric, pair in values.items()}
+            scored.append(Scored(shown, scores))
+        return scored
+
+
+Values = dict[str, tuple[float, float]]  # of the chosen and of the rejected answer, by metric
+
+
+def _rewards(model: Candidate, batch: list[Pair]) -> list[Values]:
+    """A reward model's scores."""
+    rewards = iter(model.rewards(_sequences(model, batch)))
+    return [{"accuracy": (next(rewards), next(rewards))} for _ in batch]
+
+
+def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
+    """A policy's log-probabilities of the answers, summed and per token."""
+    asked = [item for item in batch for _ in ("chosen", "rejected")]
+    marked = [
+        model.answer_marked(item.ask, item.tools, ids)
+        for item, ids in zip(asked, _sequences(model, batch), strict=True)
+    ]
+    sums = iter(model.log_probs(marked))
+    values: list[Values] = []
+    for _ in batch:
+        chosen, rejected = next(sums), next(sums)
+        values.append(
+            {
+                "accuracy_sum": (chosen.log_prob, rejected.log_prob),
+                "accuracy_mean": (chosen.mean, rejected.mean),
+            }
+        )
+    return values
+
+
+def _sequences(model: Candidate, batch: list[Pair]) -> list[list[int]]:
+    """Tokens of each question with its chosen and with its rejected answer, one after the other."""
+    sequences = []
+    for item in batch:
+        try:
+            sequences += [
+                model.answered(item.ask, item.tools, item.chosen),
+                model.answered(item.ask, item.tools, item.rejected),
+            ]
+        except Rejected as error:
+            raise UserError(f"{item.at}: {model.label}: {error}") from None
+    return sequences
+
+
+def _ranked_first(chosen: float, rejected: float) -> float:
+    """1 where the chosen answer is ranked first, a half where the two are equal."""
+    return float(chosen > rejected) + 0.5 * (chosen == rejected)
+
+
+def _text(answer: Answer) -> str:
+    return answer if isinstance(answer, str) else "\n\n".join(turn["content"] for turn in answer)

@@ -1,0 +1,112 @@
+"""results.json: what an evaluation found, every number with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpipe.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, or a difference of two, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """How many items it is over."""
+
+    @property
+    def differs(self) -> bool:
+        """Of a difference: whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+Cells = dict[str, Cell]  # by model, or by the pair of models that is compared
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What was measured on one task."""
+
+    task: str
+    """Its kind."""
+    metrics: dict[str, Cells]
+    """{metric: {model: cell}}."""
+    differences: dict[str, Cells]
+    """{metric: {"b - a": cell}}, on the same items."""
+    n: int | None = None
+    """How many items it has, where llmpipe prepared them."""
+    overlap: dict[str, int] | None = None
+    """How many of them an artifact of the run was trained on, by its name."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TaskResults:
+        return cls(
+            task=values["task"],
+            metrics=_tables(values["metrics"]),
+            differences=_tables(values["differences"]),
+            n=values.get("n"),
+            overlap=values.get("overlap"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        names = ("task", "n", "overlap", "metrics", "differences")
+        return {name: values[name] for name in names if values[name] is not None}
+
+
+def _tables(values: dict[str, Any]) -> dict[str, Cells]:
+    return {
+        metric: {label: Cell(**cell) for label, cell in cells.items()}
+        for metric, cells in values.items()
+    }
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """What results.json says of a model beside its numbers."""
+
+    template: str | None
+    """sha256 of its chat template."""
+    stops_at: int | list[int] | None
+    """The tokens that end an answer; a reward model gives none."""
+    vocab_size: int
+    parameters: int
+    dtype: str
+    parent: str | None
+    """Which of the other models it was made from."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The whole file."""
+
+    models: dict[str, MeasuredModel]
+    tasks: dict[str, TaskResults]
+
+    @classmethod
+    def from_file(cls, path: Path) -> Results | None:
+        """The results in a file, or None when the file is absent or not whole."""
+        values = read_json(path)
+        if values is None:
+            return None
+        models = {label: MeasuredModel(**model) for label, model in values["models"].items()}
+        tasks = {name: TaskResults.from_json(task) for name, task in values["tasks"].items()}
+        return cls(models, tasks)
+
+    def to_file(self, path: Path) -> None:
+        models = {label: asdict(model) for label, model in self.models.items()}
+        tasks = {name: task.to_json() for name, task in self.tasks.items()}
+        write_json(path, {"models": models, "tasks": tasks})
+
+    def values(self) -> dict[str, dict[str, float]]:
+        """{task.metric: {model: value}}, as the manifest has them."""
+        return {
+            f"{name}.{metric}": {label: cell.value for label, cell in cells.items()}
+            for name, task in self.tasks.items()
+            for metric, cells in task.metrics.items()
+        }
