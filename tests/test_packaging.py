@@ -155,7 +155,7 @@ def test_data_of_the_package_is_not_ignored_by_git():
     files = [
         str(p)
         for p in (ROOT / "llmpipe").rglob("*")
-        if p.suffix in (".jinja", ".yaml", ".jsonl", ".html")
+        if p.suffix in (".jinja", ".j2", ".css", ".yaml", ".jsonl", ".html")
     ]
     assert files
     done = subprocess.run(

@@ -8,7 +8,10 @@ from llmpipe.errors import UserError
 
 
 def write_starter(folder: Path) -> list[Path]:
-    """Copy the starter files into `folder`. Raises UserError when one is there already; nothing is overwritten."""
+    """Copy the starter files into `folder`.
+
+    Raises UserError when one of them exists; nothing is overwritten.
+    """
     sources = sorted((Path(__file__).parent / "starter").iterdir())
     targets = [folder / source.name for source in sources]
     if taken := [target for target in targets if target.exists()]:

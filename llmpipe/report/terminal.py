@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import UserError
-from llmpipe.files import read_json
 from llmpipe.run.artifact import Artifact, artifacts
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.results import Results
@@ -80,7 +79,7 @@ def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
 
 
 def measurements(results: Results) -> list[str]:
-    """An evaluation in lines: every number with its interval, every difference, and whether it is one."""
+    """An evaluation in lines: every number and every difference, with its interval."""
     lines = []
     for name, task in results.tasks.items():
         seen = max((task.overlap or {}).values(), default=0)
@@ -97,6 +96,15 @@ def measurements(results: Results) -> list[str]:
     return lines
 
 
+CURVES = {
+    "loss": "loss",
+    "eval_loss": "held out",
+    "objective/scores": "score",
+    "objective/kl": "KL",
+    "eval_score": "held out",
+}
+
+
 def losses(artifact: Artifact) -> list[str]:
     """Curves of metrics.jsonl as sparklines: losses, and for ppo scores and KL."""
     path = artifact.path / "metrics.jsonl"
@@ -108,14 +116,13 @@ def losses(artifact: Artifact) -> list[str]:
             metrics.append(json.loads(line))
         except json.JSONDecodeError:  # a line that is being written
             break
-    out = []
-    names = {"loss": "loss", "eval_loss": "held out", "objective/scores": "score", "objective/kl": "KL",
-             "eval_score": "held out"}  # fmt: skip
-    for name, title in names.items():
+    shown = []
+    for name, title in CURVES.items():
         values = [line[name] for line in metrics if name in line]
         if values:
-            out.append(f"  {title:<10} {values[0]:.4f} -> {values[-1]:.4f}  {sparkline(values)}")
-    return out
+            ends = f"{values[0]:.4f} -> {values[-1]:.4f}"
+            shown.append(f"  {title:<10} {ends}  {sparkline(values)}")
+    return shown
 
 
 def sparkline(values: list[float], width: int = 40) -> str:

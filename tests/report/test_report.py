@@ -14,6 +14,7 @@ import pytest
 
 from llmpipe.errors import UserError
 from llmpipe.files import write_json
+from llmpipe.report import charts
 from llmpipe.report import page as pages
 from llmpipe.run import artifact
 
@@ -287,10 +288,10 @@ def test_what_is_still_too_long_is_shown_in_part(run, monkeypatch):
 @pytest.mark.parametrize("length", [401, 1000, 12345])
 def test_thinning_keeps_ends_and_extremes(length):
     points = [(float(i), math.sin(i) + (i == 333) * 50 - (i == 200) * 50) for i in range(length)]
-    kept = pages.thin(points, 400)
+    kept = charts.thin(points, 400)
     assert len(kept) <= 400 and kept == sorted(kept)
     assert {points[0], points[-1], points[333], points[200]} <= set(kept)
-    assert pages.thin(points[:400], 400) == points[:400]
+    assert charts.thin(points[:400], 400) == points[:400]
 
 
 @pytest.mark.parametrize(
@@ -307,13 +308,13 @@ def test_thinning_keeps_ends_and_extremes(length):
     ],
 )
 def test_ticks_are_round(low, high, expected):
-    assert pages.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected)
 
 
 def test_there_are_three_to_five_ticks():
     for low in (-3.7, 0.0, 0.1, 17.0, 12345.6):
         for width in (1e-3 * 1.13**i for i in range(150)):
-            found = pages.ticks(low, low + width)
+            found = charts.ticks(low, low + width)
             assert 3 <= len(found) <= 5 and low - width * 1e-6 <= found[0] < found[
                 -1
             ] <= low + width * (1 + 1e-6)
@@ -321,9 +322,11 @@ def test_there_are_three_to_five_ticks():
 
 def test_a_curve_that_stands_still_is_drawn():
     for value in (0, 31.2, -5.0, 1e-99, 1e99):
-        low, high = pages.span([value, value])
+        low, high = charts.span([value, value])
         assert low < high and low <= value <= high
-        assert "<polyline" in pages.plot("x", "", {"": (0, [(1, value)])}, pages.span([1]), 400)
+        picture = charts.plot("x", "", [charts.Series("", 0, [(1, value)])], charts.span([1]), 400)
+        macros = pages.templates().get_template("charts.html.j2").module
+        assert "<polyline" in macros.plot(picture)
 
 
 def test_folders_without_artifacts_are_refused(tmp_path):
