@@ -113,16 +113,16 @@ class Book:
             self._read()
 
     def _read(self) -> None:
-        whole = 0
+        complete = 0  # bytes
         with self.path.open("rb") as file:
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
                 line = Line.parse(raw)
                 self.lines[line.key] = line
-                whole += len(raw)
+                complete += len(raw)
         with self.path.open("ab") as file:
-            file.truncate(whole)
+            file.truncate(complete)
 
     def add(self, lines: list[Line]) -> None:
         text = "".join(line.text() for line in lines)

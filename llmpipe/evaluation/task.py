@@ -176,9 +176,9 @@ class OnItems(Task):
             )
             done += len(batch)
             rate = done / (time.monotonic() - begun)
-            left = duration((total - done) / rate)
+            eta = duration((total - done) / rate)
             progress.note(
-                f"{model.label} on {self.label}: {done}/{total}  {rate:.1f} items/s  ETA {left}"
+                f"{model.label} on {self.label}: {done}/{total}  {rate:.1f} items/s  ETA {eta}"
             )
         progress.close()
         if total:

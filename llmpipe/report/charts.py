@@ -256,7 +256,7 @@ class Source:
     """A box of the lineage: an artifact, or a model that it was made from."""
 
     title: str
-    about: str
+    note: str
     is_outside: bool
 
 

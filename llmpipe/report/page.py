@@ -35,7 +35,7 @@ class RunPage:
 
     name: str
     prefix: str
-    about: str
+    summary: str
     lineage: charts.Lineage
     training: list[sections.Trained]
     data: sections.Data
@@ -50,7 +50,7 @@ def run_page(run: Run) -> RunPage:
     return RunPage(
         name=run.name,
         prefix=run.prefix,
-        about=f"{count} artifact{'s' * (count > 1)}, {done} finished",
+        summary=f"{count} artifact{'s' * (count > 1)}, {done} finished",
         lineage=sections.lineage(run),
         training=[sections.trained(part, run.scale) for part in run.trained],
         data=sections.data(run),

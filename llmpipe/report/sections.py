@@ -127,8 +127,8 @@ def lineage(run: Run) -> Lineage:
     sources = {}
     for part in run.parts:
         state = re.split("[,:]", part.status)[0]
-        about = f"{part.known('kind') or 'made'} by {part.stage}, {state}"
-        sources[part.name] = Source(part.name, about, is_outside=False)
+        note = f"{part.known('kind') or 'made'} by {part.stage}, {state}"
+        sources[part.name] = Source(part.name, note, is_outside=False)
     made_from: dict[tuple[str, str], None] = {}
     for part in run.parts:
         for model in part.known("models").values():
@@ -138,8 +138,8 @@ def lineage(run: Run) -> Lineage:
                 key = parent.name
             else:
                 key = f"from {reference}"
-                about = "was made anew since" if parent else "from outside this run"
-                sources.setdefault(key, Source(reference, about, is_outside=True))
+                note = "was made anew since" if parent else "from outside this run"
+                sources.setdefault(key, Source(reference, note, is_outside=True))
             made_from[key, part.name] = None
     return charts.lineage(sources, list(made_from))
 
@@ -345,7 +345,7 @@ def _rejections(part: Part) -> Rejections | None:
 @dataclass(frozen=True)
 class TaskNumbers:
     name: str
-    about: str
+    summary: str
     tables: list[Table]
 
 
@@ -372,17 +372,17 @@ def evaluated(part: Part) -> Evaluated:
 
 
 def _task_numbers(name: str, task: TaskResults) -> TaskNumbers:
-    about = []
+    facts = []
     if task.n is not None:
-        about.append(f"{task.n:,} items")
+        facts.append(f"{task.n:,} items")
     if task.overlap:
         seen = [f"{n:,} asked in training of {label}" for label, n in task.overlap.items() if n]
-        about += seen or ["none asked in training"]
+        facts += seen or ["none asked in training"]
     tables = [
         _numbers(name, task.metrics, are_differences=False),
         _numbers(name, task.differences, are_differences=True),
     ]
-    return TaskNumbers(name, "; ".join(about), [table for table in tables if table.groups])
+    return TaskNumbers(name, "; ".join(facts), [table for table in tables if table.groups])
 
 
 def _numbers(task: str, metrics: dict[str, Cells], *, are_differences: bool) -> Table:
@@ -437,7 +437,7 @@ def _decimals(largest: float) -> int:
 class Samples:
     """The recipes' prompts before and after each training, then items of the evaluations."""
 
-    about: str
+    summary: str
     cards: list[Card]
     items: list[Fold]
 
