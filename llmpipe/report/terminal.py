@@ -19,12 +19,11 @@ def show_run(path: Path) -> str:
     """Every artifact of a run, or one of them, a paragraph each."""
     if (path / "recipe.yaml").exists():
         return "\n".join(describe(Artifact(path)))
-    found = artifacts(path)
-    if not found:
-        raise UserError(
-            f"{path}: holds no artifacts", "give the folder that `run:` of a recipe names"
-        )
-    return "\n\n".join("\n".join(describe(artifact)) for artifact in found)
+    paragraphs = ["\n".join(describe(artifact)) for artifact in artifacts(path)]
+    if not paragraphs:
+        hint = "give the folder that `run:` of a recipe names"
+        raise UserError(f"{path}: holds no artifacts", hint)
+    return "\n\n".join(paragraphs)
 
 
 def describe(artifact: Artifact) -> list[str]:
