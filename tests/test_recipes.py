@@ -218,9 +218,11 @@ def test_wrong_answers_are_wrong(made):
 def test_sums_are_tested_on_other_expressions():
     """Split by expression: a + b is b + a."""
     files = runpy.run_path(str(ROOT / "recipes" / "make_sums.py"))["rows"]()
-    numbers = lambda row: frozenset(
-        re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1]))
-    )  # noqa: E731
+
+    def numbers(row):
+        prompt = row.get("prompt", row.get("messages"))[:1]
+        return frozenset(re.findall(r"\d+", json.dumps(prompt)))
+
     asked = {name: [numbers(row) for row in rows] for name, rows in files.items()}
     assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
     assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(

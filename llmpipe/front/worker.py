@@ -108,7 +108,7 @@ def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
     plan.write(artifact.path)
 
 
-def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> Job[Any]:
+def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> Job[Recipe]:
     """The job that a folder holds: its resolved recipe and its plan."""
     path = artifact.path / "recipe.yaml"
     values, where = parse(path.read_text(encoding="utf-8"), str(path))
@@ -143,7 +143,7 @@ def needs_weights(at: str) -> bool:
     return at != "tokenizer"
 
 
-def convert(job: Job[Any]) -> None:
+def convert(job: Job[Recipe]) -> None:
     for at, model in job.plan.models.items():
         convert_one(model, job.prepared, job.say, needs_weights(at))
 
@@ -184,13 +184,13 @@ def write_readable(model: Model, base: Path | None, folder: Path, say: Say) -> N
         merge(base, model.folder, folder)
 
 
-def prepare(job: Job[Any]) -> None:
+def prepare(job: Job[Recipe]) -> None:
     convert(job)  # checks the folders that are there already
     prepared = stage(job.recipe.stage).prepare(job)
     prepared.to_file(job.artifact.path / "prepared.json")
 
 
-def train(job: Job[Any]) -> None:
+def train(job: Job[Recipe]) -> None:
     """Train and commit.
 
     Rank 0 holds the write lock: a parent that died must not admit a second writer.
@@ -217,7 +217,7 @@ def train(job: Job[Any]) -> None:
         job.say(f"{artifact.path}: {kind} published, {count} files, {fingerprint}")
 
 
-def commit_merged(job: Job[Any], name: str, manifest: dict[str, Any]) -> None:
+def commit_merged(job: Job[Recipe], name: str, manifest: dict[str, Any]) -> None:
     """Commit the artifact that holds the adapter merged into its base."""
     merged = Artifact(job.artifact.run / name)
     recipe = (job.artifact.path / "recipe.yaml").read_bytes()

@@ -132,7 +132,8 @@ class Templated(Prepared):
     """Rows that a chat template renders."""
 
     template: str = "auto"
-    """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own), `chatml`, `alpaca`, `llama3`, or a Jinja
+    file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Extra variables for the template, such as `enable_thinking`."""
     max_length: Annotated[int, Field(ge=8)]
@@ -251,8 +252,7 @@ class Adapter(Section):
 
     @property
     def rewrites(self) -> bool:
-        """Whether the frozen weights are others than the model's own while this adapter is
-        trained."""
+        """Whether the frozen weights are not the model's own while this adapter is trained."""
         return self.init in ("pissa", "olora")
 
     @model_validator(mode="after")
@@ -362,8 +362,7 @@ class Recipe(Section):
 
     @property
     def keeps_adapters(self) -> bool:
-        """Whether a model that is an adapter is used as base and adapter; otherwise it is merged
-        first."""
+        """Whether a model that is an adapter is used as base and adapter, not merged first."""
         return True
 
     def references(self) -> dict[str, str]:
@@ -448,15 +447,17 @@ class Training(Recipe):
         return {"model": self.model} if self.model else {}
 
     def rows(self) -> dict[str, Rows]:
-        train = {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
-        return train | {
-            f"data.eval.sources.{i}": source for i, source in enumerate(self.data.eval.sources)
-        }
+        named: dict[str, Rows] = {}
+        for i, source in enumerate(self.data.train):
+            named[f"data.train.{i}"] = source
+        for i, rows in enumerate(self.data.eval.sources):
+            named[f"data.eval.sources.{i}"] = rows
+        return named
 
     def files(self) -> dict[str, str]:
         template = self.data.preparation.template
-        named = template in ("auto", *TEMPLATES)
-        return {} if named else {"data.template": template}
+        shipped = template in ("auto", *TEMPLATES)
+        return {} if shipped else {"data.template": template}
 
 
 class Hosted(Training):
@@ -478,26 +479,28 @@ class Generating(Hosted):
 
 def science(section: BaseModel) -> dict[str, Any]:
     """The part of a recipe that decides the result: every field not declared `cosmetic`."""
-    out = {}
+    decides = {}
     for attribute, field in type(section).model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("identity") is False:
             continue
-        value, name = getattr(section, attribute), field.alias or attribute
-        if isinstance(value, BaseModel):
-            value = science(value)
-        elif isinstance(value, list):
-            value = [science(item) if isinstance(item, BaseModel) else item for item in value]
-        out[name] = value
-    return out
+        decides[field.alias or attribute] = _science_of(getattr(section, attribute))
+    return decides
+
+
+def _science_of(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return science(value)
+    if isinstance(value, list):
+        return [_science_of(item) for item in value]
+    return value
 
 
 LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja")
 
 
 def is_local(path: str) -> bool:
-    """Local paths start with ./, ../, / or ~, or end in a known suffix; everything else is a Hub
-    id."""
+    """Whether it starts with ./, ../, / or ~, or ends in a known suffix; else it is a Hub id."""
     return (
         path.startswith(("./", "../", "/", "~"))
         or path in (".", "..")

@@ -20,9 +20,17 @@ def voice(tmp_path_factory):
         "optim__batch_size": 8,
     }
     artifact = store.made(
-        life.write(run, **changes, data__max_length=128, checkpoint__every=99, log__every=50, evaluation={},
-                   launch__micro_batch_size=8, data__packing=True)
-    )  # fmt: skip
+        life.write(
+            run,
+            **changes,
+            data__max_length=128,
+            checkpoint__every=99,
+            log__every=50,
+            evaluation={},
+            launch__micro_batch_size=8,
+            data__packing=True,
+        )
+    )
     return artifact
 
 
@@ -85,5 +93,8 @@ def test_ctrl_c_takes_the_turn_back(voice, monkeypatch, capsys):
 
 def test_columns():
     assert chat.columns(["a", "b"], ["one two three", "x\n\ny"], 23).splitlines() == [
-        "a                    | b", "one two three        | x", "                     |", "                     | y",
-    ]  # fmt: skip
+        "a                    | b",
+        "one two three        | x",
+        "                     |",
+        "                     | y",
+    ]

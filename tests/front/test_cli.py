@@ -57,8 +57,8 @@ def test_no_torch_in_the_front_door(tmp_path, arguments, code):
         "from llmpipe.front.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code or 0\n"
-        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets'} & set(sys.modules)\n"
-        "print(sorted(heavy), file=sys.stderr); sys.exit(code)\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr); sys.exit(code)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(life.ROOT)}
     done = subprocess.run(
@@ -239,7 +239,7 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers(llmpipe, tmp_pa
 
 
 def test_a_hub_snapshot_is_made_of_links(tmp_path):
-    """The Hub's cache links into its blobs: those links are followed, one that leads elsewhere is not."""
+    """The Hub's cache links into its blobs: these links are followed, others are not."""
     from llmpipe.errors import UserError
     from llmpipe.run.reference import check_folder
 
@@ -262,7 +262,9 @@ def test_a_hub_snapshot_is_made_of_links(tmp_path):
 def test_question_and_answer_in_a_csv_become_turns_of_the_template(llmpipe, tmp_path):
     rows = tmp_path / "capitals.csv"
     rows.write_text(
-        "question,answer\nWhat is the capital of Peru?,Lima.\nWhat is the capital of Ghana?,Accra.\n"
+        "question,answer\n"
+        "What is the capital of Peru?,Lima.\n"
+        "What is the capital of Ghana?,Accra.\n"
     )
     data = {"train": [{"path": str(rows)}], "max_length": 64}
     path = life.write(tmp_path / "run", data=data, evaluation={})
@@ -275,10 +277,8 @@ def test_question_and_answer_in_a_csv_become_turns_of_the_template(llmpipe, tmp_
     text = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).decode(
         packed["input_ids"], False
     )
-    assert (
-        "<|im_start|>user\nWhat is the capital of Peru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>"
-        in text
-    )
+    asked = "<|im_start|>user\nWhat is the capital of Peru?<|im_end|>\n"
+    assert f"{asked}<|im_start|>assistant\nLima.<|im_end|>" in text
 
 
 def test_a_changed_template_file_is_another_recipe(llmpipe, tmp_path):

@@ -1,4 +1,4 @@
-"""The real process tree: exit codes at the shell, signals, orphans, launchers; with one and with two processes."""
+"""The real process tree: exit codes at the shell, signals, orphans, launchers; one rank or two."""
 
 import json
 import os
@@ -91,7 +91,8 @@ def losses(artifact):
 
 @pytest.mark.parametrize("processes", [1, life.by_the_dozen(2)])
 def test_signals_codes_and_orphans(tmp_path, longer, processes):
-    """SIGTERM -> 143, SIGINT -> 130, kill -9 of the parent leaves nobody; the end is the straight run's."""
+    """SIGTERM -> 143, SIGINT -> 130, kill -9 of the parent leaves nobody; the end is the straight
+    run's."""
     settings = {
         "launch__processes": processes,
         "launch__micro_batch_size": 2,
@@ -125,7 +126,7 @@ def test_signals_codes_and_orphans(tmp_path, longer, processes):
 
 @pytest.mark.parametrize("processes", [1, life.by_the_dozen(2)])
 def test_codes_of_failures(tmp_path, processes):
-    """2 for data, 4 for NaN, 3 for another recipe: the worker's own outcome, and one line, no traceback."""
+    """2 for data, 4 for NaN, 3 for another recipe: the worker's own outcome, and one line."""
     settings = {"launch__processes": processes, "launch__micro_batch_size": 2, "optim__steps": 6}
     path = life.write(tmp_path / "run", **settings, optim__learning_rate=1e30, optim__warmup=0)
     code, out = run([*PYTHON, "sft", str(path)])
@@ -154,7 +155,8 @@ def test_codes_of_failures(tmp_path, processes):
     ids=["checkout", "checkout-two", "module"],
 )
 def test_outside_launchers(tmp_path, straight, command):
-    """`accelerate launch llmpipe sft` from the checkout, with one and two processes, and as a module from anywhere."""
+    """`accelerate launch llmpipe sft` from the checkout, with one and two processes, and from
+    anywhere as a module."""
     micro = 2 if "--multi_gpu" in command else 4
     path = life.write(
         tmp_path / "run",
@@ -181,7 +183,8 @@ def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
 
 
 def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
-    """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the other has no part."""
+    """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the
+    other has no part."""
     models = {"base": str(life.TINY / "model")}
     tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl"), "limit": 4}]}]
     values = {

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from llmpipe.errors import UserError
 from llmpipe.files import digest
 from llmpipe.recipe.check import load, load_pipeline
-from llmpipe.recipe.sections import science
+from llmpipe.recipe.sections import Hosted, Recipe, science
 from llmpipe.recipe.trainer import config_fields
 from llmpipe.recipe.yaml import parse
-from llmpipe.stages import schema
+from llmpipe.record import Record
+from llmpipe.stages import STAGES, Judging, schema, stage
 
 SFT = schema("sft")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -147,9 +148,18 @@ def test_scalars_are_yaml_1_2():
         "x",
     )
     assert values == {
-        "a": 1e-5, "b": "no", "c": "12:30", "d": "0x10", "e": 1000, "f": None, "g": "1", "h": 0.5, "i": "off", "j": 1.0,
+        "a": 1e-5,
+        "b": "no",
+        "c": "12:30",
+        "d": "0x10",
+        "e": 1000,
+        "f": None,
+        "g": "1",
+        "h": 0.5,
+        "i": "off",
+        "j": 1.0,
         "k": 10,
-    }  # fmt: skip
+    }
 
 
 def test_sets_are_located(tmp_path):
@@ -164,12 +174,16 @@ def test_the_escape_hatch_is_checked_by_name(tmp_path):
     assert len(config_fields("trl", "trainer.sft_config", "SFTConfig")) > 100
     text = (
         GOOD
-        + "trainer:\n  neftune_noise_alhpa: 5\n  learning_rate: 1\n  activation_ofloading: true\n  save_stepz: 4\n"
+        + "trainer:\n"
+        + "  neftune_noise_alhpa: 5\n"
+        + "  learning_rate: 1\n"
+        + "  activation_ofloading: true\n"
+        + "  save_stepz: 4\n"
     )
     found = problems(tmp_path, text)
-    assert (
-        found[0]
-        == "r.yaml:14: trainer.neftune_noise_alhpa: SFTConfig has no such field; did you mean 'neftune_noise_alpha'?"
+    assert found[0] == (
+        "r.yaml:14: trainer.neftune_noise_alhpa: SFTConfig has no such field; "
+        "did you mean 'neftune_noise_alpha'?"
     )
     assert (
         found[1]
@@ -307,3 +321,16 @@ def test_fuzz_values(tmp_path_factory, values):
         tmp_path_factory.getbasetemp() / "h.yaml",
         yaml.safe_dump(values, allow_unicode=True).encode(),
     )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_offers_what_is_asked_of_it(name):
+    module = stage(name)
+    assert issubclass(module.Schema, Recipe) and issubclass(module.PREPARED, Record)
+    assert isinstance(module.MAKES, str) and isinstance(module.PROGRESS, str) and module.ACCEPTS
+    assert callable(module.prepare) and callable(module.train)
+    assert isinstance(module, Judging) == (name == "eval")
+    if issubclass(module.Schema, Hosted):
+        config = module.Schema.trainer_config
+        fields = config_fields(config.package, config.module, config.name)
+        assert "learning_rate" in fields and config.owned.keys() <= fields
