@@ -241,14 +241,14 @@ def run_llmpipe(args, folder: Path, callback):
     from llmpipe.stages import stage
     from llmpipe.training import hosted
 
-    attach, seen = hosted._Durable.attach, []
+    fit, seen = hosted.Durable.fit, []
 
-    def attached(trainer, *positional, **named):
-        attach(trainer, *positional, **named)
+    def fitted(trainer):
         trainer.add_callback(callback)
         seen.append(trainer)
+        return fit(trainer)
 
-    hosted._Durable.attach = attached
+    hosted.Durable.fit = fitted
     job = open_job(Artifact(folder), Signals())
     with contextlib.redirect_stdout(sys.stderr):
         module = stage(job.recipe.stage)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -328,3 +329,37 @@ def silence() -> None:
 def _without(words: str) -> Callable[[logging.LogRecord], bool]:
     """A filter of lines that hold these words."""
     return lambda record: words not in record.getMessage()
+
+
+@contextmanager
+def gathering_scalars(accelerator: Accelerator) -> Iterator[None]:
+    """Keep TRL's trainers of preferences from gathering a metric per pair over processes.
+
+    `gather` wants tensors of one shape, and processes with other numbers of pairs would not meet.
+    What is one number a process is gathered as ever.
+    """
+    gather = accelerator.gather
+    accelerator.gather = lambda tensor: gather(tensor) if tensor.ndim == 0 else tensor
+    try:
+        yield
+    finally:
+        del accelerator.gather  # the method is seen again
+
+
+def preference_loss(trainer: Any, outputs: Any, batch: dict[str, Any]) -> Tensor:
+    """TRL's objective, the mean over the pairs of a batch, of `outputs` computed already: its own
+    formulas, and no second forward pass.
+
+    `trainer`: a DPOTrainer; `outputs`: of the policy with the fused head; `batch`: with
+    `ref_chosen_logps` and `ref_rejected_logps`, float [pairs]. TRL's averages of the training stay.
+    """
+    from trl import DPOTrainer  # here: it imports bitsandbytes, which `silence` has to precede
+
+    precomputed = trainer.precompute_ref_logps
+    trainer.precompute_ref_logps = True  # so that the batch's are read
+    try:
+        with gathering_scalars(trainer.accelerator):
+            return DPOTrainer.compute_loss(trainer, lambda **_: outputs, batch)
+    finally:
+        trainer.precompute_ref_logps = precomputed
+        trainer._metrics["eval"].clear()

@@ -42,7 +42,7 @@ def kill_after_checkpoint(step):
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _after(hosted._Durable, "_save_checkpoint", action)
+    _after(hosted.Durable, "_save_checkpoint", action)
 
 
 def _signal_in_step(step, number):
@@ -52,7 +52,7 @@ def _signal_in_step(step, number):
         if self.state.global_step == step - 1:
             os.kill(os.getpid(), number)
 
-    _before(hosted._Durable, "training_step", action)
+    _before(hosted.Durable, "training_step", action)
 
 
 def term_in_step(step):
@@ -66,14 +66,14 @@ def int_in_step(step):
 def term_in_evaluation():
     from llmpipe.training import hosted
 
-    original = hosted._Durable.evaluate
+    original = hosted.Durable.evaluate
 
     def evaluate(self, *args, **kwargs):
         if self.state.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
 
-    hosted._Durable.evaluate = evaluate
+    hosted.Durable.evaluate = evaluate
 
 
 def term_in_save(step):
@@ -83,7 +83,7 @@ def term_in_save(step):
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    _before(hosted._Durable, "_gather_state", action)
+    _before(hosted.Durable, "gather_state", action)
 
 
 def term_in_prepare():

@@ -284,7 +284,7 @@ def test_canary_attention():
 
 
 def test_canary_trainers_of_pairs():
-    """What `engine/preference.py` overrides or leans on."""
+    """What `training/pairs.py` and `policy.py` override or lean on."""
     from trl import DPOTrainer, RewardTrainer
 
     for trainer in (RewardTrainer, DPOTrainer):
@@ -311,9 +311,55 @@ def test_canary_trainers_of_pairs():
         "inputs",
         "return_outputs",
     ]
+    assert "self._compute_loss(model, inputs, return_outputs)" in inspect.getsource(
+        DPOTrainer.compute_loss
+    )
+    assert "if self.precompute_ref_logps:" in inspect.getsource(DPOTrainer._compute_loss)
+    precompute = inspect.signature(DPOTrainer._precompute_ref_logps).parameters
+    assert list(precompute)[:2] == ["self", "dataset"]
+    assert "dataset._fingerprint" in inspect.getsource(DPOTrainer._precompute_ref_logps)
     assert "outputs.logits.squeeze(-1), chunks=2" in inspect.getsource(RewardTrainer.compute_loss)
     scaling = inspect.getsource(transformers.Trainer.training_step)
     assert "loss / self.current_gradient_accumulation_steps" in scaling
+
+
+def test_canary_durable_trainers():
+    """What `training/hosted.py` overrides, and what `training/resume.py` reads and puts back."""
+    from trl import DPOTrainer, RewardTrainer, SFTTrainer
+
+    loop = inspect.getsource(transformers.Trainer)
+    for method in (
+        "_evaluate",
+        "_get_grad_norm",
+        "_get_train_sampler",
+        "_load_from_checkpoint",
+        "_prepare_inputs",
+        "_save_checkpoint",
+    ):
+        assert f"self.{method}" in loop and f"def {method}(" in loop, method
+    assert "self._tr_loss +=" in loop and "self._globalstep_last_logged" in loop
+    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer):
+        source = inspect.getsource(trainer)
+        assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
+        assert "self._total_train_tokens = 0" in source
+
+
+def test_gathering_scalars():
+    """What is one number a process is gathered; a metric per pair is left alone; then all again."""
+
+    class Accelerator:
+        def gather(self, tensor):
+            return tensor.repeat(2)
+
+        def gather_for_metrics(self, tensor):
+            return self.gather(tensor)
+
+    accelerator, pairs = Accelerator(), torch.ones(3)
+    with upstream.gathering_scalars(accelerator):
+        assert accelerator.gather_for_metrics(torch.tensor(1.0)).tolist() == [1, 1]
+        assert accelerator.gather(pairs) is pairs
+    assert accelerator.gather(pairs).shape == (6,)
+    assert not vars(accelerator)
 
 
 def test_canary_noise():

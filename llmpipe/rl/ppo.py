@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
 from llmpipe.models.hardware import release_memory
@@ -42,7 +43,7 @@ from llmpipe.run.manifest import Made
 from llmpipe.training.conclude import conclude
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples
-from llmpipe.training.setup import Training
+from llmpipe.training.training import Training
 
 
 def train(job: Job[PPORecipe], prepared: PreparedRows) -> Made:
@@ -52,7 +53,7 @@ def train(job: Job[PPORecipe], prepared: PreparedRows) -> Made:
     actors = build(setup)
     rewards = Rewards(job, setup.hardware, actors)
     policy = actors.cast.published
-    training = Training(job, prepared, setup.hardware, setup.tokenizer, policy)
+    training = Training(setup, PROMPTS, policy)
     loop = Loop(training, world, actors, rewards)
     answer_samples(loop, setup.tokenizer, "before")
     final = loop.fit()

@@ -1,7 +1,8 @@
 """`llmpipe dpo`: direct preference optimization (Rafailov 2023), and its relatives by name.
 
-Inputs: a policy, mostly what `sft` or `lora` made, and pairs of answers. Makes: a `model`, or an adapter. The reference
-is the parent, never the untuned base: a frozen copy, the parent with the new adapter off, or the parent's own adapter.
+Inputs: a policy, mostly what `sft` or `lora` made, and pairs of answers. Makes: a `model`, or an
+adapter. The reference is the parent, never the untuned base: a frozen copy, the parent with the new
+adapter off, or the parent's own adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import PreparedRows
+from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Generating, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.run.handoff import tokens
@@ -23,9 +25,22 @@ MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
 PREPARED = PreparedRows
 Objective = Literal[
-    "sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-    "sigmoid_norm", "sft", "aot", "aot_unpaired", "bco_pair",
-]  # fmt: skip
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+    "aot",
+    "aot_unpaired",
+    "bco_pair",
+]
 Weight = Annotated[float, Field(gt=0)]
 
 TRAINER = TrainerConfig(
@@ -67,12 +82,14 @@ class Schema(Generating):
     optim: Optim
     """The optimizer and its schedule."""
     objective: Objective | Annotated[dict[Objective, Weight], Field(min_length=1)] = "sigmoid"
-    """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`. sft, aot and aot_unpaired need
-    whole steps: launch.micro_batch_size as large as optim.batch_size, and one process."""
+    """TRL's loss by name, or several with their weights: `{sigmoid: 1.0, sft: 0.2}`. sft, aot and
+    aot_unpaired need whole steps: launch.micro_batch_size as large as optim.batch_size, and one
+    process."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the policy is held to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs whose answers are taken to be exchanged; read by robust, exo_pair, aot and aot_unpaired."""
+    """Share of the pairs whose answers are taken to be exchanged; read by robust, exo_pair, aot and
+    aot_unpaired."""
     precompute: bool = False
     """Compute the reference's log-probabilities once, beforehand: no second model in memory."""
 
@@ -94,8 +111,8 @@ class Schema(Generating):
         uneven, launch = self.whole_steps, self.launch
         if uneven and launch.micro_batch_size not in ("auto", self.optim.batch_size):
             raise ValueError(
-                f"objective: {uneven[0]} depends on how a step is cut into micro-batches; set launch.micro_batch_size: "
-                f"{self.optim.batch_size} and launch.processes: 1"
+                f"objective: {uneven[0]} depends on how a step is cut into micro-batches; "
+                f"set launch.micro_batch_size: {self.optim.batch_size} and launch.processes: 1"
             )
         return self
 
@@ -107,18 +124,101 @@ class Schema(Generating):
     @property
     def weights(self) -> dict[str, float]:
         """The objectives and their weights."""
-        return self.objective if isinstance(self.objective, dict) else {self.objective: 1.0}
+        if isinstance(self.objective, dict):
+            return {**self.objective}
+        return {self.objective: 1.0}
 
 
-def prepare(job: Job) -> PreparedRows:
+def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS
 
     return tokens(job, PAIRS)
 
 
-def train(job: Job, prepared: PreparedRows) -> Made:
+def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.training import preference
+    from trl import DPOConfig
 
-    return preference.dpo(job, prepared)
+    from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.models.load import load_copy, load_policy, set_up
+    from llmpipe.training.arguments import arguments
+    from llmpipe.training.conclude import conclude
+    from llmpipe.training.policy import (
+        Collator,
+        PolicyTrainer,
+        collapse,
+        improvement,
+        parent_as_reference,
+    )
+    from llmpipe.training.samples import answer_samples
+    from llmpipe.training.training import Training
+
+    recipe, say = job.recipe, job.say
+    setup = set_up(job, prepared)
+    _refuse_micro_batches(recipe, setup.hardware.accumulation * setup.hardware.processes)
+    training = Training(setup, PAIRS, load_policy(setup))
+    reference = None
+    if recipe.adapter is None and not recipe.precompute:
+        reference = load_copy(setup).requires_grad_(False)
+    configuration = arguments(
+        DPOConfig,
+        training,
+        max_length=None,
+        beta=recipe.beta,
+        loss_type=list(recipe.weights),
+        loss_weights=list(recipe.weights.values()),
+        label_smoothing=recipe.label_smoothing,
+        precompute_ref_log_probs=recipe.precompute,
+        disable_dropout=True,
+    )
+    trainer = PolicyTrainer(
+        training,
+        improvement,
+        args=configuration,
+        data_collator=Collator(setup.tokenizer.pad_token_id),
+        train_dataset=training.train_rows(),
+        eval_dataset=training.eval_rows(),
+        ref_model=reference,
+    )
+    if recipe.adapter and not setup.base:
+        # an adapter that begins at nothing is the parent when it is off: the same, and faster
+        trainer.forget_reference()
+    else:
+        parent_as_reference(trainer.model)
+    say(f"reference: {_described_reference(recipe, on_adapter=setup.base is not None)}")
+
+    before = trainer.reference_hash()
+    answer_samples(trainer, setup.tokenizer, "before")
+    final = trainer.fit()
+    trainer.refuse_changed_reference(before)
+    trainer.forget_reference()
+    if before:
+        final["reference"] = before
+    if fallen := collapse(trainer.metrics_log.lines(), recipe.beta):
+        say(
+            "warning: the log-probability of chosen answers fell from "
+            f"{fallen.reference:.1f} to {fallen.policy:.1f}: the policy leaves what it was "
+            "taught; raise beta, or lower optim.learning_rate"
+        )
+    answer_samples(trainer, setup.tokenizer, "after")
+    return conclude(trainer, training, final)
+
+
+def _refuse_micro_batches(recipe: Schema, parts: int) -> None:
+    """Some objectives are no sum over pairs: what they mean depends on how a step is cut."""
+    uneven = recipe.whole_steps
+    if uneven and parts > 1:
+        raise UserError(
+            f"objective: {uneven[0]} depends on how a step is cut into micro-batches",
+            f"set launch.micro_batch_size to optim.batch_size ({recipe.batch_size}), "
+            "with one process",
+        )
+
+
+def _described_reference(recipe: Schema, on_adapter: bool) -> str:
+    if recipe.precompute:
+        return "its log-probabilities, computed beforehand"
+    if on_adapter:
+        return "the parent's adapter"
+    return "the parent, the adapter off" if recipe.adapter else "a copy of the parent"

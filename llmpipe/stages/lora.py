@@ -1,4 +1,7 @@
-"""`llmpipe lora`: supervised fine-tuning of a low-rank adapter (Hu 2021). It is `sft` with `adapter:` required."""
+"""`llmpipe lora`: supervised fine-tuning of a low-rank adapter (Hu 2021).
+
+It is `sft` with `adapter:` required.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,21 @@
 """`llmpipe pretrain`: from raw text to a model, or more text for a model that is there.
 
-Inputs: documents, and either `model:` or `architecture:` with a `tokenizer:`, which may be trained here first. Makes:
-a `model` with a chat template, ready for `sft`. Documents are laid end to end, each with its end-of-document token, and
-cut into blocks without padding; loss is on every token.
+Inputs: documents, and either `model:` or `architecture:` with a `tokenizer:`, which may be trained
+here first. Makes: a `model` with a chat template, ready for `sft`. Documents are laid end to end,
+each with its end-of-document token, and cut into blocks without padding; loss is on every token.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.prepared import PreparedRows, TokenCounts
 from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import (
     AdamW,
@@ -58,11 +60,14 @@ class Corpus(Prepared):
 
 class TokenOptim(AdamW):
     batch_tokens: Positive
-    """Tokens per optimizer step, over all processes and micro-batches: a multiple of `data.max_length`."""
+    """Tokens per optimizer step, over all processes and micro-batches: a multiple of
+    `data.max_length`."""
     tokens: Positive | None = None
-    """Train on this many tokens instead, seeing the data as often as that takes; overrides `epochs`."""
+    """Train on this many tokens instead, seeing the data as often as that takes; overrides
+    `epochs`."""
     scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up; wsd (warmup, stable, decay; Hu 2024) stays at the peak."""
+    """Shape of the learning rate after the warm-up; wsd (warmup, stable, decay; Hu 2024) stays at
+    the peak."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """wsd: share of the steps, at the end, in which the learning rate falls."""
     final: Share = 0.1
@@ -84,13 +89,15 @@ class Architecture(Section):
     kv_heads: Positive | None = None
     """Heads of keys and values (grouped-query attention); as many as `heads` unless set."""
     ffn: Positive | None = None
-    """Size within the feed-forward layers; for gpt2 4 times the width, else 8/3 of it, up to a multiple of 64."""
+    """Size within the feed-forward layers; for gpt2 4 times the width, else 8/3 of it, up to a
+    multiple of 64."""
     tied: bool = True
     """Embeddings and head share their weights."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     """Base of the rotary positions (not gpt2)."""
     rope_scaling: dict[str, Any] = {}
-    """Scaling of the rotary positions, in transformers' words: `{rope_type: linear, factor: 2.0}`."""
+    """Scaling of the rotary positions, in transformers' words: `{rope_type: linear, factor: 2.0}`.
+    """
 
     @model_validator(mode="after")
     def _fits(self) -> Architecture:
@@ -122,8 +129,8 @@ class Schema(Generating):
     architecture: Architecture | None = None
     """The model to begin with random weights."""
     tokenizer: Reference | TrainTokenizer | None = None
-    """With `architecture`: a model folder, Hub id or artifact to take the tokenizer of, or `{vocab_size: N}` to train
-    one on the documents."""
+    """With `architecture`: a model folder, Hub id or artifact to take the tokenizer of, or
+    `{vocab_size: N}` to train one on the documents."""
     data: Corpus
     """Documents and how they become blocks."""
     optim: TokenOptim
@@ -139,8 +146,8 @@ class Schema(Generating):
             raise ValueError("adapter: random weights cannot stay frozen")
         if self.optim.batch_tokens % self.data.max_length:
             raise ValueError(
-                f"optim.batch_tokens ({self.optim.batch_tokens}) must be a multiple of data.max_length "
-                f"({self.data.max_length})"
+                f"optim.batch_tokens ({self.optim.batch_tokens}) must be a multiple of "
+                f"data.max_length ({self.data.max_length})"
             )
         if self.data.stream and not self.steps:
             raise ValueError("data.stream needs optim.tokens or optim.steps, to know when to end")
@@ -170,12 +177,15 @@ class Schema(Generating):
 
 
 def prepare(job: Job[Schema]) -> PreparedRows:
-    """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks for that."""
+    """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks."""
     from llmpipe.data.kinds.blocks import BLOCKS
     from llmpipe.data.prepare import prepare as tokenize
 
     recipe, pinned = job.recipe, job.plan.content
-    start = job.models.get("model") or job.models.get("tokenizer") or trained_tokenizer(job)
+    if isinstance(recipe.tokenizer, TrainTokenizer):
+        start = trained_tokenizer(job, recipe.tokenizer.vocab_size)
+    else:
+        start = job.models.get("model") or job.models["tokenizer"]
     return tokenize(
         recipe.data,
         BLOCKS,
@@ -187,39 +197,58 @@ def prepare(job: Job[Schema]) -> PreparedRows:
     )
 
 
-def trained_tokenizer(job: Job[Schema]) -> Path:
+def trained_tokenizer(job: Job[Schema], vocab_size: int) -> Path:
     """The folder of a tokenizer trained on the documents, once for equal documents."""
-    from llmpipe.data.formats import Document
     from llmpipe.data.train_tokenizer import train_tokenizer
+
+    folder = job.prepared / f"tokenizer-{digest([job.plan.content, vocab_size])[:16]}"
+    if not (folder / "tokenizer.json").exists():
+        job.say(f"tokenizer: training {vocab_size:,} byte-level tokens")
+        with publishing(folder) as staging:
+            train_tokenizer(_texts(job), vocab_size, staging)
+    return folder
+
+
+def _texts(job: Job[Schema]) -> Iterator[str]:
+    """Every document to train on; rows that cannot be used are left out."""
+    from llmpipe.data.formats import Document
     from llmpipe.evaluation.items import rows_of
 
-    recipe, content = job.recipe, job.plan.content
-    folder = job.prepared / f"tokenizer-{digest([content, recipe.tokenizer.vocab_size])[:16]}"
-    if not (folder / "tokenizer.json").exists():
-        job.say(f"tokenizer: training {recipe.tokenizer.vocab_size:,} byte-level tokens")
-        every = (
-            rows_of(source, ("text",), "pretrain", content, recipe.data.stream)
-            for source in recipe.data.train
-        )
-        rows = (row for found in every for _, row in found)
-        with publishing(folder) as staging:
-            train_tokenizer(
-                (row.text for row in rows if isinstance(row, Document)),
-                recipe.tokenizer.vocab_size,
-                staging,
-            )
-    return folder
+    data, content = job.recipe.data, job.plan.content
+    for source in data.train:
+        for _, row in rows_of(source, ("text",), "pretrain", content, data.stream):
+            if isinstance(row, Document):
+                yield row.text
 
 
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Build or load the model, train, publish; returns what the manifest says of it."""
     from llmpipe.data.kinds.blocks import BLOCKS
     from llmpipe.models.load import load_new, load_policy, set_up
-    from llmpipe.training import supervised
+    from llmpipe.training.conclude import conclude
+    from llmpipe.training.rows import streamed
+    from llmpipe.training.samples import answer_samples
+    from llmpipe.training.supervised import supervised_trainer
+    from llmpipe.training.training import Training
 
+    recipe = job.recipe
     setup = set_up(job, prepared)
-    architecture = job.recipe.architecture
-    model = load_new(setup, architecture) if architecture else load_policy(setup)
-    return supervised.train(
-        job, prepared, BLOCKS, setup.hardware, setup.tokenizer, model, setup.base
-    )
+    shape = recipe.architecture
+    model = load_new(setup, shape) if shape else load_policy(setup)
+    stream = streamed(setup) if recipe.data.stream else None
+    training = Training(setup, BLOCKS, model, stream)
+
+    trainer = supervised_trainer(training)
+    answer_samples(trainer, setup.tokenizer, "before")
+    final = trainer.fit()
+    if prepared.tokens.eval_bytes:
+        bits = bits_per_byte(final["eval_loss"], prepared.tokens)
+        job.say(f"held-out: {bits:.4f} bits per byte")
+        final["bits_per_byte"] = bits
+    answer_samples(trainer, setup.tokenizer, "after")
+    return conclude(trainer, training, final)
+
+
+def bits_per_byte(loss: float, tokens: TokenCounts) -> float:
+    """A held-out `loss` in nats per token as bits per byte of text, which tokenizers can share."""
+    return loss / math.log(2) * tokens.eval / tokens.eval_bytes

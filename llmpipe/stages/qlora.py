@@ -1,4 +1,7 @@
-"""`llmpipe qlora`: an adapter on a quantized model (Dettmers 2023). It is `lora` with `quantization:` required."""
+"""`llmpipe qlora`: an adapter on a quantized model (Dettmers 2023).
+
+It is `lora` with `quantization:` required.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""`llmpipe reward`: a reward model from preferences, by Bradley and Terry's model (Christiano 2017; Ouyang 2022).
+"""`llmpipe reward`: a reward model from preferences.
 
-Inputs: a model, of which everything but the head is taken over, and pairs of answers. Makes: a `reward-model`, which
-gives a conversation one score. An adapter as `model:` is merged into its base first.
+By Bradley and Terry's model (Christiano 2017; Ouyang 2022).
+Inputs: a model, of which everything but the head is taken over, and pairs of answers. Makes: a
+`reward-model`, which gives a conversation one score. An adapter as `model:` is merged into its base
+first.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -46,7 +49,8 @@ class Schema(Hosted):
     """Reward modelling."""
     model: Start
     data: Pairs
-    """Preferences; a column `margin` says by how much the chosen answer is better (Touvron 2023, section 3.2.2)."""
+    """Preferences; a column `margin` says by how much the chosen answer is better (Touvron 2023,
+    section 3.2.2)."""
     optim: Optim
     """The optimizer and its schedule."""
     center: Annotated[float, Field(ge=0)] = 0.0
@@ -57,15 +61,47 @@ class Schema(Hosted):
         return False
 
 
-def prepare(job: Job) -> PreparedRows:
+def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS
 
     return tokens(job, PAIRS)
 
 
-def train(job: Job, prepared: PreparedRows) -> Made:
+def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
-    from llmpipe.training import preference
+    from trl import RewardConfig
 
-    return preference.reward(job, prepared)
+    from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.models.load import load_ranker, set_up
+    from llmpipe.training.arguments import arguments
+    from llmpipe.training.conclude import conclude
+    from llmpipe.training.ranking import Collator, RankingTrainer, describe, ranking, score
+    from llmpipe.training.training import Training
+
+    recipe = job.recipe
+    setup = set_up(job, prepared)
+    training = Training(setup, PAIRS, load_ranker(setup))
+    configuration = arguments(
+        RewardConfig,
+        training,
+        max_length=None,
+        center_rewards_coefficient=recipe.center,
+        disable_dropout=True,
+    )
+    trainer = RankingTrainer(
+        training,
+        ranking,
+        args=configuration,
+        data_collator=Collator(setup.tokenizer.pad_token_id),
+        train_dataset=training.train_rows(),
+        eval_dataset=training.eval_rows(),
+    )
+    final = trainer.fit()
+
+    held_out = training.eval_rows()
+    pairs = held_out or training.train_rows()
+    quality = describe(score(trainer, pairs), recipe.seed, held_out=held_out is not None)
+    job.say(str(quality))
+    final["ranking"] = asdict(quality)
+    return conclude(trainer, training, final)

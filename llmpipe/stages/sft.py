@@ -1,7 +1,10 @@
-"""`llmpipe sft`: supervised fine-tuning. Learn to answer from examples, loss on the assistant's turns.
+"""`llmpipe sft`: supervised fine-tuning.
 
-Inputs: a causal language model and rows (text, alpaca, sharegpt, messages or prompt-completion). Makes: a `model`.
-The story is `train`, top to bottom; the trainer underneath is TRL's SFTTrainer on rows that llmpipe prepared.
+Learn to answer from examples, loss on the assistant's turns.
+
+Inputs: a causal language model and rows (text, alpaca, sharegpt, messages or prompt-completion).
+Makes: a `model`. The story is `train`, top to bottom; the trainer underneath is TRL's SFTTrainer on
+rows that llmpipe prepared.
 """
 
 from __future__ import annotations
@@ -60,19 +63,26 @@ class Schema(Supervised):
     """Supervised fine-tuning."""
 
 
-def prepare(job: Job[Schema]) -> PreparedRows:
+def prepare(job: Job[Supervised]) -> PreparedRows:
     """Texts and conversations -> tokens."""
     from llmpipe.data.kinds.rows import ROWS
 
     return tokens(job, ROWS)
 
 
-def train(job: Job[Schema], prepared: PreparedRows) -> Made:
+def train(job: Job[Supervised], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
     from llmpipe.data.kinds.rows import ROWS
     from llmpipe.models.load import load_policy, set_up
-    from llmpipe.training import supervised
+    from llmpipe.training.conclude import conclude
+    from llmpipe.training.samples import answer_samples
+    from llmpipe.training.supervised import supervised_trainer
+    from llmpipe.training.training import Training
 
     setup = set_up(job, prepared)
-    model = load_policy(setup)
-    return supervised.train(job, prepared, ROWS, setup.hardware, setup.tokenizer, model, setup.base)
+    training = Training(setup, ROWS, load_policy(setup))
+    trainer = supervised_trainer(training)
+    answer_samples(trainer, setup.tokenizer, "before")
+    final = trainer.fit()
+    answer_samples(trainer, setup.tokenizer, "after")
+    return conclude(trainer, training, final)

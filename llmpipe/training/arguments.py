@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from llmpipe.errors import UserError
 from llmpipe.recipe import sections
 from llmpipe.run.artifact import Artifact
-from llmpipe.training.setup import Training
+from llmpipe.training.training import Training
 
 OPTIMIZERS = {
     "adamw_8bit": "adamw_bnb_8bit",
@@ -21,13 +21,13 @@ OPTIMIZERS = {
 
 
 def arguments(
-    config: type[TrainingArguments], training: Training, **of_the_stage: Any
+    config: type[TrainingArguments], training: Training[sections.Hosted], **of_the_stage: Any
 ) -> TrainingArguments:
     """The recipe as one of TRL's configurations, with the fields that are the stage's own.
 
     Raises UserError when `trainer:` holds what the configuration refuses.
     """
-    recipe = training.job.recipe
+    recipe = training.recipe
     trackers(recipe, training.artifact)
     fields = {
         **_surroundings(training),
@@ -42,7 +42,7 @@ def arguments(
         raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
 
 
-def _surroundings(training: Training) -> dict[str, Any]:
+def _surroundings(training: Training[sections.Hosted]) -> dict[str, Any]:
     """Files, seeds, batches and precision. When to save and evaluate is `hosted`'s to decide."""
     recipe, artifact, hardware = training.recipe, training.artifact, training.hardware
     return {

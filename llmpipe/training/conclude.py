@@ -12,41 +12,42 @@ from llmpipe.data.stream import Stream, counted
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
 from llmpipe.models.verify import Verified
+from llmpipe.recipe import sections
 from llmpipe.run.manifest import Made
 from llmpipe.run.reference import Model
-from llmpipe.training.setup import Trained, Training
+from llmpipe.training.training import Trained, Training
 
 
-def conclude(trainer: Trained, training: Training, final: dict[str, Any]) -> Made:
+def conclude(
+    trainer: Trained, training: Training[sections.Training], final: dict[str, Any]
+) -> Made:
     """Publish what was trained; what the manifest says of it, with its `final` metrics.
 
     Raises UserError (3) when what was saved is not what was trained; nothing is published then.
     """
+    writes, adapter = trainer.is_world_process_zero(), training.recipe.adapter
     facts = trainer.facts()
     made = Made(final, training=facts, hardware=training.hardware.describe())
-    if training.recipe.adapter and trainer.plain_model().can_generate():
+    if adapter and trainer.plain_model().can_generate():
         made.kind = "adapter"  # one that scores stays a reward model
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
+    if writes:
         made.verified = _publish(trainer, training).record()
     trainer.accelerator.wait_for_everyone()
-    if (
-        training.recipe.adapter
-        and training.recipe.adapter.merge
-        and trainer.is_world_process_zero()
-    ):
+    if writes and adapter and adapter.merge:
         made.merged = [_merge(training)]
+
     made.facts = training.prepared.facts()
     if training.stream:
         blocks = facts["steps"] * training.recipe.batch_size
-        length = training.recipe.data.preparation.max_length
+        length = training.preparation.max_length
         count_streamed(made.facts["data"], training.stream, blocks, length)
-    elif trainer.is_world_process_zero():
+    elif writes:
         _keep_what_was_seen(training)
     return made
 
 
-def _publish(trainer: Trained, training: Training) -> Verified:
+def _publish(trainer: Trained, training: Training[sections.Training]) -> Verified:
     """Save the model, or the adapter, as `model/`, and compare what was saved."""
     model = trainer.plain_model()
     trainer.forget_optimizer()
@@ -63,7 +64,7 @@ def _publish(trainer: Trained, training: Training) -> Verified:
     return publish_adapter(model, tokenizer, folder, base, say)
 
 
-def _true_base(training: Training) -> Model:
+def _true_base(training: Training[sections.Training]) -> Model:
     """The model whose weights stayed frozen: what was started from, or what is under it."""
     start = training.job.plan.models["model"]
     if start.is_adapter and start.base:
@@ -71,7 +72,7 @@ def _true_base(training: Training) -> Model:
     return start
 
 
-def _merge(training: Training) -> str:
+def _merge(training: Training[sections.Training]) -> str:
     """Publish the merged model beside the adapter; returns the name of its artifact."""
     name = f"{training.artifact.name}-merged"
     folder = training.artifact.run / name / "model"
@@ -87,7 +88,7 @@ def count_streamed(data: dict[str, Any], stream: Stream, blocks: int, length: in
     data["sequences"]["train"] = blocks
 
 
-def _keep_what_was_seen(training: Training) -> None:
+def _keep_what_was_seen(training: Training[sections.Training]) -> None:
     """Leave in the artifact which rows were rejected, and hashes of the questions seen."""
     folders = [training.folder]
     if training.prepared.mixture:

@@ -5,34 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from torch import Tensor
 
 from llmpipe.models.generate import isolated_rng
 from llmpipe.models.verify import PROBE
+from llmpipe.training.hosted import Durable
 
 
-def crosstalk(trainer: Any, tokenizer: Tokenizer, hardware: Any) -> float:
-    """How much the document before it in a row changes one's logits, as a share of what it does where they are one
-    document: 0 not at all, 1 where the architecture reads no boundaries, as Falcon, or knows none on this machine.
-    Otherwise it would learn across documents unseen."""
-    ids = tokenizer(PROBE)["input_ids"]
-    parts = [ids[: len(ids) // 2], ids[len(ids) // 2 :]]
-    rows = [
-        {"input_ids": part, "labels": part, "seq_lengths": [len(part)]} for part in (*parts, ids)
-    ]
+def crosstalk(trainer: Durable) -> float:
+    """How much the document before it in a row changes one's logits, as a share of what it does
+    where the two are one document.
 
-    def last(*chosen: dict) -> torch.Tensor:
-        batch = trainer._prepare_inputs(trainer.data_collator(list(chosen)))
-        batch.pop("labels")
-        return trainer.model(**batch, use_cache=False).logits[0, -len(parts[1]) :].float()
-
+    0: not at all; 1: the architecture reads no boundaries, as Falcon, or knows none on this
+    machine. Otherwise it would learn across documents unseen.
+    """
+    ids = trainer.processing_class(PROBE)["input_ids"]
+    half = len(ids) // 2
+    first, second, both = _row(ids[:half]), _row(ids[half:]), _row(ids)
+    length = len(ids) - half
     was_training = trainer.model.training
     trainer.model.eval()
-    with isolated_rng(), torch.no_grad(), hardware.autocast():
+    with isolated_rng(), torch.no_grad(), trainer.hardware.autocast():
         try:
-            packed, alone, joined = last(rows[0], rows[1]), last(rows[1]), last(rows[2])
+            packed = _last_logits(trainer, [first, second], length)
+            alone = _last_logits(trainer, [second], length)
+            joined = _last_logits(trainer, [both], length)
         except ValueError:  # hybrids of attention and state spaces need kernels for it, and say so
             return 1.0
         finally:
             trainer.model.train(was_training)
-    return float((packed - alone).abs().mean() / (joined - alone).abs().mean().clamp(min=1e-9))
+    most = (joined - alone).abs().mean().clamp(min=1e-9)
+    return float((packed - alone).abs().mean() / most)
+
+
+def _row(ids: list[int]) -> dict[str, Any]:
+    """One document, as prepared rows have it."""
+    return {"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]}
+
+
+def _last_logits(trainer: Durable, rows: list[dict[str, Any]], length: int) -> Tensor:
+    """Of the last `length` positions of the rows laid end to end, float32 [length, vocabulary]."""
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    batch.pop("labels")
+    return trainer.model(**batch, use_cache=False).logits[0, -length:].float()

@@ -1,254 +1,124 @@
-"""The training loop's surroundings, shared by every stage with a Hugging Face trainer underneath.
+"""A trainer of TRL's that can be stopped and resumed to the bit, shared by every stage with one.
 
-`durable(SFTTrainer)` is that trainer with exact checkpoints, signals served at the end of a step, a stop on NaN before
-the optimizer sees it, and a held-out loss per token that does not depend on batch or process count. The loop itself,
-the loss and the optimizer stay the library's.
+`Durable` is mixed in before a TRL trainer and adds exact checkpoints, signals served at the end of
+a step, a stop on NaN before the optimizer sees it, and a held-out loss that does not depend on
+batch or process count. It holds only the methods that a subclass has to override; what they do lies
+with `Resume`, `HeldOut` and `MetricsLog`. The loop itself, the loss and the optimizer stay the
+library's.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from llmpipe.data.kinds import Kind
-from llmpipe.data.stream import Position, Stream
-from llmpipe.errors import NUMERIC, Stopped, UserError
-from llmpipe.files import fsync, read_json
-from llmpipe.models.generate import isolated_rng
-from llmpipe.models.hardware import Hardware, flops_per_token, memory_gb, peak_flops, release_memory
-from llmpipe.recipe.sections import Training
+from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
+from llmpipe.models.hardware import release_memory
+from llmpipe.parallel import World
+from llmpipe.recipe import sections
 from llmpipe.run import checkpoints
-from llmpipe.run.artifact import Artifact
-from llmpipe.run.progress import Progress
+from llmpipe.training import resume
+from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure
+from llmpipe.training.metrics_log import MetricsLog
+from llmpipe.training.resume import Resume, State
 from llmpipe.training.rows import Order, with_fillers
+from llmpipe.training.training import Training
 
 
-class _Interrupted(Exception):
-    """A signal arrived inside evaluation."""
+class Durable(Trainer):
+    """Mixed in before one of TRL's trainers; see the module's docstring."""
 
+    def __init__(self, training: Training[sections.Hosted], measure: Measure, **arguments: Any):
+        """`measure`: what is said of held-out rows; `arguments`: those of TRL's trainer."""
+        self.training = training
+        self.artifact = training.artifact
+        self.hardware = training.hardware
+        self.recipe = training.recipe
+        self.say = training.say
+        self.signals = training.job.signals
+        self.stop_code = 0
+        weights = _trained_weights(training.model)
+        super().__init__(model=training.model, processing_class=training.tokenizer, **arguments)
+        # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
+        for name, parameter in training.model.named_parameters():
+            if name in weights:
+                parameter.data = weights[name].to(parameter.device)
 
-class _Loop(TrainerCallback):
-    """Decides at the end of each step what follows it: log, evaluate, save, stop."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._on_begin()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._order.epoch = int(state.epoch or 0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, step = self.trainer, state.global_step
-        last = step >= state.max_steps
-        due = trainer.recipe.evaluation.every
-        control.should_evaluate = trainer.eval_dataset is not None and (
-            last or bool(due and step % due == 0)
-        )
-        control.should_save = last or step % trainer.recipe.checkpoint.every == 0
-        control.should_log = control.should_log or last
-        if trainer._stop_asked():
-            trainer._pending_evaluation = control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        self.trainer._write_metrics(logs)
-
-
-def durable(trainer_class: type[Trainer]) -> type:
-    """`trainer_class` with llmpipe's loop. Call `attach` before `fit`."""
-    return type(f"Durable{trainer_class.__name__}", (_Durable, trainer_class), {})
-
-
-class _Durable:
-    """Mixed in before a transformers Trainer; see the module's docstring."""
-
-    def __init__(self, *, model: Any, **arguments: Any):
-        learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model=model, **arguments)
-        for name, p in model.named_parameters():
-            if name in learned:
-                p.data = learned[name].to(
-                    p.device
-                )  # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
-
-    def attach(
-        self,
-        artifact: Artifact,
-        recipe: Training,
-        identity: str,
-        hardware: Hardware,
-        signals: Any,
-        say: Any,
-        *,
-        kind: Kind,
-        measure: Callable[[Any, dict], dict[str, tuple[Any, Any]]],
-        inexact: bool,
-        stream: Stream | None = None,
-    ) -> None:
-        """Bind the trainer to its artifact and look for a checkpoint to go on from.
-
-        `measure(trainer, batch)` gives {name: (sum, count)} of held-out rows; `loss` is what the best is chosen by.
-        `stream` replaces the dataset.
-        """
-        self.artifact, self.recipe, self.identity, self.hardware = (
-            artifact,
-            recipe,
-            identity,
-            hardware,
-        )
-        self.signals, self.say, self._measure = signals, say, measure
-        self._pending_evaluation = False
-        self._stopped: int | None = None
-        self._peak = hardware.processes * (peak_flops() or 0)
-        self._per_token = (
-            flops_per_token(self.model, recipe.data.preparation.max_length) if self._peak else 0
-        )
-        self._best: tuple[float, int] | None = None
-        self._worse = 0
-        self._tokens = 0
-        self._last_logged = (time.monotonic(), 0)
-        self._begun = time.monotonic()
-        self._restored: dict[str, Any] | None = None
-        self._exact = True
-        self._stream = stream
-        count, together = (
-            len(stream or self.train_dataset),
-            hardware.micro_batch_size * hardware.processes,
-        )
-        fillers = -count % together if hardware.processes > 1 else 0
-        self._order = Order(count, fillers, recipe.seed, shuffled=stream is None)
-        assert kind.filler is not None  # every kind that TRL trains on has one
-        filler = kind.filler(self.processing_class.pad_token_id)
-        self.train_dataset = stream or with_fillers(self.train_dataset, fillers, filler)
+        self.world = World(self.accelerator)
+        self.metrics_log = MetricsLog(self.artifact.path / "metrics.jsonl", self.world, self.say)
+        self.held_out = HeldOut(self, measure, self.hardware, self.world, self.stop_asked)
+        self.resume = Resume(training, self.world)
+        self.metrics_log.cut(self.resume.state.metrics_bytes if self.resume.state else 0)
+        self._even_out_batches()
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
-        self._progress = Progress(say) if self.is_world_process_zero() else None
-        picked = checkpoints.pick(
-            artifact.checkpoints, identity, hardware.resume_key(), say, inexact=inexact
-        )
-        self._checkpoint, self._exact = picked if picked else (None, True)
-        if self.is_world_process_zero():
-            kept = (
-                read_json(self._checkpoint / checkpoints.STATE)["metrics_bytes"]
-                if self._checkpoint
-                else 0
-            )
-            with (artifact.path / "metrics.jsonl").open("ab") as file:
-                file.truncate(kept)
+
+    def _even_out_batches(self) -> None:
+        """Set the rows and their order, with fillers where processes would have other numbers."""
+        stream = self.training.stream
+        rows = stream or self.train_dataset
+        count = len(rows)
+        together = self.hardware.micro_batch_size * self.world.size
+        fillers = -count % together if self.world.size > 1 else 0
+        self.order = Order(count, fillers, self.recipe.seed, shuffled=stream is None)
+        if stream is None:
+            filler = self.training.kind.filler
+            assert filler is not None  # every kind that TRL trains on has one
+            rows = with_fillers(rows, fillers, filler(self.processing_class.pad_token_id))
+        self.train_dataset = rows
+
+    # --- what a stage asks of it; see `training.Trained` ---
 
     @property
     def resumes(self) -> bool:
         """Whether training goes on from a checkpoint."""
-        return self._checkpoint is not None
+        return self.resume.checkpoint is not None
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end, from the newest checkpoint when there is one; returns the last metrics.
+        """Train to the end, from the newest checkpoint when there is one; the last metrics.
 
-        Raises Stopped when a signal was served (a checkpoint is written then) and UserError (4) on NaN or Inf.
+        Raises Stopped when a signal was served (a checkpoint is written then) and UserError (4) on
+        NaN or Inf.
         """
         self.signals.deferred = True
-        checkpoint = self._checkpoint
-        if checkpoint:
-            state = read_json(checkpoint / "trainer_state.json")
-            self.say(f"resuming from {checkpoint.name} of {state['max_steps']}")
-            self._restored = read_json(checkpoint / checkpoints.STATE)
-            if self._stream:
-                self._stream.go(
-                    state["global_step"] * self.recipe.batch_size,
-                    Position(**self._restored["stream"]),
-                )
-            self._best = tuple(self._restored["best"]) if self._restored["best"] else None
-            self._worse = self._restored["worse"]
-            finished = state["global_step"] >= state["max_steps"] or self._restored["finished"]
-            if finished or self._restored["pending_evaluation"]:
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
-            if self._restored[
-                "pending_evaluation"
-            ]:  # a signal came before it; it may end the training
-                self._evaluate(None, None)
-                if self._stopped:
-                    raise self._stop()
-            if finished or self.control.should_training_stop:
-                mine = self._restored["ranks"][0]
-                self._tokens, self._begun = mine["tokens"], self._begun - mine["seconds"]
-                return self._finish()
-        elif self.eval_dataset is not None:
-            try:
-                self.evaluate()
-            except _Interrupted:
-                raise Stopped(self._stopped, "stopped before the first step") from None
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self._stopped:
-            raise self._stop()
-        return self._finish()
-
-    def _stop(self) -> Stopped:
-        return Stopped(
-            self._stopped, f"stopped at step {self.state.global_step}, checkpoint written"
-        )
-
-    def _finish(self) -> dict[str, Any]:
-        """Load the best weights when the recipe keeps those, and gather what the manifest says."""
+        if self.resumes:
+            done = self._go_on()
+        else:
+            done = False
+            self._evaluate_at_first()
+        if not done:
+            checkpoint = self.resume.checkpoint
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._raise_if_stopped()
         self.signals.deferred = False
-        if self._progress:
-            self._progress.close()
-        if (
-            self.recipe.evaluation.keep_best
-            and self._best
-            and self._best[1] != self.state.global_step
-        ):
-            path = checkpoints.folder(self.artifact.checkpoints, self._best[1])
-            if problems := checkpoints.verify(path):
-                raise UserError(
-                    f"{path}/{problems[0]}",
-                    "the best checkpoint is damaged; --fresh trains anew",
-                    3,
-                )
-            self._load_from_checkpoint(str(path))
-            self.say(f"keeping the best: step {self._best[1]}, held-out loss {self._best[0]:.4f}")
-        self.accelerator.wait_for_everyone()
-        lines = [
-            json.loads(x) for x in (self.artifact.path / "metrics.jsonl").read_text().splitlines()
-        ]
-        held_out = [line for line in lines if "eval_loss" in line]
-        final = {"loss": next((x["loss"] for x in reversed(lines) if "loss" in x), None)}
-        if held_out:
-            kept = [line for line in held_out if line["step"] == self.facts()["published_step"]]
-            after = (kept or held_out)[-1]
-            final |= {"eval_loss_before": held_out[0]["eval_loss"]}
-            final |= {name: value for name, value in after.items() if name.startswith("eval_")}
-            self.say(
-                f"held-out loss: {held_out[0]['eval_loss']:.4f} before, {after['eval_loss']:.4f} after"
-            )
+        self.metrics_log.close()
+        self._load_best()
+        self.world.wait()
+        final = self.metrics_log.final(self.published_step)
+        if "eval_loss" in final:
+            before, after = final["eval_loss_before"], final["eval_loss"]
+            self.say(f"held-out loss: {before:.4f} before, {after:.4f} after")
         return final
+
+    @property
+    def published_step(self) -> int:
+        """The step whose weights are published."""
+        best = self._kept_best()
+        return best.step if best else self.state.global_step
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the training itself."""
-        kept = (
-            self._best[1]
-            if self.recipe.evaluation.keep_best and self._best
-            else self.state.global_step
-        )
         return {
             "steps": self.state.global_step,
-            "published_step": kept,
-            "tokens": self._tokens * self.args.world_size,
-            "seconds": round(time.monotonic() - self._begun, 1),
-            "exact_resume": self._exact,
+            "published_step": self.published_step,
+            "tokens": self.metrics_log.tokens * self.world.size,
+            "seconds": round(self.metrics_log.seconds, 1),
+            "exact_resume": self.resume.exact,
         }
 
     def plain_model(self) -> Any:
@@ -259,33 +129,77 @@ class _Durable:
         """Free gradients and optimizer state: what follows needs the memory."""
         self.model.zero_grad(set_to_none=True)
         self.accelerator.free_memory()
-        self.optimizer = self.lr_scheduler = self.callback_handler.optimizer = (
-            self.callback_handler.lr_scheduler
-        ) = None
+        self.optimizer = None
+        self.lr_scheduler = None
+        self.callback_handler.optimizer = None
+        self.callback_handler.lr_scheduler = None
         release_memory()
 
-    def _stop_asked(self) -> bool:
-        """Whether any rank was told to stop; all ranks get the same answer."""
-        code = self._agree(self.signals.code or 0)
-        if code:
-            self._stopped = code
-        return bool(code)
+    # --- before the first step, and after the last ---
 
-    def _agree(self, value: int) -> int:
-        """The greatest value over all ranks."""
-        if self.args.world_size == 1:
-            return value
-        box = torch.tensor(value, device=self.args.device)
-        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
-        return int(box)
+    def _evaluate_at_first(self) -> None:
+        if self.eval_dataset is None:
+            return
+        try:
+            self.evaluate()
+        except Interrupted:
+            raise Stopped(self.stop_code, "stopped before the first step") from None
+
+    def _go_on(self) -> bool:
+        """Put back what the library does not; whether nothing is left to train."""
+        checkpoint, saved = self.resume.checkpoint, self.resume.state
+        assert checkpoint is not None and saved is not None
+        reached = self.resume.library_state()
+        self.say(f"resuming from {checkpoint.name} of {reached.max_steps}")
+        if self.training.stream:
+            block = reached.global_step * self.recipe.batch_size
+            assert saved.stream is not None  # the recipe is the same one
+            self.training.stream.go(block, saved.stream)
+        self.held_out.put_back(saved.best, saved.worse)
+
+        at_end = reached.global_step >= reached.max_steps or saved.finished
+        if at_end or saved.pending_evaluation:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = reached
+        if saved.pending_evaluation:  # a signal came before it; it may end the training
+            self._evaluate(None, None)
+            self._raise_if_stopped()
+        if at_end or self.control.should_training_stop:
+            self.metrics_log.go_on(saved.ranks[0].tokens, saved.ranks[0].seconds)
+            return True
+        return False
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop_code:
+            step = self.state.global_step
+            raise Stopped(self.stop_code, f"stopped at step {step}, checkpoint written")
+
+    def _kept_best(self) -> Best | None:
+        """The best step so far, where the recipe keeps that one."""
+        return self.held_out.best if self.recipe.evaluation.keep_best else None
+
+    def _load_best(self) -> None:
+        """Go back to the best weights, when the recipe keeps those and they are not the last.
+
+        Raises UserError (3) when their checkpoint is damaged.
+        """
+        best = self._kept_best()
+        if best is None or best.step == self.state.global_step:
+            return
+        path = checkpoints.folder(self.artifact.checkpoints, best.step)
+        if problems := checkpoints.verify(path):
+            hint = "the best checkpoint is damaged; --fresh trains anew"
+            raise UserError(f"{path}/{problems[0]}", hint, INTEGRITY)
+        self._load_from_checkpoint(str(path))
+        self.say(f"keeping the best: step {best.step}, held-out loss {best.loss:.4f}")
+
+    # --- what a subclass of the library's trainer has to override ---
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        ids = inputs["input_ids"]
-        self._tokens += (
-            int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel()
-        )
+        """Also count tokens, and stop before a loss that is no number reaches the optimizer."""
+        self.metrics_log.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._not_finite("loss", loss)
@@ -297,193 +211,147 @@ class _Durable:
             raise self._not_finite("gradient norm", norm)
         return norm
 
-    def _not_finite(self, what: str, value: Any) -> UserError:
+    def _not_finite(self, quantity: str, value: Any) -> UserError:
+        step = self.state.global_step + 1
         return UserError(
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}; stopped before the optimizer step",
-            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, checkpoints are kept",
+            f"step {step}: the {quantity} is {float(value)}; stopped before the optimizer step",
+            "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, "
+            "checkpoints are kept",
             NUMERIC,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        return self._order
+        return self.order
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """What `measure` finds on the held-out rows, the same for every batch size and process count.
+        """What the stage measures on the held-out rows, instead of the library's mean of means.
 
-        Each rank takes every world-size-th batch, and one that has none left a batch that does not count, since what
-        measures may speak to the other ranks; sums and counts are added over ranks. The generators of Python, NumPy
-        and torch are left as they were found.
+        Raises Interrupted when a signal has asked to stop, and UserError (4) on NaN or Inf.
         """
-        rows, size, world = (
-            self.eval_dataset,
-            self.args.per_device_eval_batch_size,
-            self.args.world_size,
-        )
-        totals: dict[str, torch.Tensor] = {}
-        was_training = self.model.training
-        self.model.eval()
-        with isolated_rng(), torch.no_grad():
-            for start in range(0, len(rows), world * size):
-                if code := self._agree(self.signals.code or 0):
-                    self._stopped = code
-                    self.model.train(was_training)
-                    raise _Interrupted
-                first = start + self.args.process_index * size
-                mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
-                batch = self._prepare_inputs(self.data_collator(mine or [rows[0]]))
-                # autocast by hand: before training, Accelerate has not put it around the model yet
-                with torch.autocast(
-                    self.args.device.type, torch.bfloat16, enabled=self.hardware.bf16
-                ):
-                    found = self._measure(self, batch)
-                for name, pair in found.items():
-                    sums = torch.tensor([float(value) for value in pair], dtype=torch.float64)
-                    totals[name] = totals.get(
-                        name, torch.zeros(2, dtype=torch.float64)
-                    ) + sums * bool(mine)
-        shared = torch.stack(list(totals.values()))
-        if world > 1:
-            shared = shared.to(
-                self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64
-            )
-            torch.distributed.all_reduce(shared)
-        metrics = {
-            f"eval_{name}": float(value / count)
-            for name, (value, count) in zip(totals, shared, strict=True)
-        }
-        if not math.isfinite(metrics["eval_loss"]):
-            raise self._not_finite("held-out loss", metrics["eval_loss"])
-        self.log(
-            dict(metrics)
-        )  # in eval mode still: the trainer underneath keeps its training averages then
-        self.model.train(was_training)
+        with _evaluation_mode(self.model):
+            metrics = self.held_out.metrics()
+            if not math.isfinite(metrics["eval_loss"]):
+                raise self._not_finite("held-out loss", metrics["eval_loss"])
+            # in this mode still: TRL's trainers keep their averages of the training then
+            self.log(dict(metrics))
         self.control.should_evaluate = False
         return metrics
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """Evaluate inside the loop; note the best; a signal in the middle leaves the evaluation for the resumed run."""
+        """Evaluate inside the loop and note the best step.
+
+        A signal in the middle leaves the evaluation for the resumed run.
+        """
         try:
-            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        except _Interrupted:
-            self._pending_evaluation = True
-            self.control.should_save = self.control.should_training_stop = True
+            metrics: dict[str, float] = super()._evaluate(
+                trial, ignore_keys_for_eval, skip_scheduler
+            )
+        except Interrupted:
+            self.held_out.pending = True
+            self.control.should_save = True
+            self.control.should_training_stop = True
             return {"eval_loss": math.inf}
-        step, loss, wanted = self.state.global_step, metrics["eval_loss"], self.recipe.evaluation
-        if self._best is None or loss < self._best[0]:
-            self._best, self._worse = (loss, step), 0
-            self.control.should_save = self.control.should_save or wanted.keep_best
-        else:
-            self._worse += 1
-            if wanted.patience and self._worse >= wanted.patience and step < self.state.max_steps:
-                self.say(f"step {step}: no better for {self._worse} evaluations; stopping early")
-                self.control.should_save = self.control.should_training_stop = True
+        step = self.state.global_step
+        if self.held_out.note(metrics["eval_loss"], step):
+            keep_best = self.recipe.evaluation.keep_best
+            self.control.should_save = self.control.should_save or keep_best
+        elif self._out_of_patience():
+            worse = self.held_out.worse
+            self.say(f"step {step}: no better for {worse} evaluations; stopping early")
+            self.control.should_save = True
+            self.control.should_training_stop = True
         return metrics
 
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        early = self.state.global_step < self.state.max_steps
+        return early and patience is not None and self.held_out.worse >= patience
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The library's own checkpoint, published whole; every rank writes its part."""
-        step, main, where = (
-            self.state.global_step,
-            self.is_world_process_zero(),
-            self.artifact.checkpoints,
-        )
-        about = {
-            "identity": self.identity,
-            "machine": self.hardware.resume_key(),
-            "exact": self._exact,
-        }
-        state = self._gather_state()
-        output, self.args.output_dir = self.args.output_dir, str(where / f".step-{step}.staging")
-        if main and self._progress:
-            self._progress.note(f"saving step {step}")
-        with checkpoints.writing(where, step, about, lambda: state) if main else nullcontext():
-            self.accelerator.wait_for_everyone()
+        """The library's own checkpoint, published whole."""
+        state = self.gather_state()
+        self.metrics_log.note(f"saving step {self.state.global_step}")
+        with self.resume.writing(self, state):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if main:
-                inner = Path(self.args.output_dir, f"checkpoint-{step}")
-                for path in inner.iterdir():
-                    path.rename(inner.parent / path.name)
-                inner.rmdir()
-        self.args.output_dir = output
-        if main:
-            keep_best = self.recipe.evaluation.keep_best and self._best
-            release_memory()
-            checkpoints.rotate(
-                where, self.recipe.checkpoint.keep, {self._best[1]} if keep_best else set()
-            )
-        self.accelerator.wait_for_everyone()
+        self.resume.rotate(self._kept_best())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card in a checkpoint."""
 
-    def _gather_state(self) -> dict[str, Any]:
-        """What the library does not keep: sums since the last log, per rank, and llmpipe's own counters."""
-        mine = {
-            "loss_sum": float(self._tr_loss),
-            "last_logged": self._globalstep_last_logged,
-            "averages": {k: list(v) for k, v in self._metrics["train"].items()},
-            "train_tokens": self._total_train_tokens,
-            "tokens": self._tokens,
-            "seconds": time.monotonic() - self._begun,
-        }
-        ranks = [mine]
-        if self.args.world_size > 1:
-            ranks = [None] * self.args.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-        metrics = self.artifact.path / "metrics.jsonl"
-        for path in (metrics, self._stream.rejected if self._stream else None):
-            if self.is_world_process_zero() and path and path.exists():
-                fsync(path)
-        return {
-            "ranks": ranks,
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-            "best": self._best,
-            "worse": self._worse,
-            "pending_evaluation": self._pending_evaluation,
-            "stream": self._stream
-            and asdict(self._stream.position(self.state.global_step * self.recipe.batch_size)),
-            "finished": self.control.should_training_stop and not self._stopped,
-        }
+    # --- what happens at the end of a step ---
 
-    def _on_begin(self) -> None:
-        """Put the counters back, after the library has restored its own."""
-        if self._progress:
-            self._progress.begin(self.state.global_step, self.state.max_steps)
-        if not self._restored:
-            return
-        mine = self._restored["ranks"][
-            min(self.args.process_index, len(self._restored["ranks"]) - 1)
-        ]
-        self._tr_loss += mine["loss_sum"]
-        self._globalstep_last_logged = mine["last_logged"]
-        self._metrics["train"] = defaultdict(
-            list, {k: list(v) for k, v in mine["averages"].items()}
+    def gather_state(self) -> State:
+        """What the library's checkpoint lacks, from all processes."""
+        counts = resume.counted(self, self.metrics_log.tokens, self.metrics_log.seconds)
+        step, stream = self.state.global_step, self.training.stream
+        return State(
+            ranks=self.world.gather(counts),
+            metrics_bytes=self.metrics_log.size(),
+            best=self.held_out.best,
+            worse=self.held_out.worse,
+            pending_evaluation=self.held_out.pending,
+            stream=stream.position(step * self.recipe.batch_size) if stream else None,
+            finished=self.control.should_training_stop and not self.stop_code,
         )
-        self._total_train_tokens, self._tokens = mine["train_tokens"], mine["tokens"]
-        self._last_logged = (time.monotonic(), self._tokens)
-        self._begun -= mine["seconds"]
 
-    def _write_metrics(self, logs: dict[str, float]) -> None:
-        """One line in metrics.jsonl and one on the screen."""
-        if not self.is_world_process_zero() or "train_runtime" in logs:
-            return
-        now = time.monotonic()
-        line: dict[str, Any] = {"step": self.state.global_step, **logs}
-        if "loss" in logs:
-            since, tokens = self._last_logged
-            everywhere = (self._tokens - tokens) * self.args.world_size
-            line["tokens_per_second"] = round(everywhere / max(now - since, 1e-9), 1)
-            self._last_logged = (now, self._tokens)
-            if self._peak:
-                line["share_of_peak"] = round(
-                    line["tokens_per_second"] * self._per_token / self._peak, 4
-                )
-        line |= {"memory_gb": round(memory_gb(), 3), "seconds": round(now - self._begun, 3)}
-        with (self.artifact.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._progress:
-            self._progress.show(line)
+    def stop_asked(self) -> bool:
+        """Whether any process was told to stop; all processes get the same answer."""
+        code = self.world.stop_code(self.signals)
+        self.stop_code = code or self.stop_code
+        return bool(code)
+
+
+def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class _Loop(TrainerCallback):
+    """Decides at the end of each step what follows it: log, evaluate, save, stop."""
+
+    def __init__(self, trainer: Durable):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The library has restored its own state; put the rest back."""
+        trainer = self.trainer
+        context = trainer.training.preparation.max_length
+        trainer.metrics_log.begin(state.global_step, state.max_steps, trainer.model, context)
+        if trainer.resumes:
+            counts = trainer.resume.rank_state
+            resume.put_back(trainer, counts)
+            trainer.metrics_log.go_on(counts.tokens, counts.seconds)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.order.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        last = step >= state.max_steps
+        every = trainer.recipe.evaluation.every
+        due = last or bool(every and step % every == 0)
+        control.should_evaluate = trainer.eval_dataset is not None and due
+        control.should_save = last or step % trainer.recipe.checkpoint.every == 0
+        control.should_log = control.should_log or last
+        if trainer.stop_asked():
+            trainer.held_out.pending = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "train_runtime" not in logs:  # the library's summary at the end
+            self.trainer.metrics_log.write(state.global_step, logs)

@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.data.stream import Stream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.models.hardware import Hardware
-from llmpipe.run.job import Job
+from llmpipe.models.load import Setup
+from llmpipe.recipe import sections
 from llmpipe.run.machine import rank
 
 
@@ -32,17 +32,18 @@ def dataset(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def streamed(job: Job, prepared: PreparedRows, hardware: Hardware) -> Stream:
-    """The rows of a `pretrain` recipe as blocks that are tokenized while they are trained on."""
-    recipe = job.recipe
+def streamed(setup: Setup[sections.Training]) -> Stream:
+    """The rows of a recipe with `data.stream` as blocks, tokenized while they are trained on."""
+    job, recipe = setup.job, setup.recipe
+    assert recipe.steps is not None  # or the recipe would have been refused
     stream = Stream(
         recipe.data,
-        prepared.folder(job.prepared),
+        setup.prepared.folder(job.prepared),
         recipe.steps * recipe.batch_size,
         recipe.batch_size,
         seed=recipe.seed,
         pinned=job.plan.content,
-        processes=_tokenizing_processes(recipe.data.processes, hardware),
+        processes=_tokenizing_processes(recipe.data.processes, setup.hardware),
     )
     stream.rejected = job.artifact.path / "rejected.jsonl" if rank() == 0 else None
     return stream

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.models.generate import Sampling, generate, isolated_rng, render
-from llmpipe.training.setup import Trained
+from llmpipe.training.training import Trained
 
 When = Literal["before", "after"]
 
@@ -56,4 +56,5 @@ def _encode(trainer: Trained, tokenizer: Tokenizer, prompt: str) -> list[int]:
     conversation = {"messages": [{"role": "user", "content": prompt}]}
     kwargs = trainer.recipe.data.preparation.template_kwargs
     text = render(tokenizer, conversation, kwargs)
-    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template)
+    return list(encoded["input_ids"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -12,31 +12,54 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.data.kinds import Kind
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.data.stream import Stream
 from llmpipe.errors import Say
 from llmpipe.models.hardware import Hardware
+from llmpipe.models.load import Setup
 from llmpipe.recipe import sections
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
 from llmpipe.training import rows
 
+R_co = TypeVar("R_co", bound=sections.Training, covariant=True)
+
 
 @dataclass(frozen=True)
-class Training:
+class Training(Generic[R_co]):
     """One training, once there are tokens and a model: all that its parts share."""
 
-    job: Job
-    prepared: PreparedRows
-    hardware: Hardware
-    tokenizer: Tokenizer
+    setup: Setup[R_co]
+    kind: Kind
+    """Of the rows."""
     model: PreTrainedModel | PeftModel
     stream: Stream | None = None
     """Rows that are tokenized while they are trained on, instead of prepared ones."""
 
     @property
-    def recipe(self) -> sections.Training:
-        return self.job.recipe
+    def job(self) -> Job[R_co]:
+        return self.setup.job
+
+    @property
+    def recipe(self) -> R_co:
+        return self.setup.job.recipe
+
+    @property
+    def preparation(self) -> sections.Preparation:
+        return self.setup.recipe.data.preparation
+
+    @property
+    def prepared(self) -> PreparedRows:
+        return self.setup.prepared
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.setup.hardware
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.setup.tokenizer
 
     @property
     def artifact(self) -> Artifact:
@@ -50,11 +73,6 @@ class Training:
     def folder(self) -> Path:
         """Where the prepared rows lie, and the tokenizer that made them."""
         return self.prepared.folder(self.job.prepared)
-
-    @property
-    def base(self) -> Path | None:
-        """The folder of the model under an adapter that is trained on."""
-        return self.job.bases.get("model")
 
     @property
     def identity(self) -> str:
@@ -79,7 +97,6 @@ class Trained(Protocol):
 
     accelerator: Accelerator
     artifact: Artifact
-    hardware: Hardware
     recipe: Any
     """The stage's own; where it generates it has `samples`."""
     say: Say

@@ -1,0 +1,105 @@
+"""The held-out rows while a model is trained: their loss, the best step so far, when to give up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from llmpipe.models.generate import isolated_rng
+from llmpipe.models.hardware import Hardware
+from llmpipe.parallel import World
+
+Batch = dict[str, Any]
+Sum = tuple[Tensor | float, Tensor | int]
+"""Of a value over what it is counted by (tokens, pairs), and how many of these there are."""
+Measure = Callable[[Any, Batch], dict[str, Sum]]
+"""`measure(trainer, batch)`: {metric: its sum}; by `loss` the best step is chosen."""
+
+
+class Interrupted(Exception):
+    """A signal arrived inside an evaluation."""
+
+
+class Best(NamedTuple):
+    """The lowest held-out loss so far, and the step that had it."""
+
+    loss: float
+    step: int
+
+
+class HeldOut:
+    """What a training knows of the rows that it does not learn from."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        measure: Measure,
+        hardware: Hardware,
+        world: World,
+        stop_asked: Callable[[], bool],
+    ):
+        self.trainer = trainer
+        self.measure = measure
+        self.hardware = hardware
+        self.world = world
+        self.stop_asked = stop_asked
+        self.best: Best | None = None
+        self.worse = 0
+        """Evaluations since the best one."""
+        self.pending = False
+        """Whether an evaluation is due that a signal put off until the training is resumed."""
+
+    def metrics(self) -> dict[str, float]:
+        """{eval_METRIC: its mean}, the same for every batch size and number of processes.
+
+        Each process takes every world-size-th batch; one that has none left takes a batch that does
+        not count, since what measures may speak to the other processes. Sums and counts are added
+        over processes. The generators of Python, NumPy and torch are left as they were found.
+        Raises Interrupted, in all processes, when a signal has asked to stop.
+        """
+        totals: dict[str, Tensor] = {}
+        together = self.world.size * self.trainer.args.per_device_eval_batch_size
+        with isolated_rng(), torch.no_grad():
+            for start in range(0, len(self.trainer.eval_dataset), together):
+                if self.stop_asked():
+                    raise Interrupted
+                for name, pair in self._sums(start).items():
+                    totals[name] = totals[name] + pair if name in totals else pair
+        means = self.world.sum(torch.stack(list(totals.values())))
+        return {
+            f"eval_{name}": float(value / count)
+            for name, (value, count) in zip(totals, means, strict=True)
+        }
+
+    def _sums(self, start: int) -> dict[str, Tensor]:
+        """float64 [value, count] of every metric on this process's batch of those at `start`."""
+        rows = self.trainer.eval_dataset
+        size = self.trainer.args.per_device_eval_batch_size
+        first = start + self.world.rank * size
+        mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(mine or [rows[0]]))
+        # autocast by hand: before training, Accelerate has not put it around the model yet
+        with self.hardware.autocast():
+            measured = self.measure(self.trainer, batch)
+        return {
+            name: torch.tensor([float(value), float(count)], dtype=torch.float64) * bool(mine)
+            for name, (value, count) in measured.items()
+        }
+
+    def note(self, loss: float, step: int) -> bool:
+        """Remember the loss of a step; whether it is the lowest so far."""
+        if self.best is None or loss < self.best.loss:
+            self.best = Best(loss, step)
+            self.worse = 0
+            return True
+        self.worse += 1
+        return False
+
+    def put_back(self, best: tuple[float, int] | None, worse: int) -> None:
+        """Go on from what a checkpoint had."""
+        self.best = Best(*best) if best else None
+        self.worse = worse

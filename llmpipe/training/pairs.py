@@ -1,0 +1,83 @@
+"""TRL's trainers of preferences on pairs that llmpipe prepared: what `reward` and `dpo` share.
+
+A pair weighs the same in every step, however the step is cut into micro-batches and processes: TRL
+takes the mean of a micro-batch, and `Pairs` weighs those means by the pairs in them. No pair is cut
+or dropped here.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from llmpipe import upstream
+from llmpipe.errors import UserError
+from llmpipe.parallel import World
+from llmpipe.recipe import sections
+
+Pair = dict[str, Any]
+"""`prompt_ids`, `chosen_ids`, `rejected_ids` and `margin`, which is NaN for a filler."""
+
+
+def real_pairs(pairs: list[Pair]) -> list[Pair]:
+    """Those that are no fillers (`rows.with_fillers`)."""
+    return [pair for pair in pairs if not math.isnan(pair["margin"])]
+
+
+class Pairs(Trainer):
+    """Mixed in between `Durable` and one of TRL's trainers of pairs."""
+
+    recipe: sections.Hosted
+    world: World
+    _even = True  # whether every micro-batch of this step is full, in all processes
+
+    def __init__(self, **arguments: Any):
+        """Raises UserError when TRL refuses the model or the configuration."""
+        try:
+            super().__init__(**arguments)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.recipe.stage}: TRL refuses: {reason}") from error
+        if self.recipe.adapter and self.recipe.adapter.dropout:
+            self._drop_out(self.recipe.adapter.dropout)
+
+    def _drop_out(self, share: float) -> None:
+        """Dropout of the trained adapter alone: a reference is no random function."""
+        for name, module in self.model.named_modules():
+            if name.endswith("lora_dropout.default"):
+                module.p = share
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As it is: the rows are prepared."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [
+            "prompt_ids",
+            "chosen_ids",
+            "rejected_ids",
+            "margin",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+        ]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, each with what its mean counts in the step's."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        world, count = self.world.size, len(batches)
+        total = int(self.world.sum(torch.tensor(sum(batch["pairs"] for batch in batches))))
+        self._even = total == count * world * self.args.per_device_train_batch_size
+        for batch in batches:
+            batch["weight"] = batch.pop("pairs") * count * world / max(total, 1)
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        weight = inputs.pop("weight", 1.0)
+        # TRL gathers a metric per pair; processes with other numbers of pairs would not meet
+        apart = nullcontext() if self._even else upstream.gathering_scalars(self.accelerator)
+        with apart:
+            return super().compute_loss(model, inputs, *args, **kwargs) * weight

@@ -1,0 +1,145 @@
+"""A policy that learns from pairs against its parent: TRL's DPOTrainer, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from llmpipe import upstream
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.files import digest
+from llmpipe.models.adapters import tensors_hash, upcast_trained
+from llmpipe.training.heldout import Batch, Sum
+from llmpipe.training.hosted import Durable
+from llmpipe.training.pairs import Pair, Pairs, real_pairs
+
+# times the reference's log-probability of chosen responses: below that something is wrong
+COLLAPSED = 1.5
+
+
+class Collator:
+    """Pairs to a batch of TRL's. `pairs` says how many are real, see `ranking.Collator`."""
+
+    def __init__(self, pad_token_id: int):
+        self.collate = DataCollatorForPreference(pad_token_id)
+
+    def __call__(self, pairs: list[Pair]) -> Batch:
+        real = real_pairs(pairs)
+        batch = self.collate(real or pairs[:1])
+        return {**batch, "pairs": len(real)}
+
+
+class PolicyTrainer(Durable, Pairs, DPOTrainer):
+    """TRL's DPOTrainer, durable, whose reference is the parent."""
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        """TRL's cache knows nothing of how the numbers are computed; its key now says it."""
+        parent_as_reference(self.model)
+        key = [
+            dataset._fingerprint,
+            self.args.bf16,
+            str(self.args.device),
+            torch.get_num_threads(),
+            torch.__version__,
+            self.args.per_device_train_batch_size,
+            self.args.world_size,
+            self.model.config._attn_implementation,
+        ]
+        dataset._fingerprint = digest(key)[:32]
+        return super()._precompute_ref_logps(dataset, *args)
+
+    def reference_hash(self) -> str | None:
+        """Of what the reference's log-probabilities come from; None where they are computed
+        beforehand.
+        """
+        if self.precompute_ref_logps:
+            return None
+        if self.ref_model is not None:
+            return tensors_hash(self.accelerator.unwrap_model(self.ref_model).state_dict())
+        tensors = self.accelerator.unwrap_model(self.model).state_dict()
+        return tensors_hash({n: tensor for n, tensor in tensors.items() if ".default" not in n})
+
+    def refuse_changed_reference(self, before: str | None) -> None:
+        """Raises UserError (3) when the reference is no longer what its hash was `before`."""
+        if self.reference_hash() != before:
+            hint = "please report it; nothing was published"
+            raise UserError("the reference changed in training", hint, INTEGRITY)
+
+    def forget_reference(self) -> None:
+        """Leave the policy's own adapter alone in the model."""
+        if "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")
+
+
+def parent_as_reference(model: Any) -> None:
+    """Make the adapter `ref` the very copy of `default`: TRL's leaves out trained embeddings."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".ref" in name:
+            parameter.data = parameters[name.replace(".ref", ".default")].data.clone()
+    upcast_trained(model)
+
+
+def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
+    """The objective on held-out pairs, and how far the policy is from the reference: Rafailov 2023,
+    section 4.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("pairs", "margin")}
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    outputs = trainer.model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        labels=labels,
+        fused_lm_head=True,
+        use_cache=False,
+    )
+    chosen, rejected = outputs.log_probs.sum(1).chunk(2)
+    if "ref_chosen_logps" not in inputs:
+        model = trainer.ref_model or trainer.model
+        reference = trainer.compute_ref_log_probs(model, inputs)
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
+    loss = upstream.preference_loss(trainer, outputs, inputs)
+
+    chosen_ratio = chosen - inputs["ref_chosen_logps"]
+    rejected_ratio = rejected - inputs["ref_rejected_logps"]
+    margin = trainer.beta * (chosen_ratio - rejected_ratio)
+    right = (margin > 0).double() + 0.5 * (margin == 0)
+    count = len(chosen)
+    chosen_tokens, rejected_tokens = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+    return {
+        "loss": (loss * count, count),
+        "rewards/accuracies": (right.sum(), count),
+        "rewards/margins": (margin.sum(), count),
+        "logps/chosen": (chosen.sum(), count),
+        "logps/rejected": (rejected.sum(), count),
+        "rewards/chosen": (trainer.beta * chosen_ratio.sum(), count),
+        # of the tokens of the rows, not of the policy's own: how far it has moved there
+        "log_ratio_per_token": (
+            (chosen_ratio + rejected_ratio).sum(),
+            chosen_tokens.sum() + rejected_tokens.sum(),
+        ),
+    }
+
+
+class Collapse(NamedTuple):
+    """Log-probabilities of chosen responses, by the reference and by the policy."""
+
+    reference: float
+    policy: float
+
+
+def collapse(lines: list[dict[str, Any]], beta: float) -> Collapse | None:
+    """How far the log-probability of chosen responses fell, if it fell too far; of held-out pairs
+    where there are any. `lines`: of metrics.jsonl.
+    """
+    for prefix in ("eval_", ""):
+        rewarded = [line for line in lines if f"{prefix}rewards/chosen" in line]
+        if rewarded:
+            last = rewarded[-1]
+            policy = last[f"{prefix}logps/chosen"]
+            reference = policy - last[f"{prefix}rewards/chosen"] / beta
+            return Collapse(reference, policy) if policy < COLLAPSED * reference else None
+    return None

@@ -1,0 +1,158 @@
+"""Checkpoints of a trainer that is TRL's: what the library saves, and beside it what it forgets.
+
+The library's checkpoint holds weights, optimizer, schedule, generators and its step. A resumed run
+is the straight one bit by bit only if the sums since the last line of metrics go on as well; they
+lie in llmpipe.json, with llmpipe's own counters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from transformers import Trainer, TrainerState
+
+from llmpipe.data.stream import Position
+from llmpipe.files import Record
+from llmpipe.models.hardware import release_memory
+from llmpipe.parallel import World
+from llmpipe.recipe import sections
+from llmpipe.run import checkpoints
+from llmpipe.training.heldout import Best
+from llmpipe.training.training import Training
+
+
+class RankState(Record):
+    """What one process had counted."""
+
+    loss_sum: float
+    """Of the micro-batches since the last line of metrics."""
+    last_logged: int
+    """The step of that line."""
+    averages: dict[str, list[int | float]]
+    """TRL's metrics since that line, which it means later."""
+    train_tokens: int | float
+    """Tokens by TRL's count."""
+    tokens: int
+    """Tokens by llmpipe's, without padding."""
+    seconds: float
+    """Since the training began."""
+
+
+class State(Record):
+    """llmpipe.json: what lies beside the library's own state in a checkpoint."""
+
+    ranks: list[RankState]
+    metrics_bytes: int
+    """Size of metrics.jsonl."""
+    best: tuple[float, int] | None
+    """The lowest held-out loss so far, and its step."""
+    worse: int
+    """Evaluations since then."""
+    pending_evaluation: bool
+    """Whether an evaluation is due that a signal put off."""
+    stream: Position | None
+    """Where the next block of a stream begins."""
+    finished: bool
+    """Whether training ended early, for want of progress."""
+
+
+class Resume:
+    """The checkpoint that a training goes on from, if there is one, and how others are written.
+
+    Raises UserError (3) when it is of another recipe, or was written with other settings of the
+    machine and the command does not allow that.
+    """
+
+    def __init__(self, training: Training[sections.Hosted], world: World):
+        self.training = training
+        self.world = world
+        self.home = training.artifact.checkpoints
+        picked = checkpoints.pick(
+            self.home,
+            training.identity,
+            training.hardware.resume_key(),
+            training.say,
+            inexact=training.job.inexact,
+        )
+        self.checkpoint: Path | None = None
+        self.exact = True
+        """Whether the result is bitwise that of a run without a stop."""
+        self.state: State | None = None
+        if picked:
+            self.checkpoint, self.exact = picked
+            self.state = State.from_file(self.checkpoint / checkpoints.STATE)
+
+    def library_state(self) -> TrainerState:
+        """The library's own part of the checkpoint that is gone on from."""
+        assert self.checkpoint is not None
+        return TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+
+    @property
+    def rank_state(self) -> RankState:
+        """This process's part; the last one's where there were fewer processes."""
+        assert self.state is not None
+        ranks = self.state.ranks
+        return ranks[min(self.world.rank, len(ranks) - 1)]
+
+    @contextmanager
+    def writing(self, trainer: Trainer, state: State) -> Iterator[None]:
+        """Have the library save into a checkpoint's staging folder, then publish that whole.
+
+        Every process writes its part; the first one publishes.
+        """
+        step = trainer.state.global_step
+        staging = self.home / f".step-{step}.staging"
+        about = {
+            "identity": self.training.identity,
+            "machine": self.training.hardware.resume_key(),
+            "exact": self.exact,
+        }
+        published = checkpoints.writing(self.home, step, about, state.model_dump)
+        output_dir = trainer.args.output_dir
+        trainer.args.output_dir = str(staging)
+        with published if self.world.is_first else nullcontext():
+            self.world.wait()
+            yield
+            self.world.wait()
+            if self.world.is_first:
+                _move_up(staging / f"checkpoint-{step}")
+        trainer.args.output_dir = output_dir
+
+    def rotate(self, best: Best | None) -> None:
+        """Remove old checkpoints, but not the `best` one."""
+        if self.world.is_first:
+            release_memory()
+            keep = self.training.recipe.checkpoint.keep
+            checkpoints.rotate(self.home, keep, {best.step} if best else set())
+        self.world.wait()
+
+
+def _move_up(folder: Path) -> None:
+    """Put what is in a folder beside it, and remove the folder."""
+    for path in folder.iterdir():
+        path.rename(folder.parent / path.name)
+    folder.rmdir()
+
+
+def counted(trainer: Trainer, tokens: int, seconds: float) -> RankState:
+    """What this process has counted, where the library keeps it."""
+    return RankState(
+        loss_sum=float(trainer._tr_loss),
+        last_logged=trainer._globalstep_last_logged,
+        averages={name: list(values) for name, values in trainer._metrics["train"].items()},
+        train_tokens=trainer._total_train_tokens,
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def put_back(trainer: Trainer, state: RankState) -> None:
+    """Let the library count on from there, after it has restored its own part."""
+    averages = {name: list(values) for name, values in state.averages.items()}
+    trainer._tr_loss += state.loss_sum
+    trainer._globalstep_last_logged = state.last_logged
+    trainer._metrics["train"] = defaultdict(list, averages)
+    trainer._total_train_tokens = state.train_tokens
