@@ -125,7 +125,7 @@ class Schema(Generating):
     def weights(self) -> dict[str, float]:
         """The objectives and their weights."""
         if isinstance(self.objective, dict):
-            return {**self.objective}
+            return {str(name): weight for name, weight in self.objective.items()}
         return {self.objective: 1.0}
 
 

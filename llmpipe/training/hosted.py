@@ -33,6 +33,8 @@ from llmpipe.training.training import Training
 class Durable(Trainer):
     """Mixed in before one of TRL's trainers; see the module's docstring."""
 
+    train_dataset: Any  # a Dataset or a Stream
+
     def __init__(self, training: Training[sections.Hosted], measure: Measure, **arguments: Any):
         """`measure`: what is said of held-out rows; `arguments`: those of TRL's trainer."""
         self.training = training

@@ -78,7 +78,6 @@ def ranking(trainer: Any, batch: Batch) -> dict[str, Sum]:
     }
 
 
-@torch.no_grad()
 def score(trainer: RankingTrainer, rows: Dataset, most: int = SCORED) -> np.ndarray:
     """Scores of `most` pairs, evenly spread over the rows, or of all; every process has them all.
 
@@ -92,7 +91,7 @@ def score(trainer: RankingTrainer, rows: Dataset, most: int = SCORED) -> np.ndar
     for start in range(0, len(places), size):
         pairs = [rows[place] for place in places[start : start + size]]
         batch = trainer._prepare_inputs(trainer.data_collator(pairs))
-        with trainer.hardware.autocast():
+        with torch.no_grad(), trainer.hardware.autocast():
             both = torch.stack(_scores(trainer, batch), 1)
         scores.append(both.double().cpu().numpy())
     return np.concatenate(scores)
