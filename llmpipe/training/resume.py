@@ -15,10 +15,10 @@ from pathlib import Path
 from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
-from llmpipe.files import Record
 from llmpipe.models.hardware import release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
+from llmpipe.record import Record
 from llmpipe.run import checkpoints
 from llmpipe.training.heldout import Best
 from llmpipe.training.training import Training

@@ -71,7 +71,5 @@ class Kind:
     """Whether some of its tokens are learned."""
     asks: bool = False
     """Whether rows ask something, and a chat template might be expected to touch it."""
-    end_to_end: bool = False
-    """Whether documents are laid end to end; then a held-out loss is told per byte, too."""
     packing_field: str = "packing"
     """What `packing` is called in a recipe."""

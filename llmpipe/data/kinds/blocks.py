@@ -20,6 +20,5 @@ BLOCKS = replace(
     ROWS,
     name="blocks",
     layout=layout,
-    end_to_end=True,
     packing_field="isolate",
 )
