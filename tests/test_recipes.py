@@ -174,8 +174,7 @@ def test_quickstart_is_tested_on_what_it_was_not_trained_on():
     from llmpipe.data.formats import convert, detect, question
 
     def asks(row: dict) -> str:
-        layout = detect(list(row), "auto", {}, "row")
-        return question(convert(row, layout.format, layout.columns))
+        return question(convert(row, detect(list(row), "auto", {}, "row")))
 
     *trained, tested, ranked = (
         {

@@ -7,22 +7,30 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, Self
 
-from llmpipe.data.formats import Rejected
+from llmpipe.data.formats import (
+    Completion,
+    Conversation,
+    Document,
+    Layout,
+    MultipleChoice,
+    Preference,
+    Prompt,
+    Rejected,
+)
 from llmpipe.data.kinds import Kind
 from llmpipe.data.prepared import FileRows, SourceRows
 from llmpipe.data.sources import Chunk, Origin
 from llmpipe.data.tokenize import COUNTS, Batch, RejectedRow
 from llmpipe.errors import Say, UserError
 
-# What a format is for that not every stage takes.
-PURPOSE = {
-    "preference": "reward and dpo",
-    "prompt": "ppo",
-    "choice": "eval",
-    "text": "pretrain and sft",
+# What a shape is for that not every stage takes.
+PURPOSE: dict[type, str] = {
+    Preference: "reward and dpo",
+    Prompt: "ppo",
+    MultipleChoice: "eval",
+    Document: "pretrain and sft",
 }
-CONVERSATIONS = ("alpaca", "sharegpt", "messages")
-EITHER = ("prompt-completion", "preference", "prompt")  # text or conversations
+EITHER = (Completion, Preference, Prompt)  # of texts or of messages
 
 
 class RejectedLine(NamedTuple):
@@ -77,9 +85,9 @@ class Intake:
         ]
         return SourceRows(
             path=origin.name,
-            format=origin.format,
-            columns=origin.columns,
-            unused_columns=origin.unused,
+            format=origin.layout.format,
+            columns=origin.layout.columns,
+            unused_columns=origin.layout.unused,
             files=files,
             revision=origin.revision,
             weight=getattr(origin.source, "weight", 1.0),  # rows to evaluate on have none
@@ -113,34 +121,41 @@ def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Int
     """Open a source. Raises UserError for rows that do not fit the stage or have no template."""
     origin.open()
     shown = origin.source.path
-    _check_format(origin, kind)
+    layout = origin.layout
+    _check_format(shown, layout, kind)
+    either = layout.shape in EITHER
     turns = _has_turns(origin)
-    if kind.asks and origin.format in EITHER and has_template and not turns:
+    if kind.asks and either and has_template and not turns:
         say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")
-    if not has_template and (origin.format in CONVERSATIONS or (origin.format in EITHER and turns)):
+    if not has_template and (layout.shape is Conversation or (either and turns)):
         problem = "the rows are conversations, and the model's tokenizer has no chat template"
         raise UserError(f"{shown}: {problem}", "set data.template: chatml")
-    columns = ", ".join(
-        yours if yours == name else f"{yours} as {name}" for yours, name in origin.columns.items()
-    )
-    unused = f"; not used: {', '.join(origin.unused)}" if origin.unused else ""
-    say(f"data: {shown}: format {origin.format} ({columns}){unused}")
+    say(f"data: {shown}: format {layout.format} {_in_words(layout)}")
     return Intake(origin)
 
 
-def _check_format(origin: Origin, kind: Kind) -> None:
-    if origin.format in kind.formats:
+def _in_words(layout: Layout) -> str:
+    """Which columns are read as what, and which are not."""
+    columns = [
+        yours if yours == name else f"{yours} as {name}" for yours, name in layout.columns.items()
+    ]
+    unused = f"; not used: {', '.join(layout.unused)}" if layout.unused else ""
+    return f"({', '.join(columns)}){unused}"
+
+
+def _check_format(shown: str, layout: Layout, kind: Kind) -> None:
+    if layout.shape in kind.shapes:
         return
-    problem = f"{origin.source.path}: format {origin.format}"
+    problem = f"{shown}: format {layout.format}"
     if kind.lacks:
         hint = f"map yours with columns, such as {kind.mapping}"
         raise UserError(f"{problem} has no {kind.lacks}", hint)
-    raise UserError(f"{problem} is for {PURPOSE[origin.format]}, not for this stage")
+    raise UserError(f"{problem} is for {PURPOSE[layout.shape]}, not for this stage")
 
 
 def _has_turns(origin: Origin) -> bool:
     """Whether rows of a format that may be either are conversations."""
-    if {"system", "tools"} & set(origin.columns.values()):
+    if {"system", "tools"} & set(origin.layout.columns.values()):
         return True
-    values = (row.get(name) for row in origin.sample for name in origin.columns)
+    values = (row.get(name) for row in origin.sample for name in origin.layout.columns)
     return any(isinstance(value, list | dict) for value in values)

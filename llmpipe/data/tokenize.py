@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder, Encoding, hash_of
-from llmpipe.data.formats import Rejected, convert, question, taught_bytes
+from llmpipe.data.formats import Layout, Rejected, convert, question, taught_bytes
 from llmpipe.data.kinds import Kind
 from llmpipe.data.pack import Piece
 from llmpipe.data.sources import Chunk, Origin, Row, parse
@@ -93,7 +93,7 @@ class Worker:
         self.encoder = Encoder(task.encoding)
         self.key = task.seed.to_bytes(8, "little")
 
-    def batch(self, rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
+    def batch(self, rows: list[Row], layout: Layout) -> Batch:
         """Rows of one file -> pieces. A row's own mistakes end up in `rejected`."""
         pieces: dict[str, list[Any]] = {name: [] for name in self.schema.names}
         rejected: list[RejectedRow] = []
@@ -101,8 +101,8 @@ class Worker:
         for number, payload in rows:
             try:
                 raw = parse(payload)
-                example = convert(raw, format, columns)
-                others = {name: value for name, value in raw.items() if name not in columns}
+                example = convert(raw, layout)
+                others = {name: value for name, value in raw.items() if name not in layout.columns}
                 encoded = self.kind.encode(self.encoder, example, others)
             except Rejected as error:
                 rejected.append(RejectedRow(number, error.reason, error.detail))
@@ -136,8 +136,7 @@ def tokenized(
         return
     worker = Worker(task)
     for index, chunk in chunks:
-        origin = origins[index]
-        yield Tokenized(index, chunk, worker.batch(chunk.rows, origin.format, origin.columns))
+        yield Tokenized(index, chunk, worker.batch(chunk.rows, origins[index].layout))
 
 
 def _side_by_side(
@@ -155,8 +154,7 @@ def _side_by_side(
 
     try:
         for index, chunk in chunks:
-            origin = origins[index]
-            future = pool.submit(_work, chunk.rows, origin.format, origin.columns)
+            future = pool.submit(_work, chunk.rows, origins[index].layout)
             under_way.append((index, chunk._replace(rows=[]), future))
             if len(under_way) > 3 * processes:
                 yield oldest()
@@ -186,5 +184,5 @@ def _start_worker(task: Task) -> None:
     _worker = Worker(task)
 
 
-def _work(rows: list[Row], format: str, columns: dict[str, str]) -> Batch:
-    return _worker.batch(rows, format, columns)
+def _work(rows: list[Row], layout: Layout) -> Batch:
+    return _worker.batch(rows, layout)

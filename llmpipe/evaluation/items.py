@@ -57,14 +57,14 @@ def rows_of(
     """File and row, and the row itself, of every row of a source, which has one of `formats`."""
     origin = sources.Origin(source, pinned, stream)
     origin.open()
-    if origin.format not in formats:
-        problem = f"{source.path}: format {origin.format} does not fit {purpose}"
+    if origin.layout.format not in formats:
+        problem = f"{source.path}: format {origin.layout.format} does not fit {purpose}"
         raise UserError(problem, f"it takes {', '.join(formats)}")
     for chunk in origin.chunks:
         for number, payload in chunk.rows:
             at = f"{origin.shown[chunk.file]}:{number}"
             try:
-                yield at, convert(sources.parse(payload), origin.format, origin.columns)
+                yield at, convert(sources.parse(payload), origin.layout)
             except Rejected as error:
                 yield at, error
 

@@ -8,6 +8,7 @@ from llmpipe.data.formats import (
     FORMATS,
     Completion,
     Conversation,
+    Layout,
     MultipleChoice,
     Preference,
     Prompt,
@@ -61,7 +62,7 @@ def test_detect_names_what_it_found_and_what_is_needed():
 
 
 def same(format: str, row: dict):
-    return convert(row, format, {name: name for name in row})
+    return convert(row, Layout(format, {name: name for name in row}, unused=[]))
 
 
 def test_alpaca():

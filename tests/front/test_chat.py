@@ -76,9 +76,9 @@ def test_commands(voice, monkeypatch, capsys, tmp_path):
     assert one.turns == [{"role": "system", "content": "Be short."}]
     assert chat.HELP in out
     # what is saved can be trained on
-    from llmpipe.data.formats import convert
+    from llmpipe.data.formats import convert, detect
 
-    example = convert(row, "messages", {"messages": "messages"})
+    example = convert(row, detect(["messages"], "auto", {}, "saved"))
     assert example.messages[-1]["role"] == "assistant"
 
 

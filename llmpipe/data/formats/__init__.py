@@ -81,6 +81,11 @@ class Layout:
     unused: list[str]
     """Your other columns."""
 
+    @property
+    def shape(self) -> type:
+        """The shape of the examples that rows become; see `Format.shape`."""
+        return FORMATS[self.format].shape
+
 
 def detect(columns: list[str], format: str, mapping: Renaming, where: str) -> Layout:
     """The layout of rows with these columns. Raises UserError naming them and what is needed.
@@ -101,13 +106,13 @@ def detect(columns: list[str], format: str, mapping: Renaming, where: str) -> La
     raise UserError(problem, f"needed are {needed}. {example}")
 
 
-def convert(row: dict[str, Any], format: str, columns: Renaming) -> Example:
-    """A row as it was read -> an example. `format` and `columns` of its Layout. Raises Rejected."""
-    chosen = FORMATS[format]
-    for yours, name in columns.items():
-        if name in chosen.required and row.get(yours) is None:
+def convert(row: dict[str, Any], layout: Layout) -> Example:
+    """A row as it was read -> an example. Raises Rejected."""
+    format = FORMATS[layout.format]
+    for yours, name in layout.columns.items():
+        if name in format.required and row.get(yours) is None:
             raise Rejected("null" if yours in row else "missing column", yours)
-    return chosen.example_of({name: row.get(yours) for yours, name in columns.items()})
+    return format.example_of({name: row.get(yours) for yours, name in layout.columns.items()})
 
 
 def _check_mapping(columns: list[str], mapping: Renaming, where: str) -> None:

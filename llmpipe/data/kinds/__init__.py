@@ -51,8 +51,8 @@ class Kind:
     columns: dict[str, pa.DataType]
     """The columns of a piece, all of them lists. By the first one rows are told apart: those that
     are equal in it are held out together."""
-    formats: tuple[str, ...]
-    """The formats of rows (`formats.FORMATS`) that it takes."""
+    shapes: tuple[type, ...]
+    """The shapes of examples that it takes, and so the formats of rows (`Format.shape`)."""
     encode: Callable[[Encoder, Example, dict[str, Any]], Encoded]
     """An example, and the row's columns that its format does not use -> pieces. Raises Rejected."""
     length: Callable[[Piece], int]

@@ -96,7 +96,7 @@ PAIRS = Kind(
         "rejected": LIST,
         "margin": pa.list_(pa.float32()),
     },
-    formats=("preference",),
+    shapes=(Preference,),
     encode=encode,
     length=length,
     layout=layout,

@@ -15,7 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder
-from llmpipe.data.formats import Completion, Document, Example, Rejected, prompt_and_reference
+from llmpipe.data.formats import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    Preference,
+    Prompt,
+    Rejected,
+    prompt_and_reference,
+)
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
 
@@ -61,7 +70,7 @@ def table(sequences: list[Sequence], packing: bool) -> Table:
 PROMPTS = Kind(
     name="prompts",
     columns={"prompt": LIST, "row": pa.list_(pa.uint8())},
-    formats=("alpaca", "sharegpt", "messages", "prompt-completion", "preference", "prompt"),
+    shapes=(Conversation, Completion, Preference, Prompt),
     encode=encode,
     length=length,
     layout=layout,

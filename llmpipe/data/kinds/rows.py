@@ -124,7 +124,7 @@ def filler(token: int) -> dict[str, Any]:
 ROWS = Kind(
     name="rows",
     columns={"ids": LIST, "labels": LIST},
-    formats=("text", "alpaca", "sharegpt", "messages", "prompt-completion"),
+    shapes=(Document, Completion, Conversation),
     encode=encode,
     length=length,
     layout=layout,

@@ -1,0 +1,90 @@
+"""A data set of the Hugging Face Hub. The number of a row counts from 1."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llmpipe.data.readers.row import Reading, Row
+from llmpipe.errors import UserError
+from llmpipe.recipe.sections import Rows
+
+
+def hub_key(source: Rows) -> str:
+    """What a Hub data set's commit is kept under."""
+    return f"{source.path}@{source.revision or ''}"
+
+
+def hub_revision(source: Rows) -> str:
+    """The commit that a Hub data set's revision means.
+
+    Raises UserError, and at once where there is no network.
+    """
+    name = source.path
+    hint = "local paths start with ./ or end in a known suffix"
+    if Path(name).exists():
+        hint = f"did you mean ./{name}?"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{name}: is a Hub data set, and HF_HUB_OFFLINE is set", hint)
+    if not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        raise UserError(f"{name}: is a Hub data set, and the Hub cannot be reached", hint)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = huggingface_hub.HfApi()
+    try:
+        commit: str = api.dataset_info(name, revision=source.revision, timeout=30).sha
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"{name}: not readable from the Hub: {_first_line(error)}", hint) from None
+    return commit
+
+
+def read(source: Rows, revision: str | None, stream: bool) -> Reading:
+    """The rows, downloaded once and memory-mapped by `datasets`, or streamed. Raises UserError."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            source.subset,
+            split=source.split,
+            revision=revision,
+            streaming=stream,
+        )
+        for number, columns in enumerate(rows, 1):
+            yield Row(number, columns), 0
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        problem = f"{source.path}: {_first_line(error)}"
+        raise UserError(problem, "see subset, split and revision") from None
+
+
+def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
+    """Whether a connection can be opened.
+
+    Looking up a name has no time limit of its own, so this waits for a thread.
+    """
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    url = urlsplit(proxy or endpoint)
+    opened = threading.Event()
+
+    def connect() -> None:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        with socket.create_connection((url.hostname, port), seconds):
+            opened.set()
+
+    def try_to_connect() -> None:
+        with contextlib.suppress(OSError):
+            connect()
+
+    thread = threading.Thread(target=try_to_connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return opened.is_set()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

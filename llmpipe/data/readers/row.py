@@ -1,0 +1,86 @@
+"""A row as a file holds it, and what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from llmpipe.data.formats import Rejected
+
+MAX_LINE = 64 << 20  # bytes of one row
+_ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, under errors="surrogateescape"
+
+Payload = bytes | dict[str, Any] | Rejected  # a JSON text, an object, or why it cannot be read
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of rows."""
+
+    name: str
+    """Relative to the source; goes into records."""
+    shown: str
+    """What the user would type."""
+    path: Path
+    bytes: int
+    sha256: str
+
+
+class Row(NamedTuple):
+    """A row, not yet parsed: that is left to the process that tokenizes it."""
+
+    number: int
+    """What a person would look for in the file, from 1."""
+    payload: Payload
+
+
+# Each row with the bytes of the file that it takes, nearly.
+Reading = Iterator[tuple[Row, int]]
+
+
+def open_text(file: File, newline: str | None = "") -> IO[str]:
+    """A file as text; a byte that is not UTF-8 is read as one that `if_utf8` sees."""
+    return file.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:
+    """The payload that was made of a text of `open_text`, unless the text is not UTF-8."""
+    if _ESCAPED.search(text):
+        return Rejected("not UTF-8", "save the file as UTF-8")
+    return payload
+
+
+def parse(payload: Payload) -> dict[str, Any]:
+    """The columns of a row, under their own names. Raises Rejected."""
+    if isinstance(payload, Rejected):
+        raise payload
+    if isinstance(payload, dict):
+        return payload
+    try:
+        text = payload.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{payload[error.start]:02x} at position {error.start + 1}"
+        raise Rejected("not UTF-8", f"{byte}; save the file as UTF-8") from None
+    try:
+        columns = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _mistake(text, error) from None
+    except (ValueError, RecursionError) as error:
+        # a number of thousands of digits, nesting without end
+        raise Rejected("bad JSON", str(error)[:100]) from None
+    if not isinstance(columns, dict):
+        raise Rejected("not an object", f"a row is {{...}}, not {text.strip()[:20]}")
+    return columns
+
+
+def _mistake(text: str, error: json.JSONDecodeError) -> Rejected:
+    if "\x00" in text:
+        return Rejected("NUL character", f"at position {text.index(chr(0)) + 1}")
+    detail = f"{error.msg} at position {error.pos + 1}"
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+        detail += " (the line is cut off)"
+    return Rejected("bad JSON", detail)
