@@ -10,10 +10,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
+
+LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
+"""Name of what a `write_json` leaves that was killed."""
+
+NO_SPACE = "No space left on device"
 
 
 def sha256_file(path: Path) -> str:
@@ -31,10 +38,13 @@ def fsync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, also after a power cut."""
+    """Write JSON atomically: a reader sees the old file or the new one, also after a power cut.
+
+    Dataclasses in `value` become objects.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+        json.dump(value, file, indent=1, ensure_ascii=False, default=asdict)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -43,8 +53,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    """sha256 of a value's canonical JSON; dataclasses in it become objects."""
+    separators = (",", ":")
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=separators, default=asdict
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -52,11 +65,10 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     """{path: value} of a nested document; the keys of a path stand with spaces between them."""
     if not isinstance(value, dict):
         return {path: value}
-    return {
-        k: v
-        for key, inner in value.items()
-        for k, v in flat(inner, f"{path} {key}".strip()).items()
-    }
+    leaves: dict[str, Any] = {}
+    for key, inner in value.items():
+        leaves |= flat(inner, f"{path} {key}".strip())
+    return leaves
 
 
 def read_json(path: Path) -> Any:
@@ -67,60 +79,86 @@ def read_json(path: Path) -> Any:
         return None
 
 
+@dataclass(frozen=True)
+class FileEntry:
+    """What is recorded of a file."""
+
+    size: int
+    """In bytes."""
+    sha256: str
+
+
+Table = dict[str, FileEntry]
+"""Files by their path relative to a folder."""
+
+
+def table_of(record: dict[str, Any]) -> Table:
+    """A table as JSON holds it."""
+    return {name: FileEntry(**entry) for name, entry in record.items()}
+
+
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, sorted; a link is refused, since it could point outside."""
+    """Every file below `folder`, sorted.
+
+    Raises UserError (3) at a link, since it could point outside.
+    """
     for root, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(
-            [*names, *(f for f in folders if os.path.islink(os.path.join(root, f)))]
-        ):
+        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in sorted([*names, *linked]):
             path = Path(root, name)
             if path.is_symlink():
-                raise UserError(
-                    f"{path}: a link inside an artifact", "copy the file in its place", INTEGRITY
-                )
+                hint = "copy the file in its place"
+                raise UserError(f"{path}: a link inside an artifact", hint, INTEGRITY)
             yield path
 
 
-def table(folder: Path, skip: set[str] | frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
-    """{relative path: {size, sha256}} of a folder; top-level names in `skip` are left out."""
-    out = {}
+def table(folder: Path, skip: AbstractSet[str] = frozenset()) -> Table:
+    """The files of a folder; top-level names in `skip` are left out."""
+    entries = {}
     for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] not in skip:
-            out[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    return out
+        if not _skipped(name, skip):
+            entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    return entries
 
 
-def differences(
-    folder: Path, expected: dict[str, dict[str, Any]], skip: set[str] | frozenset[str] = frozenset()
-) -> list[str]:
-    """What in `folder` is not as recorded: one line per missing, added, cut or changed file."""
-    found = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+def differences(folder: Path, expected: Table, skip: AbstractSet[str] = frozenset()) -> list[str]:
+    """How a folder departs from what is recorded: a line per missing, added or changed file."""
+    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     problems = []
     for name, entry in expected.items():
-        path = found.pop(name, None)
+        path = present.pop(name, None)
         if path is None:
             problems.append(f"{name}: missing")
-        elif (size := path.stat().st_size) != entry["size"]:
-            problems.append(f"{name}: {size} bytes, recorded {entry['size']}")
-        elif (actual := sha256_file(path)) != entry["sha256"]:
-            problems.append(f"{name}: sha256 {actual[:12]}, recorded {entry['sha256'][:12]}")
-    leftover = re.compile(
-        r"\.(outcome|plan|prepared|manifest)\.json\.\d+"
-    )  # of a write_json that was killed
-    added = [
-        name for name in found if name.split("/")[0] not in skip and not leftover.fullmatch(name)
-    ]
-    return problems + [f"{name}: not in the manifest" for name in added]
+        elif problem := _difference(path, entry):
+            problems.append(f"{name}: {problem}")
+    for name in present:
+        if not _skipped(name, skip) and not LEFTOVER.fullmatch(name):
+            problems.append(f"{name}: not in the manifest")
+    return problems
+
+
+def _skipped(name: str, skip: AbstractSet[str]) -> bool:
+    return name.split("/")[0] in skip
+
+
+def _difference(path: Path, entry: FileEntry) -> str | None:
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"{size} bytes, recorded {entry.size}"
+    sha256 = sha256_file(path)
+    if sha256 != entry.sha256:
+        return f"sha256 {sha256[:12]}, recorded {entry.sha256[:12]}"
+    return None
 
 
 @contextlib.contextmanager
 def publishing(target: Path) -> Iterator[Path]:
-    """Yield an empty staging folder; on leaving without an error flush it and rename it to `target`.
+    """Yield an empty folder; on leaving without an error flush it and rename it to `target`.
 
-    A target that exists is replaced: it is moved aside first, so that no moment shows a mixture. Raises UserError
-    with code 5 when the disk is full; nothing of the target is lost then.
+    A target that exists is replaced: it is moved aside first, so that no moment shows a mixture.
+    Raises UserError (5) when the disk is full; nothing of the target is lost then.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.staging")
@@ -129,37 +167,44 @@ def publishing(target: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in files_below(staging):
-            path.chmod(0o666 & ~umask)  # safetensors makes its files private
-            fsync(path)
-        for root, _, _ in os.walk(staging):
-            fsync(Path(root))
+        _flush(staging)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise disk_full(error, target) from (error if isinstance(error, Exception) else None)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old)
-    else:
-        staging.rename(target)
+    _replace(target, staging)
     fsync(target.parent)
 
 
+def _flush(folder: Path) -> None:
+    """Flush everything below a folder to the disk, readable as the user's umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in files_below(folder):
+        path.chmod(0o666 & ~umask)  # safetensors makes its files private
+        fsync(path)
+    for root, _, _ in os.walk(folder):
+        fsync(Path(root))
+
+
+def _replace(target: Path, new: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old)
+
+
 def disk_full(error: BaseException, target: Path) -> BaseException:
-    """A full disk or a failing one as a UserError; any other error as it is."""
+    """A full disk or a failing one as a UserError (5); any other error as it is."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    if full or (
-        isinstance(error, Exception) and "No space left on device" in str(error)
-    ):  # safetensors' own error
-        return UserError(
-            f"{target}: cannot be written: {getattr(error, 'strerror', None) or 'No space left on device'}",
-            "make room and run the same command again: it goes on from the last checkpoint",
-            RESOURCES,
-        )
-    return error
+    # safetensors has an error of its own
+    full = full or (isinstance(error, Exception) and NO_SPACE in str(error))
+    if not full:
+        return error
+    reason = getattr(error, "strerror", None) or NO_SPACE
+    hint = "make room and run the same command again: it goes on from the last checkpoint"
+    return UserError(f"{target}: cannot be written: {reason}", hint, RESOURCES)

@@ -97,7 +97,7 @@ def command(path: Path, sets=(), **options) -> Artifact:
 
 def essence(artifact: Artifact) -> dict:
     """What must be bitwise equal: every file in model/, the samples, and the metrics less wall-clock figures."""
-    files = {name: entry["sha256"] for name, entry in table(artifact.model).items()}
+    files = {name: entry.sha256 for name, entry in table(artifact.model).items()}
     metrics = [
         json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()
     ]
@@ -180,5 +180,5 @@ def pair(path: Path, sets=()) -> Artifact:
         assert process.exitcode == 0, f"exit code {process.exitcode}:\n{out.read_text()}"
     values = yaml.safe_load(path.read_text())
     artifact = Artifact(Path(values["run"]) / values.get("name", values["stage"]))
-    assert artifact.verify()["hardware"]["processes"] == 2
+    assert artifact.verify().hardware["processes"] == 2
     return artifact

@@ -51,7 +51,7 @@ def texts() -> Path:
 def fingerprints(run: Path, text: str) -> dict[str, str]:
     """Of every artifact of the run that a recipe names."""
     named = set(re.findall(r"artifact:([\w.-]+)", text))
-    return {name: Artifact(run / name).manifest()["fingerprint"] for name in sorted(named)}
+    return {name: Artifact(run / name).manifest().fingerprint for name in sorted(named)}
 
 
 def folders(run: Path) -> set[str]:

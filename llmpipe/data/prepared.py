@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
 from llmpipe.record import Record
 
 
@@ -35,46 +36,6 @@ class SourceRows(Record):
     """Rows that became several pieces."""
     pieces: int
     """Examples beyond one a row."""
-
-
-class RowCounts(Record):
-    read: int
-    kept: int
-    truncated: int
-    split: int
-    pieces: int
-    rejected: int
-    rejected_by_reason: dict[str, int]
-    duplicates: int
-    """Rows to train on that another one equals."""
-    unseen: int
-    """Rows that a source's weight leaves out."""
-    overlap: int
-    """Rows to evaluate on that are trained on as well."""
-    train: int
-    eval: int
-
-
-class TokenCounts(Record):
-    train: int
-    train_supervised: int
-    eval: int
-    eval_supervised: int
-    eval_bytes: int
-    """Bytes of the text that the evaluated rows teach."""
-
-
-class SequenceCounts(Record):
-    train: int
-    eval: int
-
-
-class Lengths(Record):
-    """Tokens of a row to train on, before packing."""
-
-    p50: int
-    p95: int
-    max: int
 
 
 class PreparedRows(Record):

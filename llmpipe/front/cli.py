@@ -207,11 +207,12 @@ def chat(
     if len(models) > 2:
         raise UserError("chat takes one model, or two side by side")
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from llmpipe.run.reference import resolve
+    from llmpipe.run.reference import Use, resolve
 
     # a folder needs no ./ here
     named = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
-    resolved = [resolve(name, "chat", Path(), ("model", "adapter")) for name in named]
+    use = Use("chat", ("model", "adapter"))
+    resolved = [resolve(name, use, Path()) for name in named]
 
     from llmpipe import upstream
 

@@ -13,8 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmpipe.errors import DONE, RESOURCES, Say, Stopped, UserError
 from llmpipe.files import disk_full
@@ -22,13 +22,15 @@ from llmpipe.recipe.check import validate
 from llmpipe.recipe.sections import Recipe
 from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.folders import check_folder
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
 from llmpipe.run.machine import rank
-from llmpipe.run.manifest import describe
+from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.plan import Plan
-from llmpipe.run.reference import Model, check_folder, model_folder
+from llmpipe.run.provenance import describe
+from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.signals import Signals, die_with_parent
 from llmpipe.stages import schema, stage
 
@@ -212,19 +214,17 @@ def train(job: Job[Recipe]) -> None:
         for name in result.merged:
             commit_merged(job, name, manifest)
         committed = artifact.commit(manifest)
-        kind, count = committed["kind"], len(committed["files"])
-        fingerprint = committed["fingerprint"][:12]
-        job.say(f"{artifact.path}: {kind} published, {count} files, {fingerprint}")
+        count, fingerprint = len(committed.files), committed.fingerprint[:12]
+        job.say(f"{artifact.path}: {committed.kind} published, {count} files, {fingerprint}")
 
 
-def commit_merged(job: Job[Recipe], name: str, manifest: dict[str, Any]) -> None:
+def commit_merged(job: Job[Recipe], name: str, manifest: Manifest) -> None:
     """Commit the artifact that holds the adapter merged into its base."""
     merged = Artifact(job.artifact.run / name)
     recipe = (job.artifact.path / "recipe.yaml").read_bytes()
     (merged.path / "recipe.yaml").write_bytes(recipe)
-    kind = "model" if manifest["kind"] == "adapter" else manifest["kind"]
-    names = {"kind": kind, "name": name, "merged_from": job.artifact.name}
-    merged.commit(manifest | names)
+    kind = "model" if manifest.kind == "adapter" else manifest.kind
+    merged.commit(replace(manifest, kind=kind, name=name, merged_from=job.artifact.name))
     job.say(f"{merged.path}: model published, the adapter merged into its base")
 
 

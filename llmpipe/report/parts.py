@@ -94,7 +94,7 @@ def read(artifact: Artifact) -> Part:
         recipe=recipe,
         stage=stage[1] if stage else "?",
         status=status,
-        manifest=_begun(artifact.path) if manifest is None else manifest,
+        manifest=artifact.document() if manifest else _begun(artifact.path),
         curves=_curves(artifact.path / "metrics.jsonl"),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmpipe.files import flat, read_json
+from llmpipe.files import flat, read_json, table_of
 from llmpipe.report import charts
 from llmpipe.report.charts import Lineage, Plot, Series, Source, Strip, drawable, plot, span
 from llmpipe.report.parts import Part, Run, dig
@@ -179,8 +179,8 @@ def trained(part: Part, scale: int) -> Trained:
         facts[name.replace("eval_", "held-out ").replace("_", " ")] = number(value)
     if "training" in part.manifest:
         facts["seconds"] = None  # the duration says it
-        facts["duration"] = duration_of(part.manifest)
-        facts["size"] = size_of(part.manifest)
+        facts["duration"] = duration_of(part.manifest["training"]["seconds"])
+        facts["size"] = size_of(table_of(part.manifest["files"]))
     undrawn = part.curves.undrawn
     return Trained(
         name=part.name,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import UserError
+from llmpipe.files import Table
 from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.results import Results
 
@@ -31,30 +33,29 @@ def describe(artifact: Artifact) -> list[str]:
     status, manifest = status_of(artifact)
     if manifest is None:
         return [f"{artifact.path}  {status}", *losses(artifact)]
-    by = f"{manifest['finished']}  {manifest['kind']} by {manifest['stage']}  {manifest['fingerprint'][:12]}"
+    by = f"{manifest.finished}  {manifest.kind} by {manifest.stage}  {manifest.fingerprint[:12]}"
     lines = [f"{artifact.path}  {status} {by}"]
-    if manifest["kind"] == "evaluation":
+    if manifest.data is None or manifest.training is None:  # an evaluation
         results = Results.from_file(artifact.path / "results.json")
         return lines + measurements(results) if results else lines
-    rows, training = manifest["data"]["rows"], manifest["training"]
-    rejected = (
-        ", ".join(f"{n} {reason}" for reason, n in rows["rejected_by_reason"].items()) or "none"
-    )
-    parents = ", ".join(f"{p['name']} ({p['fingerprint'][:12]})" for p in manifest["parents"])
-    outside = ", ".join(model["reference"] for model in manifest["models"].values())
+    rows = manifest.data.rows
+    tokens = manifest.data.tokens
+    training = manifest.training
+    rejected = ", ".join(f"{n} {reason}" for reason, n in rows.rejected_by_reason.items()) or "none"
+    parents = ", ".join(f"{p.name} ({p.fingerprint[:12]})" for p in manifest.parents)
+    outside = ", ".join(model["reference"] for model in manifest.models.values())
     lines.append(f"  from       {parents or outside or 'random weights'}")
     lines.append(
-        f"  rows       {rows['read']:,} read = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({rejected}); "
-        f"{rows['truncated']:,} truncated, {rows['split']:,} split; {rows['train']:,} train, {rows['eval']:,} held out"
+        f"  rows       {rows.read:,} read = {rows.kept:,} kept + {rows.rejected:,} rejected "
+        f"({rejected}); {rows.truncated:,} truncated, {rows.split:,} split; "
+        f"{rows.train:,} train, {rows.eval:,} held out"
     )
-    tokens = manifest["data"]["tokens"]
-    share = f"{tokens['train_supervised'] / max(tokens['train'], 1):.0%} supervised"
-    share = "prompts, to be answered" if manifest["stage"] == "ppo" else share
-    lines.append(f"  tokens     {tokens['train']:,} per epoch, {share}")
-    lines.append(
-        f"  training   {training['steps']:,} steps, {duration_of(manifest)}, {size_of(manifest)}"
-    )
-    if ranking := manifest["final"].get("ranking"):
+    share = f"{tokens.train_supervised / max(tokens.train, 1):.0%} supervised"
+    share = "prompts, to be answered" if manifest.stage == "ppo" else share
+    lines.append(f"  tokens     {tokens.train:,} per epoch, {share}")
+    lasted = duration_of(training.seconds)
+    lines.append(f"  training   {training.steps:,} steps, {lasted}, {size_of(manifest.files)}")
+    if ranking := manifest.final.get("ranking"):
         low, high = ranking["accuracy_interval"]
         pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
         lines.append(
@@ -63,7 +64,7 @@ def describe(artifact: Artifact) -> list[str]:
     return lines + losses(artifact)
 
 
-def status_of(artifact: Artifact) -> tuple[str, dict[str, Any] | None]:
+def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
     """How far an artifact is, and its manifest; a damaged one is said, not raised."""
     if artifact.finished:
         try:
@@ -134,12 +135,13 @@ def sparkline(values: list[float], width: int = 40) -> str:
     return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in values)
 
 
-def size_of(manifest: dict[str, Any]) -> str:
+def size_of(files: Table) -> str:
     """Bytes of the published files, 1,234,567 -> '1.2 MB'."""
-    total = sum(entry["size"] for entry in manifest["files"].values())
+    total = sum(entry.size for entry in files.values())
     return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
 
 
-def duration_of(manifest: dict[str, Any]) -> str:
-    minutes, seconds = divmod(round(manifest["training"]["seconds"]), 60)
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+def duration_of(seconds: float) -> str:
+    """75 -> '1m15s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -21,7 +21,6 @@ from llmpipe.rl.learner import Learner
 from llmpipe.rl.policy_gradient import Coefficient, Moments
 from llmpipe.rl.watch import Metrics
 from llmpipe.run import checkpoints
-from llmpipe.run.artifact import SUMS
 
 LEARNED = "learned.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -112,7 +111,7 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))
     by_number = {int(number): moments for number, moments in optimizer.items()}
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
-    state.step = read_json(folder / SUMS)["step"]
+    state.step = checkpoints.step_of(folder)
     state.tokens = kept.tokens
     state.coefficient.value = kept.coefficient
     state.moments = kept.moments

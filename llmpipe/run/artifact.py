@@ -2,39 +2,39 @@
 
     runs/alpaca/                a run
       sft/                      an artifact: finished when, and only when, manifest.json is there
-        recipe.yaml  manifest.json  model/  checkpoints/  metrics.jsonl  samples.jsonl  rejected.jsonl  log.txt
+        recipe.yaml  manifest.json  model/  checkpoints/
+        metrics.jsonl  samples.jsonl  rejected.jsonl  log.txt
       .prepared/                tokenized rows, by content
       .locks/                   who is writing
 
-Publishing a folder: everything is written into a sibling whose name starts with a dot, hashed, flushed to the disk and
-renamed. A reader sees the old state or the new one. Verifying is the reverse: every file has the recorded size and
-sha256, and there is no other file.
+Publishing a folder: everything is written into a sibling whose name starts with a dot, hashed,
+flushed to the disk and renamed. A reader sees the old state or the new one. Verifying is the
+reverse: every file has the recorded size and sha256, and there is no other file.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import differences, digest, files_below, fsync, read_json, table, write_json
+from llmpipe.files import differences, files_below, fsync, read_json, table, write_json
+from llmpipe.run.manifest import Document, Manifest, fingerprint
 
 MANIFEST = "manifest.json"
 
 PLAN = "plan.json"
 
-SUMS = "sums.json"  # the file table of a checkpoint
+SUMS = "sums.json"
+"""The file table of a checkpoint."""
 
-SCRATCH = {
-    PLAN,
-    "prepared.json",
-    "outcome.json",
-    "log.txt",
-    MANIFEST,
-}  # in an artifact, but not part of it
+SCRATCH = {PLAN, "prepared.json", "outcome.json", "log.txt", MANIFEST}
+"""In an artifact, but not part of it."""
+
+ASIDE = re.compile(r"\.old-(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -60,42 +60,60 @@ class Artifact:
         return self.path / "checkpoints"
 
     @property
+    def merged(self) -> Artifact:
+        """Where the model lies that an adapter was merged into, if it was."""
+        return Artifact(self.run / f"{self.name}-merged")
+
+    @property
     def finished(self) -> bool:
         return (self.path / MANIFEST).exists()
 
-    def manifest(self) -> dict:
-        """The manifest, checked against its own fingerprint. Raises UserError (3) when it is damaged."""
+    def document(self) -> Document:
+        """What manifest.json holds, checked against its own fingerprint.
+
+        Raises UserError (3) when it is damaged.
+        """
         path = self.path / MANIFEST
-        manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint(manifest):
-            raise UserError(
-                f"{path}: the manifest was changed or damaged",
-                f"restore it from a copy, or make the artifact again: llmpipe ... --fresh moves {self.path} aside",
-                INTEGRITY,
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
+            hint = (
+                "restore it from a copy, or make the artifact again: "
+                f"llmpipe ... --fresh moves {self.path} aside"
             )
-        return manifest
+            raise UserError(f"{path}: the manifest was changed or damaged", hint, INTEGRITY)
+        return document
 
-    def verify(self) -> dict:
-        """The manifest, after every file of the artifact was hashed. Raises UserError (3) naming each difference."""
+    def manifest(self) -> Manifest:
+        """The manifest. Raises UserError (3) when it is damaged."""
+        return Manifest.of(self.document())
+
+    def verify(self) -> Manifest:
+        """The manifest, after every file was hashed.
+
+        Raises UserError (3) naming each difference.
+        """
         manifest = self.manifest()
-        problems = differences(self.path, manifest["files"], SCRATCH | {"checkpoints"})
+        problems = differences(self.path, manifest.files, SCRATCH | {"checkpoints"})
         if problems:
-            raise UserError(
-                "\n".join(f"{self.path}/{problem}" for problem in problems),
-                "the artifact is not what was published; restore it, or make it again with --fresh",
-                INTEGRITY,
+            hint = (
+                "the artifact is not what was published; restore it, or make it again with --fresh"
             )
+            lines = [f"{self.path}/{problem}" for problem in problems]
+            raise UserError("\n".join(lines), hint, INTEGRITY)
         return manifest
 
-    def commit(self, manifest: dict) -> dict:
+    def commit(self, manifest: Manifest) -> Manifest:
         """Hash every file, write the manifest last: from then on the artifact is finished."""
         for leftover in self.path.glob(".*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         for path in files_below(self.path):
             fsync(path)
-        manifest = {**manifest, "files": table(self.path, SCRATCH | {"checkpoints"})}
-        manifest["fingerprint"] = fingerprint(manifest)
-        write_json(self.path / MANIFEST, manifest)
+        manifest = replace(manifest, files=table(self.path, SCRATCH | {"checkpoints"}))
+        manifest = replace(manifest, fingerprint=fingerprint(manifest.document()))
+        write_json(self.path / MANIFEST, manifest.document())
         for name in (PLAN, "prepared.json"):
             (self.path / name).unlink(missing_ok=True)
         return manifest
@@ -104,68 +122,67 @@ class Artifact:
         """Rename the folder to NAME.old-1, -2, ...; nothing is deleted."""
         if not self.path.exists():
             return None
-        taken = [
-            int(m[1])
-            for p in self.run.iterdir()
-            if (m := re.fullmatch(re.escape(self.name) + r"\.old-(\d+)", p.name))
-        ]
-        aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
+        pattern = re.compile(re.escape(self.name) + ASIDE.pattern)
+        names = [pattern.fullmatch(path.name) for path in self.run.iterdir()]
+        numbers = [int(name[1]) for name in names if name]
+        aside = self.path.with_name(f"{self.name}.old-{max(numbers, default=0) + 1}")
         self.path.rename(aside)
-        merged = Artifact(self.run / f"{self.name}-merged")  # what came of it goes along
-        if (read_json(merged.path / MANIFEST) or {}).get("merged_from") == self.name:
-            merged.move_aside()
-        tracker = (
-            self.run / ".trackers" / self.name
-        )  # a new start is a new run for the trackers, too
+        merged = read_json(self.merged.path / MANIFEST) or {}
+        if merged.get("merged_from") == self.name:
+            self.merged.move_aside()  # what came of it goes along
+        tracker = self.run / ".trackers" / self.name
         if tracker.exists():
-            tracker.rename(tracker.with_name(aside.name))
+            tracker.rename(tracker.with_name(aside.name))  # a new start is a new run there, too
         fsync(self.run)
         return aside
-
-
-def fingerprint(manifest: dict) -> str:
-    """sha256 over everything in a manifest but the fingerprint itself."""
-    return digest({key: value for key, value in manifest.items() if key != "fingerprint"})
 
 
 def artifacts(run: Path) -> list[Artifact]:
     """The artifacts of a run, finished or begun, oldest first."""
     if not run.is_dir():
-        raise UserError(
-            f"{run}: no such run directory", "give the folder that `run:` of the recipe names"
-        )
-    found = [
-        Artifact(p)
-        for p in run.iterdir()
-        if p.is_dir()
-        and not p.name.startswith(".")
-        and not re.search(r"\.old-\d+$", p.name)
-        and (p / "recipe.yaml").exists()
+        hint = "give the folder that `run:` of the recipe names"
+        raise UserError(f"{run}: no such run directory", hint)
+    folders = [
+        path
+        for path in run.iterdir()
+        if (path / "recipe.yaml").exists()
+        and not path.name.startswith(".")
+        and not ASIDE.search(path.name)
     ]
-    return sorted(found, key=lambda a: (a.path / "recipe.yaml").stat().st_mtime)
-
-
-def template_kwargs(model: Path) -> dict[str, Any]:
-    """`data.chat_template_kwargs` that a published model was trained with; nothing for any other folder."""
-    manifest = read_json(model.parent / MANIFEST) or {}
-    return (
-        manifest.get("asked", {}).get("recipe", {}).get("data", {}).get("chat_template_kwargs", {})
-    )
-
-
-def is_reward_model(folder: Path) -> bool:
-    """Whether a folder holds a reward model, or an adapter that makes one. Raises UserError (3) for a classifier."""
-    adapter = read_json(folder / "adapter_config.json")
-    if adapter:
-        return adapter.get("task_type") == "SEQ_CLS"
-    config = read_json(folder / "config.json") or {}
-    classifies = (config.get("architectures") or [""])[0].endswith("ForSequenceClassification")
-    if classifies and len(config.get("id2label", {0: ""})) != 1:
-        raise UserError(
-            f"{folder}: a classifier of several labels, not a reward model", code=INTEGRITY
-        )
-    return classifies
+    folders.sort(key=lambda folder: (folder / "recipe.yaml").stat().st_mtime)
+    return [Artifact(folder) for folder in folders]
 
 
 def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "recipe.yaml").is_file()
+
+
+def manifest_beside(model: Path) -> Manifest | None:
+    """The manifest of the artifact that published a model folder; None for any other folder.
+
+    Raises UserError (3) when it is damaged.
+    """
+    return Artifact(model.parent).manifest() if is_artifact(model.parent) else None
+
+
+def template_kwargs(model: Path) -> dict[str, Any]:
+    """`data.chat_template_kwargs` of a published model's training; nothing for other folders."""
+    manifest = manifest_beside(model)
+    return manifest.asked.chat_template_kwargs if manifest else {}
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a folder holds a reward model, or an adapter that makes one.
+
+    Raises UserError (3) for a classifier of several labels.
+    """
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter:
+        return bool(adapter.get("task_type") == "SEQ_CLS")
+    config = read_json(folder / "config.json") or {}
+    architecture = str((config.get("architectures") or [""])[0])
+    classifies = architecture.endswith("ForSequenceClassification")
+    if classifies and len(config.get("id2label", {0: ""})) != 1:
+        problem = f"{folder}: a classifier of several labels, not a reward model"
+        raise UserError(problem, code=INTEGRITY)
+    return classifies

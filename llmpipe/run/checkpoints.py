@@ -1,55 +1,105 @@
-"""Durable checkpoints as plain functions: write, pick, restore. Shared by every trainer.
+"""Durable checkpoints as plain functions: write, pick, verify, rotate. Shared by every trainer.
 
-A checkpoint is `checkpoints/step-N`, published whole (publishing) with `sums.json`: the step, the identity of
-the recipe, the machine's settings and the sha256 of every file. The newest one that verifies wins; a damaged one is
-passed over and named.
+A checkpoint is `checkpoints/step-N`, published whole (`publishing`) with `sums.json`: the step, the
+identity of the recipe, the machine's settings and the sha256 of every file. The newest one that
+verifies wins; a damaged one is passed over and named.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import differences, publishing, read_json, table, write_json
-from llmpipe.run.artifact import SUMS, fingerprint
+from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.files import Table, differences, publishing, read_json, table, table_of, write_json
+from llmpipe.run.artifact import SUMS
+from llmpipe.run.manifest import fingerprint
 
-STATE = "llmpipe.json"  # what the trainer underneath does not keep
+STATE = "llmpipe.json"
+"""What the trainer underneath does not keep."""
+
+UNREAD = ("training_args.bin", "README.md")
+"""Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What sums.json holds."""
+
+    step: int
+    identity: str
+    """Of what was asked, and of the very tokens."""
+    machine: dict[str, Any]
+    """Settings that change the bits of a result."""
+    exact: bool
+    """Whether it was resumed bitwise, if at all, on the way to this step."""
+    files: Table
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Sums | None:
+        """The sums of a checkpoint, or None where the file is absent, not whole or changed."""
+        document = read_json(checkpoint / SUMS)
+        if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
+            return None
+        return cls(
+            step=document["step"],
+            identity=document["identity"],
+            machine=document["machine"],
+            exact=document.get("exact", True),
+            files=table_of(document["files"]),
+        )
+
+
+class Picked(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    exact: bool
+    """Whether what comes of it is bitwise what a run without a stop makes."""
 
 
 def folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first."""
-    return sorted(int(p.name[5:]) for p in checkpoints.glob("step-*") if p.name[5:].isdigit())
+    names = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 @contextmanager
 def writing(
-    checkpoints: Path, step: int, about: dict[str, Any], state: Callable[[], dict[str, Any]]
+    checkpoints: Path, step: int, about: Mapping[str, Any], state: Callable[[], dict[str, Any]]
 ) -> Iterator[Path]:
-    """Yield a staging folder to save into; on leaving add STATE and sums.json and publish it as `step-N`."""
+    """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`.
+
+    `about` is what `Sums` says of its origin: identity, machine, exact.
+    """
     with publishing(folder(checkpoints, step)) as staging:
         yield staging
-        # pickled arguments hold tokens in clear, and nothing reads them; the card is made for the model, not for this
-        for name in ("training_args.bin", "README.md"):
+        for name in UNREAD:
             (staging / name).unlink(missing_ok=True)
         write_json(staging / STATE, state())
         sums = {"step": step, **about, "files": table(staging)}
-        write_json(staging / SUMS, {**sums, "fingerprint": fingerprint(sums)})
+        write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
-def verify(path: Path) -> list[str]:
+def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, nothing when it is whole."""
-    sums = read_json(path / SUMS)
-    if not isinstance(sums, dict) or sums.get("fingerprint") != fingerprint(sums):
+    sums = Sums.read(checkpoint)
+    if sums is None:
         return [f"{SUMS}: damaged or missing"]
-    return differences(path, sums["files"], {SUMS})
+    return differences(checkpoint, sums.files, {SUMS})
 
 
 def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
@@ -57,44 +107,47 @@ def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
     for step in steps(checkpoints)[:-keep]:
         if step not in also:
             path = folder(checkpoints, step)
-            doomed = path.with_name(
-                f".{path.name}.old"
-            )  # renamed first: half a checkpoint is never seen
-            path.rename(doomed)
+            doomed = path.with_name(f".{path.name}.old")
+            path.rename(doomed)  # first: half a checkpoint is never seen
             shutil.rmtree(doomed)
 
 
 def pick(
     checkpoints: Path,
     identity: str,
-    machine: dict[str, Any],
-    say: Callable[[str], None],
+    machine: Mapping[str, Any],
+    say: Say,
     *,
     inexact: bool = False,
-) -> tuple[Path, bool] | None:
-    """The newest checkpoint that verifies, and whether resuming from it is exact; None when there is none.
+) -> Picked | None:
+    """The newest checkpoint that verifies, or None when there is none.
 
-    Raises UserError (3) when the checkpoint is of another recipe or, unless `inexact`, of other machine settings.
+    Raises UserError (3) when it is of another recipe or, unless `inexact`, of other machine
+    settings.
     """
     for step in reversed(steps(checkpoints)):
         path = folder(checkpoints, step)
         if problems := verify(path):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")
             continue
-        sums = read_json(path / SUMS)
-        if sums["identity"] != identity:
+        sums = Sums.read(path)
+        assert sums is not None
+        if sums.identity != identity:
             raise UserError(f"{path}: is of another recipe", "--fresh starts anew", INTEGRITY)
-        other = {
-            k: (sums["machine"].get(k), v)
-            for k, v in machine.items()
-            if sums["machine"].get(k) != v
-        }
-        if other and not inexact:
-            lines = ", ".join(f"{k} {old} there, {new} now" for k, (old, new) in other.items())
-            raise UserError(
-                f"{path}: was written with other settings of the machine: {lines}",
-                "set them back under `launch:`, or accept a result that is not bitwise the same: --inexact-resume",
-                INTEGRITY,
-            )
-        return path, not other and bool(sums.get("exact", True))
+        changed = [name for name, value in machine.items() if sums.machine.get(name) != value]
+        if changed and not inexact:
+            raise _other_machine(path, sums.machine, machine, changed)
+        return Picked(path, sums.exact and not changed)
     return None
+
+
+def _other_machine(
+    path: Path, old: Mapping[str, Any], new: Mapping[str, Any], changed: list[str]
+) -> UserError:
+    values = ", ".join(f"{name} {old.get(name)} there, {new[name]} now" for name in changed)
+    hint = (
+        "set them back under `launch:`, or accept a result that is not bitwise the same: "
+        "--inexact-resume"
+    )
+    problem = f"{path}: was written with other settings of the machine: {values}"
+    return UserError(problem, hint, INTEGRITY)

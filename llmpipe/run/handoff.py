@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe.sections import Prepared
+from llmpipe.recipe.sections import Prepared, Training
+from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
+from llmpipe.run.manifest import Manifest
+from llmpipe.run.reference import Model
 
 if TYPE_CHECKING:
     from llmpipe.data.kinds import Kind
 
 
-def tokens(job: Job, kind: Kind) -> PreparedRows:
+def tokens(job: Job[Training], kind: Kind) -> PreparedRows:
     """Rows -> tokens of a kind, the `prepare` of most stages that train.
 
-    Returns what the trainer and the manifest need to know.
+    Raises UserError (3) when they do not fit what the model was trained with, and what `prepare` of
+    the data raises.
     """
-    from llmpipe.run.artifact import Artifact
-
-    recipe = job.recipe
-    also = Artifact(job.artifact.run / f"{job.artifact.name}-merged")
-    merges = recipe.adapter is not None and recipe.adapter.merge
-    if merges and also.finished and also.manifest()["identity"] != job.plan.identity:
-        raise UserError(
-            f"{also.path}: is not of this adapter", "move it away, or set `name:`", INTEGRITY
-        )
-    prepared = tokenized(job, recipe.data, kind)
-    _same_template(job, prepared)
+    _refuse_anothers_merge(job)
+    prepared = tokenized(job, job.recipe.data, kind)
+    refuse_another_template(job, prepared)
     return prepared
 
 
-def tokenized(job: Job, data: Prepared, kind: Kind) -> PreparedRows:
+def tokenized(job: Job[Any], data: Prepared, kind: Kind) -> PreparedRows:
     """Prepare one section of rows."""
-    from llmpipe.data.prepare import prepare as tokenize
+    from llmpipe.data.prepare import prepare
 
-    return tokenize(
+    return prepare(
         data,
         kind,
         job.model,
@@ -47,34 +44,57 @@ def tokenized(job: Job, data: Prepared, kind: Kind) -> PreparedRows:
     )
 
 
-def _same_template(job: Job, prepared: PreparedRows) -> None:
-    """Refuse another chat template than the one that the parent was trained with (3), hand-off contract, rule 2."""
-    from llmpipe.files import read_json
-    from llmpipe.run.artifact import MANIFEST
+def refuse_another_template(job: Job[Any], prepared: PreparedRows) -> None:
+    """Refuse another chat template than the parent's (hand-off contract, rule 2).
 
+    Raises UserError (3).
+    """
     start = job.plan.models["model"]
-    if start.kind not in ("artifact", "merged"):
+    parent = _manifest_of(start)
+    if parent is None or parent.stage == "pretrain":
         return
-    folder = start.folder
-    assert folder is not None
-    home = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    parent = read_json(home / MANIFEST)
-    if not parent or parent["stage"] == "pretrain" or not parent["tokenizer"]["template"]:
+    if parent.tokenizer is None or not parent.tokenizer.template:
         return  # nothing was learned with a template yet
-    named = f"{'' if folder.is_absolute() else './'}{folder}"
-    on_purpose = (
-        "merge it (adapter.merge: true), and name the folder of that"
-        if start.base
-        else f"model: {named}"
+    trained, now = parent.tokenizer.template[:12], (prepared.template or "none")[:12]
+    if trained != now:
+        raise _differs("template", start, trained, now)
+    kwargs = job.recipe.data.preparation.template_kwargs
+    if parent.asked.chat_template_kwargs != kwargs:
+        raise _differs("chat_template_kwargs", start, parent.asked.chat_template_kwargs, kwargs)
+
+
+def _refuse_anothers_merge(job: Job[Training]) -> None:
+    """Raises UserError (3) where the merged model would replace that of another adapter."""
+    adapter = job.recipe.adapter
+    if adapter is None or not adapter.merge:
+        return
+    merged = job.artifact.merged
+    if merged.finished and merged.manifest().identity != job.plan.identity:
+        hint = "move it away, or set `name:`"
+        raise UserError(f"{merged.path}: is not of this adapter", hint, INTEGRITY)
+
+
+def _manifest_of(model: Model) -> Manifest | None:
+    """The manifest of the artifact that a model is of, where there is one and it is finished."""
+    if model.kind not in ("artifact", "merged"):
+        return None
+    assert model.folder is not None
+    checkpoint = model.folder.parent.name == "checkpoints"
+    artifact = Artifact(model.folder.parent.parent if checkpoint else model.folder.parent)
+    return artifact.manifest() if artifact.finished else None
+
+
+def _differs(field: str, start: Model, trained: object, now: object) -> UserError:
+    on_purpose = f"model: {_as_path(start.folder)}"
+    if start.base:
+        on_purpose = "merge it (adapter.merge: true), and name the folder of that"
+    return UserError(
+        f"data.{field}: {start.reference} was trained with {trained}, and here it is {now}",
+        f"set it as there, or, to teach another on purpose, {on_purpose}",
+        INTEGRITY,
     )
-    asked = parent["asked"]["recipe"].get("data", {}).get("chat_template_kwargs", {})
-    for field, there, here in (
-        ("template", parent["tokenizer"]["template"][:12], (prepared.template or "none")[:12]),
-        ("chat_template_kwargs", asked, job.recipe.data.preparation.template_kwargs),
-    ):
-        if there != here:
-            raise UserError(
-                f"data.{field}: {start.reference} was trained with {there}, and here it is {here}",
-                f"set it as there, or, to teach another on purpose, {on_purpose}",
-                INTEGRITY,
-            )
+
+
+def _as_path(folder: Path | None) -> str:
+    """As a recipe names a folder."""
+    return str(folder) if folder and folder.is_absolute() else f"./{folder}"

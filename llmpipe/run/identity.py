@@ -1,39 +1,24 @@
 """What decides a result, and when two recipes ask for the same one.
 
-Content decides. Where a file lies and what it is called does not, and neither does the spelling of a
-reference: `./rows.jsonl`, its absolute path and a copy under another name are one thing.
+Content decides. Where a file lies and what it is called does not, and neither does the spelling of
+a reference: `./rows.jsonl`, its absolute path and a copy under another name are one thing.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from typing import Any
 
 from llmpipe.data.sources import hub_key, identity_of
 from llmpipe.files import digest
 from llmpipe.recipe.sections import Recipe, is_local, science
-from llmpipe.record import Record
+from llmpipe.run.manifest import Asked
 
-Identity = dict[str, Any]  # of a model: the sha256 of its files, its fingerprint or its commit
+HASH = re.compile(r"\S{64}")
 
-
-class Asked(Record):
-    """What a recipe asks for, in a form to be read; an artifact keeps it."""
-
-    recipe: dict[str, Any]
-    """The fields that decide the result."""
-    models: dict[str, Identity]
-    """Of every model that the recipe names, by the path of its field."""
-    content: dict[str, str]
-    """sha256 of every file, by `FIELD:NAME`; commit of every Hub data set, by `sources.hub_key`."""
-
-    def files(self, field: str) -> list[tuple[str, str]]:
-        """(name, sha256) of the files that a field of the recipe names, in their order."""
-        prefix = f"{field}:"
-        return [
-            (key.removeprefix(prefix), sha256)
-            for key, sha256 in self.content.items()
-            if key.startswith(prefix)
-        ]
+LONGEST = 60
+"""Characters of a value in a message."""
 
 
 def meanings(recipe: Recipe, asked: Asked) -> dict[str, Any]:
@@ -75,7 +60,7 @@ def changed_fields(
     def spelled_otherwise(field: str) -> bool:
         return any(field == at or field.startswith((f"{at}.", f"content.{at}:")) for at in same)
 
-    every = changes(old.model_dump(), new.model_dump())
+    every = changes(asdict(old), asdict(new))
     return [change for change in every if not spelled_otherwise(change[0])]
 
 
@@ -96,9 +81,9 @@ def changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def short(value: Any) -> str:
     """A value as a message shows it: a hash by its beginning, a long text cut."""
     text = str(value)
-    if len(text) == 64 and " " not in text:
+    if HASH.fullmatch(text):
         return text[:12]
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def _value(document: Any, field: str) -> Any:

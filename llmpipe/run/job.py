@@ -24,7 +24,7 @@ class Job(Generic[R_co]):
     recipe: R_co
     """The recipe; a stage knows its own class of it: `Job[Schema]`."""
     models: dict[str, Path]
-    """Folders of the models that the recipe names, as safetensors and JSON, by the path of the field."""
+    """Folders of the models that the recipe names, as safetensors and JSON, by their fields."""
     bases: dict[str, Path]
     """Folders of the bases of those that are adapters."""
     plan: Plan
@@ -43,7 +43,7 @@ class Job(Generic[R_co]):
 
     @property
     def weights(self) -> Path:
-        """Where the weights of `model` lie: its own folder, or its base's where it is an adapter."""
+        """Where the weights of `model` lie: in the folder of its base where it is an adapter."""
         return self.bases.get("model") or self.model
 
     @property

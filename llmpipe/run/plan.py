@@ -1,26 +1,27 @@
 """Decide, before anything is written, what a command will do: run, resume, skip or refuse.
 
-What a recipe asks for is written out as one document, `Asked`: the recipe's science, the identity
-of the models it names and the content of every file. An artifact keeps the document it was made for;
-two documents that mean the same are one artifact, and where they differ the user is shown which
-fields do.
+What a recipe asks for is written out as one document, `Asked`: its science, the identity of the
+models it names and the content of every file. An artifact keeps the document it was made for; two
+documents that mean the same are one artifact, and where they differ the user is shown in which
+fields.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from llmpipe.data.sources import files_of, hub_key, hub_revision
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, read_json, sha256_file, table, write_json
+from llmpipe.files import Table, digest, read_json, sha256_file, table, write_json
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run.artifact import PLAN, Artifact
-from llmpipe.run.identity import Asked, changed_fields, document, identity, meaning, meanings, short
-from llmpipe.run.reference import Kinds, Model, resolve
+from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
+from llmpipe.run.manifest import Asked, known
+from llmpipe.run.reference import Kinds, Model, Use, resolve
 
 Accepts = Kinds | dict[str, Kinds]
 """Kinds of artifacts that a stage takes; by the first name of the field where fields differ."""
@@ -45,7 +46,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         models = {field: model.record() for field, model in self.models.items()}
-        record = {"identity": self.identity, "asked": self.asked.model_dump(), "models": models}
+        record = {"identity": self.identity, "asked": self.asked, "models": models}
         write_json(folder / PLAN, record)
 
     @classmethod
@@ -54,7 +55,7 @@ class Plan:
         record = read_json(folder / PLAN)
         if record is None:
             return None
-        asked = Asked.model_validate(record["asked"])
+        asked = known(Asked, record["asked"])
         models = {field: Model.of_record(model) for field, model in record["models"].items()}
         return cls(record["identity"], asked, models)
 
@@ -94,14 +95,15 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
 def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = None) -> Plan:
     """What a recipe asks for and the models that it names.
 
-    Hub revisions pinned in `old` stay pinned. Raises UserError for what is not there or may not be used.
+    Hub revisions pinned in `old` stay pinned. Raises UserError for what is not there, damaged, or
+    of no use to the stage.
     """
-    pinned = old or Asked(recipe={}, models={}, content={})
+    pinned = old or Asked()
     models = {}
     for field, reference in recipe.references().items():
         kinds = accepts[field.partition(".")[0]] if isinstance(accepts, dict) else accepts
-        keep = recipe.keeps_adapters or field != "model"
-        models[field] = resolve(reference, field, run, kinds, pinned.models.get(field), keep)
+        use = Use(field, kinds, keep=recipe.keeps_adapters or field != "model")
+        models[field] = resolve(reference, use, run, pinned.models.get(field))
     asked = Asked(
         recipe=document(recipe, recipe.narrows or recipe.stage),
         models={field: model.identity for field, model in models.items()},
@@ -118,11 +120,10 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     """
     if artifact.finished:
         manifest = artifact.manifest()
-        made = Asked.model_validate(manifest["asked"])
-        now = plan_of(recipe, artifact.run, accepts, made)
-        _refuse_other(artifact, recipe, made, now.asked, "was made")
-        _refuse_resized(artifact, manifest["files"])
-        plan = Plan(manifest["identity"], made, now.models)
+        now = plan_of(recipe, artifact.run, accepts, manifest.asked)
+        _refuse_other(artifact, recipe, manifest.asked, now.asked, "was made")
+        _refuse_resized(artifact, manifest.files)
+        plan = Plan(manifest.identity, manifest.asked, now.models)
         return Decision("skip", "finished, same recipe and inputs", plan)
     begun = Plan.read(artifact.path) if any(artifact.path.glob(progress)) else None
     if begun is None:
@@ -135,10 +136,10 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     return Decision("resume", "not finished, same recipe and inputs", plan)
 
 
-def _refuse_resized(artifact: Artifact, files: dict[str, dict[str, Any]]) -> None:
+def _refuse_resized(artifact: Artifact, files: Table) -> None:
     for name, entry in files.items():
         path = artifact.path / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
+        if not path.is_file() or path.stat().st_size != entry.size:
             hint = "restore it, or make the artifact again with --fresh"
             raise UserError(f"{path}: not as published", hint, INTEGRITY)
 
@@ -149,7 +150,7 @@ def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, ve
         return
     same: set[str] = set()
     if old_recipe := _completed(recipe, old):
-        old = old.model_copy(update={"recipe": document(old_recipe, old.recipe["stage"])})
+        old = replace(old, recipe=document(old_recipe, old.recipe["stage"]))
         if meaning(old_recipe, old) == meaning(recipe, new):
             return
         then, now = meanings(old_recipe, old), meanings(recipe, new)

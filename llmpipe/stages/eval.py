@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from llmpipe.errors import NUMERIC, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems, Task
 from llmpipe.evaluation.tasks import AnyTask, Harness
-from llmpipe.files import digest, read_json
+from llmpipe.files import digest
 from llmpipe.recipe.sections import (
     Machine,
     Name,
@@ -29,7 +29,7 @@ from llmpipe.recipe.sections import (
     cosmetic,
 )
 from llmpipe.record import Record
-from llmpipe.run.artifact import MANIFEST, Artifact, artifacts
+from llmpipe.run.artifact import Artifact, artifacts, manifest_beside
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
 from llmpipe.run.reference import Model
@@ -230,12 +230,12 @@ def parent_of(label: str, models: dict[str, Model]) -> str | None:
         return None
     labels = {_key(model.identity): at for at, model in models.items() if at.startswith("models.")}
     artifact = model.folder.parent
-    manifest = read_json(artifact / MANIFEST) or {}
-    while start := manifest.get("models", {}).get("model"):
+    manifest = manifest_beside(artifact / "model")
+    while manifest and (start := manifest.models.get("model")):
         if at := labels.get(_key(start)):
             return at.removeprefix("models.")
-        manifest = read_json(artifact.parent / str(start.get("artifact")) / MANIFEST) or {}
-        if manifest.get("fingerprint") != start.get("fingerprint"):
+        manifest = manifest_beside(artifact.parent / str(start.get("artifact")) / "model")
+        if manifest and manifest.fingerprint != start.get("fingerprint"):
             return None  # made anew since
     return None
 

@@ -109,8 +109,8 @@ def evaluated(run, tasks):
 
 def test_the_artifact(evaluated):
     manifest = evaluated.verify()
-    assert manifest["kind"] == "evaluation" and [p["name"] for p in manifest["parents"]] == ["sft"]
-    assert set(manifest["files"]) == {
+    assert manifest.kind == "evaluation" and [p.name for p in manifest.parents] == ["sft"]
+    assert set(manifest.files) == {
         "recipe.yaml",
         "results.json",
         "samples.jsonl",
@@ -119,14 +119,14 @@ def test_the_artifact(evaluated):
     found = results(evaluated)
     sft = Artifact(evaluated.run / "sft").manifest()
     assert found["models"]["sft"]["parent"] == "base" and found["models"]["base"]["parent"] is None
-    assert found["models"]["sft"]["template"] == sft["tokenizer"]["template"], (
+    assert found["models"]["sft"]["template"] == sft.tokenizer.template, (
         "evaluated with the template of training"
     )
     for task in found["tasks"].values():
         for cells in task["metrics"].values():
             for cell in cells.values():
                 assert cell["low"] <= cell["value"] <= cell["high"] and cell["n"] == task["n"]
-    assert manifest["final"]["answers.exact_match"]["sft"] > 0.3
+    assert manifest.final["answers.exact_match"]["sft"] > 0.3
 
 
 def plain_loop(folder, text, window, stride):
@@ -398,7 +398,7 @@ def test_nan_passes_no_gate(run, tasks, monkeypatch):
 
 
 def test_overlap_with_the_training_rows_is_counted(evaluated):
-    trained = Artifact(evaluated.run / "sft").manifest()["data"]["rows"]["train"]
+    trained = Artifact(evaluated.run / "sft").manifest().data.rows.train
     found = results(evaluated)["tasks"]
     assert found["answers"]["overlap"] == {"sft": trained} and trained == 65
     assert found["text"]["overlap"] == {"sft": 0}

@@ -130,10 +130,8 @@ def test_a_pipeline_skips_what_is_finished_and_makes_the_rest(llmpipe, tmp_path)
         Artifact(tmp_path / "run" / "sft").verify(),
         Artifact(tmp_path / "run" / "again").verify(),
     )
-    assert again["parents"][0]["fingerprint"] == first["fingerprint"]
-    assert again["final"]["eval_loss_before"] == pytest.approx(
-        first["final"]["eval_loss"], abs=1e-6
-    )
+    assert again.parents[0].fingerprint == first.fingerprint
+    assert again.final["eval_loss_before"] == pytest.approx(first.final["eval_loss"], abs=1e-6)
     code, out, _ = llmpipe("run", path)
     assert code == 0 and out.count("skip: finished") == 2
     code, out, err = llmpipe("run", path, "--set", "stages.1.optim.epochs=3")
@@ -241,7 +239,7 @@ def test_batch_that_does_not_divide_is_refused_with_both_numbers(llmpipe, tmp_pa
 def test_a_hub_snapshot_is_made_of_links(tmp_path):
     """The Hub's cache links into its blobs: these links are followed, others are not."""
     from llmpipe.errors import UserError
-    from llmpipe.run.reference import check_folder
+    from llmpipe.run.folders import check_folder
 
     home = tmp_path / "models--me--tiny"
     blobs, snapshot = home / "blobs", home / "snapshots" / "abc"

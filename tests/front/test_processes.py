@@ -168,7 +168,7 @@ def test_outside_launchers(tmp_path, straight, command):
     code, out = run([*command, str(path)], cwd=tmp_path if "-m" in command[3:] else life.ROOT)
     assert code == 0, out
     artifact = Artifact(tmp_path / "run" / "sft")
-    assert artifact.verify()["hardware"]["processes"] == (2 if "--multi_gpu" in command else 1)
+    assert artifact.verify().hardware["processes"] == (2 if "--multi_gpu" in command else 1)
     assert losses(artifact) == pytest.approx(losses(straight), abs=1e-4)
     code, out = run([*command, str(path)], cwd=tmp_path if "-m" in command[3:] else life.ROOT)
     assert code == 0 and "skip" in out, out
@@ -199,5 +199,5 @@ def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
     two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "29741"]
     code, out = run([*ACCELERATE, *two, "llmpipe", "eval", str(path)])
     assert code == 0, out
-    assert Artifact(tmp_path / "run" / "eval").verify()["kind"] == "evaluation"
+    assert Artifact(tmp_path / "run" / "eval").verify().kind == "evaluation"
     assert out.count("evaluation published") == 1

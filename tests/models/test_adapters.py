@@ -11,7 +11,8 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.files import table, write_json
 from llmpipe.recipe.check import load
-from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
+from llmpipe.run.artifact import SCRATCH, Artifact
+from llmpipe.run.manifest import Base, fingerprint
 from llmpipe.run.plan import decide
 from llmpipe.stages import schema
 from tests import life, store
@@ -40,16 +41,16 @@ def straight(request, tmp_path_factory):
 
 def test_the_artifact(straight):
     manifest = straight.verify()
-    assert manifest["kind"] == "adapter" and manifest["stage"] == straight.name
-    assert manifest["base"]["reference"] == str(life.TINY / "model")
+    assert manifest.kind == "adapter" and manifest.stage == straight.name
+    assert manifest.base.reference == str(life.TINY / "model")
     assert {p.name for p in straight.model.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
-    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"]
-    assert manifest["verified"]["max_logit_difference"] == 0
-    assert manifest["verified"]["merged_difference"] < 1e-4
-    assert ("quantized_to_merged_difference" in manifest["verified"]) == (straight.name == "qlora")
+    assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"]
+    assert manifest.verified["max_logit_difference"] == 0
+    assert manifest.verified["merged_difference"] < 1e-4
+    assert ("quantized_to_merged_difference" in manifest.verified) == (straight.name == "qlora")
 
 
 def test_only_the_adapter_is_trained_and_in_fp32(straight):
@@ -117,13 +118,13 @@ def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init
     assert trial.wait() == 143, trial.text()
     made = life.command(path)
     manifest, plain = made.verify(), life.command(write(tmp_path / "plain", optim__steps=1))
-    assert manifest["final"]["eval_loss_before"] == pytest.approx(
-        plain.manifest()["final"]["eval_loss_before"], abs=1e-5
+    assert manifest.final["eval_loss_before"] == pytest.approx(
+        plain.manifest().final["eval_loss_before"], abs=1e-5
     )
-    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"] - 0.3
+    assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"] - 0.3
     assert (
-        manifest["verified"]["max_logit_difference"] < 1e-4
-        and manifest["asked"]["recipe"]["adapter"]["init"] == init
+        manifest.verified["max_logit_difference"] < 1e-4
+        and manifest.asked.recipe["adapter"]["init"] == init
     )
     config = json.loads((made.model / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["init_lora_weights"] is True
@@ -147,7 +148,7 @@ def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init
 def test_optimizers_resume_exactly(tmp_path, optimizer):
     whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
     assert (
-        whole.manifest()["final"]["eval_loss"] < whole.manifest()["final"]["eval_loss_before"] - 0.3
+        whole.manifest().final["eval_loss"] < whole.manifest().final["eval_loss_before"] - 0.3
     )
     said = (whole.path / "log.txt").read_text()
     assert ("a CPU has nothing to page to" in said) == optimizer.startswith("paged")
@@ -183,12 +184,13 @@ def test_adapters_on_adapters(tmp_path):
     three = life.command(
         write(run, name="three", model="artifact:two", adapter=new, evaluation={}, optim__steps=4)
     )
-    bases = [artifact.verify()["base"] for artifact in (one, two, three)]
-    sft = Artifact(run / "sft").manifest()["fingerprint"]
-    assert bases[0] == bases[1] == {"kind": "artifact", "reference": "artifact:sft",
-                                    "identity": {"artifact": "sft", "fingerprint": sft}}  # fmt: skip
-    assert bases[2]["kind"] == "merged" and bases[2]["reference"] == "artifact:two"
-    assert [a.manifest()["parents"][0]["name"] for a in (one, two, three)] == ["sft", "one", "two"]
+    bases = [artifact.verify().base for artifact in (one, two, three)]
+    sft = Artifact(run / "sft").manifest().fingerprint
+    identity = {"artifact": "sft", "fingerprint": sft}
+    base = Base(kind="artifact", reference="artifact:sft", identity=identity)
+    assert bases[0] == bases[1] == base
+    assert bases[2].kind == "merged" and bases[2].reference == "artifact:two"
+    assert [a.manifest().parents[0].name for a in (one, two, three)] == ["sft", "one", "two"]
 
     # two starts where one ended, and three where two ended
     first = [
@@ -197,8 +199,8 @@ def test_adapters_on_adapters(tmp_path):
     ]
     assert all("eval_loss" in line for line in first)
     for before, after in ((one, two), (two, three)):
-        last = before.manifest()["final"]["eval_loss"]
-        assert after.manifest()["final"]["eval_loss_before"] == pytest.approx(last, abs=2e-5)
+        last = before.manifest().final["eval_loss"]
+        assert after.manifest().final["eval_loss_before"] == pytest.approx(last, abs=2e-5)
 
     told = [
         json.loads((a.model / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -206,12 +208,12 @@ def test_adapters_on_adapters(tmp_path):
     ]
     assert told == ["artifact:sft", "artifact:sft", "artifact:two"]
     merged = Artifact(run / "three-merged")
-    assert merged.verify()["kind"] == "model"
+    assert merged.verify().kind == "model"
     full = life.command(
         life.write(run, name="full", model="artifact:three", optim__steps=2, evaluation={})
     )
-    assert full.manifest()["final"]["eval_loss_before"] == pytest.approx(
-        three.manifest()["final"]["eval_loss"], abs=2e-5
+    assert full.manifest().final["eval_loss_before"] == pytest.approx(
+        three.manifest().final["eval_loss"], abs=2e-5
     )
 
     # all of them can be measured, unmerged; adapter and merged model say the same
@@ -276,10 +278,10 @@ def test_fresh_takes_the_merged_model_along(tmp_path):
     run = tmp_path / "run"
     path = write(run, adapter={"rank": 4, "alpha": 8, "merge": True}, optim__steps=1, evaluation={})
     life.command(path)
-    before = Artifact(run / "lora-merged").verify()["fingerprint"]
+    before = Artifact(run / "lora-merged").verify().fingerprint
     life.command(path, ["seed=9"], fresh=True)
-    assert Artifact(run / "lora-merged.old-1").verify()["fingerprint"] == before
-    assert Artifact(run / "lora-merged").verify()["merged_from"] == "lora"
+    assert Artifact(run / "lora-merged.old-1").verify().fingerprint == before
+    assert Artifact(run / "lora-merged").verify().merged_from == "lora"
 
 
 def publish_wrongly(adapter, hurt):
@@ -294,8 +296,7 @@ def publish_wrongly(adapter, hurt):
         tensors | ({name.replace("layers.0", "layers.9"): tensor} if hurt == "renamed" else {}),
         file,
     )
-    manifest = adapter.manifest()
-    manifest["files"] = table(adapter.path, SCRATCH | {"checkpoints"})
+    manifest = adapter.document() | {"files": table(adapter.path, SCRATCH | {"checkpoints"})}
     write_json(adapter.path / "manifest.json", manifest | {"fingerprint": fingerprint(manifest)})
 
 
@@ -344,7 +345,7 @@ def test_new_tokens_get_trained_embeddings(tmp_path):
     path = write(tmp_path / "run", model=str(tmp_path / "base"), data__template="llama3", data__max_length=128,
                  adapter={"rank": 4, "merge": True}, evaluation={})  # fmt: skip
     adapter = life.command(path)
-    added = adapter.manifest()["data"]["added_tokens"]
+    added = adapter.manifest().data.added_tokens
     names = [
         name for name in load_file(adapter.model / "adapter_model.safetensors") if "token" in name
     ]

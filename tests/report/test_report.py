@@ -16,7 +16,7 @@ from llmpipe.errors import UserError
 from llmpipe.files import write_json
 from llmpipe.report import charts
 from llmpipe.report import page as pages
-from llmpipe.run import artifact
+from llmpipe.run.manifest import fingerprint
 
 HOSTILE = "<script>alert(1)</script>"
 SECTIONS = ("lineage", "training", "data", "evaluation", "samples", "recipes")
@@ -69,11 +69,20 @@ def publish(folder: Path, manifest: dict, recipe: str) -> dict:
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     manifest = {
         "name": folder.name,
+        "version": 1,
+        "identity": "0" * 64,
         "seed": 42,
+        "llmpipe": "0.1.0",
+        "git": None,
+        "versions": {},
+        "machine": {},
+        "environment": {},
+        "seconds": 70.0,
+        "finished": "2026-11-26T13:50:39Z",
         "files": {"model/x": {"size": 1_500_000, "sha256": ""}},
         **manifest,
     }
-    manifest["fingerprint"] = artifact.fingerprint(manifest)
+    manifest["fingerprint"] = fingerprint(manifest)
     write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -84,7 +93,7 @@ def add_sft(
     """A model that was trained, with a few rows rejected."""
     folder = run / "sft"
     rows = {"read": 72, "kept": 70, "rejected": 2, "rejected_by_reason": {"empty": 2}, "truncated": 1, "split": 0,
-            "duplicates": 3, "unseen": 0, "train": 63, "eval": 7}  # fmt: skip
+            "pieces": 0, "duplicates": 3, "unseen": 0, "overlap": 0, "train": 63, "eval": 7}  # fmt: skip
     source = {
         "path": "./rows.jsonl",
         "format": "messages",
@@ -97,9 +106,12 @@ def add_sft(
         "models": {"model": {"reference": "./base", "files": "0" * 64}},
         "asked": {"recipe": {"optim": {"learning_rate": rate}}, "models": {}, "content": {}},
         "data": {"rows": rows, "sources": [{**source, "revision": None}],
-                 "tokens": {"train": 2000, "train_supervised": 500}},
+                 "tokens": {"train": 2000, "train_supervised": 500, "eval": 0, "eval_supervised": 0,
+                            "eval_bytes": 0},
+                 "sequences": {"train": 40, "eval": 0}, "lengths": {"p50": 28, "p95": 39, "max": 54},
+                 "added_tokens": [], "content_digest": "0" * 64, "processes": 1},
         "final": {"loss": loss, "eval_loss_before": 6.572, "eval_loss": 3.811},
-        "training": {"steps": steps, "tokens": 38100, "seconds": 65.0, "exact_resume": True},
+        "training": {"steps": steps, "published_step": steps, "tokens": 38100, "seconds": 65.0, "exact_resume": True},
         "versions": {"python": "3.11.7"}, "git": "34a2ce1",
     }, f"stage: sft\nname: '{HOSTILE}'\n")  # fmt: skip
     lines = [{"step": 0, "eval_loss": 6.572}]
@@ -128,12 +140,12 @@ def add_sft(
 def add_eval(run: Path, parent: dict, items: int = 60) -> None:
     """Two models on two tasks; their scores differ on the last item."""
     folder = run / "eval"
-    fingerprint = parent["fingerprint"]
+    of_sft = parent["fingerprint"]
     publish(folder, {
         "kind": "evaluation", "stage": "eval", "asked": {"recipe": {}, "models": {}, "content": {}},
         "models": {"models.base": {"reference": "./base", "files": "0" * 64},
-                   "models.sft": {"reference": "artifact:sft", "artifact": "sft", "fingerprint": fingerprint}},
-        "parents": [{"name": "sft", "fingerprint": fingerprint}],
+                   "models.sft": {"reference": "artifact:sft", "artifact": "sft", "fingerprint": of_sft}},
+        "parents": [{"name": "sft", "fingerprint": of_sft}],
         "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
     }, "stage: eval\n")  # fmt: skip
     cells = {"base": {"value": 0.0, "low": 3e-18, "high": 0.05, "n": items},

@@ -294,7 +294,7 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
     )
     assert spied["kl"][0] < 1e-5
     manifest = made.verify()
-    assert {parent["name"] for parent in manifest["parents"]} == {
+    assert {parent.name for parent in manifest.parents} == {
         reference.removeprefix("artifact:"),
         reward,
     }
@@ -302,9 +302,9 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
     assert all(f"scores/artifact:{reward}" in line and "scores/contains" in line for line in lines)
     assert lines[-1]["objective/kl"] != 0
     if changes:
-        assert manifest["kind"] == "adapter" and manifest["base"]["reference"] == "artifact:sft"
+        assert manifest.kind == "adapter" and manifest.base.reference == "artifact:sft"
     else:
-        assert manifest["kind"] == "model" and manifest["verified"]["max_logit_difference"] < 1e-5
+        assert manifest.kind == "model" and manifest.verified["max_logit_difference"] < 1e-5
     said = (made.path / "log.txt").read_text()
     assert ("one more adapter on the policy's base" in said) == (
         start != "full" and reward == "reward-lora"
@@ -608,7 +608,7 @@ def test_other_architectures(tmp_path, kind):
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "model")
     made = life.command(write(tmp_path / "run", model=str(tmp_path / "model"), optim__steps=2))
-    assert made.verify()["verified"]["max_logit_difference"] < 1e-5
+    assert made.verify().verified["max_logit_difference"] < 1e-5
     assert all(line["val/rollout_difference"] < 1e-5 for line in updates(made))
 
 
@@ -752,7 +752,7 @@ def test_a_mixture_is_learned_beside(tmp_path, how):
     first, *_, last = updates(made)
     assert last["loss/mixture"] < first["loss/mixture"] - 0.2
     manifest = made.verify()
-    mixed = manifest["data"]["mixture"]
+    mixed = manifest.data.mixture
     assert mixed["rows"]["kept"] == 72 and mixed["sequences"]["train"] == 37, (
         "a step reads every row once"
     )
@@ -786,7 +786,7 @@ def test_a_score_that_rises(tmp_path):
         write(tmp_path / "run", optim__steps=25, optim__batch_size=16, optim__learning_rate=4e-3,
               data__eval={"holdout": 0.1}, reference__coefficient=0.01, samples={"prompts": ["What is 2 + 2?"]})
     )  # fmt: skip
-    final = made.verify()["final"]
+    final = made.verify().final
     assert final["eval_score"] > final["eval_score_before"] + 0.3
     before, after = (
         load_file(life.TINY / "model" / "model.safetensors"),

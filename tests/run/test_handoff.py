@@ -107,7 +107,7 @@ def test_it_runs(made, stage, name):
     artifact = life.command(
         recipe(stage, run, texts, f"artifact:{name}", name=f"{stage.split()[-1]}-of-{name}", **four)
     )
-    assert name in [parent["name"] for parent in artifact.verify()["parents"]]
+    assert name in [parent.name for parent in artifact.verify().parents]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -136,7 +136,7 @@ def test_a_damaged_artifact_is_refused(made, tmp_path, name):
         "cut": lambda data: data[:-1],
         "removed": None,
     }
-    for at in artifact.verify()["files"]:
+    for at in artifact.verify().files:
         victim = artifact.path / at
         whole = victim.read_bytes()
         for hurt, change in hurts.items():
@@ -337,9 +337,9 @@ def test_a_model_of_the_hub_has_no_parents_template():
     """Whose record names no folder."""
     from types import SimpleNamespace
 
-    from llmpipe.run.handoff import _same_template
+    from llmpipe.run.handoff import refuse_another_template
     from llmpipe.run.reference import Model
 
     model = Model("hub", "some/model", {"hub": "some/model", "revision": "0" * 40}, None)
     job = SimpleNamespace(plan=SimpleNamespace(models={"model": model}))
-    _same_template(job, SimpleNamespace(template="f" * 64))
+    refuse_another_template(job, SimpleNamespace(template="f" * 64))

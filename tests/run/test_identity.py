@@ -132,7 +132,7 @@ def test_finished_work_is_skipped_under_another_spelling(here):
 
     moved = {"model": str(here / "other/model"), "data__train": [{"path": "./other/called.jsonl"}]}
     decision = again(**moved)
-    assert decision.action == "skip" and decision.plan.identity == made["identity"]
+    assert decision.action == "skip" and decision.plan.identity == made.identity
 
     with pytest.raises(UserError) as refused:  # what differs is named, and not what is only spelled
         again(**moved, seed=7)

@@ -13,6 +13,7 @@ from llmpipe.errors import UserError
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.manifest import Parent
 from tests import life
 
 OLD = life.ROOT / "tests" / "fixtures" / "run-0.1"
@@ -55,7 +56,7 @@ def test_an_adapter_is_resumed_bitwise(old, capsys):
     assert f"{resumed.path}: resume: not finished" in out
     straight = life.command(recipe("lora", name="straight"))
     assert life.essence(resumed) == life.essence(straight)
-    assert resumed.manifest()["training"]["exact_resume"]
+    assert resumed.manifest().training.exact_resume
 
 
 def test_ppo_is_refused(old):
@@ -72,8 +73,7 @@ def test_a_new_stage_begins_on_old_work(old):
     pairs = [{"path": "./recipes/tiny/pairs.jsonl"}]
     changes = {"name": "dpo", "model": "artifact:sft", "data__train": pairs, "optim__steps": 2}
     dpo = life.command(recipe("sft", stage="dpo", **changes))
-    (parent,) = dpo.verify()["parents"]
-    assert parent == {"name": "sft", "fingerprint": Artifact(old / "sft").verify()["fingerprint"]}
+    assert dpo.verify().parents == [Parent("sft", Artifact(old / "sft").verify().fingerprint)]
 
 
 def test_old_work_is_shown_and_reported(old):

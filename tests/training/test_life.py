@@ -11,6 +11,7 @@ from llmpipe.errors import Stopped, UserError
 from llmpipe.files import publishing
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.lock import Lock
+from llmpipe.run.manifest import Parent
 from tests import life, store
 
 
@@ -35,7 +36,7 @@ def test_the_exact_files(straight):
         "chat_template.jinja",
     }  # fmt: skip
     assert sorted(p.name for p in straight.checkpoints.iterdir()) == ["step-12", "step-9"]
-    assert set(straight.verify()["files"]) == {
+    assert set(straight.verify().files) == {
         "recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "seen.safetensors",
         *(f"model/{p.name}" for p in straight.model.iterdir()),
     }  # fmt: skip
@@ -43,13 +44,13 @@ def test_the_exact_files(straight):
 
 def test_the_manifest_says_what_was_made(straight):
     manifest = straight.verify()
-    rows = manifest["data"]["rows"]
-    assert rows["read"] == rows["kept"] + rows["rejected"] == 72
-    assert manifest["kind"] == "model" and manifest["stage"] == "sft"
-    assert manifest["training"]["steps"] == 12
-    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"]
-    assert manifest["verified"]["max_logit_difference"] == 0
-    assert str(straight.run) not in json.dumps({**manifest, "asked": {}, "models": {}}), (
+    rows = manifest.data.rows
+    assert rows.read == rows.kept + rows.rejected == 72
+    assert manifest.kind == "model" and manifest.stage == "sft"
+    assert manifest.training.steps == 12
+    assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"]
+    assert manifest.verified["max_logit_difference"] == 0
+    assert str(straight.run) not in json.dumps({**straight.document(), "asked": {}, "models": {}}), (
         "an absolute path in the manifest"
     )
 
@@ -83,8 +84,8 @@ def test_skip_when_finished_refuse_when_different_fresh_moves_aside(straight, tm
     assert "optim.learning_rate: 0.001 there, 0.002 now" in str(refused.value)
     assert "seed: 42 there, 1 now" in str(refused.value)
     life.command(path, ["optim.steps=2"], fresh=True)
-    assert Artifact(artifact.run / "sft.old-1").verify()["training"]["steps"] == 12
-    assert artifact.verify()["training"]["steps"] == 2
+    assert Artifact(artifact.run / "sft.old-1").verify().training.steps == 12
+    assert artifact.verify().training.steps == 2
 
 
 def test_harmless_changes_do_not_refuse(straight, tmp_path):
@@ -102,9 +103,9 @@ def test_move_the_run(straight, tmp_path):
     child = life.command(life.write(moved, name="again", model="artifact:sft", optim__steps=2))
     manifest = child.verify()
     parent = Artifact(moved / "sft").manifest()
-    assert manifest["parents"] == [{"name": "sft", "fingerprint": parent["fingerprint"]}]
+    assert manifest.parents == [Parent("sft", parent.fingerprint)]
     other = life.command(life.write(tmp_path / "other", model=str(moved / "sft"), optim__steps=2))
-    assert other.verify()["parents"][0]["fingerprint"] == parent["fingerprint"]
+    assert other.verify().parents[0].fingerprint == parent.fingerprint
     assert life.essence(child)["files"] == life.essence(other)["files"]
 
 
@@ -113,7 +114,7 @@ def test_start_from_a_checkpoint(straight, tmp_path):
     child = life.command(
         life.write(artifact.run, name="early", model="artifact:sft@9", optim__steps=1)
     )
-    assert child.verify()["parents"][0]["name"] == "sft@9"
+    assert child.verify().parents[0].name == "sft@9"
     with pytest.raises(UserError, match=r"no such checkpoint; there are: 12, 9"):
         life.command(life.write(artifact.run, name="none", model="artifact:sft@7", optim__steps=1))
 
@@ -219,11 +220,11 @@ def begin_again(artifact, write=life.write):
     from llmpipe.stages import schema
 
     path = write(artifact.run)
-    made = load(path, schema(manifest["stage"]))
+    made = load(path, schema(manifest.stage))
     decision = decide(artifact, made, ("model", "adapter"), "checkpoints/step-*")
     assert decision.action == "skip"
     write_plan(artifact, made, decision.plan)
-    assert manifest["identity"] == decision.plan.identity
+    assert manifest.identity == decision.plan.identity
     (artifact.path / "manifest.json").unlink()
     shutil.rmtree(artifact.model)
 
@@ -248,7 +249,7 @@ def test_another_machine_setting_refuses_to_resume(tmp_path):
         life.command(path, ["launch.micro_batch_size=4"])
     assert refused.value.code == 3
     artifact = life.command(path, ["launch.micro_batch_size=4"], inexact=True)
-    assert artifact.manifest()["training"]["exact_resume"] is False
+    assert artifact.manifest().training.exact_resume is False
 
 
 @pytest.mark.parametrize("where", ["loss_1", "loss_6", "loss_12", "gradient_6"])
@@ -304,9 +305,9 @@ def test_keep_best_and_patience(tmp_path):
         if "eval_loss" in x
     }
     best = min((s for s in losses if s), key=losses.get)
-    last = manifest["training"]["steps"]
-    assert manifest["training"]["published_step"] == best
-    assert manifest["final"]["eval_loss"] == losses[best]
+    last = manifest.training.steps
+    assert manifest.training.published_step == best
+    assert manifest.final["eval_loss"] == losses[best]
     assert last < 40
 
     # a signal in the last step leaves its evaluation, which ends the training, to the resumed run

@@ -162,8 +162,8 @@ def test_pairs_that_teach_nothing_are_named(tmp_path):
         (2, "chosen equals rejected"), (3, "cut to the same text"), (4, "too long"), (6, "wrong type"),
         (7, "no assistant turn"),
     ]  # fmt: skip
-    counts = artifact.manifest()["data"]["rows"]
-    assert counts["read"] == 12 == counts["kept"] + counts["rejected"] and counts["truncated"] == 1
+    counts = artifact.manifest().data.rows
+    assert counts.read == 12 == counts.kept + counts.rejected and counts.truncated == 1
     made = table(artifact)
     assert [row["margin"] for row in made] == [0, 0, *[0.5] * 5]
     assert len(made[1]["prompt_ids"]) + len(made[1]["chosen_ids"]) == 64
@@ -301,10 +301,10 @@ def test_a_step_cut_any_way_is_one_trajectory(tmp_path, stage):
     ]
     two = write(tmp_path / "two", stage, **settings, launch__micro_batch_size=3)
     made.append(life.pair(two))
-    assert made[0].manifest()["data"]["rows"]["train"] % 12
+    assert made[0].manifest().data.rows.train % 12
     for artifact in made[1:]:
         assert losses(artifact) == pytest.approx(losses(made[0]), abs=1e-4)
-        first, last = (a.manifest()["final"] for a in (made[0], artifact))
+        first, last = (a.manifest().final for a in (made[0], artifact))
         assert last["eval_loss"] == pytest.approx(first["eval_loss"], abs=1e-4)
         assert probed(artifact) == pytest.approx(probed(made[0]), abs=1e-4)
 
@@ -316,7 +316,7 @@ def probed(artifact):
 
     kind = (
         AutoModelForSequenceClassification
-        if artifact.manifest()["kind"] == "reward-model"
+        if artifact.manifest().kind == "reward-model"
         else AutoModelForCausalLM
     )
     with torch.no_grad():
@@ -388,15 +388,15 @@ def test_the_reward_model(reward, tmp_path):
 
     manifest = reward.verify()
     assert (
-        manifest["kind"] == "reward-model" and manifest["verified"]["max_logit_difference"] < 1e-5
+        manifest.kind == "reward-model" and manifest.verified["max_logit_difference"] < 1e-5
     )
-    ranking = manifest["final"]["ranking"]
+    ranking = manifest.final["ranking"]
     assert (
         ranking["n"] == 7
         and ranking["held_out"]
         and sum(part["n"] for part in ranking["calibration"]) == 7
     )
-    assert ranking["accuracy"] == manifest["final"]["eval_accuracy"] and ranking["reward_std"] > 0
+    assert ranking["accuracy"] == manifest.final["eval_accuracy"] and ranking["reward_std"] > 0
     assert min(losses(reward)[3:]) < losses(reward)[0], "it learns"
     from llmpipe.report.terminal import show_run
 
@@ -508,8 +508,8 @@ def test_two_processes_with_what_does_not_divide(tmp_path):
     one = life.command(write(tmp_path / "one", "dpo", **settings, launch__micro_batch_size=8))
     two = life.pair(write(tmp_path / "two", "dpo", **settings, launch__micro_batch_size=4))
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    assert two.manifest()["final"]["eval_loss"] == pytest.approx(
-        one.manifest()["final"]["eval_loss"], abs=1e-4
+    assert two.manifest().final["eval_loss"] == pytest.approx(
+        one.manifest().final["eval_loss"], abs=1e-4
     )
 
 
@@ -640,7 +640,7 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
     )
     process.join(120)
     plain = json.loads(out.read_text())
-    assert len(rows) == 2 * made.manifest()["data"]["rows"]["eval"]
+    assert len(rows) == 2 * made.manifest().data.rows.eval
     within = 0.2 if "quantization" in changes else 1e-3  # bf16
     assert policy == pytest.approx(held, abs=1e-4)
     assert policy == pytest.approx(plain["parent"], abs=within)
@@ -665,7 +665,7 @@ def test_what_learns_is_fp32(parents, stage):
     tensors = load_file(made.model / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     if stage == "reward":
-        assert made.manifest()["verified"]["max_logit_difference"] < 1e-5
+        assert made.manifest().verified["max_logit_difference"] < 1e-5
         begun = torch.tensor(probed_head(parents))
         (head,) = (tensor for name, tensor in tensors.items() if "score" in name)
         assert head.shape == begun.shape and ((head - begun).abs() > 0).float().mean() > 0.95
@@ -769,8 +769,8 @@ def test_lineage(parents):
         )
     )
     manifest = Artifact(parents / "on").verify()
-    assert manifest["kind"] == "adapter" and manifest["base"]["reference"] == "artifact:sft"
-    assert [parent["name"] for parent in manifest["parents"]] == ["lora"]
+    assert manifest.kind == "adapter" and manifest.base.reference == "artifact:sft"
+    assert [parent.name for parent in manifest.parents] == ["lora"]
     assert "from       lora" in show_run(parents / "on")
 
 

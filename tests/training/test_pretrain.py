@@ -53,12 +53,12 @@ def test_the_model(straight):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     manifest = straight.verify()
-    assert manifest["kind"] == "model" and manifest["models"] == {} and manifest["parents"] == []
-    assert abs(manifest["final"]["eval_loss_before"] - math.log(512)) < 0.25
-    assert manifest["final"]["eval_loss"] < manifest["final"]["eval_loss_before"] - 0.2
-    tokens, size = manifest["data"]["tokens"]["eval"], manifest["data"]["tokens"]["eval_bytes"]
-    expected = manifest["final"]["eval_loss"] / math.log(2) * tokens / size
-    assert manifest["final"]["bits_per_byte"] == pytest.approx(expected)
+    assert manifest.kind == "model" and manifest.models == {} and manifest.parents == []
+    assert abs(manifest.final["eval_loss_before"] - math.log(512)) < 0.25
+    assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"] - 0.2
+    tokens, size = manifest.data.tokens.eval, manifest.data.tokens.eval_bytes
+    expected = manifest.final["eval_loss"] / math.log(2) * tokens / size
+    assert manifest.final["bits_per_byte"] == pytest.approx(expected)
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(straight.model),
         AutoTokenizer.from_pretrained(straight.model),
@@ -99,9 +99,9 @@ def test_every_token_is_in_a_block(straight, texts):
     for name, rows in blocks.items():
         lengths = [len(row) for row in rows]
         assert set(lengths[:-1]) == {64} and 0 < lengths[-1] <= 64
-        assert sum(lengths) == manifest["data"]["tokens"][name]
+        assert sum(lengths) == getattr(manifest.data.tokens, name)
     found = [token for rows in blocks.values() for row in rows for token in row]
-    ends = manifest["data"]["rows"]["kept"]
+    ends = manifest.data.rows.kept
     whole = sum(
         len(tokenizer(path.read_text().strip("\n"))["input_ids"]) for path in texts.glob("*.txt")
     )
@@ -143,7 +143,7 @@ def test_a_stream_is_every_block_in_order(texts, tmp_path):
         tmp_path / "plain", texts, **streamed(texts, data__stream=False, data__isolate=True)
     )
     artifact = life.command(plain)
-    pinned = artifact.manifest()["asked"]["content"]
+    pinned = artifact.manifest().asked.content
     recipe = load(
         write(tmp_path / "run", texts, **streamed(texts, data__isolate=True)), schema("pretrain")
     )
@@ -170,7 +170,7 @@ def test_a_stream_is_every_block_in_order(texts, tmp_path):
         "pieces": 2,
     }
     rows = counted(whole.position(len(whole) // 4 * 4).rows, none)
-    of_train = artifact.manifest()["data"]["sources"][:-1]
+    of_train = artifact.manifest().data.sources[:-1]
     for name in ("read", "kept", "truncated", "split", "pieces"):
         assert rows[name] == sum(source[name] for source in of_train) + none[name]
     assert rows["rejected_by_reason"] == {"empty text": 1, "null": 1} and rows["rejected"] == 2
@@ -226,17 +226,15 @@ def test_continued_pretraining_and_sft_on_top(straight, texts, tmp_path):
     """artifact:pretrain goes on, and into sft, with its own tokenizer and template."""
     more = life.command(write(straight.run, texts, name="more", model="artifact:pretrain", architecture=None,
                               tokenizer=None, optim__steps=4))  # fmt: skip
-    assert more.manifest()["final"]["eval_loss_before"] == pytest.approx(
-        straight.manifest()["final"]["eval_loss"], abs=2e-5
+    assert more.manifest().final["eval_loss_before"] == pytest.approx(
+        straight.manifest().final["eval_loss"], abs=2e-5
     )
-    assert more.manifest()["parents"][0]["name"] == "pretrain"
+    assert more.manifest().parents[0].name == "pretrain"
     child = life.command(life.write(straight.run, model="artifact:more", optim__steps=3, data__max_length=64,
                                     data__max_rejected=1.0))  # fmt: skip
     manifest = child.verify()
-    assert manifest["tokenizer"]["template"] == straight.manifest()["tokenizer"]["template"]
-    assert [p["name"] for p in manifest["parents"]] == ["more"] and manifest["data"]["rows"][
-        "kept"
-    ] > 20
+    assert manifest.tokenizer.template == straight.manifest().tokenizer.template
+    assert [p.name for p in manifest.parents] == ["more"] and manifest.data.rows.kept > 20
 
 
 @pytest.mark.parametrize(
@@ -251,7 +249,7 @@ def test_schedules_end_where_they_should(texts, tmp_path, scheduler, shape):
         json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()
     ]
     rates = [line["learning_rate"] / 3e-3 for line in lines if "learning_rate" in line]
-    assert len(rates) == 10 == artifact.manifest()["training"]["steps"]
+    assert len(rates) == 10 == artifact.manifest().training.steps
     assert max(rates) == pytest.approx(1.0) and rates[1] == pytest.approx(shape[0], abs=0.05)
     if scheduler == "wsd":
         assert rates[6] == pytest.approx(1.0) and rates[-1] < 0.7

@@ -1,0 +1,49 @@
+"""How many rows, tokens and sequences were prepared. Without pydantic: `show` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    read: int
+    kept: int
+    truncated: int
+    split: int
+    pieces: int
+    rejected: int
+    rejected_by_reason: dict[str, int]
+    duplicates: int
+    """Rows to train on that another one equals."""
+    unseen: int
+    """Rows that a source's weight leaves out."""
+    overlap: int
+    """Rows to evaluate on that are trained on as well."""
+    train: int
+    eval: int
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    train: int
+    train_supervised: int
+    eval: int
+    eval_supervised: int
+    eval_bytes: int
+    """Bytes of the text that the evaluated rows teach."""
+
+
+@dataclass(frozen=True)
+class SequenceCounts:
+    train: int
+    eval: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a row to train on, before packing."""
+
+    p50: int
+    p95: int
+    max: int

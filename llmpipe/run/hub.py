@@ -1,0 +1,82 @@
+"""Models of the Hub: which commit a name means, and the files of that commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmpipe.errors import UserError
+
+HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
+"""What `huggingface_hub` may speak with; each has connection errors of its own."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a model, and where it lies in the local cache if that is known."""
+
+    commit: str
+    folder: Path | None = None
+
+
+def snapshot_of(reference: str, field: str) -> Snapshot:
+    """The commit that NAME or NAME@REVISION means, from the cache where the Hub cannot be reached.
+
+    `field` of the recipe is for the message. Raises UserError (2) when neither has it.
+    """
+    name, _, revision = reference.partition("@")
+    commit = _commit_online(name, revision, field)
+    return Snapshot(commit) if commit else _in_cache(name, revision, field)
+
+
+def download(reference: str, commit: str, *, weights: bool) -> Path:
+    """The folder of a model at a commit, fetched unless the cache has it."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    if weights:
+        patterns.append("*.safetensors")
+    name = reference.partition("@")[0]
+    return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+
+
+def _commit_online(name: str, revision: str, field: str) -> str | None:
+    """The commit as the Hub knows it, or None where the Hub cannot be reached."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        commit: str = HfApi().model_info(name, revision=revision or None, timeout=10).sha
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403, 404):
+            problem = f"{field}: {name}: not found on the Hub, or closed to you (HTTP {status})"
+            hint = (
+                "check the name; a gated model needs `hf auth login`; a local folder starts with ./"
+            )
+            raise UserError(problem, hint) from None
+        return None
+    except (OSError, OfflineModeIsEnabled, RuntimeError):
+        return None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in HTTP_CLIENTS:
+            raise
+        return None
+    return commit
+
+
+def _in_cache(name: str, revision: str, field: str) -> Snapshot:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        problem = (
+            f"{field}: {name}: the Hub cannot be reached and the model is not in the local cache"
+        )
+        hint = "go online once, or give a local folder (./folder) or file (./model.gguf)"
+        raise UserError(problem, hint) from None
+    return Snapshot(folder.name, folder)
