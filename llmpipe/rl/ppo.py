@@ -93,12 +93,14 @@ class Batch:
 class Loop:
     """A training, and how it moves on."""
 
-    def __init__(self, training: Training, world: World, actors: Actors, rewards: Rewards):
+    def __init__(
+        self, training: Training[PPORecipe], world: World, actors: Actors, rewards: Rewards
+    ):
         self.training = training
         self.world = world
         self.actors = actors
         self.rewards = rewards
-        self.recipe: PPORecipe = training.job.recipe
+        self.recipe = training.recipe
         self.artifact = training.artifact
         self.hardware = training.hardware
         self.say = training.say
@@ -364,7 +366,7 @@ def _updates(recipe: PPORecipe, prompts: int) -> int:
     return optim.steps or max(1, math.ceil(optim.epochs * prompts / optim.batch_size))
 
 
-def _mixture_rows(training: Training) -> Sequence[dict[str, Any]] | None:
+def _mixture_rows(training: Training[PPORecipe]) -> Sequence[dict[str, Any]] | None:
     """Sft data that is mixed in."""
     mixture = training.prepared.mixture
     if mixture is None:

@@ -1,4 +1,5 @@
-"""The equations of PPO against NumPy and numbers worked out by hand; sampling against the distribution it claims."""
+"""The equations of PPO against NumPy and numbers worked out by hand; sampling against the
+distribution it claims."""
 
 import math
 
@@ -181,7 +182,8 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
-    """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise, with its gradients."""
+    """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise,
+    with its gradients."""
     from llmpipe.kernels.log_probs import TILE, Head, log_probs
 
     torch.manual_seed(0)

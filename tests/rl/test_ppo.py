@@ -1,4 +1,5 @@
-"""PPO as a stage: the same distribution in rollout and training, closed forms, exact resume, any cut of a batch."""
+"""PPO as a stage: the same distribution in rollout and training, closed forms, exact resume, any
+cut of a batch."""
 
 import json
 import math
@@ -23,10 +24,16 @@ HOW = {
 }
 MIXTURE = {"train": [{"path": str(ROWS)}], "max_length": 64, "batch_size": 2}
 LONGER = {  # for the faults: checkpoints at 3, 6, 9 and 12, and everything that has a state
-    "optim__steps": 12, "checkpoint__every": 3, "data__eval": {"holdout": 0.1}, "evaluation": {"every": 5},
-    "algorithm__normalize_scores": True, "reference__target": 1.0, "samples": {"prompts": ["What is 2 + 2?"]},
-    "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}], "mixture": MIXTURE,
-}  # fmt: skip
+    "optim__steps": 12,
+    "checkpoint__every": 3,
+    "data__eval": {"holdout": 0.1},
+    "evaluation": {"every": 5},
+    "algorithm__normalize_scores": True,
+    "reference__target": 1.0,
+    "samples": {"prompts": ["What is 2 + 2?"]},
+    "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}],
+    "mixture": MIXTURE,
+}
 REWARD = """
 def brevity(prompts, completions, **columns):
     return [-len(text) / 10 for text in completions]
@@ -83,7 +90,8 @@ def metrics(artifact):
 
 
 def test_passes_are_filled():
-    """By count, or with `auto` by tokens: every episode once, like lengths together; a long one goes alone."""
+    """By count, or with `auto` by tokens: every episode once, like lengths together; a long one
+    goes alone."""
     from types import SimpleNamespace as Some
 
     from llmpipe.rl.passes import PassSize
@@ -104,7 +112,7 @@ def updates(artifact):
     return [line for line in metrics(artifact) if "loss" in line]
 
 
-# --- the closed form -------------------------------------------------------------------------------------------------
+# --- the closed form ---
 
 WORDS = [f"w{i}" for i in range(28)]
 
@@ -123,9 +131,17 @@ def bandit(folder, seed):
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     (folder.parent / "asks.jsonl").write_text(json.dumps({"prompt": "ask"}) + "\n")
@@ -133,7 +149,9 @@ def bandit(folder, seed):
     rewards[:2] = [0.0, 0.0]  # pad and end have no text
     table = {"": 0.0} | {word: rewards[i] for word, i in vocabulary.items() if i > 1}
     (folder.parent / "rewards.py").write_text(
-        f"TABLE = {table!r}\n\n\ndef look(prompts, completions, **_):\n    return [TABLE[x] for x in completions]\n"
+        f"TABLE = {table!r}\n\n\n"
+        "def look(prompts, completions, **_):\n"
+        "    return [TABLE[text] for text in completions]\n"
     )
     with torch.no_grad():
         return model(torch.tensor([[2]])).logits[0, -1].log_softmax(-1), torch.tensor(rewards)
@@ -141,7 +159,8 @@ def bandit(folder, seed):
 
 @pytest.mark.parametrize("seed", [0, *map(life.by_the_dozen, range(1, 5))])
 def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
-    """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq. 4)."""
+    """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq.
+    4)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -149,17 +168,32 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
     folder.mkdir()
     reference, rewards = bandit(folder, seed)
     values = {
-        "stage": "ppo", "run": str(tmp_path / "run"), "model": str(folder), "seed": seed,
+        "stage": "ppo",
+        "run": str(tmp_path / "run"),
+        "model": str(folder),
+        "seed": seed,
         "data": {"train": [{"path": str(tmp_path / "asks.jsonl")}], "max_length": 8},
         "reward": [{"function": f"{tmp_path}/rewards.py:look"}],
         "reference": {"coefficient": beta, "estimator": "k1"},
         "rollout": {"max_new_tokens": 1},
         "critic": {"clip": None, "coefficient": 1.0},
         "algorithm": {"epochs": 2, "minibatches": 2, "whiten": False},
-        "optim": {"learning_rate": 1e-2, "batch_size": 256, "steps": 100, "precision": "fp32", "warmup": 0},
-        "checkpoint": {"every": 1000}, "log": {"every": 10},
-        "launch": {"processes": 1, "threads": 1, "micro_batch_size": 256, "rollout_batch_size": 256},
-    }  # fmt: skip
+        "optim": {
+            "learning_rate": 1e-2,
+            "batch_size": 256,
+            "steps": 100,
+            "precision": "fp32",
+            "warmup": 0,
+        },
+        "checkpoint": {"every": 1000},
+        "log": {"every": 10},
+        "launch": {
+            "processes": 1,
+            "threads": 1,
+            "micro_batch_size": 256,
+            "rollout_batch_size": 256,
+        },
+    }
     path = tmp_path / "ppo.yaml"
     path.write_text(json.dumps(values))
     made = life.command(path)
@@ -167,7 +201,11 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
     with torch.no_grad():
         found = model(torch.tensor([[2]])).logits[0, -1].softmax(-1)
     target = (reference + rewards / beta).softmax(-1)
-    away = lambda p: float((p - target).abs().sum() / 2)  # noqa: E731  total variation
+
+    def away(probabilities):
+        """Total variation from the closed form."""
+        return float((probabilities - target).abs().sum() / 2)
+
     assert away(reference.exp()) > 0.2, "there is something to learn"
     assert away(found) < 0.03
     last = updates(made)[-1]
@@ -175,7 +213,7 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
     assert last["objective/rlhf_reward"] == pytest.approx(optimum, abs=0.1)
 
 
-# --- rollout and training see one distribution -----------------------------------------------------------------------
+# --- rollout and training see one distribution ---
 
 
 @pytest.fixture
@@ -241,7 +279,8 @@ def test_the_first_ratio_is_one(tmp_path, spied, how, drawn):
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
-    """What ppo starts from: sft, an adapter on it, merged as well, one on 4 bits, and reward models."""
+    """What ppo starts from: sft, an adapter on it, merged as well, one on 4 bits, and reward
+    models."""
     from tests.training import test_preference
 
     run = tmp_path_factory.mktemp("parents") / "run"
@@ -349,7 +388,8 @@ def as_by(model, tokenizer, scored):
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
 def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkeypatch, pad):
-    """One base for policy and reward model: the scores are those of the reward model in memory by itself."""
+    """One base for policy and reward model: the scores are those of the reward model in memory by
+    itself."""
     from safetensors.torch import load_file
 
     from llmpipe.models.load import load_any
@@ -380,7 +420,8 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkey
 
 
 def test_scores_are_those_of_the_plain_text(parents, scored, tmp_path):
-    """A reward model with another tokenizer and template than the policy's reads what a person would."""
+    """A reward model with another tokenizer and template than the policy's reads what a person
+    would."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from tests.training import test_preference, test_pretrain
@@ -402,7 +443,7 @@ def test_scores_are_those_of_the_plain_text(parents, scored, tmp_path):
     )
 
 
-# --- durable ---------------------------------------------------------------------------------------------------------
+# --- durable ---
 
 
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("lora", "trunk", "qlora"))])
@@ -443,7 +484,8 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
 
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
 def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
-    """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and what is published."""
+    """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and
+    what is published."""
     from llmpipe.rl import passes
     from tests.training.test_trl import probe_logits
 
@@ -519,8 +561,11 @@ def test_passes_end_when_the_policy_has_moved(tmp_path):
 
 def test_clipped_scores(tmp_path):
     """What is learned from has them clipped; what is reported has not."""
-    lines = [updates(life.command(write(tmp_path / f"run{limit}", optim__steps=1, reference__coefficient=0.0,
-                                        algorithm__clip_scores=limit)))[0] for limit in (None, 0.25)]  # fmt: skip
+    lines = []
+    for limit in (None, 0.25):
+        changes = {"optim__steps": 1, "reference__coefficient": 0.0}
+        path = write(tmp_path / f"run{limit}", algorithm__clip_scores=limit, **changes)
+        lines += updates(life.command(path))
     assert lines[0]["objective/scores"] == lines[1]["objective/scores"] > 0.25
     assert lines[0]["objective/rlhf_reward"] == pytest.approx(lines[0]["objective/scores"])
     assert lines[0]["loss/value"] != lines[1]["loss/value"]
@@ -574,7 +619,8 @@ def test_a_critic_begins_as_the_parents_adapter(parents, monkeypatch):
 
 
 def test_a_signal_before_a_due_evaluation(tmp_path):
-    """The evaluation waits for the resumed run, the last update's too; one that is done is not done again."""
+    """The evaluation waits for the resumed run, the last update's too; one that is done is not done
+    again."""
     changes = {"data__eval": {"holdout": 0.1}, "evaluation": {"every": 2}}
     whole = life.command(write(tmp_path / "whole", **changes))
     path = write(tmp_path / "run", **changes)
@@ -618,8 +664,16 @@ def test_models_whose_answers_would_mix_are_refused(tmp_path):
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=128, word_embed_proj_dim=32, init_std=0.3)  # fmt: skip
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        init_std=0.3,
+    )
     OPTForCausalLM(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="does not know how OPTForCausalLM keeps answers apart"):
@@ -639,7 +693,7 @@ def test_nan_stops_before_the_optimizer(tmp_path, where):
     assert not Artifact(tmp_path / "run" / "ppo").finished
 
 
-# --- what users get wrong --------------------------------------------------------------------------------------------
+# --- what users get wrong ---
 
 
 @pytest.mark.parametrize(
@@ -736,7 +790,8 @@ def test_a_changed_reward_function_is_another_artifact(tmp_path):
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_a_mixture_is_learned_beside(tmp_path, how):
-    """PPO-ptx: its first loss is plain transformers' of the same rows, and it falls although no score asks for it."""
+    """PPO-ptx: its first loss is plain transformers' of the same rows, and it falls although no
+    score asks for it."""
     import torch
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
@@ -779,13 +834,21 @@ def test_a_mixture_is_learned_beside(tmp_path, how):
 
 
 def test_a_score_that_rises(tmp_path):
-    """It learns, held out too; every weight of the policy moved; the rows of the table can be read."""
+    """It learns, held out too; every weight of the policy moved; the rows of the table can be
+    read."""
     from safetensors.torch import load_file
 
     made = life.command(
-        write(tmp_path / "run", optim__steps=25, optim__batch_size=16, optim__learning_rate=4e-3,
-              data__eval={"holdout": 0.1}, reference__coefficient=0.01, samples={"prompts": ["What is 2 + 2?"]})
-    )  # fmt: skip
+        write(
+            tmp_path / "run",
+            optim__steps=25,
+            optim__batch_size=16,
+            optim__learning_rate=4e-3,
+            data__eval={"holdout": 0.1},
+            reference__coefficient=0.01,
+            samples={"prompts": ["What is 2 + 2?"]},
+        )
+    )
     final = made.verify().final
     assert final["eval_score"] > final["eval_score_before"] + 0.3
     before, after = (
