@@ -281,11 +281,11 @@ class Loop:
             self.journal.note(f"saving step {self.state.step}")
             sizes = self.journal.sizes()
             record = state.record(self.state, self.learner, self.journal.seconds, sizes)
-            origin = {
-                "identity": self.training.identity,
-                "machine": self._machine(),
-                "exact": self.exact,
-            }
+            origin = checkpoints.Origin(
+                identity=self.training.identity,
+                machine=self._machine(),
+                exact=self.exact,
+            )
             with checkpoints.writing(home, self.state.step, origin, record.model_dump) as staging:
                 state.save_tensors(self.learner, staging)
             checkpoints.rotate(home, self.recipe.checkpoint.keep, set())

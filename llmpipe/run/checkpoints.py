@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +26,24 @@ UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What sums.json holds."""
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Of what training a checkpoint is."""
 
-    step: int
     identity: str
     """Of what was asked, and of the very tokens."""
     machine: dict[str, Any]
     """Settings that change the bits of a result."""
     exact: bool
-    """Whether it was resumed bitwise, if at all, on the way to this step."""
+    """Whether it was resumed bitwise, if at all, on the way here."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What sums.json holds."""
+
+    step: int
+    origin: Origin
     files: Table
 
     @classmethod
@@ -45,13 +52,12 @@ class Sums:
         document = read_json(checkpoint / SUMS)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             return None
-        return cls(
-            step=document["step"],
+        origin = Origin(
             identity=document["identity"],
             machine=document["machine"],
             exact=document.get("exact", True),
-            files=table_of(document["files"]),
         )
+        return cls(document["step"], origin, table_of(document["files"]))
 
 
 class Picked(NamedTuple):
@@ -79,18 +85,15 @@ def steps(checkpoints: Path) -> list[int]:
 
 @contextmanager
 def writing(
-    checkpoints: Path, step: int, about: Mapping[str, Any], state: Callable[[], dict[str, Any]]
+    checkpoints: Path, step: int, origin: Origin, state: Callable[[], dict[str, Any]]
 ) -> Iterator[Path]:
-    """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`.
-
-    `about` is what `Sums` says of its origin: identity, machine, exact.
-    """
+    """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`."""
     with publishing(folder(checkpoints, step)) as staging:
         yield staging
         for name in UNREAD:
             (staging / name).unlink(missing_ok=True)
         write_json(staging / STATE, state())
-        sums = {"step": step, **about, "files": table(staging)}
+        sums = {"step": step, **asdict(origin), "files": table(staging)}
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
@@ -132,12 +135,13 @@ def pick(
             continue
         sums = Sums.read(path)
         assert sums is not None
-        if sums.identity != identity:
+        if sums.origin.identity != identity:
             raise UserError(f"{path}: is of another recipe", "--fresh starts anew", INTEGRITY)
-        changed = [name for name, value in machine.items() if sums.machine.get(name) != value]
+        before = sums.origin.machine
+        changed = [name for name, value in machine.items() if before.get(name) != value]
         if changed and not inexact:
-            raise _other_machine(path, sums.machine, machine, changed)
-        return Picked(path, sums.exact and not changed)
+            raise _other_machine(path, before, machine, changed)
+        return Picked(path, sums.origin.exact and not changed)
     return None
 
 

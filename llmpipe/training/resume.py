@@ -105,12 +105,12 @@ class Resume:
         """
         step = trainer.state.global_step
         staging = self.home / f".step-{step}.staging"
-        about = {
-            "identity": self.training.identity,
-            "machine": self.training.hardware.resume_key(),
-            "exact": self.exact,
-        }
-        published = checkpoints.writing(self.home, step, about, state.model_dump)
+        origin = checkpoints.Origin(
+            identity=self.training.identity,
+            machine=self.training.hardware.resume_key(),
+            exact=self.exact,
+        )
+        published = checkpoints.writing(self.home, step, origin, state.model_dump)
         output_dir = trainer.args.output_dir
         trainer.args.output_dir = str(staging)
         with published if self.world.is_first else nullcontext():
