@@ -7,7 +7,7 @@ adapter off, or the parent's own adapter.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,11 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Generating, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
-from llmpipe.run.handoff import tokens
-from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
 from llmpipe.stages import CHECKPOINTS
+
+if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -132,6 +133,7 @@ class Schema(Generating):
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.run.handoff import tokens
 
     return tokens(job, PAIRS)
 

@@ -9,7 +9,7 @@ epochs, held to the parent by a KL penalty.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
@@ -17,10 +17,11 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Rows
-from llmpipe.run.handoff import tokenized, tokens
-from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
 from llmpipe.stages import CHECKPOINTS
+
+if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -87,6 +88,7 @@ def prepare(job: Job[Schema]) -> PreparedRows:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
     from llmpipe.data.kinds.prompts import PROMPTS
     from llmpipe.data.kinds.rows import ROWS
+    from llmpipe.run.handoff import tokenized, tokens
 
     recipe = job.recipe
     needs_math = any(source.verifier == "math_verify" for source in recipe.reward)

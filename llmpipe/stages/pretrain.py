@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,9 +28,11 @@ from llmpipe.recipe.sections import (
     Share,
 )
 from llmpipe.recipe.trainer import TrainerConfig
-from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
 from llmpipe.stages import sft
+
+if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"

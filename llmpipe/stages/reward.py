@@ -9,17 +9,18 @@ first.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.recipe.sections import Hosted, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
-from llmpipe.run.handoff import tokens
-from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
 from llmpipe.stages import CHECKPOINTS
+
+if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "reward-model"
@@ -64,6 +65,7 @@ class Schema(Hosted):
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.run.handoff import tokens
 
     return tokens(job, PAIRS)
 

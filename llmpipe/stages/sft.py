@@ -9,15 +9,16 @@ rows that llmpipe prepared.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.recipe.sections import Data, Generating, Optim, Start
 from llmpipe.recipe.trainer import TrainerConfig
-from llmpipe.run.handoff import tokens
-from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
 from llmpipe.stages import CHECKPOINTS
+
+if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.run.job import Job
+    from llmpipe.run.manifest import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -66,6 +67,7 @@ class Schema(Supervised):
 def prepare(job: Job[Supervised]) -> PreparedRows:
     """Texts and conversations -> tokens."""
     from llmpipe.data.kinds.rows import ROWS
+    from llmpipe.run.handoff import tokens
 
     return tokens(job, ROWS)
 
