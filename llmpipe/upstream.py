@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels import ChunkedLogProbFunction
 
 from llmpipe.kernels import cpu
@@ -286,6 +287,38 @@ def keep_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def using_adapter(model: nn.Module, adapter: str | None, otherwise: str) -> Iterator[None]:
+    """Compute with one of the adapters of `model`, PEFT's, or with none, and `otherwise` after it.
+    PEFT's own switch also decides what learns; this does not.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    _switch(layers, adapter)
+    try:
+        yield
+    finally:
+        _switch(layers, otherwise)
+
+
+def _switch(layers: list[Any], adapter: str | None) -> None:
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter:
+            layer._active_adapter = [adapter]
+
+
+def recompute(model: nn.Module, on: bool) -> None:
+    """Whether the layers of a model that has activation checkpointing compute their activations
+    again in the backward pass; transformers asks their training mode, and a model may have to be in
+    evaluation mode.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = on
 
 
 # --- noise ---

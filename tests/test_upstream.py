@@ -1,4 +1,4 @@
-"""The overrides in `llmpipe.upstream` change no result, and what they hold on to upstream is still there."""
+"""The overrides in `llmpipe.upstream` change no result, and what they hold on to is still there."""
 
 import copy
 import inspect
@@ -34,9 +34,19 @@ def untouched(monkeypatch):
 def tiny() -> LlamaForCausalLM:
     """A random Llama: two layers, four heads that share two keys."""
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=101, max_position_embeddings=64, pad_token_id=0,
-                         tie_word_embeddings=True, attn_implementation="sdpa", initializer_range=0.2)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).train()
 
 
@@ -245,7 +255,8 @@ def test_silence(caplog):
     assert [record.getMessage() for record in caplog.records] == ["a line that matters"]
 
 
-# Canaries: what the overrides hold on to. A failure here says that upstream moved and upstream.py has to follow.
+# Canaries: what the overrides hold on to. A failure here says that upstream moved, and that
+# upstream.py has to follow.
 
 
 def test_canary_fused_head():
@@ -259,17 +270,34 @@ def test_canary_fused_head():
         inspect.getsource(trl.trainer.utils).count("_use_triton") == 2
     )  # its import and `compact`
     assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters)[1:] == [
-        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
         "outputs",
-    ]  # fmt: skip
+    ]
     sft = inspect.getsource(trl.SFTTrainer)
     assert 'outputs=("log_probs", "entropy", "is_top1")' in sft
     assert "outputs.entropy.detach()" in sft  # so the entropy needs no gradient
 
 
 def test_canary_attention():
-    needed = {"batch_size", "q_length", "kv_length", "q_offset", "mask_function", "attention_mask", "local_size",
-              "use_vmap", "allow_is_causal_skip", "device"}  # fmt: skip
+    needed = {
+        "batch_size",
+        "q_length",
+        "kv_length",
+        "q_offset",
+        "mask_function",
+        "attention_mask",
+        "local_size",
+        "use_vmap",
+        "allow_is_causal_skip",
+        "device",
+    }
     assert needed <= set(inspect.signature(transformers.masking_utils.sdpa_mask).parameters)
     expected = ["module", "query", "key", "value", "attention_mask", "dropout", "scaling"]
     assert list(inspect.signature(sdpa_attention_forward).parameters)[:7] == expected
@@ -371,7 +399,7 @@ def test_canary_noise():
 
 
 def test_a_quantized_model_says_the_same_before_and_after_its_first_evaluation():
-    """bitsandbytes still repacks 4-bit weights on some CPUs, and still asks this attribute first."""
+    """bitsandbytes still repacks 4-bit weights on some CPUs, and asks this attribute first."""
     from bitsandbytes.nn import Linear4bit
 
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
@@ -384,12 +412,20 @@ def test_a_tied_head_that_learns_tokens_has_a_bias_to_read():
     """PEFT's wrapper forwards `weight` alone, and TRL's fused head reads `weight` and `bias`."""
     from peft import LoraConfig, get_peft_model
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, tie_word_embeddings=True)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM",
-                                                                    trainable_token_indices=[3]))  # fmt: skip
+        lora = LoraConfig(
+            target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices=[3]
+        )
+        model = get_peft_model(LlamaForCausalLM(config), lora)
     assert not hasattr(model.get_output_embeddings(), "bias"), (
         "upstream mended it: `with_bias` can go"
     )
@@ -398,7 +434,9 @@ def test_a_tied_head_that_learns_tokens_has_a_bias_to_read():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generating_copies_no_head(dtype):
-    """Without it the weight is copied for every row of the batch; when it no longer is, `generating` can do less."""
+    """Without it the weight is copied for every row of the batch; when it no longer is,
+    `generating` can do less.
+    """
 
     def copies(model) -> int:
         with torch.no_grad(), torch.profiler.profile(record_shapes=True) as seen:
@@ -415,3 +453,70 @@ def test_generating_copies_no_head(dtype):
     with upstream.generating(model):
         assert copies(model) == 0
     assert model.config._attn_implementation == DOCUMENTS and copies(model) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_is_switched_and_what_learns_is_not():
+    """PEFT's layers still read these two attributes, and its own switch still freezes."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.eval()
+    ids = torch.tensor([[5, 6, 7]])
+
+    def logits(adapter: str | None) -> torch.Tensor:
+        with upstream.using_adapter(model, adapter, otherwise="default"), torch.no_grad():
+            return model(ids).logits
+
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    by_name = {name: logits(name) for name in ("default", "other", None)}
+    after = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learns == after and learns
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, by_name["default"])
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, by_name[None])
+        model.set_adapter("other")
+        assert torch.equal(model(ids).logits, by_name["other"])
+    assert not torch.equal(by_name["default"], by_name["other"])
+
+
+def test_canary_activation_checkpointing():
+    """Layers still ask their own training mode whether to compute their activations again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    source = inspect.getsource(GradientCheckpointingLayer)
+    assert "if self.gradient_checkpointing and self.training" in source
+    model = tiny().eval()
+    upstream.recompute(model, True)
+    modes = {module.training for module in model.model.layers}
+    assert modes == {True} and not model.training and not model.model.layers[0].mlp.training
+
+
+def test_supported_attention():
+    class Model:
+        _supports_sdpa = True
+        _supports_flash_attn = True
+        _compatible_flash_implementations = None
+
+    assert upstream.supported_attention(Model, "flash_attention_2") == "flash_attention_2"
+    Model._compatible_flash_implementations = ["kernels-community/another"]
+    assert upstream.supported_attention(Model, "flash_attention_2") == "sdpa"
+    Model._supports_sdpa = False
+    assert upstream.supported_attention(Model, "flash_attention_2") == "eager"
+    assert upstream.supported_attention(Model, "eager") == "eager"
+
+
+def test_canary_attributes_of_model_classes():
+    """What `supported_attention` and `as_reward_model` read and set."""
+    from transformers import PreTrainedModel
+
+    for name in (
+        "_supports_sdpa",
+        "_supports_flash_attn",
+        "_compatible_flash_implementations",
+        "_keys_to_ignore_on_load_missing",
+        "_keys_to_ignore_on_load_unexpected",
+    ):
+        assert hasattr(PreTrainedModel, name), name

@@ -15,7 +15,7 @@ from llmpipe.files import publishing
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write a GGUF file as safetensors in fp32, with its tokenizer, to `folder`: dequantized once,
     it is a model folder like any other. Raises UserError (2) when transformers cannot read the
-    file. 
+    file.
     """
     upstream.silence()
     source = {

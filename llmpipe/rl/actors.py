@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe import upstream
 from llmpipe.kernels.log_probs import head_of, log_probs
@@ -148,7 +147,9 @@ class Actors:
     def using(self, adapter: str | None) -> AbstractContextManager[None]:
         """Compute with one of the adapters, or with none. PEFT's own switch also decides what
         learns; this does not."""
-        return _switched(self.cast.published, adapter) if self.adapted else nullcontext()
+        if not self.adapted:
+            return nullcontext()
+        return upstream.using_adapter(self.cast.published, adapter, otherwise=POLICY)
 
     @contextmanager
     def padded(self) -> Iterator[None]:
@@ -162,11 +163,8 @@ class Actors:
             self.recompute(self.recomputes)
 
     def recompute(self, on: bool) -> None:
-        """Whether layers compute their activations again in the backward pass; transformers asks
-        their training mode."""
-        for module in self.modules.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = on
+        """Whether layers compute their activations again in the backward pass."""
+        upstream.recompute(self.modules, on)
 
     # --- what is learned ---
 
@@ -184,22 +182,3 @@ class Actors:
         policy = self.cast.policy
         self.modules = nn.ModuleDict({"policy": self.cast.published})
         self.cast = Cast(self.cast.published, policy, policy, policy, self.cast.value)
-
-
-@contextmanager
-def _switched(model: Any, adapter: str | None) -> Iterator[None]:
-    """`model`, PEFT's, with one adapter on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    _switch(layers, adapter)
-    try:
-        yield
-    finally:
-        _switch(layers, POLICY)
-
-
-def _switch(layers: list[Any], adapter: str | None) -> None:
-    for layer in layers:
-        layer._disable_adapters = adapter is None
-        layer._active_adapter = [adapter or POLICY]

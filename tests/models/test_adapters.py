@@ -44,9 +44,13 @@ def test_the_artifact(straight):
     assert manifest.kind == "adapter" and manifest.stage == straight.name
     assert manifest.base.reference == str(life.TINY / "model")
     assert {p.name for p in straight.model.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"]
     assert manifest.verified["max_logit_difference"] == 0
     assert manifest.verified["merged_difference"] < 1e-4
@@ -147,9 +151,7 @@ def test_an_adapter_taken_out_of_the_base_fits_the_base_as_it_was(tmp_path, init
 )
 def test_optimizers_resume_exactly(tmp_path, optimizer):
     whole = life.command(write(tmp_path / "whole", optim__optimizer=optimizer))
-    assert (
-        whole.manifest().final["eval_loss"] < whole.manifest().final["eval_loss_before"] - 0.3
-    )
+    assert whole.manifest().final["eval_loss"] < whole.manifest().final["eval_loss_before"] - 0.3
     said = (whole.path / "log.txt").read_text()
     assert ("a CPU has nothing to page to" in said) == optimizer.startswith("paged")
     path = write(tmp_path / "run", optim__optimizer=optimizer)
@@ -328,8 +330,12 @@ def test_another_base_is_refused(tmp_path, hurt):
             )
         )
     assert refused.value.code == 3, refused.value
-    words = {"weights": "not the one it was trained on", "tokenizer": "not the one it was trained on",
-             "missing": "is missing", "renamed": "layers."}  # fmt: skip
+    words = {
+        "weights": "not the one it was trained on",
+        "tokenizer": "not the one it was trained on",
+        "missing": "is missing",
+        "renamed": "layers.",
+    }
     assert words[hurt] in str(refused.value)
 
 
@@ -342,8 +348,14 @@ def test_new_tokens_get_trained_embeddings(tmp_path):
 
     shutil.copytree(life.TINY / "model", tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
-    path = write(tmp_path / "run", model=str(tmp_path / "base"), data__template="llama3", data__max_length=128,
-                 adapter={"rank": 4, "merge": True}, evaluation={})  # fmt: skip
+    path = write(
+        tmp_path / "run",
+        model=str(tmp_path / "base"),
+        data__template="llama3",
+        data__max_length=128,
+        adapter={"rank": 4, "merge": True},
+        evaluation={},
+    )
     adapter = life.command(path)
     added = adapter.manifest().data.added_tokens
     names = [
