@@ -1,4 +1,7 @@
-"""A small byte-level tokenizer, with a beginning-of-text token where a test asks for one, and rows to feed it."""
+"""A small byte-level tokenizer and rows to feed it.
+
+It has a beginning-of-text token where a test asks for one.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,18 @@ from llmpipe.recipe.sections import Data
 
 # SmolLM2's own: no generation markers, a default system turn, a newline after the end of turn.
 SMOL = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
-    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = "Hello there, how are you today? The answer is 42. ### Instruction: system user assistant\nDas ist schön 你好"
+TEXT = (
+    "Hello there, how are you today? The answer is 42. "
+    "### Instruction: system user assistant\nDas ist schön 你好"
+)
 
 
 def make_model(
@@ -32,9 +41,11 @@ def make_model(
         trim_offsets=True
     )  # as GPT-2, Llama 3
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[*special, *([bos] if bos else [])], show_progress=False,
+        vocab_size=400,
+        special_tokens=[*special, *([bos] if bos else [])],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
     if bos:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -63,9 +74,11 @@ def base(tmp_path_factory) -> Path:
 def smol(tmp_path_factory) -> Path:
     """SmolLM2's: its template, and pad == eos == end of turn."""
     return make_model(
-        tmp_path_factory.mktemp("model") / "smol", special=("<|im_end|>", "<|im_start|>"), template=SMOL,
+        tmp_path_factory.mktemp("model") / "smol",
+        special=("<|im_end|>", "<|im_start|>"),
+        template=SMOL,
         pad_token="<|im_end|>",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

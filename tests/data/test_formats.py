@@ -23,30 +23,45 @@ U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
-@pytest.mark.parametrize(
-    ("columns", "mapping", "format", "used"),
-    [
-        ("text", {}, "text", {"text": "text"}),
-        ("id instruction input output text", {}, "alpaca", {k: k for k in ("instruction", "input", "output")}),
-        ("conversations tools", {}, "sharegpt", {"conversations": "conversations", "tools": "tools"}),
-        ("messages source", {}, "messages", {"messages": "messages"}),
-        ("prompt completion", {}, "prompt-completion", {"prompt": "prompt", "completion": "completion"}),
-        ("prompt chosen rejected messages", {}, "preference", {k: k for k in ("chosen", "rejected", "prompt")}),
-        ("conversations chosen rejected", {}, "preference",
-         {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"}),
-        ("prompt question chosen rejected", {}, "preference", {k: k for k in ("chosen", "rejected", "prompt")}),
-        ("prompt", {}, "prompt", {"prompt": "prompt"}),
-        ("question answer", {}, "alpaca", {"question": "instruction", "answer": "output"}),
-        ("prompt response", {}, "prompt-completion", {"prompt": "prompt", "response": "completion"}),
-        ("instruction context response", {}, "alpaca",
-         {"instruction": "instruction", "response": "output", "context": "input"}),
-        ("Frage Antwort", {"Frage": "prompt", "Antwort": "completion"}, "prompt-completion",
-         {"Frage": "prompt", "Antwort": "completion"}),
-    ],
-)  # fmt: skip
-def test_detect(columns, mapping, format, used):
-    layout = detect(columns.split(), "auto", mapping, "d")
+def themselves(columns: str) -> dict[str, str]:
+    return {name: name for name in columns.split()}
+
+
+# columns of the rows -> the format, and the columns that are read
+DETECTED = [
+    ("text", "text", themselves("text")),
+    ("id instruction input output text", "alpaca", themselves("instruction input output")),
+    ("conversations tools", "sharegpt", themselves("conversations tools")),
+    ("messages source", "messages", themselves("messages")),
+    ("prompt completion", "prompt-completion", themselves("prompt completion")),
+    ("prompt chosen rejected messages", "preference", themselves("chosen rejected prompt")),
+    (
+        "conversations chosen rejected",
+        "preference",
+        {"conversations": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    ),
+    ("prompt question chosen rejected", "preference", themselves("chosen rejected prompt")),
+    ("prompt", "prompt", themselves("prompt")),
+    ("question answer", "alpaca", {"question": "instruction", "answer": "output"}),
+    ("prompt response", "prompt-completion", {"prompt": "prompt", "response": "completion"}),
+    (
+        "instruction context response",
+        "alpaca",
+        {"instruction": "instruction", "response": "output", "context": "input"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "format", "used"), DETECTED)
+def test_detect(columns, format, used):
+    layout = detect(columns.split(), "auto", {}, "d")
     assert (layout.format, layout.columns) == (format, used)
+
+
+def test_detect_reads_columns_as_the_recipe_maps_them():
+    mapping = {"Frage": "prompt", "Antwort": "completion"}
+    layout = detect(["Frage", "Antwort"], "auto", mapping, "d")
+    assert (layout.format, layout.columns) == ("prompt-completion", mapping)
 
 
 def test_detect_names_what_it_found_and_what_is_needed():
@@ -62,6 +77,7 @@ def test_detect_names_what_it_found_and_what_is_needed():
 
 
 def same(format: str, row: dict):
+    """A row of a format's own columns -> its example."""
     return convert(row, Layout(format, {name: name for name in row}, unused=[]))
 
 
@@ -84,9 +100,12 @@ def test_sharegpt():
     got = same("sharegpt", row)
     assert got.tools == [{"name": "f"}]
     assert got.messages == [
-        {"role": "system", "content": "s"}, U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "1"}, A,
-    ]  # fmt: skip
+        {"role": "system", "content": "s"},
+        U,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "1"},
+        A,
+    ]
 
 
 def test_messages():
@@ -128,8 +147,11 @@ def test_preference():
     assert (
         same("preference", {"prompt": "q", "chosen": [U, A], "rejected": [U, b]}) == whole
     )  # UltraFeedback
-    dicts = {"prompt": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
-             "rejected": {"role": "assistant", "content": "b"}}  # fmt: skip
+    dicts = {
+        "prompt": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"role": "assistant", "content": "b"},
+    }
     assert same("preference", dicts) == whole
     for row, reason in (
         (texts | {"rejected": "a"}, "chosen equals rejected"),

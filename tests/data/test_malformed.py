@@ -134,7 +134,8 @@ def test_nothing_to_learn_is_numeric(here, tmp_path_factory):
     # markers around nothing: the loss would be taken over no token
     template = (
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.role == 'assistant' %}"
-        "{% generation %}{% endgeneration %}{{ eos_token if m.content == 'turn3' or m.content == 'turn1' else '' }}"
+        "{% generation %}{% endgeneration %}"
+        "{{ eos_token if m.content == 'turn3' or m.content == 'turn1' else '' }}"
         "{% endif %}{% endfor %}"
     )
     model = make_model(tmp_path_factory.mktemp("m") / "m", template=template)
@@ -157,6 +158,8 @@ def test_csv_rows_are_named_by_line(here, base):
     record, train, _ = make(base, "./d.csv", packing=False, template="chatml")
     lines = next(Path("cache").glob("*/rejected.jsonl")).read_text().splitlines()
     assert [(r["row"], r["reason"]) for r in map(json.loads, lines)] == [
-        (4, "wrong number of fields"), (5, "not UTF-8"), (6, "empty text"),
-    ]  # fmt: skip
+        (4, "wrong number of fields"),
+        (5, "not UTF-8"),
+        (6, "empty text"),
+    ]
     assert record["rows"]["kept"] == 2 == len(train)

@@ -1,4 +1,7 @@
-"""What is learned is exactly the assistant's turns with their end-of-turn token, and ids are those of transformers."""
+"""What is learned is exactly the assistant's turns with their end-of-turn token.
+
+And ids are those of transformers.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,23 @@ TOOLS = [
         "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
     }
 ]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Köln"}}}
 CALLS = {
     "messages": [
         {"role": "user", "content": "Is it warm?"},
-        {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": "weather", "arguments": {"town": "Köln"}}}]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "30"},
         {"role": "assistant", "content": "Yes."},
     ],
     "tools": TOOLS,
-}  # fmt: skip
+}
+CALL_IN_CHATML = '<tool_call>\n{"name": "weather", "arguments": {"town": "Köln"}}\n</tool_call>'
 THOUGHTS = talk("Hello", "<think>\nhm\n</think>\n\nHi!", "Well?", "<think>\nhmm\n</think>\n\nFine.")
 QWEN3 = """\
 {%- set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}\
+{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}\
+{% endfor %}
 {%- for m in messages %}
 {%- set content = m.content %}
 {%- if m.role == 'assistant' and loop.index0 < ns.last %}
@@ -41,16 +47,22 @@ QWEN3 = """\
 {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-MARKED = SMOL.replace("{{'<|im_start|>'", "{% if message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-                      "{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% else %}"
-                      "{{'<|im_start|>'").replace("'\n'}}{% endfor %}", "'\n'}}{% endif %}{% endfor %}")  # fmt: skip
+MARKED = SMOL.replace(
+    "{{'<|im_start|>'",
+    "{% if message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    "{% else %}{{'<|im_start|>'",
+).replace("'\n'}}{% endfor %}", "'\n'}}{% endif %}{% endfor %}")
 # Llama 3's first: the next header, whatever add_generation_prompt says.
 LLAMA3_FIRST = (
-    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim }}"
+    "{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim }}"
     "{{ '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 COHERE = (
-    "{% for m in messages %}{{ '<|turn|>' + m.role + '<|says|>' + m.content + '<|end_says|><|end_turn|>' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|turn|>' + m.role + '<|says|>' + m.content + '<|end_says|><|end_turn|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant<|says|>' }}{% endif %}"
 )
 PHI = (
@@ -67,17 +79,16 @@ PHI = (
         ("alpaca", CHAT, ["Hi you!<|endoftext|>", "Fine.\n<|endoftext|>"]),
         (SMOL, CHAT, ["Hi you!<|im_end|>", "Fine.\n<|im_end|>"]),
         (SMOL, talk("Hello", "Hi"), ["Hi<|im_end|>"]),
-        (MARKED, CHAT, ["Hi you!<|im_end|>", "Fine.\n<|im_end|>"]),  # the marker leaves the end-of-turn token out
+        # the marker leaves the end-of-turn token out
+        (MARKED, CHAT, ["Hi you!<|im_end|>", "Fine.\n<|im_end|>"]),
         (PHI, CHAT, ["Hi you!<|end|>", "Fine.\n<|end|>"]),  # and eos behind it is not learned
         (LLAMA3_FIRST, CHAT, ["Hi you!<|eot_id|>", "Fine.<|eot_id|>"]),
         (COHERE, CHAT, ["Hi you!<|end_says|><|end_turn|>", "Fine.\n<|end_says|><|end_turn|>"]),
         (QWEN3, THOUGHTS, ["Hi!<|im_end|>", "<think>\nhmm\n</think>\n\nFine.<|im_end|>"]),
-        ("chatml", CALLS, [
-            '<tool_call>\n{"name": "weather", "arguments": {"town": "Köln"}}\n</tool_call><|im_end|>',
-            "Yes.<|im_end|>"]),
+        ("chatml", CALLS, [CALL_IN_CHATML + "<|im_end|>", "Yes.<|im_end|>"]),
         ("chatml", talk("Hi", "\n\n<|im_start|>é你🙂"), ["\n\n<|im_start|>é你🙂<|im_end|>"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("trims", [True, False])
 def test_learned_is_what_the_assistant_said(here, template, row, turns, trims):
     built_in = template.isalnum()
@@ -126,8 +137,13 @@ def test_ids_equal_transformers(here, template, row):
     write(Path("d.jsonl"), [row])
     kwargs = {"enable_thinking": True}
     model = make_model(here / "model", bos="<|start|>")
-    record, train, _ = make(model, "d.jsonl", template=template if built_in else "./own.jinja", packing=False,
-                            chat_template_kwargs=kwargs)  # fmt: skip
+    record, train, _ = make(
+        model,
+        "d.jsonl",
+        template=template if built_in else "./own.jinja",
+        packing=False,
+        chat_template_kwargs=kwargs,
+    )
     folder = next(Path("cache").glob("*/tokenizer"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [dict(m) for m in row["messages"]]
@@ -201,8 +217,9 @@ def test_template_that_never_ends_a_turn(here, smol):
 
 
 def test_doubled_first_token(here):
-    model = make_model(here / "m", bos="<|start|>", template="{{ bos_token }}{{ bos_token }}{% for m in messages %}"
-                       "{{ m.content + eos_token }}{% endfor %}")  # fmt: skip
+    twice = "{{ bos_token }}{{ bos_token }}"
+    turns = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    model = make_model(here / "m", bos="<|start|>", template=twice + turns)
     write(Path("d.jsonl"), [CHAT])
     with pytest.raises(UserError, match="first token twice"):
         make(model, "d.jsonl")
@@ -218,7 +235,8 @@ def test_doubled_first_token(here):
         "{{ 'a'.center(10000000000) }}",
         "{{ 'a'.ljust(3000000000) }}",
         "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='aaaaaaaa') %}"
+        "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.__init__.__globals__ }}",
         "{% include '/etc/passwd' %}",
@@ -237,8 +255,9 @@ def test_hostile_template_is_refused(tmp_path, bomb, monkeypatch):
 def test_bomb_that_waits_for_a_row(here, monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
     template = (
-        "{% for m in messages %}{% if m.content == 'now' %}{% for a in range(99999) %}{% for b in range(99999) %}"
-        "{% endfor %}{% endfor %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+        "{% for m in messages %}{% if m.content == 'now' %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% endif %}{{ m.content + eos_token }}{% endfor %}"
     )
     model = make_model(here / "m", template=template)
     write(Path("d.jsonl"), [CHAT, talk("now", "Hi"), CHAT])
