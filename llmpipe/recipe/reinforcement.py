@@ -21,8 +21,7 @@ from llmpipe.recipe.sections import (
     Start,
     Training,
 )
-
-Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
+from llmpipe.scores import Verifier
 
 
 class Reward(Section):

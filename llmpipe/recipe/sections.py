@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llmpipe.recipe.optimizers import OptimizerName
 from llmpipe.recipe.trainer import TrainerConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -206,7 +207,7 @@ class AdamW(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of forward and backward; master weights are fp32 either way. `auto` is bf16 where
     the hardware has it and fp32 elsewhere."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """How AdamW keeps its moments: fp32, or 8 bits in blocks (Dettmers 2022); paged moves them to
     the CPU's memory when a GPU is full (Dettmers 2023), and on a CPU means nothing."""
 

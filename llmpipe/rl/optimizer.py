@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, Actors
 from llmpipe.training.arguments import schedule
@@ -31,16 +32,12 @@ def make_optimizer(actors: Actors, recipe: PPORecipe) -> Any:
         "betas": (optim.beta1, optim.beta2),
         "eps": optim.epsilon,
     }
-    if optim.optimizer == "adamw":
+    name = OPTIMIZERS[optim.optimizer].in_bitsandbytes
+    if name is None:
         return torch.optim.AdamW(groups, **options, fused=True)
     import bitsandbytes
 
-    classes = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw": bitsandbytes.optim.PagedAdamW,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    return classes[optim.optimizer](groups, **options)
+    return getattr(bitsandbytes.optim, name)(groups, **options)
 
 
 def _groups(actors: Actors, recipe: PPORecipe) -> list[dict[str, Any]]:

@@ -22,16 +22,16 @@ import torch
 from llmpipe.data.formats import Rejected
 from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.evaluation.candidate import Candidate
-from llmpipe.evaluation.scores import score
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World
-from llmpipe.recipe.reinforcement import PPORecipe, Verifier
+from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.job import Job
+from llmpipe.scores import Verifier, score
 
 Row = dict[str, Any]  # a prompt as Encoder.prompt makes it: `prompt`, `reference`, `columns`
 Score = Callable[[list[Row], list[str]], list[Any]]  # a number for each response, if all is well

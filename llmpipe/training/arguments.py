@@ -10,14 +10,9 @@ from transformers import TrainingArguments
 
 from llmpipe.errors import UserError
 from llmpipe.recipe import sections
+from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Training
-
-OPTIMIZERS = {
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
 
 
 def arguments(
@@ -78,8 +73,8 @@ def _optimizer(recipe: sections.Training) -> dict[str, Any]:
         "adam_epsilon": optim.epsilon,
         "max_grad_norm": optim.max_grad_norm,
     }
-    if optim.optimizer != "adamw":
-        fields["optim"] = OPTIMIZERS[optim.optimizer]
+    if name := OPTIMIZERS[optim.optimizer].in_trainer:
+        fields["optim"] = name
     return fields
 
 

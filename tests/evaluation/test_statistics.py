@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from llmpipe.evaluation.book import Line, Reported
-from llmpipe.evaluation.scores import pass_at, score
 from llmpipe.evaluation.statistics import interval, measured, resampled, wilson
 from llmpipe.evaluation.task import Marked
 from llmpipe.evaluation.tasks.perplexity import windows
 from llmpipe.run.results import Cell
+from llmpipe.scores import pass_at, score
 
 
 def line(model, item, **scores):

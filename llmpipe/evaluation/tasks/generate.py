@@ -17,9 +17,9 @@ from llmpipe.data.formats import (
 )
 from llmpipe.data.formats.examples import Tools
 from llmpipe.evaluation.book import Score, Scored
-from llmpipe.evaluation.scores import pass_at, score
 from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_of
 from llmpipe.recipe.sections import Positive
+from llmpipe.scores import Verifier, pass_at, score
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
@@ -78,19 +78,7 @@ class Generate(OnItems):
     text."""
 
     score: Annotated[
-        list[
-            Literal[
-                "exact_match",
-                "contains",
-                "regex",
-                "number",
-                "math_verify",
-                "json",
-                "rouge",
-                "bleu",
-                "chrf",
-            ]
-        ],
+        list[Literal[Verifier, "rouge", "bleu", "chrf"]],
         Field(min_length=1),
     ]
     """exact_match, contains, number (the last one in the answer), math_verify: against the

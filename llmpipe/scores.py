@@ -1,12 +1,18 @@
-"""Scores of one answer, and of several answers to one prompt."""
+"""Scores of one answer, and of several answers to one prompt: of `eval`, and PPO's verifiers.
+
+A new one is a function here, its line in `VERIFIERS` and its name in `Verifier`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
+
+Verifier = Literal["exact_match", "contains", "number", "regex", "json", "math_verify"]
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
@@ -21,22 +27,22 @@ def score(
     if kind == "rouge":
         scores = _rouge().score(expected, answer)
         return {name: value.fmeasure for name, value in scores.items()}
-    if kind == "exact_match":
-        right = answer.strip() == expected
-    elif kind == "contains":
-        right = expected in answer
-    elif kind == "json":
-        right = is_json(answer)
-    elif kind == "number":
-        number = number_in(expected)
-        right = number is not None and number_in(answer) == number
-    elif kind == "regex":
-        right = matches(pattern or "", answer, expected)
-    else:
-        from math_verify import parse, verify
-
-        right = verify(parse(expected), parse(answer))
+    right = VERIFIERS[kind](answer, expected, pattern or "")
     return {kind: float(right)}
+
+
+def is_equal(answer: str, expected: str, _: str) -> bool:
+    return answer.strip() == expected
+
+
+def is_contained(answer: str, expected: str, _: str) -> bool:
+    return expected in answer
+
+
+def has_number(answer: str, expected: str, _: str) -> bool:
+    """Whether the last number of the answer is the one that is expected."""
+    number = number_in(expected)
+    return number is not None and number_in(answer) == number
 
 
 def number_in(text: str) -> float | None:
@@ -45,22 +51,40 @@ def number_in(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-def is_json(text: str) -> bool:
+def is_json(answer: str, _: str = "", __: str = "") -> bool:
     """Whether an answer is JSON, also in a fenced block."""
-    fenced = _FENCED.fullmatch(text)
+    fenced = _FENCED.fullmatch(answer)
     try:
-        json.loads(fenced[1] if fenced else text)
+        json.loads(fenced[1] if fenced else answer)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def matches(pattern: str, answer: str, expected: str) -> bool:
+def matches(answer: str, expected: str, pattern: str) -> bool:
     """Whether an answer holds the pattern, and the pattern's group, if any, what is expected."""
     match = re.search(pattern, answer)
     if match and match.re.groups:
         return (match[1] or "").strip() == expected
     return match is not None
+
+
+def is_verified(answer: str, expected: str, _: str) -> bool:
+    """What math-verify says of a mathematical answer."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(expected), parse(answer)))
+
+
+# answer, what is expected, the recipe's pattern -> whether it is right
+VERIFIERS: dict[str, Callable[[str, str, str], bool]] = {
+    "exact_match": is_equal,
+    "contains": is_contained,
+    "number": has_number,
+    "regex": matches,
+    "json": is_json,
+    "math_verify": is_verified,
+}
 
 
 @cache

@@ -1,0 +1,27 @@
+"""The optimizers: their names in a recipe, and what the libraries call them.
+
+A new one is its name in `OptimizerName` and its line in `OPTIMIZERS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    in_trainer: str | None
+    """`optim` of transformers' TrainingArguments; None leaves it as it is."""
+    in_bitsandbytes: str | None
+    """The class in `bitsandbytes.optim`; None is PyTorch's AdamW."""
+
+
+OPTIMIZERS: dict[OptimizerName, Optimizer] = {
+    "adamw": Optimizer(None, None),
+    "adamw_8bit": Optimizer("adamw_bnb_8bit", "AdamW8bit"),
+    "paged_adamw": Optimizer("paged_adamw_32bit", "PagedAdamW"),
+    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", "PagedAdamW8bit"),
+}
