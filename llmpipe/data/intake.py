@@ -54,8 +54,10 @@ def rejected_lines(origin: Origin, file: int, rejected: list[RejectedRow]) -> li
 class Intake:
     """An open source and what is counted of it."""
 
-    def __init__(self, origin: Origin):
+    def __init__(self, origin: Origin, kind: Kind):
         self.origin = origin
+        self.unused = [name for name in origin.layout.unused if name not in kind.also_reads]
+        """Columns that nobody reads."""
         self.bytes = sum(file.bytes for file in origin.files)
         """Still to be read."""
         self.counts: Counter[str] = Counter()
@@ -87,7 +89,7 @@ class Intake:
             path=origin.name,
             format=origin.layout.format,
             columns=origin.layout.columns,
-            unused_columns=origin.layout.unused,
+            unused_columns=self.unused,
             files=files,
             revision=origin.revision,
             weight=getattr(origin.source, "weight", 1.0),  # rows to evaluate on have none
@@ -130,17 +132,16 @@ def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Int
     if not has_template and (layout.shape is Conversation or (either and turns)):
         problem = "the rows are conversations, and the model's tokenizer has no chat template"
         raise UserError(f"{shown}: {problem}", "set data.template: chatml")
-    say(f"data: {shown}: format {layout.format} {_in_words(layout)}")
-    return Intake(origin)
+    intake = Intake(origin, kind)
+    say(f"data: {shown}: format {layout.format} {_in_words(layout.columns, intake.unused)}")
+    return intake
 
 
-def _in_words(layout: Layout) -> str:
+def _in_words(columns: dict[str, str], unused: list[str]) -> str:
     """Which columns are read as what, and which are not."""
-    columns = [
-        yours if yours == name else f"{yours} as {name}" for yours, name in layout.columns.items()
-    ]
-    unused = f"; not used: {', '.join(layout.unused)}" if layout.unused else ""
-    return f"({', '.join(columns)}){unused}"
+    read = [yours if yours == name else f"{yours} as {name}" for yours, name in columns.items()]
+    rest = f"; not used: {', '.join(unused)}" if unused else ""
+    return f"({', '.join(read)}){rest}"
 
 
 def _check_format(shown: str, layout: Layout, kind: Kind) -> None:

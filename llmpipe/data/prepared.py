@@ -1,4 +1,4 @@
-"""What is known of prepared rows: `prepared.json` of a folder of tokens, and of the artifact that trains on them."""
+"""What is known of prepared rows: `prepared.json` of a folder of tokens, and of an artifact."""
 
 from __future__ import annotations
 
@@ -74,8 +74,17 @@ class PreparedRows(Record):
     def facts(self) -> dict[str, Any]:
         """What a manifest says of them: tokenizer, template, vocabulary and the rows."""
         named = ("template", "template_name", "eos_token", "pad_token", "stop_tokens")
-        apart = {"version", "key", "data", "seconds", "tokenizer", "vocab_size", "mixture", *named}
-        data = self.model_dump(exclude=apart)
+        elsewhere = {
+            "version",
+            "key",
+            "data",
+            "seconds",
+            "tokenizer",
+            "vocab_size",
+            "mixture",
+            *named,
+        }
+        data = self.model_dump(exclude=elsewhere)
         if self.mixture:
             data["mixture"] = {"data": self.mixture.data, **self.mixture.facts()["data"]}
         return {

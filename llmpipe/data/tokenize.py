@@ -95,9 +95,11 @@ class Worker:
 
     def batch(self, rows: list[Row], layout: Layout) -> Batch:
         """Rows of one file -> pieces. A row's own mistakes end up in `rejected`."""
-        pieces: dict[str, list[Any]] = {name: [] for name in self.schema.names}
+        names = self.schema.names
+        pieces: list[list[Any]] = [[] for _ in names]
         rejected: list[RejectedRow] = []
-        counts = Counter(read=len(rows))
+        counts = Counter(dict.fromkeys(COUNTS, 0))
+        counts["read"] = len(rows)
         for number, payload in rows:
             try:
                 raw = parse(payload)
@@ -108,18 +110,20 @@ class Worker:
                 rejected.append(RejectedRow(number, error.reason, error.detail))
                 continue
             known_by = b"".join(piece[0].tobytes() for piece in encoded.pieces)
-            of_row = {
-                "hash": hash_of(known_by, self.key),
-                "asks": hash_of(question(example).encode()),
-                "bytes": taught_bytes(example),
-            }
+            of_row = (
+                hash_of(known_by, self.key),
+                hash_of(question(example).encode()),
+                taught_bytes(example),
+            )
             for index, piece in enumerate(encoded.pieces):
-                values = dict(zip(self.kind.columns, piece, strict=True))
-                for name, value in {**values, **of_row, "first": index == 0}.items():
-                    pieces[name].append(value)
-            count = len(encoded.pieces)
-            counts.update(kept=1, truncated=encoded.truncated, split=count > 1, pieces=count - 1)
-        return Batch(pa.RecordBatch.from_pydict(pieces, self.schema), counts, rejected)
+                for column, value in zip(pieces, (*piece, *of_row, index == 0), strict=True):
+                    column.append(value)
+            counts["kept"] += 1
+            counts["truncated"] += encoded.truncated
+            counts["split"] += len(encoded.pieces) > 1
+            counts["pieces"] += len(encoded.pieces) - 1
+        batch = pa.RecordBatch.from_pydict(dict(zip(names, pieces, strict=True)), self.schema)
+        return Batch(batch, counts, rejected)
 
 
 def tokenized(

@@ -49,8 +49,8 @@ class Kind:
 
     name: str
     columns: dict[str, pa.DataType]
-    """The columns of a piece, all of them lists. By the first one rows are told apart: those that
-    are equal in it are held out together."""
+    """The columns of a piece, all of them lists of numbers. By the first one rows are told apart:
+    those that are equal in it are held out together."""
     shapes: tuple[type, ...]
     """The shapes of examples that it takes, and so the formats of rows (`Format.shape`)."""
     encode: Callable[[Encoder, Example, dict[str, Any]], Encoded]
@@ -63,6 +63,8 @@ class Kind:
     """Sequences and `packing` -> what is written of them."""
     filler: Callable[[int], dict[str, Any]] | None = None
     """A token -> a written row of which nothing is learned, to even out the processes of a step."""
+    also_reads: tuple[str, ...] = ()
+    """Columns of a row that it reads beside those of the format."""
     lacks: str = ""
     """What rows of another format do not have; unless said, those are for another stage."""
     mapping: str = ""
