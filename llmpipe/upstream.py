@@ -30,6 +30,7 @@ from transformers import (
     AttentionMaskInterface,
     PretrainedConfig,
     PreTrainedModel,
+    Trainer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -379,20 +380,20 @@ def gathering_scalars(accelerator: Accelerator) -> Iterator[None]:
         del accelerator.gather  # the method is seen again
 
 
-def preference_loss(trainer: Any, outputs: Any, batch: dict[str, Any]) -> Tensor:
-    """TRL's objective, the mean over the pairs of a batch, of `outputs` computed already: its own
-    formulas, and no second forward pass.
+def preference_loss(
+    library: type[Trainer], trainer: Any, forward: Callable[..., Any], batch: dict[str, Any]
+) -> Tensor:
+    """TRL's objective on held-out examples, the mean over those of a batch, by its own formulas.
 
-    `trainer`: a DPOTrainer; `outputs`: of the policy with the fused head; `batch`: with
-    `ref_chosen_logps` and `ref_rejected_logps`, float [pairs]. TRL's averages of the training stay.
+    `library`: TRL's class of the `trainer`, whose weighing of a step is not asked; `forward`: what
+    stands for the policy, so that outputs that are computed already need no second pass; `batch`:
+    with the reference's log-probabilities. TRL's averages of the training stay.
     """
-    from trl import DPOTrainer  # here: it imports bitsandbytes, which `silence` has to precede
-
     precomputed = trainer.precompute_ref_logps
     trainer.precompute_ref_logps = True  # so that the batch's are read
     try:
         with gathering_scalars(trainer.accelerator):
-            return DPOTrainer.compute_loss(trainer, lambda **_: outputs, batch)
+            return library.compute_loss(trainer, forward, batch)
     finally:
         trainer.precompute_ref_logps = precomputed
         trainer._metrics["eval"].clear()

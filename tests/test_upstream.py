@@ -312,7 +312,7 @@ def test_canary_attention():
 
 
 def test_canary_trainers_of_pairs():
-    """What `training/pairs.py` and `policy.py` override or lean on."""
+    """What `training/preferences.py`, `reference.py` and `policy.py` override or lean on."""
     from trl import DPOTrainer, RewardTrainer
 
     for trainer in (RewardTrainer, DPOTrainer):

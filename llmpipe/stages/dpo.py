@@ -143,16 +143,11 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     from trl import DPOConfig
 
     from llmpipe.data.kinds.pairs import PAIRS
-    from llmpipe.models.load import load_copy, load_policy, set_up
+    from llmpipe.models.load import load_policy, set_up
+    from llmpipe.training import reference
     from llmpipe.training.arguments import arguments
     from llmpipe.training.conclude import conclude
-    from llmpipe.training.policy import (
-        Collator,
-        PolicyTrainer,
-        collapse,
-        improvement,
-        parent_as_reference,
-    )
+    from llmpipe.training.policy import Collator, PolicyTrainer, collapse, improvement
     from llmpipe.training.samples import answer_samples
     from llmpipe.training.training import Training
 
@@ -160,9 +155,6 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     setup = set_up(job, prepared)
     _refuse_micro_batches(recipe, setup.hardware.accumulation * setup.hardware.processes)
     training = Training(setup, PAIRS, load_policy(setup))
-    reference = None
-    if recipe.adapter is None and not recipe.precompute:
-        reference = load_copy(setup).requires_grad_(False)
     configuration = arguments(
         DPOConfig,
         training,
@@ -181,14 +173,9 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
         data_collator=Collator(setup.tokenizer.pad_token_id),
         train_dataset=training.train_rows(),
         eval_dataset=training.eval_rows(),
-        ref_model=reference,
+        ref_model=reference.copied(setup, precompute=recipe.precompute),
     )
-    if recipe.adapter and not setup.base:
-        # an adapter that begins at nothing is the parent when it is off: the same, and faster
-        trainer.forget_reference()
-    else:
-        parent_as_reference(trainer.model)
-    say(f"reference: {_described_reference(recipe, on_adapter=setup.base is not None)}")
+    say(f"reference: {trainer.begin_reference()}")
 
     before = trainer.reference_hash()
     answer_samples(trainer, setup.tokenizer, "before")
@@ -216,11 +203,3 @@ def _refuse_micro_batches(recipe: Schema, parts: int) -> None:
             f"set launch.micro_batch_size to optim.batch_size ({recipe.batch_size}), "
             "with one process",
         )
-
-
-def _described_reference(recipe: Schema, on_adapter: bool) -> str:
-    if recipe.precompute:
-        return "its log-probabilities, computed beforehand"
-    if on_adapter:
-        return "the parent's adapter"
-    return "the parent, the adapter off" if recipe.adapter else "a copy of the parent"

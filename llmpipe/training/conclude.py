@@ -27,24 +27,24 @@ def conclude(
     """
     writes, adapter = trainer.is_world_process_zero(), training.recipe.adapter
     facts = trainer.facts()
-    made = Made(final, training=facts, hardware=training.hardware.describe())
+    result = Made(final, training=facts, hardware=training.hardware.describe())
     if adapter and trainer.plain_model().can_generate():
-        made.kind = "adapter"  # one that scores stays a reward model
+        result.kind = "adapter"  # one that scores stays a reward model
     trainer.accelerator.wait_for_everyone()
     if writes:
-        made.verified = _publish(trainer, training).record()
+        result.verified = _publish(trainer, training).record()
     trainer.accelerator.wait_for_everyone()
     if writes and adapter and adapter.merge:
-        made.merged = [_merge(training)]
+        result.merged = [_merge(training)]
 
-    made.facts = training.prepared.facts()
+    result.facts = training.prepared.facts()
     if training.stream:
         blocks = facts["steps"] * training.recipe.batch_size
         length = training.preparation.max_length
-        count_streamed(made.facts["data"], training.stream, blocks, length)
+        count_streamed(result.facts["data"], training.stream, blocks, length)
     elif writes:
         _keep_what_was_seen(training)
-    return made
+    return result
 
 
 def _publish(trainer: Trained, training: Training[sections.Training]) -> Verified:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from llmpipe.errors import INTEGRITY, NUMERIC, Stopped, UserError
+from llmpipe.errors import NUMERIC, Stopped, UserError
 from llmpipe.models.hardware import release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
-from llmpipe.run import checkpoints
 from llmpipe.training import resume
 from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure
 from llmpipe.training.metrics_log import MetricsLog
@@ -181,18 +180,11 @@ class Durable(Trainer):
         return self.held_out.best if self.recipe.evaluation.keep_best else None
 
     def _load_best(self) -> None:
-        """Go back to the best weights, when the recipe keeps those and they are not the last.
-
-        Raises UserError (3) when their checkpoint is damaged.
-        """
+        """Go back to the best weights, when the recipe keeps those and they are not the last."""
         best = self._kept_best()
         if best is None or best.step == self.state.global_step:
             return
-        path = checkpoints.folder(self.artifact.checkpoints, best.step)
-        if problems := checkpoints.verify(path):
-            hint = "the best checkpoint is damaged; --fresh trains anew"
-            raise UserError(f"{path}/{problems[0]}", hint, INTEGRITY)
-        self._load_from_checkpoint(str(path))
+        self._load_from_checkpoint(str(self.resume.best(best.step)))
         self.say(f"keeping the best: step {best.step}, held-out loss {best.loss:.4f}")
 
     # --- what a subclass of the library's trainer has to override ---

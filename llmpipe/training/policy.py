@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llmpipe import upstream
-from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest
-from llmpipe.models.adapters import tensors_hash, upcast_trained
 from llmpipe.training.heldout import Batch, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.pairs import Pair, Pairs, real_pairs
+from llmpipe.training.preferences import Pair, Preferences, real_pairs
+from llmpipe.training.reference import Referenced
 
 # times the reference's log-probability of chosen responses: below that something is wrong
 COLLAPSED = 1.5
 
 
 class Collator:
-    """Pairs to a batch of TRL's. `pairs` says how many are real, see `ranking.Collator`."""
+    """Pairs to a batch of TRL's. `examples` says how many are real, see `ranking.Collator`."""
 
     def __init__(self, pad_token_id: int):
         self.collate = DataCollatorForPreference(pad_token_id)
@@ -29,65 +26,18 @@ class Collator:
     def __call__(self, pairs: list[Pair]) -> Batch:
         real = real_pairs(pairs)
         batch = self.collate(real or pairs[:1])
-        return {**batch, "pairs": len(real)}
+        return {**batch, "examples": len(real)}
 
 
-class PolicyTrainer(Durable, Pairs, DPOTrainer):
+class PolicyTrainer(Durable, Preferences, Referenced, DPOTrainer):
     """TRL's DPOTrainer, durable, whose reference is the parent."""
-
-    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
-        """TRL's cache knows nothing of how the numbers are computed; its key now says it."""
-        parent_as_reference(self.model)
-        key = [
-            dataset._fingerprint,
-            self.args.bf16,
-            str(self.args.device),
-            torch.get_num_threads(),
-            torch.__version__,
-            self.args.per_device_train_batch_size,
-            self.args.world_size,
-            self.model.config._attn_implementation,
-        ]
-        dataset._fingerprint = digest(key)[:32]
-        return super()._precompute_ref_logps(dataset, *args)
-
-    def reference_hash(self) -> str | None:
-        """Of what the reference's log-probabilities come from; None where they are computed
-        beforehand.
-        """
-        if self.precompute_ref_logps:
-            return None
-        if self.ref_model is not None:
-            return tensors_hash(self.accelerator.unwrap_model(self.ref_model).state_dict())
-        tensors = self.accelerator.unwrap_model(self.model).state_dict()
-        return tensors_hash({n: tensor for n, tensor in tensors.items() if ".default" not in n})
-
-    def refuse_changed_reference(self, before: str | None) -> None:
-        """Raises UserError (3) when the reference is no longer what its hash was `before`."""
-        if self.reference_hash() != before:
-            hint = "please report it; nothing was published"
-            raise UserError("the reference changed in training", hint, INTEGRITY)
-
-    def forget_reference(self) -> None:
-        """Leave the policy's own adapter alone in the model."""
-        if "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")
-
-
-def parent_as_reference(model: Any) -> None:
-    """Make the adapter `ref` the very copy of `default`: TRL's leaves out trained embeddings."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".ref" in name:
-            parameter.data = parameters[name.replace(".ref", ".default")].data.clone()
-    upcast_trained(model)
 
 
 def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
     """The objective on held-out pairs, and how far the policy is from the reference: Rafailov 2023,
     section 4.
     """
-    inputs = {name: value for name, value in batch.items() if name not in ("pairs", "margin")}
+    inputs = {name: value for name, value in batch.items() if name not in ("examples", "margin")}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     outputs = trainer.model(
         input_ids=inputs["input_ids"],
@@ -101,7 +51,7 @@ def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
         model = trainer.ref_model or trainer.model
         reference = trainer.compute_ref_log_probs(model, inputs)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
-    loss = upstream.preference_loss(trainer, outputs, inputs)
+    loss = upstream.preference_loss(DPOTrainer, trainer, lambda **_: outputs, inputs)
 
     chosen_ratio = chosen - inputs["ref_chosen_logps"]
     rejected_ratio = rejected - inputs["ref_rejected_logps"]

@@ -16,20 +16,20 @@ from trl.trainer.utils import pad
 from llmpipe.evaluation.statistics import RESAMPLES, interval, wilson
 from llmpipe.training.heldout import Batch, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.pairs import Pair, Pairs, real_pairs
+from llmpipe.training.preferences import Pair, Preferences, real_pairs
 
 BUCKETS = 4  # of calibration
 SCORED = 1000  # pairs at most
 
 
-class RankingTrainer(Durable, Pairs, RewardTrainer):
+class RankingTrainer(Durable, Preferences, RewardTrainer):
     """TRL's RewardTrainer, durable."""
 
 
 class Collator:
     """Pairs to a batch: chosen responses in the first half of its rows, rejected ones in the other.
 
-    `pairs` says how many are real; where all are fillers one of them stays, since every process has
+    `examples` says how many are real; where all are fillers one of them stays, since every process has
     to take part.
     """
 
@@ -49,7 +49,7 @@ class Collator:
             "input_ids": pad(rows, padding_value=self.pad_token_id, padding_side="right"),
             "attention_mask": pad(ones, padding_value=0, padding_side="right"),
             "margin": torch.tensor([pair["margin"] if real else 0.0 for pair in used]),
-            "pairs": len(real),
+            "examples": len(real),
         }
 
 

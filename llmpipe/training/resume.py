@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.models.hardware import release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
@@ -89,6 +90,14 @@ class Resume:
         """The library's own part of the checkpoint that is gone on from."""
         assert self.checkpoint is not None
         return TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+
+    def best(self, step: int) -> Path:
+        """The checkpoint of the best step. Raises UserError (3) when it is damaged."""
+        path = checkpoints.folder(self.home, step)
+        if problems := checkpoints.verify(path):
+            hint = "the best checkpoint is damaged; --fresh trains anew"
+            raise UserError(f"{path}/{problems[0]}", hint, INTEGRITY)
+        return path
 
     @property
     def rank_state(self) -> RankState:

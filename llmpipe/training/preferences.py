@@ -1,8 +1,8 @@
-"""TRL's trainers of preferences on pairs that llmpipe prepared: what `reward` and `dpo` share.
+"""TRL's trainers of preferences on rows that llmpipe prepared: what `reward` and `dpo` share.
 
-A pair weighs the same in every step, however the step is cut into micro-batches and processes: TRL
-takes the mean of a micro-batch, and `Pairs` weighs those means by the pairs in them. No pair is cut
-or dropped here.
+An example weighs the same in every step, however the step is cut into micro-batches and processes:
+TRL takes the mean of a micro-batch, and `Preferences` weighs those means by the examples in them,
+which a collator counts in `examples`. None is cut or dropped here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def real_pairs(pairs: list[Pair]) -> list[Pair]:
     return [pair for pair in pairs if not math.isnan(pair["margin"])]
 
 
-class Pairs(Trainer):
-    """Mixed in between `Durable` and one of TRL's trainers of pairs."""
+class Preferences(Trainer):
+    """Mixed in between `Durable` and one of TRL's trainers of preferences."""
 
     recipe: sections.Hosted
     world: World
@@ -56,28 +56,22 @@ class Pairs(Trainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [
-            "prompt_ids",
-            "chosen_ids",
-            "rejected_ids",
-            "margin",
-            "ref_chosen_logps",
-            "ref_rejected_logps",
-        ]
+        """All columns, since the collator is llmpipe's."""
+        self._signature_columns = list(self.train_dataset.column_names)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, each with what its mean counts in the step's."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         world, count = self.world.size, len(batches)
-        total = int(self.world.sum(torch.tensor(sum(batch["pairs"] for batch in batches))))
+        total = int(self.world.sum(torch.tensor(sum(batch["examples"] for batch in batches))))
         self._even = total == count * world * self.args.per_device_train_batch_size
         for batch in batches:
-            batch["weight"] = batch.pop("pairs") * count * world / max(total, 1)
+            batch["weight"] = batch.pop("examples") * count * world / max(total, 1)
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         weight = inputs.pop("weight", 1.0)
-        # TRL gathers a metric per pair; processes with other numbers of pairs would not meet
-        apart = nullcontext() if self._even else upstream.gathering_scalars(self.accelerator)
-        with apart:
+        # TRL gathers a metric per example; processes with other numbers of them would not meet
+        gathering = nullcontext() if self._even else upstream.gathering_scalars(self.accelerator)
+        with gathering:
             return super().compute_loss(model, inputs, *args, **kwargs) * weight
