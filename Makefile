@@ -33,9 +33,10 @@ quickstart: setup models ## fine-tune and measure a real model on this machine, 
 	$(BIN)/llmpipe show runs/quickstart
 	$(BIN)/llmpipe report runs/quickstart
 
-check: setup ## style and lint
+check: setup ## style, lint and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	@if [ -x $(BIN)/hadolint ]; then echo $(BIN)/hadolint docker/Dockerfile; $(BIN)/hadolint docker/Dockerfile; fi
 
 format: setup ## repair what `make check` can repair itself
@@ -46,7 +47,7 @@ test: setup ## the tests that run on every change
 	$(BIN)/pytest -n 2 --dist worksteal
 
 faults: setup ## kills, full disks, damaged files: up to an hour
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest -m faults -n 2 --dist worksteal
 
 bench: setup ## how fast the front door opens; see benchmarks/README.md
 	$(BIN)/python benchmarks/front_door.py

@@ -1,9 +1,10 @@
 """How fast and in how much memory rows become tokens: `python benchmarks/data.py [rows ...]`.
 
-Each size runs in a fresh process. Rows look like Alpaca's (about 110 tokens); the tokenizer is trained on the spot, or
-comes from a model folder given by --model. Memory is the largest sum of resident memory of the process and its workers,
-sampled every 20 ms, less what the process held after its imports. It must not grow with the data: the last line
-compares the largest size with the one before, and 1.3 times is the limit.
+Each size runs in a fresh process. Rows look like Alpaca's (about 110 tokens); the tokenizer is
+trained on the spot, or comes from a model folder given by --model. Memory is the largest sum of
+resident memory of the process and its workers, sampled every 20 ms, less what the process held
+after its imports. It must not grow with the data: the last line compares the largest size with the
+one before, and 1.3 times is the limit.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 SIZES = (10_000, 100_000, 1_000_000)
 WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
-    "one you were her all she there would their we him been has when who will more no if out so said what up its about "
-    "into than them can only other new some could time these two may then do first any my now such like our over man "
-    "model answer explain describe write list example because water energy history music number question"
+    "the of and to in is that for it as was with be by on not he his but at are this have "
+    "from or had an they which one you were her all she there would their we him been has "
+    "when who will more no if out so said what up its about into than them can only other new "
+    "some could time these two may then do first any my now such like our over man model "
+    "answer explain describe write list example because water energy history music number "
+    "question"
 ).split()
 
 
@@ -59,11 +63,11 @@ def make_model(folder: Path) -> None:
 
 def one(rows: Path, model: Path, cache: Path, processes: str) -> None:
     """The measured process: import, say so, wait for the go, prepare."""
-    import multiprocessing.spawn  # noqa: F401  imported by the pool; counts as import
-
     from llmpipe.data.kinds.rows import ROWS
     from llmpipe.data.prepare import prepare
     from llmpipe.recipe.sections import Data
+
+    import_module("multiprocessing.spawn")  # `prepare` would, inside the measured time
 
     print("ready", flush=True)
     sys.stdin.readline()

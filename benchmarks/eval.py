@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-import torch  # noqa: TID253 - a script, not the package
+import torch
 
 from llmpipe import upstream
 from llmpipe.models.generate import Sampling, generate, render

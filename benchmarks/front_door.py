@@ -1,14 +1,17 @@
 # python benchmarks/front_door.py [--pairs 7] [--run runs/quickstart]
-"""How fast the front door opens: the whole process of three light commands, beside `trl sft --help`.
+"""How fast the front door opens: the whole process of three light commands, beside `trl sft
+--help`.
 
-Each measurement is a fresh process with warm file caches: wall time, and CPU time (user + system) of the process and
-of everything that it waited for. A command and its peer alternate, the order turns from pair to pair, and what counts
-is the ratio within a pair: the machine's drift hits both. The commands:
+Each measurement is a fresh process with warm file caches: wall time, and CPU time (user + system)
+of the process and of everything that it waited for. A command and its peer alternate, the order
+turns from pair to pair, and what counts is the ratio within a pair: the machine's drift hits both.
+The commands:
 
     llmpipe --help      a recipe with a misspelt key      llmpipe show RUN
 
-RUN is a real one if `--run` names it, or else two unfinished artifacts with three hundred lines of metrics each. Last
-it is shown that none of them imports torch: by the modules that the process holds at its end.
+RUN is a real one if `--run` names it, or else two unfinished artifacts with three hundred lines of
+metrics each. Last it is shown that none of them imports torch: by the modules that the process
+holds at its end.
 """
 
 import argparse
@@ -34,7 +37,8 @@ TRL = [
 PROBE = """
 import atexit, sys
 heavy = {heavy!r}
-atexit.register(lambda: print("HEAVY", *[name for name in heavy if name in sys.modules], file=sys.stderr))
+loaded = lambda: [name for name in heavy if name in sys.modules]
+atexit.register(lambda: print("HEAVY", *loaded(), file=sys.stderr))
 sys.argv = ["llmpipe", *{arguments!r}]
 from llmpipe.front.cli import main
 main()
@@ -90,10 +94,12 @@ def main() -> None:
         commands = fixtures(Path(name), run)
         measure(TRL, 0)  # warm
         print(
-            f"{pairs} pairs each, {os.cpu_count()} cores; seconds, median; ratio to `trl sft --help` within a pair"
+            f"{pairs} pairs each, {os.cpu_count()} cores; seconds, median; "
+            "ratio to `trl sft --help` within a pair"
         )
         print(
-            f"{'':<18} {'wall':>7} {'trl':>7} {'ratio':>7} {'cpu':>9} {'trl':>7} {'ratio':>7}   lowest ratios"
+            f"{'':<18} {'wall':>7} {'trl':>7} {'ratio':>7} {'cpu':>9} {'trl':>7} {'ratio':>7}"
+            "   lowest ratios"
         )
         for title, (arguments, code) in commands.items():
             own, peer = [], []
@@ -114,7 +120,8 @@ def main() -> None:
                 shown.append(statistics.median(ratios))
                 lowest.append(min(ratios))
             print(
-                f"{title:<18} {shown[0]:7.3f} {shown[1]:7.2f} {shown[2]:6.1f}x {shown[3]:9.3f} {shown[4]:7.2f} "
+                f"{title:<18} {shown[0]:7.3f} {shown[1]:7.2f} {shown[2]:6.1f}x "
+                f"{shown[3]:9.3f} {shown[4]:7.2f} "
                 f"{shown[5]:6.1f}x   {lowest[0]:.1f}x wall, {lowest[1]:.1f}x cpu",
                 flush=True,
             )

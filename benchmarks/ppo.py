@@ -1,16 +1,21 @@
-"""PPO beside TRL's, of the last release that had it: trl 1.12.0, `trl.experimental.ppo`, in an environment of its own.
+"""PPO beside TRL's, of the last release that had it: trl 1.12.0, `trl.experimental.ppo`, in an
+environment of its own.
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2
-    python benchmarks/ppo.py speed --peer peer/bin/python --model DIR --rows alpaca.json --pairs 4 [--lora]
+    python -m venv peer
+    peer/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0 peft==0.21.2
+    python benchmarks/ppo.py speed --peer peer/bin/python --model DIR --rows alpaca.json \\
+        --pairs 4 [--lora]
     python benchmarks/ppo.py curve --peer peer/bin/python --seeds 10 --plot curve.svg
 
-`speed`: episodes per second and peak memory above the bare imports. Both sides get the same prompts, model, reward
-model (a random head on the same body), precision, epochs, minibatches and lengths; each measurement is a fresh process,
-the sides alternate, the first update is left out, and what counts is the ratio within a pair. With `--lora` TRL's
-critic is a model that is trained whole, as its trainer has it, and llmpipe's an adapter: that is part of what is
-compared. An update's seconds hold no saving on either side. `--rows`: a JSON list of rows with an `instruction`.
-`curve`: score against KL of a tiny random model whose words have values, over seeds; both sides start from the same
-weights, and so do the critics, but for their random heads. What counts is the difference of scores at the same KL.
+`speed`: episodes per second and peak memory above the bare imports. Both sides get the same
+prompts, model, reward model (a random head on the same body), precision, epochs, minibatches and
+lengths; each measurement is a fresh process, the sides alternate, the first update is left out, and
+what counts is the ratio within a pair. With `--lora` TRL's critic is a model that is trained whole,
+as its trainer has it, and llmpipe's an adapter: that is part of what is compared. An update's
+seconds hold no saving on either side. `--rows`: a JSON list of rows with an `instruction`. `curve`:
+score against KL of a tiny random model whose words have values, over seeds; both sides start from
+the same weights, and so do the critics, but for their random heads. What counts is the difference
+of scores at the same KL.
 """
 
 import argparse
@@ -29,9 +34,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 EPOCHS, MINIBATCHES, KL = 2, 2, 0.05
-# One-sided 90 % quantile of Student's t, by degrees of freedom; the last from there on, which is on the safe side.
+# One-sided 90 % quantile of Student's t, by degrees of freedom; the last from there on, which is on
+# the safe side.
 T90 = [math.inf, 3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383]
-BARE = "import torch, transformers, trl, peft, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+BARE = (
+    "import torch, transformers, trl, peft, resource; "
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+)
 
 
 def peer(told: dict) -> None:
@@ -82,19 +91,42 @@ def peer(told: dict) -> None:
     with tempfile.TemporaryDirectory() as out:
         trainer = PPOTrainer(
             args=PPOConfig(
-                output_dir=out, seed=told["seed"], use_cpu=True, bf16=told["bf16"], report_to="none",
-                save_strategy="no", per_device_train_batch_size=told["batch"], gradient_accumulation_steps=1,
-                num_ppo_epochs=EPOCHS, num_mini_batches=MINIBATCHES, kl_coef=KL,
+                output_dir=out,
+                seed=told["seed"],
+                use_cpu=True,
+                bf16=told["bf16"],
+                report_to="none",
+                save_strategy="no",
+                per_device_train_batch_size=told["batch"],
+                gradient_accumulation_steps=1,
+                num_ppo_epochs=EPOCHS,
+                num_mini_batches=MINIBATCHES,
+                kl_coef=KL,
                 total_episodes=told["batch"] * told["updates"],
-                local_rollout_forward_batch_size=told["batch"], response_length=told["tokens"], temperature=1.0,
-                learning_rate=told["rate"], adam_epsilon=1e-5, stop_token="eos", num_sample_generations=0,
-                logging_steps=1, disable_tqdm=True,
+                local_rollout_forward_batch_size=told["batch"],
+                response_length=told["tokens"],
+                temperature=1.0,
+                learning_rate=told["rate"],
+                adam_epsilon=1e-5,
+                stop_token="eos",
+                num_sample_generations=0,
+                logging_steps=1,
+                disable_tqdm=True,
             ),
-            processing_class=tokenizer, model=policy, ref_model=reference, reward_model=judge, value_model=value,
-            peft_config=lora, callbacks=[Clock()],
-            train_dataset=Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in told["prompts"]]}),
-            eval_dataset=Dataset.from_dict({"input_ids": [tokenizer(told["prompts"][0])["input_ids"]]}),
-        )  # fmt: skip
+            processing_class=tokenizer,
+            model=policy,
+            ref_model=reference,
+            reward_model=judge,
+            value_model=value,
+            peft_config=lora,
+            callbacks=[Clock()],
+            train_dataset=Dataset.from_dict(
+                {"input_ids": [tokenizer(text)["input_ids"] for text in told["prompts"]]}
+            ),
+            eval_dataset=Dataset.from_dict(
+                {"input_ids": [tokenizer(told["prompts"][0])["input_ids"]]}
+            ),
+        )
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
@@ -137,15 +169,27 @@ def own(told: dict, home: Path, python: str) -> dict:
         reward = {"function": f"{home}/rewards.py:look"}
         (home / "rewards.py").write_text(REWARD.format(table=told["words"]))
     recipe = {
-        "stage": "ppo", "run": str(run), "model": told["model"], "seed": told["seed"],
-        "data": {"train": [{"path": str(rows)}], "max_length": 256}, "reward": [reward],
-        "reference": {"coefficient": KL}, "rollout": {"max_new_tokens": told["tokens"]},
+        "stage": "ppo",
+        "run": str(run),
+        "model": told["model"],
+        "seed": told["seed"],
+        "data": {"train": [{"path": str(rows)}], "max_length": 256},
+        "reward": [reward],
+        "reference": {"coefficient": KL},
+        "rollout": {"max_new_tokens": told["tokens"]},
         "algorithm": {"epochs": EPOCHS, "minibatches": MINIBATCHES},
-        "optim": {"learning_rate": told["rate"], "batch_size": told["batch"], "steps": told["updates"], "warmup": 0,
-                  "precision": "bf16" if told["bf16"] else "fp32", "max_grad_norm": 0},
-        "log": {"every": 1}, "checkpoint": {"every": 10**6},
+        "optim": {
+            "learning_rate": told["rate"],
+            "batch_size": told["batch"],
+            "steps": told["updates"],
+            "warmup": 0,
+            "precision": "bf16" if told["bf16"] else "fp32",
+            "max_grad_norm": 0,
+        },
+        "log": {"every": 1},
+        "checkpoint": {"every": 10**6},
         "launch": {"processes": 1, "threads": told["threads"]},
-    } | ({"adapter": {"rank": 8, "alpha": 16}} if told["lora"] else {})  # fmt: skip
+    } | ({"adapter": {"rank": 8, "alpha": 16}} if told["lora"] else {})
     path = home / "ppo.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -209,10 +253,18 @@ def speed(args) -> None:
         del ranker
         rows = json.loads(Path(args.rows).read_text())[: args.batch * args.updates]
         told = {
-            "model": args.model, "critic": str(home / "critic"), "prompts": [row["instruction"] for row in rows],
-            "batch": args.batch, "tokens": args.tokens, "updates": args.updates, "rate": 1e-5 if args.lora else 1e-6,
-            "lora": args.lora, "bf16": args.precision == "bf16", "threads": os.cpu_count(), "seed": 0,
-        }  # fmt: skip
+            "model": args.model,
+            "critic": str(home / "critic"),
+            "prompts": [row["instruction"] for row in rows],
+            "batch": args.batch,
+            "tokens": args.tokens,
+            "updates": args.updates,
+            "rate": 1e-5 if args.lora else 1e-6,
+            "lora": args.lora,
+            "bf16": args.precision == "bf16",
+            "threads": os.cpu_count(),
+            "seed": 0,
+        }
         ratios, memory = [], []
         for pair in range(args.pairs):
             seen = {
@@ -227,13 +279,16 @@ def speed(args) -> None:
             ratios.append(rate["llmpipe"] / rate["peer"])
             memory.append(peak["llmpipe"] / peak["peer"])
             print(
-                f"pair {pair + 1}: episodes/s peer {rate['peer']:.3f}, llmpipe {rate['llmpipe']:.3f}, "
+                f"pair {pair + 1}: episodes/s peer {rate['peer']:.3f}, "
+                f"llmpipe {rate['llmpipe']:.3f}, "
                 f"ratio {ratios[-1]:.2f}; "
-                f"GiB peer {peak['peer']:.2f}, llmpipe {peak['llmpipe']:.2f}, ratio {memory[-1]:.2f}",
+                f"GiB peer {peak['peer']:.2f}, llmpipe {peak['llmpipe']:.2f}, "
+                f"ratio {memory[-1]:.2f}",
                 flush=True,
-            )  # fmt: skip
+            )
     print(
-        f"episodes/s: median ratio {statistics.median(ratios):.2f}, 95 % lower bound {lower_bound(ratios):.2f}"
+        f"episodes/s: median ratio {statistics.median(ratios):.2f}, "
+        f"95 % lower bound {lower_bound(ratios):.2f}"
     )
     print(f"peak memory: median ratio {statistics.median(memory):.2f}, highest {max(memory):.2f}")
 
@@ -261,9 +316,17 @@ def tiny(folder: Path, seed: int) -> dict:
     )
     torch.manual_seed(seed)
     config = PhiConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=False, initializer_range=0.1, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     policy = PhiForCausalLM(config)
     policy.lm_head.bias.data[
         0
@@ -278,10 +341,20 @@ def tiny(folder: Path, seed: int) -> dict:
     chance = random.Random(seed)
     words = {word: chance.random() / 8 if word in WORDS else 0.0 for word in vocabulary}
     return {
-        "model": str(folder / "model"), "critic": str(folder / "critic"), "table": list(words.values()), "words": words,
-        "prompts": [" ".join(chance.choices(ASKED, k=2)) for _ in range(64)], "batch": 64, "tokens": 8, "updates": 60,
-        "rate": 1e-3, "lora": False, "bf16": False, "threads": 1, "seed": seed,
-    }  # fmt: skip
+        "model": str(folder / "model"),
+        "critic": str(folder / "critic"),
+        "table": list(words.values()),
+        "words": words,
+        "prompts": [" ".join(chance.choices(ASKED, k=2)) for _ in range(64)],
+        "batch": 64,
+        "tokens": 8,
+        "updates": 60,
+        "rate": 1e-3,
+        "lora": False,
+        "bf16": False,
+        "threads": 1,
+        "seed": seed,
+    }
 
 
 def at_equal_kl(curves: dict[str, list[dict]]) -> float:
@@ -347,10 +420,12 @@ def plot(drawn: dict[str, list[list[dict]]], path: Path) -> None:
     most = max(line["kl"] for curves in drawn.values() for lines in curves for line in lines)
     x, y = lambda kl: 50 + 520 * kl / most, lambda score: 350 - 320 * score
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" font-family="sans-serif" font-size="12">'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 400" '
+        'font-family="sans-serif" font-size="12">'
     ]
     parts.append(
-        '<rect width="620" height="400" fill="white"/><path d="M50 30V350H570" stroke="black" fill="none"/>'
+        '<rect width="620" height="400" fill="white"/>'
+        '<path d="M50 30V350H570" stroke="black" fill="none"/>'
     )
     for i in range(6):
         parts.append(f'<text x="20" y="{y(i / 5) + 4:.0f}">{i / 5:.1f}</text>')
@@ -364,7 +439,8 @@ def plot(drawn: dict[str, list[list[dict]]], path: Path) -> None:
         name = {"peer": "trl 1.12.0", "llmpipe": "llmpipe"}[side]
         parts.append(f'<text x="470" y="{300 + 18 * at}" fill="{colour}">{name}</text>')
     parts.append(
-        '<text x="230" y="390">KL from the parent, nats per answer</text><text x="10" y="20">score</text>'
+        '<text x="230" y="390">KL from the parent, nats per answer</text>'
+        '<text x="10" y="20">score</text>'
     )
     parts.append("</svg>")
     path.write_text("\n".join(parts) + "\n")

@@ -1,10 +1,12 @@
-"""Bits per byte of a pretrained artifact's held-out documents, beside gzip and a smoothed token bigram.
+"""Bits per byte of a pretrained artifact's held-out documents, beside gzip and a smoothed token
+bigram.
 
     python benchmarks/pretrain.py runs/pretrain/pretrain
 
-All three see the same documents, split whole from those trained on. gzip -9 gets the held-out documents in one piece,
-the bigram is counted on the training tokens of the artifact's own tokenizer (Kneser-Ney, discount 0.75), the model's
-figure is recomputed here from the published files with plain transformers, block by block as it was trained.
+All three see the same documents, split whole from those trained on. gzip -9 gets the held-out
+documents in one piece, the bigram is counted on the training tokens of the artifact's own tokenizer
+(Kneser-Ney, discount 0.75), the model's figure is recomputed here from the published files with
+plain transformers, block by block as it was trained.
 """
 
 import argparse
@@ -15,9 +17,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-import torch  # noqa: TID253 - a script, not the package
-from datasets import Dataset  # noqa: TID253
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: TID253
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def bigram_nats(train: list[int], held_out: list[int]) -> float:
@@ -77,9 +79,8 @@ def main() -> None:
     print(
         f"gzip -9:                 {8 * len(gzip.compress(text, 9)) / len(text):.3f} bits per byte"
     )
-    print(
-        f"bigram, Kneser-Ney:      {bigram_nats(flat['train'], flat['eval']) / (count - 1) * per_token:.3f}"
-    )
+    nats = bigram_nats(flat["train"], flat["eval"]) / (count - 1)
+    print(f"bigram, Kneser-Ney:      {nats * per_token:.3f}")
     told = manifest["final"]["bits_per_byte"]
     print(f"{args.artifact.name}: {nats / scored * per_token:>20.3f}   (manifest: {told:.3f})")
 

@@ -1,12 +1,14 @@
-"""What the tiny recipes make, as hashes: record them before a change that should change nothing, and compare after it.
+"""What the tiny recipes make, as hashes: record them before a change that should change nothing,
+and compare after it.
 
     python benchmarks/same_bytes.py record before.json          with this environment's llmpipe
     python benchmarks/same_bytes.py record before.json --python ../old/.venv/bin/python
     python benchmarks/same_bytes.py compare before.json after.json
 
-Every stage that trains, one thread, fp32: pretrain, sft, packed sft, lora, its merge, qlora, reward, dpo and ppo, each
-with all weights and with an adapter, and eval. Hashed: every file in `model/`, samples, rejected rows, results, and
-metrics.jsonl less wall-clock figures. Equal on one machine, or the change changed something.
+Every stage that trains, one thread, fp32: pretrain, sft, packed sft, lora, its merge, qlora,
+reward, dpo and ppo, each with all weights and with an adapter, and eval. Hashed: every file in
+`model/`, samples, rejected rows, results, and metrics.jsonl less wall-clock figures. Equal on one
+machine, or the change changed something.
 """
 
 import argparse
@@ -143,21 +145,27 @@ def hashes(run: Path) -> dict[str, str]:
     """{file: sha256} of what the artifacts of a run hold."""
     table = {}
     for path in sorted(run.rglob("*")):
-        parts = path.relative_to(run).parts
-        if parts[0].startswith(".") or "checkpoints" in parts or not path.is_file():
+        name = path.relative_to(run).as_posix()
+        if not path.is_file() or not is_result(name):
             continue
         content = path.read_bytes()
         if path.name == "metrics.jsonl":
-            content = without_wall_clock(path.read_text(encoding="utf-8")).encode()
-        elif "model" not in parts and path.suffix not in (".jsonl", ".safetensors"):
-            if path.name != "results.json":
-                continue
-        table["/".join(parts)] = hashlib.sha256(content).hexdigest()
+            content = without_wall_clock(content.decode()).encode()
+        table[name] = hashlib.sha256(content).hexdigest()
     return table
 
 
+def is_result(name: str) -> bool:
+    """Whether a file of a run is equal each time: no log, no checkpoint, nothing with a date."""
+    parts = name.split("/")
+    if name.startswith(".") or "checkpoints" in parts:
+        return False
+    return "model" in parts or name.endswith((".jsonl", ".safetensors", "results.json"))
+
+
 def record(out: Path, python: str) -> None:
-    """Run the pipeline with the llmpipe of `python` in a scratch folder, and write the hashes to `out`."""
+    """Run the pipeline with the llmpipe of `python` in a scratch folder, and write the hashes to
+    `out`."""
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         shutil.copytree(ROOT / "recipes" / "tiny", home / "tiny")

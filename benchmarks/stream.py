@@ -1,9 +1,11 @@
-"""Peak memory of a streamed pretraining: 2 GB of jsonl beside 20 MB, both above what the imports take.
+"""Peak memory of a streamed pretraining: 2 GB of jsonl beside 20 MB, both above what the imports
+take.
 
     python benchmarks/stream.py 20 2000
 
-Each size (in MB) is generated and trained on for the same number of steps by the stage itself, in a process of its own;
-`--read` then lets the stream alone read it to its end. The ratio is that of the last to the first size.
+Each size (in MB) is generated and trained on for the same number of steps by the stage itself, in a
+process of its own; `--read` then lets the stream alone read it to its end. The ratio is that of the
+last to the first size.
 """
 
 import argparse
@@ -125,7 +127,8 @@ def main() -> None:
             f", {one['tokens'] / 1e6:.1f} M tokens in {one['seconds']:.0f} s" if args.read else ""
         )
         print(
-            f"{size} MB: peak {above[-1]:.1f} MB above the {'start' if args.read else 'imports'}{rate}",
+            f"{size} MB: peak {above[-1]:.1f} MB above the "
+            f"{'start' if args.read else 'imports'}{rate}",
             flush=True,
         )
     print(f"ratio: {above[-1] / above[0]:.2f}")

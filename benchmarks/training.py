@@ -1,19 +1,22 @@
-"""Rows per second and memory of training: llmpipe against a bare peer, on the same rows, model, precision and cores.
+"""Rows per second and memory of training: llmpipe against a bare peer, on the same rows, model,
+precision and cores.
 
     python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8
     python benchmarks/training.py --model DIR --rows alpaca.json --packing --pairs 8 --stage qlora
-    python benchmarks/training.py --model DIR --rows alpaca.json --pairs 8 --stage pretrain --count 400
+    python benchmarks/training.py --model DIR --rows alpaca.json --pairs 8 --stage pretrain \\
+        --count 400
     python benchmarks/training.py --model DIR --rows dpo.json --pairs 8 --stage dpo --count 48
 
-The peer is TRL (with PEFT for lora and qlora), which tokenizes pairs by itself, as its documentation has it. For
-pretrain, where rows are text, the model starts from random weights and DIR gives the tokenizer, it is a PyTorch loop:
-forward, backward, clipping, fused AdamW. Of pairs those count that fit whole into `--max-length`.
+The peer is TRL (with PEFT for lora and qlora), which tokenizes pairs by itself, as its
+documentation has it. For pretrain, where rows are text, the model starts from random weights and
+DIR gives the tokenizer, it is a PyTorch loop: forward, backward, clipping, fused AdamW. Of pairs
+those count that fit whole into `--max-length`.
 
-Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given above what the bare
-imports take). The sides alternate, and what counts is the ratio within a pair: the machine's drift hits both. The clock
-runs from the first step's start to the last step's end; loading, tokenizing and packing are outside.
-`--rows`: a JSON list of Alpaca rows (instruction, input, output); for reward and dpo, of ShareGPT rows with answers
-(conversations, chosen, rejected).
+Each measurement is a fresh process, so the peak of resident memory belongs to it alone (it is given
+above what the bare imports take). The sides alternate, and what counts is the ratio within a pair:
+the machine's drift hits both. The clock runs from the first step's start to the last step's end;
+loading, tokenizing and packing are outside. `--rows`: a JSON list of Alpaca rows (instruction,
+input, output); for reward and dpo, of ShareGPT rows with answers (conversations, chosen, rejected).
 """
 
 import argparse
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,13 +87,17 @@ def prepare(args, home: Path, packing: bool) -> Path:
         "seed": 0,
         "data": data,
         "optim": {
-            "learning_rate": rate(args), **batch, "precision": args.precision, "scheduler": "linear", "warmup": 0,
+            "learning_rate": rate(args),
+            **batch,
+            "precision": args.precision,
+            "scheduler": "linear",
+            "warmup": 0,
         },
         "log": {"every": 1},
         "checkpoint": {"every": 10**6},
         **extra,
         "launch": launch | ({"micro_batch_size": args.micro_batch} if args.micro_batch else {}),
-    }  # fmt: skip
+    }
     path = home / f"{recipe['name']}.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     done = subprocess.run(
@@ -107,13 +115,15 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 def conversation(row: dict) -> dict:
     """A ShareGPT row with its two answers as TRL knows preferences."""
-    turns = lambda *found: [
-        {"role": ROLES[turn["from"]], "content": turn["value"]} for turn in found
-    ]  # noqa: E731
     return {
-        "prompt": turns(*row["conversations"]),
-        **{side: turns(row[side]) for side in ("chosen", "rejected")},
+        "prompt": messages(row["conversations"]),
+        "chosen": messages([row["chosen"]]),
+        "rejected": messages([row["rejected"]]),
     }
+
+
+def messages(turns: list[dict]) -> list[dict]:
+    return [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def fitting(rows: list[dict], args) -> list[dict]:
@@ -121,7 +131,10 @@ def fitting(rows: list[dict], args) -> list[dict]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    length = lambda turns: len(tokenizer.apply_chat_template(turns, return_dict=False))  # noqa: E731
+
+    def length(turns: list[dict]) -> int:
+        return len(tokenizer.apply_chat_template(turns, return_dict=False))
+
     return [
         row
         for row in rows
@@ -139,10 +152,19 @@ def rate(args) -> float:
 
 def common(args, out: str) -> dict:
     """What both sides are told: nothing here is a matter of speed."""
-    return dict(  # noqa: C408  names of fields
-                output_dir=out, max_length=args.max_length, bf16=args.precision == "bf16", seed=0,
-                num_train_epochs=1, learning_rate=rate(args), use_cpu=True, logging_steps=1, save_strategy="no",
-                report_to="none", disable_tqdm=True)  # fmt: skip
+    return {
+        "output_dir": out,
+        "max_length": args.max_length,
+        "bf16": args.precision == "bf16",
+        "seed": 0,
+        "num_train_epochs": 1,
+        "learning_rate": rate(args),
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def run_trl(args, dataset, tokenizer, callback, out: str):
@@ -172,9 +194,11 @@ def run_trl(args, dataset, tokenizer, callback, out: str):
     kind = AutoModelForSequenceClassification if args.stage == "reward" else AutoModelForCausalLM
     torch.manual_seed(0)
     model = kind.from_pretrained(args.model, **how)
-    own = {} if args.stage in PREFERENCES else {
-        "packing": args.packing, "dataset_kwargs": {"skip_prepare_dataset": True}
-    }  # fmt: skip
+    own = (
+        {}
+        if args.stage in PREFERENCES
+        else {"packing": args.packing, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    )
     make, settings = {"reward": (RewardTrainer, RewardConfig), "dpo": (DPOTrainer, DPOConfig)}.get(
         args.stage, (SFTTrainer, SFTConfig)
     )
@@ -234,7 +258,8 @@ def run_loop(args, dataset, tokenizer, callback, out: str):
 
 
 def run_llmpipe(args, folder: Path, callback):
-    """The stage itself, as the worker runs it: training, checkpoint, verification; the clock sees the steps."""
+    """The stage itself, as the worker runs it: training, checkpoint, verification; the clock
+    sees the steps."""
     from llmpipe.front.worker import open_job
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.signals import Signals
@@ -257,14 +282,18 @@ def run_llmpipe(args, folder: Path, callback):
 
 
 def measure(args) -> dict:
-    """One side, in this process: seconds from the first step's start to the last step's end, peak bytes, losses."""
+    """One side, in this process: seconds from the first step's start to the last step's end,
+    peak bytes, losses."""
     import datasets
-    import torch  # noqa: F401  part of the bare import
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTTrainer  # noqa: F401
 
+    import_module("torch")  # what memory is measured above
+    import_module("trl.trainer.sft_trainer")
     status = Path("/proc/self/status")
-    resident = lambda key: int(status.read_text().split(key + ":")[1].split()[0]) * 1024  # noqa: E731
+
+    def resident(key: str) -> int:
+        return int(status.read_text().split(key + ":")[1].split()[0]) * 1024
+
     bare = resident("VmRSS")
 
     class Clock(TrainerCallback):
@@ -278,7 +307,8 @@ def measure(args) -> dict:
 
     clock = Clock()
     home = Path(args.home)
-    # bare TRL gets the very sequences that llmpipe trains on: when it packs by itself, it breaks ties at random
+    # bare TRL gets the very sequences that llmpipe trains on: when it packs by itself, it breaks
+    # ties at random
     folder = home / ("packed" if args.packing else "unpacked")
     rows = datasets.Dataset.from_file(str(home / ".prepared" / key_of(folder) / "train.arrow"))
     if args.stage in PREFERENCES and args.side == "peer":
@@ -410,7 +440,8 @@ def compare(args, home: Path) -> None:
         "ratio of processor seconds, for a busy machine": cpu,
     }.items():
         print(
-            f"{what}: median {statistics.median(values):.2f}, 95 % lower bound {lower_bound(values):.2f}"
+            f"{what}: median {statistics.median(values):.2f}, "
+            f"95 % lower bound {lower_bound(values):.2f}"
         )
     for side, values in peaks.items():
         middle, highest = statistics.median(values) / 2**30, max(values) / 2**30

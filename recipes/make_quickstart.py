@@ -1,10 +1,12 @@
 # python recipes/make_quickstart.py
-"""Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on and 470 to test on,
-with short answers that are right by construction; and quickstart-pairs.jsonl and quickstart-test-pairs.jsonl: 400 and
-200 with a wrong answer beside the right one, half of them slips, half the answer to another question.
+"""Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on
+and 470 to test on, with short answers that are right by construction; and quickstart-pairs.jsonl
+and quickstart-test-pairs.jsonl: 400 and 200 with a wrong answer beside the right one, half of them
+slips, half the answer to another question.
 
-Thirteen kinds of task, several phrasings each; no problem occurs twice in any of them, so that what is tested was never
-seen in other words. The problems behind `samples:` in recipes/quickstart.yaml are left out. Same seed, same files.
+Thirteen kinds of task, several phrasings each; no problem occurs twice in any of them, so that what
+is tested was never seen in other words. The problems behind `samples:` in recipes/quickstart.yaml
+are left out. Same seed, same files.
 """
 
 import json
@@ -14,29 +16,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 WORDS = """
-    apple arm baby bag ball bank bath bear bed bell bird boat book bottle bread bridge brush bus cake camel candle cap
-    card castle cat chain chair cheese clock cloud coat coin corn cow crown cup desk dog door dress drum duck ear egg
-    engine farm fence field fire fish flag flower foot forest fork fox frog garden gate ghost gift glass goat gold
-    grape grass hammer hand hat heart hill honey horse hotel house ice ink island jacket jar jelly key king kite knee
-    ladder lake lamp leaf lemon letter lion map market milk mirror moon mouse music nail neck nest night nose nut oak
-    ocean onion orange oven owl page paint paper park pear pen pencil piano pig pillow pizza plane plant plate pocket
-    pond potato queen rain ring river road robot roof room root rope rose salt sand school sea seed shelf ship shirt
-    shoe silk silver sky snow soap sock soup spoon star stone storm street sugar sun table tail tea tent tiger toast
-    tooth tower town toy train tree truck wagon wall watch water wave wheel wind window wing winter wolf wood yard zebra
+    apple arm baby bag ball bank bath bear bed bell bird boat book bottle bread bridge brush bus
+    cake camel candle cap card castle cat chain chair cheese clock cloud coat coin corn cow crown
+    cup desk dog door dress drum duck ear egg engine farm fence field fire fish flag flower foot
+    forest fork fox frog garden gate ghost gift glass goat gold grape grass hammer hand hat heart
+    hill honey horse hotel house ice ink island jacket jar jelly key king kite knee ladder lake
+    lamp leaf lemon letter lion map market milk mirror moon mouse music nail neck nest night nose
+    nut oak ocean onion orange oven owl page paint paper park pear pen pencil piano pig pillow
+    pizza plane plant plate pocket pond potato queen rain ring river road robot roof room root
+    rope rose salt sand school sea seed shelf ship shirt shoe silk silver sky snow soap sock soup
+    spoon star stone storm street sugar sun table tail tea tent tiger toast tooth tower town toy
+    train tree truck wagon wall watch water wave wheel wind window wing winter wolf wood yard
+    zebra
 """.split()
 PLURALS = dict(
     pair.split(":")
     for pair in """
-    apple:apples baby:babies bag:bags beach:beaches bench:benches berry:berries bird:birds boat:boats book:books
-    box:boxes boy:boys branch:branches bridge:bridges brush:brushes bus:buses butterfly:butterflies calf:calves
-    candle:candles car:cars cherry:cherries child:children church:churches city:cities class:classes
-    clock:clocks coat:coats country:countries cow:cows cup:cups daisy:daisies day:days desk:desks dish:dishes
-    dress:dresses duck:ducks egg:eggs fairy:fairies family:families flower:flowers fly:flies foot:feet
-    fork:forks fox:foxes garden:gardens glass:glasses goose:geese half:halves hero:heroes horse:horses
-    house:houses key:keys kiss:kisses kite:kites lady:ladies leaf:leaves lemon:lemons letter:letters life:lives
-    lion:lions loaf:loaves man:men match:matches monkey:monkeys mouse:mice ox:oxen peach:peaches pen:pens
-    penny:pennies pig:pigs pony:ponies potato:potatoes puppy:puppies ring:rings river:rivers sandwich:sandwiches
-    sheep:sheep shelf:shelves ship:ships story:stories thief:thieves tomato:tomatoes tooth:teeth toy:toys
+    apple:apples baby:babies bag:bags beach:beaches bench:benches berry:berries bird:birds
+    boat:boats book:books box:boxes boy:boys branch:branches bridge:bridges brush:brushes
+    bus:buses butterfly:butterflies calf:calves candle:candles car:cars cherry:cherries
+    child:children church:churches city:cities class:classes clock:clocks coat:coats
+    country:countries cow:cows cup:cups daisy:daisies day:days desk:desks dish:dishes
+    dress:dresses duck:ducks egg:eggs fairy:fairies family:families flower:flowers fly:flies
+    foot:feet fork:forks fox:foxes garden:gardens glass:glasses goose:geese half:halves
+    hero:heroes horse:horses house:houses key:keys kiss:kisses kite:kites lady:ladies leaf:leaves
+    lemon:lemons letter:letters life:lives lion:lions loaf:loaves man:men match:matches
+    monkey:monkeys mouse:mice ox:oxen peach:peaches pen:pens penny:pennies pig:pigs pony:ponies
+    potato:potatoes puppy:puppies ring:rings river:rivers sandwich:sandwiches sheep:sheep
+    shelf:shelves ship:ships story:stories thief:thieves tomato:tomatoes tooth:teeth toy:toys
     tree:trees watch:watches wife:wives wish:wishes witch:witches wolf:wolves woman:women
     """.split()
 )

@@ -1,12 +1,14 @@
 # python recipes/make_sums.py
-"""Writes ./sums/: sums of two numbers with one or two digits each, where every answer can be checked.
+"""Writes ./sums/: sums of two numbers with one or two digits each, where every answer can be
+checked.
 
-form.jsonl       right answers to a few of them, for sft: what an answer looks like
-pairs.jsonl      right and wrong answers to others, for reward and dpo
-asks.jsonl       the expressions of the pairs, once each with their answers, for ppo
-test.jsonl       sums with their answers, and test-pairs.jsonl the same with wrong ones beside
+form.jsonl       right answers to a few of them, for sft: what an answer looks like pairs.jsonl
+right and wrong answers to others, for reward and dpo asks.jsonl       the expressions of the pairs,
+once each with their answers, for ppo test.jsonl       sums with their answers, and test-pairs.jsonl
+the same with wrong ones beside
 
-Learned, asked and tested expressions are others, and a + b is the same expression as b + a. Same seed, same files.
+Learned, asked and tested expressions are others, and a + b is the same expression as b + a. Same
+seed, same files.
 """
 
 import json
@@ -24,7 +26,8 @@ Sum = tuple[int, int]
 
 
 def expressions(rng: random.Random) -> list[list[Sum]]:
-    """The expressions of the three parts: both operands short, mixed, both long, in the same shares in each."""
+    """The expressions of the three parts: both operands short, mixed, both long, in the same
+    shares in each."""
     kinds = [(1, 1), (1, 2), (2, 2)]
     every = [
         sorted({tuple(sorted((a, b))) for a in DIGITS[i] for b in DIGITS[j]}) for i, j in kinds
@@ -42,7 +45,8 @@ def expressions(rng: random.Random) -> list[list[Sum]]:
 
 
 def wrong(rng: random.Random, right: int, count: int) -> list[int]:
-    """So many other numbers: three in four a slip (tens or ones too many or too few, digits swapped), else any sum."""
+    """So many other numbers: three in four a slip (tens or ones too many or too few, digits
+    swapped), else any sum."""
     found: dict[int, None] = {}
     while len(found) < count:
         slips = [right + step for step in (-20, -10, -10, 10, 10, 20, -2, -1, 1, 2)] + [
@@ -62,20 +66,32 @@ def rows(seed: int = 0) -> dict[str, list[dict]]:
     """The files and their rows."""
     rng = random.Random(seed)
     form, train, test = expressions(rng)
-    ask = lambda a, b: turns("user", f"What is {a} + {b}?")  # noqa: E731
-    say = lambda number: turns("assistant", f"{number}")  # noqa: E731
-    answered = lambda part: [{"messages": ask(a, b) + say(a + b)} for a, b in part]  # noqa: E731
-    pairs = lambda part, count: [  # noqa: E731
-        {"prompt": ask(a, b), "chosen": say(a + b), "rejected": say(number)}
-        for a, b in part
-        for number in wrong(rng, a + b, count)
-    ]
+
+    def ask(a: int, b: int) -> list[dict]:
+        return turns("user", f"What is {a} + {b}?")
+
+    def say(number: int) -> list[dict]:
+        return turns("assistant", f"{number}")
+
+    def answered(part: list[tuple[int, int]]) -> list[dict]:
+        return [{"messages": ask(a, b) + say(a + b)} for a, b in part]
+
+    def pairs(part: list[tuple[int, int]], count: int) -> list[dict]:
+        return [
+            {"prompt": ask(a, b), "chosen": say(a + b), "rejected": say(number)}
+            for a, b in part
+            for number in wrong(rng, a + b, count)
+        ]
+
     several = pairs(train, WRONG)
     rng.shuffle(several)
     return {
-        "form": answered(form), "pairs": several, "asks": answered(train), "test": answered(test),
+        "form": answered(form),
+        "pairs": several,
+        "asks": answered(train),
+        "test": answered(test),
         "test-pairs": pairs(test, 1),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Writes ./texts/: the reference documentation that comes with Python itself (PSF licence), a file per topic, half a
-megabyte. Something to pretrain on that needs no download.
+"""Writes ./texts/: the reference documentation that comes with Python itself (PSF licence), a file
+per topic, half a megabyte. Something to pretrain on that needs no download.
 """
 
 import pydoc_data.topics

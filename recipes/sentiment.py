@@ -1,21 +1,40 @@
 # python recipes/sentiment.py
-"""Writes ./sentiment/prompts.jsonl, 144 beginnings of sentences that are neither good nor bad news, and holds the
-reward of recipes/sentiment.yaml: how positive VADER finds what the model goes on with (Hutto 2014), -1 to 1.
+"""Writes ./sentiment/prompts.jsonl, 144 beginnings of sentences that are neither good nor bad news,
+and holds the reward of recipes/sentiment.yaml: how positive VADER finds what the model goes on with
+(Hutto 2014), -1 to 1.
 """
 
 import json
 from pathlib import Path
 
 WHO = [
-    "The teacher", "My neighbour", "The driver", "A student", "The painter", "Our manager", "The tourist",
-    "Her cousin", "The nurse", "A farmer", "The clerk", "His brother",
-]  # fmt: skip
+    "The teacher",
+    "My neighbour",
+    "The driver",
+    "A student",
+    "The painter",
+    "Our manager",
+    "The tourist",
+    "Her cousin",
+    "The nurse",
+    "A farmer",
+    "The clerk",
+    "His brother",
+]
 DID = [
-    "opened the letter and", "walked into the room and", "looked at the table and", "read the report, which",
-    "came back from the meeting and", "picked up the phone and", "sat down at the window and",
-    "turned the page and", "waited for the bus and", "wrote to the office that", "answered the question and",
+    "opened the letter and",
+    "walked into the room and",
+    "looked at the table and",
+    "read the report, which",
+    "came back from the meeting and",
+    "picked up the phone and",
+    "sat down at the window and",
+    "turned the page and",
+    "waited for the bus and",
+    "wrote to the office that",
+    "answered the question and",
     "put the box down and",
-]  # fmt: skip
+]
 
 
 def positive(prompts: list[str], completions: list[str], **_: object) -> list[float]:

@@ -1,4 +1,5 @@
-"""One thread per test process, no Hub, nothing reported to anybody; set before any library reads it."""
+"""One thread per test process, no Hub, nothing reported to anybody; set before any library reads
+it."""
 
 import os
 

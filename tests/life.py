@@ -1,7 +1,8 @@
-"""A command's whole life inside one process, so that heavy libraries are imported once; and the same in forked trials.
+"""A command's whole life inside one process, so that heavy libraries are imported once; and the
+same in forked trials.
 
-`command` is `llmpipe STAGE RECIPE` with its workers run here instead of as subprocesses. `Trial` forks it from a server
-that has imported torch but started no thread.
+`command` is `llmpipe STAGE RECIPE` with its workers run here instead of as subprocesses. `Trial`
+forks it from a server that has imported torch but started no thread.
 """
 
 import json
@@ -23,8 +24,13 @@ from llmpipe.run.signals import Signals
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
 WALL_CLOCK = (
-    "tokens_per_second", "episodes_per_second", "rollout_share", "share_of_peak", "memory_gb", "seconds",
-)  # fmt: skip
+    "tokens_per_second",
+    "episodes_per_second",
+    "rollout_share",
+    "share_of_peak",
+    "memory_gb",
+    "seconds",
+)
 
 
 def recipe(run: Path, **changes) -> dict:
@@ -83,7 +89,8 @@ def start_here(action, artifact, recipe, *, inexact, debug):
 
 
 def command(path: Path, sets=(), **options) -> Artifact:
-    """Run the recipe's stage to its end in this process; raises what the command would have printed."""
+    """Run the recipe's stage to its end in this process; raises what the command would have
+    printed."""
     from llmpipe.front import cli
 
     original, launch.start = launch.start, start_here
@@ -96,7 +103,8 @@ def command(path: Path, sets=(), **options) -> Artifact:
 
 
 def essence(artifact: Artifact) -> dict:
-    """What must be bitwise equal: every file in model/, the samples, and the metrics less wall-clock figures."""
+    """What must be bitwise equal: every file in model/, the samples, and the metrics less
+    wall-clock figures."""
     files = {name: entry.sha256 for name, entry in table(artifact.model).items()}
     metrics = [
         json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()
@@ -112,7 +120,8 @@ def essence(artifact: Artifact) -> dict:
     }
 
 
-# --- forked trials ---------------------------------------------------------------------------------------------------
+# --- forked trials --------------------------------------------------------------------------------
+# -------------------
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.warm"])
@@ -143,7 +152,8 @@ def _trial(
 
 
 def forked(target, *args):
-    """`target(*args)` in a process that has the heavy libraries, and nothing that another test did to them."""
+    """`target(*args)` in a process that has the heavy libraries, and nothing that another test
+    did to them."""
     process = _server.Process(target=target, args=args)
     process.start()
     return process
@@ -166,8 +176,8 @@ class Trial:
 
 
 def pair(path: Path, sets=()) -> Artifact:
-    """The recipe's stage made by two ranks, as torchrun would start them, and verified. llmpipe's own launching and
-    accelerate's are tests of tests/front/test_processes.py."""
+    """The recipe's stage made by two ranks, as torchrun would start them, and verified.
+    llmpipe's own launching and accelerate's are tests of tests/front/test_processes.py."""
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     out = path.with_suffix(".out")

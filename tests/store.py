@@ -1,7 +1,9 @@
-"""Artifacts that tests start from, made once in a run of the suite and copied to whoever asks for the same again.
+"""Artifacts that tests start from, made once in a run of the suite and copied to whoever asks for
+the same again.
 
-`made(path)` is `life.command(path)` for a fixture: what decides the result is the recipe, less where its run lies, and
-the fingerprints of the artifacts it names. Whichever process of the suite asks first makes it; the others wait.
+`made(path)` is `life.command(path)` for a fixture: what decides the result is the recipe, less
+where its run lies, and the fingerprints of the artifacts it names. Whichever process of the suite
+asks first makes it; the others wait.
 """
 
 import fcntl

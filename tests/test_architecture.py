@@ -75,7 +75,8 @@ def for_types_only(node: ast.AST) -> bool:
 
 
 def imports(tree: ast.AST, path: Path, depth: int = 0) -> Iterator[tuple[str, int, int]]:
-    """(module, line, depth) of every import; depth 0 runs when the file is imported. Imports for types do not count."""
+    """(module, line, depth) of every import; depth 0 runs when the file is imported. Imports for
+    types do not count."""
     package = ["llmpipe", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.iter_child_nodes(tree):
         if for_types_only(node):
@@ -143,7 +144,7 @@ def test_heavy_libraries_stay_in_their_rooms(path):
     for other, parts, line, depth in own_rooms(path):
         if is_light and path != CHAT and other in TORCH and tuple(parts[1:3]) not in LIGHT:
             assert depth, (
-                f"{path.name}:{line}: {other} is reached inside a function, so that the rest stays light"
+                f"{path.name}:{line}: {other} is reached inside a function: the rest stays light"
             )
 
 

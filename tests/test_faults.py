@@ -1,4 +1,5 @@
-"""`make faults`: RELIABILITY.md's figures for every stage that trains, by the dozen. FAULTS=full: the nightly ones."""
+"""`make faults`: RELIABILITY.md's figures for every stage that trains, by the dozen.
+FAULTS=full: the nightly ones."""
 
 import os
 import random
@@ -35,7 +36,8 @@ SHARE["ppo"] = 1.0  # a loop of its own
 
 @pytest.fixture(scope="module")
 def writers():
-    """{stage: a function that writes its recipe for a run}; `stream` is pretrain without a copy of the tokens."""
+    """{stage: a function that writes its recipe for a run}; `stream` is pretrain without a copy
+    of the tokens."""
     texts = store.texts()
     return {
         "sft": life.write,
@@ -51,7 +53,8 @@ def writers():
 
 @pytest.fixture(scope="module")
 def made(writers, tmp_path_factory):
-    """{stage: an artifact made without interruption, and the seconds that a warm trial of it takes}, when asked for."""
+    """{stage: an artifact made without interruption, and the seconds that a warm trial of it
+    takes}, when asked for."""
     known = {}
 
     def make(stage):
@@ -76,9 +79,16 @@ def straight(made):
 
 
 EVERY = [
-    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "llmpipe.json", "sums.json",
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-]  # fmt: skip
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "llmpipe.json",
+    "sums.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
 WHOLE = [*EVERY, "model.safetensors", "config.json", "generation_config.json"]
 ADAPTER = [*EVERY, "adapter_model.safetensors", "adapter_config.json"]
 CHECKPOINT_FILES = {
@@ -114,7 +124,8 @@ def trials(count):
 @pytest.mark.parametrize("hurt", ["missing", "empty", "half", "flipped"])
 @pytest.mark.parametrize(("stage", "name"), STATES)
 def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
-    """R2: every file of the newest checkpoint missing, empty, half, flipped: the end is the straight run's."""
+    """R2: every file of the newest checkpoint missing, empty, half, flipped: the end is the
+    straight run's."""
     straight, _ = made(stage)
     assert {p.name for p in (straight.checkpoints / "step-12").iterdir()} == set(
         CHECKPOINT_FILES[stage]
@@ -124,7 +135,8 @@ def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
 
 @pytest.mark.parametrize(("stage", "kept"), CUTS)
 def test_every_prefix_of_a_save(made, writers, tmp_path, stage, kept):
-    """R2: a save that was cut after any number of files leaves a staging folder that nobody takes for a checkpoint."""
+    """R2: a save that was cut after any number of files leaves a staging folder that nobody
+    takes for a checkpoint."""
     straight, _ = made(stage)
     artifact = copy(straight, tmp_path)
     begin_again(artifact, writers[stage])
@@ -139,7 +151,8 @@ def test_every_prefix_of_a_save(made, writers, tmp_path, stage, kept):
 
 @pytest.mark.parametrize(("stage", "trial"), trials(60))
 def test_kill_at_random(made, writers, tmp_path, stage, trial):
-    """R3: one to three kills anywhere in the life of the command, then the same command once more."""
+    """R3: one to three kills anywhere in the life of the command, then the same command once
+    more."""
     straight, seconds = made(stage)
     rng = random.Random(f"{SEED} {stage} {trial}")
     path = writers[stage](tmp_path / "run")
@@ -191,7 +204,8 @@ def cmdline(pid: int) -> str:
 
 @pytest.mark.parametrize(("stage", "trial"), trials(30))
 def test_sigterm_at_random(made, writers, tmp_path, stage, trial):
-    """R5: SIGTERM anywhere: 143 within five seconds (one tiny step is far below), then an exact resume."""
+    """R5: SIGTERM anywhere: 143 within five seconds (one tiny step is far below), then an exact
+    resume."""
     straight, seconds = made(stage)
     rng = random.Random(f"{SEED} term {stage} {trial}")
     path = writers[stage](tmp_path / "run")

@@ -1,4 +1,5 @@
-"""One closure for a newcomer, continuous integration and the image: pyproject, constraints, Makefile, Dockerfile."""
+"""One closure for a newcomer, continuous integration and the image: pyproject, constraints,
+Makefile, Dockerfile."""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ def test_project_metadata():
 
 
 def test_data_of_the_package_is_not_ignored_by_git():
-    """hatchling leaves out what .gitignore names: templates and starter files must not be among it."""
+    """hatchling leaves out what .gitignore names: templates and starter files must not be among
+    it."""
     files = [
         str(p)
         for p in (ROOT / "llmpipe").rglob("*")

@@ -41,7 +41,8 @@ TYPED = [line for line in commands(README) if not line.startswith("make ") and l
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what the commands use, and the environment that a person would have after activating .venv."""
+    """A copy of what the commands use, and the environment that a person would have after
+    activating .venv."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -99,7 +100,8 @@ def typed(line: str, folder: Path, environment: dict[str, str]) -> None:
 
 
 def called(line: str, monkeypatch, capsys) -> None:
-    """The same command with its workers, in this process, where the heavy libraries are imported once."""
+    """The same command with its workers, in this process, where the heavy libraries are imported
+    once."""
     monkeypatch.setattr(sys, "argv", shlex.split(line))
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -115,8 +117,9 @@ def promised_files_are_there(run: Path) -> None:
 
 
 def test_commands_run_in_their_order(checkout, monkeypatch, capsys):
-    """Every command of llmpipe's in this process; in a shell what needs one, and three of the front door's. Other
-    launchers are started by tests/front/test_processes.py, and by `make faults`, which types every line."""
+    """Every command of llmpipe's in this process; in a shell what needs one, and three of the
+    front door's. Other launchers are started by tests/front/test_processes.py, and by `make
+    faults`, which types every line."""
     folder, environment = checkout
     monkeypatch.chdir(folder)
     monkeypatch.setattr(launch, "start", life.start_here)

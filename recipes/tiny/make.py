@@ -1,9 +1,10 @@
 # python recipes/tiny/make.py
-"""Renews recipes/tiny/model: a Llama of 107,000 random weights, a byte-level BPE of 512 tokens made from rows.jsonl;
-and pairs.jsonl, every question of it with its own answer, which is chosen, and another one's.
+"""Renews recipes/tiny/model: a Llama of 107,000 random weights, a byte-level BPE of 512 tokens made
+from rows.jsonl; and pairs.jsonl, every question of it with its own answer, which is chosen, and
+another one's.
 
-It knows nothing and learns seventy short answers in seconds. Same versions, same bytes: run it again after a change of
-rows.jsonl, and commit what it wrote.
+It knows nothing and learns seventy short answers in seconds. Same versions, same bytes: run it
+again after a change of rows.jsonl, and commit what it wrote.
 """
 
 import json
@@ -20,7 +21,8 @@ SPECIAL = [
     "<|im_end|>",
 ]  # ids 0, 1, 2: padding, start of turn, end of turn
 CHATML = """\
-{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
+{% for message in messages %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
@@ -74,9 +76,8 @@ def main() -> None:
     model.save_pretrained(HERE / "model")
     tok.save_pretrained(HERE / "model")
     write_pairs(rows)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tok)} tokens, {len(rows)} rows"
-    )
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{weights:,} weights, {len(tok)} tokens, {len(rows)} rows")
 
 
 def write_pairs(rows: list[list[dict]]) -> None:

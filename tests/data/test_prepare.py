@@ -89,8 +89,15 @@ def test_same_bytes_for_any_number_of_processes(here, base):
     write(Path("d.jsonl"), rows)
     results = []
     for processes in (1, 2):
-        make(base, "d.jsonl", template="chatml", cache=Path(f"c{processes}"), processes=processes, seed=5,
-             eval={"holdout": 0.1})  # fmt: skip
+        make(
+            base,
+            "d.jsonl",
+            template="chatml",
+            cache=Path(f"c{processes}"),
+            processes=processes,
+            seed=5,
+            eval={"holdout": 0.1},
+        )
         folders = [p for p in Path(f"c{processes}").iterdir() if p.name[0] != "."]
         assert len(folders) == 1
         results.append((folders[0].name, files(folders[0])))
@@ -109,8 +116,12 @@ def test_cache_is_reused_and_follows_content(here, base):
     assert first.joinpath("prepared.json").stat().st_mtime_ns == stamp
     assert sorted(p.name for p in Path("cache").iterdir()) == [first.name]
     assert sorted(p.name for p in first.iterdir()) == [
-        "prepared.json", "rejected.jsonl", "seen.safetensors", "tokenizer", "train.arrow",
-    ]  # fmt: skip
+        "prepared.json",
+        "rejected.jsonl",
+        "seen.safetensors",
+        "tokenizer",
+        "train.arrow",
+    ]
     assert (
         key_of(data, ROWS, base, 0)[0]
         == first.name
@@ -126,10 +137,16 @@ def test_cache_is_reused_and_follows_content(here, base):
     write(Path("b/d.jsonl"), [*ALPACA[:4], ALPACA[6]])
     other_model = make_model(here / "m", bos="<|start|>")
     changed = [
-        key(train=[{"path": "./b/d.jsonl"}]), key(train=[{"path": "./a/d.jsonl", "limit": 2}]), key(model=other_model),
-        key(seed=1), key(max_length=64), key(packing=False), key(template="alpaca"), key(loss="all"),
+        key(train=[{"path": "./b/d.jsonl"}]),
+        key(train=[{"path": "./a/d.jsonl", "limit": 2}]),
+        key(model=other_model),
+        key(seed=1),
+        key(max_length=64),
+        key(packing=False),
+        key(template="alpaca"),
+        key(loss="all"),
         key(eval={"holdout": 0.5}),
-    ]  # fmt: skip
+    ]
     assert len({*changed, first.name}) == len(changed) + 1
 
 
@@ -209,8 +226,13 @@ def test_eval_sources_and_overlap(here, base):
 def test_weights_and_limits(here, base):
     write(Path("a.jsonl"), ALPACA[:100])
     write(Path("b.jsonl"), ALPACA[100:300])
-    record, train, _ = make(base, {"path": "a.jsonl", "weight": 2.0, "limit": 10}, {"path": "b.jsonl", "weight": 0.5},
-                            template="chatml", packing=False)  # fmt: skip
+    record, train, _ = make(
+        base,
+        {"path": "a.jsonl", "weight": 2.0, "limit": 10},
+        {"path": "b.jsonl", "weight": 0.5},
+        template="chatml",
+        packing=False,
+    )
     assert [source["read"] for source in record["sources"]] == [10, 200]
     counts = Counter(documents(train).values())
     assert counts[2] == 10 and 70 < counts[1] < 130
@@ -402,15 +424,21 @@ def test_workers_die_with_an_interrupted_parent(here, base):
         "if __name__ == '__main__':\n"
         # a job in the background ignores the signal
         " import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        " data = Data.model_validate({'train': [{'path': 'd.jsonl'}], 'template': 'chatml', 'processes': 2})\n"
-        " prepare(data, ROWS, Path(sys.argv[1]), Path('cache'), seed=0, say=lambda x: print(x, flush=True))\n"
+        " values = {'train': [{'path': 'd.jsonl'}], 'template': 'chatml', 'processes': 2}\n"
+        " data = Data.model_validate(values)\n"
+        " say = lambda line: print(line, flush=True)\n"
+        " prepare(data, ROWS, Path(sys.argv[1]), Path('cache'), seed=0, say=say)\n"
     )
     Path("go.py").write_text(code)
     root = str(Path(__file__).parents[2])
     child = subprocess.Popen(
-        [sys.executable, "go.py", str(base)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": root}, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "go.py", str(base)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+        start_new_session=True,
+    )
     with child:
         for line in child.stdout:
             if "format alpaca" in line:
@@ -448,7 +476,8 @@ def test_hub_rows(here, base, monkeypatch):
 
 
 def test_prompts_keep_what_rewards_read(tmp_path):
-    """Text and messages, the answer beside them and every other column; what asks nothing is refused."""
+    """Text and messages, the answer beside them and every other column; what asks nothing is
+    refused."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -479,8 +508,11 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     assert sorted(row["columns"]["level"] for row in kept) == ["easy", "hard"]
     easy = next(i for i, row in enumerate(kept) if row["columns"]["level"] == "easy")
     assert kept[easy] == {
-        "prompt": "What is 2 + 2?", "tools": None, "reference": None, "columns": {"answer": 4, "level": "easy"},
-    }  # fmt: skip
+        "prompt": "What is 2 + 2?",
+        "tools": None,
+        "reference": None,
+        "columns": {"answer": 4, "level": "easy"},
+    }
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     assert made[easy]["prompt_ids"] == tokenizer("What is 2 + 2?")["input_ids"]
     asked = tokenizer.apply_chat_template(
@@ -493,5 +525,11 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     assert (rejected["row"], rejected["reason"]) == (2, "too long")
     (tmp_path / "text.jsonl").write_text('{"text": "It asks nothing."}\n')
     with pytest.raises(UserError, match="format text is for pretrain and sft"):
-        prepare(Prompts(train=[{"path": str(tmp_path / "text.jsonl")}]), PROMPTS, TINY / "model", tmp_path / "cache", seed=0,
-                say=lambda _: None)  # fmt: skip
+        prepare(
+            Prompts(train=[{"path": str(tmp_path / "text.jsonl")}]),
+            PROMPTS,
+            TINY / "model",
+            tmp_path / "cache",
+            seed=0,
+            say=lambda _: None,
+        )

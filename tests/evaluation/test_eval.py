@@ -1,5 +1,5 @@
-"""Evaluation: every number is what its library or a plain loop gives, a killed evaluation ends as an unbroken one,
-and a gate stops a pipeline."""
+"""Evaluation: every number is what its library or a plain loop gives, a killed evaluation ends
+as an unbroken one, and a gate stops a pipeline."""
 
 import json
 import math
@@ -92,14 +92,35 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tasks(run):
     return [
-        {"name": "text", "task": "perplexity", "data": jsonl(run.parent / "texts.jsonl", [{"text": t} for t in TEXTS]),
-         "window": 32, "stride": 12},
+        {
+            "name": "text",
+            "task": "perplexity",
+            "data": jsonl(run.parent / "texts.jsonl", [{"text": t} for t in TEXTS]),
+            "window": 32,
+            "stride": 12,
+        },
         {"name": "chat", "task": "perplexity", "data": ROWS},
-        {"name": "answers", "task": "generate", "data": ROWS, "max_new_tokens": 12, "pattern": "(Blue)",
-         "score": ["exact_match", "contains", "regex", "number", "math_verify", "json", "rouge", "bleu", "chrf"]},
+        {
+            "name": "answers",
+            "task": "generate",
+            "data": ROWS,
+            "max_new_tokens": 12,
+            "pattern": "(Blue)",
+            "score": [
+                "exact_match",
+                "contains",
+                "regex",
+                "number",
+                "math_verify",
+                "json",
+                "rouge",
+                "bleu",
+                "chrf",
+            ],
+        },
         {"task": "choice", "data": jsonl(run.parent / "choices.jsonl", CHOICES)},
         {"task": "preference", "data": jsonl(run.parent / "pairs.jsonl", PAIRS)},
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +291,15 @@ def test_harness_and_choice_are_what_the_harness_itself_says(run, harness, templ
     model = f"pretrained={artifact.run / 'sft' / 'model'},dtype=float32"
     manager = TaskManager(include_path=str(harness), include_defaults=False)
     itself = simple_evaluate(
-        "hf", model_args=model, tasks=["tiny_choice"], device="cpu", batch_size=1, bootstrap_iters=0,
-        task_manager=manager, apply_chat_template=template == "auto",
-    )  # fmt: skip
+        "hf",
+        model_args=model,
+        tasks=["tiny_choice"],
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+        task_manager=manager,
+        apply_chat_template=template == "auto",
+    )
     for metric in ("acc", "acc_norm"):
         value = itself["results"]["tiny_choice"][f"{metric},none"]
         assert found["harness"]["metrics"][metric]["sft"]["value"] == value
@@ -296,8 +323,10 @@ def test_answers_do_not_depend_on_the_batch(run, tmp_path):
 
 
 def test_a_model_compared_with_itself_does_not_differ(run):
-    tasks = [{"task": "generate", "data": ROWS, "score": ["exact_match", "chrf"], "max_new_tokens": 4},
-             {"task": "perplexity", "data": ROWS}]  # fmt: skip
+    tasks = [
+        {"task": "generate", "data": ROWS, "score": ["exact_match", "chrf"], "max_new_tokens": 4},
+        {"task": "perplexity", "data": ROWS},
+    ]
     artifact = life.command(
         write(run, tasks, {"one": "artifact:sft", "two": "artifact:sft"}, name="itself")
     )
@@ -311,8 +340,15 @@ def test_a_model_compared_with_itself_does_not_differ(run):
 
 
 def test_sampled_answers_are_drawn_from_the_seed(run):
-    task = {"task": "generate", "data": [*ROWS], "score": ["exact_match"], "max_new_tokens": 6, "temperature": 1.0,
-            "samples": 4, "pass_at": [1, 2, 4]}  # fmt: skip
+    task = {
+        "task": "generate",
+        "data": [*ROWS],
+        "score": ["exact_match"],
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "samples": 4,
+        "pass_at": [1, 2, 4],
+    }
     task["data"] = [{**ROWS[0], "limit": 8}]
     made = [
         life.command(write(run, [task], {"sft": "artifact:sft"}, name=f"drawn-{i}", seed=seed))
@@ -360,8 +396,16 @@ def test_bf16_measures_the_model_that_bf16_loads(run):
     with pytest.raises(UserError, match="begun with other settings"):
         (artifact.path / "manifest.json").unlink()
         write_plan(artifact)
-        life.command(write(run, tasks, {"sft": "artifact:sft"}, name="bf16", precision="bf16",
-                           launch={"threads": 1, "batch_size": 3}))  # fmt: skip
+        life.command(
+            write(
+                run,
+                tasks,
+                {"sft": "artifact:sft"},
+                name="bf16",
+                precision="bf16",
+                launch={"threads": 1, "batch_size": 3},
+            )
+        )
 
 
 def write_plan(artifact):
@@ -491,7 +535,8 @@ def test_a_typo_in_a_task_gives_the_near_name_and_the_line(tmp_path):
     from llmpipe.recipe.check import load
 
     text = (
-        "stage: eval\nrun: r\nmodels: {a: ./x}\ntasks:\n- task: perplexity\n  data: [{path: ./x.jsonl}]\n  strid: 3\n"
+        "stage: eval\nrun: r\nmodels: {a: ./x}\ntasks:\n- task: perplexity\n"
+        "  data: [{path: ./x.jsonl}]\n  strid: 3\n"
         "- task: genrate\n"
     )
     (tmp_path / "r.yaml").write_text(text)
@@ -506,7 +551,8 @@ def test_a_typo_in_a_task_gives_the_near_name_and_the_line(tmp_path):
     )
 
 
-# --- reward models ----------------------------------------------------------------------------------------------------
+# --- reward models --------------------------------------------------------------------------------
+# --------------------
 
 
 @pytest.fixture(scope="module")

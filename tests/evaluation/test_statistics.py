@@ -90,15 +90,23 @@ def test_a_library_s_own_number_counts():
 @pytest.mark.parametrize(
     ("kind", "answer", "reference", "right"),
     [
-        ("exact_match", " 4 \n", "4", 1), ("exact_match", "4.", "4", 0),
-        ("contains", "It is 4.", "4", 1), ("contains", "five", "4", 0),
-        ("number", "so 1,234.5 in all", "1234.5", 1), ("number", "3 or 4.", "#### 4", 1), ("number", "four", "4", 0),
+        ("exact_match", " 4 \n", "4", 1),
+        ("exact_match", "4.", "4", 0),
+        ("contains", "It is 4.", "4", 1),
+        ("contains", "five", "4", 0),
+        ("number", "so 1,234.5 in all", "1234.5", 1),
+        ("number", "3 or 4.", "#### 4", 1),
+        ("number", "four", "4", 0),
         ("number", "minus: -7", "-7", 1),
-        ("number", "10-4", "4", 1), ("number", "1,2,3", "3", 1), ("number", "it is .5", "0.5", 1),
-        ("json", '```json\n{"a": [1]}\n```', None, 1), ("json", "{a: 1}", None, 0),
-        ("math_verify", "$\\frac{1}{2}$", "$0.5$", 1), ("math_verify", "$2$", "$3$", 0),
+        ("number", "10-4", "4", 1),
+        ("number", "1,2,3", "3", 1),
+        ("number", "it is .5", "0.5", 1),
+        ("json", '```json\n{"a": [1]}\n```', None, 1),
+        ("json", "{a: 1}", None, 0),
+        ("math_verify", "$\\frac{1}{2}$", "$0.5$", 1),
+        ("math_verify", "$2$", "$3$", 0),
     ],
-)  # fmt: skip
+)
 def test_scores_of_one_answer(kind, answer, reference, right):
     assert score(kind, answer, reference) == {kind: float(right)}
 

@@ -1,4 +1,5 @@
-"""The page of `llmpipe report`, made from run directories that are written by hand: no training, no torch."""
+"""The page of `llmpipe report`, made from run directories that are written by hand: no training,
+no torch."""
 
 from __future__ import annotations
 
@@ -92,8 +93,20 @@ def add_sft(
 ) -> dict:
     """A model that was trained, with a few rows rejected."""
     folder = run / "sft"
-    rows = {"read": 72, "kept": 70, "rejected": 2, "rejected_by_reason": {"empty": 2}, "truncated": 1, "split": 0,
-            "pieces": 0, "duplicates": 3, "unseen": 0, "overlap": 0, "train": 63, "eval": 7}  # fmt: skip
+    rows = {
+        "read": 72,
+        "kept": 70,
+        "rejected": 2,
+        "rejected_by_reason": {"empty": 2},
+        "truncated": 1,
+        "split": 0,
+        "pieces": 0,
+        "duplicates": 3,
+        "unseen": 0,
+        "overlap": 0,
+        "train": 63,
+        "eval": 7,
+    }
     source = {
         "path": "./rows.jsonl",
         "format": "messages",
@@ -101,19 +114,43 @@ def add_sft(
         "read": 72,
         "kept": 70,
     }
-    manifest = publish(folder, {
-        "kind": "model", "stage": "sft", "parents": [],
-        "models": {"model": {"reference": "./base", "files": "0" * 64}},
-        "asked": {"recipe": {"optim": {"learning_rate": rate}}, "models": {}, "content": {}},
-        "data": {"rows": rows, "sources": [{**source, "revision": None}],
-                 "tokens": {"train": 2000, "train_supervised": 500, "eval": 0, "eval_supervised": 0,
-                            "eval_bytes": 0},
-                 "sequences": {"train": 40, "eval": 0}, "lengths": {"p50": 28, "p95": 39, "max": 54},
-                 "added_tokens": [], "content_digest": "0" * 64, "processes": 1},
-        "final": {"loss": loss, "eval_loss_before": 6.572, "eval_loss": 3.811},
-        "training": {"steps": steps, "published_step": steps, "tokens": 38100, "seconds": 65.0, "exact_resume": True},
-        "versions": {"python": "3.11.7"}, "git": "34a2ce1",
-    }, f"stage: sft\nname: '{HOSTILE}'\n")  # fmt: skip
+    manifest = publish(
+        folder,
+        {
+            "kind": "model",
+            "stage": "sft",
+            "parents": [],
+            "models": {"model": {"reference": "./base", "files": "0" * 64}},
+            "asked": {"recipe": {"optim": {"learning_rate": rate}}, "models": {}, "content": {}},
+            "data": {
+                "rows": rows,
+                "sources": [{**source, "revision": None}],
+                "tokens": {
+                    "train": 2000,
+                    "train_supervised": 500,
+                    "eval": 0,
+                    "eval_supervised": 0,
+                    "eval_bytes": 0,
+                },
+                "sequences": {"train": 40, "eval": 0},
+                "lengths": {"p50": 28, "p95": 39, "max": 54},
+                "added_tokens": [],
+                "content_digest": "0" * 64,
+                "processes": 1,
+            },
+            "final": {"loss": loss, "eval_loss_before": 6.572, "eval_loss": 3.811},
+            "training": {
+                "steps": steps,
+                "published_step": steps,
+                "tokens": 38100,
+                "seconds": 65.0,
+                "exact_resume": True,
+            },
+            "versions": {"python": "3.11.7"},
+            "git": "34a2ce1",
+        },
+        f"stage: sft\nname: '{HOSTILE}'\n",
+    )
     lines = [{"step": 0, "eval_loss": 6.572}]
     for step in range(1, steps + 1):
         line = {
@@ -127,9 +164,13 @@ def add_sft(
         )
     write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 3.811}])
     asks = [("before", "\u0000ES\ud800", False), ("after", answer, True)]
-    write_lines(folder / "samples.jsonl", [
-        {"when": when, "prompt": "What colour is the sky?", "answer": a, "ended": e} for when, a, e in asks
-    ])  # fmt: skip
+    write_lines(
+        folder / "samples.jsonl",
+        [
+            {"when": when, "prompt": "What colour is the sky?", "answer": a, "ended": e}
+            for when, a, e in asks
+        ],
+    )
     refused = [
         {"file": "rows.jsonl", "row": i, "reason": "empty", "detail": HOSTILE} for i in range(25)
     ]
@@ -141,26 +182,55 @@ def add_eval(run: Path, parent: dict, items: int = 60) -> None:
     """Two models on two tasks; their scores differ on the last item."""
     folder = run / "eval"
     of_sft = parent["fingerprint"]
-    publish(folder, {
-        "kind": "evaluation", "stage": "eval", "asked": {"recipe": {}, "models": {}, "content": {}},
-        "models": {"models.base": {"reference": "./base", "files": "0" * 64},
-                   "models.sft": {"reference": "artifact:sft", "artifact": "sft", "fingerprint": of_sft}},
-        "parents": [{"name": "sft", "fingerprint": of_sft}],
-        "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
-    }, "stage: eval\n")  # fmt: skip
-    cells = {"base": {"value": 0.0, "low": 3e-18, "high": 0.05, "n": items},
-             "sft": {"value": 0.7083, "low": 0.595, "high": math.nan, "n": items}}  # fmt: skip
-    differences = {"sft - base": {"value": 0.7083, "low": 0.61, "high": 0.8, "n": items},
-                   "base - x": {"value": 0.1, "low": -0.1, "high": 0.3, "n": items}}  # fmt: skip
-    task = {"task": "generate", "n": items, "overlap": {"sft": 65},
-            "metrics": {"exact": cells}, "differences": {"exact": differences}}  # fmt: skip
+    publish(
+        folder,
+        {
+            "kind": "evaluation",
+            "stage": "eval",
+            "asked": {"recipe": {}, "models": {}, "content": {}},
+            "models": {
+                "models.base": {"reference": "./base", "files": "0" * 64},
+                "models.sft": {
+                    "reference": "artifact:sft",
+                    "artifact": "sft",
+                    "fingerprint": of_sft,
+                },
+            },
+            "parents": [{"name": "sft", "fingerprint": of_sft}],
+            "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
+        },
+        "stage: eval\n",
+    )
+    cells = {
+        "base": {"value": 0.0, "low": 3e-18, "high": 0.05, "n": items},
+        "sft": {"value": 0.7083, "low": 0.595, "high": math.nan, "n": items},
+    }
+    differences = {
+        "sft - base": {"value": 0.7083, "low": 0.61, "high": 0.8, "n": items},
+        "base - x": {"value": 0.1, "low": -0.1, "high": 0.3, "n": items},
+    }
+    task = {
+        "task": "generate",
+        "n": items,
+        "overlap": {"sft": 65},
+        "metrics": {"exact": cells},
+        "differences": {"exact": differences},
+    }
     models = {label: {"parameters": 106816} for label in ("base", "sft")}
     write_json(folder / "results.json", {"models": models, "tasks": {"generate": task}})
     lines = [
-        {"task": "generate", "model": model, "item": i, "prompt": f"question {i}", "reference": "Blue.",
-         "answers": [HOSTILE], "scores": {"exact": float(model == "sft" and i == items - 1)}}
-        for model in models for i in range(items)
-    ]  # fmt: skip
+        {
+            "task": "generate",
+            "model": model,
+            "item": i,
+            "prompt": f"question {i}",
+            "reference": "Blue.",
+            "answers": [HOSTILE],
+            "scores": {"exact": float(model == "sft" and i == items - 1)},
+        }
+        for model in models
+        for i in range(items)
+    ]
     perplexity = {
         "task": "perplexity",
         "model": "base",
@@ -192,11 +262,25 @@ def test_a_run_has_every_section(run):
     assert set(SECTIONS) <= set(page.ids)
     assert (run / "report.html").stat().st_size < 200_000
     for expected in (
-        "2 artifacts, 2 finished", "model by sft, finished", "held-out loss 3.811", "duration 1m05s",
-        "size 1.5 MB", "2 empty", "25%", "20 of 25 rejected rows", "0.708", "[0.000, 0.050]", "60 items",
-        "65 asked in training of sft", "1 of 1 prompts", "cut off",
-        "24 of 60 items; the scores differ on 1", "question 59", "106,816 parameters", "git 34a2ce1",
-    ):  # fmt: skip
+        "2 artifacts, 2 finished",
+        "model by sft, finished",
+        "held-out loss 3.811",
+        "duration 1m05s",
+        "size 1.5 MB",
+        "2 empty",
+        "25%",
+        "20 of 25 rejected rows",
+        "0.708",
+        "[0.000, 0.050]",
+        "60 items",
+        "65 asked in training of sft",
+        "1 of 1 prompts",
+        "cut off",
+        "24 of 60 items; the scores differ on 1",
+        "question 59",
+        "106,816 parameters",
+        "git 34a2ce1",
+    ):
         assert expected in page.text, expected
     assert "question 30" not in page.text and "a scored text" not in page.text
     assert page.text.count("differs") == 1 and page.text.count("not shown to differ") == 1
@@ -246,7 +330,8 @@ def test_unfinished_and_damaged_artifacts_are_shown(run):
         "identity": {"artifact": "sft", "fingerprint": "of an older one"},
     }
     write_json(dpo / "plan.json", {"asked": {"recipe": {}}, "models": {"model": model}})
-    metrics = '{"step": 1, "rewards/margins": 0.5, "objective/kl": 1e-7}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo'
+    whole = '{"step": 1, "rewards/margins": 0.5, "objective/kl": 1e-7}'
+    metrics = whole + '\n{"step": 2, "loss": NaN}\n{"step": 3, "lo'
     (dpo / "metrics.jsonl").write_text(metrics)
     damaged = run / "reward"
     damaged.mkdir()
@@ -256,9 +341,15 @@ def test_unfinished_and_damaged_artifacts_are_shown(run):
     (run / "begun" / "recipe.yaml").symlink_to("/etc/passwd")
     page = page_of(run)
     for expected in (
-        "checkpoint at step 20; last ended with: stopped at step 20", "made anew since", "margins", "kl",
-        "2 values or lines", "DAMAGED: manifest.json", "no checkpoint yet", "a link, not followed",
-    ):  # fmt: skip
+        "checkpoint at step 20; last ended with: stopped at step 20",
+        "made anew since",
+        "margins",
+        "kl",
+        "2 values or lines",
+        "DAMAGED: manifest.json",
+        "no checkpoint yet",
+        "a link, not followed",
+    ):
         assert expected in page.text, expected
     assert "root:" not in page.text
 

@@ -1,5 +1,6 @@
-"""What one stage hands to the next. R11: every kind of artifact as input of every stage: it runs, or is refused in one
-line with code 3. R9, R12: artifacts of preferences that are damaged, or whose base is another one, are refused."""
+"""What one stage hands to the next. R11: every kind of artifact as input of every stage: it
+runs, or is refused in one line with code 3. R9, R12: artifacts of preferences that are damaged,
+or whose base is another one, are refused."""
 
 import json
 import pydoc_data.topics

@@ -1,4 +1,5 @@
-"""The life of one sft command: recipe -> tokens -> training -> verified artifact, and everything that may stop it."""
+"""The life of one sft command: recipe -> tokens -> training -> verified artifact, and everything
+that may stop it."""
 
 import json
 import shutil
@@ -28,18 +29,34 @@ def copy(artifact, tmp_path):
 
 def test_the_exact_files(straight):
     assert {p.name for p in straight.path.iterdir()} == {
-        "recipe.yaml", "manifest.json", "model", "checkpoints", "metrics.jsonl", "samples.jsonl", "rejected.jsonl",
-        "seen.safetensors", "log.txt", "outcome.json",
-    }  # fmt: skip
+        "recipe.yaml",
+        "manifest.json",
+        "model",
+        "checkpoints",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "rejected.jsonl",
+        "seen.safetensors",
+        "log.txt",
+        "outcome.json",
+    }
     assert {p.name for p in straight.model.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "chat_template.jinja",
-    }  # fmt: skip
+    }
     assert sorted(p.name for p in straight.checkpoints.iterdir()) == ["step-12", "step-9"]
     assert set(straight.verify().files) == {
-        "recipe.yaml", "metrics.jsonl", "samples.jsonl", "rejected.jsonl", "seen.safetensors",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "rejected.jsonl",
+        "seen.safetensors",
         *(f"model/{p.name}" for p in straight.model.iterdir()),
-    }  # fmt: skip
+    }
 
 
 def test_the_manifest_says_what_was_made(straight):
@@ -50,13 +67,14 @@ def test_the_manifest_says_what_was_made(straight):
     assert manifest.training.steps == 12
     assert manifest.final["eval_loss"] < manifest.final["eval_loss_before"]
     assert manifest.verified["max_logit_difference"] == 0
-    assert str(straight.run) not in json.dumps({**straight.document(), "asked": {}, "models": {}}), (
-        "an absolute path in the manifest"
-    )
+    assert str(straight.run) not in json.dumps(
+        {**straight.document(), "asked": {}, "models": {}}
+    ), "an absolute path in the manifest"
 
 
 def test_the_model_is_the_trained_one(straight):
-    """Every parameter moved, and plain transformers loads it and stops where the template ends a turn."""
+    """Every parameter moved, and plain transformers loads it and stops where the template ends a
+    turn."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,7 +172,8 @@ def test_a_damaged_parent_is_refused(straight, tmp_path, hurt):
     assert named in str(refused.value)
 
 
-# --- durability ------------------------------------------------------------------------------------------------------
+# --- durability -----------------------------------------------------------------------------------
+# -------------------
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])
@@ -197,12 +216,14 @@ def test_sigint_gives_130(tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, name, hurt):
-    """R2, a share of it (tests/test_faults.py has the rest): the older one is taken, the end is the same."""
+    """R2, a share of it (tests/test_faults.py has the rest): the older one is taken, the end is
+    the same."""
     passed_over(straight, tmp_path, name, hurt)
 
 
 def passed_over(straight, tmp_path, name, hurt, write=life.write):
-    """Damage a file of the newest checkpoint, run the command again, compare with the straight run."""
+    """Damage a file of the newest checkpoint, run the command again, compare with the straight
+    run."""
     artifact = copy(straight, tmp_path)
     begin_again(artifact, write)
     damage(artifact.checkpoints / "step-12" / name, hurt)
@@ -294,9 +315,12 @@ def test_a_full_disk_is_said_and_nothing_is_lost(straight, tmp_path):
 def test_keep_best_and_patience(tmp_path):
     """A learning rate that overshoots: the best evaluation is published, training stops early."""
     path = life.write(
-        tmp_path / "run", optim__learning_rate=0.05, optim__steps=40, optim__scheduler="constant",
+        tmp_path / "run",
+        optim__learning_rate=0.05,
+        optim__steps=40,
+        optim__scheduler="constant",
         evaluation={"every": 2, "keep_best": True, "patience": 2},
-    )  # fmt: skip
+    )
     artifact = life.command(path)
     manifest = artifact.manifest()
     losses = {
@@ -329,7 +353,8 @@ def test_stop_before_training_starts(tmp_path):
 
 
 def test_samples_and_evaluation_change_nothing(straight, tmp_path):
-    """Their own random numbers: the same weights without samples, and with another evaluation rhythm."""
+    """Their own random numbers: the same weights without samples, and with another evaluation
+    rhythm."""
     artifact = life.command(life.write(tmp_path / "run", samples={}, evaluation={}))
     assert life.essence(artifact)["files"] == life.essence(straight)["files"]
 
@@ -351,7 +376,8 @@ def test_publishing_replaces_whole(tmp_path):
 
 
 def test_a_parent_in_use_is_not_moved_and_one_in_the_making_is_busy(straight, tmp_path):
-    """Locks are shared on parents: two children at once, but no `--fresh` of the parent meanwhile."""
+    """Locks are shared on parents: two children at once, but no `--fresh` of the parent
+    meanwhile."""
     artifact = copy(straight, tmp_path)
     child = life.write(artifact.run, name="child", model="artifact:sft", optim__steps=1, samples={})
     with Lock(artifact, shared=True).acquire():
@@ -365,7 +391,8 @@ def test_a_parent_in_use_is_not_moved_and_one_in_the_making_is_busy(straight, tm
 
 
 def test_other_tokens_under_a_checkpoint_refuse_it(tmp_path):
-    """A checkpoint is of the very tokens it saw: rows that changed behind the recipe's back are not gone on with."""
+    """A checkpoint is of the very tokens it saw: rows that changed behind the recipe's back are
+    not gone on with."""
     path = life.write(tmp_path / "run")
     assert life.Trial(path, hook="kill_after_checkpoint_3").wait() == -signal.SIGKILL
     prepared = next((tmp_path / "run" / ".prepared").glob("*/prepared.json"))

@@ -1,4 +1,5 @@
-"""Reward models and DPO: TRL's losses however a step is cut, the parent as reference, every pair accounted for."""
+"""Reward models and DPO: TRL's losses however a step is cut, the parent as reference, every pair
+accounted for."""
 
 import json
 import math
@@ -54,7 +55,8 @@ def losses(artifact):
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory):
-    """A run with what preferences start from: sft, an adapter on it, merged as well, and one on 4 bits."""
+    """A run with what preferences start from: sft, an adapter on it, merged as well, and one on
+    4 bits."""
     run = tmp_path_factory.mktemp("parents") / "run"
     quick = {"optim__steps": 4, "evaluation": {}}
     store.made(life.write(run, optim__steps=8, optim__learning_rate=5e-3, evaluation={}))
@@ -74,7 +76,8 @@ def parents(tmp_path_factory):
     return run
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
+# -------------------
 
 
 def prepared(tmp_path, rows, **changes):
@@ -104,7 +107,8 @@ def assistant(text):
 
 
 def test_every_form_of_a_preference_gives_the_same_tokens(tmp_path):
-    """Explicit and implicit prompts, dicts, ShareGPT turns, a system turn of its own: TRL's split, our end of turn."""
+    """Explicit and implicit prompts, dicts, ShareGPT turns, a system turn of its own: TRL's
+    split, our end of turn."""
     from transformers import AutoTokenizer
 
     ask, good, bad = user("Is grass green?"), assistant("Yes."), assistant("No, it is a fish.")
@@ -116,7 +120,7 @@ def test_every_form_of_a_preference_gives_the_same_tokens(tmp_path):
         {"prompt": ask, "chosen": good, "rejected": bad},
         {"chosen": ask + good, "rejected": ask + bad},
         {"conversations": [turns], "chosen": says("Yes."), "rejected": says(bad[0]["content"])},
-    ]  # fmt: skip
+    ]
     made = []
     for i, form in enumerate(forms):
         (tmp_path / str(i)).mkdir()
@@ -159,9 +163,12 @@ def test_pairs_that_teach_nothing_are_named(tmp_path):
         json.loads(line) for line in (artifact.path / "rejected.jsonl").read_text().splitlines()
     ]
     assert [(line["row"], line["reason"]) for line in found] == [
-        (2, "chosen equals rejected"), (3, "cut to the same text"), (4, "too long"), (6, "wrong type"),
+        (2, "chosen equals rejected"),
+        (3, "cut to the same text"),
+        (4, "too long"),
+        (6, "wrong type"),
         (7, "no assistant turn"),
-    ]  # fmt: skip
+    ]
     counts = artifact.manifest().data.rows
     assert counts.read == 12 == counts.kept + counts.rejected and counts.truncated == 1
     made = table(artifact)
@@ -173,7 +180,10 @@ GOOD = {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y"
 BROKEN = {  # a line, and why it is rejected
     "bad JSON": ('{"prompt": nonsense}', "bad JSON"),
     "cut line": (json.dumps(GOOD)[:50], "bad JSON"),
-    "latin-1": (json.dumps(GOOD).replace('"x"', '"@"').encode().replace(b"@", b"\xf6"), "not UTF-8"),
+    "latin-1": (
+        json.dumps(GOOD).replace('"x"', '"@"').encode().replace(b"@", b"\xf6"),
+        "not UTF-8",
+    ),
     "NUL": (json.dumps(GOOD | {"chosen": assistant("x\0y")}), "NUL character"),
     "half a surrogate pair": (json.dumps(GOOD | {"chosen": assistant("\ud83d")}), "broken Unicode"),
     "a list": ("[1, 2]", "not an object"),
@@ -183,20 +193,32 @@ BROKEN = {  # a line, and why it is rejected
     "type of a message": (json.dumps(GOOD | {"chosen": ["x"]}), "wrong type"),
     "no messages": (json.dumps(GOOD | {"chosen": []}), "no messages"),
     "empty text": (json.dumps(GOOD | {"chosen": assistant("  ")}), "empty message"),
-    "unknown role": (json.dumps(GOOD | {"chosen": [{"role": "narrator", "content": "x"}]}), "unknown role"),
+    "unknown role": (
+        json.dumps(GOOD | {"chosen": [{"role": "narrator", "content": "x"}]}),
+        "unknown role",
+    ),
     "no assistant turn": (json.dumps(GOOD | {"chosen": user("x")}), "no assistant turn"),
     "a system turn in an answer": (
-        json.dumps(GOOD | {"chosen": [{"role": "system", "content": "s"}, *assistant("x")]}), "system turn not first"
+        json.dumps(GOOD | {"chosen": [{"role": "system", "content": "s"}, *assistant("x")]}),
+        "system turn not first",
     ),
-    "a user turn in an answer": (json.dumps(GOOD | {"chosen": user("b") + assistant("x")}), "no common prompt"),
-    "chosen == rejected": (json.dumps(GOOD | {"rejected": assistant("x")}), "chosen equals rejected"),
+    "a user turn in an answer": (
+        json.dumps(GOOD | {"chosen": user("b") + assistant("x")}),
+        "no common prompt",
+    ),
+    "chosen == rejected": (
+        json.dumps(GOOD | {"rejected": assistant("x")}),
+        "chosen equals rejected",
+    ),
     "too long": (json.dumps(GOOD | {"prompt": user("word " * 80)}), "too long"),
     "bad tools": (json.dumps(GOOD | {"tools": "{"}), "bad tools"),
     "an image": (
-        json.dumps(GOOD | {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}),
+        json.dumps(
+            GOOD | {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}
+        ),
         "unsupported content",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -225,7 +247,8 @@ def test_other_formats_are_refused(tmp_path, stage):
         )
 
 
-# --- the same as TRL, however a step is cut --------------------------------------------------------------------------
+# --- the same as TRL, however a step is cut
+# --------------------------------------------------------------------------
 
 
 def bare_trl(folder, stage):
@@ -235,17 +258,31 @@ def bare_trl(folder, stage):
 
 
 def _bare_trl(folder, stage):
-    """TRL as its documentation has it, on the conversations themselves: it renders, tokenizes and batches."""
+    """TRL as its documentation has it, on the conversations themselves: it renders, tokenizes
+    and batches."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    how = dict(  # noqa: C408
-        output_dir=folder, per_device_train_batch_size=4, learning_rate=2e-3, lr_scheduler_type="cosine",
-        warmup_steps=0.03, max_steps=STEPS, logging_steps=1, bf16=False, use_cpu=True, seed=42, data_seed=42,
-        gradient_checkpointing=False, max_length=None, save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+    how = {
+        "output_dir": folder,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": 42,
+        "data_seed": 42,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
     # the newline behind the end of a turn is no part of llmpipe's answers
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -354,7 +391,8 @@ def test_objectives_by_name(tmp_path, objective):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-# --- what is made ----------------------------------------------------------------------------------------------------
+# --- what is made ---------------------------------------------------------------------------------
+# -------------------
 
 
 @pytest.fixture(scope="module", params=["full", "lora", life.by_the_dozen("qlora")])
@@ -367,7 +405,8 @@ def reward(request, tmp_path_factory):
 
 
 def plain_scores(folder, base, rows, out):
-    """A reward model's scores of tokenized texts by plain transformers and peft; `base`: of one that is an adapter."""
+    """A reward model's scores of tokenized texts by plain transformers and peft; `base`: of one
+    that is an adapter."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -383,13 +422,12 @@ def plain_scores(folder, base, rows, out):
 
 
 def test_the_reward_model(reward, tmp_path):
-    """Scores in memory, in a plain process and by `eval` are the same; every weight that should move did."""
+    """Scores in memory, in a plain process and by `eval` are the same; every weight that should
+    move did."""
     from transformers import AutoTokenizer
 
     manifest = reward.verify()
-    assert (
-        manifest.kind == "reward-model" and manifest.verified["max_logit_difference"] < 1e-5
-    )
+    assert manifest.kind == "reward-model" and manifest.verified["max_logit_difference"] < 1e-5
     ranking = manifest.final["ranking"]
     assert (
         ranking["n"] == 7
@@ -437,9 +475,16 @@ def test_the_reward_model(reward, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [("dpo", "lora"), *(life.by_the_dozen(stage, how) for stage in ("reward", "dpo") for how in HOW
-                        if (stage, how) != ("dpo", "lora"))],
-)  # fmt: skip
+    [
+        ("dpo", "lora"),
+        *(
+            life.by_the_dozen(stage, how)
+            for stage in ("reward", "dpo")
+            for how in HOW
+            if (stage, how) != ("dpo", "lora")
+        ),
+    ],
+)
 def test_resume_is_bitwise_the_straight_run(tmp_path, stage, how):
     """R1, R5: killed after a checkpoint, then told to stop inside a step and inside a save."""
     whole = life.command(write(tmp_path / "whole", stage, **HOW[how]))
@@ -473,7 +518,8 @@ def test_resume_with_the_parents_adapter_as_reference(parents, tmp_path, precomp
 
 
 def test_the_reference_has_the_parents_new_tokens(tmp_path):
-    """An adapter with trained rows of the embeddings goes on: its reference has these rows, not freshly drawn ones."""
+    """An adapter with trained rows of the embeddings goes on: its reference has these rows, not
+    freshly drawn ones."""
     template = (
         (life.TINY / "model" / "chat_template.jinja")
         .read_text()
@@ -495,9 +541,11 @@ def test_the_reference_has_the_parents_new_tokens(tmp_path):
     assert first["eval_log_ratio_per_token"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.faults  # two processes and steps that are not whole are in `test_a_step_cut_any_way`, too
+# two processes and steps that are not whole are in `test_a_step_cut_any_way`, too
+@pytest.mark.faults
 def test_two_processes_with_what_does_not_divide(tmp_path):
-    """Held-out rounds and last steps in which one process has fewer pairs, with the reference computed beforehand."""
+    """Held-out rounds and last steps in which one process has fewer pairs, with the reference
+    computed beforehand."""
     settings = {
         "optim__batch_size": 8,
         "optim__steps": 9,
@@ -524,7 +572,8 @@ def test_nan_stops_before_the_optimizer(tmp_path, stage, where):
     assert not Artifact(tmp_path / "run" / stage).finished
 
 
-# start: the parent, what the recipe changes, where the parent lies (a folder, an adapter on it), and the untuned model
+# start: the parent, what the recipe changes, where the parent lies (a folder, an adapter on it),
+# and the untuned model
 DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.5}}
 STARTS = {
     "full": ("artifact:sft", {}, ("sft", None), None),
@@ -546,7 +595,8 @@ STARTS = {
 
 
 def log_probs(run, rows, parent, untuned, bits, out):
-    """Sums of the answers' log-probabilities by plain transformers and peft: of the parent, and of the untuned base."""
+    """Sums of the answers' log-probabilities by plain transformers and peft: of the parent, and
+    of the untuned base."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -573,9 +623,11 @@ def log_probs(run, rows, parent, untuned, bits, out):
     how = {"dtype": torch.float32}
     if bits:
         how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
     folder, adapter = parent
     out.write_text(
         json.dumps({"parent": of(run / folder / "model", adapter, **how), "untuned": of(untuned)})
@@ -584,7 +636,8 @@ def log_probs(run, rows, parent, untuned, bits, out):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, monkeypatch, start):
-    """At step 0 the loss is ln 2, and both have the log-probabilities of the parent, pair by pair; not the base's."""
+    """At step 0 the loss is ln 2, and both have the log-probabilities of the parent, pair by
+    pair; not the base's."""
 
     reference, changes, parent, untuned = STARTS[start]
     if start == "from zero":
@@ -649,7 +702,8 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_what_learns_is_fp32(parents, stage):
-    """Under bf16 arithmetic too, the head that scores included, so that a small learning rate moves all of it."""
+    """Under bf16 arithmetic too, the head that scores included, so that a small learning rate
+    moves all of it."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,4 +1,5 @@
-"""Pretraining: every token of every document in a block, a tokenizer of its own, exact resume, a first loss by luck."""
+"""Pretraining: every token of every document in a block, a tokenizer of its own, exact resume, a
+first loss by luck."""
 
 import json
 import math
@@ -48,7 +49,8 @@ def straight(texts, tmp_path_factory):
 
 
 def test_the_model(straight):
-    """Begins at chance, learns, moves every weight, loads with plain transformers and answers in its template."""
+    """Begins at chance, learns, moves every weight, loads with plain transformers and answers in
+    its template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +87,8 @@ def test_show_knows_a_model_from_random_weights(straight):
 
 
 def test_every_token_is_in_a_block(straight, texts):
-    """The blocks hold the documents' tokens in their order, each document with its end, and nothing else."""
+    """The blocks hold the documents' tokens in their order, each document with its end, and
+    nothing else."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -109,12 +112,18 @@ def test_every_token_is_in_a_block(straight, texts):
 
 
 def streamed(texts, **more):
-    """Changes to the recipe that stream the documents; one row of the last source cannot be used."""
+    """Changes to the recipe that stream the documents; one row of the last source cannot be
+    used."""
     rows = texts.parent / f"{texts.name}.jsonl"
     rows.write_text('{"text": "A short document."}\n{"text": ""}\n{"text": "Another one."}\n')
     held_out = {"sources": [{"path": f"{texts}/assert.txt"}]}
-    return {"data__stream": True, "data__eval": held_out, "data__max_rejected": 0.05,
-            "data__train": [{"path": f"{texts}/*.txt"}, {"path": str(rows)}], **more}  # fmt: skip
+    return {
+        "data__stream": True,
+        "data__eval": held_out,
+        "data__max_rejected": 0.05,
+        "data__train": [{"path": f"{texts}/*.txt"}, {"path": str(rows)}],
+        **more,
+    }
 
 
 @pytest.mark.parametrize("how", ["plain", life.by_the_dozen("isolate"), "stream"])
@@ -134,7 +143,8 @@ def test_resume_is_bitwise_the_straight_run(texts, tmp_path, how):
 
 
 def test_a_stream_is_every_block_in_order(texts, tmp_path):
-    """The blocks that `prepare` would write, then the documents again without a seam; from any block on; counted."""
+    """The blocks that `prepare` would write, then the documents again without a seam; from any
+    block on; counted."""
     from datasets import Dataset
 
     from llmpipe.data.stream import Position, Stream, counted
@@ -224,14 +234,30 @@ def test_isolated_documents_do_not_see_one_another(tmp_path):
 
 def test_continued_pretraining_and_sft_on_top(straight, texts, tmp_path):
     """artifact:pretrain goes on, and into sft, with its own tokenizer and template."""
-    more = life.command(write(straight.run, texts, name="more", model="artifact:pretrain", architecture=None,
-                              tokenizer=None, optim__steps=4))  # fmt: skip
+    more = life.command(
+        write(
+            straight.run,
+            texts,
+            name="more",
+            model="artifact:pretrain",
+            architecture=None,
+            tokenizer=None,
+            optim__steps=4,
+        )
+    )
     assert more.manifest().final["eval_loss_before"] == pytest.approx(
         straight.manifest().final["eval_loss"], abs=2e-5
     )
     assert more.manifest().parents[0].name == "pretrain"
-    child = life.command(life.write(straight.run, model="artifact:more", optim__steps=3, data__max_length=64,
-                                    data__max_rejected=1.0))  # fmt: skip
+    child = life.command(
+        life.write(
+            straight.run,
+            model="artifact:more",
+            optim__steps=3,
+            data__max_length=64,
+            data__max_rejected=1.0,
+        )
+    )
     manifest = child.verify()
     assert manifest.tokenizer.template == straight.manifest().tokenizer.template
     assert [p.name for p in manifest.parents] == ["more"] and manifest.data.rows.kept > 20
@@ -242,8 +268,15 @@ def test_continued_pretraining_and_sft_on_top(straight, texts, tmp_path):
     [("wsd", [1, 1, 1]), ("cosine", [1, 0.8, 0.4]), ("linear", [1, 0.8, 0.4])],
 )
 def test_schedules_end_where_they_should(texts, tmp_path, scheduler, shape):
-    path = write(tmp_path / "run", texts, optim__steps=None, optim__tokens=10 * 512, optim__scheduler=scheduler,
-                 optim__warmup=1, log__every=1)  # fmt: skip
+    path = write(
+        tmp_path / "run",
+        texts,
+        optim__steps=None,
+        optim__tokens=10 * 512,
+        optim__scheduler=scheduler,
+        optim__warmup=1,
+        log__every=1,
+    )
     artifact = life.command(path)
     lines = [
         json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()
@@ -289,7 +322,8 @@ class Vocabulary:
 
 
 def test_gpt2_small_begins_at_chance():
-    """Its first loss is ln(vocabulary) and half the variance of random logits, which is some 0.55 squared."""
+    """Its first loss is ln(vocabulary) and half the variance of random logits, which is some
+    0.55 squared."""
     import torch
 
     from llmpipe.models.hardware import Hardware

@@ -1,4 +1,5 @@
-"""The trainer underneath is TRL's: the losses of the bare SFTTrainer, the same for every way to cut a batch."""
+"""The trainer underneath is TRL's: the losses of the bare SFTTrainer, the same for every way to
+cut a batch."""
 
 import json
 
@@ -26,18 +27,33 @@ def bare_trl(folder, dataset, packing):
 
 
 def _bare_trl(folder, packing):
-    """The losses of `STEPS` steps of TRL's SFTTrainer as it comes: its attention, its head, its loop."""
+    """The losses of `STEPS` steps of TRL's SFTTrainer as it comes: its attention, its head, its
+    loop."""
     from datasets import load_from_disk
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(
-        output_dir=folder, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="cosine",
-        warmup_steps=0.03, max_steps=STEPS, logging_steps=1, bf16=False, use_cpu=True, seed=42, data_seed=42,
-        gradient_checkpointing=False, max_length=128, packing=packing, save_strategy="no", report_to="none",
+        output_dir=folder,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        max_steps=STEPS,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        seed=42,
+        data_seed=42,
+        gradient_checkpointing=False,
+        max_length=128,
+        packing=packing,
+        save_strategy="no",
+        report_to="none",
         disable_tqdm=True,
-        model_init_kwargs={"dtype": torch.float32}, dataset_kwargs={"skip_prepare_dataset": packing},
-    )  # fmt: skip
+        model_init_kwargs={"dtype": torch.float32},
+        dataset_kwargs={"skip_prepare_dataset": packing},
+    )
     trainer = SFTTrainer(
         str(life.TINY / "model"),
         args=arguments,
@@ -50,7 +66,8 @@ def _bare_trl(folder, packing):
 
 
 def rows_for_trl():
-    """The tiny rows as prompt and completion text: the one form in which TRL supervises the end of a turn by itself."""
+    """The tiny rows as prompt and completion text: the one form in which TRL supervises the end
+    of a turn by itself."""
     rows = [json.loads(line) for line in (life.TINY / "rows.jsonl").read_text().splitlines()]
     out = []
     for row in rows:
@@ -66,7 +83,8 @@ def rows_for_trl():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_losses_equal_bare_trl(tmp_path, packing):
-    """Unpacked, TRL tokenizes by itself; packed, it gets our sequences, since it breaks ties of length at random."""
+    """Unpacked, TRL tokenizes by itself; packed, it gets our sequences, since it breaks ties of
+    length at random."""
     from datasets import Dataset
 
     rows = rows_for_trl()
@@ -74,10 +92,15 @@ def test_losses_equal_bare_trl(tmp_path, packing):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     mine = life.command(
         life.write(
-            tmp_path / "run", data={"train": [{"path": str(path)}], "max_length": 128, "packing": packing},
-            evaluation={}, optim__steps=STEPS, log__every=1, launch__micro_batch_size=4, samples={},
+            tmp_path / "run",
+            data={"train": [{"path": str(path)}], "max_length": 128, "packing": packing},
+            evaluation={},
+            optim__steps=STEPS,
+            log__every=1,
+            launch__micro_batch_size=4,
+            samples={},
         )
-    )  # fmt: skip
+    )
     theirs = Dataset.from_list(rows)
     if packing:
         theirs = Dataset.from_file(
