@@ -1,0 +1,94 @@
+"""What two processes tell each other, and one alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llmpipe.errors import UserError
+from llmpipe.parallel import World
+
+
+def world(rank: int, size: int) -> World:
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        process_index=rank,
+        num_processes=size,
+        wait_for_everyone=lambda: None,
+    )
+    return World(accelerator)
+
+
+def talk(world: World) -> dict:
+    """Everything that a process can say, and what it hears."""
+    rank = world.rank
+    value = torch.tensor([1.0, 10.0 * rank])
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    parameters[0].grad = torch.full((2,), rank + 1.0)
+    world.sum_gradients(parameters)
+    problem = UserError("rank 1 has met it", "mend it", 5) if rank == 1 else None
+    try:
+        world.agree(problem)
+        refused = None
+    except UserError as error:
+        refused = (error.message, error.hint, error.code)
+    return {
+        "sum": world.sum(value).tolist(),
+        "unchanged": value.tolist(),
+        "greatest": world.greatest(rank),
+        "totals": world.totals({"a": 2**24 + 1.0, "b": torch.tensor(rank)}),
+        "gradients": [parameter.grad.tolist() for parameter in parameters],
+        "gathered": world.gather({"rank": rank}),
+        "stop": world.stop_code(SimpleNamespace(code=143 if rank == 1 else None)),
+        "refused": refused,
+    }
+
+
+def run(rank: int, store: str, queue: multiprocessing.Queue) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    queue.put((rank, talk(world(rank, 2))))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_one_process_hears_itself():
+    heard = talk(world(0, 1))
+    assert heard["sum"] == heard["unchanged"] == [1, 0]
+    assert heard["greatest"] == 0 and heard["stop"] == 0 and heard["refused"] is None
+    assert heard["gathered"] == [{"rank": 0}]
+    assert heard["gradients"] == [[1, 1], [0, 0]]
+    assert world(0, 1).is_first and not world(1, 2).is_first
+
+
+def test_two_processes_hear_the_same(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (str(tmp_path / "store"), queue)
+    processes = [context.Process(target=run, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    heard = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [heard[rank].pop("unchanged") for rank in range(2)] == [[1, 0], [1, 10]]
+    assert heard[0] == heard[1]
+    assert heard[0] == {
+        "sum": [2, 10],
+        "greatest": 1,
+        "totals": {"a": 2**25 + 2.0, "b": 1},  # more than float32 holds
+        "gradients": [[3, 3], [0, 0]],
+        "gathered": [{"rank": 0}, {"rank": 1}],
+        "stop": 143,
+        "refused": ("rank 1 has met it", "mend it", 5),
+    }
+
+
+def test_one_process_raises_its_own_error():
+    with pytest.raises(UserError, match="mine"):
+        world(0, 1).agree(UserError("mine"))
