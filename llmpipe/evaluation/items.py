@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Example, Rejected, convert, question
+from llmpipe.data.formats import Example, Rejected, convert, formats_of, question
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.evaluation.task import Item, OnItems, Place
 from llmpipe.recipe.sections import Rows
@@ -27,7 +27,7 @@ def items_of(task: OnItems, pinned: dict[str, str]) -> list[Item]:
     items: list[Item] = []
     errors: list[str] = []
     for source in task.data:
-        for at, row in rows_of(source, task.formats, task.task, pinned):
+        for at, row in rows_of(source, task.shapes, task.task, pinned):
             try:
                 if isinstance(row, Rejected):
                     raise row
@@ -49,17 +49,17 @@ def _portable(at: str) -> str:
 
 def rows_of(
     source: Rows,
-    formats: tuple[str, ...],
+    shapes: tuple[type, ...],
     purpose: str,
     pinned: dict[str, str],
     stream: bool = False,
 ) -> Iterator[tuple[str, Example | Rejected]]:
-    """File and row, and the row itself, of every row of a source, which has one of `formats`."""
+    """File and row, and the row itself, of every row of a source, which has one of `shapes`."""
     origin = sources.Origin(source, pinned, stream)
     origin.open()
-    if origin.layout.format not in formats:
+    if origin.layout.shape not in shapes:
         problem = f"{source.path}: format {origin.layout.format} does not fit {purpose}"
-        raise UserError(problem, f"it takes {', '.join(formats)}")
+        raise UserError(problem, f"it takes {', '.join(formats_of(shapes))}")
     for chunk in origin.chunks:
         for number, payload in chunk.rows:
             at = f"{origin.shown[chunk.file]}:{number}"

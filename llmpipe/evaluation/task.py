@@ -125,8 +125,8 @@ class Task(Section):
 
 
 class OnItems(Task):
-    formats: ClassVar[tuple[str, ...]]
-    """Formats of rows that it can use."""
+    shapes: ClassVar[tuple[type, ...]]
+    """The shapes of examples that it can use, and so the formats of rows (`Format.shape`)."""
     item_type: ClassVar[type[Item]]
     """What `item_of` makes of a row."""
 

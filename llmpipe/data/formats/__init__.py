@@ -1,6 +1,7 @@
 """How a row is laid out: recognised by its columns, checked, and brought to one of six shapes.
 
-A format is a file of this folder and its line in `FORMATS`. The shapes are in `examples`.
+A format is a file of this folder, its line in `_IN_ORDER`, and its name among those of the recipe's
+`format` field. Whatever takes its shape (see `examples`) takes its rows: no other file names it.
 Validation refuses and never repairs: a row that is wrong is named (`Rejected`), not guessed at.
 """
 
@@ -50,6 +51,7 @@ __all__ = [
     "Rejected",
     "convert",
     "detect",
+    "formats_of",
     "prompt_and_reference",
     "question",
     "taught_bytes",
@@ -113,6 +115,12 @@ def convert(row: dict[str, Any], layout: Layout) -> Example:
         if name in format.required and row.get(yours) is None:
             raise Rejected("null" if yours in row else "missing column", yours)
     return format.example_of({name: row.get(yours) for yours, name in layout.columns.items()})
+
+
+def formats_of(shapes: Iterable[type]) -> list[str]:
+    """The names of the formats whose rows become one of these shapes."""
+    every = FORMATS.values()
+    return [format.name for shape in shapes for format in every if format.shape is shape]
 
 
 def _check_mapping(columns: list[str], mapping: Renaming, where: str) -> None:

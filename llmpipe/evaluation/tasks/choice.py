@@ -23,7 +23,7 @@ class Question(Item):
 
 
 class Choice(OnItems):
-    formats: ClassVar = ("choice",)
+    shapes: ClassVar = (MultipleChoice,)
     item_type: ClassVar = Question
 
     task: Literal["choice"]

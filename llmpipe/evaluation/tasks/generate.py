@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 
 from llmpipe.data.formats import (
     Completion,
+    Conversation,
     Example,
     Preference,
     Rejected,
+    examples,
     prompt_and_reference,
 )
 from llmpipe.data.formats.examples import Tools
@@ -52,14 +54,7 @@ class Prompt(Item):
 
 
 class Generate(OnItems):
-    formats: ClassVar = (
-        "alpaca",
-        "sharegpt",
-        "messages",
-        "prompt-completion",
-        "prompt",
-        "preference",
-    )
+    shapes: ClassVar = (Conversation, Completion, examples.Prompt, Preference)
     item_type: ClassVar = Prompt
 
     task: Literal["generate"]

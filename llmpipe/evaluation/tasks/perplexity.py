@@ -58,7 +58,7 @@ class Passage(Item):
 
 
 class Perplexity(OnItems):
-    formats: ClassVar = ("text", "alpaca", "sharegpt", "messages", "prompt-completion")
+    shapes: ClassVar = (Document, Conversation, Completion)
     item_type: ClassVar = Passage
 
     task: Literal["perplexity"]

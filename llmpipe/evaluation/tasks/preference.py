@@ -25,7 +25,7 @@ class Pair(Item):
 
 class Preference(OnItems):
     for_reward_models: ClassVar = True
-    formats: ClassVar = ("preference",)
+    shapes: ClassVar = (examples.Preference,)
     item_type: ClassVar = Pair
 
     task: Literal["preference"]
