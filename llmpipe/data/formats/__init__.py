@@ -1,6 +1,6 @@
 """How a row is laid out: recognised by its columns, checked, and brought to one of six shapes.
 
-A format is a file of this folder, its line in `_IN_ORDER`, and its name among those of the recipe's
+A format is a file of this folder, its line in `FORMATS`, and its name among those of the recipe's
 `format` field. Whatever takes its shape (see `examples`) takes its rows: no other file names it.
 Validation refuses and never repairs: a row that is wrong is named (`Rejected`), not guessed at.
 """
@@ -58,17 +58,19 @@ __all__ = [
 ]
 
 # `auto` is the first one that fits: what needs much stands before what needs little.
-_IN_ORDER = (
-    preference.FORMAT,
-    choice.FORMAT,
-    sharegpt.FORMAT,
-    messages.FORMAT,
-    alpaca.FORMAT,
-    prompt_completion.FORMAT,
-    text.FORMAT,
-    prompt.FORMAT,
-)
-FORMATS: dict[str, Format] = {format.name: format for format in _IN_ORDER}
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        preference.FORMAT,
+        choice.FORMAT,
+        sharegpt.FORMAT,
+        messages.FORMAT,
+        alpaca.FORMAT,
+        prompt_completion.FORMAT,
+        text.FORMAT,
+        prompt.FORMAT,
+    )
+}
 
 Renaming = dict[str, str]  # {your column: the format's}
 
