@@ -13,14 +13,15 @@ import pytest
 
 from llmpipe.data import write as writing
 from llmpipe.data.kinds.blocks import BLOCKS
+from llmpipe.data.kinds.pairs import PAIRS
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.pack import best_fit
 from llmpipe.data.prepare import key_of, prepare
 from llmpipe.errors import UserError
-from llmpipe.recipe.sections import Data, Preparation
+from llmpipe.recipe.sections import Data, Pairs, Preparation, Prompts
 
-from .conftest import learned, make, make_model, saved, talk, write
+from .conftest import learned, load, make, make_model, saved, talk, write
 
 ALPACA = [
     {"instruction": f"Say {i}", "input": "", "output": f"{i} " * (i % 23 + 1)} for i in range(300)
@@ -395,6 +396,21 @@ def test_hub_without_network_is_quick(here, base, monkeypatch):
     assert time.monotonic() - started < 4
 
 
+def test_one_source_as_pairs_and_as_prompts_are_two_preparations(here, base):
+    """A dpo and a ppo of one run may ask the same of the same rows."""
+    write(Path("d.jsonl"), [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
+    settings = {"train": [{"path": "d.jsonl"}], "max_length": 64}
+    columns = {}
+    for kind, data in ((PAIRS, Pairs(**settings)), (PROMPTS, Prompts(**settings))):
+        ready = prepare(data, kind, base, Path("cache"), seed=0, say=lambda line: None)
+        _, (row,), _ = load(ready.folder(Path("cache")))
+        columns[kind.name] = sorted(row)
+    assert columns == {
+        "pairs": ["chosen_ids", "margin", "prompt_ids", "rejected_ids"],
+        "prompts": ["prompt_ids", "row"],
+    }
+
+
 def test_records_hold_no_absolute_path(here, base):
     write(here / "d.jsonl", [*ALPACA[:3], {"instruction": "x", "output": None}])
     make(base, str(here / "d.jsonl"), template="chatml")
@@ -481,7 +497,6 @@ def test_prompts_keep_what_rewards_read(tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from llmpipe.recipe.sections import Prompts
     from tests.life import TINY
 
     rows = [
