@@ -75,9 +75,9 @@ def prepare(
     temporary = cache / f".{key}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        made = make(data, kind, model, temporary, origins, seed, say)
+        record = make(data, kind, model, temporary, origins, seed, say)
         seconds = round(time.monotonic() - started, 3)
-        ready = made.model_copy(update={"key": key, "seconds": seconds})
+        ready = record.model_copy(update={"key": key, "seconds": seconds})
         _publish(ready, temporary, final)
     except OSError as error:
         raise disk_full(error, cache) from error

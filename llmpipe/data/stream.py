@@ -133,12 +133,12 @@ class Stream:
                     rows += _counts(batch)
                     rejected_bytes += self._reject(self.origins[source], chunk.file, batch)
                     self._check_rejected(rows, ENOUGH)
-                here = Position(epoch, number, before, bytes_before, dict(rows))
+                position = Position(epoch, number, before, bytes_before, dict(rows))
                 begin = skip - layout.carried
                 pieces = list(pieces_of(batch.pieces, BLOCKS))
                 sequences = layout(list(_behind(pieces, skip)), False)
                 for count, parts in enumerate(sequences, 1):
-                    yield parts, replace(here, tokens=begin + count * self.max_length)
+                    yield parts, replace(position, tokens=begin + count * self.max_length)
                 empty = empty and not pieces
                 skip = 0
             self._check_rejected(rows, 0)
