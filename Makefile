@@ -60,5 +60,5 @@ constraints: ## renew constraints.txt: the newest versions that pyproject.toml a
 	mv constraints.new constraints.txt && rm -rf .venv-new
 
 clean: ## remove .venv/ and the caches; runs/ and models/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

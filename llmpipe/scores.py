@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ def score(
     if kind == "rouge":
         scores = _rouge().score(expected, answer)
         return {name: value.fmeasure for name, value in scores.items()}
-    right = VERIFIERS[kind](answer, expected, pattern or "")
+    right = VERIFIERS[kind].is_right(answer, expected, pattern or "")
     return {kind: float(right)}
 
 
@@ -76,14 +77,28 @@ def is_verified(answer: str, expected: str, _: str) -> bool:
     return bool(verify(parse(expected), parse(answer)))
 
 
-# answer, what is expected, the recipe's pattern -> whether it is right
-VERIFIERS: dict[str, Callable[[str, str, str], bool]] = {
-    "exact_match": is_equal,
-    "contains": is_contained,
-    "number": has_number,
-    "regex": matches,
-    "json": is_json,
-    "math_verify": is_verified,
+@dataclass(frozen=True)
+class Check:
+    """How an answer is verified."""
+
+    is_right: Callable[[str, str, str], bool]
+    """Of the answer, what is expected, and the recipe's `pattern`."""
+    compares: bool = True
+    """Whether it needs something to compare with; a pattern does where it has a group."""
+    package: str | None = None
+    """What has to be installed for it."""
+
+    def needs_reference(self, pattern: str | None) -> bool:
+        return self.compares or bool(re.compile(pattern or "").groups)
+
+
+VERIFIERS: dict[str, Check] = {
+    "exact_match": Check(is_equal),
+    "contains": Check(is_contained),
+    "number": Check(has_number),
+    "regex": Check(matches, compares=False),
+    "json": Check(is_json, compares=False),
+    "math_verify": Check(is_verified, package="math_verify"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The optimizers: their names in a recipe, and what the libraries call them.
+"""The optimizers: forms of AdamW by their names in a recipe, and what the libraries call them.
 
 A new one is its name in `OptimizerName` and its line in `OPTIMIZERS`.
 """
@@ -17,11 +17,13 @@ class Optimizer:
     """`optim` of transformers' TrainingArguments; None leaves it as it is."""
     in_bitsandbytes: str | None
     """The class in `bitsandbytes.optim`; None is PyTorch's AdamW."""
+    paged: bool = False
+    """Whether moments move to the CPU's memory when a GPU is full."""
 
 
 OPTIMIZERS: dict[OptimizerName, Optimizer] = {
     "adamw": Optimizer(None, None),
     "adamw_8bit": Optimizer("adamw_bnb_8bit", "AdamW8bit"),
-    "paged_adamw": Optimizer("paged_adamw_32bit", "PagedAdamW"),
-    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", "PagedAdamW8bit"),
+    "paged_adamw": Optimizer("paged_adamw_32bit", "PagedAdamW", paged=True),
+    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", "PagedAdamW8bit", paged=True),
 }

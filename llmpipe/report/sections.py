@@ -29,7 +29,7 @@ KNOWN = {
     "tokens_per_second": ("speed", "tokens/s"),
     "memory_gb": ("memory", "GB"),
 }
-UNITLESS_LOSS = {"reward", "dpo", "ppo", "grpo"}  # stages
+UNITLESS_LOSS = {"reward", "dpo", "ppo"}  # stages
 COUNTS = {
     "read": "read",
     "kept": "kept",

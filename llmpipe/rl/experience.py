@@ -79,20 +79,20 @@ def measure(
     entropies: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     reference: dict[int, Tensor] = {}
-    for places in size.cut([episode.tokens for episode in episodes]):
-        chosen = [episodes[i] for i in places]
-        lengths = [len(episode.response) for episode in chosen]
-        with torch.no_grad(), hardware.autocast():
+    # one autocast for all passes: weights are cast to bf16 once
+    with torch.no_grad(), hardware.autocast():
+        for places in size.cut([episode.tokens for episode in episodes]):
+            chosen = [episodes[i] for i in places]
+            lengths = [len(episode.response) for episode in chosen]
             batch = pack_episodes(chosen, actors.device)
             log_p, entropy, value = actors.policy(batch)
             if value is None:
                 with actors.as_critic():
                     value = actors.values(batch)
-            reference_log_p = actors.reference(batch)
-        log_probs |= _by_place(log_p, places, lengths)
-        entropies |= _by_place(entropy, places, lengths)
-        values |= _by_place(value, places, lengths)
-        reference |= _by_place(reference_log_p, places, lengths)
+            log_probs |= _by_place(log_p, places, lengths)
+            entropies |= _by_place(entropy, places, lengths)
+            values |= _by_place(value, places, lengths)
+            reference |= _by_place(actors.reference(batch), places, lengths)
     lengths = [len(episode.response) for episode in episodes]
     columns = torch.arange(max(lengths))[None]
     return Measured(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from llmpipe.rl.actors import Actors
 from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.job import Job
-from llmpipe.scores import Verifier, score
+from llmpipe.scores import VERIFIERS, Verifier, score
 
 Row = dict[str, Any]  # a prompt as Encoder.prompt makes it: `prompt`, `reference`, `columns`
 Score = Callable[[list[Row], list[str]], list[Any]]  # a number for each response, if all is well
@@ -245,7 +244,7 @@ def _where(error: Exception, path: str) -> str:
 
 def _of_verifier(kind: Verifier, pattern: str | None) -> Score:
     """1 for a response that is right by the row's own answer, else 0."""
-    compares = kind not in ("json", "regex") or bool(re.compile(pattern or "").groups)
+    compares = VERIFIERS[kind].needs_reference(pattern)
 
     def scores(rows: list[Row], responses: list[str]) -> list[float]:
         return [_verified(*pair) for pair in zip(rows, responses, strict=True)]

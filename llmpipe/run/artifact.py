@@ -85,7 +85,15 @@ class Artifact:
 
     def manifest(self) -> Manifest:
         """The manifest. Raises UserError (3) when it is damaged."""
-        return Manifest.of(self.document())
+        document = self.document()
+        try:
+            return Manifest.of(document)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{self.path / MANIFEST}: lacks what a manifest says: {error}"
+            hint = (
+                "another version wrote it; make the artifact again, or take its model/ as a folder"
+            )
+            raise UserError(problem, hint, INTEGRITY) from None
 
     def verify(self) -> Manifest:
         """The manifest, after every file was hashed.

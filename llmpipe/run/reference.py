@@ -200,11 +200,12 @@ def _of_hub(reference: str, use: Use, pinned: Identity | None) -> Model:
 
 def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Model:
     checkpoint = checkpoints.folder(parent.checkpoints, int(step))
-    sums = checkpoints.Sums.read(checkpoint)
-    if sums is None:
+    if not checkpoint.exists():
         steps = ", ".join(sorted(map(str, checkpoints.steps(parent.checkpoints)))) or "none"
         raise UserError(f"{use.field}: {reference}: no such checkpoint; there are: {steps}")
-    if problems := checkpoints.verify(checkpoint):
+    problems = checkpoints.verify(checkpoint)
+    sums = checkpoints.Sums.read(checkpoint)
+    if problems or sums is None:
         raise UserError(f"{checkpoint}/{problems[0]}", "take another checkpoint", INTEGRITY)
     if (checkpoint / "adapter_config.json").exists():
         problem = f"{use.field}: {reference} is a checkpoint of an adapter"

@@ -170,9 +170,11 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     from llmpipe import upstream
     from llmpipe.evaluation.book import Book
     from llmpipe.evaluation.candidate import candidate, settings_of
+    from llmpipe.models.hardware import keep_imports
     from llmpipe.report.terminal import measurements
 
     upstream.silence()
+    keep_imports()
     recipe, artifact, say = job.recipe, job.artifact, job.say
     settings = settings_of(recipe.precision, recipe.launch.batch_size)
     book = Book(artifact.path / "samples.jsonl", settings)

@@ -17,6 +17,7 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Rows
+from llmpipe.scores import VERIFIERS
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
@@ -91,9 +92,10 @@ def prepare(job: Job[Schema]) -> PreparedRows:
     from llmpipe.run.handoff import tokenized, tokens
 
     recipe = job.recipe
-    needs_math = any(source.verifier == "math_verify" for source in recipe.reward)
-    if needs_math and not find_spec("math_verify"):
-        raise UserError("reward: math_verify is not installed", "pip install 'llmpipe[eval]'")
+    for source in recipe.reward:
+        package = VERIFIERS[source.verifier].package if source.verifier else None
+        if package and not find_spec(package):
+            raise UserError(f"reward: {package} is not installed", "pip install 'llmpipe[eval]'")
     prepared = tokens(job, PROMPTS)
     if recipe.mixture:
         mixed = tokenized(job, recipe.mixture.data(recipe.data), ROWS)

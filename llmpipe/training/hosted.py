@@ -18,6 +18,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from llmpipe.errors import NUMERIC, Stopped, UserError
+from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
@@ -282,6 +283,8 @@ class Durable(Trainer):
         """What the library's checkpoint lacks, from all processes."""
         counts = resume.counted(self, self.metrics_log.tokens, self.metrics_log.seconds)
         step, stream = self.state.global_step, self.training.stream
+        if stream and stream.rejected and stream.rejected.exists():
+            fsync(stream.rejected)  # the position knows its size
         return State(
             ranks=self.world.gather(counts),
             metrics_bytes=self.metrics_log.size(),

@@ -29,8 +29,8 @@ class RankingTrainer(Durable, Preferences, RewardTrainer):
 class Collator:
     """Pairs to a batch: chosen responses in the first half of its rows, rejected ones in the other.
 
-    `examples` says how many are real; where all are fillers one of them stays, since every process has
-    to take part.
+    `examples` says how many are real; where all are fillers one of them stays, since every process
+    has to take part.
     """
 
     def __init__(self, pad_token_id: int):

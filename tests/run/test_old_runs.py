@@ -84,3 +84,18 @@ def test_old_work_is_shown_and_reported(old):
     page = write_report([old], None).read_text()
     for text in ("exact_match", "What is 2 + 2?", "artifact:sft"):
         assert text in page
+
+
+def test_a_manifest_that_lacks_a_field_is_refused(tmp_path):
+    """One line with code 3, whoever wrote it, and no traceback."""
+    from llmpipe.run.manifest import fingerprint
+
+    shutil.copytree(OLD / "run", tmp_path / "run")
+    artifact = Artifact(tmp_path / "run" / "sft")
+    document = json.loads((artifact.path / "manifest.json").read_text())
+    del document["data"]["rows"]["train"]
+    document["fingerprint"] = fingerprint(document)
+    (artifact.path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="lacks what a manifest says.*train") as refused:
+        artifact.manifest()
+    assert refused.value.code == 3

@@ -21,28 +21,18 @@ from llmpipe.data.formats.examples import Tools
 from llmpipe.evaluation.book import Score, Scored
 from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_of
 from llmpipe.recipe.sections import Positive
-from llmpipe.scores import Verifier, pass_at, score
+from llmpipe.scores import VERIFIERS, Verifier, pass_at, score
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
 
 CORPUS = {"bleu", "chrf"}  # scores of all answers at once
 
-COMPARED = {
-    "exact_match",
-    "contains",
-    "number",
-    "math_verify",
-    "rouge",
-    *CORPUS,
-}  # with a reference
+# with a reference
+COMPARED = {name for name, check in VERIFIERS.items() if check.compares} | {"rouge", *CORPUS}
 
-PACKAGES = {
-    "math_verify": "math_verify",
-    "rouge": "rouge_score",
-    "bleu": "sacrebleu",
-    "chrf": "sacrebleu",
-}
+PACKAGES = {name: check.package for name, check in VERIFIERS.items() if check.package}
+PACKAGES |= {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 
 
 class Prompt(Item):
