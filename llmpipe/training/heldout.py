@@ -73,6 +73,7 @@ class HeldOut:
         return {
             f"eval_{name}": float(value / count)
             for name, (value, count) in zip(totals, means, strict=True)
+            if count  # of one label there may be no row
         }
 
     def _sums(self, start: int) -> dict[str, Tensor]:
