@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -119,9 +120,9 @@ class Task(Section):
         """Modules that are not llmpipe's own dependencies."""
         return set()
 
+    @abstractmethod
     def measure(self, model: Candidate, items: list[Any], book: Book, seed: int, say: Say) -> None:
         """Score what `book` lacks of this task for one model. `items`: this task's own, if any."""
-        raise NotImplementedError
 
 
 class OnItems(Task):
@@ -134,13 +135,13 @@ class OnItems(Task):
     """The items: sources of rows as in `data.train` of a training recipe. A row that cannot be used
     stops the stage."""
 
+    @abstractmethod
     def item_of(self, row: Example, place: Place) -> Item:
         """A row as an item. Raises Rejected."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score_batch(self, model: Candidate, batch: list[Any], seed: int) -> list[Scored]:
         """Score a batch of this task's items."""
-        raise NotImplementedError
 
     def write(self, items: Iterable[Item], path: Path) -> None:
         lines = [json.dumps(item.values(), ensure_ascii=False) + "\n" for item in items]
