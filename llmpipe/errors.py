@@ -4,7 +4,6 @@ A `UserError` says what went wrong in the user's words and what to do next; `cli
 the only places that catch it. Anything else that escapes is a bug and is shown as one.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 
 Say = Callable[[str], None]  # prints a line, and keeps it where there is a log
@@ -49,6 +48,8 @@ class Stopped(BaseException):
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like `word`; None where none is, on a scale from 0 to 1."""
+    import difflib  # here, since most commands make no mistake
+
     matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return matches[0] if matches else None
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import UserError
 from llmpipe.files import Table
 from llmpipe.run.artifact import Artifact, artifacts
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.outcome import Outcome
-from llmpipe.run.results import Results
+
+if TYPE_CHECKING:
+    from llmpipe.run.results import Results
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -36,6 +37,8 @@ def describe(artifact: Artifact) -> list[str]:
     by = f"{manifest.finished}  {manifest.kind} by {manifest.stage}  {manifest.fingerprint[:12]}"
     lines = [f"{artifact.path}  {status} {by}"]
     if manifest.data is None or manifest.training is None:  # an evaluation
+        from llmpipe.run.results import Results  # an evaluation alone has some
+
         results = Results.from_file(artifact.path / "results.json")
         return lines + measurements(results) if results else lines
     rows = manifest.data.rows
@@ -73,6 +76,8 @@ def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
     steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
     at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
+    from llmpipe.run.outcome import Outcome
+
     outcome = Outcome.read(artifact)
     end = f"; last ended with: {outcome.message}" if outcome and outcome.message else ""
     return f"not finished, {at}{end}", None
