@@ -93,9 +93,9 @@ def term_in_prepare():
 
 
 def nan_loss(step):
-    from trl import DPOTrainer, RewardTrainer, SFTTrainer
+    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
-    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer):
+    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer, KTOTrainer):
 
         def compute_loss(self, model, inputs, *args, original=trainer.compute_loss, **kwargs):
             loss = original(self, model, inputs, *args, **kwargs)

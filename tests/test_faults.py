@@ -30,6 +30,7 @@ SHARE = {
     "stream": 0.4,
     "reward": 0.4,
     "dpo": 0.4,
+    "kto": 0.2,
 }
 SHARE["ppo"] = 1.0  # a loop of its own
 
@@ -46,6 +47,7 @@ def writers():
         "pretrain": lambda run: test_pretrain.write(run, texts),
         "reward": lambda run: test_preference.write(run, "reward"),
         "dpo": lambda run: test_preference.write(run, "dpo"),
+        "kto": lambda run: test_preference.write(run, "kto"),
         "ppo": lambda run: test_ppo.write(run, **test_ppo.LONGER),
         "stream": lambda run: test_pretrain.write(run, texts, **test_pretrain.streamed(texts)),
     }
@@ -100,6 +102,7 @@ CHECKPOINT_FILES = {
 }
 CHECKPOINT_FILES |= {
     "dpo": WHOLE,
+    "kto": WHOLE,
     "reward": [name for name in WHOLE if name != "generation_config.json"],
 }
 CHECKPOINT_FILES["ppo"] = [

@@ -23,6 +23,7 @@ STAGES = {
     "reward": "reward modelling: learn which of two answers people prefer",
     "ppo": "proximal policy optimization: answer so that a reward is high",
     "dpo": "direct preference optimization: answer as people prefer",
+    "kto": "Kahneman-Tversky optimization: answer as people judged good",
     "eval": "evaluation: measure models on the same items, with intervals",
 }
 

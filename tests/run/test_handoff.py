@@ -31,7 +31,18 @@ MADE = {  # artifacts by name, and their kind
     "ppo": "model",
     "eval": "evaluation",
 }
-STAGES = ["pretrain", "sft", "lora", "qlora", "reward", "ppo", "dpo", "eval", "a reward of ppo"]
+STAGES = [
+    "pretrain",
+    "sft",
+    "lora",
+    "qlora",
+    "reward",
+    "ppo",
+    "dpo",
+    "kto",
+    "eval",
+    "a reward of ppo",
+]
 
 
 def recipe(stage, run, texts, reference, **changes):
@@ -52,7 +63,7 @@ def recipe(stage, run, texts, reference, **changes):
         path = run.parent / "eval.yaml"
         path.write_text(json.dumps({**values, "launch": {"threads": 1}, **changes}))
         return path
-    if stage in ("reward", "dpo"):
+    if stage in ("reward", "dpo", "kto"):
         return test_preference.write(run, stage, model=reference, **QUICK, **fits, **changes)
     if stage == "a reward of ppo":
         return test_ppo.write(run, reward=[{"model": reference}], **{**QUICK, **changes})
