@@ -75,9 +75,14 @@ class Rendered:
 
 
 class Encoder:
-    """Tokens as one preparation makes them. A row's own mistakes raise Rejected."""
+    """Tokens as one preparation makes them. A row's own mistakes raise Rejected.
+
+    `noted` holds sentences on what was done with rows that nobody would expect of them; whoever
+    counts them by row clears it before each.
+    """
 
     def __init__(self, encoding: Encoding):
+        self.noted: set[str] = set()
         self.tokenizer = tokenizer = Tokenizer(encoding.tokenizer)
         self.template: template.Template | None = None
         if tokenizer.template:

@@ -64,6 +64,8 @@ class Intake:
         """By the names of COUNTS."""
         self.rejected: Counter[str] = Counter()
         """Rows by the reason they were rejected for."""
+        self.noted: Counter[str] = Counter()
+        """Kept rows by a sentence on what was done with them."""
         self._rows_of_file = [0] * len(origin.files)
 
     def leave_to_training(self) -> None:
@@ -75,6 +77,7 @@ class Intake:
         """Add a chunk of the source and what it became."""
         self.counts.update(batch.counts)
         self.rejected.update(row.reason for row in batch.rejected)
+        self.noted.update(batch.noted)
         if self._rows_of_file:
             self._rows_of_file[chunk.file] += batch.counts["read"]
 
@@ -94,6 +97,7 @@ class Intake:
             revision=origin.revision,
             weight=getattr(origin.source, "weight", 1.0),  # rows to evaluate on have none
             rejected=dict(self.rejected),
+            noted=dict(sorted(self.noted.items())),
             **{name: self.counts[name] for name in COUNTS},
         )
 

@@ -36,7 +36,7 @@ from llmpipe.errors import DATA, NUMERIC, Say, UserError
 from llmpipe.files import digest
 from llmpipe.recipe.sections import Prepared
 
-VERSION = 7  # of what is made; another one is made anew
+VERSION = 8  # of what is made; another one is made anew
 SMALL = 4 << 20  # bytes of data below which one process is faster
 SHOWN = 5  # rejected rows in a message
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
@@ -59,6 +59,7 @@ def make(
     processes = _process_count(data, intakes)
     spool = Spool(folder / "spool.arrow", task.schema, len(data.train))
     first_rejected = _tokenize(intakes, task, processes, spool, folder / "rejected.jsonl")
+    _say_noted(intakes, say)
     totals = Totals.of(intakes)
     if totals.rejected.total() > data.max_rejected * totals.read or not _any_kept(data, intakes):
         raise _unusable(data, totals, folder, first_rejected)
@@ -141,6 +142,13 @@ def _tokenize(
             spool.add(source, batch.pieces)
             bar.update(chunk.bytes)
     return in_words
+
+
+def _say_noted(intakes: list[Intake], say: Say) -> None:
+    """What was done with rows that nobody would expect of them, once a source, with its count."""
+    for intake in intakes:
+        for sentence, rows in sorted(intake.noted.items()):
+            say(f"data: {intake.origin.source.path}: {sentence}: {rows:,} rows")
 
 
 def _any_kept(data: Prepared, intakes: list[Intake]) -> bool:

@@ -29,6 +29,8 @@ class SourceRows(Record):
     weight: float
     rejected: dict[str, int]
     """Rows by the reason they were rejected for."""
+    noted: dict[str, int] = {}
+    """Kept rows by a sentence on what was done with them."""
     read: int
     kept: int
     truncated: int

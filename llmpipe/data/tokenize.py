@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     counts: Counter[str]
     """COUNTS."""
     rejected: list[RejectedRow]
+    noted: Counter[str]
+    """Kept rows by a sentence on what was done with them; see `Encoder.noted`."""
 
 
 class Tokenized(NamedTuple):
@@ -98,9 +100,11 @@ class Worker:
         names = self.schema.names
         pieces: list[list[Any]] = [[] for _ in names]
         rejected: list[RejectedRow] = []
+        noted: Counter[str] = Counter()
         counts = Counter(dict.fromkeys(COUNTS, 0))
         counts["read"] = len(rows)
         for number, payload in rows:
+            self.encoder.noted.clear()
             try:
                 raw = parse(payload)
                 example = convert(raw, layout)
@@ -118,12 +122,13 @@ class Worker:
             for index, piece in enumerate(encoded.pieces):
                 for column, value in zip(pieces, (*piece, *of_row, index == 0), strict=True):
                     column.append(value)
+            noted.update(self.encoder.noted)
             counts["kept"] += 1
             counts["truncated"] += encoded.truncated
             counts["split"] += len(encoded.pieces) > 1
             counts["pieces"] += len(encoded.pieces) - 1
         batch = pa.RecordBatch.from_pydict(dict(zip(names, pieces, strict=True)), self.schema)
-        return Batch(batch, counts, rejected)
+        return Batch(batch, counts, rejected, noted)
 
 
 def tokenized(
