@@ -149,6 +149,9 @@ def prepare(
     recipe: Annotated[Path, typer.Argument(help="The recipe of any stage.")],
     run: RunOption = None,
     sets: SetOption = None,
+    show_rows: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Show N rows as the model will see them.")
+    ] = 0,
     debug: DebugOption = False,
 ) -> None:
     """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
@@ -161,7 +164,27 @@ def prepare(
             "prepare takes the recipe of one stage",
         )
     name = str(values.get("stage")) if isinstance(values, dict) else ""
-    make(read_recipe(name, recipe, run, sets), debug=debug, only_prepare=True)
+    asked = read_recipe(name, recipe, run, sets)
+    make(asked, debug=debug, only_prepare=True)
+    if show_rows:
+        _show_rows(asked, show_rows)
+
+
+def _show_rows(recipe: Recipe, count: int) -> None:
+    """Print prepared rows. Raises UserError (2) where the stage prepares none."""
+    from llmpipe.data.prepared import PreparedRows
+    from llmpipe.report.rows import show_rows
+    from llmpipe.run.artifact import Artifact
+    from llmpipe.stages import stage
+
+    if stage(recipe.stage).PREPARED is not PreparedRows:
+        raise UserError(f"{recipe.stage} prepares no rows to train on, so there are none to show")
+    artifact = Artifact(Path(recipe.run) / recipe.artifact)
+    prepared = PreparedRows.from_file(artifact.path / "prepared.json")
+    assert prepared is not None  # it was made just now
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for line in show_rows(prepared, artifact.run / ".prepared", count, colour):
+        say(line)
 
 
 @app.command()
