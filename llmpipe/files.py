@@ -123,6 +123,12 @@ def table(folder: Path, skip: AbstractSet[str] = frozenset()) -> Table:
     return entries
 
 
+def modules_in(folder: Path) -> list[str]:
+    """The names of a package's modules, sorted, without importing any."""
+    names = (name.removesuffix(".py") for name in os.listdir(folder) if name.endswith(".py"))
+    return sorted(name for name in names if name != "__init__")
+
+
 def differences(folder: Path, expected: Table, skip: AbstractSet[str] = frozenset()) -> list[str]:
     """How a folder departs from what is recorded: a line per missing, added or changed file."""
     present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}

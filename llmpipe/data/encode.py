@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.data import template
+from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
-from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.recipe.sections import Preparation
 

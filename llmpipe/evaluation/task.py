@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Completion, Document, Example
-from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.errors import Say
 from llmpipe.evaluation.book import Book, Line, Scored
 from llmpipe.recipe.sections import Name, Rows, Section

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llmpipe.recipe.formats import FormatName
 from llmpipe.recipe.optimizers import OptimizerName
 from llmpipe.recipe.trainer import TrainerConfig
 
@@ -53,17 +54,7 @@ class Rows(Section):
     path: str
     """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt)
     starting with `./`, `../`, `/` or `~` or ending in one of these suffixes."""
-    format: Literal[
-        "auto",
-        "text",
-        "alpaca",
-        "sharegpt",
-        "messages",
-        "prompt-completion",
-        "preference",
-        "prompt",
-        "choice",
-    ] = "auto"
+    format: FormatName = "auto"
     """How a row is laid out; `auto` decides by the column names and says what it found."""
     columns: dict[str, str] = {}
     """Your column names mapped to the format's: `{question: prompt, answer: completion}`."""

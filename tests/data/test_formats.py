@@ -188,6 +188,6 @@ def test_choice():
             same("choice", texts | {"answer": answer})
 
 
-def test_the_recipe_names_every_format():
+def test_a_format_is_called_as_its_file():
     names = get_args(Rows.model_fields["format"].annotation)
     assert set(names) == {"auto", *FORMATS}

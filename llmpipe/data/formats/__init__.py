@@ -1,7 +1,7 @@
 """How a row is laid out: recognised by its columns, checked, and brought to one of six shapes.
 
-A format is a file of this folder, its line in `FORMATS`, and its name among those of the recipe's
-`format` field. Whatever takes its shape (see `examples`) takes its rows: no other file names it.
+A format is a file of this folder that defines its `FORMAT`, and no more: the file's name is what a
+recipe calls it, and whatever takes its shape (see `llmpipe.data.examples`) takes its rows.
 Validation refuses and never repairs: a row that is wrong is named (`Rejected`), not guessed at.
 """
 
@@ -9,19 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from llmpipe.data.formats import (
-    alpaca,
-    choice,
-    messages,
-    preference,
-    prompt,
-    prompt_completion,
-    sharegpt,
-    text,
-)
-from llmpipe.data.formats.examples import (
+from llmpipe.data.examples import (
     Completion,
     Conversation,
     Document,
@@ -33,9 +24,10 @@ from llmpipe.data.formats.examples import (
     question,
     taught_bytes,
 )
-from llmpipe.data.formats.fields import Rejected
-from llmpipe.data.formats.format import Format
+from llmpipe.data.fields import Rejected
+from llmpipe.data.format import Format
 from llmpipe.errors import UserError, near
+from llmpipe.recipe.formats import FORMAT_NAMES
 
 __all__ = [
     "FORMATS",
@@ -57,19 +49,16 @@ __all__ = [
     "taught_bytes",
 ]
 
-# `auto` is the first one that fits: what needs much stands before what needs little.
+
+def _formats() -> Iterable[Format]:
+    for name in FORMAT_NAMES:
+        yield import_module(f"{__name__}.{name.replace('-', '_')}").FORMAT
+
+
+# in the order in which `auto` tries them
 FORMATS: dict[str, Format] = {
     format.name: format
-    for format in (
-        preference.FORMAT,
-        choice.FORMAT,
-        sharegpt.FORMAT,
-        messages.FORMAT,
-        alpaca.FORMAT,
-        prompt_completion.FORMAT,
-        text.FORMAT,
-        prompt.FORMAT,
-    )
+    for format in sorted(_formats(), key=lambda format: format.precedence, reverse=True)
 }
 
 Renaming = dict[str, str]  # {your column: the format's}

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmpipe.data.formats.conversation import with_system
-from llmpipe.data.formats.examples import Conversation, Messages
-from llmpipe.data.formats.fields import Rejected, Values, optional_text, text_of
-from llmpipe.data.formats.format import Format
+from llmpipe.data.conversation import with_system
+from llmpipe.data.examples import Conversation, Messages
+from llmpipe.data.fields import Rejected, Values, optional_text, text_of
+from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
@@ -39,6 +39,7 @@ def _is_pair(value: Any) -> bool:
 
 FORMAT = Format(
     name="alpaca",
+    precedence=30,
     required=("instruction", "output"),
     optional=("input", "system", "history"),
     shape=Conversation,

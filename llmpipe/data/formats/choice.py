@@ -11,10 +11,10 @@ from __future__ import annotations
 from string import ascii_uppercase
 from typing import Any
 
+from llmpipe.data.examples import MultipleChoice
+from llmpipe.data.fields import Rejected, Values, text_of
+from llmpipe.data.format import Format
 from llmpipe.data.formats import prompt
-from llmpipe.data.formats.examples import MultipleChoice
-from llmpipe.data.formats.fields import Rejected, Values, text_of
-from llmpipe.data.formats.format import Format
 
 
 def example_of(values: Values) -> MultipleChoice:
@@ -50,6 +50,7 @@ def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
 
 FORMAT = Format(
     name="choice",
+    precedence=60,
     required=("prompt", "choices", "answer"),
     optional=("system",),
     shape=MultipleChoice,

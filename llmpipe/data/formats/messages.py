@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from llmpipe.data.formats.conversation import messages_of, tools_of
-from llmpipe.data.formats.examples import Conversation
-from llmpipe.data.formats.fields import Rejected, Values
-from llmpipe.data.formats.format import Format
+from llmpipe.data.conversation import messages_of, tools_of
+from llmpipe.data.examples import Conversation
+from llmpipe.data.fields import Rejected, Values
+from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
@@ -20,6 +20,7 @@ def example_of(values: Values) -> Conversation:
 
 FORMAT = Format(
     name="messages",
+    precedence=40,
     required=("messages",),
     optional=("tools",),
     shape=Conversation,

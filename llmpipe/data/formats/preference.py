@@ -8,15 +8,15 @@ both        {"prompt": "question", "chosen": [question, good], ...}, as UltraFee
 
 from __future__ import annotations
 
-from llmpipe.data.formats.conversation import (
+from llmpipe.data.conversation import (
     answer_messages,
     prompt_messages,
     tools_of,
     with_system,
 )
-from llmpipe.data.formats.examples import Messages, Preference
-from llmpipe.data.formats.fields import Rejected, Values, optional_number, optional_text, text_of
-from llmpipe.data.formats.format import Format
+from llmpipe.data.examples import Messages, Preference
+from llmpipe.data.fields import Rejected, Values, optional_number, optional_text, text_of
+from llmpipe.data.format import Format
 
 _NAMES = ("prompt", "chosen", "rejected")
 
@@ -79,6 +79,7 @@ def _check_answers(chosen: Messages, rejected: Messages) -> None:
 
 FORMAT = Format(
     name="preference",
+    precedence=70,
     required=("chosen", "rejected"),
     optional=("prompt", "prompt_input", "system", "tools", "margin"),
     shape=Preference,

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from llmpipe.data.formats.conversation import prompt_messages, tools_of, with_system
-from llmpipe.data.formats.examples import Prompt
-from llmpipe.data.formats.fields import Rejected, Values, text_of
-from llmpipe.data.formats.format import Format
+from llmpipe.data.conversation import prompt_messages, tools_of, with_system
+from llmpipe.data.examples import Prompt
+from llmpipe.data.fields import Rejected, Values, text_of
+from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Prompt:
@@ -26,6 +26,7 @@ def example_of(values: Values) -> Prompt:
 
 FORMAT = Format(
     name="prompt",
+    precedence=0,
     required=("prompt",),
     optional=("system", "tools"),
     shape=Prompt,

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from llmpipe.data.formats.conversation import answer_messages, prompt_messages, tools_of
-from llmpipe.data.formats.examples import Completion, Conversation
-from llmpipe.data.formats.fields import Values, text_of
-from llmpipe.data.formats.format import Format
+from llmpipe.data.conversation import answer_messages, prompt_messages, tools_of
+from llmpipe.data.examples import Completion, Conversation
+from llmpipe.data.fields import Values, text_of
+from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Completion | Conversation:
@@ -25,6 +25,7 @@ def example_of(values: Values) -> Completion | Conversation:
 
 FORMAT = Format(
     name="prompt-completion",
+    precedence=20,
     required=("prompt", "completion"),
     optional=("tools",),
     shape=Completion,

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from llmpipe.data.formats.examples import Document
-from llmpipe.data.formats.fields import Values, text_of
-from llmpipe.data.formats.format import Format
+from llmpipe.data.examples import Document
+from llmpipe.data.fields import Values, text_of
+from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Document:
@@ -16,6 +16,7 @@ def example_of(values: Values) -> Document:
 
 FORMAT = Format(
     name="text",
+    precedence=10,
     required=("text",),
     optional=(),
     shape=Document,

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder
+from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Completion, Conversation, Example, Preference, Rejected
-from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
 from llmpipe.data.template import shared_prefix

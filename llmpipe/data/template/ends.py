@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from llmpipe.data.examples import Messages
 from llmpipe.data.formats import Rejected
-from llmpipe.data.formats.examples import Messages
 from llmpipe.data.template.rendering import OTHER, Template, any_of
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import UserError

@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
+from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
-from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.data.template.sandbox import MAX_CHARS, Generation, Span, sandbox
 from llmpipe.errors import UserError
 

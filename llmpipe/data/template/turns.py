@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from llmpipe.data.examples import Message, Messages, Tools, is_learned
 from llmpipe.data.formats import Rejected
-from llmpipe.data.formats.examples import Message, Messages, Tools, is_learned
 from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, MultipleChoice
-from llmpipe.data.formats.examples import Tools
 from llmpipe.evaluation.book import Scored
 from llmpipe.evaluation.task import Ask, Item, Marked, OnItems, Place, Template, tools_of
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.data import examples
+from llmpipe.data.examples import Tools
 from llmpipe.data.formats import (
     Completion,
     Conversation,
     Example,
     Preference,
     Rejected,
-    examples,
     prompt_and_reference,
 )
-from llmpipe.data.formats.examples import Tools
 from llmpipe.evaluation.book import Score, Scored
 from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_of
 from llmpipe.recipe.sections import Positive

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import (
     Completion,
     Conversation,
@@ -16,7 +17,6 @@ from llmpipe.data.formats import (
     Rejected,
     taught_bytes,
 )
-from llmpipe.data.formats.examples import Messages, Tools
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Score, Scored
 from llmpipe.evaluation.task import Item, Marked, OnItems, Place

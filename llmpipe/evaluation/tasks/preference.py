@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmpipe.data.formats import Example, Rejected, examples
-from llmpipe.data.formats.examples import Tools
+from llmpipe.data import examples
+from llmpipe.data.examples import Tools
+from llmpipe.data.formats import Example, Rejected
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Scored
 from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, tools_of

@@ -1,4 +1,4 @@
-"""Turns of a conversation, as anybody writes them -> messages (see `examples`).
+"""Turns of a conversation, as anybody writes them -> messages (see `llmpipe.data.examples`).
 
 Read are {"role", "content"} of OpenAI and {"from", "value"} of ShareGPT.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmpipe.data.formats.examples import Message, Messages, Tools
-from llmpipe.data.formats.fields import (
+from llmpipe.data.examples import Message, Messages, Tools
+from llmpipe.data.fields import (
     Rejected,
     Values,
     check_texts,

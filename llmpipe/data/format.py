@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmpipe.data.formats.examples import Example
-from llmpipe.data.formats.fields import Values
+from llmpipe.data.examples import Example
+from llmpipe.data.fields import Values
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,10 @@ class Format:
     """One layout of rows: by which columns it is recognised, and how a row becomes an example."""
 
     name: str
-    """As in the recipe, `data.train.format`."""
+    """As in the recipe, `data.train.format`: the file's, with - for _."""
+    precedence: int
+    """Among the formats that fit, `auto` takes the one with the highest: one that needs much stands
+    before one that needs little."""
     required: tuple[str, ...]
     """Columns that every row has; a row without one of them, or with null in it, is rejected."""
     optional: tuple[str, ...]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmpipe.data.formats.fields import Rejected
+from llmpipe.data.fields import Rejected
 
 Message = dict[str, Any]
 Messages = list[Message]  # never empty
