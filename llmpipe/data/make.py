@@ -178,8 +178,16 @@ def _unusable(data: Prepared, totals: Totals, folder: Path, first_rejected: list
 def _divide(data: Prepared, spool: Spool, seed: int, say: Say) -> Division:
     cut = held_out_cut(spool.train_hashes, data.eval.holdout)
     if data.eval.holdout and not cut:
-        say("data: all rows are equal, so none is held out")
+        say(f"data: none is held out: {_why_none_held_out(len(spool.train_hashes))}")
     return Division(cut, [source.weight for source in data.train], seed)
+
+
+def _why_none_held_out(rows: int) -> str:
+    if rows == 1:
+        why = "there is one row alone, and it cannot be held out of itself"
+    else:
+        why = f"all {rows:,} rows are equal"
+    return f"{why}; give more, or name rows to evaluate on in data.eval.sources"
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,11 @@ def test_equal_rows_fall_on_one_side(here, base):
     assert (
         record["rows"]["train"] == 4
         and not held
-        and any("all rows are equal" in line for line in said)
+        and any("all 4 rows are equal" in line for line in said)
     )
+    Path("one.txt").write_text("A single document.\n")
+    make(base, "./one.txt", eval={"holdout": 0.5}, said=said)
+    assert any("there is one row alone" in line for line in said)
     write(Path("two.jsonl"), ALPACA[:2])
     assert (
         make(base, "two.jsonl", template="chatml", eval={"holdout": 0.001})[0]["rows"]["eval"] == 1
