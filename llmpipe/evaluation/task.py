@@ -120,6 +120,10 @@ class Task(Section):
         """Modules that are not llmpipe's own dependencies."""
         return set()
 
+    def files(self) -> dict[str, str]:
+        """Every file or folder beside the rows whose content decides the numbers, by its field."""
+        return {}
+
     @abstractmethod
     def measure(self, model: Candidate, items: list[Any], book: Book, seed: int, say: Say) -> None:
         """Score what `book` lacks of this task for one model. `items`: this task's own, if any."""

@@ -9,14 +9,13 @@ models one after the other, tasks within.
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from llmpipe.errors import NUMERIC, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems, Task
-from llmpipe.evaluation.tasks import AnyTask, Harness
+from llmpipe.evaluation.tasks import AnyTask
 from llmpipe.files import digest
 from llmpipe.recipe.sections import (
     Machine,
@@ -80,9 +79,6 @@ class Schema(Recipe):
         labels = [task.label for task in self.tasks]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
             raise ValueError(f"two tasks are called '{twice}'; give one a name")
-        for folder in self.files().values():
-            if not Path(folder).expanduser().is_dir():
-                raise ValueError(f"folder: {folder}: no such folder")
         return self
 
     def references(self) -> dict[str, str]:
@@ -98,9 +94,9 @@ class Schema(Recipe):
 
     def files(self) -> dict[str, str]:
         return {
-            f"tasks.{i}.folder": task.folder
+            f"tasks.{i}.{field}": path
             for i, task in enumerate(self.tasks)
-            if isinstance(task, Harness) and task.folder
+            for field, path in task.files().items()
         }
 
 

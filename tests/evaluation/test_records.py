@@ -8,7 +8,10 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Book, Line, Reported, Settings
 from llmpipe.evaluation.items import items_of
-from llmpipe.evaluation.tasks import Choice, Generate, Perplexity, Preference
+from llmpipe.evaluation.tasks.choice import Choice
+from llmpipe.evaluation.tasks.generate import Generate
+from llmpipe.evaluation.tasks.perplexity import Perplexity
+from llmpipe.evaluation.tasks.preference import Preference
 from llmpipe.run.results import Cell, Results
 
 OLD = Path(__file__).parent.parent / "fixtures" / "run-0.1" / "run" / "eval"

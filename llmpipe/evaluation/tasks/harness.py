@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation.book import Book, Line, Reported
@@ -34,9 +34,19 @@ class Harness(Task):
     template: Template = "none"
     """`auto` is the harness's --apply_chat_template."""
 
+    @field_validator("folder")
+    @classmethod
+    def _exists(cls, folder: str | None) -> str | None:
+        if folder and not Path(folder).expanduser().is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        return folder
+
     @property
     def packages(self) -> set[str]:
         return {"lm_eval"}
+
+    def files(self) -> dict[str, str]:
+        return {"folder": self.folder} if self.folder else {}
 
     def measure(self, model: Candidate, items: list[Item], book: Book, seed: int, say: Say) -> None:
         """Score all of it at once: the harness has its own items, and cannot go on from a part."""
