@@ -30,6 +30,7 @@ __all__ = [
     "hub_key",
     "hub_revision",
     "identity_of",
+    "named_files",
     "parse",
 ]
 
@@ -50,15 +51,39 @@ class Chunk(NamedTuple):
 # --- files ---
 
 
+class Named(NamedTuple):
+    """A file of a source, not read yet."""
+
+    path: Path
+    name: str
+    """Within the source."""
+    shown: str
+    """What a user calls it."""
+
+
 def files_of(source: Rows) -> list[File]:
     """The files of a local source in a fixed order, with their hashes.
 
     Raises UserError naming what is missing.
     """
-    given = source.path
+    return [_hashed(file) for file in named_files(source)]
+
+
+def named_files(source: Rows) -> list[Named]:
+    """The files of a local source in a fixed order, none of them read but for its beginning.
+
+    Raises UserError naming what is missing, empty or of no known kind.
+    """
+    files = _named(source.path)
+    for file in files:
+        _check(file)
+    return files
+
+
+def _named(given: str) -> list[Named]:
     path = Path(given).expanduser()
     if path.is_file():
-        return [_file(path, path.name, given)]
+        return [Named(path, path.name, given)]
     if path.is_dir():
         paths = _data_files(path)
         root = path
@@ -71,7 +96,7 @@ def files_of(source: Rows) -> list[File]:
         if not paths:
             raise _missing(given, path)
         root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [_file(path, path.relative_to(root).as_posix(), str(path)) for path in paths]
+    return [Named(path, path.relative_to(root).as_posix(), str(path)) for path in paths]
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -91,7 +116,9 @@ def _missing(given: str, path: Path) -> UserError:
     return UserError(f"{given}: no such file{guess}", "paths are looked up from the current folder")
 
 
-def _file(path: Path, name: str, shown: str) -> File:
+def _check(file: Named) -> None:
+    """Raises UserError for a file that cannot be read as rows, by its suffix or its beginning."""
+    path, _, shown = file
     if path.suffix.lower() not in SUFFIXES:
         kind = path.suffix or "no suffix"
         hint = f"known are {', '.join(SUFFIXES)}"
@@ -99,14 +126,20 @@ def _file(path: Path, name: str, shown: str) -> File:
     try:
         with path.open("rb") as stream:
             beginning = stream.read(2)
-        file = File(name, shown, path, path.stat().st_size, sha256_file(path))
     except OSError as error:
         raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
     if not beginning:
         raise UserError(f"{shown}: the file is empty")
     if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{shown}: is UTF-16", "save it as UTF-8")
-    return file
+
+
+def _hashed(file: Named) -> File:
+    path, name, shown = file
+    try:
+        return File(name, shown, path, path.stat().st_size, sha256_file(path))
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
 
 
 def identity_of(
