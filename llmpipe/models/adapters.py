@@ -39,6 +39,8 @@ class Base:
     folder: Path
     reference: str
     """What the recipe calls it."""
+    revision: str | None
+    """Its commit, of a model on the Hub."""
     quantization: Quantization | None
     dtype: torch.dtype
     """Of the weights that are not quantized."""
@@ -85,8 +87,8 @@ def load_frozen(
 def begin(model: PreTrainedModel, adapter: Adapter, new_tokens: list[int], seed: int) -> Any:
     """PEFT's model: a fresh adapter, drawn from `seed`, on `model`, which is frozen.
 
-    `new_tokens`: ids that the tokenizer had no rows for. Raises UserError (2) when no layer has the
-    names in `targets`.
+    `new_tokens`: ids whose rows are new, or are new tokens'. Raises UserError (2) when no layer has
+    the names in `targets`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -110,6 +112,7 @@ def begin(model: PreTrainedModel, adapter: Adapter, new_tokens: list[int], seed:
         raise UserError(problem, "see adapter.targets and adapter.init") from None
     upstream.with_bias(adapted)
     upcast_trained(adapted)
+    freeze_rows(adapted, adapter)
     if adapter.rewrites:
         start = {name: tensor.clone() for name, tensor in tensors_of(adapted).items()}
         adapted.began_with = start  # see `as_published`
@@ -119,10 +122,13 @@ def begin(model: PreTrainedModel, adapter: Adapter, new_tokens: list[int], seed:
 def _trained_embeddings(
     model: PreTrainedModel, adapter: Adapter, new_tokens: list[int]
 ) -> dict[str, Any]:
-    """What of embeddings and head learns beside the matrices, in the words of LoraConfig."""
+    """What of embeddings and head is saved beside the matrices, in the words of LoraConfig.
+
+    New rows are, whether they learn or not: nobody else could draw the same ones.
+    """
     if adapter.embeddings == "all":
         return {"modules_to_save": _ends(model)}
-    if adapter.embeddings == "none" or not new_tokens:
+    if not new_tokens:
         return {}
     head = model.get_output_embeddings()
     if head is None or model.get_input_embeddings().weight is head.weight:
@@ -141,11 +147,13 @@ def _ends(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def on_base(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer) -> Any:
+def on_base(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int = 0) -> Any:
     """PEFT's model: the adapter in `folder` on `base`, with the vocabulary and the generation that
     the adapter was trained with. Raises UserError as `attach` does.
+
+    `seed`: of rows that the base lacks, before the adapter's take their place.
     """
-    resize_embeddings(base, tokenizer)
+    resize_embeddings(base, tokenizer, seed)
     take_generation(base, folder)
     return attach(base, folder)
 
@@ -175,6 +183,29 @@ def attach(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
         fate = "is left over" if differing[0] in saved else "is missing"
         raise UserError(f"{folder / WEIGHTS}: {differing[0]} {fate}", code=INTEGRITY)
     return upstream.with_bias(adapted)
+
+
+def freeze_rows(model: Any, adapter: Adapter) -> None:
+    """Let the rows that an adapter brings along stay as they are, where no embeddings learn."""
+    if adapter.embeddings != "none":
+        return
+    for module in model.modules():
+        if isinstance(rows := getattr(module, "trainable_tokens_delta", None), nn.Module):
+            rows.requires_grad_(False)
+
+
+def refuse_rows_without_a_home(model: Any, made: range) -> None:
+    """Raise UserError (2) for rows made for an adapter that was begun without them: it has no place
+    to save them in.
+    """
+    config = model.peft_config["default"]
+    kept = config.trainable_token_indices or []
+    ids = kept if isinstance(kept, list) else [id for ids in kept.values() for id in ids]
+    if config.modules_to_save or set(made) <= set(ids):
+        return
+    problem = f"{len(made)} tokens are new, and the adapter was begun without them"
+    hint = "take the template it was trained with, or set adapter.continue: false"
+    raise UserError(f"adapter: {problem}", hint)
 
 
 def forget_base(model: Any) -> None:

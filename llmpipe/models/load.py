@@ -153,15 +153,17 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
     model = adapters.load_frozen(
         setup.job.weights, recipe.quantization, dtype, setup.hardware.attention, scores
     )
-    _resize(model, setup)
+    made = _resize(model, setup)
     _made_ready(model, setup)
     parameters = model.num_parameters()
     if base:
         model = adapters.attach(model, setup.job.model, trainable=True)
         adapters.refuse_another(model, adapter)
+        adapters.refuse_rows_without_a_home(model, made)
+        adapters.freeze_rows(model, adapter)
     else:
-        new_tokens = setup.tokenizer.convert_tokens_to_ids(setup.prepared.added_tokens)
-        model = adapters.begin(model, adapter, new_tokens, recipe.seed)
+        added = setup.tokenizer.convert_tokens_to_ids(setup.prepared.added_tokens)
+        model = adapters.begin(model, adapter, sorted({*made, *added}), recipe.seed)
     adapters.forget_base(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = str(dtype).removeprefix("torch.")
@@ -172,12 +174,14 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
     return model
 
 
-def _resize(model: PreTrainedModel, setup: Setup[Training]) -> None:
+def _resize(model: PreTrainedModel, setup: Setup[Training]) -> range:
+    """Give every token a row; returns the ids of the rows that were made."""
     tokens = len(setup.tokenizer)
     rows = resize_embeddings(model, setup.tokenizer)
     if tokens > rows:
         change = f"{rows} -> {tokens} rows, new ones drawn from the distribution of the old"
         setup.say(f"embeddings: {change}")
+    return range(rows, tokens)
 
 
 def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedModel:

@@ -96,14 +96,14 @@ def _misfit(report: dict[str, Any]) -> str:
     return "; ".join(complaints) or (str(errors) if errors else "")
 
 
-def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer, seed: int = 0) -> int:
     """Make the embeddings at least as many rows as the tokenizer has tokens; returns how many rows
-    there were.
+    there were. New ones are drawn from `seed`.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         # new rows are drawn from the old ones' distribution (Hewitt 2021), to start out harmless
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     return rows
 

@@ -51,6 +51,7 @@ def publish_adapter(
     upstream.as_loaded(model)
     tensors, config = as_published(model)
     config.base_model_name_or_path = base.reference  # no machine's path in an artifact
+    config.revision = base.revision
     with publishing(folder) as staging:
         weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(weights, staging / WEIGHTS)

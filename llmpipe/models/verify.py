@@ -27,6 +27,10 @@ from llmpipe.run.artifact import is_reward_model
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
+NEWEST = 8  # of these are the last ids of the vocabulary
+
+# of what a stranger draws for rows that the base lacks: another one than in training
+STRANGERS_SEED = 1
 
 # the greatest difference of a logit, of a model and the one that was reloaded
 RELOADED = 1e-5
@@ -87,7 +91,7 @@ def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) 
     tensors = _same_tensors(trained, folder)
     scores = is_reward_model(folder)
     frozen = load_frozen(base.folder, base.quantization, base.dtype, scores=scores)
-    reloaded = on_base(frozen, folder, tokenizer)
+    reloaded = on_base(frozen, folder, tokenizer, STRANGERS_SEED)
     if not base.quantization:
         reloaded.to(model.device)
     # where a part of the weights was taken out of them, the sums are others once it is back in
@@ -96,7 +100,8 @@ def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) 
     if not base.is_exact:
         del frozen, reloaded
         release_memory()
-        reloaded = on_base(load_model(base.folder, scores=scores), folder, tokenizer).eval()
+        exact = load_model(base.folder, scores=scores)
+        reloaded = on_base(exact, folder, tokenizer, STRANGERS_SEED).eval()
     # merging is compared in fp32, the precision of the published weights
     before = probe_logits(reloaded, tokenizer).cpu()
     after = probe_logits(reloaded.merge_and_unload(safe_merge=True), tokenizer).cpu()
@@ -130,8 +135,11 @@ def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
-    """Token ids of the probe text, [1, PROBE_TOKENS]; fewer where the text has few."""
-    ids = tokenizer(PROBE)["input_ids"] * 4
+    """The last token ids of the vocabulary, which may be new ones, and those of the probe text:
+    [1, PROBE_TOKENS]; fewer where the text has few.
+    """
+    newest = list(range(max(len(tokenizer) - NEWEST, 0), len(tokenizer)))
+    ids = newest + tokenizer(PROBE)["input_ids"] * 4
     return torch.tensor([ids[:PROBE_TOKENS]], device=model.device)
 
 

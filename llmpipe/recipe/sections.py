@@ -235,7 +235,8 @@ class Adapter(Section):
     (Büyükakyüz 2024) move a part of the frozen weights into it; what is published is an adapter of
     twice the rank for the weights as they were."""
     embeddings: Literal["new", "all", "none"] = "new"
-    """Embeddings to train: those of tokens that were added, all, or none."""
+    """Embeddings to train: those of tokens that were added, all, or none. Rows that the model
+    lacked are published with the adapter in any case."""
     resume: Annotated[bool, Field(alias="continue")] = True
     """Where `model:` is an adapter: train that one on; `false` merges it into its base and starts a
     new one."""

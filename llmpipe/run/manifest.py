@@ -69,6 +69,8 @@ class Base:
     """One of `reference.Model`'s."""
     reference: str
     identity: Identity
+    folder: str | None = None
+    """The way to it from the artifact, where no other tool could follow the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ class Manifest:
                 del document[name]
         if self.data and self.data.mixture is None:
             del document["data"]["mixture"]
+        if self.base and self.base.folder is None:
+            del document["base"]["folder"]
         return document
 
 

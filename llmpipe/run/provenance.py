@@ -66,6 +66,7 @@ def describe(job: Job[Any], kind: str, made: Made, seconds: float) -> Manifest:
             "kind": trained_on.kind,
             "reference": trained_on.reference,
             "identity": trained_on.identity,
+            "folder": trained_on.seen_from(job.artifact.path),
         }
     return Manifest.of(document | made.record())
 

@@ -53,6 +53,13 @@ class Model:
         """Whether it is used as an adapter on its base, unmerged."""
         return self.kind == "artifact" and self.base is not None
 
+    def seen_from(self, artifact: Path) -> str | None:
+        """The way from an artifact to a model that only this run has a name for; else None."""
+        if self.kind in ("hub", "folder"):
+            return None
+        folder = model_folder(self, artifact.parent / ".prepared")
+        return os.path.relpath(folder, artifact)
+
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> Model:
         """What plan.json holds, read again."""

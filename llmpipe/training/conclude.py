@@ -55,13 +55,18 @@ def _publish(trainer: Trained, training: Training[sections.Training]) -> Verifie
     adapter = training.recipe.adapter
     if adapter is None:
         return publish_model(model, tokenizer, folder, say)
+    trained_on = _true_base(training)
     base = Base(
         folder=training.job.weights,
-        reference=_true_base(training).reference,
+        reference=trained_on.reference,
+        revision=trained_on.identity.get("revision"),
         quantization=training.recipe.quantization,
         dtype=training.hardware.frozen_dtype(adapter),
     )
-    return publish_adapter(model, tokenizer, folder, base, say)
+    verified = publish_adapter(model, tokenizer, folder, base, say)
+    if lies_at := trained_on.seen_from(training.artifact.path):
+        say(f"adapter: for PEFT its base is {lies_at}, seen from {training.artifact.path}")
+    return verified
 
 
 def _true_base(training: Training[sections.Training]) -> Model:

@@ -189,7 +189,7 @@ def test_adapters_on_adapters(tmp_path):
     bases = [artifact.verify().base for artifact in (one, two, three)]
     sft = Artifact(run / "sft").manifest().fingerprint
     identity = {"artifact": "sft", "fingerprint": sft}
-    base = Base(kind="artifact", reference="artifact:sft", identity=identity)
+    base = Base(kind="artifact", reference="artifact:sft", identity=identity, folder="../sft/model")
     assert bases[0] == bases[1] == base
     assert bases[2].kind == "merged" and bases[2].reference == "artifact:two"
     assert [a.manifest().parents[0].name for a in (one, two, three)] == ["sft", "one", "two"]
@@ -371,6 +371,115 @@ def test_new_tokens_get_trained_embeddings(tmp_path):
     assert all(
         bool(torch.isfinite(rows[tokenizer.convert_tokens_to_ids(token)]).all()) for token in added
     )
+
+
+def longer_tokenizer(folder):
+    """The tiny model with three tokens that its embeddings have no rows for."""
+    import tokenizers
+
+    shutil.copytree(life.TINY / "model", folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<|one|>", "<|two|>", "<|three|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return range(rows, rows + 3)
+
+
+def rows_in(adapter):
+    """The embeddings that an adapter brings along."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(adapter.model / "adapter_model.safetensors")
+    (name,) = [name for name in tensors if "token" in name]
+    return tensors[name]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks transformers under an old name
+def test_rows_that_the_base_lacked_are_published_with_the_adapter(tmp_path):
+    """A stranger draws other rows for them, or PEFT fails with an IndexError."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    made = longer_tokenizer(tmp_path / "base")
+    shared = {"model": str(tmp_path / "base"), "evaluation": {}, "optim__steps": 4}
+    adapter = {"rank": 4, "merge": True}
+    learned = life.command(write(tmp_path / "run", name="learned", adapter=adapter, **shared))
+    adapter = {"rank": 4, "embeddings": "none"}
+    kept = life.command(write(tmp_path / "run", name="kept", adapter=adapter, **shared))
+
+    config = json.loads((kept.model / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == list(made)
+    torch.manual_seed(0)  # as `resize_embeddings` does
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(made.stop, mean_resizing=True)
+    drawn = base.get_input_embeddings().weight[made.start :]
+    assert torch.equal(rows_in(kept), drawn)
+    assert not torch.isclose(rows_in(learned), drawn).all(1).any(), "every row learned"
+
+    ids = torch.tensor([[*made, 5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "learned-merged" / "model")
+    with torch.no_grad():
+        expected = merged(ids).logits
+        for seed in (7, 8):
+            torch.manual_seed(seed)
+            stranger = AutoPeftModelForCausalLM.from_pretrained(learned.model).eval()
+            assert float((stranger(ids).logits - expected).abs().max()) < 1e-4
+
+
+def test_rows_that_are_not_saved_are_seen_when_it_is_verified(tmp_path, monkeypatch):
+    from llmpipe.models import adapters
+
+    longer_tokenizer(tmp_path / "base")
+    monkeypatch.setattr(adapters, "_trained_embeddings", lambda *_: {})
+    with pytest.raises(UserError, match=r"differ by .* after reloading") as refused:
+        life.command(
+            write(tmp_path / "run", model=str(tmp_path / "base"), evaluation={}, optim__steps=1)
+        )
+    assert refused.value.code == 3
+
+
+def test_an_adapter_that_was_begun_without_new_tokens_cannot_take_them_up(tmp_path):
+    run, texts = tmp_path / "run", tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Grass is green."}\n{"text": "Snow is white."}\n')
+    shutil.copytree(life.TINY / "model", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    shared = {"evaluation": {}, "optim__steps": 2, "data__eval": {}}
+    life.command(
+        write(run, model=str(tmp_path / "base"), data__train=[{"path": str(texts)}], **shared)
+    )
+    path = write(
+        run,
+        name="b",
+        model="artifact:lora",
+        data__template="llama3",
+        data__max_length=128,
+        **shared,
+    )
+    with pytest.raises(UserError, match=r"tokens are new.*\n.*adapter.continue: false") as refused:
+        life.command(path)
+    assert refused.value.code == 2
+
+
+def test_the_manifest_knows_the_way_to_a_base_that_only_the_run_has_a_name_for(tmp_path, straight):
+    assert straight.manifest().base.folder is None, "its reference can be followed"
+    run = tmp_path / "run"
+    life.command(life.write(run, optim__steps=2, evaluation={}))
+    life.command(write(run, name="one", model="artifact:sft", evaluation={}, optim__steps=2))
+    new = {"rank": 2, "alpha": 4, "continue": False}
+    two = life.command(
+        write(run, name="two", model="artifact:one", adapter=new, evaluation={}, optim__steps=2)
+    )
+    run.rename(tmp_path / "moved")
+    for name, base in (("one", "sft/model"), ("two", None)):
+        artifact = Artifact(tmp_path / "moved" / name)
+        folder = (artifact.path / artifact.manifest().base.folder).resolve()
+        assert (folder / "config.json").exists()
+        assert base is None or folder == (tmp_path / "moved" / base).resolve()
+    said = (tmp_path / "moved" / two.name / "log.txt").read_text()
+    assert "for PEFT its base is ../.prepared/merged-" in said
 
 
 @pytest.mark.parametrize(
