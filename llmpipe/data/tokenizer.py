@@ -7,6 +7,8 @@ What is saved here is what is published with the model, and loads with
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,17 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "config.json",
+    "generation_config.json",
     "chat_template.jinja",
 )
+# What other tokenizers are kept in, which transformers can rewrite as a tokenizer.json.
+OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+# The special tokens that transformers knows by name.
+NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Ordinary text: none of its tokens may end a generation.
+SEVERAL_LINES = 'One line.\nAnother: 1, 2\n\n\tA "third" (of 3)!\r\n    - a list\n    - its end?\n'
 # What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which
 # tokenizer.json lacks.
 KEPT = (
@@ -50,39 +60,106 @@ class Tokenizer:
     """The chat template that came with it."""
     bos: int | None
     """What starts a text; a chat template writes its own."""
+    stops: list[str]
+    """The tokens that the model's configs stop a generation at."""
+    notes: list[str]
+    """What a user should know of the folder, a sentence each."""
 
     def __init__(self, folder: Path):
         raw = _read(folder / "tokenizer.json")
         if raw is None:
-            raise UserError("the model folder has no tokenizer.json", code=INTEGRITY)
+            raise _without_tokenizer(folder)
         self.raw = raw
+        self.notes = []
         self.config = _read_json(folder / "tokenizer_config.json")
         self.template = own_template(folder)
         self.backend, start = _load(raw)
+        self._aside = _Aside.of(self.backend)
+        self._complete(folder)
         self.special = self._special_tokens(folder)
+        self.stops = self._stops(folder)
         bos = self.id("bos_token")
         writes_bos = self.config.get("add_bos_token")
         if not isinstance(writes_bos, bool):
             writes_bos = bos is not None and start == bos
         self.bos = bos if writes_bos else None
 
+    def _complete(self, folder: Path) -> None:
+        """Have the tokens that transformers has once it loaded the folder.
+
+        It adds what tokenizer_config.json lists and tokenizer.json lacks or flags otherwise, and
+        makes special what is named as such. Raises UserError where a number would be another one.
+        """
+        has = self.backend.get_added_tokens_decoder()
+        listed = _listed(folder, self.config)
+        changed = [(i, token) for i, token in listed.items() if repr(has.get(i)) != repr(token)]
+        for number, token in sorted(changed, key=lambda pair: pair[0]):
+            before = self.backend.token_to_id(token.content)
+            self._add(token)
+            after = self.backend.token_to_id(token.content)
+            if after != (number if before is None else before):
+                problem = f"{token.content} is token {number} of its config"
+                raise UserError(
+                    f"tokenizer.json of the model lacks tokens: {problem}, and would be {after}",
+                    _rewrite(folder),
+                    INTEGRITY,
+                )
+        added = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+        unmarked = []
+        for text in _named(folder, self.config):
+            token = added.get(text) or tokenizers.AddedToken(text, normalized=False)
+            if self.backend.token_to_id(text) is not None and not token.special:
+                unmarked.append(token)
+        for token in unmarked:
+            token.special = True
+            self._add(token)
+        if changed or unmarked:
+            self.raw = self._aside.rewritten(self.backend)
+
+    def _add(self, token: tokenizers.AddedToken) -> None:
+        if token.special:
+            self.backend.add_special_tokens([token])
+        else:
+            self.backend.add_tokens([token])
+
     def _special_tokens(self, folder: Path) -> dict[str, str]:
         special = {}
         named = {**_read_json(folder / "special_tokens_map.json"), **self.config}
         for name, value in named.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if not name.endswith("_token") or not isinstance(text, str):
+            text = _content(value)
+            if not name.endswith("_token") or text is None:
                 continue
             if self.backend.token_to_id(text) is not None:
                 special[name] = text
+            elif name.removesuffix("_token") in NAMED:
+                self.notes.append(f"{name} {text} is not used: tokenizer.json has no such token")
         if "eos_token" not in special:
             # GPT-2's own class knew it; the model's config still does
-            number = _read_json(folder / "config.json").get("eos_token_id")
-            if isinstance(number, list) and number:
-                number = number[0]
-            if isinstance(number, int) and (eos := self.backend.id_to_token(number)):
+            eos = next(self._ends_of_configs(folder), None)
+            if eos is not None:
                 special["eos_token"] = eos
         return special
+
+    def _ends_of_configs(self, folder: Path) -> Iterator[str]:
+        """The tokens whose numbers the model's configs name as eos."""
+        for name in ("config.json", "generation_config.json"):
+            numbers = _read_json(folder / name).get("eos_token_id")
+            for number in numbers if isinstance(numbers, list) else [numbers]:
+                if isinstance(number, int) and 0 <= number < 1 << 32:
+                    token = self.backend.id_to_token(number)
+                    if token is not None:
+                        yield token
+
+    def _stops(self, folder: Path) -> list[str]:
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        stops = []
+        for token in dict.fromkeys(self._ends_of_configs(folder)):
+            if token in added and token.strip():
+                stops.append(token)
+            elif token != self.special.get("eos_token"):
+                problem = "is a piece of ordinary text; generation will not stop there"
+                self.notes.append(f"{token!r}, an eos of the model's configs, {problem}")
+        return stops
 
     def id(self, name: str) -> int | None:
         """The id of a special token by its name, such as `eos_token`."""
@@ -99,20 +176,53 @@ class Tokenizer:
         assert token is not None
         return token
 
-    def added_tokens(self) -> list[str]:
-        """The tokens that are found in a text before it is split into words."""
-        return [token.content for token in self.backend.get_added_tokens_decoder().values()]
+    def special_tokens(self) -> list[str]:
+        """The tokens that are found in a text before it is split into words, and that stand for no
+        text: flagged as special, or an end of generation. One of whitespace is none.
+        """
+        added = self.backend.get_added_tokens_decoder().values()
+        flagged = [token.content for token in added if token.special]
+        return [text for text in dict.fromkeys([*flagged, *self.stops]) if text.strip()]
+
+    def check_stops(self, tokens: list[str]) -> None:
+        """Raises UserError when ordinary text holds one of the tokens that stop a generation."""
+        ordinary = set(self.ids(SEVERAL_LINES))
+        for token in tokens:
+            if self.backend.token_to_id(token) in ordinary:
+                problem = f"{token!r} would end every generation, and ordinary text holds it"
+                hint = "name a special token as eos_token in the model's tokenizer_config.json"
+                raise UserError(f"the tokenizer cannot be used: {problem}", hint, INTEGRITY)
 
     def add(self, tokens: list[str]) -> list[str]:
         """Make each of `tokens` one special token; the ones that were not are returned."""
+        special = set(self.special_tokens())
         new = [token for token in tokens if self.ids(token) != [self.backend.token_to_id(token)]]
-        if new:
-            added = [tokenizers.AddedToken(text, special=True, normalized=False) for text in new]
-            full = tokenizers.Tokenizer.from_str(self.raw)
-            full.add_special_tokens(added)
-            self.raw = full.to_str()
-            self.backend, _ = _load(self.raw)
+        missing = [token for token in new if self.backend.token_to_id(token) is None]
+        self._check_room(len(missing))
+        unmarked = [token for token in tokens if token in new or token not in special]
+        for text in unmarked:
+            self._add(tokenizers.AddedToken(text, special=True, normalized=False))
+        if unmarked:
+            self.raw = self._aside.rewritten(self.backend)
         return new
+
+    def _check_room(self, count: int) -> None:
+        """The numbers of new tokens follow those of added ones; in a vocabulary with holes they
+        may be taken.
+        """
+        size = self.backend.get_vocab_size(with_added_tokens=False)
+        highest = max(self.backend.get_added_tokens_decoder(), default=-1)
+        first = highest + 1 if highest >= size else size
+        for number in range(first, first + count):
+            if (token := self.backend.id_to_token(number)) is not None:
+                problem = (
+                    f"its numbers have holes, and a new token's, {number}, is that of {token!r}"
+                )
+                raise UserError(
+                    f"no token can be added to the tokenizer: {problem}",
+                    "data.template names one whose tokens it has",
+                    INTEGRITY,
+                )
 
     def save(self, folder: Path, template: str | None) -> None:
         """Write what `AutoTokenizer.from_pretrained(folder)` reads."""
@@ -137,12 +247,90 @@ def _load(raw: str) -> tuple[tokenizers.Tokenizer, int | None]:
     except Exception as error:  # the library raises plain Exception
         problem = f"tokenizer.json of the model cannot be used: {error}"
         raise UserError(problem, code=INTEGRITY) from None
-    backend.no_truncation()
-    backend.no_padding()
-    # It adds special tokens, which are never asked for, and trims offsets, which would leave gaps
-    # in the masks.
-    backend.post_processor = None
     return backend, start
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """What a tokenizer.json asks for beside tokens, which is published, and not used here.
+
+    The post-processor adds special tokens, which are never asked for, and trims offsets, which
+    would leave gaps in the masks.
+    """
+
+    post_processor: Any
+    truncation: dict[str, Any] | None
+    padding: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, backend: tokenizers.Tokenizer) -> _Aside:
+        """Take it out of a tokenizer."""
+        aside = cls(backend.post_processor, backend.truncation, backend.padding)
+        aside._take(backend)
+        return aside
+
+    def rewritten(self, backend: tokenizers.Tokenizer) -> str:
+        """The tokenizer.json of a tokenizer that it was taken out of."""
+        backend.post_processor = self.post_processor
+        if self.truncation is not None:
+            backend.enable_truncation(**self.truncation)
+        if self.padding is not None:
+            backend.enable_padding(**self.padding)
+        raw = backend.to_str()
+        self._take(backend)
+        return raw
+
+    def _take(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+
+
+def _listed(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
+    """The added tokens that files beside tokenizer.json list, by their numbers."""
+    listed = config.get("added_tokens_decoder")
+    older = _read_json(folder / "added_tokens.json") if listed is None else {}
+    named = set(_named(folder, config))
+    try:
+        tokens = {int(i): tokenizers.AddedToken(**token) for i, token in (listed or {}).items()}
+        for text, number in older.items():
+            is_special = text in named
+            token = tokenizers.AddedToken(text, special=is_special, normalized=not is_special)
+            tokens[int(number)] = token
+    except (AttributeError, TypeError, ValueError) as error:
+        problem = f"the added tokens of the model's tokenizer cannot be read: {error}"
+        raise UserError(problem, code=INTEGRITY) from None
+    return tokens
+
+
+def _named(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The tokens that the files beside tokenizer.json call special."""
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    values = [named.get(f"{name}_token") for name in NAMED]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        others = named.get(name)
+        values += others.values() if isinstance(others, dict) else others or []
+    return list(dict.fromkeys(text for value in values if (text := _content(value))))
+
+
+def _content(value: Any) -> str | None:
+    """The text of a token in a config: a text, or an object that holds it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _without_tokenizer(folder: Path) -> UserError:
+    others = [name for name in OTHER_FILES if (folder / name).exists()]
+    problem = "the model folder has no tokenizer.json"
+    if not others:
+        return UserError(problem, code=INTEGRITY)
+    return UserError(f"{problem}, only {', '.join(others)}", _rewrite(folder), INTEGRITY)
+
+
+def _rewrite(folder: Path) -> str:
+    """The hint to let transformers write a tokenizer.json that holds everything."""
+    call = f"AutoTokenizer.from_pretrained(p).save_pretrained(p), p = {str(folder)!r}"
+    return f"transformers can write it (with sentencepiece or tiktoken): {call}"
 
 
 def own_template(folder: Path) -> str | None:

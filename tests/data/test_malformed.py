@@ -135,7 +135,7 @@ def test_nothing_to_learn_is_numeric(here, tmp_path_factory):
     template = (
         "{% for m in messages %}{{ m.role + ':' + m.content }}{% if m.role == 'assistant' %}"
         "{% generation %}{% endgeneration %}"
-        "{{ eos_token if m.content == 'turn3' or m.content == 'turn1' else '' }}"
+        "{{ eos_token if messages | length == 4 else '' }}"
         "{% endif %}{% endfor %}"
     )
     model = make_model(tmp_path_factory.mktemp("m") / "m", template=template)

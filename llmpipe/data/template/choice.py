@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.data.formats import Rejected
-from llmpipe.data.template.ends import learn_ends, small_talk
+from llmpipe.data.template.ends import learn_ends, rendered, small_talk
 from llmpipe.data.template.rendering import OTHER, Template
 from llmpipe.data.template.sandbox import bounded
 from llmpipe.data.template.shipped import shipped
@@ -64,8 +64,8 @@ class Choice:
 def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
     """The tokenizer in `folder` with the template `name` and the template's variables `kwargs`.
 
-    Raises UserError for a missing, broken, endless or hostile template, and for a tokenizer
-    without eos.
+    Raises UserError for a missing, broken, endless or hostile template, for a tokenizer without
+    eos, and for a token that would stop a generation within ordinary text.
     """
     tokenizer = Tokenizer(folder)
     special = tokenizer.special
@@ -80,14 +80,11 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
         if name in TEMPLATES and tokenizer.bos is not None:
             # a base model expects it before a conversation, too
             template = "{{- bos_token }}" + template
-        try:
-            with bounded():
-                added, ends = _fit(tokenizer, template, name, kwargs)
-        except Rejected as error:
-            raise UserError(f"the chat template is refused: {error.detail}", OTHER) from None
+        added, ends = _fit(tokenizer, template, name, kwargs)
     text_eos = own_eos or special["eos_token"]
-    stops = [*(tokenizer.last(end) for end in ends[:1]), text_eos]
-    notes = []
+    stops = [*(tokenizer.last(end) for end in ends[:1]), text_eos, *tokenizer.stops]
+    tokenizer.check_stops(stops)
+    notes = [*tokenizer.notes]
     if added:
         notes.append(f"added to the tokenizer for the template {name}: {' '.join(added)}")
     if "pad_token" not in special:
@@ -114,15 +111,19 @@ def _fit(
     tokenizer's own (`auto`) changes nothing but a missing eos.
     """
     special = tokenizer.special
-    template = Template(text, special, kwargs)
+    try:
+        with bounded():  # the template alone: a large vocabulary may take long
+            template = Template(text, special, kwargs)
+            shown = template.attempt(small_talk(2), open_turn=True) or ""
+    except Rejected as error:
+        raise UserError(f"the chat template is refused: {error.detail}", OTHER) from None
     added: list[str] = []
     if name != "auto":
-        shown = text + (template.attempt(small_talk(2), open_turn=True) or "")
-        added = tokenizer.add(sorted(set(_TOKEN.findall(shown))))
+        added = tokenizer.add(sorted(set(_TOKEN.findall(text + shown))))
     ends = learn_ends(template, tokenizer)
     if "eos_token" not in special or (name != "auto" and "eos_token" not in text):
         special["eos_token"] = tokenizer.last(ends[0])
     bos = tokenizer.id("bos_token")
-    if bos is not None and tokenizer.ids(template.render(small_talk(2))[0])[:2] == [bos, bos]:
+    if bos is not None and tokenizer.ids(rendered(template, small_talk(2)))[:2] == [bos, bos]:
         raise UserError("the chat template writes the first token twice", OTHER)
     return added, ends
