@@ -361,8 +361,10 @@ def test_canary_durable_trainers():
         "_get_grad_norm",
         "_get_train_sampler",
         "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
         "_prepare_inputs",
         "_save_checkpoint",
+        "create_scheduler",
     ):
         assert f"self.{method}" in loop and f"def {method}(" in loop, method
     assert "self._tr_loss +=" in loop and "self._globalstep_last_logged" in loop

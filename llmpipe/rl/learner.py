@@ -83,6 +83,7 @@ class Learner:
         self.recipe = recipe
         self.hardware = hardware
         self.world = world
+        self.steps = steps
         self.pass_size = PassSize.of(recipe.launch, hardware)
         self.mixture: MixedRows | None = None
         if recipe.mixture and mixture is not None:

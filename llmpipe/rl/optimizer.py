@@ -1,21 +1,20 @@
-"""The optimizer of a loop that is llmpipe's own, and its learning rate, by transformers' rules: the
+"""The optimizer of a loop that is llmpipe's own, by transformers' rules, and its learning rate: the
 section `optim` of a recipe means what it means where the loop is TRL's.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, Actors
-from llmpipe.training.arguments import schedule
+from llmpipe.training.schedule import make_scheduler
 
 
 def of_critic(name: str) -> bool:
@@ -60,30 +59,18 @@ def _groups(actors: Actors, recipe: PPORecipe) -> list[dict[str, Any]]:
     ]
 
 
-def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of the warm-up, as TrainingArguments.get_warmup_steps has them."""
-    return int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a function of the step, so that it has no state to keep."""
 
     optimizer: Any
     scheduler: Any
-    """transformers' LambdaLR: a peak and a function of the step for every group."""
+    """A LambdaLR: a peak and a function of the step for every group."""
 
     @classmethod
     def of(cls, optimizer: Any, recipe: PPORecipe, steps: int) -> Schedule:
         """`steps`: of the whole training."""
-        fields = schedule(recipe)
-        scheduler = get_scheduler(
-            fields["lr_scheduler_type"],
-            optimizer,
-            num_warmup_steps=warmup_steps(recipe.optim.warmup, steps),
-            num_training_steps=steps,
-        )
-        return cls(optimizer, scheduler)
+        return cls(optimizer, make_scheduler(recipe, optimizer, steps))
 
     def set_rate(self, step: int) -> float:
         """Set the rates of a step, the first being 0, and return the first group's."""

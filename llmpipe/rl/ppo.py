@@ -43,6 +43,7 @@ from llmpipe.run.manifest import Made
 from llmpipe.training.conclude import conclude
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples
+from llmpipe.training.schedule import say_if_peak_is_missed
 from llmpipe.training.training import Training
 
 
@@ -117,6 +118,7 @@ class Loop:
             self.recipe.seed,
         )
         self.steps = _updates(self.recipe, training.prepared.rows.train)
+        say_if_peak_is_missed(self.recipe, self.steps, self.say)
         mixture = _mixture_rows(training)
         self.learner = Learner(actors, self.recipe, self.hardware, world, self.steps, mixture)
         self.state = state.State.begin(self.recipe.reference)

@@ -21,10 +21,12 @@ from llmpipe.rl.learner import Learner
 from llmpipe.rl.policy_gradient import Coefficient, Moments
 from llmpipe.rl.watch import Metrics
 from llmpipe.run import checkpoints
+from llmpipe.training.schedule import warmup_steps
 
 LEARNED = "learned.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-VERSION = 2  # of what goes on from a checkpoint: another one would go on otherwise
+VERSION = 3  # of what goes on from a checkpoint: another one would go on otherwise
+WARMED_UP_FROM_ZERO = 2  # the one that differs within the warm-up alone
 
 
 @dataclass
@@ -98,7 +100,9 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     Raises UserError (3) when another version of llmpipe wrote it, which went on otherwise.
     """
     values = read_json(folder / checkpoints.STATE)
-    if values.get("version") != VERSION:
+    step = checkpoints.step_of(folder)
+    warmup = warmup_steps(learner.recipe.optim.warmup, learner.steps)
+    if not _goes_on_alike(values.get("version"), step, warmup):
         raise UserError(
             f"{folder}: was written by a version of llmpipe with other learning rates "
             "or random numbers: it cannot be gone on from bit by bit",
@@ -111,7 +115,7 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))
     by_number = {int(number): moments for number, moments in optimizer.items()}
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
-    state.step = checkpoints.step_of(folder)
+    state.step = step
     state.tokens = kept.tokens
     state.coefficient.value = kept.coefficient
     state.moments = kept.moments
@@ -119,6 +123,11 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     state.first = kept.first
     state.warned = kept.warned
     return kept
+
+
+def _goes_on_alike(version: int | None, step: int, warmup: int) -> bool:
+    """Whether what this version makes of a checkpoint at `step` is what its writer would have."""
+    return version == VERSION or (version == WARMED_UP_FROM_ZERO and step >= warmup)
 
 
 def without_tensors(value: Any, path: str = "") -> Any:

@@ -12,6 +12,7 @@ from llmpipe.errors import UserError
 from llmpipe.recipe import sections
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.artifact import Artifact
+from llmpipe.training.schedule import in_transformers_words
 from llmpipe.training.training import Training
 
 
@@ -27,7 +28,7 @@ def arguments(
     fields = {
         **_surroundings(training),
         **_optimizer(recipe),
-        **schedule(recipe),
+        **in_transformers_words(recipe),
         **of_the_stage,
     }
     try:
@@ -75,29 +76,6 @@ def _optimizer(recipe: sections.Training) -> dict[str, Any]:
     }
     if name := OPTIMIZERS[optim.optimizer].in_trainer:
         fields["optim"] = name
-    return fields
-
-
-def schedule(recipe: sections.Training) -> dict[str, Any]:
-    """The learning rate's warm-up and shape in transformers' words."""
-    optim: Any = recipe.optim  # `decay` and `final` are those of pretrain
-    final = getattr(optim, "final", 0.0)
-    fields: dict[str, Any] = {
-        "warmup_steps": optim.warmup if optim.warmup < 1 else int(optim.warmup)
-    }
-    if optim.scheduler == "wsd":
-        fields["lr_scheduler_type"] = "warmup_stable_decay"
-        fields["lr_scheduler_kwargs"] = {
-            "num_decay_steps": max(1, round(optim.decay * recipe.steps)),
-            "min_lr_ratio": final,
-        }
-    elif optim.scheduler == "cosine" and final:
-        fields["lr_scheduler_type"] = "cosine_with_min_lr"
-        fields["lr_scheduler_kwargs"] = {"min_lr_rate": final}
-    elif optim.scheduler == "constant":
-        fields["lr_scheduler_type"] = "constant_with_warmup"
-    else:
-        fields["lr_scheduler_type"] = optim.scheduler
     return fields
 
 

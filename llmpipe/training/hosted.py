@@ -27,6 +27,11 @@ from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure
 from llmpipe.training.metrics_log import MetricsLog
 from llmpipe.training.resume import Resume, State
 from llmpipe.training.rows import Order, with_fillers
+from llmpipe.training.schedule import (
+    make_scheduler,
+    refuse_another_schedule,
+    say_if_peak_is_missed,
+)
 from llmpipe.training.training import Training
 
 
@@ -217,6 +222,20 @@ class Durable(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.order
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """llmpipe's schedule, of which no step has a rate of 0."""
+        if self.lr_scheduler is None:
+            say_if_peak_is_missed(self.recipe, num_training_steps, self.say)
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = make_scheduler(self.recipe, optimizer, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            refuse_another_schedule(self.lr_scheduler, checkpoint)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -38,7 +38,7 @@ def _bare_trl(folder, packing):
         per_device_train_batch_size=4,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,
+        warmup_steps=0,  # whose first step would learn nothing
         max_steps=STEPS,
         logging_steps=1,
         bf16=False,
@@ -96,6 +96,7 @@ def test_losses_equal_bare_trl(tmp_path, packing):
             data={"train": [{"path": str(path)}], "max_length": 128, "packing": packing},
             evaluation={},
             optim__steps=STEPS,
+            optim__warmup=0,
             log__every=1,
             launch__micro_batch_size=4,
             samples={},
