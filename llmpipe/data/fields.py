@@ -6,7 +6,15 @@ import json
 import math
 from typing import Any
 
-Values = dict[str, Any]  # a row's columns under the names of its format
+class Values(dict[str, Any]):
+    """A row's columns under the names of its format, and what is to be said of them."""
+
+    def __init__(self, columns: dict[str, Any]):
+        super().__init__(columns)
+        self.unread: set[str] = set()
+        """What they hold that nobody reads."""
+        self.noted: set[str] = set()
+        """Sentences on what was done with them that nobody would expect."""
 
 
 class Rejected(Exception):
@@ -85,14 +93,34 @@ def parsed_json(text: str, reason: str, at: str) -> Any:
         raise Rejected(reason, f"{at}: not JSON: {error}") from None
 
 
-def check_texts(value: Any, at: str) -> None:
-    """Check every text within a JSON value, keys too, as a column's text is checked."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            text_of(item, at, may_be_empty=True)
-        elif isinstance(item, dict):
-            stack += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            stack += item
+def plain(value: Any, at: str, values: Values) -> Any:
+    """A JSON value less the keys that hold null, at every depth. Raises Rejected.
+
+    Tables have a null wherever another row has a key, so a null says nothing: what is learned is
+    the same from a table and from JSON, where a person may have written it. One in a list stays.
+    """
+    try:
+        return _plain(value, at, values)
+    except RecursionError:
+        raise Rejected("wrong type", f"{at} is nested without end") from None
+
+
+def _plain(value: Any, at: str, values: Values) -> Any:
+    if isinstance(value, str):
+        return text_of(value, at, may_be_empty=True)
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if item is not None}
+        if len(kept) < len(value):
+            values.noted.add("nulls in tools and tool calls are left out")
+        for name in kept:
+            text_of(name, at, may_be_empty=True)
+            kept[name] = _plain(kept[name], at, values)
+        return kept
+    if isinstance(value, list):
+        return [_plain(item, at, values) for item in value]
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    shown = f"{kind_of(value)}, {str(value)[:40]}"
+    raise Rejected("wrong type", f"{at} holds what JSON has not: {shown}")

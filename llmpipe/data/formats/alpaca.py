@@ -2,32 +2,36 @@
 
 {"instruction": "Name the colour.", "input": "grass", "output": "Green."}
 
-`history`, as in LLaMA-Factory, holds the [question, answer] pairs of earlier turns.
+`history`, as in LLaMA-Factory, holds the [question, answer] pairs of earlier turns, and `tools` what
+may be called.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llmpipe.data.conversation import with_system
+from llmpipe.data.conversation import text_column, tools_of, with_system
 from llmpipe.data.examples import Conversation, Messages
-from llmpipe.data.fields import Rejected, Values, optional_text, text_of
+from llmpipe.data.fields import Rejected, Values, optional_text, parsed_json, text_of
 from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
-    instruction = text_of(values["instruction"], "instruction")
+    instruction = text_column(values, "instruction")
+    output = text_column(values, "output")
     if more := optional_text(values, "input"):
         instruction = f"{instruction}\n\n{more}"
     messages: Messages = []
-    for question, answer in (*_history(values), (instruction, values["output"])):
+    for question, answer in (*_history(values), (instruction, output)):
         messages.append({"role": "user", "content": text_of(question, "history")})
-        messages.append({"role": "assistant", "content": text_of(answer, "output")})
-    return Conversation(with_system(values, messages))
+        messages.append({"role": "assistant", "content": text_of(answer, "history")})
+    return Conversation(with_system(values, messages), tools_of(values))
 
 
 def _history(values: Values) -> list[Any]:
     history = values.get("history") or []
+    if isinstance(history, str):  # in a CSV cell
+        history = parsed_json(history, "wrong type", "history")
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise Rejected("wrong type", "history is not a list of pairs")
     return history
@@ -41,7 +45,7 @@ FORMAT = Format(
     name="alpaca",
     precedence=30,
     required=("instruction", "output"),
-    optional=("input", "system", "history"),
+    optional=("input", "system", "tools", "history"),
     shape=Conversation,
     example_of=example_of,
     synonyms=(

@@ -12,9 +12,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from llmpipe.data.examples import MultipleChoice
-from llmpipe.data.fields import Rejected, Values, text_of
+from llmpipe.data.fields import Rejected, Values, parsed_json, text_of
 from llmpipe.data.format import Format
 from llmpipe.data.formats import prompt
+
+_LETTERS = list(ascii_uppercase)
 
 
 def example_of(values: Values) -> MultipleChoice:
@@ -26,7 +28,9 @@ def example_of(values: Values) -> MultipleChoice:
 
 def _labelled(choices: Any) -> tuple[list[Any], list[str]]:
     """What each choice is called, and its text."""
-    labels: Any = list(ascii_uppercase)
+    labels: Any = _LETTERS
+    if isinstance(choices, str):  # in a CSV cell
+        choices = parsed_json(choices, "wrong type", "choices")
     if isinstance(choices, dict):
         labels = choices.get("label")
         choices = choices.get("text")
@@ -37,22 +41,27 @@ def _labelled(choices: Any) -> tuple[list[Any], list[str]]:
 
 def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
     """Which choice an index, a label or a choice's text means: exactly one."""
-    index = answer
+    shown = f"{str(answer)[:40]!r}"
+    indices = [answer]
     if isinstance(answer, str):
         named = zip(labels, choices, strict=False)
-        matches = [i for i, names in enumerate(named) if answer in names]
-        index = matches[0] if len(matches) == 1 else None
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
-        problem = f"{str(answer)[:40]!r} is none of the {len(choices)} choices"
-        raise Rejected("bad answer", problem)
-    return index
+        indices = [i for i, names in enumerate(named) if answer in names]
+        if labels == _LETTERS and answer.isdecimal():  # an index, in a file of texts
+            indices += [int(answer)] if int(answer) < len(choices) else []
+    if len(set(indices)) > 1:
+        raise Rejected("bad answer", f"{shown} may be several of the choices; write its letter")
+    index = indices[0] if indices else None
+    whole = isinstance(index, int | float) and not isinstance(index, bool) and index == index // 1
+    if not whole or not 0 <= index < len(choices):
+        raise Rejected("bad answer", f"{shown} is none of the {len(choices)} choices")
+    return int(index)
 
 
 FORMAT = Format(
     name="choice",
     precedence=60,
     required=("prompt", "choices", "answer"),
-    optional=("system",),
+    optional=("system", "tools"),
     shape=MultipleChoice,
     example_of=example_of,
     synonyms=(

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from llmpipe.data.conversation import messages_of, tools_of
+from llmpipe.data.conversation import messages_of, tools_of, with_system
 from llmpipe.data.examples import Conversation
 from llmpipe.data.fields import Rejected, Values
 from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
-    messages = messages_of(values["messages"], "messages")
+    messages = with_system(values, messages_of(values, "messages"))
     if not any(message["role"] == "assistant" for message in messages):
         raise Rejected("no assistant turn", "messages")
     return Conversation(messages, tools_of(values))
@@ -22,7 +22,7 @@ FORMAT = Format(
     name="messages",
     precedence=40,
     required=("messages",),
-    optional=("tools",),
+    optional=("system", "tools"),
     shape=Conversation,
     example_of=example_of,
 )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from llmpipe.data.conversation import (
     answer_messages,
+    given,
+    is_of_a_chat,
     prompt_messages,
+    text_column,
     tools_of,
     with_system,
 )
-from llmpipe.data.examples import Messages, Preference
+from llmpipe.data.examples import Messages, Preference, is_learned
 from llmpipe.data.fields import Rejected, Values, optional_number, optional_text, text_of
 from llmpipe.data.format import Format
 
@@ -25,8 +28,7 @@ def example_of(values: Values) -> Preference:
     if values["chosen"] == values["rejected"]:
         raise Rejected("chosen equals rejected")
     if more := optional_text(values, "prompt_input"):
-        instruction = text_of(values.get("prompt"), "prompt")
-        values = {**values, "prompt": f"{instruction}\n\n{more}"}
+        values["prompt"] = f"{text_column(values, 'prompt')}\n\n{more}"
     margin = optional_number(values, "margin")
     if _are_texts(values):
         prompt, chosen, rejected = (text_of(values[name], name) for name in _NAMES)
@@ -35,8 +37,8 @@ def example_of(values: Values) -> Preference:
 
 
 def _are_texts(values: Values) -> bool:
-    of_a_chat = "system" in values or "tools" in values
-    return not of_a_chat and all(isinstance(values.get(name), str) for name in _NAMES)
+    are_texts = all(isinstance(given(values, name), str) for name in _NAMES)
+    return are_texts and not is_of_a_chat(values)
 
 
 def _of_messages(values: Values, margin: float | None) -> Preference:
@@ -75,6 +77,9 @@ def _check_answers(chosen: Messages, rejected: Messages) -> None:
         raise Rejected("system turn not first", "in an answer")
     if "user" in begins:
         raise Rejected("no common prompt", "chosen and rejected differ in what is asked")
+    spoken = (turn for turn in (*chosen, *rejected) if turn["role"] == "assistant")
+    if not all(map(is_learned, spoken)):
+        raise Rejected("loss of a turn", "a part of an answer is not to be learned; all of it is")
 
 
 FORMAT = Format(

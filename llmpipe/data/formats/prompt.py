@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-from llmpipe.data.conversation import prompt_messages, tools_of, with_system
+from llmpipe.data.conversation import given, is_of_a_chat, prompt_messages, tools_of, with_system
 from llmpipe.data.examples import Prompt
 from llmpipe.data.fields import Rejected, Values, text_of
 from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Prompt:
-    prompt = values["prompt"]
-    of_a_chat = "system" in values or "tools" in values
-    if isinstance(prompt, str) and not of_a_chat:
+    prompt = given(values, "prompt")
+    if isinstance(prompt, str) and not is_of_a_chat(values):
         return Prompt(text_of(prompt, "prompt"))
     messages = with_system(values, prompt_messages(values))
     if messages[-1]["role"] == "assistant":

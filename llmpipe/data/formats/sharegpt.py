@@ -12,7 +12,7 @@ from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
-    messages = with_system(values, messages_of(values["conversations"], "conversations"))
+    messages = with_system(values, messages_of(values, "conversations"))
     if not any(message["role"] == "assistant" for message in messages):
         raise Rejected("no assistant turn", "conversations")
     return Conversation(messages, tools_of(values))
