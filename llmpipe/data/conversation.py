@@ -137,7 +137,9 @@ def tools_of(values: Values) -> Tools:
     if not tools or isinstance(tools, str):
         return None
     if isinstance(tools, list):
-        tools = [parsed_json(it, "bad tools", "tools") if isinstance(it, str) else it for it in tools]
+        tools = [
+            parsed_json(it, "bad tools", "tools") if isinstance(it, str) else it for it in tools
+        ]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Rejected("bad tools", "tools is not a list of objects")
     schemas: list[dict[str, Any]] = plain(tools, "tools", values)
@@ -231,9 +233,7 @@ def _is_lesson(turn: dict[str, Any], role: str, at: str, values: Values) -> bool
     return all(said.values())
 
 
-def _note_unread(
-    value: dict[str, Any], read: frozenset[str], where: str, values: Values
-) -> None:
+def _note_unread(value: dict[str, Any], read: frozenset[str], where: str, values: Values) -> None:
     """Note the keys of an object that nobody reads, but for those that hold nothing."""
     unread = value.keys() - read
     values.unread.update(f"{key} of {where}" for key in unread if value[key] not in _NOTHING)
@@ -308,13 +308,20 @@ def _call(call: Any, at: str, values: Values) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise Rejected("bad tool call", f"{at}: a call has no function name")
-    for item, read in ((call, _OF_CALL), (function, _OF_CALL if function is call else _OF_FUNCTION)):
+    for item, read in (
+        (call, _OF_CALL),
+        (function, _OF_CALL if function is call else _OF_FUNCTION),
+    ):
         _note_unread(item, read, "tool calls", values)
     function = {"name": text_of(name, at), "arguments": _arguments(function, at, values)}
     identity = call.get("id")
     if identity is None or identity == "":
         return {"type": "function", "function": function}
-    return {"type": "function", "function": function, "id": text_of(identity, f"{at}, id of a call")}
+    return {
+        "type": "function",
+        "function": function,
+        "id": text_of(identity, f"{at}, id of a call"),
+    }
 
 
 def _arguments(function: dict[str, Any], at: str, values: Values) -> dict[str, Any]:

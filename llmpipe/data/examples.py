@@ -120,6 +120,17 @@ def prompt_and_reference(example: Example) -> tuple[str | Messages, str | None]:
             return example.prompt, None
 
 
+def is_of_texts(example: Example) -> bool:
+    """Whether a prompt or its answers are texts, which no chat template touches."""
+    match example:
+        case Completion():
+            return True
+        case Prompt() | Preference() | MultipleChoice():
+            return isinstance(example.prompt, str)
+        case _:
+            return False
+
+
 def taught_bytes(example: Example) -> int:
     """UTF-8 bytes of what a row teaches: a text, a completion, or the assistant's turns."""
     match example:

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+
 class Values(dict[str, Any]):
     """A row's columns under the names of its format, and what is to be said of them."""
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, Self
 
 from llmpipe.data.formats import (
-    Completion,
     Conversation,
     Document,
-    Layout,
     MultipleChoice,
     Preference,
     Prompt,
     Rejected,
+    is_of_texts,
 )
 from llmpipe.data.kinds import Kind
+from llmpipe.data.layout import Layout, Names, awaited, never_came
 from llmpipe.data.prepared import FileRows, SourceRows
 from llmpipe.data.sources import Chunk, Origin
 from llmpipe.data.tokenize import COUNTS, Batch, RejectedRow
@@ -30,7 +31,6 @@ PURPOSE: dict[type, str] = {
     MultipleChoice: "eval",
     Document: "pretrain and sft",
 }
-EITHER = (Completion, Preference, Prompt)  # of texts or of messages
 
 
 class RejectedLine(NamedTuple):
@@ -51,13 +51,26 @@ def rejected_lines(origin: Origin, file: int, rejected: list[RejectedRow]) -> li
     return [RejectedLine(name, *row) for row in rejected]
 
 
+class Seen(NamedTuple):
+    """Where in a source something was seen first, and in how many rows."""
+
+    file: int
+    row: int
+    rows: int
+
+
 class Intake:
     """An open source and what is counted of it."""
 
     def __init__(self, origin: Origin, kind: Kind):
         self.origin = origin
-        self.unused = [name for name in origin.layout.unused if name not in kind.also_reads]
-        """Columns that nobody reads."""
+        self.kind = kind
+        self.columns = dict(origin.layout.columns)
+        """{yours: the format's} of every column that is read."""
+        self.others = [it for it in origin.layout.unused if self._called(it) not in kind.also_reads]
+        """Columns of the first rows that no format reads."""
+        self.unread: dict[str, Seen] = {}
+        """What nobody reads of later rows: other columns; and of any row: keys within columns."""
         self.bytes = sum(file.bytes for file in origin.files)
         """Still to be read."""
         self.counts: Counter[str] = Counter()
@@ -67,10 +80,12 @@ class Intake:
         self.noted: Counter[str] = Counter()
         """Kept rows by a sentence on what was done with them."""
         self._rows_of_file = [0] * len(origin.files)
+        self._awaited = awaited(origin.layout)
 
     def leave_to_training(self) -> None:
         """Read none of the rows here."""
         self.origin.chunks = chain()
+        self._awaited = set()
         self.bytes = 0
 
     def count(self, chunk: Chunk, batch: Batch) -> None:
@@ -80,6 +95,47 @@ class Intake:
         self.noted.update(batch.noted)
         if self._rows_of_file:
             self._rows_of_file[chunk.file] += batch.counts["read"]
+        for names, place in batch.columns.items():
+            self._count_columns(names, Seen(chunk.file, *place))
+        for what, place in batch.unread.items():
+            self._count_unread(what, Seen(chunk.file, *place))
+
+    def _count_columns(self, names: Names, seen: Seen) -> None:
+        reading = self.origin.layout.reading(names)
+        assert reading is not None  # a row with these columns was converted
+        self.columns |= reading.columns
+        self._awaited.difference_update(names)
+        if self.kind.keeps_others:
+            return
+        for name, called in reading.others.items():
+            if name not in self.origin.layout.unused and called not in self.kind.also_reads:
+                self._count_unread(name, seen)
+
+    def _count_unread(self, what: str, seen: Seen) -> None:
+        first = self.unread.get(what)
+        self.unread[what] = first._replace(rows=first.rows + seen.rows) if first else seen
+
+    def _called(self, column: str) -> str:
+        """What the recipe calls a column."""
+        return self.origin.layout.rule.renaming.get(column, column)
+
+    def finish(self, say: Say) -> None:
+        """Say what was done with rows, once all are counted; what nobody would expect of them.
+
+        Raises UserError for a column that the recipe maps and no row has.
+        """
+        shown = self.origin.source.path
+        for sentence, rows in sorted(self.noted.items()):
+            say(f"data: {shown}: {sentence}: {rows:,} rows")
+        if self.unread:
+            each = [self._place(*item) for item in sorted(self.unread.items())]
+            say(f"data: {shown}: not used: {', '.join(each)}")
+        if self._awaited:
+            raise never_came(shown, self._awaited)
+
+    def _place(self, what: str, seen: Seen) -> str:
+        file = self.origin.shown[seen.file]
+        return f"{what} ({seen.rows:,} rows, first {file}:{seen.row})"
 
     def record(self) -> SourceRows:
         """What the manifest says of the source."""
@@ -91,8 +147,9 @@ class Intake:
         return SourceRows(
             path=origin.name,
             format=origin.layout.format,
-            columns=origin.layout.columns,
-            unused_columns=self.unused,
+            columns=self.columns,
+            unused_columns=[] if self.kind.keeps_others else self.others,
+            unread={what: seen.rows for what, seen in sorted(self.unread.items())},
             files=files,
             revision=origin.revision,
             weight=getattr(origin.source, "weight", 1.0),  # rows to evaluate on have none
@@ -125,26 +182,24 @@ class Totals:
 
 def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Intake:
     """Open a source. Raises UserError for rows that do not fit the stage or have no template."""
-    origin.open()
+    origin.open(kind.shapes)
     shown = origin.source.path
     layout = origin.layout
     _check_format(shown, layout, kind)
-    either = layout.shape in EITHER
-    turns = _has_turns(origin)
-    if kind.asks and either and has_template and not turns:
-        say(f"data: {shown}: prompts and answers are plain text, which no chat template touches")
-    if not has_template and (layout.shape is Conversation or (either and turns)):
+    if not has_template and _has_turns(origin):
         problem = "the rows are conversations, and the model's tokenizer has no chat template"
         raise UserError(f"{shown}: {problem}", "set data.template: chatml")
     intake = Intake(origin, kind)
-    say(f"data: {shown}: format {layout.format} {_in_words(layout.columns, intake.unused)}")
+    say(f"data: {shown}: format {layout.format} {_in_words(intake)}")
     return intake
 
 
-def _in_words(columns: dict[str, str], unused: list[str]) -> str:
+def _in_words(intake: Intake) -> str:
     """Which columns are read as what, and which are not."""
-    read = [yours if yours == name else f"{yours} as {name}" for yours, name in columns.items()]
-    rest = f"; not used: {', '.join(unused)}" if unused else ""
+    columns = intake.columns.items()
+    read = [yours if yours == name else f"{yours} as {name}" for yours, name in columns]
+    what = "for rewards to read" if intake.kind.keeps_others else "not used"
+    rest = f"; {what}: {', '.join(intake.others)}" if intake.others else ""
     return f"({', '.join(read)}){rest}"
 
 
@@ -159,8 +214,10 @@ def _check_format(shown: str, layout: Layout, kind: Kind) -> None:
 
 
 def _has_turns(origin: Origin) -> bool:
-    """Whether rows of a format that may be either are conversations."""
-    if {"system", "tools"} & set(origin.layout.columns.values()):
-        return True
-    values = (row.get(name) for row in origin.sample for name in origin.layout.columns)
-    return any(isinstance(value, list | dict) for value in values)
+    """Whether one of the first rows is a conversation, or has one for a prompt."""
+    for row in origin.sample:
+        with contextlib.suppress(Rejected):
+            example = origin.layout.convert(row).example
+            if not isinstance(example, Document) and not is_of_texts(example):
+                return True
+    return origin.layout.shape is Conversation

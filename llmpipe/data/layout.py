@@ -96,8 +96,9 @@ class Layout:
         for name in FORMATS[self.format].required:
             column = yours.get(name, name)
             if row.get(column) is None:
-                null = column in row and not unlike
-                return Rejected("null" if null else "missing column", column + unlike)
+                if column in row and not unlike:
+                    return Rejected("null", f"{column} holds nothing")
+                return Rejected("missing column", column + unlike)
         return Rejected("two columns are one", f"after columns, among {_shown(names)}")
 
 

@@ -59,7 +59,8 @@ def make(
     processes = _process_count(data, intakes)
     spool = Spool(folder / "spool.arrow", task.schema, len(data.train))
     first_rejected = _tokenize(intakes, task, processes, spool, folder / "rejected.jsonl")
-    _say_noted(intakes, say)
+    for intake in intakes:
+        intake.finish(say)
     totals = Totals.of(intakes)
     if totals.rejected.total() > data.max_rejected * totals.read or not _any_kept(data, intakes):
         raise _unusable(data, totals, folder, first_rejected)
@@ -142,13 +143,6 @@ def _tokenize(
             spool.add(source, batch.pieces)
             bar.update(chunk.bytes)
     return in_words
-
-
-def _say_noted(intakes: list[Intake], say: Say) -> None:
-    """What was done with rows that nobody would expect of them, once a source, with its count."""
-    for intake in intakes:
-        for sentence, rows in sorted(intake.noted.items()):
-            say(f"data: {intake.origin.source.path}: {sentence}: {rows:,} rows")
 
 
 def _any_kept(data: Prepared, intakes: list[Intake]) -> bool:

@@ -29,6 +29,8 @@ class SourceRows(Record):
     weight: float
     rejected: dict[str, int]
     """Rows by the reason they were rejected for."""
+    unread: dict[str, int] = {}
+    """Kept rows by what nobody reads in them, beside `unused_columns`."""
     noted: dict[str, int] = {}
     """Kept rows by a sentence on what was done with them."""
     read: int

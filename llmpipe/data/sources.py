@@ -14,7 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.data.formats import Layout, Rejected, detect
+from llmpipe.data.formats import Rejected
+from llmpipe.data.layout import Layout, Rule, layout_of
 from llmpipe.data.readers import READERS, File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.hub import hub_key, hub_revision
 from llmpipe.errors import UserError, near
@@ -183,7 +184,7 @@ class Origin:
     sample: list[dict[str, Any]]
     """The first rows that can be parsed, once it is open."""
     layout: Layout
-    """How rows are read, which the sample decides, once it is open."""
+    """How rows are read, once it is open."""
 
     def __init__(self, source: Rows, pinned: dict[str, str], stream: bool = False):
         self.source = source
@@ -203,8 +204,11 @@ class Origin:
         files = [(file.name, file.sha256) for file in self.files]
         return identity_of(self.source, files, self.revision)
 
-    def open(self) -> None:
-        """Begin to read: set `chunks`, `sample` and `layout`. Raises UserError."""
+    def open(self, shapes: tuple[type, ...]) -> None:
+        """Begin to read: set `chunks`, `sample` and `layout`. Raises UserError.
+
+        `shapes` of examples are taken; whether the first rows have one of them is to be seen.
+        """
         source = self.source
         chunks = _chunks(self)
         first = next(chunks, None)
@@ -212,8 +216,8 @@ class Origin:
             raise UserError(f"{source.path}: has no rows")
         self.chunks = chain([first], chunks)
         self.sample = self._parsed(first)
-        columns = list(dict.fromkeys(name for row in self.sample for name in row))
-        self.layout = detect(columns, source.format, source.columns, source.path)
+        rule = Rule(source.format, tuple(source.columns.items()), shapes)
+        self.layout = layout_of(self.sample, rule, source.path)
 
     def _parsed(self, chunk: Chunk) -> list[dict[str, Any]]:
         """The first rows of a chunk, less those that cannot be read."""

@@ -124,7 +124,7 @@ class Stream:
         while True:
             empty = True
             for origin in self.origins:
-                origin.open()
+                origin.open(BLOCKS.shapes)
             chunks = tokenized(self.origins, self.task, self.processes, first_chunk)
             for number, (source, chunk, batch) in enumerate(chunks, first_chunk):
                 before = dict(rows)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder, Encoding, hash_of
-from llmpipe.data.formats import Layout, Rejected, convert, question, taught_bytes
+from llmpipe.data.formats import Rejected, is_of_texts, question, taught_bytes
 from llmpipe.data.kinds import Kind
+from llmpipe.data.layout import Converted, Layout, Names
 from llmpipe.data.pack import Piece
 from llmpipe.data.sources import Chunk, Origin, Row, parse
 from llmpipe.errors import RESOURCES, UserError
@@ -56,6 +57,13 @@ class RejectedRow(NamedTuple):
     detail: str
 
 
+class Place(NamedTuple):
+    """Where something was seen first, and how often."""
+
+    row: int
+    rows: int
+
+
 class Batch(NamedTuple):
     """What a chunk of rows became."""
 
@@ -66,6 +74,10 @@ class Batch(NamedTuple):
     rejected: list[RejectedRow]
     noted: Counter[str]
     """Kept rows by a sentence on what was done with them; see `Encoder.noted`."""
+    columns: dict[Names, Place]
+    """Kept rows by their columns, less those that hold null."""
+    unread: dict[str, Place]
+    """Kept rows by what nobody reads in the columns that are read."""
 
 
 class Tokenized(NamedTuple):
@@ -101,15 +113,16 @@ class Worker:
         pieces: list[list[Any]] = [[] for _ in names]
         rejected: list[RejectedRow] = []
         noted: Counter[str] = Counter()
+        columns: dict[Names, Place] = {}
+        unread: dict[str, Place] = {}
         counts = Counter(dict.fromkeys(COUNTS, 0))
         counts["read"] = len(rows)
         for number, payload in rows:
             self.encoder.noted.clear()
             try:
-                raw = parse(payload)
-                example = convert(raw, layout)
-                others = {name: value for name, value in raw.items() if name not in layout.columns}
-                encoded = self.kind.encode(self.encoder, example, others)
+                converted = layout.convert(parse(payload))
+                example = converted.example
+                encoded = self.kind.encode(self.encoder, example, converted.others)
             except Rejected as error:
                 rejected.append(RejectedRow(number, error.reason, error.detail))
                 continue
@@ -122,13 +135,29 @@ class Worker:
             for index, piece in enumerate(encoded.pieces):
                 for column, value in zip(pieces, (*piece, *of_row, index == 0), strict=True):
                     column.append(value)
-            noted.update(self.encoder.noted)
+            noted.update(self.encoder.noted | self._notes(converted, layout))
+            _count(columns, converted.names, number)
+            for what in converted.values.unread:
+                _count(unread, what, number)
             counts["kept"] += 1
             counts["truncated"] += encoded.truncated
             counts["split"] += len(encoded.pieces) > 1
             counts["pieces"] += len(encoded.pieces) - 1
         batch = pa.RecordBatch.from_pydict(dict(zip(names, pieces, strict=True)), self.schema)
-        return Batch(batch, counts, rejected, noted)
+        return Batch(batch, counts, rejected, noted, columns, unread)
+
+    def _notes(self, converted: Converted, layout: Layout) -> set[str]:
+        notes = converted.values.noted
+        if converted.format != layout.format:
+            notes.add(f"read as format {converted.format}, not {layout.format} as the first rows")
+        if self.encoder.template and is_of_texts(converted.example):
+            notes.add("prompts and answers are plain text, which no chat template touches")
+        return notes
+
+
+def _count(places: dict[Any, Place], key: Any, row: int) -> None:
+    first = places.get(key)
+    places[key] = Place(first.row, first.rows + 1) if first else Place(row, 1)
 
 
 def tokenized(

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Example, Rejected, convert, formats_of, question
+from llmpipe.data.formats import Example, Rejected, question
+from llmpipe.data.layout import awaited, formats_of, never_came
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.evaluation.task import Item, OnItems, Place
 from llmpipe.recipe.sections import Rows
@@ -56,17 +57,22 @@ def rows_of(
 ) -> Iterator[tuple[str, Example | Rejected]]:
     """File and row, and the row itself, of every row of a source, which has one of `shapes`."""
     origin = sources.Origin(source, pinned, stream)
-    origin.open()
+    origin.open(shapes)
     if origin.layout.shape not in shapes:
         problem = f"{source.path}: format {origin.layout.format} does not fit {purpose}"
         raise UserError(problem, f"it takes {', '.join(formats_of(shapes))}")
+    missing = awaited(origin.layout)
     for chunk in origin.chunks:
         for number, payload in chunk.rows:
             at = f"{origin.shown[chunk.file]}:{number}"
             try:
-                yield at, convert(sources.parse(payload), origin.layout)
+                row = sources.parse(payload)
+                missing.difference_update(row)
+                yield at, origin.layout.convert(row).example
             except Rejected as error:
                 yield at, error
+    if missing:
+        raise never_came(source.path, missing)
 
 
 def seen_by(items: list[Item], artifacts: list[Artifact]) -> dict[str, int]:

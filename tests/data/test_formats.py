@@ -8,14 +8,13 @@ from llmpipe.data.formats import (
     FORMATS,
     Completion,
     Conversation,
-    Layout,
+    Document,
     MultipleChoice,
     Preference,
     Prompt,
     Rejected,
-    convert,
-    detect,
 )
+from llmpipe.data.layout import Layout, Rule, layout_of
 from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Rows
 
@@ -52,33 +51,42 @@ DETECTED = [
 ]
 
 
+EVERY = (Document, Conversation, Completion, Preference, Prompt, MultipleChoice)
+
+
+def layout(columns: str, format: str = "auto", mapping: dict[str, str] | None = None) -> Layout:
+    """Of rows with these columns."""
+    rule = Rule(format, tuple((mapping or {}).items()), EVERY)
+    return layout_of([dict.fromkeys(columns.split(), "x")], rule, "d")
+
+
 @pytest.mark.parametrize(("columns", "format", "used"), DETECTED)
 def test_detect(columns, format, used):
-    layout = detect(columns.split(), "auto", {}, "d")
-    assert (layout.format, layout.columns) == (format, used)
+    detected = layout(columns)
+    assert (detected.format, detected.columns) == (format, used)
 
 
 def test_detect_reads_columns_as_the_recipe_maps_them():
     mapping = {"Frage": "prompt", "Antwort": "completion"}
-    layout = detect(["Frage", "Antwort"], "auto", mapping, "d")
-    assert (layout.format, layout.columns) == ("prompt-completion", mapping)
+    detected = layout("Frage Antwort", mapping=mapping)
+    assert (detected.format, detected.columns) == ("prompt-completion", mapping)
 
 
 def test_detect_names_what_it_found_and_what_is_needed():
     with pytest.raises(UserError, match="no format fits the columns a, b") as error:
-        detect(["a", "b"], "auto", {}, "d")
+        layout("a b")
     assert "alpaca: instruction, output" in error.value.hint and "columns" in error.value.hint
     with pytest.raises(UserError, match="format alpaca does not fit the columns text"):
-        detect(["text"], "alpaca", {}, "d")
+        layout("text", "alpaca")
     with pytest.raises(UserError, match="no column 'questoin'; did you mean 'question'"):
-        detect(["question", "answer"], "auto", {"questoin": "prompt"}, "d")
+        layout("question answer", mapping={"questoin": "prompt"})
     with pytest.raises(UserError, match="two columns are called 'prompt'"):
-        detect(["question", "prompt"], "auto", {"question": "prompt"}, "d")
+        layout("question prompt", mapping={"question": "prompt"})
 
 
 def same(format: str, row: dict):
     """A row of a format's own columns -> its example."""
-    return convert(row, Layout(format, {name: name for name in row}, unused=[]))
+    return layout_of([row], Rule(format, (), EVERY), "d").convert(row).example
 
 
 def test_alpaca():

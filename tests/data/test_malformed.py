@@ -160,6 +160,6 @@ def test_csv_rows_are_named_by_line(here, base):
     assert [(r["row"], r["reason"]) for r in map(json.loads, lines)] == [
         (4, "wrong number of fields"),
         (5, "not UTF-8"),
-        (6, "empty text"),
+        (6, "null"),
     ]
     assert record["rows"]["kept"] == 2 == len(train)

@@ -2,8 +2,7 @@
 
 {"instruction": "Name the colour.", "input": "grass", "output": "Green."}
 
-`history`, as in LLaMA-Factory, holds the [question, answer] pairs of earlier turns, and `tools` what
-may be called.
+`history`, as in LLaMA-Factory, holds the [question, answer] pairs of earlier turns.
 """
 
 from __future__ import annotations

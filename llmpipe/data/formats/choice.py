@@ -42,19 +42,18 @@ def _labelled(choices: Any) -> tuple[list[Any], list[str]]:
 def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
     """Which choice an index, a label or a choice's text means: exactly one."""
     shown = f"{str(answer)[:40]!r}"
-    indices = [answer]
+    indices = {answer} if isinstance(answer, int | float) else set()
     if isinstance(answer, str):
         named = zip(labels, choices, strict=False)
-        indices = [i for i, names in enumerate(named) if answer in names]
-        if labels == _LETTERS and answer.isdecimal():  # an index, in a file of texts
-            indices += [int(answer)] if int(answer) < len(choices) else []
-    if len(set(indices)) > 1:
+        indices = {i for i, names in enumerate(named) if answer in names}
+        if labels is _LETTERS and answer.isdecimal():  # an index, in a file of texts
+            indices.add(int(answer))
+    inside = [i for i in range(len(choices)) if i in indices]
+    if len(inside) > 1:
         raise Rejected("bad answer", f"{shown} may be several of the choices; write its letter")
-    index = indices[0] if indices else None
-    whole = isinstance(index, int | float) and not isinstance(index, bool) and index == index // 1
-    if not whole or not 0 <= index < len(choices):
+    if not inside or isinstance(answer, bool):
         raise Rejected("bad answer", f"{shown} is none of the {len(choices)} choices")
-    return int(index)
+    return inside[0]
 
 
 FORMAT = Format(

@@ -54,7 +54,8 @@ class Kind:
     shapes: tuple[type, ...]
     """The shapes of examples that it takes, and so the formats of rows (`Format.shape`)."""
     encode: Callable[[Encoder, Example, dict[str, Any]], Encoded]
-    """An example, and the row's columns that its format does not use -> pieces. Raises Rejected."""
+    """An example, and the row's columns that its format does not read, as the recipe calls them ->
+    pieces. Raises Rejected."""
     length: Callable[[Piece], int]
     """Tokens of a piece, at most `max_length`."""
     layout: Callable[[int, bool], Layout]
@@ -65,13 +66,13 @@ class Kind:
     """A token -> a written row of which nothing is learned, to even out the processes of a step."""
     also_reads: tuple[str, ...] = ()
     """Columns of a row that it reads beside those of the format."""
+    keeps_others: bool = False
+    """Whether it keeps all columns of a row, for rewards to read."""
     lacks: str = ""
     """What rows of another format do not have; unless said, those are for another stage."""
     mapping: str = ""
     """How columns would be mapped to have what is lacking, as an example for the user."""
     learned: bool = True
     """Whether some of its tokens are learned."""
-    asks: bool = False
-    """Whether rows ask something, and a chat template might be expected to touch it."""
     packing_field: str = "packing"
     """What `packing` is called in a recipe."""

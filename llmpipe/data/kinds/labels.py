@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder
-from llmpipe.data.examples import Messages, Tools
+from llmpipe.data.examples import Messages, Tools, is_learned
 from llmpipe.data.formats import Completion, Conversation, Example, Preference, Rejected
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
@@ -49,17 +49,22 @@ def prompt_and_response(example: Example) -> tuple[Text, Text, Tools]:
     first = example.first or len(messages) - 1
     if not first:
         raise Rejected("no prompt", "the conversation has nothing before the response")
+    spoken = (turn for turn in messages[first:] if turn["role"] == "assistant")
+    if not all(map(is_learned, spoken)):
+        raise Rejected(
+            "loss of a turn", "a part of the response is not to be learned; all of it is"
+        )
     return messages[:first], messages[first:], example.tools
 
 
 def label_of(others: dict[str, Any]) -> int:
     """The row's `label`. Raises Rejected for anything but true and false, 1 and 0."""
-    if "label" not in others:
+    label = others.get("label")
+    if label is None:
         raise Rejected("missing column", "label: whether the response is good, true or false")
-    label = others["label"]
     if label in ("true", "false", "True", "False", "1", "0"):  # a CSV knows texts only
         return GOOD if label in ("true", "True", "1") else BAD
-    if not isinstance(label, bool | int) or label not in (GOOD, BAD):
+    if not isinstance(label, bool | int | float) or label not in (GOOD, BAD):
         raise Rejected("bad label", f"{label!r:.40} is not true or false")
     return int(label)
 
@@ -144,5 +149,4 @@ LABELS = Kind(
     lacks="response that could be judged",
     mapping="{question: prompt, answer: completion}, beside a column label",
     also_reads=("label",),
-    asks=True,
 )

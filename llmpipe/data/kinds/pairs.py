@@ -104,5 +104,4 @@ PAIRS = Kind(
     filler=filler,
     lacks="chosen and rejected answers",
     mapping="{better: chosen, worse: rejected}",
-    asks=True,
 )

@@ -3,7 +3,7 @@
     train.arrow   prompt_ids: list<int32>; row: string, JSON
 
 `row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, and
-its other `columns`.
+its other `columns`, as the recipe calls them.
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ PROMPTS = Kind(
     layout=layout,
     table=table,
     learned=False,
-    asks=True,
+    keeps_others=True,
 )

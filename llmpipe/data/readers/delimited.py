@@ -31,7 +31,8 @@ def read(file: File) -> Reading:
             elif len(fields) != len(header):
                 yield Row(number, _wrong(f"{len(fields)} instead of {len(header)}")), len(text)
             else:
-                columns = dict(zip(header, fields, strict=True))
+                # as pandas and datasets have it, an empty cell is none
+                columns = {name: field or None for name, field in zip(header, fields, strict=True)}
                 yield Row(number, if_utf8(text, columns)), len(text)
 
 

@@ -59,7 +59,7 @@ def parse(payload: Payload) -> dict[str, Any]:
     if isinstance(payload, Rejected):
         raise payload
     if isinstance(payload, dict):
-        return payload
+        return {name: _without_fillers(value) for name, value in payload.items()}
     try:
         text = payload.decode()
     except UnicodeDecodeError as error:
@@ -75,6 +75,15 @@ def parse(payload: Payload) -> dict[str, Any]:
     if not isinstance(columns, dict):
         raise Rejected("not an object", f"a row is {{...}}, not {text.strip()[:20]}")
     return columns
+
+
+def _without_fillers(value: Any) -> Any:
+    """A value of a table, less the nulls that its columns hold where only other rows have a key."""
+    if isinstance(value, dict):
+        return {name: _without_fillers(it) for name, it in value.items() if it is not None}
+    if isinstance(value, list):
+        return [_without_fillers(item) for item in value]
+    return value
 
 
 def _mistake(text: str, error: json.JSONDecodeError) -> Rejected:
