@@ -96,8 +96,8 @@ class Layout:
         for name in FORMATS[self.format].required:
             column = yours.get(name, name)
             if row.get(column) is None:
-                if column in row and not unlike:
-                    return Rejected("null", f"{column} holds nothing")
+                if column in row:
+                    return Rejected("null", f"{column} holds nothing{unlike}")
                 return Rejected("missing column", column + unlike)
         return Rejected("two columns are one", f"after columns, among {_shown(names)}")
 
@@ -130,11 +130,11 @@ def layout_of(sample: Sequence[dict[str, Any]], rule: Rule, where: str) -> Layou
     for names in present:
         reading = _reading(rule, format, names)
         read |= reading.columns if reading else {}
-    if not read:  # no row has all that its format needs: each will be rejected by itself
-        together = _best([FORMATS[format]], rule, every)
-        read = together.columns if together else {}
-    unused = [name for name in every if name not in read]
     of_chats = bool({"system", "tools"} & set(read.values()))
+    together = _best([FORMATS[format]], rule, every)  # of columns that hold null, too
+    if together and read.keys() <= together.columns.keys():
+        read = together.columns
+    unused = [name for name in every if name not in read]
     return Layout(format, read, unused, rule, of_chats)
 
 

@@ -212,7 +212,7 @@ def test_every_form_of_a_label(tmp_path):
     ("row", "words"),
     [
         ({"prompt": TURNS, "completion": ANSWER}, "missing column: label"),
-        ({"prompt": TURNS, "completion": ANSWER, "label": None}, "bad label: None"),
+        ({"prompt": TURNS, "completion": ANSWER, "label": None}, "missing column: label"),
         ({"prompt": TURNS, "completion": ANSWER, "label": "maybe"}, "bad label: 'maybe'"),
         ({"prompt": TURNS, "completion": ANSWER, "label": 2}, "bad label: 2"),
         ({"prompt": TURNS * 40, "completion": ANSWER, "label": True}, "too long"),
