@@ -71,7 +71,7 @@ class Intake:
         """Columns of the first rows that no format reads."""
         self.unread: dict[str, Seen] = {}
         """What nobody reads of later rows: other columns; and of any row: keys within columns."""
-        self.bytes = sum(file.bytes for file in origin.files)
+        self.bytes = sum(file.text_bytes for file in origin.files)
         """Still to be read."""
         self.counts: Counter[str] = Counter()
         """By the names of COUNTS."""
@@ -182,8 +182,10 @@ class Totals:
 
 def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Intake:
     """Open a source. Raises UserError for rows that do not fit the stage or have no template."""
-    origin.open(kind.shapes)
     shown = origin.source.path
+    for note in origin.notes:
+        say(f"data: {shown}: {note}")
+    origin.open(kind.shapes)
     layout = origin.layout
     _check_format(shown, layout, kind)
     if not has_template and _has_turns(origin):

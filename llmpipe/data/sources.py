@@ -6,20 +6,18 @@ Each row has the number that a person would look for: the line where files have 
 
 from __future__ import annotations
 
-import codecs
-import glob
-import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmpipe.data.folders import files_of, hashed, named_files, select
 from llmpipe.data.formats import Rejected
 from llmpipe.data.layout import Layout, Rule, layout_of
-from llmpipe.data.readers import READERS, File, Reading, Row, hub, parse, read
+from llmpipe.data.readers import File, Reading, Row, hub, parse, read
+from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
-from llmpipe.errors import UserError, near
-from llmpipe.files import sha256_file
+from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Rows, is_local, science
 
 __all__ = [
@@ -35,7 +33,6 @@ __all__ = [
     "parse",
 ]
 
-SUFFIXES = tuple(READERS)
 CHUNK_ROWS = 256
 CHUNK_BYTES = 256 << 10
 SAMPLE = 20  # rows that decide the format
@@ -47,100 +44,6 @@ class Chunk(NamedTuple):
     file: int
     rows: list[Row]
     bytes: int
-
-
-# --- files ---
-
-
-class Named(NamedTuple):
-    """A file of a source, not read yet."""
-
-    path: Path
-    name: str
-    """Within the source."""
-    shown: str
-    """What a user calls it."""
-
-
-def files_of(source: Rows) -> list[File]:
-    """The files of a local source in a fixed order, with their hashes.
-
-    Raises UserError naming what is missing.
-    """
-    return [_hashed(file) for file in named_files(source)]
-
-
-def named_files(source: Rows) -> list[Named]:
-    """The files of a local source in a fixed order, none of them read but for its beginning.
-
-    Raises UserError naming what is missing, empty or of no known kind.
-    """
-    files = _named(source.path)
-    for file in files:
-        _check(file)
-    return files
-
-
-def _named(given: str) -> list[Named]:
-    path = Path(given).expanduser()
-    if path.is_file():
-        return [Named(path, path.name, given)]
-    if path.is_dir():
-        paths = _data_files(path)
-        root = path
-        if not paths:
-            hint = f"looked for {', '.join(SUFFIXES)}"
-            raise UserError(f"{given}: no data files in this folder", hint)
-    else:
-        matches = map(Path, glob.glob(str(path), recursive=True))
-        paths = sorted(match for match in matches if match.is_file())
-        if not paths:
-            raise _missing(given, path)
-        root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [Named(path, path.relative_to(root).as_posix(), str(path)) for path in paths]
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """The files in a folder and below that can be read, but for hidden ones."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return [path for path in paths if path.is_file() and not _is_hidden(path.relative_to(folder))]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _missing(given: str, path: Path) -> UserError:
-    guess = f"; there is no folder {path.parent}"
-    if path.parent.is_dir():
-        guess = near(path.name, os.listdir(path.parent))
-    return UserError(f"{given}: no such file{guess}", "paths are looked up from the current folder")
-
-
-def _check(file: Named) -> None:
-    """Raises UserError for a file that cannot be read as rows, by its suffix or its beginning."""
-    path, _, shown = file
-    if path.suffix.lower() not in SUFFIXES:
-        kind = path.suffix or "no suffix"
-        hint = f"known are {', '.join(SUFFIXES)}"
-        raise UserError(f"{shown}: {kind} is not a known kind of file", hint)
-    try:
-        with path.open("rb") as stream:
-            beginning = stream.read(2)
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
-    if not beginning:
-        raise UserError(f"{shown}: the file is empty")
-    if beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{shown}: is UTF-16", "save it as UTF-8")
-
-
-def _hashed(file: Named) -> File:
-    path, name, shown = file
-    try:
-        return File(name, shown, path, path.stat().st_size, sha256_file(path))
-    except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
 
 
 def identity_of(
@@ -155,7 +58,8 @@ def identity_of(
     identity = science(source)
     if is_local(source.path):
         del identity["path"]
-    identity["files"] = [[Path(name).suffix.lower(), sha256] for name, sha256 in files]
+    identity["split"] = source.split or "train"
+    identity["files"] = [[suffix_of(name), sha256] for name, sha256 in files]
     identity["commit"] = revision
     return identity
 
@@ -174,6 +78,8 @@ class Origin:
     """For records: does not tell where the source lies on this machine."""
     files: list[File]
     """Of a local source."""
+    notes: list[str]
+    """What is to be said of files beside them that are not read."""
     revision: str | None
     """The commit of a Hub data set."""
     shown: list[str]
@@ -192,10 +98,13 @@ class Origin:
         path = Path(source.path)
         self.name = path.name if path.expanduser().is_absolute() else source.path
         if is_local(source.path):
-            self.files = files_of(source)
+            selection = select(source)
+            self.files = [hashed(file) for file in selection.files]
+            self.notes = selection.notes
             self.revision = None
         else:
             self.files = []
+            self.notes = []
             self.revision = pinned.get(hub_key(source)) or hub_revision(source)
         self.shown = [file.shown for file in self.files] or [source.path]
 

@@ -52,16 +52,19 @@ TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto`
 
 class Rows(Section):
     path: str
-    """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, csv, parquet, txt)
-    starting with `./`, `../`, `/` or `~` or ending in one of these suffixes."""
+    """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, ndjson, csv, tsv, txt
+    and these as gz, bz2, xz, zst or lz4; parquet; arrow, as `save_to_disk` leaves it) starting with
+    `./`, `../`, `/` or `~` or ending in one of these suffixes."""
     format: FormatName = "auto"
     """How a row is laid out; `auto` decides by the column names and says what it found."""
     columns: dict[str, str] = {}
     """Your column names mapped to the format's: `{question: prompt, answer: completion}`."""
     subset: str | None = None
-    """Configuration name of a Hub dataset."""
-    split: str = "train"
-    """Split of a Hub dataset."""
+    """Configuration name of a dataset of the Hub, or of a folder whose README.md lists several."""
+    split: str | None = None
+    """Split of a dataset of the Hub, `train` unless set; or of a folder with files of several
+    splits by their names (`train-00000-of-00001.parquet`, `test/rows.jsonl`) or by its README.md.
+    There, what is not of another split is trained on, and rows to evaluate on need it said."""
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset; the commit it resolves to is recorded."""
     limit: Positive | None = None
@@ -489,7 +492,10 @@ def _science_of(value: Any) -> Any:
     return value
 
 
-LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".jinja")
+LOCAL_SUFFIXES = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather"),
+    *(".gz", ".bz2", ".xz", ".zst", ".lz4", ".gguf", ".jinja"),
+)
 
 
 def is_local(path: str) -> bool:
@@ -497,5 +503,5 @@ def is_local(path: str) -> bool:
     return (
         path.startswith(("./", "../", "/", "~"))
         or path in (".", "..")
-        or path.endswith(LOCAL_SUFFIXES)
+        or path.lower().endswith(LOCAL_SUFFIXES)
     )

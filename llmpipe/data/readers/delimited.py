@@ -1,40 +1,163 @@
-"""Comma- or tab-separated values under a header. The number of a row is the line it begins on."""
+"""Comma- or tab-separated values under a header. The number of a row is the line it begins on.
+
+Quotes follow RFC 4180: a field may be quoted, and then hold delimiters and line ends. A stray quote
+must not swallow the rows behind it, so:
+
+- a quote that is not closed as it should be costs the line that it stands on and no other;
+- a .csv row over several lines, each of which is a row by itself, has two readings: it is refused;
+- in a .tsv, which is mostly written without quotes, the lines are then taken as they are, and so is
+  a line that makes no sense with quotes.
+"""
 
 from __future__ import annotations
 
 import csv
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from typing import IO
 
 from llmpipe.data.formats import Rejected
-from llmpipe.data.readers.row import MAX_LINE, File, Reading, Row, if_utf8, open_text
+from llmpipe.data.readers.compressed import suffix_of
+from llmpipe.data.readers.row import MAX_LINE, File, Payload, Reading, Row, if_utf8, open_text
+from llmpipe.errors import UserError
+
+NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 def read(file: File) -> Reading:
+    """Raises UserError where the header names a column twice, or has another delimiter."""
     csv.field_size_limit(MAX_LINE)
-    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if suffix_of(file.path.name).startswith(".tsv") else ","
     with open_text(file) as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            number = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(number, _wrong(f"{error}; a quote that is never closed?")), 0
-                continue
-            text = ",".join(fields)
-            if header is None:
-                header = [name.strip() for name in fields]
+        records = _Records(stream, delimiter)
+        header: list[str] = []
+        while (record := records.next(len(header))) is not None:
+            number, text, fields = record
+            if isinstance(fields, Rejected):
+                yield Row(number, fields), len(text)
             elif not fields:  # a blank line
                 continue
-            elif len(fields) != len(header):
-                yield Row(number, _wrong(f"{len(fields)} instead of {len(header)}")), len(text)
+            elif not header:
+                header = fields
+                columns = _columns(file, number, header, delimiter)
             else:
-                # as pandas and datasets have it, an empty cell is none
-                columns = {name: field or None for name, field in zip(header, fields, strict=True)}
-                yield Row(number, if_utf8(text, columns)), len(text)
+                yield Row(number, _payload(text, fields, header, columns)), len(text)
 
 
-def _wrong(detail: str) -> Rejected:
-    return Rejected("wrong number of fields", detail)
+def _payload(text: str, fields: list[str], header: list[str], columns: list[str]) -> Payload:
+    if len(fields) != len(header):
+        lines = text.rstrip("\r\n").count("\n") + 1
+        over = f" over {lines} lines" if lines > 1 else ""
+        return Rejected("wrong number of fields", f"{len(fields)} instead of {len(header)}{over}")
+    if fields == header:
+        return Rejected("the header again", "as where files were joined")
+    # as pandas and datasets have it, an empty cell is none
+    cells = {name: field or None for name, field in zip(columns, fields, strict=True)}
+    return if_utf8(text, cells)
+
+
+def _columns(file: File, line: int, header: list[str], delimiter: str) -> list[str]:
+    """What the columns are called. Raises UserError."""
+    where = f"{file.shown}:{line}"
+    names = [name.strip() for name in header]
+    if len(names) == 1:
+        for other, word in NAMES.items():
+            if other in names[0] and other != delimiter:
+                problem = f"{where}: the header is one column with {word}, not {NAMES[delimiter]}"
+                raise UserError(problem, f"save the file with {NAMES[delimiter]}, or as .jsonl")
+    for index, name in enumerate(names):
+        if name and name in names[:index]:
+            first = names.index(name) + 1
+            problem = f"{where}: two columns are called '{name}', number {first} and {index + 1}"
+            raise UserError(problem, "rename or remove one of them")
+    # the index that pandas writes, or a delimiter at the end
+    return [name or f"column {number} without a name" for number, name in enumerate(names, 1)]
+
+
+@dataclass
+class _Lines:
+    """The lines of a file, for a reader that may give some of them back."""
+
+    stream: IO[str]
+    number: int = 0
+    """Of the line that was taken last."""
+    taken: list[str] = field(default_factory=list)
+    """Since the row began."""
+    again: deque[str] = field(default_factory=deque)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.stream)
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def give_back(self) -> str:
+        """All lines of the row but the first, which is returned."""
+        first, *others = self.taken
+        self.number -= len(others)
+        self.again.extendleft(reversed(others))
+        self.taken = [first]
+        return first
+
+
+class _Records:
+    """The rows of a file, as fields."""
+
+    def __init__(self, stream: IO[str], delimiter: str):
+        self.lines = _Lines(stream)
+        self.delimiter = delimiter
+        self.reader = csv.reader(self.lines, delimiter=delimiter, strict=True)
+        self.refused: deque[tuple[int, str]] = deque()
+        # prose has a space or a line end behind a comma
+        self.between = re.compile(r"\t" if delimiter == "\t" else r",(?=\S)")
+
+    def next(self, columns: int) -> tuple[int, str, list[str] | Rejected] | None:
+        """The line that a row begins on, its text and its fields, or None behind the last one.
+
+        `columns`: how many there are, 0 where the header is still to come.
+        """
+        if self.refused:
+            return (*self.refused.popleft(), _two_readings())
+        lines = self.lines
+        lines.taken.clear()
+        number = lines.number + 1
+        try:
+            fields = next(self.reader)
+        except StopIteration:
+            return None
+        except csv.Error as error:
+            line = lines.give_back()
+            return number, line, self._as_it_is(line, columns) or _unclosed(error)
+        if len(lines.taken) == 1:
+            return number, lines.taken[0], fields
+        if not self._are_rows(columns):
+            return number, "".join(lines.taken), fields
+        if self.delimiter == "\t":
+            line = lines.give_back()
+            return number, line, self._as_it_is(line, columns) or []
+        self.refused.extend(enumerate(lines.taken[1:], number + 1))
+        return number, lines.taken[0], _two_readings()
+
+    def _are_rows(self, columns: int) -> bool:
+        """Whether each line of a row would be one without its quotes."""
+        if columns < 2:
+            return False
+        return all(len(self.between.findall(line)) == columns - 1 for line in self.lines.taken)
+
+    def _as_it_is(self, line: str, columns: int) -> list[str] | None:
+        """The fields of a .tsv's line without quotes, where they are as many as they should be."""
+        fields = line.rstrip("\r\n").split("\t")
+        return fields if self.delimiter == "\t" and len(fields) == columns else None
+
+
+def _two_readings() -> Rejected:
+    detail = "a quoted field of several lines, or a stray quote and several rows"
+    return Rejected("unclear quotes", f"{detail}; .jsonl has no such doubt")
+
+
+def _unclosed(error: csv.Error) -> Rejected:
+    return Rejected("bad quotes", f"{error}; a quote that is never closed?")

@@ -51,7 +51,7 @@ def read(source: Rows, revision: str | None, stream: bool) -> Reading:
         rows = datasets.load_dataset(
             source.path,
             source.subset,
-            split=source.split,
+            split=source.split or "train",
             revision=revision,
             streaming=stream,
         )

@@ -8,11 +8,12 @@ from __future__ import annotations
 import codecs
 
 from llmpipe.data.formats import Rejected
+from llmpipe.data.readers.compressed import open_bytes
 from llmpipe.data.readers.row import MAX_LINE, File, Reading, Row
 
 
 def read(file: File) -> Reading:
-    with file.path.open("rb") as stream:
+    with open_bytes(file.path) as stream:
         number = 0
         while line := stream.readline(MAX_LINE):
             number += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from llmpipe.data.formats import Rejected
+from llmpipe.data.readers.compressed import open_bytes, text_bytes
 
 MAX_LINE = 64 << 20  # bytes of one row
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, under errors="surrogateescape"
@@ -29,6 +31,11 @@ class File:
     bytes: int
     sha256: str
 
+    @property
+    def text_bytes(self) -> int:
+        """Of its rows; of a compressed file an estimate."""
+        return text_bytes(self.path, self.bytes)
+
 
 class Row(NamedTuple):
     """A row, not yet parsed: that is left to the process that tokenizes it."""
@@ -44,7 +51,8 @@ Reading = Iterator[tuple[Row, int]]
 
 def open_text(file: File, newline: str | None = "") -> IO[str]:
     """A file as text; a byte that is not UTF-8 is read as one that `if_utf8` sees."""
-    return file.path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    stream = open_bytes(file.path)
+    return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:

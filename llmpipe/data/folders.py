@@ -1,0 +1,332 @@
+"""A local source -> the files that it means, and what is to be said of the others.
+
+A folder or a glob may hold files of several splits, of other kinds, links, and data sets that
+`datasets` has saved. What lies there and is not read is named, but for documents, code and images
+that lie beside data. Hidden files and folders are not looked at.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from llmpipe.data import cards
+from llmpipe.data.readers import KNOWN, READERS, File
+from llmpipe.data.readers.compressed import DAMAGED, is_compressed, open_bytes, suffix_of
+from llmpipe.data.splits import Division, Split, listed, named, split_of
+from llmpipe.errors import UserError, first_line, near
+from llmpipe.files import sha256_file
+from llmpipe.recipe.sections import Rows
+
+# What lies beside data and is none: by suffix, and by the beginning of a name.
+BESIDE = frozenset(
+    ".md .rst .html .css .svg .py .ipynb .sh .toml .cfg .ini .yaml .yml .lock .bib .sha256 .md5"
+    " .crc .png .jpg .jpeg .gif .webp .ico .log".split()
+)
+DOCUMENTS = ("readme", "license", "licence", "notice", "changelog", "citation", "copying")
+PLAIN = (*DOCUMENTS, "makefile", "dockerfile", "_success")
+OTHERS = {"config.json", "requirements.txt", "robots.txt"}
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+LFS = b"version https://git-lfs"
+HUB_CACHE = {"blobs", "refs", "snapshots"}
+
+
+class Named(NamedTuple):
+    """A file of a source, not read yet."""
+
+    path: Path
+    name: str
+    """Within the source."""
+    shown: str
+    """What a user calls it."""
+
+
+class Selection(NamedTuple):
+    """The files of a source, in order."""
+
+    files: list[Named]
+    notes: list[str]
+    """What is to be said of files that are not read."""
+
+
+def files_of(source: Rows) -> list[File]:
+    """The files of a local source in a fixed order, with their hashes.
+
+    Raises UserError naming what is missing.
+    """
+    return [hashed(file) for file in named_files(source)]
+
+
+def named_files(source: Rows) -> list[Named]:
+    """The files of a local source in a fixed order, none of them read but for its beginning.
+
+    Raises UserError naming what is missing, empty or of no known kind.
+    """
+    return select(source).files
+
+
+def select(source: Rows) -> Selection:
+    """The files that a local source means. Raises UserError, as `named_files` does."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        selection = Selection([Named(path, path.name, source.path)], _of_no_use(source, path.name))
+    elif path.is_dir():
+        tree = Tree(path, source.path)
+        tree.walk(path)
+        selection = _selected(source, tree)
+    else:
+        selection = _selected(source, _matched(source.path, path))
+    for file in selection.files:
+        _check(file)
+    return selection
+
+
+def hashed(file: Named) -> File:
+    path, name, shown = file
+    try:
+        return File(name, shown, path, path.stat().st_size, sha256_file(path))
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
+
+
+# --- what lies there ---
+
+
+@dataclass
+class Tree:
+    """Files below a folder that may hold rows, by their names within it."""
+
+    root: Path
+    shown: str
+    """What a user calls the source."""
+    is_glob: bool = False
+    files: dict[str, Path] = field(default_factory=dict)
+    aside: list[str] = field(default_factory=list)
+    """Others, with the reason where it is not their suffix."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    """Of the files of which a record says it."""
+    _folders: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def walk(self, folder: Path, split: Split | None = None) -> None:
+        """Add what lies in a folder and below. Raises UserError where that cannot be known."""
+        self._folders[_id(folder)] = self.name(folder)
+        entries = _entries(folder)
+        _refuse_hub_cache(folder, entries)
+        saved = cards.saved_of(folder)
+        for entry in entries:
+            if entry.is_dir():
+                self._enter(entry, saved.splits.get(entry.name, split))
+            elif saved.files and entry.suffix == ".arrow":
+                self._add_table(entry, saved, split)
+            else:
+                self.add(entry)
+
+    def _enter(self, folder: Path, split: Split | None) -> None:
+        name = self.name(folder)
+        known = self._folders.get(_id(folder))
+        if known is not None:
+            self.aside.append(f"{name}/ (the same folder as {known}/)")
+        elif folder.is_symlink() and self.root.resolve().is_relative_to(folder.resolve()):
+            self.aside.append(f"{name}/ (a link to a folder that holds this one)")
+        else:
+            self.walk(folder, split)
+
+    def _add_table(self, path: Path, saved: cards.Saved, split: Split | None) -> None:
+        """A file in the folder of a data set that was saved."""
+        name = self.name(path)
+        if path.name not in saved.files:
+            self.aside.append(f"{name} (not of the data set that was saved)")
+            return
+        self.files[name] = path
+        if known := split or saved.split:
+            self.splits[name] = known
+
+    def add(self, path: Path) -> None:
+        """A file that may hold rows, or lies beside them."""
+        name = self.name(path)
+        suffix = suffix_of(path.name)
+        if not path.exists():
+            if suffix in READERS:
+                problem = f"{path}: is a link to {os.readlink(path)}, which is not there"
+                raise UserError(problem, "bring the file back, or remove the link")
+            self.aside.append(f"{name} (a link to what is not there)")
+        elif not path.is_file():
+            self.aside.append(f"{name} (no file)")
+        elif suffix in READERS and path.name.startswith("cache-") and suffix == ".arrow":
+            self.aside.append(f"{name} (what datasets computed from others)")
+        elif suffix in READERS and not _is_document(path.name):
+            self.files[name] = path
+        elif path.name not in cards.RECORDS and not _is_beside(path.name, suffix):
+            self.aside.append(name)
+
+    def settle(self) -> None:
+        """Put the files in order, and each of them once."""
+        links_last = sorted(self.files.items(), key=lambda item: (item[1].is_symlink(), item[1]))
+        once: dict[tuple[int, int], str] = {}
+        for name, path in links_last:
+            first = once.setdefault(_id(path), name)
+            if first != name:
+                self.aside.append(f"{name} (the same file as {first})")
+        self.files = {name: self.files[name] for name in once.values()}
+        for name, path in list(self.files.items()):
+            plain = name.removesuffix(path.suffix)
+            if is_compressed(path) and plain in self.files and _equal(path, self.files[plain]):
+                self.aside.append(f"{name} (the same rows as {plain})")
+                del self.files[name]
+        self.files = dict(sorted(self.files.items(), key=lambda item: item[1]))
+
+
+def _id(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, but for what is hidden; links behind what lies there itself."""
+    try:
+        entries = [folder / name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+    return sorted(entries, key=lambda path: (path.is_symlink(), path.name))
+
+
+def _is_document(name: str) -> bool:
+    """Whether a file of a known suffix is none of rows."""
+    name = name.lower()
+    return name in cards.RECORDS or name in OTHERS or name.split(".")[0] in DOCUMENTS
+
+
+def _is_beside(name: str, suffix: str) -> bool:
+    name = name.lower()
+    return suffix in BESIDE or (not suffix and name.startswith(PLAIN))
+
+
+def _refuse_hub_cache(folder: Path, entries: list[Path]) -> None:
+    if {entry.name for entry in entries} >= HUB_CACHE:
+        versions = sorted((folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+        problem = f"{folder}: is a folder of the Hub's cache, which may hold several versions"
+        hint = f"name one of them: {versions[-1]}" if versions else "it holds none"
+        raise UserError(problem, hint)
+
+
+def _equal(compressed: Path, plain: Path) -> bool:
+    """Whether a compressed file holds the bytes of another one."""
+    try:
+        digest = hashlib.sha256()
+        with open_bytes(compressed) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest() == sha256_file(plain)
+    except DAMAGED:  # reading says so
+        return False
+
+
+def _matched(given: str, path: Path) -> Tree:
+    """What a glob matches. Raises UserError where that is nothing."""
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    files = [match for match in matches if not match.is_dir()]
+    if not files:
+        raise _missing(given, path)
+    tree = Tree(Path(os.path.commonpath([file.parent for file in files])), given, is_glob=True)
+    for file in files:
+        tree.add(file)
+    if "**" not in given:
+        tree.aside += [f"{match}/ (a folder)" for match in matches if match.is_dir()]
+    return tree
+
+
+def _missing(given: str, path: Path) -> UserError:
+    guess = f"; there is no folder {path.parent}"
+    if path.parent.is_dir():
+        guess = near(path.name, os.listdir(path.parent))
+    return UserError(f"{given}: no such file{guess}", "paths are looked up from the current folder")
+
+
+# --- what is read of it ---
+
+
+def _selected(source: Rows, tree: Tree) -> Selection:
+    """The files of a tree that are of the splits which the source means."""
+    tree.settle()
+    config = cards.config_of(tree.root, source.subset, tree.shown, tree.is_glob)
+    splits = {name: tree.splits.get(name) or split_of(name) for name in tree.files}
+    if config:
+        said = config.splits(tree.files)
+        tree.aside += [f"{name} (not in {cards.CARD})" for name in splits if name not in said]
+        splits = said
+    if not splits and config:
+        _refuse_absent(tree, config, set())
+    if not splits:
+        lies = f"; there is {listed(tree.aside)}" if tree.aside else ""
+        problem = f"{tree.shown}: no data files {'match' if tree.is_glob else 'in this folder'}"
+        raise UserError(f"{problem}{lies}", f"looked for {KNOWN}")
+    certain = set(tree.splits) >= set(splits) or (config is not None and bool(config.patterns))
+    division = Division(source, splits, certain)
+    whole = tree.is_glob and source.split is None and len(division.splits) == 1
+    chosen = set(division.splits) if whole else division.chosen()
+    if config:
+        _refuse_absent(tree, config, chosen)
+    files = [
+        Named(path, name, str(path))
+        for name, path in tree.files.items()
+        if splits.get(name) in chosen
+    ]
+    return Selection(files, _notes(division.note(chosen), tree.aside))
+
+
+def _refuse_absent(tree: Tree, config: cards.Config, splits: set[Split]) -> None:
+    if pattern := config.absent(splits, tree.files):
+        problem = f"{tree.shown}: {cards.CARD} names '{pattern}', and no such file is there"
+        raise UserError(problem, "complete the folder, or the card")
+
+
+def _notes(of_splits: str | None, aside: list[str]) -> list[str]:
+    notes = [of_splits] if of_splits else []
+    return [*notes, f"not read: {listed(aside)}"] if aside else notes
+
+
+def _of_no_use(source: Rows, name: str) -> list[str]:
+    """What is to be said of fields that mean nothing where one file is named.
+
+    Raises UserError where its name says that it is of another split.
+    """
+    fields = [field for field in ("split", "subset") if getattr(source, field) is not None]
+    if source.split is not None:
+        asked, says = named(source.split), split_of(name)
+        if asked.kind != "train" and says.kind and asked.kind != says.kind:
+            problem = f"{source.path}: is of split {says.name} by its name, not {source.split}"
+            raise UserError(problem, "leave split out to read the file as it is")
+        if says.kind or asked.kind == "train":
+            fields.remove("split")
+    return [f"{field} is of no use: a file is read whole" for field in fields]
+
+
+def _check(file: Named) -> None:
+    """Raises UserError for a file that cannot be read as rows, by its suffix or its beginning."""
+    path, _, shown = file
+    suffix = suffix_of(path.name)
+    if suffix not in READERS:
+        hint = f"known are {KNOWN}"
+        if set(path.suffixes) & ARCHIVES:
+            hint = "unpack it, and name the folder"
+        raise UserError(f"{shown}: {suffix or 'no suffix'} is not a known kind of file", hint)
+    try:
+        with open_bytes(path) as stream:
+            beginning = stream.read(len(LFS))
+    except DAMAGED as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{shown}: cannot be read: {why}") from None
+    if not beginning:
+        raise UserError(f"{shown}: the file is empty")
+    if beginning == LFS:
+        raise UserError(f"{shown}: is a pointer of Git LFS, not the data", "git lfs pull")
+    if beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{shown}: is UTF-16", "save it as UTF-8")
