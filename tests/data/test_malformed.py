@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe.data.readers import File, parse, read
 from llmpipe.errors import UserError
 
 from .conftest import make, talk
@@ -29,6 +30,13 @@ LINES = {
     "NUL": (GOOD.encode()[:30] + b"\0" + GOOD.encode()[30:], "NUL character"),
     "escaped NUL": (messages(USER, ("assistant", "a\0b")), "NUL character"),
     "half a surrogate pair": (messages(USER, ("assistant", "\ud83d")), "broken Unicode"),
+    "a name twice": (
+        '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
+        "two values",
+    ),
+    "a column twice": ('{"messages": [], "x": 1, "messages": []}', "two values"),
+    "no number": (GOOD[:-1] + ', "score": NaN}', "bad JSON"),
+    "two objects": (GOOD + " " + GOOD, "bad JSON"),
     "a list": ("[1, 2]", "not an object"),
     "endless nesting": ("[" * 100_000, "bad JSON"),
     "endless number": ('{"messages": ' + "9" * 5000 + "}", "bad JSON"),
@@ -116,9 +124,24 @@ def test_byte_order_mark_is_no_mistake(here, smol):
         ("d.json", b'[{"text": "a"},\n {"text": "b" "c"}]', r"d\.json:2: row 2 \(line 2\)"),
         ("d.json", b'[{"text": "\xf6"}]', r"d\.json:1: not UTF-8"),
         ("d.json", b'"text"', "neither a list of rows nor"),
+        ("d.json", b'[{"text": "a"}]\n\n[{"text": "b"}]', "line 3: more follows the list"),
+        ("d.json", b'[{"text": "a"}]' + b" " * (1 << 18) + b"x", "more follows the list"),
+        ("d.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}', r"d\.json:1: an object over"),
+        ("d.json", b'{"data": [\n {"text": "a"}\n]}', r"jq -c '\.data\[\]' d\.json"),
+        ("d.json", b'{"version": 1, "data": [{"text": "a"}]}', "around a list of rows"),
         ("d.parquet", b"PAR1 nonsense", r"d\.parquet:1: not a readable parquet"),
         ("d.xlsx", b"x", "is a Hub data set|not a known kind"),
         ("d.csv", b"a,b\n1,2\n", "no format fits the columns a, b"),
+        ("d.csv", b"prompt,completion\n", "has no rows"),
+        (
+            "d.csv",
+            b"text, id ,text\na,b,c\n",
+            r"d\.csv:1: two columns are called 'text', number 1 and 3",
+        ),
+        ("d.csv", b"\n\ntext,text\na,b\n", r"d\.csv:3: two columns"),
+        ("d.csv", b"prompt;completion\na;b\n", "one column with semicolons, not commas"),
+        ("d.csv", b"prompt\tcompletion\na\tb\n", "one column with tabs, not commas"),
+        ("d.tsv", b"prompt,completion\na,b\n", "one column with commas, not tabs"),
     ],
 )
 def test_file_is_named(here, base, name, content, said):
@@ -163,3 +186,70 @@ def test_csv_rows_are_named_by_line(here, base):
         (6, "null"),
     ]
     assert record["rows"]["kept"] == 2 == len(train)
+
+
+def rejected() -> list[tuple[int, str]]:
+    """Line and reason of every row of the newest preparation that cannot be used."""
+    newest = max(Path("cache").glob("*/rejected.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    lines = newest.read_text().splitlines()
+    return [(line["row"], line["reason"]) for line in map(json.loads, lines)]
+
+
+HEADER = b"prompt,completion\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "reasons"),
+    [
+        # a quote that is never closed costs its line alone, wherever it stands
+        (b'a,"b\nc,d\ne,f\n', 2, [(2, "bad quotes")]),
+        (b'a,b\nc,d\n"e,f\n', 2, [(4, "bad quotes")]),
+        (b'a,"b\nc,d\n' + b"e,f\n" * 5000, 5001, [(2, "bad quotes")]),
+        (b'a,"b" c\nd,e\n', 1, [(2, "bad quotes")]),
+        (b'a,"b\nc,"d"\ne,f\n', 2, [(2, "bad quotes")]),
+        # two readings: a field of three lines, or three rows
+        (b'a,"b\nc,d\ne,f"\ng,h\n', 1, [(n, "unclear quotes") for n in (2, 3, 4)]),
+        (b'a,"Oh, b\nc,d, e\ne,f"\ng,h\n', 1, [(n, "unclear quotes") for n in (2, 3, 4)]),
+        # one reading: as RFC 4180 has it
+        (b'a,"b\n\nc"\nd,e\n', 2, []),
+        (b'a,"Roses are red,\nviolets, as we know, are not,\n"\nd,e\n', 2, []),
+        (b'a,"say ""x,y""\nand u,v to ""me"""\nd,e\n', 2, []),
+        (b'"a, b\nc, d",e\nf,g\n', 2, []),
+        # a row that is none
+        (b"a,b\nprompt,completion\nc,d\n", 2, [(3, "the header again")]),
+        (b'a,"b\nc",d\ne,f\n', 1, [(2, "wrong number of fields")]),
+        (b"a,b\n\n\nc\nd,e\n", 2, [(5, "wrong number of fields")]),
+    ],
+)
+def test_a_stray_quote_swallows_no_rows(here, base, rows, kept, reasons):
+    for name, end in (("d.csv", b"\n"), ("e.csv", b"\r\n"), ("f.csv", b"\r")):
+        Path(name).write_bytes((HEADER + rows).replace(b"\n", end))
+        record = make(base, f"./{name}", template="chatml")[0]["rows"]
+        assert (record["kept"], rejected()) == (kept, reasons)
+        assert record["read"] == kept + len(reasons)
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts"),
+    [
+        (b'a\t"Oh, b\nc\td\ne\tf"\n', ['"Oh, b', "d", 'f"']),  # without quotes
+        (b'a\t"b\nc\td\n', ['"b', "d"]),
+        (b'a\t"b" c\nd\te\n', ['"b" c', "e"]),
+        (b'a\t"b\tc"\nd\te\n', ["b\tc", "e"]),  # with quotes
+        (b'a\t"b\nc"\nd\te\n', ["b\nc", "e"]),
+        (b'a\t"b ""c"" d"\n', ['b "c" d']),
+    ],
+)
+def test_a_tsv_is_read_with_quotes_where_they_make_sense(here, rows, texts):
+    path = Path("d.tsv")
+    path.write_bytes(b"prompt\tcompletion\n" + rows)
+    file = File("d.tsv", "d.tsv", path, path.stat().st_size, "")
+    assert [parse(row.payload)["completion"] for row, _ in read(file)] == texts
+
+
+def test_a_column_without_a_name_is_said(here, base):
+    Path("d.csv").write_bytes(b",prompt,completion,\n0,a,b,\n1,c,d,\n")
+    said: list[str] = []
+    assert make(base, "./d.csv", template="chatml", said=said)[0]["rows"]["kept"] == 2
+    unused = "not used: column 1 without a name, column 4 without a name"
+    assert any(unused in line for line in said)

@@ -4,7 +4,8 @@ Quotes follow RFC 4180: a field may be quoted, and then hold delimiters and line
 must not swallow the rows behind it, so:
 
 - a quote that is not closed as it should be costs the line that it stands on and no other;
-- a .csv row over several lines, each of which is a row by itself, has two readings: it is refused;
+- a .csv row over several lines, most of which are rows by themselves, has two readings, and all of
+  them are refused;
 - in a .tsv, which is mostly written without quotes, the lines are then taken as they are, and so is
   a line that makes no sense with quotes.
 """
@@ -22,6 +23,7 @@ from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.row import MAX_LINE, File, Payload, Reading, Row, if_utf8, open_text
 from llmpipe.errors import UserError
 
+_DOUBLED = re.compile(r'[^,\t\r\n]""[^,\t\r\n]')  # as whoever quotes with care writes a quote
 NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
@@ -112,8 +114,8 @@ class _Records:
         self.delimiter = delimiter
         self.reader = csv.reader(self.lines, delimiter=delimiter, strict=True)
         self.refused: deque[tuple[int, str]] = deque()
-        # prose has a space or a line end behind a comma
-        self.between = re.compile(r"\t" if delimiter == "\t" else r",(?=\S)")
+        # prose has a space, a line end or the end of the field behind a comma
+        self.between = re.compile(r"\t" if delimiter == "\t" else r',(?!\s|"?\s*$)')
 
     def next(self, columns: int) -> tuple[int, str, list[str] | Rejected] | None:
         """The line that a row begins on, its text and its fields, or None behind the last one.
@@ -143,10 +145,12 @@ class _Records:
         return number, lines.taken[0], _two_readings()
 
     def _are_rows(self, columns: int) -> bool:
-        """Whether each line of a row would be one without its quotes."""
-        if columns < 2:
+        """Whether most lines of a row would be one without its quotes, the first among them."""
+        lines = self.lines.taken
+        if columns < 2 or any(map(_DOUBLED.search, lines)):
             return False
-        return all(len(self.between.findall(line)) == columns - 1 for line in self.lines.taken)
+        first, *others = (len(self.between.findall(line)) == columns - 1 for line in lines)
+        return first and sum(others) * 2 > len(others)
 
     def _as_it_is(self, line: str, columns: int) -> list[str] | None:
         """The fields of a .tsv's line without quotes, where they are as many as they should be."""

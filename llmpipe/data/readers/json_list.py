@@ -14,13 +14,18 @@ from llmpipe.errors import UserError
 STEP = 1 << 18  # characters read at once
 _BETWEEN_ROWS = re.compile(r"[ \t\r\n,]*")
 _DECODER = json.JSONDecoder()
+_OPEN = re.compile(r'\{\s*("[^"]*"\s*:\s*([\[{]\s*)*)?')  # a first line that goes on in the next
+_LIST = re.compile(r'"([^"]*)"\s*:\s*\[\s*\{')
+_AROUND = {"data", "rows", "train", "test", "examples", "items", "instances", "records", "samples"}
 
 
 def read(file: File) -> Reading:
-    """Raises UserError where the list breaks off: what follows a mistake cannot be read."""
+    """Raises UserError where the list breaks off, as what follows a mistake cannot be read, where
+    more follows the list, and where the rows are inside of an object."""
     with open_text(file) as stream:
         beginning = stream.read(STEP).lstrip()
         if beginning.startswith("{"):
+            _refuse_one_object(file, beginning)
             yield from jsonl.read(file)
             return
         if not beginning.startswith("["):
@@ -30,6 +35,24 @@ def read(file: File) -> Reading:
         while (text := window.next_row()) is not None:
             payload = if_utf8(text, text.encode(errors="ignore"))
             yield Row(window.rows, payload), len(text)
+
+
+def _refuse_one_object(file: File, beginning: str) -> None:
+    """Raise UserError for an object over several lines, or around a list of rows."""
+    line, _, others = beginning.partition("\n")
+    around = _LIST.search(beginning)
+    if _OPEN.fullmatch(line.strip()) and others.strip():
+        problem = "an object over several lines"
+    elif not others.strip() and around and around[1] in _AROUND:
+        problem = "one object around a list of rows"
+    else:
+        return
+    name = file.path.name
+    hint = "a .json file holds [{...}, {...}] or one {...} per line"
+    hint += f"; jq -c . {name} > rows.jsonl writes the latter"
+    if around:
+        hint += f", and jq -c '.{around[1]}[]' {name} if its list '{around[1]}' holds the rows"
+    raise UserError(f"{file.shown}:1: {problem}", hint)
 
 
 @dataclass
@@ -52,6 +75,8 @@ class _Window:
             assert between is not None  # it matches nothing, too
             self.at = between.end()
             if self.text[self.at : self.at + 1] == "]":
+                self.at += 1
+                self._check_rest()
                 return None
             try:
                 end = self._end_of_row()
@@ -71,6 +96,16 @@ class _Window:
             raise json.JSONDecodeError("the file is cut off", self.text, self.at)
         _, end = _DECODER.raw_decode(self.text, self.at)
         return end
+
+    def _check_rest(self) -> None:
+        while not self.ended:
+            if rest := self.text[self.at :].lstrip():
+                line = self.line + self.text.count("\n", 0, len(self.text) - len(rest))
+                problem = f"{self.file.shown}: line {line}: more follows the list that ends before"
+                hint = f"it begins with {rest[:20]!r}; join the lists, or write one row per line"
+                raise UserError(problem, hint)
+            self.at = len(self.text)
+            self._slide()
 
     def _slide(self) -> None:
         """Drop what was read, and read on: more each time, for a row that is long."""
