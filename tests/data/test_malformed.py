@@ -217,7 +217,7 @@ HEADER = b"prompt,completion\n"
         (b'"a, b\nc, d",e\nf,g\n', 2, []),
         # a row that is none
         (b"a,b\nprompt,completion\nc,d\n", 2, [(3, "the header again")]),
-        (b'a,"b\nc",d\ne,f\n', 1, [(2, "wrong number of fields")]),
+        (b'a,"b\n\nc",d\ne,f\n', 1, [(2, "wrong number of fields")]),
         (b"a,b\n\n\nc\nd,e\n", 2, [(5, "wrong number of fields")]),
     ],
 )
