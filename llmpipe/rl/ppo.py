@@ -23,6 +23,7 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.load import set_up
+from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Algorithm, PPORecipe
 from llmpipe.rl import heldout, policy_gradient, state
@@ -106,6 +107,7 @@ class Loop:
         self.hardware = training.hardware
         self.say = training.say
         self.accelerator = world.accelerator
+        self.start = Start.of(training.model)
         self.prompts = Shuffled(training.train_rows(), self.recipe.seed, Use.ORDER)
         self.held_out = training.eval_rows()
         self._refuse_too_long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llmpipe.data.stream import Stream, counted
+from llmpipe.errors import NUMERIC, UserError
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
 from llmpipe.models.verify import Verified
@@ -23,8 +25,10 @@ def conclude(
 ) -> Made:
     """Publish what was trained; what the manifest says of it, with its `final` metrics.
 
-    Raises UserError (3) when what was saved is not what was trained; nothing is published then.
+    Raises UserError (3) when what was saved is not what was trained, and (4) when nothing was;
+    nothing is published then.
     """
+    _refuse_unmoved(trainer, training)
     writes, adapter = trainer.is_world_process_zero(), training.recipe.adapter
     facts = trainer.facts()
     result = Made(final, training=facts, hardware=training.hardware.describe())
@@ -45,6 +49,30 @@ def conclude(
     elif writes:
         _keep_what_was_seen(training)
     return result
+
+
+def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> None:
+    """Raise UserError (4), in every process, when not one weight is another than before."""
+    if trainer.start.moved(trainer.plain_model()):
+        return
+    steps, optim = trainer.facts()["steps"], training.recipe.optim
+    start = training.recipe.model or "the weights that were drawn"
+    lines = (training.artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    norms = [norm for line in lines if (norm := json.loads(line).get("grad_norm")) is not None]
+    if any(norms) or not norms:
+        reason = (
+            f"optim.learning_rate ({optim.learning_rate:g}) over {steps:,} steps is too small to "
+            "change a weight in fp32"
+        )
+        hint = "raise it, or train for more steps"
+    else:
+        reason = f"the gradients were 0 in all of {steps:,} steps"
+        hint = "nothing of what the rows teach reaches the weights; look at data and objective"
+    raise UserError(
+        f"not one weight moved, and what would be published equals {start}: {reason}",
+        f"{hint}; nothing was published, checkpoints are kept",
+        NUMERIC,
+    )
 
 
 def _publish(trainer: Trained, training: Training[sections.Training]) -> Verified:

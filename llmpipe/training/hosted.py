@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from llmpipe.errors import NUMERIC, Stopped, UserError
 from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
+from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.training import resume
@@ -55,6 +56,7 @@ class Durable(Trainer):
         for name, parameter in training.model.named_parameters():
             if name in weights:
                 parameter.data = weights[name].to(parameter.device)
+        self.start = Start.of(training.model)
 
         self.world = World(self.accelerator)
         self.metrics_log = MetricsLog(self.artifact.path / "metrics.jsonl", self.world, self.say)

@@ -18,6 +18,7 @@ from llmpipe.data.stream import Stream
 from llmpipe.errors import Say
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import Setup
+from llmpipe.models.moved import Start
 from llmpipe.recipe import sections
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
@@ -97,6 +98,8 @@ class Trained(Protocol):
 
     accelerator: Accelerator
     artifact: Artifact
+    start: Start
+    """The weights that learn, before the first step."""
     recipe: Any
     """The stage's own; where it generates it has `samples`."""
     say: Say
