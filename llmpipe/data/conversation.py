@@ -51,7 +51,7 @@ _CONTEXT = {"false": False, "0": False, "0.0": False, "none": False}
 
 _BEGINS_AS_JSON = re.compile(r"\s*\[?\s*\{")
 # as JSON, and as what Python or a second escaping makes of it
-_BEGINS_AS_TURNS = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?[\s,{"'\\](?:role|from)["'\\]*\s*:""")
+_BEGINS_AS_TURNS = re.compile(r"""\s*\[\s*\{.{0,400}?\b(?:role|from)\b["'\\]*\s*:""", re.DOTALL)
 
 
 def messages_of(values: Values, name: str) -> Messages:
