@@ -46,7 +46,8 @@ def key_of(
     fields["eval"]["sources"] = [origin.identity() for origin in evaluated]
     text = template.template_source(model, preparation.template)
     fields["template"] = [preparation.template == "auto", text]
-    key = digest([VERSION, seed, kind.name, fields, tokenizer.identity(model)])
+    made = [kind.name, *kind.settings]
+    key = digest([VERSION, seed, made, fields, tokenizer.identity(model)])
     return key, [*trained, *evaluated]
 
 

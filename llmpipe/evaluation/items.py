@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -28,18 +29,21 @@ def items_of(task: OnItems, pinned: dict[str, str]) -> list[Item]:
     items: list[Item] = []
     errors: list[str] = []
     for source in task.data:
-        for at, row in rows_of(source, task.shapes, task.task, pinned):
+        for at, row, others in rows_of(source, task.shapes, task.task, pinned):
             try:
                 if isinstance(row, Rejected):
                     raise row
                 asks = hash_of(question(row).encode())
-                items.append(task.item_of(row, Place(len(items), _portable(at), asks)))
+                place = Place(len(items), _portable(at), asks)
+                items.append(task.item_of(row, others, place))
             except Rejected as error:
                 errors.append(f"{at}: {error}")
     if errors:
         more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
         hint = "mend or remove these rows: every item has to be measured"
         raise UserError("\n".join(errors[:5]) + more, hint)
+    if not items:
+        raise UserError(f"tasks: {task.label}: has no items", "nothing would be measured")
     return items
 
 
@@ -54,8 +58,9 @@ def rows_of(
     purpose: str,
     pinned: dict[str, str],
     stream: bool = False,
-) -> Iterator[tuple[str, Example | Rejected]]:
-    """File and row, and the row itself, of every row of a source, which has one of `shapes`."""
+) -> Iterator[tuple[str, Example | Rejected, dict[str, Any]]]:
+    """File and row, the row itself, and its columns that its format does not use, of every row of a
+    source, which has one of `shapes`."""
     origin = sources.Origin(source, pinned, stream)
     origin.open(shapes)
     if origin.layout.shape not in shapes:
@@ -68,9 +73,10 @@ def rows_of(
             try:
                 row = sources.parse(payload)
                 missing.difference_update(row)
-                yield at, origin.layout.convert(row).example
+                converted = origin.layout.convert(row)
+                yield at, converted.example, converted.others
             except Rejected as error:
-                yield at, error
+                yield at, error, {}
     if missing:
         raise never_came(source.path, missing)
 

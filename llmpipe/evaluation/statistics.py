@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -109,14 +110,19 @@ def corpus_scores(
 
     def value(lines: list[Line]) -> float:
         answers = [line.shown["answers"][0] for line in lines]
-        references = [line.shown["reference"] for line in lines]
-        return float(library.corpus_score(answers, [references]).score)
+        references = [_listed(line.shown["reference"]) for line in lines]
+        streams = zip_longest(*references)  # the first one of each, the second one of each, ...
+        return float(library.corpus_score(answers, [list(stream) for stream in streams]).score)
 
     n = len(lines_of_models[0])
     rng = np.random.default_rng(seed)
     draws = [rng.integers(0, n, n) for _ in range(CORPUS_RESAMPLES)]
     drawn = [[value([lines[i] for i in draw]) for draw in draws] for lines in lines_of_models]
     return [value(lines) for lines in lines_of_models], np.array(drawn)
+
+
+def _listed(reference: str | list[str]) -> list[str]:
+    return reference if isinstance(reference, list) else [reference]
 
 
 def _estimates(

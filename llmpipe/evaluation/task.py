@@ -140,8 +140,8 @@ class OnItems(Task):
     stops the stage."""
 
     @abstractmethod
-    def item_of(self, row: Example, place: Place) -> Item:
-        """A row as an item. Raises Rejected."""
+    def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Item:
+        """A row, with its columns that its format does not use, as an item. Raises Rejected."""
 
     @abstractmethod
     def score_batch(self, model: Candidate, batch: list[Any], seed: int) -> list[Scored]:

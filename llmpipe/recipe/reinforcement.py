@@ -21,7 +21,7 @@ from llmpipe.recipe.sections import (
     Start,
     Training,
 )
-from llmpipe.scores import Verifier
+from llmpipe.scores.verifiers import Verifier
 
 
 class Reward(Section):
@@ -35,9 +35,12 @@ class Reward(Section):
     a row has, or None) and every column that is none of the format's, as keywords; returns a number
     for each. The file is part of the result's identity."""
     verifier: Verifier | None = None
-    """1 for an answer that is right by the row's own, else 0."""
+    """1 for an answer that is right by the row's own, or its column `answer`, else 0. Of a list any
+    is right; a row whose answer nothing can equal is rejected. exact_match, contains, json;
+    number: what it says, exactly (llmpipe/scores/numbers.py has what a number is); math_verify."""
     pattern: str | None = None
-    """The regular expression of `verifier: regex`."""
+    """The regular expression of `verifier: regex`, whose first match in an answer counts; with
+    groups, what the first that took part holds is compared."""
     weight: float = 1.0
     """What the source's score is multiplied by before scores are added."""
 

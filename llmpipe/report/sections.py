@@ -484,7 +484,9 @@ def _item_card(lines: dict[str, dict[str, Any]], most: int) -> Card:
     first = next(iter(lines.values()))
     answers = []
     if first.get("reference"):
-        answers.append(Answer("expected answer", clip(first["reference"], most)))
+        right = first["reference"]
+        right = " | ".join(right) if isinstance(right, list) else right
+        answers.append(Answer("expected answer", clip(right, most)))
     for model, line in lines.items():
         if "answers" in line:
             text = "\n\n".join(line["answers"])

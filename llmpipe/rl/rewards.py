@@ -30,7 +30,8 @@ from llmpipe.rl.actors import Actors
 from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.job import Job
-from llmpipe.scores import VERIFIERS, Verifier, score
+from llmpipe.scores import score
+from llmpipe.scores.verifiers import Verifier
 
 Row = dict[str, Any]  # a prompt as Encoder.prompt makes it: `prompt`, `reference`, `columns`
 Score = Callable[[list[Row], list[str]], list[Any]]  # a number for each response, if all is well
@@ -243,19 +244,13 @@ def _where(error: Exception, path: str) -> str:
 
 
 def _of_verifier(kind: Verifier, pattern: str | None) -> Score:
-    """1 for a response that is right by the row's own answer, else 0."""
-    compares = VERIFIERS[kind].needs_reference(pattern)
+    """1 for a response that is right by one of the row's answers, else 0.
+
+    Rows are prepared with the verifiers of the recipe: see `llmpipe.data.references`.
+    """
 
     def scores(rows: list[Row], responses: list[str]) -> list[float]:
-        return [_verified(*pair) for pair in zip(rows, responses, strict=True)]
-
-    def _verified(row: Row, response: str) -> float:
-        right = row["reference"] or row["columns"].get("answer")
-        if compares and (right is None or not str(right).strip()):
-            raise UserError(
-                f"reward: verifier {kind}: no right answer beside {_shortened(row['prompt'])!r}",
-                "give the rows a column `answer`, or an answer as sft has it",
-            )
-        return score(kind, response, None if right is None else str(right), pattern)[kind]
+        pairs = zip(rows, responses, strict=True)
+        return [score(kind, response, row["right"], pattern)[kind] for row, response in pairs]
 
     return scores

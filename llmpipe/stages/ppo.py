@@ -17,7 +17,8 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import UserError
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Rows
-from llmpipe.scores import VERIFIERS
+from llmpipe.scores.references import Comparison
+from llmpipe.scores.verifiers import VERIFIERS
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
@@ -87,16 +88,20 @@ class Schema(PPORecipe):
 
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Prompts -> tokens, once it is clear that what scores answers is there."""
-    from llmpipe.data.kinds.prompts import PROMPTS
+    from llmpipe.data.kinds.prompts import compared
     from llmpipe.data.kinds.rows import ROWS
     from llmpipe.run.handoff import tokenized, tokens
 
     recipe = job.recipe
+    comparisons = []
     for source in recipe.reward:
         package = VERIFIERS[source.verifier].package if source.verifier else None
+        if source.verifier:
+            comparisons.append(Comparison(source.verifier, source.pattern))
         if package and not find_spec(package):
             raise UserError(f"reward: {package} is not installed", "pip install 'llmpipe[eval]'")
-    prepared = tokens(job, PROMPTS)
+    by_verifiers_alone = len(comparisons) == len(recipe.reward)
+    prepared = tokens(job, compared(comparisons, all_read=by_verifiers_alone))
     if recipe.mixture:
         mixed = tokenized(job, recipe.mixture.data(recipe.data), ROWS)
         prepared = prepared.model_copy(update={"mixture": mixed})

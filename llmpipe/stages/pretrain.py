@@ -218,7 +218,7 @@ def _texts(job: Job[Schema]) -> Iterator[str]:
 
     data, content = job.recipe.data, job.plan.content
     for source in data.train:
-        for _, row in rows_of(source, (Document,), "pretrain", content, data.stream):
+        for _, row, _ in rows_of(source, (Document,), "pretrain", content, data.stream):
             if isinstance(row, Document):
                 yield row.text
 

@@ -26,6 +26,11 @@ PAIRS = [
         "rejected": "A mountain of old rope.",
     },
 ]
+SUMS = [
+    {"prompt": "2 + 2 =", "answer": "4"},
+    {"prompt": [{"role": "user", "content": "What is a half?"}], "answer": ["0.5", "$1/2$"]},
+    {"prompt": "1000 + 234 =", "answer": "1,234"},
+]
 CHOICES = [
     {
         "question": "What colour is grass?",
@@ -105,18 +110,15 @@ def tasks(run):
             "task": "generate",
             "data": ROWS,
             "max_new_tokens": 12,
-            "pattern": "(Blue)",
-            "score": [
-                "exact_match",
-                "contains",
-                "regex",
-                "number",
-                "math_verify",
-                "json",
-                "rouge",
-                "bleu",
-                "chrf",
-            ],
+            "pattern": "(.+)",
+            "score": ["exact_match", "contains", "regex", "json", "rouge", "bleu", "chrf"],
+        },
+        {
+            "name": "sums",
+            "task": "generate",
+            "data": jsonl(run.parent / "sums.jsonl", SUMS),
+            "max_new_tokens": 4,
+            "score": ["number", "math_verify"],
         },
         {"task": "choice", "data": jsonl(run.parent / "choices.jsonl", CHOICES)},
         {"task": "preference", "data": jsonl(run.parent / "pairs.jsonl", PAIRS)},
@@ -239,8 +241,14 @@ def test_scores_are_those_of_their_libraries(evaluated):
         assert metrics[name]["sft"]["value"] == pytest.approx(sum(values) / len(values), abs=1e-12)
     exact = sum(s.strip() == w for s, w in zip(said, wanted, strict=True)) / len(own)
     assert metrics["exact_match"]["sft"]["value"] == exact
-    right = sum(verify(parse(w), parse(s)) for s, w in zip(said, wanted, strict=True)) / len(own)
-    assert metrics["math_verify"]["sft"]["value"] == right
+    metrics = results(evaluated)["tasks"]["sums"]["metrics"]
+    own = [x for x in lines(evaluated) if x["task"] == "sums" and x["model"] == "sft"]
+    assert [x["reference"] for x in own] == [row["answer"] for row in SUMS]
+    right = [
+        any(verify(parse(reference), parse(x["answers"][0])) for reference in row["answer"])
+        for x, row in zip(own, SUMS, strict=True)
+    ]
+    assert metrics["math_verify"]["sft"]["value"] == sum(right) / len(SUMS)
 
 
 HARNESS = """\
@@ -485,7 +493,7 @@ def test_a_killed_evaluation_ends_as_an_unbroken_one(run, tasks, evaluated, tmp_
     for name in ("results.json", "samples.jsonl"):
         assert (again.path / name).read_text() == (evaluated.path / name).read_text()
     batches = int(trial.text().rpartition("batches scored: ")[2].split()[0])
-    assert batches == 2 * (1 + 9 + 9 + 1 + 1) - 3 - 1, "only what was missing is scored"
+    assert batches == 2 * (1 + 9 + 9 + 1 + 1 + 1) - 3 - 1, "only what was missing is scored"
 
 
 @pytest.mark.parametrize(

@@ -747,7 +747,7 @@ def test_a_verifier_reads_the_answer_beside_the_prompt(tmp_path):
     (tmp_path / "sums.jsonl").write_text(
         "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
     )
-    with pytest.raises(UserError, match="no right answer beside"):
+    with pytest.raises(UserError, match="no answer to compare with"):
         life.command(write(tmp_path / "bare", reward=[{"verifier": "number"}], **changes))
 
 

@@ -20,6 +20,9 @@ def example_of(values: Values) -> Conversation:
     output = text_column(values, "output")
     if more := optional_text(values, "input"):
         instruction = f"{instruction}\n\n{more}"
+    if isinstance(values["output"], list):
+        remedy = "any of several right answers is a column `answer` beside a column `prompt`"
+        raise Rejected("wrong type", f"output is a list, not text; for eval and ppo {remedy}")
     messages: Messages = []
     for question, answer in (*_history(values), (instruction, output)):
         messages.append({"role": "user", "content": text_of(question, "history")})

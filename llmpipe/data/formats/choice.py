@@ -49,10 +49,13 @@ def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
         if labels is _LETTERS and answer.isdecimal():  # an index, in a file of texts
             indices.add(int(answer))
     inside = [i for i in range(len(choices)) if i in indices]
-    if len(inside) > 1:
+    if len({choices[i].strip() for i in inside}) > 1:
         raise Rejected("bad answer", f"{shown} may be several of the choices; write its letter")
     if not inside or isinstance(answer, bool):
         raise Rejected("bad answer", f"{shown} is none of the {len(choices)} choices")
+    right = choices[inside[0]].strip()
+    if sum(choice.strip() == right for choice in choices) > 1:
+        raise Rejected("bad answer", f"two choices are {right[:40]!r}, the right one")
     return inside[0]
 
 

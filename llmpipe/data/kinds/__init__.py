@@ -74,5 +74,7 @@ class Kind:
     """How columns would be mapped to have what is lacking, as an example for the user."""
     learned: bool = True
     """Whether some of its tokens are learned."""
+    settings: tuple[Any, ...] = ()
+    """What a recipe says beside `data` of how rows become pieces, as JSON has it."""
     packing_field: str = "packing"
     """What `packing` is called in a recipe."""

@@ -2,13 +2,17 @@
 
     train.arrow   prompt_ids: list<int32>; row: string, JSON
 
-`row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, and
-its other `columns`, as the recipe calls them.
+`row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, its
+other `columns`, as the recipe calls them, and, where there are verifiers, `right`: the answers that
+they compare with, any of which is right.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +31,21 @@ from llmpipe.data.formats import (
 )
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
+from llmpipe.data.references import right_answers
+from llmpipe.scores.references import Comparison
 
 
-def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
+def encode(
+    encoder: Encoder,
+    example: Example,
+    others: dict[str, Any],
+    comparisons: Items[Comparison] = (),
+    all_read: bool = False,
+) -> Encoded:
     """A row that asks something -> its tokens up to where an answer begins, and the row, as JSON
-    in UTF-8. Raises Rejected."""
+    in UTF-8. Raises Rejected, also for what no answer can equal by the `comparisons`."""
     prompt, reference = prompt_and_reference(example)
+    right = right_answers(reference, others, comparisons, all_read=all_read and not reference)
     tools = None if isinstance(example, Document | Completion) else example.tools
     ids = encoder.prompt(prompt, tools)
     if len(ids) > encoder.max_length:
@@ -41,6 +54,8 @@ def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encode
     if not ids:
         raise Rejected("empty text", "the prompt has no token")
     row = {"prompt": prompt, "tools": tools, "reference": reference, "columns": others}
+    if comparisons:
+        row["right"] = right
     text = json.dumps(row, default=str).encode()
     return Encoded([(np.array(ids, np.int32), np.frombuffer(text, np.uint8))])
 
@@ -78,3 +93,13 @@ PROMPTS = Kind(
     learned=False,
     keeps_others=True,
 )
+
+
+def compared(comparisons: Items[Comparison], *, all_read: bool) -> Kind:
+    """PROMPTS whose right answers are those that verifiers can give more than 0 for.
+
+    `all_read`: nothing else reads the column `answer`, so that one which no verifier reads is a
+    mistake.
+    """
+    check = partial(encode, comparisons=tuple(comparisons), all_read=all_read)
+    return replace(PROMPTS, encode=check, settings=(*comparisons, all_read))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, MultipleChoice
@@ -33,7 +33,7 @@ class Choice(OnItems):
     """`auto`: the question as a user's turn, the choice as the answer; `none`: question, space,
     choice."""
 
-    def item_of(self, row: Example, place: Place) -> Question:
+    def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Question:
         assert isinstance(row, MultipleChoice)  # as its format has it
         return Question(
             **place._asdict(),

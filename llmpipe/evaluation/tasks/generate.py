@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from hashlib import sha256
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,32 +15,42 @@ from llmpipe.data.formats import (
     Conversation,
     Example,
     Preference,
-    Rejected,
     prompt_and_reference,
 )
+from llmpipe.data.references import right_answers
 from llmpipe.evaluation.book import Score, Scored
 from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_of
 from llmpipe.recipe.sections import Positive
-from llmpipe.scores import VERIFIERS, Verifier, pass_at, score
+from llmpipe.scores import pass_at, score
+from llmpipe.scores.references import Comparison
+from llmpipe.scores.verifiers import VERIFIERS
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
 
 CORPUS = {"bleu", "chrf"}  # scores of all answers at once
 
-# with a reference
-COMPARED = {name for name, check in VERIFIERS.items() if check.compares} | {"rouge", *CORPUS}
-
 PACKAGES = {name: check.package for name, check in VERIFIERS.items() if check.package}
 PACKAGES |= {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 
+if TYPE_CHECKING:
+    ScoreName = str
+else:
+    ScoreName = Literal[(*VERIFIERS, "rouge", "bleu", "chrf")]
+
 
 class Prompt(Item):
-    """What is asked, and the answer to compare with."""
+    """What is asked, and the answer to compare with, or several of which any is right."""
 
     ask: Ask
-    reference: str | None = None
+    reference: str | list[str] | None = None
     tools: Tools = None
+
+    @property
+    def references(self) -> list[str]:
+        if isinstance(self.reference, list):
+            return self.reference
+        return [] if self.reference is None else [self.reference]
 
 
 class Generate(OnItems):
@@ -49,7 +59,8 @@ class Generate(OnItems):
 
     task: Literal["generate"]
     """Answers to prompts, compared with references. The reference is the last assistant turn of a
-    row."""
+    row, or what stands in a column `answer` beside a prompt: a text, or a list of which any is
+    right."""
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -62,18 +73,18 @@ class Generate(OnItems):
     """`auto`: the model's own chat template, the one it was trained with; `none`: prompts as bare
     text."""
 
-    score: Annotated[
-        list[Literal[Verifier, "rouge", "bleu", "chrf"]],
-        Field(min_length=1),
-    ]
-    """exact_match, contains, number (the last one in the answer), math_verify: against the
-    reference; regex: `pattern` in the answer, its group against the reference; json: parses; rouge,
-    bleu, chrf: the libraries' scores."""
+    score: Annotated[list[ScoreName], Field(min_length=1)]
+    """exact_match, contains, number (the one that the answer says, exactly: what a number is stands
+    in llmpipe/scores/numbers.py), math_verify: against the reference; regex: the first match of
+    `pattern` in the answer, its group against the reference; json: parses; rouge, bleu, chrf: the
+    libraries' scores, bleu and chrf of the first answer to a prompt. A row whose reference no
+    answer can equal is refused."""
     pattern: str | None = None
-    """What `regex` looks for; with a group, what it holds must equal the reference."""
+    """What `regex` looks for. With groups, what the first of them that took part in the match holds
+    must equal the reference."""
     samples: Positive = 1
     """Answers per prompt, for pass@k."""
-    pass_at: list[Positive] = [1]
+    pass_at: Annotated[list[Positive], Field(min_length=1)] = [1]
     """The k of pass@k, the chance that one of k answers is right: unbiased (Chen 2021, eq. 1)."""
 
     @model_validator(mode="after")
@@ -94,14 +105,14 @@ class Generate(OnItems):
     def packages(self) -> set[str]:
         return {PACKAGES[kind] for kind in self.score if kind in PACKAGES}
 
-    def item_of(self, row: Example, place: Place) -> Prompt:
+    def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Prompt:
         prompt, reference = prompt_and_reference(row)
-        if COMPARED & set(self.score) and not (reference or "").strip():
-            raise Rejected("no reference", "there is no answer to compare with")
+        comparisons = [Comparison(kind, self.pattern) for kind in self.score]
+        right = right_answers(reference, others, comparisons)
         return Prompt(
             **place._asdict(),
             ask=Ask.of(prompt, bare=self.template == "none" or _is_text(row)),
-            **({} if reference is None else {"reference": reference}),
+            **({"reference": right if len(right) > 1 else right[0]} if right else {}),
             **tools_of(row),
         )
 
@@ -123,19 +134,19 @@ class Generate(OnItems):
                 "answers": answers,
                 "ended": [response.ended for response in drawn],
             }
-            scores = self._scores(answers, item.reference)
+            scores = self._scores(answers, item.references)
             corpus = [kind for kind in self.score if kind in CORPUS]
             scored.append(Scored(shown, scores, corpus))
         return scored
 
-    def _scores(self, answers: list[str], reference: str | None) -> dict[str, Score]:
+    def _scores(self, answers: list[str], references: list[str]) -> dict[str, Score]:
         """Of the answers to one prompt: pass@k of what is right or wrong, else the mean."""
         each: list[dict[str, float]] = []
         for answer in answers:
             scores: dict[str, float] = {}
             for kind in self.score:
                 if kind not in CORPUS:
-                    scores |= score(kind, answer, reference, self.pattern)
+                    scores |= score(kind, answer, references, self.pattern)
             each.append(scores)
         if len(each) == 1:
             return dict(each[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,7 +78,7 @@ class Perplexity(OnItems):
             )
         return self
 
-    def item_of(self, row: Example, place: Place) -> Passage:
+    def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Passage:
         # `first` stands in the file only where it leaves something out
         fields = {name: value for name, value in vars(row).items() if name != "first" or value}
         return Passage(**place._asdict(), **fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmpipe.data import examples
 from llmpipe.data.examples import Tools
@@ -33,7 +33,7 @@ class Preference(OnItems):
     """Pairs: how often the chosen answer is ranked first, by a reward model's score, or by a
     policy's summed and mean log-probability."""
 
-    def item_of(self, row: Example, place: Place) -> Pair:
+    def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Pair:
         assert isinstance(row, examples.Preference)  # as its format has it
         return Pair(
             **place._asdict(),
