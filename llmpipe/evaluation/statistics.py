@@ -1,9 +1,14 @@
 """What a set of scores says: a number, its 95 % interval, and paired differences.
 
 A metric is a ratio of sums over items (a mean where every weight is 1), or a corpus score of all
-answers at once (BLEU, chrF). Shares of right answers get Wilson's interval (Wilson 1927),
-everything else the percentiles of a bootstrap over items (Efron 1979). Two models are compared on
-the same resampled items, so that what is hard for both cancels out.
+answers at once (BLEU, chrF). Two models are compared item by item, so that what is hard for both
+cancels out.
+
+shares      of right answers have Wilson's interval (Wilson 1927), and differences of shares the one
+            that fits McNemar's exact test (see `paired`), for any number of items
+all else    has the percentiles of a bootstrap over items (Efron 1979), of which two models share
+            the draws. Of fewer than LEAST_ITEMS there is no interval, and so no verdict; where the
+            models part on fewer than LEAST_PARTED, the interval of their difference holds zero
 """
 
 from __future__ import annotations
@@ -12,18 +17,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmpipe.evaluation import paired
 from llmpipe.evaluation.book import Line, Reported, Score
-from llmpipe.run.results import Cell, Cells
+from llmpipe.run.results import LEAST_ITEMS, Cell, Cells
 
 RESAMPLES = 2000
 
 CORPUS_RESAMPLES = 200  # each one scores every answer again
 
 Z95 = 1.959963984540054  # of the normal distribution
+
+LEAST_PARTED = 6
+"""Items on which two models have to part before a difference is shown. That all of five favour one
+model is a chance of 1 in 16 (a two-sided sign test), which a bootstrap does not see."""
 
 PERPLEXITY = "perplexity"  # the one metric that is the exponential of its ratio of sums
 
@@ -43,6 +53,16 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     """95 % interval of a resampled number."""
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(low), float(high)
+
+
+def bootstrapped(draws: np.ndarray, n: int) -> tuple[float, float]:
+    """95 % interval of a number that was resampled from `n` items.
+
+    NaN where these are too few, or where the number is not finite.
+    """
+    if n < LEAST_ITEMS or not np.isfinite(draws).all():
+        return math.nan, math.nan
+    return interval(draws)
 
 
 def resampled(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> np.ndarray:
@@ -92,7 +112,8 @@ def ratios_of_sums(
     draws = resampled(numerators, denominators, seed)
     values = (numerators.sum(1) / denominators.sum(1)).tolist()
     if metric == PERPLEXITY:
-        return [math.exp(value) for value in values], np.exp(draws)
+        with np.errstate(over="ignore"):  # to infinity
+            return np.exp(values).tolist(), np.exp(draws)
     return values, draws
 
 
@@ -144,16 +165,45 @@ def _estimates(
     return {model: estimates[model] for model in measured}
 
 
+def _scores(metric: str, estimate: Estimate) -> list[Score | None]:
+    return [(line.scores or {}).get(metric) for line in estimate.lines]
+
+
+def _is_share(scores: list[Score | None]) -> bool:
+    """Whether each item is right or wrong."""
+    return all(score in (0, 1) for score in scores)
+
+
 def _cell(metric: str, estimate: Estimate) -> Cell:
-    """A model's number; a share of right answers has Wilson's interval."""
+    """A model's number."""
     n = len(estimate.lines)
-    scores = [(line.scores or {}).get(metric) for line in estimate.lines]
-    is_share = all(score in (0, 1) for score in scores)
-    low, high = wilson(estimate.value * n, n) if is_share else interval(estimate.draws)
+    if _is_share(_scores(metric, estimate)):
+        low, high = wilson(estimate.value * n, n)
+    else:
+        low, high = bootstrapped(estimate.draws, n)
     return Cell(estimate.value, low, high, n)
 
 
-def _differences(estimates: dict[str, Estimate]) -> Cells:
+def _difference(metric: str, a: Estimate, b: Estimate) -> Cell:
+    """`b` less `a`, on the same items."""
+    n = len(b.lines)
+    pairs = list(zip(_answers(metric, b), _answers(metric, a), strict=True))
+    if _is_share(_scores(metric, a)) and _is_share(_scores(metric, b)):
+        low, high = paired.interval(pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0)), n)
+        return Cell(b.value - a.value, low, high, n)
+    with np.errstate(invalid="ignore"):  # of two that are infinite
+        low, high = bootstrapped(b.draws - a.draws, n)
+    if sum(mine != other for mine, other in pairs) < LEAST_PARTED:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Cell(b.value - a.value, low, high, n)
+
+
+def _answers(metric: str, estimate: Estimate) -> list[Any]:
+    """What a metric is made of, item by item: scores, or the answers of a corpus score."""
+    return [(line.scores or {}).get(metric, line.shown.get("answers")) for line in estimate.lines]
+
+
+def _differences(metric: str, estimates: dict[str, Estimate]) -> Cells:
     """Every model less every one before it, of those that were measured on the same items."""
     cells = {}
     models = list(estimates)
@@ -161,8 +211,7 @@ def _differences(estimates: dict[str, Estimate]) -> Cells:
         for other in models[:i]:
             b, a = estimates[model], estimates[other]
             if a.items == b.items:
-                low, high = interval(b.draws - a.draws)
-                cells[f"{model} - {other}"] = Cell(b.value - a.value, low, high, len(b.lines))
+                cells[f"{model} - {other}"] = _difference(metric, a, b)
     return cells
 
 
@@ -192,7 +241,7 @@ def measured(lines: list[Line], models: list[str], seed: int) -> Measured:
     for metric, estimator in estimators.items():
         estimates = _estimates(metric, lines_by_model, estimator, seed)
         metrics[metric] = {model: _cell(metric, of) for model, of in estimates.items()}
-        if cells := _differences(estimates):
+        if cells := _differences(metric, estimates):
             differences[metric] = cells
     for line in lines:
         for metric, number in (line.reported or {}).items():

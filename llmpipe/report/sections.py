@@ -416,7 +416,8 @@ def _metric(name: str, cells: Cells, are_differences: bool) -> Group:
     for label, cell in cells.items():
         value, a, b = (number(x, decimals, sign) for x in (cell.value, cell.low, cell.high))
         picture = charts.strip(cell, low, high)
-        row: list[Content] = [label, value, f"[{a}, {b}]", number(cell.n), picture]
+        bounds = f"[{a}, {b}]" if cell.has_interval else cell.lacks
+        row: list[Content] = [label, value, bounds, number(cell.n), picture]
         if are_differences:
             row.append("differs" if cell.differs else "not shown to differ")
         rows.append(row)

@@ -92,10 +92,12 @@ def measurements(results: Results) -> list[str]:
         lines.append(f"  {name}: {task.task}{note}")
         for metric, cells in task.metrics.items():
             for label, cell in cells.items():
-                value = f"{cell.value:10.4f}  [{cell.low:.4f}, {cell.high:.4f}]  n={cell.n:,}"
+                bounds = f"[{cell.low:.4f}, {cell.high:.4f}]" if cell.has_interval else cell.lacks
+                value = f"{cell.value:10.4f}  {bounds}  n={cell.n:,}"
                 lines.append(f"    {metric:<16} {label:<14} {value}")
             for pair, cell in task.differences.get(metric, {}).items():
-                value = f"{cell.value:+10.4f}  [{cell.low:+.4f}, {cell.high:+.4f}]"
+                bounds = f"[{cell.low:+.4f}, {cell.high:+.4f}]" if cell.has_interval else cell.lacks
+                value = f"{cell.value:+10.4f}  {bounds}"
                 verdict = "  differs" if cell.differs else ""
                 lines.append(f"    {'':<16} {pair:<14} {value}{verdict}")
     return lines

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpipe.files import read_json, write_json
+
+LEAST_ITEMS = 20
+"""Items that an interval from a bootstrap takes. Of fewer it is too narrow, and of one it has no
+width; shares of right answers have intervals of another kind, for any number."""
 
 
 @dataclass(frozen=True)
@@ -15,14 +20,26 @@ class Cell:
 
     value: float
     low: float
+    """NaN, as `high`, where there is no interval."""
     high: float
     n: int
     """How many items it is over."""
 
     @property
+    def has_interval(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
     def differs(self) -> bool:
-        """Of a difference: whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """Of a difference: whether it has an interval, which leaves zero out."""
+        return self.has_interval and (self.low > 0 or self.high < 0)
+
+    @property
+    def lacks(self) -> str:
+        """Why it has no interval."""
+        if self.n < LEAST_ITEMS:
+            return f"no interval: {self.n} items are too few, {LEAST_ITEMS} are needed"
+        return "no interval"
 
 
 Cells = dict[str, Cell]  # by model, or by the pair of models that is compared
@@ -55,14 +72,30 @@ class TaskResults:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
+        values |= {name: _finite(values[name]) for name in ("metrics", "differences")}
         names = ("task", "n", "overlap", "metrics", "differences")
         return {name: values[name] for name in names if values[name] is not None}
 
 
 def _tables(values: dict[str, Any]) -> dict[str, Cells]:
     return {
-        metric: {label: Cell(**cell) for label, cell in cells.items()}
+        metric: {label: _cell(cell) for label, cell in cells.items()}
         for metric, cells in values.items()
+    }
+
+
+def _cell(values: dict[str, Any]) -> Cell:
+    return Cell(**{name: math.nan if value is None else value for name, value in values.items()})
+
+
+def _finite(tables: dict[str, Any]) -> dict[str, Any]:
+    """Tables of cells with null for what is no finite number, which JSON has none of."""
+    return {
+        metric: {
+            label: {name: v if math.isfinite(v) else None for name, v in cell.items()}
+            for label, cell in cells.items()
+        }
+        for metric, cells in tables.items()
     }
 
 

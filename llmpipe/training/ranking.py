@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
-from llmpipe.evaluation.statistics import RESAMPLES, interval, wilson
+from llmpipe.evaluation.statistics import RESAMPLES, bootstrapped, wilson
 from llmpipe.training.heldout import Batch, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.preferences import Pair, Preferences, real_pairs
@@ -116,7 +117,8 @@ class Ranking:
     accuracy_interval: tuple[float, float]
     margin: float
     """By how much, on average."""
-    margin_interval: tuple[float, float]
+    margin_interval: tuple[float, float] | None
+    """None of too few pairs."""
     calibration: list[Bucket]
     """Whether a larger margin is right more often."""
     reward_mean: float
@@ -139,13 +141,14 @@ def describe(scores: np.ndarray, seed: int, *, held_out: bool) -> Ranking:
     margins = scores[:, 0] - scores[:, 1]
     right = (margins > 0) + 0.5 * (margins == 0)
     resampled = np.random.default_rng(seed).choice(margins, (RESAMPLES, len(margins))).mean(1)
+    margin_interval = bootstrapped(resampled, len(margins))
     by_size = np.array_split(np.argsort(np.abs(margins)), BUCKETS)
     return Ranking(
         n=len(margins),
         accuracy=float(right.mean()),
         accuracy_interval=wilson(float(right.sum()), len(margins)),
         margin=float(margins.mean()),
-        margin_interval=interval(resampled),
+        margin_interval=margin_interval if math.isfinite(sum(margin_interval)) else None,
         calibration=[_bucket(margins[part], right[part]) for part in by_size if len(part)],
         reward_mean=float(scores.mean()),
         reward_std=float(scores.std()),
