@@ -85,7 +85,8 @@ def _tables(values: dict[str, Any]) -> dict[str, Cells]:
 
 
 def _cell(values: dict[str, Any]) -> Cell:
-    return Cell(**{name: math.nan if value is None else value for name, value in values.items()})
+    numbers = {name: math.nan if value is None else value for name, value in values.items()}
+    return Cell(numbers["value"], numbers["low"], numbers["high"], values["n"])
 
 
 def _finite(tables: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,12 @@ def encode(
         raise Rejected("too long", detail)
     if not ids:
         raise Rejected("empty text", "the prompt has no token")
-    row = {"prompt": prompt, "tools": tools, "reference": reference, "columns": others}
+    row: dict[str, Any] = {
+        "prompt": prompt,
+        "tools": tools,
+        "reference": reference,
+        "columns": others,
+    }
     if comparisons:
         row["right"] = right
     text = json.dumps(row, default=str).encode()
