@@ -8,6 +8,7 @@ no harm.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from llmpipe.data import template
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
+from llmpipe.data.template.rendering import any_of
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.recipe.sections import Preparation
 
@@ -98,40 +100,96 @@ class Encoder:
         eos = tokenizer.backend.token_to_id(encoding.text_eos)
         assert eos is not None  # `Choice` took it from this tokenizer
         self.eos = eos
+        self._special = re.compile(any_of(tokenizer.special_tokens()))
         self.max_length = encoding.preparation.max_length
         self.learn_all = encoding.preparation.learn_all
 
-    def conversation(self, messages: Messages, tools: Tools, first: int = 0) -> Rendered:
-        """A rendered conversation; its spans are the assistant's from message `first` on."""
+    def conversation(
+        self, messages: Messages, tools: Tools, first: int = 0, *, proven: bool = True
+    ) -> Rendered:
+        """A rendered conversation; its spans are the assistant's from message `first` on.
+
+        Unless `proven`, it holds what a model answered, whatever that is.
+        """
         renderer = self._renderer()
         with template.bounded():
-            text, spans = template.turns(renderer, messages, tools, first)
-        encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
-        return Rendered(encoding, spans)
+            reading = template.turns(renderer, messages, tools, first, proven=proven)
+        if proven:
+            self._check_texts(reading, messages, tools)
+        self.noted |= reading.notes
+        encoding = self.tokenizer.backend.encode(reading.text, add_special_tokens=False)
+        return Rendered(encoding, reading.spans)
 
     def prompt(self, prompt: str | Messages, tools: Tools) -> list[int]:
         """Tokens of a prompt, up to where an answer would begin."""
         if isinstance(prompt, str):
-            return [*self.bos, *self.tokenizer.ids(prompt)]
+            return [*self.bos, *self.text(prompt)]
         renderer = self._renderer()
         with template.bounded():
-            text, _ = renderer.render(template.clean(prompt), tools, True)
-        return self.tokenizer.ids(text)
+            reading = template.prompt(renderer, prompt, tools)
+        self._check_texts(reading, prompt, tools)
+        self.noted |= reading.notes
+        return self.tokenizer.ids(reading.text)
 
     def answered(
-        self, prompt: str | Messages, answer: str | Messages, tools: Tools = None
+        self,
+        prompt: str | Messages,
+        answer: str | Messages,
+        tools: Tools = None,
+        *,
+        proven: bool = True,
     ) -> list[int]:
         """Tokens of a prompt with an answer, to the end of its last turn.
 
-        Both are texts, or both are messages.
+        Both are texts, or both are messages. Unless `proven`, a model gave the answer.
         """
         if isinstance(prompt, str):
             assert isinstance(answer, str)
             text = prompt + answer.removesuffix(self.text_eos)
-            return [*self.bos, *self.tokenizer.ids(text), self.eos]
-        conversation = self.conversation([*prompt, *answer], tools, len(prompt))
+            return [*self.bos, *self.text(text), self.eos]
+        conversation = self.conversation([*prompt, *answer], tools, len(prompt), proven=proven)
         _, end = conversation.spans[-1]
         return conversation.ids[: conversation.behind(end)]
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a plain text. What is spelled like a token becomes it: people write templates
+        and the borders of documents by hand; but it is noted."""
+        if spelled := self._special.search(text):
+            self.noted.add(f"texts hold {spelled[0]}, which is read as that token")
+        return self.tokenizer.ids(text)
+
+    def _check_texts(self, reading: template.Reading, messages: Messages, tools: Tools) -> None:
+        """Refuse turns that hold what the tokenizer would read as the template's own words.
+
+        The assistant may write special tokens that the template leaves to it, such as Llama 3.1's
+        <|python_tag|>; that is noted. Tags of thinking in front of its answer are no part of these
+        texts. Tokens that are not special are words like others.
+        """
+        for turn, _, value in reading.texts:
+            spelled = isinstance(value, str) and self._special.search(value)
+            if not spelled:
+                continue
+            token = spelled[0]
+            if messages[turn]["role"] == "assistant" and not self._is_control(token, reading):
+                self.noted.add(f"the assistant's turns hold {token}, which is learned as a token")
+                continue
+            problem = f"turn {turn + 1} holds {token}, which the tokenizer reads as a token"
+            raise Rejected("text spells a special token", problem)
+        if tools and (spelled := self._special.search(repr(tools))):
+            problem = f"tools hold {spelled[0]}, which the tokenizer reads as a token"
+            raise Rejected("text spells a special token", problem)
+
+    def _is_control(self, token: str, reading: template.Reading) -> bool:
+        """Whether a token has a meaning in the frame of a conversation."""
+        if (
+            token in self.tokenizer.special.values()
+            or self.tokenizer.backend.token_to_id(token) in self.ends
+        ):
+            return True
+        written = sum(
+            text.value.count(token) for text in reading.texts if isinstance(text.value, str)
+        )
+        return reading.text.count(token) > written
 
     def _renderer(self) -> template.Template:
         if self.template is None:

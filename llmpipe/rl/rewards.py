@@ -172,7 +172,7 @@ def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
     turns = [{"role": "assistant", "content": response}]
     answer = response if isinstance(row["prompt"], str) else turns
     try:
-        return ranker.encoder.answered(row["prompt"], answer, row.get("tools"))
+        return ranker.encoder.answered(row["prompt"], answer, row.get("tools"), proven=False)
     except Rejected as error:
         problem = f"reward: {ranker.label}: {error}: {_shortened(row['prompt'])!r}"
         raise UserError(problem) from None

@@ -86,7 +86,7 @@ PHI = (
         (COHERE, CHAT, ["Hi you!<|end_says|><|end_turn|>", "Fine.\n<|end_says|><|end_turn|>"]),
         (QWEN3, THOUGHTS, ["Hi!<|im_end|>", "<think>\nhmm\n</think>\n\nFine.<|im_end|>"]),
         ("chatml", CALLS, [CALL_IN_CHATML + "<|im_end|>", "Yes.<|im_end|>"]),
-        ("chatml", talk("Hi", "\n\n<|im_start|>é你🙂"), ["\n\n<|im_start|>é你🙂<|im_end|>"]),
+        ("chatml", talk("Hi", "\n\n<im_start>é你🙂"), ["\n\n<im_start>é你🙂<|im_end|>"]),
     ],
 )
 @pytest.mark.parametrize("trims", [True, False])

@@ -2,7 +2,10 @@
 
 sandbox     where templates are compiled and rendered, within limits
 rendering   a compiled template, and what it makes of messages
-turns       the spans of the assistant's turns
+texts       what a conversation says, and sentinels that stand for it
+proof       that a template renders all of it, once for every shape of conversation
+spans       where the assistant's turns begin and end
+turns       a conversation's text, and which characters are learned
 ends        what ends a turn, learned from the template
 choice      the template of the recipe and the model's tokenizer, brought together
 
@@ -13,15 +16,18 @@ comes with the model and is as untrusted as the model: render only within `bound
 from llmpipe.data.template.choice import Choice, choose, template_source
 from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span, bounded
-from llmpipe.data.template.turns import shared_prefix, turns
+from llmpipe.data.template.spans import shared_prefix
+from llmpipe.data.template.turns import Reading, prompt, turns
 
 __all__ = [
     "Choice",
+    "Reading",
     "Span",
     "Template",
     "bounded",
     "choose",
     "clean",
+    "prompt",
     "shared_prefix",
     "template_source",
     "turns",

@@ -40,6 +40,8 @@ class Template:
         generation = environment.extensions[Generation.identifier]
         assert isinstance(generation, Generation)
         self._generation = generation
+        self.forms: dict[tuple[str, str, bool], Any] = {}
+        """What `turns` has proven of it, by shapes of conversations."""
         try:
             self._compiled = environment.from_string(text)
         except (SyntaxError, RecursionError, jinja2.TemplateSyntaxError) as error:

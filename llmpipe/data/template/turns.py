@@ -1,173 +1,136 @@
-"""Which characters of a rendered conversation the assistant spoke.
+"""A conversation as tokens will see it: its text, and which characters the assistant spoke.
 
-Spans of assistant turns come from `{% generation %}` markers where the template has them;
-otherwise from rendering the conversation up to each turn; and where a template rewrites earlier
-turns (Qwen3 drops their thinking) from marks put around every message. A span always runs to the
-end of its end-of-turn token, since a model that never sees that token as a target never learns to
-stop (transformers#48016), and never includes the whitespace after it.
+What a template does is proven once for every shape of conversation (see `proof`), on a stand-in. A
+row of that shape whose rendering is the stand-in's, but for its texts, has the same proof. Where it
+is not, since a template may read what a text says, the row is marked and stands in for itself.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
-from llmpipe.data.examples import Message, Messages, Tools, is_learned
+from llmpipe.data.examples import Messages, Tools, is_learned
 from llmpipe.data.formats import Rejected
+from llmpipe.data.template.proof import INCONSISTENT, Form, Standin, Turn, prove
 from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span
+from llmpipe.data.template.texts import (
+    MAX_SENTINELS,
+    Text,
+    marked,
+    marks_in,
+    rewritten,
+    sentinel,
+    sentinels_in,
+    ways,
+    without_marks,
+)
 
-INCONSISTENT = "template renders turns inconsistently"
-_SPACE = re.compile(r"\s*")
-# Characters for private use, which no text has, around a message's number.
-_BEGIN = "\ue000{}\ue001"
-_END = "\ue002{}\ue003"
-_MARK = re.compile("(\ue000|\ue002)(\\d+)(\ue001|\ue003)")
+MOST_FORMS = 4096  # kept of a template
+
+
+class Reading(NamedTuple):
+    """A rendered conversation."""
+
+    text: str
+    spans: list[Span]
+    """Characters [start, end) of each turn that is learned."""
+    texts: list[Text]
+    """What the conversation says."""
+    notes: set[str]
+    """Habits of the template that show in it."""
 
 
 def turns(
-    template: Template, messages: Messages, tools: Tools = None, first: int = 0
-) -> tuple[str, list[Span]]:
+    template: Template,
+    messages: Messages,
+    tools: Tools = None,
+    first: int = 0,
+    *,
+    proven: bool = True,
+) -> Reading:
     """Render a conversation; the spans of the assistant's turns that are learned.
 
-    These are the turns from message `first` on, less those of weight 0. Each span is (start, end)
-    in characters and ends behind the turn's end-of-turn token. Raises Rejected.
+    These are the turns from message `first` on, less those of weight 0. A span begins where the
+    prompt of inference ends, and ends behind the turn's end-of-turn token. Raises Rejected, and
+    unless `proven` not for what the template drops: an answer that a model gave is as it is.
     """
     messages = clean(messages)
-    text, marked = template.render(messages, tools)
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if template.has_markers and len(marked) == len(spoken):
-        spans = [_to_turn_end(template, text, span) for span in marked]
-    else:
-        conversation = _Conversation(template, text, messages, tools)
-        spans = [conversation.span(i) for i in spoken]
-    turn_at = dict(zip(spoken, spans, strict=True))
-    _check_nothing_is_dropped(text, messages, turn_at)
-    learned = [i for i in spoken if i >= first and is_learned(messages[i])]
-    return text, [turn_at[i] for i in learned]
+    learned = {i for i, m in enumerate(messages) if i >= first and is_learned(m)}
+    text, texts, form, every = _read(template, messages, tools, open_turn=False)
+    if proven:
+        _refuse(form.refusal)
+    notes = set(form.notes)
+    spans = []
+    for turn in every:
+        if turn.message in learned:
+            _refuse(turn.refusal)
+            notes.update(turn.notes)
+            spans.append(turn.span)
+    return Reading(text, spans, texts, notes)
 
 
-def _check_nothing_is_dropped(text: str, messages: Messages, turn_at: dict[int, Span]) -> None:
-    """What a template silently leaves out would teach something else than the row says."""
-    hint = "the chat template does not render {}; chatml does"
-    for i, (start, end) in turn_at.items():
-        calls = messages[i].get("tool_calls", ())
-        if any(call["function"]["name"] not in text[start:end] for call in calls):
-            raise Rejected("template drops tool calls", hint.format("them"))
-    system = messages[0]
-    if system["role"] == "system" and system["content"].strip() not in text:
-        raise Rejected("template drops the system turn", hint.format("it"))
+def prompt(template: Template, messages: Messages, tools: Tools = None) -> Reading:
+    """Render a conversation up to where an answer would begin. Raises Rejected."""
+    text, texts, form, _ = _read(template, clean(messages), tools, open_turn=True)
+    _refuse(form.refusal)
+    return Reading(text, [], texts, form.notes)
 
 
-def _to_turn_end(template: Template, text: str, span: Span) -> Span:
-    """Move the end of a span to just behind its end-of-turn token, if there is one."""
-    start, end = span
-    inside = [match.end() for match in template.end.finditer(text, start, end)]
-    if inside and not text[inside[-1] : end].strip():
-        return start, inside[-1]
-    space = _SPACE.match(text, end)
-    following = space and template.end.match(text, space.end())
-    return start, following.end() if following else end
+def _refuse(refusal: tuple[str, str] | None) -> None:
+    if refusal:
+        raise Rejected(*refusal)
 
 
-@dataclass
-class _Marks:
-    """Where the contents of messages begin and end in a text, by message, as far as is known."""
-
-    starts: dict[int, int] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """A conversation, rendered by a template without one `{% generation %}` around each turn."""
-
-    template: Template
-    text: str
-    messages: Messages
-    tools: Tools
-
-    def span(self, i: int) -> Span:
-        """The span of message i, an assistant's turn. Raises Rejected.
-
-        A template may refuse a conversation that stops early, or render it differently: then only
-        marks help.
-        """
-        prompt = self.template.attempt(self.messages[:i], self.tools, True) if i else None
-        start = len(prompt) if prompt is not None and self.text.startswith(prompt) else None
-        so_far = self._up_to(i)
-        if start is None or so_far is None or start >= len(so_far):
-            return self._span_by_marks(i, start, prompt)
-        ends = [match.end() for match in self.template.end.finditer(so_far, start)]
-        if ends:
-            return start, ends[-1]
-        return _to_turn_end(self.template, self.text, (start, len(so_far)))
-
-    def _up_to(self, i: int) -> str | None:
-        """The conversation up to and with message i, or None where that is no beginning of it."""
-        if i == len(self.messages) - 1:
-            return self.text
-        text = self.template.attempt(self.messages[: i + 1], self.tools)
-        return text if text is not None and self.text.startswith(text) else None
-
-    def _span_by_marks(self, i: int, start: int | None, prompt: str | None) -> Span:
-        """The span of message i, which begins at `start` where that is known."""
-        marks = self._marks
-        content_start = marks.starts.get(i)
-        content_end = marks.ends.get(i)
-        if start is None:
-            start = content_start
-        if start is None and prompt is not None:
-            # Thinking that is cut out of an earlier turn takes the first mark along, and the prompt
-            # may end with "<think>": the turn begins where the prompt and the conversation part.
-            start = shared_prefix(prompt, self.text)
-        if start is None:
-            raise Rejected(INCONSISTENT, f"message {i + 1} cannot be found again")
-        before = max((end for j, end in marks.ends.items() if j < i), default=0)
-        after = min((at for j, at in marks.starts.items() if j > i), default=len(self.text))
-        first_word = start if content_start is None else content_start
-        order = [before, start, first_word, content_end or start, after]
-        if order != sorted(order):
-            raise Rejected(INCONSISTENT, f"message {i + 1} cannot be found again")
-        end = self.template.end.search(self.text, content_end or start)
-        if not end or end.end() > after:
-            problem = f"message {i + 1} has no end-of-turn token"
-            raise Rejected("end of turn not supervised", problem)
-        return start, end.end()
-
-    @cached_property
-    def _marks(self) -> _Marks:
-        """Found by marking both ends of every content and rendering again. Raises Rejected."""
-        marked = [_with_marks(message, i) for i, message in enumerate(self.messages)]
-        rendered, _ = self.template.render(marked, self.tools)
-        marks = _Marks()
-        plain = ""
-        last = 0
-        for mark in _MARK.finditer(rendered):
-            plain += rendered[last : mark.start()]
-            last = mark.end()
-            places = marks.ends if mark[1] == _END[0] else marks.starts
-            if int(mark[2]) < len(self.messages):
-                places[int(mark[2])] = len(plain)
-        if plain + rendered[last:] != self.text:
-            raise Rejected(INCONSISTENT, "a turn changes with what surrounds it")
-        return marks
+def _read(
+    template: Template, messages: Messages, tools: Tools, open_turn: bool
+) -> tuple[str, list[Text], Form, list[Turn]]:
+    """A conversation's text, what it says, its proof, and the assistant's turns in the text."""
+    text, _ = template.render(messages, tools, open_turn)
+    standin, texts = rewritten(messages, sentinel)
+    form = _form_of_shape(template, standin, texts, tools, open_turn)
+    if form is not None:
+        places = form.places
+        shifts = form.shifts(text, lambda k: ways(texts[places[k].text].value))
+        if shifts is not None:
+            return text, texts, form, form.moved(shifts)
+    try:
+        form, every = _form_of_itself(template, text, messages, tools, open_turn)
+    except Rejected:
+        if form is not None:
+            _refuse(form.refusal)  # which says more
+        raise
+    return text, texts, form, every
 
 
-def _with_marks(message: Message, i: int) -> Message:
-    """Templates trim contents: the marks go inside the outer whitespace."""
-    content = message.get("content") or ""
-    core = content.strip()
-    if not core:
-        return message
-    marked = _BEGIN.format(i) + core + _END.format(i)
-    return {**message, "content": content.replace(core, marked, 1)}
+def _form_of_shape(
+    template: Template, standin: Messages, texts: list[Text], tools: Tools, open_turn: bool
+) -> Form | None:
+    """The form of every conversation of this shape; None where the template refuses a stand-in."""
+    if len(texts) > MAX_SENTINELS:
+        return None
+    key = (repr(standin), repr(tools), open_turn)
+    forms = template.forms
+    if key not in forms:
+        if len(forms) >= MOST_FORMS:
+            forms.clear()
+        stands = Standin(standin, texts, sentinels_in, set(range(len(texts))))
+        try:
+            forms[key] = prove(template, stands, tools, open_turn)
+        except Rejected:
+            forms[key] = None
+    form: Form | None = forms[key]
+    return form
 
 
-def shared_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences have in common from the start."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+def _form_of_itself(
+    template: Template, text: str, messages: Messages, tools: Tools, open_turn: bool
+) -> tuple[Form, list[Turn]]:
+    """The form of one conversation, and its turns in `text`. Raises Rejected."""
+    standin, texts = rewritten(messages, marked)
+    can_be_told = {i for i, it in enumerate(texts) if marked(i, it) != it.value}
+    form = prove(template, Standin(standin, texts, marks_in, can_be_told), tools, open_turn)
+    shifts = form.shifts(text, lambda k: [without_marks(form.written[k])])
+    if shifts is None:
+        raise Rejected(INCONSISTENT, "a turn changes with what surrounds it")
+    return form, form.moved(shifts)

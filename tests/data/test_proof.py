@@ -1,0 +1,428 @@
+"""What a row says is in its tokens, or the row is refused.
+
+Against every template that lies here: those of five families, the shipped ones, and TRL's.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llmpipe.data.formats import Rejected
+from llmpipe.data.template import Template, turns
+from llmpipe.data.template.proof import CUT, EMPTY_THOUGHT, NO_DETAILS, NO_NAMES, UNMARKED
+from llmpipe.data.template.shipped import shipped
+from llmpipe.data.template.spans import CUT_BEFORE, LATE, OPENS_THOUGHT, UNASKED
+
+HERE = Path(__file__).parent / "templates"
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>", "<|return|>", "<|end|>", "<turn|>"),
+    *("<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "<|eot|>", "<|endoftext|>", "<|call|>"),
+)
+FAMILIES = {path.stem: path.read_text() for path in sorted(HERE.glob("*.jinja"))}
+SHIPPED = {name: shipped(name) for name in ("chatml", "llama3", "alpaca")}
+
+
+def of_trl() -> dict[str, str]:
+    spec = find_spec("trl")
+    assert spec and spec.origin
+    folder = Path(spec.origin).parent / "chat_templates"
+    return {f"trl-{path.stem}": path.read_text() for path in sorted(folder.glob("*.jinja"))}
+
+
+def compiled(text: str, **kwargs) -> Template:
+    return Template(text, SPECIAL, kwargs, ENDS)
+
+
+def rendered(text: str, messages: list, tools=None, open_turn=False) -> str:
+    """As transformers renders it."""
+    texts, _ = render_jinja_template(
+        [copy.deepcopy(messages)],
+        tools=tools,
+        chat_template=text,
+        add_generation_prompt=open_turn,
+        **SPECIAL,
+    )
+    return texts[0]
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name: str, number: int = 0, /, **arguments) -> dict:
+    function = {"name": name, "arguments": arguments}
+    return {"type": "function", "function": function, "id": f"call{number:05}"}
+
+
+def result(text: str, number: int = 0, **more) -> dict:
+    return {"role": "tool", "content": text, "tool_call_id": f"call{number:05}", **more}
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells how warm it is.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "town": {"type": "string", "description": "Where to look."},
+                "unit": {"type": "string", "enum": ["celsius", "kelvin"]},
+            },
+            "required": ["town"],
+        },
+    },
+}
+
+
+def refused(text: str, messages: list, tools=None, first: int = 0) -> str:
+    with pytest.raises(Rejected) as error:
+        turns(compiled(text), messages, tools, first)
+    return str(error.value)
+
+
+def learned(text: str, messages: list, tools=None) -> list[str]:
+    reading = turns(compiled(text), messages, tools)
+    return [reading.text[start:end] for start, end in reading.spans]
+
+
+# --- what is dropped is named ---------------------------------------------------------------------
+
+THOUGHT = [user("2 + 3?"), assistant("5", reasoning_content="Two and three make five.")]
+CALLS = [
+    user("How old is the bridge?"),
+    assistant("Let me search for it.", tool_calls=[call("search", query="age of the bridge")]),
+    result("120 years"),
+    assistant("120 years."),
+]
+NO_TOOLS = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking(field):
+    row = [user("2 + 3?"), assistant("5", **{field: "Two and three make five."})]
+    assert "template drops the thinking: turn 2" in refused(NO_TOOLS, row)
+    assert learned(SHIPPED["chatml"], row) == [
+        "<think>\nTwo and three make five.\n</think>\n\n5<|im_end|>"
+    ]
+    for name in ("llama3", "alpaca"):
+        assert "template drops the thinking: turn 2" in refused(SHIPPED[name], row)
+
+
+def test_thinking_that_stands_elsewhere_too():
+    row = [user("Say hm"), assistant("hm", reasoning_content="hm")]
+    assert "template drops the thinking" in refused(NO_TOOLS, row)
+
+
+def test_a_call_whose_words_stand_in_the_text():
+    """Name, key and value are all there, and yet nothing is called."""
+    text = 'I search with query "age of the bridge".'
+    row = [CALLS[0], assistant(text, tool_calls=CALLS[1]["tool_calls"]), *CALLS[2:]]
+    assert "template drops tool calls: turn 2" in refused(NO_TOOLS, row)
+    assert "template drops tool calls: turn 2" in refused(NO_TOOLS, CALLS)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "c.function.name",
+        "c.function.name + c.function.arguments.keys() | join(',')",
+        "c.function.arguments | tojson",
+        "c.function.name + c.function.arguments.values() | join(',')",
+        "(c.function.name + c.function.arguments | tojson) if loop.first else ''",
+        "(c.function.name + (c.function.arguments | tojson)[:20])",
+    ],
+)
+def test_a_part_of_a_call(written):
+    text = (
+        "{% for m in messages %}{{ m.role + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ " + written + " }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    two = [call("search", query="a"), call("find", 1, name="b", many=3, deep={"x": [1.5, "y"]})]
+    row = [user("Go"), assistant("", tool_calls=two), result("1"), result("2", 1), assistant("So")]
+    assert "template drops tool calls: turn 2" in refused(text, row)
+
+
+def test_roles_that_are_skipped():
+    without = (
+        "{{% for m in messages if m.role != '{}' %}}{{{{ m.role + m.content }}}}{}{{% endfor %}}"
+    )
+    calls = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{{ eos_token }}"
+    assert "template drops tool results: turn 3" in refused(without.format("tool", calls), CALLS)
+    assert "template drops the user's turn: turn 1" in refused(without.format("user", calls), CALLS)
+    system = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Be kind. Hello")]
+    assert "template drops the system turn: turn 1" in refused(
+        without.format("system", calls), system
+    )
+
+
+def test_only_the_first_of_parallel_results():
+    text = (
+        "{% for m in messages %}{% if m.role != 'tool' or loop.previtem.role != 'tool' %}"
+        "{{ m.role + m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    both = [call("weather", town="Lima"), call("weather", 1, town="Rome")]
+    row = [user("Warm?"), assistant("", tool_calls=both), result("30"), result("30", 1)]
+    assert "template drops tool results: turn 4" in refused(text, [*row, assistant("Yes, 30.")])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "{{ tools[0].function.name }}",
+        "{{ tools[0].function.name + tools[0].function.description }}",
+        "{{ tools[0].function.name }}{{ tools[0].function.parameters | tojson }}",
+        "{% for t in tools %}{{ t.function.name + t.function.description }}"
+        "{{ t.function.parameters.properties.keys() | list }}{% endfor %}",
+    ],
+)
+def test_tools(written):
+    assert "template drops the tools" in refused(
+        written + NO_TOOLS,
+        [user("The weather in town?"), assistant("I need the tool weather.")],
+        [WEATHER],
+    )
+
+
+def test_details_of_tools_are_noted():
+    written = (
+        "{% for t in tools %}{{ t.function.name + t.function.description }}"
+        "{% for k, v in t.function.parameters.properties.items() %}{{ k + (v.description or '') }}"
+        "{% endfor %}{% endfor %}"
+    )
+    reading = turns(compiled(written + NO_TOOLS), [user("Hi"), assistant("Ho")], [WEATHER])
+    assert NO_DETAILS in reading.notes
+    whole = turns(compiled(SHIPPED["chatml"]), [user("Hi"), assistant("Ho")], [WEATHER])
+    assert NO_DETAILS not in whole.notes
+
+
+def test_names_of_turns_are_noted():
+    row = [{**user("Hi"), "name": "Ann"}, assistant("Ho")]
+    assert turns(compiled(SHIPPED["chatml"]), row).notes == {NO_NAMES}
+    named = "{% for m in messages %}{{ (m.name or m.role) + m.content + eos_token }}{% endfor %}"
+    assert turns(compiled(named), row).notes == set()
+
+
+def test_what_a_model_answered_is_not_held_against_the_template():
+    reading = turns(compiled(NO_TOOLS), THOUGHT, proven=False)
+    assert reading.text[slice(*reading.spans[0])] == "assistant5</s>"
+
+
+# --- habits ---------------------------------------------------------------------------------------
+
+
+def test_earlier_thinking_is_cut_and_noted():
+    row = [*THOUGHT, user("And 1?"), assistant("6", reasoning_content="One more.")]
+    reading = turns(compiled(FAMILIES["qwen"]), row)
+    assert CUT in reading.notes
+    spoken = [reading.text[start:end] for start, end in reading.spans]
+    assert spoken == ["5<|im_end|>", "<think>\nOne more.\n</think>\n\n6<|im_end|>"]
+    # between tags it is the same thought
+    tags = [user("2 + 3?"), assistant("<think>\nTwo and three make five.\n</think>\n\n5"), *row[2:]]
+    assert turns(compiled(FAMILIES["qwen"]), tags).text == reading.text
+    assert CUT in turns(compiled(FAMILIES["qwen"]), tags).notes
+
+
+def test_thinking_cut_from_every_turn_is_refused():
+    tags = [user("2 + 3?"), assistant("<think>\nTwo and three make five.\n</think>\n\n5")]
+    assert "template drops the thinking: turn 2" in refused(FAMILIES["deepseek"], tags)
+    more = [*tags, user("And 1?"), assistant("6")]
+    assert "template drops the thinking: turn 2" in refused(FAMILIES["deepseek"], more)
+
+
+def test_thinking_that_inference_would_show():
+    loop = [
+        user("Warm?"),
+        assistant("", tool_calls=[call("weather", town="Lima")], reasoning_content="I ask."),
+        result("30"),
+        assistant("Yes.", reasoning_content="30 is warm."),
+        user("Thanks"),
+        assistant("Welcome"),
+    ]
+    reading = turns(compiled(FAMILIES["qwen"]), loop, [WEATHER])
+    assert reading.notes == {CUT, CUT_BEFORE, EMPTY_THOUGHT}
+
+
+def test_prompt_that_opens_a_thought():
+    assert turns(compiled(FAMILIES["deepseek"]), [user("Hi"), assistant("Ho")]).notes == {
+        OPENS_THOUGHT
+    }
+
+
+def test_tools_before_the_last_question():
+    row = [
+        {"role": "system", "content": "Be kind."},
+        user("Hi"),
+        assistant("Ho"),
+        user("So"),
+        assistant("Yes"),
+    ]
+    assert turns(compiled(FAMILIES["mistral"]), row, [WEATHER]).notes == {LATE}
+    assert turns(compiled(FAMILIES["mistral"]), row[:3], [WEATHER]).notes == set()
+    # the last turn has them before it, and it alone is learned
+    assert turns(compiled(FAMILIES["mistral"]), row, [WEATHER], first=4).notes == set()
+
+
+def test_prefix_that_no_habit_explains():
+    text = (
+        "{{ messages | length }}" + NO_TOOLS + "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    row = [user("Hi"), assistant("Ho"), user("So"), assistant("Yes")]
+    assert "template renders turns inconsistently: turn 2" in refused(text, row)
+
+
+def test_template_that_refuses_what_stands_before_a_turn():
+    text = (
+        "{% if add_generation_prompt and messages | length > 1 %}"
+        "{{ raise_exception('no') }}{% endif %}"
+        + NO_TOOLS
+        + "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    row = [user("Hi"), assistant("Ho"), user("So"), assistant("Yes")]
+    assert turns(compiled(text), row).notes == {UNASKED}
+
+
+def test_markers_that_leave_something_out():
+    marked = (
+        "{% for m in messages %}{{ m.role }}{{ m.reasoning_content or '' }}"
+        "{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    assert "the thinking would not be learned" in refused(marked, THOUGHT)
+    last = marked.replace("{% if m.role", "{% if loop.last and m.role").replace(
+        "{{ m.content }}", "{{ m.content + eos_token }}"
+    )
+    reading = turns(compiled(last), [user("Hi"), assistant("Ho"), user("So"), assistant("Yes")])
+    assert reading.notes == {UNMARKED}
+    assert [reading.text[a:b] for a, b in reading.spans if a < b] == ["Yes</s>"]
+
+
+# --- of every template ----------------------------------------------------------------------------
+
+WORDS = 'rain Köln 你好 {x} "q" it\'s a\\b <b> 5 true None 🙂 &amp; line\nbreak'.split(" ")
+
+
+def random_row(rng: random.Random) -> tuple[list, list | None]:
+    def text() -> str:
+        words = " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+        return (
+            rng.choice(["", "", " ", "\n"])
+            + words
+            + f" {rng.randint(0, 9)}"
+            + rng.choice(["", " \n"])
+        )
+
+    def answer(**more) -> dict:
+        thought = rng.random()
+        if thought < 0.2:
+            return assistant(text(), reasoning_content=text(), **more)
+        return assistant(f"<think>\n{text()}\n</think>\n\n" * (thought > 0.85) + text(), **more)
+
+    tools = [WEATHER] if rng.random() < 0.4 else None
+    messages = [{"role": "system", "content": text()}] if rng.random() < 0.3 else []
+    for _ in range(rng.randint(1, 3)):
+        messages.append(user(text()))
+        if tools and rng.random() < 0.6:
+            count = rng.choice([1, 1, 2])
+            values = [
+                {"town": text(), "days": rng.choice([0, 3, -1.5, True, None, [text(), {"a": 1}]])}
+                for _ in range(count)
+            ]
+            messages.append(
+                answer(tool_calls=[call("weather", i, **v) for i, v in enumerate(values)])
+            )
+            if rng.random() < 0.5:
+                messages[-1]["content"] = ""
+            messages += [result(text(), i, name="weather") for i in range(count)]
+        messages.append(answer())
+    return messages, tools
+
+
+def texts_of(messages: list) -> list[tuple]:
+    """Paths to every text of a conversation."""
+    paths = []
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            for name, item in value.items():
+                if name not in ("role", "type", "id", "tool_call_id") and (name, path[2:]) != (
+                    "name",
+                    (),
+                ):
+                    walk(item, (*path, name))
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                walk(item, (*path, i))
+        elif isinstance(value, str) and value.strip():
+            paths.extend([path, (path[0], "thought")] if value.startswith("<think>") else [path])
+
+    walk(messages, ())
+    return paths
+
+
+def changed(messages: list, path: tuple) -> list:
+    """The conversation with one more word in one of its texts."""
+    messages = copy.deepcopy(messages)
+    *way, last = path
+    if last == "thought":
+        message = messages[way[0]]
+        message["content"] = message["content"].replace("<think>\n", "<think>\nchanged ", 1)
+        return messages
+    at = messages
+    for step in way:
+        at = at[step]
+    before, after = at[last].rsplit(" ", 1) if " " in at[last].strip() else ("", at[last])
+    at[last] = f"{before} changed {after}"
+    return messages
+
+
+EVERY = {**FAMILIES, **SHIPPED, **of_trl()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_accepted_is_rendered_and_what_is_dropped_is_refused(name):
+    """Checked by other means: whether transformers' rendering changes with a text."""
+    text = EVERY[name]
+    rng = random.Random(name)
+    template = compiled(text)
+    for _ in range(12):
+        messages, tools = random_row(rng)
+        try:
+            reading = turns(template, messages, tools)
+        except Rejected as error:
+            if not error.reason.startswith("template drops"):
+                continue
+            if error.reason == "template drops the tools":
+                assert "how warm it is" not in rendered(text, messages, tools)
+                continue
+            whole = rendered(text, messages, tools)
+            turn = int(error.detail.split()[1]) - 1
+            of_turn = [path for path in texts_of(messages) if path[0] == turn]
+            assert any(rendered(text, changed(messages, p), tools) == whole for p in of_turn)
+            continue
+        whole = rendered(text, messages, tools)
+        assert reading.text == whole
+        for path in texts_of(messages):
+            if rendered(text, changed(messages, path), tools) == whole:
+                assert CUT in reading.notes and path[-1] in ("reasoning_content", "thought"), path
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i, (start, end) in zip(spoken, reading.spans, strict=True):
+            prompt = rendered(text, messages[:i], tools, open_turn=True)
+            if reading.notes <= {CUT, EMPTY_THOUGHT, NO_DETAILS}:
+                assert whole[:start] == prompt
+            assert start < end and (i == spoken[-1] or end < len(whole))
