@@ -315,11 +315,38 @@ def _switch(layers: list[Any], adapter: str | None) -> None:
 def recompute(model: nn.Module, on: bool) -> None:
     """Whether the layers of a model that has activation checkpointing compute their activations
     again in the backward pass; transformers asks their training mode, and a model may have to be in
-    evaluation mode.
+    evaluation mode. Some layers (OPT's, Falcon's) ask it for their dropout, too, which stays off.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = on
+            if on and not hasattr(module, "asked_to_train"):
+                module.register_forward_pre_hook(_without_dropout)
+                module.register_forward_hook(_as_asked, always_call=True)
+
+
+def _without_dropout(layer: Any, _: Any) -> None:
+    layer.asked_to_train = layer.training
+    layer.training = False
+
+
+def _as_asked(layer: Any, *_: Any) -> None:
+    layer.training = layer.asked_to_train
+
+
+def without_dropout(model: nn.Module, but: str, recomputes: bool) -> None:
+    """Let nothing in a model that trains be dropped but in the modules whose names end in `but`.
+
+    TRL's `disable_dropout` reaches modules alone, not what a layer's own code drops. The model
+    itself still says that it trains, by which TRL tells training from evaluation.
+    """
+    training = model.training
+    model.eval()
+    recompute(model, recomputes and training)
+    for name, module in model.named_modules():
+        if name.endswith(but):
+            module.train(training)
+    model.training = training
 
 
 # --- noise ---
@@ -339,7 +366,7 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
 
 WARNINGS: list[tuple[str, type[Warning]]] = [
     # TRL still spells `gradient_checkpointing` as transformers used to: no act of the user's
-    ("`gradient_checkpointing` is deprecated", FutureWarning),
+    ("`gradient_checkpointing(_enable|_disable)?` is deprecated", FutureWarning),
     # and PEFT asks a model for it under its old name
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),
     # of experts held in one tensor PEFT looks for the ranks among the modules, though it has set

@@ -496,6 +496,70 @@ def test_canary_activation_checkpointing():
     assert modes == {True} and not model.training and not model.model.layers[0].mlp.training
 
 
+def dropping(kind):
+    """A tiny model whose layers drop activations in their own code."""
+    from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
+
+    torch.manual_seed(0)
+    if kind == "opt":
+        config = OPTConfig(
+            vocab_size=64,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            dropout=0.5,
+        )
+    else:
+        config = FalconConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            hidden_dropout=0.5,
+        )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["opt", "falcon"])
+def test_layers_that_recompute_drop_nothing(kind):
+    """As they would in training mode, and would again, otherwise, in the backward pass."""
+    model = dropping(kind).eval()
+    ids = torch.arange(12)[None]
+    plain = model(ids, labels=ids, use_cache=False)
+    plain.loss.backward()
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    upstream.recompute(model, True)
+    recomputed = model(ids, labels=ids, use_cache=False)
+    assert torch.equal(recomputed.logits, plain.logits)
+    recomputed.loss.backward()
+    for weight, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(weight.grad, gradient)
+    upstream.recompute(model, False)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("kind", ["opt", "falcon"])
+def test_a_model_that_trains_without_dropout(kind, recomputes):
+    model = dropping(kind)
+    ids = torch.arange(12)[None]
+    plain = model.eval()(ids, use_cache=False).logits
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    upstream.without_dropout(model, "lm_head", recomputes)
+    assert model.training and model.lm_head.training, "asked for"
+    assert torch.equal(model(ids, use_cache=False).logits, plain)
+    model.eval()
+    upstream.without_dropout(model, "lm_head", recomputes)
+    assert not any(module.training for module in model.modules())
+
+
 def test_supported_attention():
     class Model:
         _supports_sdpa = True

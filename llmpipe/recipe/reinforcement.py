@@ -108,6 +108,11 @@ class Rollout(Section):
     """Added to the score of an answer without an end token, mostly negative. A reward model reads
     such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 class Algorithm(Section):
     epochs: Positive = 4
@@ -155,6 +160,9 @@ class Mixture(Section):
 
 
 class Updates(Optim):
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the norm of the policy's gradient, and that of the critic's, to this; 0 does not
+    clip."""
     batch_size: Positive = 64
     """Answers per update, over all processes."""
     epochs: Annotated[float, Field(gt=0)] = 1.0

@@ -26,6 +26,7 @@ KNOWN = {
     "loss": ("loss", "nats per token"),
     "learning_rate": ("learning rate", ""),
     "grad_norm": ("gradient norm", ""),
+    "val/grad_norm": ("gradient norm of the critic", ""),
     "tokens_per_second": ("speed", "tokens/s"),
     "memory_gb": ("memory", "GB"),
 }
@@ -181,6 +182,9 @@ def trained(part: Part, scale: int) -> Trained:
         facts["seconds"] = None  # the duration says it
         facts["duration"] = duration_of(part.manifest["training"]["seconds"])
         facts["size"] = size_of(table_of(part.manifest["files"]))
+    rollout = part.known("asked", "recipe", "rollout")
+    if rollout and (rollout.get("top_k") or rollout.get("top_p", 1) != 1):
+        facts["KL"] = "of answers from a part of the distribution: above zero at the parent, too"
     undrawn = part.curves.undrawn
     return Trained(
         name=part.name,

@@ -22,7 +22,7 @@ from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience
-from llmpipe.rl.optimizer import Schedule, make_optimizer
+from llmpipe.rl.optimizer import Schedule, make_optimizer, of_critic
 from llmpipe.rl.packing import pack_episodes, pack_rows
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.seeds import Shuffled, Use, generator
@@ -54,15 +54,20 @@ class _Sums:
     metrics: Metrics = field(default_factory=dict)
     """Sums over tokens."""
     tokens: float = 0.0
-    gradient_norms: float = 0.0
+    norms: Metrics = field(default_factory=dict)
+    """Sums over optimizer steps, of gradients."""
     optimizer_steps: float = 0.0
 
-    def add(self, metrics: Metrics, tokens: float, gradient_norm: float) -> None:
-        for name, value in metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + value
+    def add(self, metrics: Metrics, tokens: float, norms: Metrics) -> None:
+        _add(self.metrics, metrics)
+        _add(self.norms, norms)
         self.tokens += tokens
-        self.gradient_norms += gradient_norm
         self.optimizer_steps += 1
+
+
+def _add(sums: Metrics, values: Metrics) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 class Learner:
@@ -83,13 +88,16 @@ class Learner:
         self.recipe = recipe
         self.hardware = hardware
         self.world = world
-        self.steps = steps
         self.pass_size = PassSize.of(recipe.launch, hardware)
         self.mixture: MixedRows | None = None
         if recipe.mixture and mixture is not None:
             rows = Shuffled(mixture, recipe.seed, Use.MIXTURE)
             self.mixture = MixedRows(recipe.mixture, rows)
         self.weights = actors.learned()
+        self.clipped = {
+            norm: [w for name, w in self.weights.items() if of_critic(name) == critic]
+            for norm, critic in (("grad_norm", False), ("val/grad_norm", True))
+        }
         self.optimizer = make_optimizer(actors, recipe)
         self.schedule = Schedule.of(self.optimizer, recipe, steps)
 
@@ -136,7 +144,7 @@ class Learner:
             loss += self.mixture.recipe.coefficient * means["loss/mixture"]
         return {
             "loss": loss,
-            "grad_norm": sums.gradient_norms / sums.optimizer_steps,
+            **{name: norm / sums.optimizer_steps for name, norm in sums.norms.items()},
             **means,
             "optimizer_steps": sums.optimizer_steps,
         }
@@ -210,16 +218,21 @@ class Learner:
             loss += float(part.detach())
         return loss
 
-    def _step(self, step: int, metrics: Metrics) -> float:
-        """Sum gradients over processes, check, clip, step; the gradient's norm."""
+    def _step(self, step: int, metrics: Metrics) -> Metrics:
+        """Sum gradients over processes, check, clip, step; the norms of the gradients.
+
+        The critic's is clipped by itself: rewards of any size would shorten the policy's steps.
+        """
         for name, value in metrics.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise not_finite(step, name, value)
         self.world.sum_gradients(self.weights.values())
         limit = self.recipe.optim.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), limit))
-        if not math.isfinite(norm):
-            raise not_finite(step, "gradient norm", norm)
+        norms = {}
+        for name, weights in self.clipped.items():
+            norms[name] = float(torch.nn.utils.clip_grad_norm_(weights, limit))
+            if not math.isfinite(norms[name]):
+                raise not_finite(step, name, norms[name])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norms

@@ -37,7 +37,7 @@ from llmpipe.rl.rollout import Episode
 from llmpipe.rl.sampling import Sampler
 from llmpipe.rl.seeds import Shuffled, Use
 from llmpipe.rl.tracking import accelerator
-from llmpipe.rl.watch import Metrics, RolloutSums, not_finite, warn
+from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Made
@@ -129,6 +129,8 @@ class Loop:
             f"update: {self.recipe.optim.batch_size} episodes, "
             f"in passes of up to {self.learner.pass_size.words} a process"
         )
+        if self.recipe.rollout.is_partial:
+            self.say(PARTIAL)
         self.resumes = False
         self.exact = True
         self._go_on_from_checkpoint()
@@ -162,6 +164,8 @@ class Loop:
         signals.deferred = False
         self.journal.close()
         self.world.wait()
+        if self.recipe.mixture is None:
+            self.state.sameness.refuse()
         return self._final()
 
     def update(self) -> Metrics:
@@ -212,6 +216,10 @@ class Loop:
         measured = measure(self.actors, episodes, self.learner.pass_size, self.hardware)
         mask = measured.mask
         raw_scores = scores + recipe.rollout.unfinished * (1 - measured.ended)
+        self.state.sameness.add(
+            -self.world.greatest(-float(raw_scores.min())),
+            self.world.greatest(float(raw_scores.max())),
+        )
         shaped = _shaped(raw_scores, algorithm, self.state.moments, self.world)
         estimates = policy_gradient.kl_penalty(
             measured.log_probs, measured.reference, recipe.reference.estimator
@@ -275,6 +283,8 @@ class Loop:
         self.state.first = self.state.first or metrics
         target = self.recipe.reference.target
         warn(metrics, self.state.first, target, self.state.warned, self.say)
+        if self.state.sameness.updates == TELLING:
+            self.say(f"warning: {self.state.sameness.shown}: there is nothing to learn from")
 
     # --- checkpoints ---
 

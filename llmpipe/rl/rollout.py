@@ -135,14 +135,13 @@ def draw(
             if tokens is None:
                 break
             batch.advance(tokens)
-    limited = bool(rollout.top_k) or rollout.top_p < 1
     return [
         Episode(
             prompt,
             draft.tokens,
             draft.tokens[-1] in end_tokens,
             torch.tensor(draft.log_probs),
-            draft.allowed if limited else None,
+            draft.allowed if rollout.is_partial else None,
         )
         for prompt, draft in zip(prompts, drafts, strict=True)
     ]

@@ -19,14 +19,12 @@ from llmpipe.recipe.reinforcement import KL
 from llmpipe.record import Record
 from llmpipe.rl.learner import Learner
 from llmpipe.rl.policy_gradient import Coefficient, Moments
-from llmpipe.rl.watch import Metrics
+from llmpipe.rl.watch import Metrics, Sameness
 from llmpipe.run import checkpoints
-from llmpipe.training.schedule import warmup_steps
 
 LEARNED = "learned.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 VERSION = 3  # of what goes on from a checkpoint: another one would go on otherwise
-WARMED_UP_FROM_ZERO = 2  # the one that differs within the warm-up alone
 
 
 @dataclass
@@ -46,6 +44,8 @@ class State:
     """Metrics of the first update, to warn of drift."""
     warned: list[str] = field(default_factory=list)
     """What was warned of."""
+    sameness: Sameness = field(default_factory=Sameness)
+    """Of the scores so far."""
 
     @classmethod
     def begin(cls, kl: KL) -> State:
@@ -62,6 +62,7 @@ class StateRecord(Record):
     pending: bool
     first: dict[str, float]
     warned: list[str]
+    sameness: Sameness
     seconds: float
     """That the training took so far."""
     bytes: list[int]
@@ -80,6 +81,7 @@ def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> 
         pending=state.evaluation_due,
         first=state.first,
         warned=state.warned,
+        sameness=state.sameness,
         seconds=seconds,
         bytes=sizes,
         optimizer=without_tensors(learner.optimizer.state_dict()["state"]),
@@ -100,12 +102,10 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     Raises UserError (3) when another version of llmpipe wrote it, which went on otherwise.
     """
     values = read_json(folder / checkpoints.STATE)
-    step = checkpoints.step_of(folder)
-    warmup = warmup_steps(learner.recipe.optim.warmup, learner.steps)
-    if not _goes_on_alike(values.get("version"), step, warmup):
+    if values.get("version") != VERSION:
         raise UserError(
-            f"{folder}: was written by a version of llmpipe with other learning rates "
-            "or random numbers: it cannot be gone on from bit by bit",
+            f"{folder}: was written by a version of llmpipe with other learning rates, "
+            "clipping or random numbers: it cannot be gone on from bit by bit",
             "finish it with that version, or begin anew: --fresh moves what is there aside",
             INTEGRITY,
         )
@@ -115,19 +115,15 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))
     by_number = {int(number): moments for number, moments in optimizer.items()}
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
-    state.step = step
+    state.step = checkpoints.step_of(folder)
     state.tokens = kept.tokens
     state.coefficient.value = kept.coefficient
     state.moments = kept.moments
     state.evaluation_due = kept.pending
     state.first = kept.first
     state.warned = kept.warned
+    state.sameness = kept.sameness
     return kept
-
-
-def _goes_on_alike(version: int | None, step: int, warmup: int) -> bool:
-    """Whether what this version makes of a checkpoint at `step` is what its writer would have."""
-    return version == VERSION or (version == WARMED_UP_FROM_ZERO and step >= warmup)
 
 
 def without_tensors(value: Any, path: str = "") -> Any:

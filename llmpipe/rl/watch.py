@@ -12,6 +12,8 @@ from llmpipe.rl.experience import Measured
 
 Metrics = dict[str, float]  # by the name that metrics.jsonl has
 
+TELLING = 10  # updates of one score alone that are no accident
+
 
 def not_finite(step: int, name: str, value: float) -> UserError:
     """What stops a training before the optimizer sees it; `step`: updates that are done."""
@@ -21,6 +23,35 @@ def not_finite(step: int, name: str, value: float) -> UserError:
         "nothing was published, checkpoints are kept",
         NUMERIC,
     )
+
+
+@dataclass
+class Sameness:
+    """Whether every response so far had one score, from which nothing can be learned."""
+
+    score: float | None = None
+    """The one score; None: no update is done, or scores differed."""
+    updates: int = 0
+    """Whose responses all had it."""
+    differed: bool = False
+
+    def add(self, lowest: float, highest: float) -> None:
+        """The scores of one update."""
+        if self.differed or lowest != highest or (self.updates and lowest != self.score):
+            self.differed, self.score, self.updates = True, None, 0
+            return
+        self.score = lowest
+        self.updates += 1
+
+    @property
+    def shown(self) -> str:
+        return f"every answer of {self.updates} updates scored {self.score:g}"
+
+    def refuse(self) -> None:
+        """Raises UserError (4) where a training of many updates was given one score alone."""
+        if self.updates >= TELLING:
+            hint = "nothing was published; read rollouts.jsonl, and mend the reward or the prompts"
+            raise UserError(f"{self.shown}: nothing was learned", hint, NUMERIC)
 
 
 @dataclass(frozen=True)
@@ -101,15 +132,28 @@ class _Sign:
     shown: bool
 
 
+PARTIAL = (
+    "KL: answers are drawn from a part of the distribution (top_k, top_p), which the reference "
+    "knows nothing of: it is above zero even where policy and reference are one model"
+)
+NEGATIVE = (
+    "KL below zero: it is the mean of log p/q over what was drawn (k1), which varies around the "
+    "true one; that one is near zero yet"
+)
+
+
 def warn(line: Metrics, first: Metrics, target: float | None, warned: list[str], say: Say) -> None:
     """Say once what looks like a policy that games its reward (Gao 2022; Stiennon 2020, section
     4.3), and add it to `warned`.
 
     `first`: the metrics of the first update; `target`: nats per answer that the recipe steers to.
     """
-    tokens, entropy = "answers/tokens", "objective/entropy"
+    kl, tokens, entropy = "objective/kl", "answers/tokens", "objective/entropy"
+    if line[kl] < 0 and NEGATIVE not in warned:
+        warned.append(NEGATIVE)
+        say(NEGATIVE)
     signs = [
-        _Sign("KL ran away", "objective/kl", line["objective/kl"] > 4 * (target or 12.5)),
+        _Sign("KL ran away", kl, line[kl] - max(first[kl], 0) > 4 * (target or 12.5)),
         _Sign("answers grow", tokens, line[tokens] > 2 * first[tokens] + 8),
         _Sign("answers shrink", tokens, line[tokens] < 0.4 * first[tokens] - 1),
         _Sign("entropy collapsed", entropy, line[entropy] < 0.1 * first[entropy]),

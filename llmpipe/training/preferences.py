@@ -19,6 +19,8 @@ from llmpipe.errors import UserError
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 
+DROPOUT = "lora_dropout.default"  # of the adapter that is trained
+
 Pair = dict[str, Any]
 """`prompt_ids`, `chosen_ids`, `rejected_ids` and `margin`, which is NaN for a filler."""
 
@@ -48,8 +50,12 @@ class Preferences(Trainer):
     def _drop_out(self, share: float) -> None:
         """Dropout of the trained adapter alone: a reference is no random function."""
         for name, module in self.model.named_modules():
-            if name.endswith("lora_dropout.default"):
+            if name.endswith(DROPOUT):
                 module.p = share
+
+    def _hold_still(self) -> None:
+        """Let policy and reference be one function where they have the same weights."""
+        upstream.without_dropout(self.model, DROPOUT, self.args.gradient_checkpointing)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As it is: the rows are prepared."""
@@ -62,6 +68,7 @@ class Preferences(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, each with what its mean counts in the step's."""
         batches, items = super().get_batch_samples(*args, **kwargs)
+        self._hold_still()  # for what is measured before the step's first loss
         world, count = self.world.size, len(batches)
         total = int(self.world.sum(torch.tensor(sum(batch["examples"] for batch in batches))))
         self._even = total == count * world * self.args.per_device_train_batch_size
@@ -70,6 +77,7 @@ class Preferences(Trainer):
         return batches, items
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._hold_still()
         weight = inputs.pop("weight", 1.0)
         # TRL gathers a metric per example; processes with other numbers of them would not meet
         gathering = nullcontext() if self._even else upstream.gathering_scalars(self.accelerator)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmpipe.errors import UserError
 from llmpipe.recipe.reinforcement import Rollout
 from llmpipe.rl import policy_gradient, rollout, seeds
 
@@ -227,7 +228,7 @@ def test_signs_of_a_gamed_reward_are_said_once():
     warn(line, line, None, warned, said.append)
     assert not said
     for change in (
-        {"objective/kl": 51.0},
+        {"objective/kl": 52.0},
         {"answers/tokens": 49.0},
         {"answers/tokens": 6.0},
         {"objective/entropy": 0.1},
@@ -236,3 +237,29 @@ def test_signs_of_a_gamed_reward_are_said_once():
         warn(line | change, line, None, warned, said.append)
     signs = ["KL ran away", "answers grow", "answers shrink", "entropy collapsed"]
     assert [text.split(": ")[1] for text in said] == signs
+    for _ in range(2):
+        warn(line | {"objective/kl": -0.02}, line, None, warned, said.append)
+    assert [text for text in said if text.startswith("KL below zero")] == said[-1:]
+    partial = line | {"objective/kl": 60.0}  # at the parent, as top_p below 1 has it
+    more: list[str] = []
+    warn(partial | {"objective/kl": 80.0}, partial, None, [], more.append)
+    assert not more
+
+
+def test_scores_are_one_until_one_differs():
+    from llmpipe.rl.watch import TELLING, Sameness
+
+    sameness = Sameness()
+    for _ in range(TELLING - 1):
+        sameness.add(0.5, 0.5)
+    sameness.refuse()
+    sameness.add(0.5, 0.5)
+    with pytest.raises(UserError, match=r"scored 0\.5"):
+        sameness.refuse()
+    for low, high in ((0.5, 0.75), (0.25, 0.25)):
+        other = Sameness(0.5, TELLING)
+        other.add(low, high)
+        for _ in range(2 * TELLING):
+            other.add(0.5, 0.5)
+        other.refuse()
+        assert other.differed

@@ -559,6 +559,52 @@ def test_passes_end_when_the_policy_has_moved(tmp_path):
     assert updates(made)[0]["optimizer_steps"] == 2
 
 
+def test_rewards_of_any_size_leave_the_policys_step_as_long(tmp_path):
+    """The gradients of policy and critic are clipped apart."""
+    from safetensors.torch import load_file
+
+    once = {"optim__steps": 1, "optim__warmup": 0, "algorithm": {"epochs": 1, "minibatches": 1}}
+    once |= {"optim__epsilon": 1.0, "optim__max_grad_norm": 0.01, "optim__learning_rate": 1.0}
+    made = []
+    for weight in (1.0, 300.0):
+        reward = [{"function": f"{tmp_path}/rewards.py:letters", "weight": weight}]
+        path = write(tmp_path / f"run{weight}", **once, reward=reward, reference__coefficient=0.0)
+        made.append(life.command(path))
+    (small,), (large,) = map(updates, made)
+    assert large["grad_norm"] == pytest.approx(small["grad_norm"], rel=1e-3)
+    assert large["val/grad_norm"] == pytest.approx(300 * small["val/grad_norm"], rel=1e-3)
+    before = load_file(life.TINY / "model" / "model.safetensors")
+    one, other = (load_file(artifact.model / "model.safetensors") for artifact in made)
+    for name, tensor in one.items():
+        moved = tensor - before[name]
+        assert (other[name] - before[name] - moved).abs().max() < 1e-2 * moved.abs().max()
+
+
+def test_one_score_alone_teaches_nothing(tmp_path, capsys):
+    """It is said after ten updates, and is no success at the end; with a checkpoint between."""
+    same = {
+        "reward": [{"function": f"{tmp_path}/rewards.py:none"}],
+        "optim__steps": 11,
+        "algorithm": {"epochs": 1, "minibatches": 1},
+        "checkpoint": {"every": 9},
+    }
+    path = write(tmp_path / "run", **same)
+    trial = life.Trial(path, hook="ppo_term_in_5")
+    assert trial.wait() == 143, trial.text()
+    with pytest.raises(UserError, match="every answer of 11 updates scored 0: nothing") as refused:
+        life.command(path)
+    assert refused.value.code == 4
+    assert "every answer of 10 updates scored 0: there is nothing" in capsys.readouterr().out
+    assert not Artifact(tmp_path / "run" / "ppo").finished
+
+
+def test_kl_of_answers_from_a_part_of_the_distribution_is_explained(tmp_path, capsys):
+    life.command(write(tmp_path / "run", rollout={"max_new_tokens": 4, "top_k": 5}, optim__steps=1))
+    assert "KL: answers are drawn from a part of the distribution" in capsys.readouterr().out
+    life.command(write(tmp_path / "whole", rollout={"max_new_tokens": 4}, optim__steps=1))
+    assert "KL: answers are drawn" not in capsys.readouterr().out
+
+
 def test_clipped_scores(tmp_path):
     """What is learned from has them clipped; what is reported has not."""
     lines = []

@@ -701,6 +701,38 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
     assert max(abs(a - b) for a, b in zip(plain["parent"], plain["untuned"], strict=True)) > 0.5
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_what_a_layer_drops_in_its_own_code_stays_in(tmp_path, recomputes):
+    """OPT's layers do; the first loss is ln 2 only where policy and parent say the same."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(life.TINY / "model")
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        dropout=0.5,
+        attention_dropout=0.5,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    path = write(
+        tmp_path / "run",
+        "dpo",
+        model=str(tmp_path / "opt"),
+        evaluation={},
+        log__every=1,
+        optim__steps=2,
+        launch__activation_checkpointing=recomputes,
+    )
+    first, _ = losses(life.command(path))
+    assert first == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_what_learns_is_fp32(parents, stage):
     """Under bf16 arithmetic too, the head that scores included, so that a small learning rate
