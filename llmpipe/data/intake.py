@@ -77,6 +77,8 @@ class Intake:
         """By the names of COUNTS."""
         self.rejected: Counter[str] = Counter()
         """Rows by the reason they were rejected for."""
+        self.first_rejected = ""
+        """Its file, row and reason, once there is one."""
         self.noted: Counter[str] = Counter()
         """Kept rows by a sentence on what was done with them."""
         self._rows_of_file = [0] * len(origin.files)
@@ -92,6 +94,9 @@ class Intake:
         """Add a chunk of the source and what it became."""
         self.counts.update(batch.counts)
         self.rejected.update(row.reason for row in batch.rejected)
+        if batch.rejected and not self.first_rejected:
+            first = rejected_lines(self.origin, chunk.file, batch.rejected[:1])[0]
+            self.first_rejected = f"{self.origin.shown[chunk.file]}:{first.in_words()}"
         self.noted.update(batch.noted)
         if self._rows_of_file:
             self._rows_of_file[chunk.file] += batch.counts["read"]

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmpipe.data import sources, template
+from llmpipe.data.empty import none_held_out, refuse_empty_sources, refuse_untrained_sources
 from llmpipe.data.encode import Encoding
 from llmpipe.data.intake import Intake, Totals, open_source, rejected_lines
 from llmpipe.data.kinds import Kind
@@ -62,14 +64,17 @@ def make(
     for intake in intakes:
         intake.finish(say)
     totals = Totals.of(intakes)
+    if _any_kept(data, intakes):
+        refuse_empty_sources(data, intakes)
     if totals.rejected.total() > data.max_rejected * totals.read or not _any_kept(data, intakes):
         raise _unusable(data, totals, folder, first_rejected)
-    division = _divide(data, spool, seed, say)
+    division = _divide(data, spool, seed)
     written = _write(spool, division, task, folder)
     spool.path.unlink()
     if not data.preparation.stream:
         save_file({"asks": written.asks}, folder / "seen.safetensors")
         _check_any_trained(written)
+        refuse_untrained_sources(data, intakes, written.trained)
     return PreparedRows(
         version=VERSION,
         key="",
@@ -169,19 +174,11 @@ def _unusable(data: Prepared, totals: Totals, folder: Path, first_rejected: list
     return UserError("\n".join(lines), hint, NUMERIC if nothing_learned else DATA)
 
 
-def _divide(data: Prepared, spool: Spool, seed: int, say: Say) -> Division:
+def _divide(data: Prepared, spool: Spool, seed: int) -> Division:
     cut = held_out_cut(spool.train_hashes, data.eval.holdout)
     if data.eval.holdout and not cut:
-        say(f"data: none is held out: {_why_none_held_out(len(spool.train_hashes))}")
+        raise none_held_out(data.eval.holdout, len(spool.train_hashes))
     return Division(cut, [source.weight for source in data.train], seed)
-
-
-def _why_none_held_out(rows: int) -> str:
-    if rows == 1:
-        why = "there is one row alone, and it cannot be held out of itself"
-    else:
-        why = f"all {rows:,} rows are equal"
-    return f"{why}; give more, or name rows to evaluate on in data.eval.sources"
 
 
 @dataclass(frozen=True)
@@ -194,6 +191,8 @@ class Written:
     """Rows that a weight below 1 leaves out."""
     held_out_bytes: int
     """Bytes of what the held-out rows teach."""
+    trained: list[int]
+    """Rows of each source to train on that are trained on at least once."""
     asks: np.ndarray
     """Hashes of what the rows to train on ask: uint64 (questions,), sorted, no two equal."""
 
@@ -204,6 +203,7 @@ def _write(spool: Spool, division: Division, task: Task, folder: Path) -> Writte
     train = Writer(folder / "train.arrow", kind, preparation)
     held_out = Writer(folder / "eval.arrow", kind, preparation)
     unseen = held_out_bytes = 0
+    of_source: Counter[int] = Counter()
     asks = array("Q")
     for source, batch in spool.batches():
         share = division.share(source, batch["hash"].to_numpy())
@@ -211,6 +211,7 @@ def _write(spool: Spool, division: Division, task: Task, folder: Path) -> Writte
         unseen += int((first & (share.copies == 0)).sum())
         held_out_bytes += int(batch["bytes"].to_numpy()[first & share.held_out].sum())
         trained = first & ~share.held_out & (share.copies > 0)
+        of_source[source] += int(trained.sum())
         asks.frombytes(batch["asks"].to_numpy()[trained].tobytes())
         for piece, is_held_out, copies in zip(pieces_of(batch, kind), *share, strict=True):
             writer = held_out if is_held_out else train
@@ -218,7 +219,14 @@ def _write(spool: Spool, division: Division, task: Task, folder: Path) -> Writte
                 writer.add(piece)
     train.close()
     held_out.close()
-    return Written(train, held_out, unseen, held_out_bytes, np.unique(np.asarray(asks)))
+    return Written(
+        train,
+        held_out,
+        unseen,
+        held_out_bytes,
+        trained=[of_source[number] for number in range(len(division.weights))],
+        asks=np.unique(np.asarray(asks)),
+    )
 
 
 def _check_any_trained(written: Written) -> None:

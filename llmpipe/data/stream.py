@@ -122,7 +122,7 @@ class Stream:
         rejected_bytes = self._open_rejected(start.rejected_bytes)
         epoch, first_chunk, skip = start.epoch, start.chunk, start.tokens
         while True:
-            empty = True
+            taught: set[int] = set()
             for origin in self.origins:
                 origin.open(BLOCKS.shapes)
             chunks = tokenized(self.origins, self.task, self.processes, first_chunk)
@@ -139,12 +139,12 @@ class Stream:
                 sequences = layout(list(_behind(pieces, skip)), False)
                 for count, parts in enumerate(sequences, 1):
                     yield parts, replace(position, tokens=begin + count * self.max_length)
-                empty = empty and not pieces
+                if pieces:
+                    taught.add(source)
                 skip = 0
             self._check_rejected(rows, 0)
-            if empty and not first_chunk:
-                problem = "no row is left to train on: there would be nothing to learn"
-                raise UserError(problem, code=NUMERIC)
+            if not first_chunk:
+                self._refuse_untaught(taught)
             epoch += 1
             first_chunk = 0
 
@@ -176,6 +176,17 @@ class Stream:
             words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
             problem = f"{count:,} of {rows['read']:,} rows so far cannot be used: {words}"
             raise UserError(problem, "see rejected.jsonl; mend them, or raise data.max_rejected")
+
+    def _refuse_untaught(self, taught: set[int]) -> None:
+        """Raise UserError after an epoch that left a source, or all of them, out."""
+        if not taught:
+            problem = "no row is left to train on: there would be nothing to learn"
+            raise UserError(problem, code=NUMERIC)
+        for number, origin in enumerate(self.origins):
+            if number not in taught:
+                problem = f"{origin.source.path}: no row is left to train on: none can be used"
+                hint = "see rejected.jsonl; mend its rows, or take the source out of the recipe"
+                raise UserError(problem, hint)
 
 
 def _counts(batch: Batch) -> Counter[str]:

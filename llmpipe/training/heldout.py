@@ -12,6 +12,7 @@ from transformers import Trainer
 from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import World
+from llmpipe.recipe.sections import Evaluation
 
 Batch = dict[str, Any]
 Sum = tuple[Tensor | float, Tensor | int]
@@ -29,6 +30,23 @@ class Best(NamedTuple):
 
     loss: float
     step: int
+
+
+def without_effect(asked: Evaluation, steps: int) -> list[str]:
+    """What the recipe asks of held-out rows that a training of so many steps cannot do."""
+    every = asked.every
+    if not every:
+        return []
+    how_often = f"evaluation.every is {every:,}, and the training has {steps:,} steps"
+    lines = []
+    if asked.keep_best and every >= steps:
+        lines.append(f"warning: {how_often}: evaluation.keep_best has the last step alone to keep")
+    before_the_last = (steps - 1) // every  # the first of them is the best so far
+    if asked.patience and asked.patience >= before_the_last:
+        lines.append(
+            f"warning: {how_often}: evaluation.patience ({asked.patience}) cannot end it early"
+        )
+    return lines
 
 
 class HeldOut:

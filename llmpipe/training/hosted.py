@@ -24,7 +24,7 @@ from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.training import resume
-from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure
+from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure, without_effect
 from llmpipe.training.metrics_log import MetricsLog
 from llmpipe.training.resume import Resume, State
 from llmpipe.training.rows import Order, with_fillers
@@ -248,6 +248,9 @@ class Durable(Trainer):
         """
         with _evaluation_mode(self.model):
             metrics = self.held_out.metrics()
+            if "eval_loss" not in metrics:
+                problem = "the held-out rows teach nothing: there is no token or pair to measure"
+                raise UserError(problem, "give others in data.eval", NUMERIC)
             if not math.isfinite(metrics["eval_loss"]):
                 raise self._not_finite("held-out loss", metrics["eval_loss"])
             # in this mode still: TRL's trainers keep their averages of the training then
@@ -347,6 +350,8 @@ class _Loop(TrainerCallback):
         """The library has restored its own state; put the rest back."""
         trainer = self.trainer
         context = trainer.training.preparation.max_length
+        for line in without_effect(trainer.recipe.evaluation, state.max_steps):
+            trainer.say(line)
         trainer.metrics_log.begin(state.global_step, state.max_steps, trainer.model, context)
         if trainer.resumes:
             counts = trainer.resume.rank_state

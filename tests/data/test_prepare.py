@@ -199,19 +199,6 @@ def test_equal_rows_fall_on_one_side(here, base):
     )
     assert record["rows"]["duplicates"] == 60
     assert len(held) == 18 and not set(documents(train)) & set(documents(held))
-    write(Path("same.jsonl"), ALPACA[:1] * 4)
-    said: list[str] = []
-    record, train, held = make(
-        base, "same.jsonl", template="chatml", eval={"holdout": 0.5}, said=said
-    )
-    assert (
-        record["rows"]["train"] == 4
-        and not held
-        and any("all 4 rows are equal" in line for line in said)
-    )
-    Path("one.txt").write_text("A single document.\n")
-    make(base, "./one.txt", eval={"holdout": 0.5}, said=said)
-    assert any("there is one row alone" in line for line in said)
     write(Path("two.jsonl"), ALPACA[:2])
     assert (
         make(base, "two.jsonl", template="chatml", eval={"holdout": 0.001})[0]["rows"]["eval"] == 1

@@ -1,0 +1,36 @@
+"""`keep_best` and `patience` do what they are asked for, or it is said that they cannot."""
+
+import pytest
+
+from llmpipe.recipe.sections import Evaluation
+from llmpipe.training.heldout import without_effect
+from tests import life
+
+
+@pytest.mark.parametrize(
+    ("every", "keep_best", "patience", "steps", "said"),
+    [
+        (None, False, None, 40, []),
+        (100, True, None, 40, ["keep_best"]),
+        (40, True, None, 40, ["keep_best"]),
+        (39, True, None, 40, []),
+        (100, True, 3, 40, ["keep_best", "patience"]),
+        (10, False, 1, 20, ["patience"]),
+        (10, False, 1, 21, []),  # evaluated at 10 and at 20, which may be the worse one
+        (10, False, 2, 31, []),
+        (10, False, 2, 30, ["patience"]),
+        (10, False, None, 5, []),
+    ],
+)
+def test_what_cannot_happen_is_said(every, keep_best, patience, steps, said):
+    asked = Evaluation(every=every, keep_best=keep_best, patience=patience)
+    lines = without_effect(asked, steps)
+    assert len(lines) == len(said)
+    for line, field in zip(lines, said, strict=True):
+        assert f"evaluation.{field}" in line and f"{steps} steps" in line
+
+
+def test_a_recipe_that_evaluates_too_late_is_told(tmp_path, capsys):
+    evaluation = {"every": 50, "keep_best": True}
+    life.command(life.write(tmp_path / "run", optim__steps=2, evaluation=evaluation))
+    assert "evaluation.keep_best has the last step alone" in capsys.readouterr().out
