@@ -120,6 +120,13 @@ class Encoder:
         encoding = self.tokenizer.backend.encode(reading.text, add_special_tokens=False)
         return Rendered(encoding, reading.spans)
 
+    def spoken(self, messages: Messages, tools: Tools, first: int = 0) -> str:
+        """The text of the spans of `conversation`, one behind the other."""
+        renderer = self._renderer()
+        with template.bounded():
+            text, spans = template.turns(renderer, messages, tools, first)
+        return "".join(text[start:end] for start, end in spans)
+
     def prompt(self, prompt: str | Messages, tools: Tools) -> list[int]:
         """Tokens of a prompt, up to where an answer would begin."""
         if isinstance(prompt, str):

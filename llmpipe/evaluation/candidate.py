@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.data import template
 from llmpipe.data.encode import Encoder, Encoding
-from llmpipe.data.formats import Example
+from llmpipe.data.formats import Completion, Conversation, Document, Example
 from llmpipe.data.kinds import rows
 from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
@@ -121,6 +121,25 @@ class Candidate:
         pieces, _ = rows.encode(self.encoder, example, {})
         ids, labels = pieces[0]
         return Marked(ids.tolist(), (labels != IGNORED).tolist())
+
+    def taught_bytes(self, example: Example) -> int:
+        """UTF-8 bytes of the text whose tokens `taught` marks: of a conversation as its template
+        writes what the assistant says, tool calls and thinking included.
+
+        Special tokens are no text: one that ends a turn has no bytes.
+        """
+        match example:
+            case Conversation():
+                text = self.encoder.spoken(example.messages, example.tools, example.first)
+            case Completion():
+                text = example.completion
+            case Document():
+                text = example.text
+            case _:
+                raise TypeError(f"{type(example).__name__}: teaches no text")
+        for special in sorted(self.tokenizer.all_special_tokens, key=len, reverse=True):
+            text = text.replace(special, "")
+        return len(text.encode())
 
     # --- what the model makes of them -------------------------------------------------------------
 

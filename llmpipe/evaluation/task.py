@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Completion, Document, Example
-from llmpipe.errors import Say
+from llmpipe.errors import Say, UserError
 from llmpipe.evaluation.book import Book, Line, Scored
 from llmpipe.recipe.sections import Name, Rows, Section
 from llmpipe.record import Record
@@ -96,6 +96,18 @@ class Marked(NamedTuple):
     def after(cls, ids: list[int], start: int) -> Marked:
         """A sequence of which every token from `start` on is scored."""
         return cls(ids, [i >= start for i in range(len(ids))])
+
+
+def nothing_scored(at: str, label: str) -> UserError:
+    """For an item of which no token is scored."""
+    hint = "take the row out: the score of nothing is 0, or no number at all"
+    return UserError(f"{at}: {label}: no token of it is scored", hint)
+
+
+def check_scored(sequence: Marked, at: str, label: str) -> None:
+    """Raises UserError (2) where no token of an item is scored."""
+    if not any(sequence.marks):
+        raise nothing_scored(at, label)
 
 
 class Task(Section):

@@ -9,6 +9,7 @@ models one after the other, tasks within.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -50,6 +51,16 @@ class Gate(Section):
     max_ratio_to_parent: Annotated[float, Field(gt=0)] | None = None
     """The number must not be higher than this many times that of the model's parent, also among
     `models`."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> Gate:
+        bounds = (self.min, self.max, self.max_ratio_to_parent)
+        given = [bound for bound in bounds if bound is not None]
+        if not given:
+            raise ValueError("give min, max or max_ratio_to_parent: any number would pass")
+        if not all(map(math.isfinite, given)):
+            raise ValueError("a bound is a finite number")
+        return self
 
 
 class Machines(Machine):

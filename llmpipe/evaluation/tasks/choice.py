@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, MultipleChoice
 from llmpipe.evaluation.book import Scored
-from llmpipe.evaluation.task import Ask, Item, Marked, OnItems, Place, Template, tools_of
+from llmpipe.evaluation.task import (
+    Ask,
+    Item,
+    Marked,
+    OnItems,
+    Place,
+    Template,
+    check_scored,
+    tools_of,
+)
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
@@ -46,7 +55,7 @@ class Choice(OnItems):
     def score_batch(self, model: Candidate, batch: list[Question], seed: int) -> list[Scored]:
         prompts = [model.prompt(item.ask, item.tools) for item in batch]
         sequences = [
-            _continued(model, item.ask, prompt, choice)
+            _continued(model, item, prompt, choice)
             for item, prompt in zip(batch, prompts, strict=True)
             for choice in item.choices
         ]
@@ -57,17 +66,19 @@ class Choice(OnItems):
         ]
 
 
-def _continued(model: Candidate, ask: Ask, context: str, choice: str) -> Marked:
+def _continued(model: Candidate, item: Question, context: str, choice: str) -> Marked:
     """Context and choice as one sequence, the choice marked.
 
     White space at the end of the context belongs to the choice, as in lm-evaluation-harness: a
     token may hold both.
     """
-    if model.sees_text(ask):
+    if model.sees_text(item.ask):
         choice = " " + choice
     bare = context.rstrip()
-    before = model.ids(bare, ask)
-    return Marked.after(model.ids(context + choice, ask), len(before))
+    before = model.ids(bare, item.ask)
+    sequence = Marked.after(model.ids(context + choice, item.ask), len(before))
+    check_scored(sequence, item.at, model.label)  # nothing would be likelier than any choice
+    return sequence
 
 
 def _scored(item: Question, prompt: str, log_probs: list[float]) -> Scored:

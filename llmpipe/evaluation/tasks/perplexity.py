@@ -15,11 +15,10 @@ from llmpipe.data.formats import (
     Document,
     Example,
     Rejected,
-    taught_bytes,
 )
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Score, Scored
-from llmpipe.evaluation.task import Item, Marked, OnItems, Place
+from llmpipe.evaluation.task import Item, Marked, OnItems, Place, nothing_scored
 from llmpipe.recipe.sections import Positive
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ class Perplexity(OnItems):
 
     task: Literal["perplexity"]
     """Negative log-likelihood per token: of texts with a sliding window, of conversations on the
-    assistant's turns. Bits per byte compare models with different tokenizers."""
+    assistant's turns. Bits per byte compare models with different tokenizers: the bytes are those
+    of the text that is scored, tool calls and thinking included, special tokens not."""
     window: Annotated[int, Field(ge=2)] = 1024
     """Most tokens that the model sees at once."""
     stride: Positive = 512
@@ -94,10 +94,13 @@ class Perplexity(OnItems):
                 log_prob, count = next(sums)
                 nats -= log_prob
                 tokens += count
+            size = model.taught_bytes(item.example)
+            if not (tokens and size):
+                raise nothing_scored(item.at, model.label)
             scores: dict[str, Score] = {
                 "perplexity": [nats, tokens],
                 "nats_per_token": [nats, tokens],
-                "bits_per_byte": [nats / math.log(2), taught_bytes(item.example)],
+                "bits_per_byte": [nats / math.log(2), size],
             }
             scored.append(Scored({"text": item.start}, scores))
         return scored

@@ -9,7 +9,7 @@ from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, Rejected
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Scored
-from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, tools_of
+from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, check_scored, tools_of
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
@@ -74,6 +74,8 @@ def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
         model.answer_marked(item.ask, item.tools, ids)
         for item, ids in zip(asked, _sequences(model, batch), strict=True)
     ]
+    for item, sequence in zip(asked, marked, strict=True):
+        check_scored(sequence, item.at, model.label)
     sums = iter(model.log_probs(marked))
     values: list[Values] = []
     for _ in batch:
