@@ -124,8 +124,8 @@ class Encoder:
         """The text of the spans of `conversation`, one behind the other."""
         renderer = self._renderer()
         with template.bounded():
-            text, spans = template.turns(renderer, messages, tools, first)
-        return "".join(text[start:end] for start, end in spans)
+            reading = template.turns(renderer, messages, tools, first)
+        return "".join(reading.text[start:end] for start, end in reading.spans)
 
     def prompt(self, prompt: str | Messages, tools: Tools) -> list[int]:
         """Tokens of a prompt, up to where an answer would begin."""
