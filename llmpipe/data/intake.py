@@ -81,6 +81,8 @@ class Intake:
         """Its file, row and reason, once there is one."""
         self.noted: Counter[str] = Counter()
         """Kept rows by a sentence on what was done with them."""
+        self.kept: set[str] = set()
+        """Columns that rewards are given, as the recipe calls them."""
         self._rows_of_file = [0] * len(origin.files)
         self._awaited = awaited(origin.layout)
 
@@ -111,6 +113,7 @@ class Intake:
         self.columns |= reading.columns
         self._awaited.difference_update(names)
         if self.kind.keeps_others:
+            self.kept.update(reading.others.values())
             return
         for name, called in reading.others.items():
             if name not in self.origin.layout.unused and called not in self.kind.also_reads:
@@ -154,6 +157,7 @@ class Intake:
             format=origin.layout.format,
             columns=self.columns,
             unused_columns=[] if self.kind.keeps_others else self.others,
+            kept_columns=sorted(self.kept),
             unread={what: seen.rows for what, seen in sorted(self.unread.items())},
             files=files,
             revision=origin.revision,

@@ -29,6 +29,8 @@ class SourceRows(Record):
     weight: float
     rejected: dict[str, int]
     """Rows by the reason they were rejected for."""
+    kept_columns: list[str] = []
+    """Columns that rewards are given, as the recipe calls them."""
     unread: dict[str, int] = {}
     """Kept rows by what nobody reads in them, beside `unused_columns`."""
     noted: dict[str, int] = {}

@@ -53,7 +53,7 @@ def train(job: Job[PPORecipe], prepared: PreparedRows) -> Made:
     setup = set_up(job, prepared)
     world = World(accelerator(job, setup.hardware))
     actors = build(setup)
-    rewards = Rewards(job, setup.hardware, actors)
+    rewards = Rewards(job, setup.hardware, actors, prepared)
     policy = actors.cast.published
     training = Training(setup, PROMPTS, policy)
     loop = Loop(training, world, actors, rewards)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llmpipe.data.formats import Rejected
+from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.evaluation.candidate import Candidate
 from llmpipe.models.hardware import Hardware
@@ -59,13 +60,16 @@ class Scores:
 class Rewards:
     """Every source of a recipe's `reward`."""
 
-    def __init__(self, job: Job[PPORecipe], hardware: Hardware, actors: Actors):
+    def __init__(
+        self, job: Job[PPORecipe], hardware: Hardware, actors: Actors, prepared: PreparedRows
+    ):
+        columns = {name for source in prepared.sources for name in source.kept_columns}
         self.sources: list[Source] = []
         for i, section in enumerate(job.recipe.reward):
             if section.model:
                 name, call = section.model, _of_model(job, i, section.model, hardware, actors)
             elif section.function:
-                name, call = section.function, _of_function(section.function)
+                name, call = section.function, _of_function(section.function, columns)
             else:
                 assert section.verifier  # the recipe names one of the three
                 name, call = section.verifier, _of_verifier(section.verifier, section.pattern)
@@ -181,13 +185,13 @@ def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
 # --- functions ---
 
 
-def _of_function(name: str) -> Score:
-    """A function of the user's file, `./file.py:name`."""
+def _of_function(name: str, every: set[str]) -> Score:
+    """A function of the user's file, `./file.py:name`, and the columns that any row has."""
     path, _, attribute = name.rpartition(":")
     function = _imported(name, path, attribute)
 
     def scores(rows: list[Row], responses: list[str]) -> list[Any]:
-        columns = _columns(name, rows)
+        columns = _columns(name, rows, every)
         prompts = [row["prompt"] for row in rows]
         try:
             values = function(prompts=prompts, completions=list(responses), **columns)
@@ -214,9 +218,10 @@ def _imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
     return function
 
 
-def _columns(name: str, rows: list[Row]) -> dict[str, list[Any]]:
-    """What a function is given beside prompts and completions, a list for each column."""
-    names = {column for row in rows for column in row["columns"]}
+def _columns(name: str, rows: list[Row], every: set[str]) -> dict[str, list[Any]]:
+    """What a function is given beside prompts and completions: a list for each column of any row,
+    with None for the rows that have it not."""
+    names = every.union(*(row["columns"] for row in rows))
     if taken := names & {"prompts", "completions"}:
         raise UserError(
             f"reward: {name}: the rows have a column '{taken.pop()}', a name that the call has",

@@ -767,6 +767,23 @@ def test_a_reward_function_that_fails(tmp_path, name, code, words):
     assert not Artifact(tmp_path / "run" / "ppo").finished
 
 
+def test_a_reward_function_is_given_every_column(tmp_path):
+    """Of each step, also where none of its rows has the column."""
+    rows = [{"prompt": f"What is {i} + 1?"} for i in range(40)]
+    rows[-1]["level"] = "hard"
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    function = tmp_path / "levels.py"
+    function.write_text(
+        "def score(prompts, completions, level, **others):\n"
+        "    assert len(level) == len(prompts) and set(level) <= {None, 'hard'}\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    changes = {"data__train": [{"path": str(data)}], "optim__steps": 2}
+    reward = [{"function": f"{function}:score"}]
+    assert life.command(write(tmp_path / "run", reward=reward, **changes)).finished
+
+
 def test_prompts_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="exceed the model's"):
         life.command(write(tmp_path / "run", rollout__max_new_tokens=2000))
