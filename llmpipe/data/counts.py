@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowCounts:
+    """What became of the rows that were read."""
+
     read: int
     kept: int
     truncated: int
@@ -26,6 +28,8 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class TokenCounts:
+    """Tokens of the rows that are kept, and those of them that are learned or scored."""
+
     train: int
     train_supervised: int
     eval: int
@@ -36,6 +40,8 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class SequenceCounts:
+    """Sequences that were written."""
+
     train: int
     eval: int
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -263,6 +263,6 @@ def _scored(lines: list[Line], models: list[str]) -> dict[str, list[Line]]:
 def _reported(number: Reported, cell: Cell | None) -> Cell:
     """A library's own number counts, with the interval of the items where it is their mean."""
     if cell and not abs(cell.value - number.value) > 1e-9:
-        return replace(cell, value=number.value)
+        return cell._replace(value=number.value)
     half = math.nan if number.standard_error is None else Z95 * number.standard_error
     return Cell(number.value, number.value - half, number.value + half, number.n)

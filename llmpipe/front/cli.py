@@ -1,10 +1,9 @@
 """The front door: commands, what is printed, and the exit code.
 
 Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports
-what it needs.
+what it needs. (No `from __future__ import annotations`: typer evaluates those of every command, and
+text would have to be compiled.)
 """
-
-from __future__ import annotations
 
 import gc
 import json
@@ -62,7 +61,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> Recipe:
+def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> "Recipe":
     """The recipe of stage `name`: a file, or recipes/NAME.yaml where none is named."""
     from llmpipe.recipe.check import load
     from llmpipe.stages import schema
@@ -85,7 +84,7 @@ def overrides(sets: list[str] | None, run: str | None) -> list[str]:
 
 
 def make(
-    recipe: Recipe,
+    recipe: "Recipe",
     *,
     fresh: bool = False,
     inexact: bool = False,
@@ -170,7 +169,7 @@ def prepare(
         _show_rows(asked, show_rows)
 
 
-def _show_rows(recipe: Recipe, count: int) -> None:
+def _show_rows(recipe: "Recipe", count: int) -> None:
     """Print prepared rows. Raises UserError (2) where the stage prepares none."""
     from llmpipe.data.prepared import PreparedRows
     from llmpipe.report.rows import show_rows

@@ -5,14 +5,14 @@ A new one is its name in `OptimizerName` and its line in `OPTIMIZERS`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
-@dataclass(frozen=True)
-class Optimizer:
+class Optimizer(NamedTuple):
+    """What the libraries call it."""
+
     in_trainer: str | None
     """`optim` of transformers' TrainingArguments; None leaves it as it is."""
     in_bitsandbytes: str | None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from llmpipe.errors import near, nearest
 
@@ -96,8 +96,7 @@ OWNED: dict[str, str | None] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(NamedTuple):
     """The configuration class of a library's trainer, and which fields llmpipe sets itself."""
 
     package: str

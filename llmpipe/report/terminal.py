@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from llmpipe.errors import UserError
 from llmpipe.files import Table
 from llmpipe.run.artifact import Artifact, artifacts
-from llmpipe.run.manifest import Manifest
 
 if TYPE_CHECKING:
+    from llmpipe.run.manifest import Manifest
     from llmpipe.run.results import Results
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -40,7 +40,7 @@ from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
 from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
+from llmpipe.run.made import Made
 from llmpipe.training.conclude import conclude
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples

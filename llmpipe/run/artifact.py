@@ -18,11 +18,13 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import differences, files_below, fsync, read_json, table, write_json
-from llmpipe.run.manifest import Document, Manifest, fingerprint
+from llmpipe.files import differences, digest, files_below, fsync, read_json, table, write_json
+
+if TYPE_CHECKING:
+    from llmpipe.run.manifest import Document, Manifest
 
 MANIFEST = "manifest.json"
 
@@ -85,6 +87,8 @@ class Artifact:
 
     def manifest(self) -> Manifest:
         """The manifest. Raises UserError (3) when it is damaged."""
+        from llmpipe.run.manifest import Manifest  # what is not finished has none
+
         document = self.document()
         try:
             return Manifest.of(document)
@@ -143,6 +147,11 @@ class Artifact:
             tracker.rename(tracker.with_name(aside.name))  # a new start is a new run there, too
         fsync(self.run)
         return aside
+
+
+def fingerprint(document: Document) -> str:
+    """sha256 over everything in a document but the fingerprint itself."""
+    return digest({key: value for key, value in document.items() if key != "fingerprint"})
 
 
 def artifacts(run: Path) -> list[Artifact]:

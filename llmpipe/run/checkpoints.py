@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import Table, differences, publishing, read_json, table, table_of, write_json
-from llmpipe.run.artifact import SUMS
-from llmpipe.run.manifest import fingerprint
+from llmpipe.run.artifact import SUMS, fingerprint
 
 STATE = "llmpipe.json"
 """What the trainer underneath does not keep."""

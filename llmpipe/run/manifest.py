@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
-from llmpipe.files import Table, digest, table_of
+from llmpipe.files import Table, table_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,6 +75,8 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
+    """What text is made tokens with."""
+
     sha256: str
     """Of what decides token ids."""
     template: str | None
@@ -202,37 +204,3 @@ def known(record: type[T], document: Mapping[str, Any]) -> T:
     """A dataclass of the fields that it knows of a document."""
     names = {entry.name for entry in fields(record)}
     return record(**{name: value for name, value in document.items() if name in names})
-
-
-def fingerprint(document: Document) -> str:
-    """sha256 over everything in a document but the fingerprint itself."""
-    return digest({key: value for key, value in document.items() if key != "fingerprint"})
-
-
-@dataclass
-class Made:
-    """What a stage's `train` says of what it made."""
-
-    final: dict[str, Any]
-    """The last metrics."""
-    kind: str | None = None
-    """Kind of the artifact, where it is another one than the stage's."""
-    training: dict[str, Any] | None = None
-    """See `TrainingFacts`."""
-    hardware: dict[str, Any] | None = None
-    verified: dict[str, Any] | None = None
-    """What was compared after reloading."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Of the rows and the tokenizer, see `PreparedRows.facts`."""
-    merged: list[str] = field(default_factory=list)
-    """Artifacts of the merged model, beside the adapter's."""
-
-    def record(self) -> Document:
-        """The fields of a manifest that it knows."""
-        values = {
-            "final": self.final,
-            "training": self.training,
-            "hardware": self.hardware,
-            "verified": self.verified,
-        }
-        return self.facts | {name: value for name, value in values.items() if value is not None}

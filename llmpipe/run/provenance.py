@@ -14,7 +14,8 @@ from typing import Any
 
 from llmpipe import __version__
 from llmpipe.run.job import Job
-from llmpipe.run.manifest import Document, Made, Manifest
+from llmpipe.run.made import Made
+from llmpipe.run.manifest import Document, Manifest
 from llmpipe.run.reference import Model
 
 LIBRARIES = (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmpipe.files import read_json, write_json
 
@@ -14,8 +13,7 @@ LEAST_ITEMS = 20
 width; shares of right answers have intervals of another kind, for any number."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number, or a difference of two, with its 95 % interval."""
 
     value: float
@@ -45,8 +43,7 @@ class Cell:
 Cells = dict[str, Cell]  # by model, or by the pair of models that is compared
 
 
-@dataclass(frozen=True)
-class TaskResults:
+class TaskResults(NamedTuple):
     """What was measured on one task."""
 
     task: str
@@ -71,10 +68,9 @@ class TaskResults:
         )
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        values |= {name: _finite(values[name]) for name in ("metrics", "differences")}
-        names = ("task", "n", "overlap", "metrics", "differences")
-        return {name: values[name] for name in names if values[name] is not None}
+        values = {"task": self.task, "n": self.n, "overlap": self.overlap}
+        tables = {"metrics": _objects(self.metrics), "differences": _objects(self.differences)}
+        return {name: value for name, value in values.items() if value is not None} | tables
 
 
 def _tables(values: dict[str, Any]) -> dict[str, Cells]:
@@ -89,19 +85,18 @@ def _cell(values: dict[str, Any]) -> Cell:
     return Cell(numbers["value"], numbers["low"], numbers["high"], values["n"])
 
 
-def _finite(tables: dict[str, Any]) -> dict[str, Any]:
+def _objects(tables: dict[str, Cells]) -> dict[str, Any]:
     """Tables of cells with null for what is no finite number, which JSON has none of."""
     return {
         metric: {
-            label: {name: v if math.isfinite(v) else None for name, v in cell.items()}
+            label: {name: v if math.isfinite(v) else None for name, v in cell._asdict().items()}
             for label, cell in cells.items()
         }
         for metric, cells in tables.items()
     }
 
 
-@dataclass(frozen=True)
-class MeasuredModel:
+class MeasuredModel(NamedTuple):
     """What results.json says of a model beside its numbers."""
 
     template: str | None
@@ -115,8 +110,7 @@ class MeasuredModel:
     """Which of the other models it was made from."""
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):
     """The whole file."""
 
     models: dict[str, MeasuredModel]
@@ -133,7 +127,7 @@ class Results:
         return cls(models, tasks)
 
     def to_file(self, path: Path) -> None:
-        models = {label: asdict(model) for label, model in self.models.items()}
+        models = {label: model._asdict() for label, model in self.models.items()}
         tasks = {name: task.to_json() for name, task in self.tasks.items()}
         write_json(path, {"models": models, "tasks": tasks})
 

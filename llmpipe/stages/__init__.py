@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llmpipe.record import Record
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.job import Job
-    from llmpipe.run.manifest import Made
+    from llmpipe.run.made import Made
     from llmpipe.run.plan import Accepts
 
 STAGES = {

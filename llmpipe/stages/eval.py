@@ -31,7 +31,7 @@ from llmpipe.recipe.sections import (
 from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, artifacts, manifest_beside
 from llmpipe.run.job import Job
-from llmpipe.run.manifest import Made
+from llmpipe.run.made import Made
 from llmpipe.run.reference import Model
 from llmpipe.run.results import Results, TaskResults
 

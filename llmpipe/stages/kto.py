@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from llmpipe.run.job import Job
-    from llmpipe.run.manifest import Made
+    from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`

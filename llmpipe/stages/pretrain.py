@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -32,7 +31,7 @@ from llmpipe.stages import sft
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.run.job import Job
-    from llmpipe.run.manifest import Made
+    from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"
@@ -120,8 +119,8 @@ class TrainTokenizer(Section):
 
 
 class Schema(Generating):
-    trainer_config: ClassVar[TrainerConfig] = replace(
-        sft.TRAINER, owned=sft.TRAINER.owned | {"lr_scheduler_kwargs": "optim.final"}
+    trainer_config: ClassVar[TrainerConfig] = sft.TRAINER._replace(
+        owned=sft.TRAINER.owned | {"lr_scheduler_kwargs": "optim.final"}
     )
 
     stage: Literal["pretrain"] = "pretrain"

@@ -20,7 +20,7 @@ from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.run.job import Job
-    from llmpipe.run.manifest import Made
+    from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "reward-model"

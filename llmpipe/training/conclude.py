@@ -15,7 +15,7 @@ from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
 from llmpipe.models.verify import Verified
 from llmpipe.recipe import sections
-from llmpipe.run.manifest import Made
+from llmpipe.run.made import Made
 from llmpipe.run.reference import Model
 from llmpipe.training.training import Trained, Training
 

@@ -11,8 +11,8 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.files import table, write_json
 from llmpipe.recipe.check import load
-from llmpipe.run.artifact import SCRATCH, Artifact
-from llmpipe.run.manifest import Base, fingerprint
+from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
+from llmpipe.run.manifest import Base
 from llmpipe.run.plan import decide
 from llmpipe.stages import schema
 from tests import life, store
