@@ -257,7 +257,10 @@ def _selected(source: Rows, tree: Tree) -> Selection:
     """The files of a tree that are of the splits which the source means."""
     tree.settle()
     config = cards.config_of(tree.root, source.subset, tree.shown, tree.is_glob)
-    splits = {name: tree.splits.get(name) or split_of(name) for name in tree.files}
+    above = _of_card_above(tree)
+    splits = {
+        name: tree.splits.get(name) or above.get(name) or split_of(name) for name in tree.files
+    }
     if config:
         said = config.splits(tree.files)
         tree.aside += [f"{name} (not in {cards.CARD})" for name in splits if name not in said]
@@ -280,6 +283,17 @@ def _selected(source: Rows, tree: Tree) -> Selection:
         if splits.get(name) in chosen
     ]
     return Selection(files, _notes(division.note(chosen), tree.aside))
+
+
+def _of_card_above(tree: Tree) -> dict[str, Split]:
+    """What the card of the folder above says, where its `data` is the source."""
+    folder = tree.root.resolve()
+    config = cards.config_of(folder.parent, None, tree.shown, is_glob=True)
+    if not config:
+        return {}
+    prefix = f"{folder.name}/"
+    said = config.splits([prefix + name for name in tree.files])
+    return {name.removeprefix(prefix): split for name, split in said.items()}
 
 
 def _refuse_absent(tree: Tree, config: cards.Config, splits: set[Split]) -> None:

@@ -18,18 +18,21 @@ from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
 from llmpipe.data.formats import Example, Rejected, question
 from llmpipe.data.layout import awaited, formats_of, never_came
-from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.evaluation.task import Item, OnItems, Place
 from llmpipe.recipe.sections import Rows
 from llmpipe.run.artifact import Artifact
 
 
-def items_of(task: OnItems, pinned: dict[str, str]) -> list[Item]:
+def items_of(task: OnItems, pinned: dict[str, str], say: Say) -> list[Item]:
     """Every item of a task. Raises UserError (2) naming bad rows."""
     items: list[Item] = []
     errors: list[str] = []
     for source in task.data:
-        for at, row, others in rows_of(source, task.shapes, task.task, pinned):
+        origin = sources.Origin(source, pinned)
+        for note in origin.notes:
+            say(f"{task.label}: {source.path}: {note}")
+        for at, row, others in rows_in(origin, task.shapes, task.task):
             try:
                 if isinstance(row, Rejected):
                     raise row
@@ -61,7 +64,14 @@ def rows_of(
 ) -> Iterator[tuple[str, Example | Rejected, dict[str, Any]]]:
     """File and row, the row itself, and its columns that its format does not use, of every row of a
     source, which has one of `shapes`."""
-    origin = sources.Origin(source, pinned, stream)
+    yield from rows_in(sources.Origin(source, pinned, stream), shapes, purpose)
+
+
+def rows_in(
+    origin: sources.Origin, shapes: tuple[type, ...], purpose: str
+) -> Iterator[tuple[str, Example | Rejected, dict[str, Any]]]:
+    """`rows_of`, of a source whose files are known."""
+    source = origin.source
     origin.open(shapes)
     if origin.layout.shape not in shapes:
         problem = f"{source.path}: format {origin.layout.format} does not fit {purpose}"

@@ -150,7 +150,7 @@ def prepare(job: Job[Schema]) -> PreparedItems:
     for i, task in enumerate(recipe.tasks):
         if not isinstance(task, OnItems):
             continue
-        items = items_of(task, job.plan.content)
+        items = items_of(task, job.plan.content, job.say)
         path = folder / f"{i}.jsonl"
         task.write(items, path)
         overlap = seen_by(items, trained)

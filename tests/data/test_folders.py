@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from llmpipe.data.folders import select
+from llmpipe.data.readers.compressed import text_bytes
 from llmpipe.data.sources import identity_of
 from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Rows, Source, is_local
@@ -104,6 +105,27 @@ def test_arrow_and_feather_are_read(here, base):
     Path("c.arrow").write_bytes(Path("s.arrow").read_bytes()[:-100])
     with pytest.raises(UserError, match=r"c\.arrow:1: not a readable Arrow file"):
         make(base, "./c.arrow", template="chatml")
+
+
+def test_columns_of_one_name_are_refused(here, base):
+    table = pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"])
+    with pa.OSFile("s.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    pa.parquet.write_table(table, "p.parquet")
+    for name in ("s.arrow", "p.parquet"):
+        with pytest.raises(UserError, match="two columns are called 'completion', number 2 and 3"):
+            make(base, f"./{name}", template="chatml")
+
+
+def test_the_size_of_a_compressed_text_is_about_known(here):
+    text = "".join(f"{i} {i**3}\n" for i in range(200_000)).encode()
+    for suffix, pack in PACKERS.items():
+        path = Path(f"d.txt.{suffix}")
+        path.write_bytes(pack(text))
+        size = text_bytes(path, path.stat().st_size)
+        assert len(text) / 2 < size < len(text) * 2
+        path.write_bytes(pack(text[:1000]))
+        assert text_bytes(path, path.stat().st_size) == 1000
 
 
 def test_what_is_not_read_is_named(here):
@@ -370,6 +392,13 @@ def test_a_card_that_is_of_no_help_is_refused(here, text, said):
     card(text)
     with pytest.raises(UserError, match=said):
         select(Source(path="./d"))
+
+
+def test_the_card_of_the_folder_above_is_heeded(here):
+    touch("d/data/a.jsonl", "d/data/b.jsonl")
+    card("configs:\n- config_name: x\n  data_files: {train: data/b.jsonl, test: 'data/a*'}")
+    assert names(Source(path="./d/data")) == names(Source(path="./d/data/*")) == ["b.jsonl"]
+    assert names(Source(path="./d/data/a.jsonl")) == ["a.jsonl"]
 
 
 def test_a_card_without_files_says_nothing(here):

@@ -124,7 +124,7 @@ def test_byte_order_mark_is_no_mistake(here, smol):
         ("d.json", b'[{"text": "a"},\n {"text": "b" "c"}]', r"d\.json:2: row 2 \(line 2\)"),
         ("d.json", b'[{"text": "\xf6"}]', r"d\.json:1: not UTF-8"),
         ("d.json", b'"text"', "neither a list of rows nor"),
-        ("d.json", b'[{"text": "a"}]\n\n[{"text": "b"}]', "line 3: more follows the list"),
+        ("d.json", b'[{"text": "a"}]\n\n[{"text": "b"}]', r"d\.json:3: more follows the list"),
         ("d.json", b'[{"text": "a"}]' + b" " * (1 << 18) + b"x", "more follows the list"),
         ("d.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}', r"d\.json:1: an object over"),
         ("d.json", b'{"data": [\n {"text": "a"}\n]}', r"jq -c '\.data\[\]' d\.json"),

@@ -98,7 +98,7 @@ def test_items_lie_in_a_file_with_what_their_task_needs(tmp_path, task, rows, li
     if task is Generate:
         values["score"] = ["exact_match"]
     task = task.model_validate(values)
-    items = items_of(task, {})
+    items = items_of(task, {}, print)
     task.write(items, tmp_path / "items.jsonl")
     written = json.loads((tmp_path / "items.jsonl").read_text(encoding="utf-8"))
     assert list(written) == ["id", "at", "asks", *line]

@@ -5,16 +5,16 @@ The number of a row counts from 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from llmpipe.data.readers.row import File, Reading, Row
+from llmpipe.data.readers.table import rows_of
 from llmpipe.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
 
-BATCH = 256  # rows that are held at once as Python's objects
 MAGIC = b"ARROW1"  # begins a file of Arrow; a stream has none
 
 
@@ -23,27 +23,26 @@ def read(file: File) -> Reading:
     import pyarrow
 
     number = 0
+    size = 0  # of a row, about
+
+    def measured(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+        nonlocal size
+        for batch in batches:
+            size = batch.nbytes // max(1, len(batch))
+            yield batch
+
     try:
-        for batch in _batches(file):
-            size = batch.nbytes // max(len(batch), 1)
-            for begin in range(0, len(batch), BATCH):
-                for columns in batch.slice(begin, BATCH).to_pylist():
-                    number += 1
-                    yield Row(number, columns), size
-    except (pyarrow.ArrowException, OSError) as error:
+        with pyarrow.memory_map(str(file.path)) as mapped:
+            is_stream = mapped.read(len(MAGIC)) != MAGIC
+            mapped.seek(0)
+            if is_stream:
+                table = pyarrow.ipc.open_stream(mapped)
+                batches = measured(table)
+            else:
+                table = pyarrow.ipc.open_file(mapped)
+                batches = measured(map(table.get_batch, range(table.num_record_batches)))
+            for number, columns in enumerate(rows_of(table.schema, batches, file.shown), 1):
+                yield Row(number, columns), size
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         problem = f"not a readable Arrow file: {first_line(error)}"
         raise UserError(f"{file.shown}:{number + 1}: {problem}") from None
-
-
-def _batches(file: File) -> Iterator[pyarrow.RecordBatch]:
-    import pyarrow
-
-    with pyarrow.memory_map(str(file.path)) as mapped:
-        magic = mapped.read(len(MAGIC))
-        mapped.seek(0)
-        if magic == MAGIC:
-            table = pyarrow.ipc.open_file(mapped)
-            for index in range(table.num_record_batches):
-                yield table.get_batch(index)
-        else:
-            yield from pyarrow.ipc.open_stream(mapped)

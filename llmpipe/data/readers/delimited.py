@@ -20,7 +20,16 @@ from typing import IO
 
 from llmpipe.data.formats import Rejected
 from llmpipe.data.readers.compressed import suffix_of
-from llmpipe.data.readers.row import MAX_LINE, File, Payload, Reading, Row, if_utf8, open_text
+from llmpipe.data.readers.row import (
+    MAX_LINE,
+    File,
+    Payload,
+    Reading,
+    Row,
+    check_names,
+    if_utf8,
+    open_text,
+)
 from llmpipe.errors import UserError
 
 _DOUBLED = re.compile(r'[^,\t\r\n]""[^,\t\r\n]')  # as whoever quotes with care writes a quote
@@ -68,11 +77,7 @@ def _columns(file: File, line: int, header: list[str], delimiter: str) -> list[s
             if other in names[0] and other != delimiter:
                 problem = f"{where}: the header is one column with {word}, not {NAMES[delimiter]}"
                 raise UserError(problem, f"save the file with {NAMES[delimiter]}, or as .jsonl")
-    for index, name in enumerate(names):
-        if name and name in names[:index]:
-            first = names.index(name) + 1
-            problem = f"{where}: two columns are called '{name}', number {first} and {index + 1}"
-            raise UserError(problem, "rename or remove one of them")
+    check_names(names, where)
     # the index that pandas writes, or a delimiter at the end
     return [name or f"column {number} without a name" for number, name in enumerate(names, 1)]
 

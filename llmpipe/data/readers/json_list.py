@@ -101,7 +101,7 @@ class _Window:
         while not self.ended:
             if rest := self.text[self.at :].lstrip():
                 line = self.line + self.text.count("\n", 0, len(self.text) - len(rest))
-                problem = f"{self.file.shown}: line {line}: more follows the list that ends before"
+                problem = f"{self.file.shown}:{line}: more follows the list that ends before"
                 hint = f"it begins with {rest[:20]!r}; join the lists, or write one row per line"
                 raise UserError(problem, hint)
             self.at = len(self.text)

@@ -12,6 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from llmpipe.data.formats import Rejected
 from llmpipe.data.readers.compressed import open_bytes, text_bytes
+from llmpipe.errors import UserError
 
 MAX_LINE = 64 << 20  # bytes of one row
 _ESCAPED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, under errors="surrogateescape"
@@ -60,6 +61,15 @@ def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:
     if _ESCAPED.search(text):
         return Rejected("not UTF-8", "save the file as UTF-8")
     return payload
+
+
+def check_names(names: list[str], where: str) -> None:
+    """Raises UserError where two columns have one name, as only one of them would be read."""
+    for index, name in enumerate(names):
+        if name and name in names[:index]:
+            first = names.index(name) + 1
+            problem = f"{where}: two columns are called '{name}', number {first} and {index + 1}"
+            raise UserError(problem, "rename or remove one of them")
 
 
 def parse(payload: Payload) -> dict[str, Any]:
