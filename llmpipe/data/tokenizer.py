@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,14 @@ class Tokenizer:
         self.special = self._special_tokens(folder)
         self.stops = self._stops(folder)
         bos = self.id("bos_token")
-        writes_bos = self.config.get("add_bos_token")
-        if not isinstance(writes_bos, bool):
-            writes_bos = bos is not None and start == bos
-        self.bos = bos if writes_bos else None
+        begins = bos is not None and start == bos
+        asked = self.config.get("add_bos_token")
+        self.bos = bos if (asked if isinstance(asked, bool) else begins) else None
+        if begins != (self.bos is not None):
+            # whether transformers obeys the config depends on its version and the class it picks
+            first = None if self.bos is None else (self.special["bos_token"], self.bos)
+            self._aside = replace(self._aside, post_processor=_beginning_with(first))
+            self.raw = self._aside.rewritten(self.backend)
 
     def _complete(self, folder: Path) -> None:
         """Have the tokens that transformers has once it loaded the folder.
@@ -286,6 +290,16 @@ class _Aside:
         backend.post_processor = None
 
 
+def _beginning_with(first: tuple[str, int] | None) -> Any:
+    """A post-processor that begins a text with this token, or with none."""
+    if first is None:
+        return tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1")
+    token = first[0]
+    return tokenizers.processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[first]
+    )
+
+
 def _listed(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
     """The added tokens that files beside tokenizer.json list, by their numbers."""
     listed = config.get("added_tokens_decoder")
@@ -293,6 +307,8 @@ def _listed(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedT
     named = set(_named(folder, config))
     try:
         tokens = {int(i): tokenizers.AddedToken(**token) for i, token in (listed or {}).items()}
+        if not all(token.content for token in tokens.values()):
+            raise ValueError("one has no content")
         for text, number in older.items():
             is_special = text in named
             token = tokenizers.AddedToken(text, special=is_special, normalized=not is_special)

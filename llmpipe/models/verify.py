@@ -2,8 +2,8 @@
 
 Saved tensors are whole, finite and the trained ones; reloaded, the model gives the same logits on a
 probe, with the same tokenizer and template; an adapter also does when it is merged into its base;
-and generation stops at the end of a turn. Whatever differs is refused with UserError (3), NaN and
-Inf with (4).
+and generation writes several lines, and stops at the end of a turn. Whatever differs is refused
+with UserError (3), NaN and Inf with (4).
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.data.tokenizer import SEVERAL_LINES
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.models.adapters import Base, as_published, load_frozen, on_base
-from llmpipe.models.generate import isolated_rng
+from llmpipe.models.generate import isolated_rng, render
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.run.artifact import is_reward_model
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
+PROMPT_TOKENS = 8
+LINES = "One:\n\n- two\n- three"  # few, since they are generated
 NEWEST = 8  # of these are the last ids of the vocabulary
 
 # of what a stranger draws for rows that the base lacks: another one than in training
@@ -189,7 +192,7 @@ def _equal(saved: torch.Tensor, trained: torch.Tensor) -> bool:
 
 
 def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float) -> Behaviour:
-    """Equal logits on the probe, and an end to generation at every stop token."""
+    """Equal logits on the probe, and generation that stops at every stop token alone."""
     apart = probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)
     difference = float(apart.abs().max())
     if not math.isfinite(difference) or difference > tolerance:
@@ -197,28 +200,75 @@ def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: 
         _refuse(f"{outputs} on a probe differ by {difference:.2e} after reloading")
     if not model.can_generate():
         return Behaviour(difference)
-    stops_at = reloaded.generation_config.eos_token_id
-    stops = stops_at if isinstance(stops_at, list) else [stops_at]
-    probe = _probe(reloaded, tokenizer)
-    with isolated_rng(), torch.no_grad():
-        all_stop = all(_stops(reloaded, probe, token, stops) for token in stops)
-    if tokenizer.eos_token_id not in stops or not all_stop:
-        _refuse("generation does not stop at the end of a turn")
+    stops_at = _stops_at(reloaded, tokenizer)
     return Behaviour(difference, stops_at)
 
 
-def _stops(model: PreTrainedModel, probe: torch.Tensor, token: int, stops: list[int]) -> bool:
-    """Whether generation as configured in the saved folder ends when `token` is its third word."""
-    prompt_tokens = probe.shape[1]
+def _stops_at(model: PreTrainedModel, tokenizer: Tokenizer) -> int | list[int] | None:
+    """Where generation stops as it is configured in the saved folder: seen at every stop token,
+    behind several lines, and nowhere within these.
+    """
+    stops_at: int | list[int] | None = model.generation_config.eos_token_id
+    stops = stops_at if isinstance(stops_at, list) else [stops_at]
+    if tokenizer.eos_token_id not in stops:
+        _refuse("generation does not stop at the end of a turn")
+    ordinary = tokenizer(SEVERAL_LINES, add_special_tokens=False)["input_ids"]
+    for token in stops:
+        if token in ordinary:
+            shown = repr(tokenizer.decode([token]))
+            _refuse(f"generation would stop at {shown}, which ordinary text holds")
+    _check_turn(tokenizer, stops)
     other = next(i for i in range(len(stops) + 1) if i not in stops)
+    lines = tokenizer(LINES, add_special_tokens=False)["input_ids"] or [other] * 2
+    for token in stops:
+        words = [*lines, token, other]
+        said = _forced(model, tokenizer, words)
+        if said == words:
+            _refuse("generation does not stop at the end of a turn")
+        if said != words[:-1]:
+            last = repr(tokenizer.decode(said[-1:]))
+            _refuse(f"generation of several lines stops at {last}, not at the end of a turn")
+    return stops_at
+
+
+def _check_turn(tokenizer: Tokenizer, stops: list[Any]) -> None:
+    """In a conversation, as the saved template writes it, a stop token stands behind the
+    assistant's lines, and none within them.
+    """
+    if not tokenizer.chat_template:
+        return
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": LINES}]
+    try:
+        text = render(tokenizer, {"messages": turns}, open_turn=False)
+    except UserError:
+        return  # it takes other conversations
+    begin = text.rfind(LINES)
+    if begin < 0:
+        return
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    at_stops = [start - begin for token, (start, _) in places if token in stops]
+    if any(0 <= place < len(LINES) for place in at_stops):
+        _refuse("generation would stop within an assistant's turn of several lines")
+    if not any(place >= len(LINES) for place in at_stops):
+        _refuse("generation does not stop at what ends the assistant's turns")
+
+
+def _forced(model: PreTrainedModel, tokenizer: Tokenizer, words: list[int]) -> list[int]:
+    """What is generated as the saved folder configures it where only `words` are allowed."""
+    prompt = _probe(model, tokenizer)[:, :PROMPT_TOKENS]
+    size = prompt.shape[1]
 
     def only_allowed(_: int, ids: torch.Tensor) -> list[int]:
-        return [token if len(ids) - prompt_tokens == 2 else other]
+        return [words[min(len(ids) - size, len(words) - 1)]]
 
-    output = model.generate(
-        input_ids=probe,
-        attention_mask=torch.ones_like(probe),
-        max_new_tokens=8,
-        prefix_allowed_tokens_fn=only_allowed,
-    )
-    return int(output.shape[1]) - prompt_tokens == 3
+    with isolated_rng(), torch.no_grad():
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=len(words),
+            prefix_allowed_tokens_fn=only_allowed,
+            tokenizer=tokenizer,  # where the configuration stops at texts
+        )
+    said: list[int] = output[0, size:].tolist()
+    return said

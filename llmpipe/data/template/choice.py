@@ -74,6 +74,8 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
     if own_eos is None and (template is None or "eos_token" in template):
         hint = "set eos_token in its tokenizer_config.json, or set data.template: chatml"
         raise UserError("the tokenizer has no end-of-sequence token", hint)
+    if own_eos is not None:
+        tokenizer.check_stops([own_eos])
     added: list[str] = []
     ends: list[str] = []
     if template is not None:

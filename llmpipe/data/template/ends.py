@@ -58,14 +58,12 @@ class _Behind:
     """Up to the words of the next turn."""
     last: str
     """Up to the end of the conversation."""
-    text: str
-    """A conversation of four turns."""
-    words_end: int
-    """Where the last words of `text` end."""
+    texts: list[tuple[str, int]]
+    """Every conversation as it is written, and where its last words end."""
 
 
 def _behind_words(template: Template) -> _Behind:
-    inner, last = [], []
+    inner, last, texts = [], [], []
     for saying in SAYINGS:
         text = rendered(template, small_talk(4, saying))
         ends = [0]
@@ -78,8 +76,8 @@ def _behind_words(template: Template) -> _Behind:
                 raise UserError(f"{problem} does not say {message['content']!r}", OTHER)
         inner.append(text[ends[2] : starts[2]])
         last.append(text[ends[4] :])
-    always = ["".join(_beginning(*texts)) for texts in (inner, last)]
-    return _Behind(always[0], always[1], text, ends[4])
+        texts.append((text, ends[4]))
+    return _Behind("".join(_beginning(*inner)), "".join(_beginning(*last)), texts)
 
 
 def _beginning(*texts: Sequence[str]) -> list[str]:
@@ -144,9 +142,9 @@ def _never_ends(behind: str) -> UserError:
 
 def _check_is_read(tokenizer: Tokenizer, behind: _Behind, end: str) -> None:
     """The tokenizer has to make a token of what ends a turn, right behind words, too."""
-    encoding = tokenizer.backend.encode(behind.text, add_special_tokens=False)
-    place = behind.text.index(end, behind.words_end)
-    token = encoding.char_to_token(place)
-    if token is None or encoding.ids[token] != tokenizer.backend.token_to_id(end):
-        problem = f"the chat template ends turns with {end}, which the tokenizer reads as text"
-        raise UserError(f"{problem} behind words: a model would never learn to stop", OTHER)
+    for text, words_end in behind.texts:
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        token = encoding.char_to_token(text.index(end, words_end))
+        if token is None or encoding.ids[token] != tokenizer.backend.token_to_id(end):
+            problem = f"the chat template ends turns with {end}, which the tokenizer reads as text"
+            raise UserError(f"{problem} behind words: a model would never learn to stop", OTHER)
