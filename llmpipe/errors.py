@@ -5,6 +5,7 @@ the only places that catch it. Anything else that escapes is a bug and is shown 
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 Say = Callable[[str], None]  # prints a line, and keeps it where there is a log
 
@@ -32,6 +33,13 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class Mistake(NamedTuple):
+    """What is wrong with a field of a recipe, which is named by its path: `data.train.0.path`."""
+
+    field: str
+    error: UserError
 
 
 class Stopped(BaseException):

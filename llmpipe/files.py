@@ -22,6 +22,25 @@ LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 
 NO_SPACE = "No space left on device"
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""What a system says of a place in which this user cannot write."""
+
+
+def expanded(text: str) -> Path:
+    """The path that a person wrote: ~ is a home, where there is one of that name."""
+    return Path(os.path.expanduser(text))
+
+
+def unreachable(path: Path) -> str | None:
+    """Why nothing can be read at a path, in words; None where something lies there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL is in no path
+        return "no such file or folder"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
 
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
@@ -176,7 +195,7 @@ def publishing(target: Path) -> Iterator[Path]:
         _flush(staging)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise disk_full(error, target) from (error if isinstance(error, Exception) else None)
+        raise unwritable(error, target) from (error if isinstance(error, Exception) else None)
     _replace(target, staging)
     fsync(target.parent)
 
@@ -204,13 +223,22 @@ def _replace(target: Path, new: Path) -> None:
     shutil.rmtree(old)
 
 
-def disk_full(error: BaseException, target: Path) -> BaseException:
-    """A full disk or a failing one as a UserError (5); any other error as it is."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+def unwritable(error: BaseException, target: Path) -> BaseException:
+    """A disk that is full, fails or refuses as a UserError (5); any other error as it is.
+
+    A refusal counts where it is of something in the folder that `target` lies in.
+    """
     # safetensors has an error of its own
-    full = full or (isinstance(error, Exception) and NO_SPACE in str(error))
-    if not full:
+    if isinstance(error, Exception) and NO_SPACE in str(error):
+        error = OSError(errno.ENOSPC, NO_SPACE)
+    if not isinstance(error, OSError):
         return error
-    reason = getattr(error, "strerror", None) or NO_SPACE
-    hint = "make room and run the same command again: it goes on from the last checkpoint"
-    return UserError(f"{target}: cannot be written: {reason}", hint, RESOURCES)
+    reason = error.strerror or NO_SPACE
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        hint = "make room and run the same command again: it goes on from the last checkpoint"
+        return UserError(f"{target}: cannot be written: {reason}", hint, RESOURCES)
+    path = os.path.abspath(os.fsdecode(error.filename)) if error.filename else ""
+    if error.errno in REFUSED and Path(path).is_relative_to(os.path.abspath(target.parent)):
+        hint = "make the run directory writable, or name another one: --run DIR"
+        return UserError(f"{error.filename}: cannot be written: {reason}", hint, RESOURCES)
+    return error

@@ -23,7 +23,7 @@ STARTER = ROOT / "llmpipe" / "report" / "starter" / "sft.yaml"
 def recipes_in(path: Path) -> list[Recipe]:
     values, _ = read(path)
     if "stages" in values:
-        return load_pipeline(path, schema)
+        return [located.recipe for located in load_pipeline(path, schema).stages]
     return [load(path, schema(values["stage"]))]
 
 

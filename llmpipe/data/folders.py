@@ -20,7 +20,7 @@ from llmpipe.data.readers import KNOWN, READERS, File
 from llmpipe.data.readers.compressed import DAMAGED, is_compressed, open_bytes, suffix_of
 from llmpipe.data.splits import Division, Split, listed, named, split_of
 from llmpipe.errors import UserError, first_line, near
-from llmpipe.files import sha256_file
+from llmpipe.files import expanded, sha256_file
 from llmpipe.recipe.sections import Rows
 
 # What lies beside data and is none: by suffix, and by the beginning of a name.
@@ -72,10 +72,10 @@ def named_files(source: Rows) -> list[Named]:
 
 def select(source: Rows) -> Selection:
     """The files that a local source means. Raises UserError, as `named_files` does."""
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    path = expanded(source.path)
+    if os.path.isfile(path):
         selection = Selection([Named(path, path.name, source.path)], _of_no_use(source, path.name))
-    elif path.is_dir():
+    elif os.path.isdir(path):
         tree = Tree(path, source.path)
         tree.walk(path)
         selection = _selected(source, tree)
@@ -245,7 +245,7 @@ def _matched(given: str, path: Path) -> Tree:
 
 def _missing(given: str, path: Path) -> UserError:
     guess = f"; there is no folder {path.parent}"
-    if path.parent.is_dir():
+    if os.path.isdir(path.parent):
         guess = near(path.name, os.listdir(path.parent))
     return UserError(f"{given}: no such file{guess}", "paths are looked up from the current folder")
 

@@ -18,6 +18,7 @@ from llmpipe.data.readers import File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
 from llmpipe.errors import UserError
+from llmpipe.files import expanded
 from llmpipe.recipe.sections import Rows, is_local, science
 
 __all__ = [
@@ -96,7 +97,7 @@ class Origin:
         self.source = source
         self.stream = stream
         path = Path(source.path)
-        self.name = path.name if path.expanduser().is_absolute() else source.path
+        self.name = path.name if expanded(source.path).is_absolute() else source.path
         if is_local(source.path):
             selection = select(source)
             self.files = [hashed(file) for file in selection.files]

@@ -113,8 +113,6 @@ def check_scored(sequence: Marked, at: str, label: str) -> None:
 class Task(Section):
     for_reward_models: ClassVar[bool] = False
     """Whether reward models take part."""
-    extra: ClassVar[str] = "eval"
-    """The extra of llmpipe's that brings `packages`."""
 
     name: Name | None = None
     """What the results call it; the kind of task unless set."""
@@ -135,6 +133,13 @@ class Task(Section):
     def files(self) -> dict[str, str]:
         """Every file or folder beside the rows whose content decides the numbers, by its field."""
         return {}
+
+    @abstractmethod
+    def metrics(self, kind: str | None) -> set[str] | None:
+        """The numbers that it gives of a kind of artifact, or of any where `kind` is not known.
+
+        None where another library says which.
+        """
 
     @abstractmethod
     def measure(self, model: Candidate, items: list[Any], book: Book, seed: int, say: Say) -> None:

@@ -19,7 +19,8 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from llmpipe import __version__
-from llmpipe.errors import DONE, SIGINT, Stopped, UserError
+from llmpipe.errors import SIGINT, Stopped, UserError, near
+from llmpipe.front.terminal import exit_code, open_terminal
 from llmpipe.stages import STAGES
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The whole road of making a language model, one verified stage after the other.",
 )
+
+KNOWN_STAGES = f"there are: {', '.join(STAGES)}"
 
 RecipeFile = Annotated[
     Path | None,
@@ -61,9 +64,18 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] | None) -> "Recipe":
-    """The recipe of stage `name`: a file, or recipes/NAME.yaml where none is named."""
-    from llmpipe.recipe.check import load
+def read_recipe(
+    name: str,
+    path: Path | None,
+    run: str | None,
+    sets: list[str] | None,
+    *,
+    fresh: bool = False,
+    only_prepare: bool = False,
+) -> "Recipe":
+    """The recipe of stage `name`, and what can be known ahead is right: a file, or
+    recipes/NAME.yaml where none is named."""
+    from llmpipe.recipe.check import locate
     from llmpipe.stages import schema
 
     if path is None:
@@ -72,7 +84,11 @@ def read_recipe(name: str, path: Path | None, run: str | None, sets: list[str] |
             hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
             raise UserError(f"no recipe named, and there is no {path} here", hint)
         say(f"no recipe named: using {path}")
-    return load(path, schema(name), overrides(sets, run))
+    located = locate(path, schema(name), overrides(sets, run))
+    from llmpipe.front import ahead  # not for a recipe that is not valid
+
+    ahead.check([located], fresh=fresh, only_prepare=only_prepare)
+    return located.recipe
 
 
 def overrides(sets: list[str] | None, run: str | None) -> list[str]:
@@ -114,7 +130,8 @@ def _add_stage(name: str, story: str) -> None:
         inexact_resume: InexactOption = False,
         debug: DebugOption = False,
     ) -> None:
-        make(read_recipe(name, recipe, run, sets), fresh=fresh, inexact=inexact_resume, debug=debug)
+        asked = read_recipe(name, recipe, run, sets, fresh=fresh)
+        make(asked, fresh=fresh, inexact=inexact_resume, debug=debug)
 
     app.command(name, help=f"{story[0].upper()}{story[1:]}.")(command)
 
@@ -134,12 +151,16 @@ def run_pipeline(
 ) -> None:
     """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is
     resumed."""
+    from llmpipe.front import ahead
     from llmpipe.recipe.check import load_pipeline
+    from llmpipe.run.artifact import artifact_of
     from llmpipe.stages import schema
 
-    recipes = load_pipeline(pipeline, schema, overrides(sets, run))
+    asked = load_pipeline(pipeline, schema, overrides(sets, run))
+    ahead.check(asked.stages, fresh=fresh, pipeline=asked)
+    recipes = [located.recipe for located in asked.stages if located]
     for i, recipe in enumerate(recipes, 1):
-        say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {Path(recipe.run) / recipe.artifact}")
+        say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {artifact_of(recipe).path}")
         make(recipe, fresh=fresh, inexact=inexact_resume, debug=debug)
 
 
@@ -156,14 +177,19 @@ def prepare(
     """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
     from llmpipe.recipe.yaml import read
 
-    values, _ = read(recipe)
-    if isinstance(values, dict) and "stages" in values:
-        raise UserError(
-            f"{recipe}: this is a pipeline of several stages",
-            "prepare takes the recipe of one stage",
+    values, where = read(recipe)
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}:1: a recipe is a mapping of keys to values")
+    if "stages" in values:
+        problem = f"{where[('stages',)]}: this is a pipeline of several stages"
+        raise UserError(problem, "prepare takes the recipe of one stage")
+    name = values.get("stage")
+    if not isinstance(name, str) or name not in STAGES:
+        problem = (
+            f"'{name}' is no stage{near(str(name), STAGES)}" if name else "required, but missing"
         )
-    name = str(values.get("stage")) if isinstance(values, dict) else ""
-    asked = read_recipe(name, recipe, run, sets)
+        raise UserError(f"{where.get(('stage',), f'{recipe}:1')}: stage: {problem}", KNOWN_STAGES)
+    asked = read_recipe(name, recipe, run, sets, only_prepare=True)
     make(asked, debug=debug, only_prepare=True)
     if show_rows:
         _show_rows(asked, show_rows)
@@ -173,12 +199,12 @@ def _show_rows(recipe: "Recipe", count: int) -> None:
     """Print prepared rows. Raises UserError (2) where the stage prepares none."""
     from llmpipe.data.prepared import PreparedRows
     from llmpipe.report.rows import show_rows
-    from llmpipe.run.artifact import Artifact
+    from llmpipe.run.artifact import artifact_of
     from llmpipe.stages import stage
 
     if stage(recipe.stage).PREPARED is not PreparedRows:
         raise UserError(f"{recipe.stage} prepares no rows to train on, so there are none to show")
-    artifact = Artifact(Path(recipe.run) / recipe.artifact)
+    artifact = artifact_of(recipe)
     prepared = PreparedRows.from_file(artifact.path / "prepared.json")
     assert prepared is not None  # it was made just now
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -229,10 +255,15 @@ def chat(
     if len(models) > 2:
         raise UserError("chat takes one model, or two side by side")
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from llmpipe.recipe.places import ARTIFACT
     from llmpipe.run.reference import Use, resolve
 
+    for name in models:
+        if name.startswith(ARTIFACT):
+            hint = f"give its path, such as runs/NAME/{name.removeprefix(ARTIFACT)}"
+            raise UserError(f"chat: {name}: is of a run, and chat knows of none", hint)
     # a folder needs no ./ here
-    named = [str(Path(name).absolute()) if Path(name).exists() else name for name in models]
+    named = [str(Path(name).absolute()) if os.path.exists(name) else name for name in models]
     use = Use("chat", ("model", "adapter"))
     resolved = [resolve(name, use, Path()) for name in named]
 
@@ -275,9 +306,10 @@ def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
     # collections during the imports take a tenth of the front door's time; `make` turns them on
     gc.disable()
+    open_terminal()
     if "--version" in sys.argv[1:2]:
         print(f"llmpipe {__version__}")
-        sys.exit(DONE)
+        sys.exit(exit_code())
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -301,4 +333,4 @@ def main() -> None:
             raise
         error.show()
         sys.exit(error.exit_code)
-    sys.exit(DONE)
+    sys.exit(exit_code())

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmpipe.errors import Say
+from llmpipe.files import unwritable
 from llmpipe.front import launch
 from llmpipe.front.worker import write_plan
-from llmpipe.recipe.sections import Recipe, Training
-from llmpipe.run.artifact import Artifact
+from llmpipe.recipe.sections import Recipe
+from llmpipe.run.artifact import Artifact, artifact_of
 from llmpipe.run.lock import Lock
-from llmpipe.run.machine import gpus, micro_batch_size, process_count
 from llmpipe.run.plan import Decision, decide, plan_of
 from llmpipe.run.reference import parents_of
 from llmpipe.stages import Judging, Stage, stage
@@ -41,7 +40,7 @@ class Session:
 
     @property
     def artifact(self) -> Artifact:
-        return Artifact(Path(self.recipe.run) / self.recipe.artifact)
+        return artifact_of(self.recipe)
 
     @property
     def stage(self) -> Stage:
@@ -61,7 +60,8 @@ class Session:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the artifact, and its parents shared. Raises UserError (75) where one is busy.
+        """Hold the artifact, and its parents shared. Raises UserError (75) where one is busy, and
+        (5) where what is done meanwhile finds the run not to be written.
 
         A parent that is being made is busy; one that is read cannot be moved aside meanwhile.
         """
@@ -72,7 +72,13 @@ class Session:
                 locks.enter_context(Lock(parent, shared=True).acquire())
             # a worker whose parent was killed may still be at work
             Lock(self.artifact, "write").acquire().release()
-            yield
+            try:
+                yield
+            except OSError as error:
+                mendable = unwritable(error, self.artifact.path)
+                if mendable is error:
+                    raise
+                raise mendable from error
 
     def plan(self) -> Decision:
         """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""
@@ -88,8 +94,6 @@ class Session:
     def prepare(self, decision: Decision) -> None:
         """Write the plan down, make models readable that are not, and rows into tokens."""
         recipe, artifact = self.recipe, self.artifact
-        if isinstance(recipe, Training):  # refuse what does not divide before any work
-            micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
         if decision.action == "run":
             (artifact.path / "samples.jsonl").unlink(missing_ok=True)
         write_plan(artifact, recipe, decision.plan)

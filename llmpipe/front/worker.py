@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmpipe.errors import DONE, RESOURCES, Say, Stopped, UserError
-from llmpipe.files import disk_full
+from llmpipe.files import unwritable
+from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.sections import Recipe
 from llmpipe.recipe.yaml import dump, parse
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     parent = os.environ.get("LLMPIPE_PARENT")
     launched = "RANK" in os.environ  # the launcher in between is the parent then
     die_with_parent(int(parent) if parent and not launched else None)
+    open_terminal()
     signals = Signals().install()
     action, folder, *flags = arguments
     artifact = Artifact(Path(folder))
@@ -69,7 +71,7 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
             traceback.print_exc()
         return Outcome.of(error)
     except Exception as error:
-        mendable = disk_full(out_of_memory(error), artifact.path)
+        mendable = unwritable(out_of_memory(error), artifact.path)
         if isinstance(mendable, UserError):
             return Outcome.of(mendable)
         traceback.print_exc()
@@ -134,7 +136,7 @@ def teller(artifact: Artifact) -> Say:
     def say(line: str) -> None:
         if rank() == 0:
             print(line, flush=True)
-            with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
+            with (artifact.path / "log.txt").open("a", encoding="utf-8", errors="replace") as log:
                 print(line, file=log)
 
     return say

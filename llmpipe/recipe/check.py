@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,58 +18,141 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmpipe.errors import UserError, near, nearest
+from llmpipe.files import modules_in
 from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
+
+STAGES = Path(__file__).parent.parent / "stages"  # listed, not imported: it is a floor above
 
 SchemaOf = Callable[[str], type[Recipe]]  # the recipe class of a stage, by its name
 
 
+@dataclass(frozen=True)
+class Located:
+    """A recipe, and where each of its values was written."""
+
+    recipe: Recipe
+    where: Where
+    file: str
+
+    def line(self, field: str) -> str:
+        """`file:line` of a field by its dotted path, or of what is written above it."""
+        lines = {dotted(loc): line for loc, line in self.where.items()}
+        while field and field not in lines:
+            field = field.rpartition(".")[0]
+        return lines.get(field, f"{self.file}:1")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline's file says."""
+
+    stages: list[Located | None]
+    """In their order; None where one is no valid recipe."""
+    names: list[str | None]
+    """What each stage's artifact is called, as far as that can be told."""
+    problems: list[str]
+    """Everything that is wrong with the file by itself, each with its line."""
+
+
 def load(path: Path, schema: type[Recipe], sets: list[str] | None = None) -> Recipe:
     """Read, override and validate one recipe file."""
+    return locate(path, schema, sets).recipe
+
+
+def locate(path: Path, schema: type[Recipe], sets: list[str] | None = None) -> Located:
+    """Read, override and validate one recipe file, and keep the lines."""
     values, where = read(path)
     if isinstance(values, dict):
         if "stages" in values and "stages" not in schema.model_fields:
             problem = f"{where[('stages',)]}: this is a pipeline of several stages"
-            raise UserError(problem, f"llmpipe run {path}")
+            raise UserError(problem, f"use `llmpipe run {path}`")
         apply_sets(values, where, sets or [])
-    return validate(values, where, schema, str(path))
+        _refuse_other_stage(values, where, schema, path)
+    return Located(validate(values, where, schema, str(path)), where, str(path))
 
 
-def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -> list[Recipe]:
+def _refuse_other_stage(
+    values: dict[str, Any], where: Where, schema: type[Recipe], path: Path
+) -> None:
+    """Raise UserError for a recipe of another stage: its fields are others, and all were wrong.
+
+    A name that is no stage is among the complaints of `validate`.
+    """
+    asked = schema.model_fields["stage"].default
+    stage = values.get("stage")
+    if stage != asked and _is_stage(stage):
+        problem = f"{where[('stage',)]}: this is a recipe for {stage}, not for {asked}"
+        raise UserError(problem, f"use `llmpipe {stage} {path}`")
+
+
+def _is_stage(name: Any) -> bool:
+    return name in modules_in(STAGES)
+
+
+def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -> Pipeline:
     """Read a pipeline: `run:` and a list `stages:` of recipes.
 
-    All are checked before the first one starts. Raises one UserError with every problem.
+    Raises UserError for a file that is none; what is wrong in a stage is among its `problems`.
     """
     values, where = read(path)
-    name = str(path)
-    stages = values.get("stages") if isinstance(values, dict) else None
-    if not isinstance(stages, list) or not stages:
-        problem = f"{name}:1: a pipeline has `run:` and a list `stages:`"
-        raise UserError(problem, "for one stage: llmpipe STAGE RECIPE")
-    apply_sets(values, where, sets or [])
+    _refuse_no_pipeline(values, path)
+    apply_sets(values, where, sets or [], lambda key: _in_stages(key, values["stages"]))
+    _refuse_no_pipeline(values, path)
     problems = [
         f"{where[(key,)]}: {key}: unknown key{near(key, ['run', 'stages'])}; "
         "a pipeline has run and stages"
         for key in values
         if key not in ("run", "stages")
     ]
-    recipes = []
+    stages: list[Located | None] = []
     for i in range(len(values["stages"])):
         try:
-            recipes.append(_stage_of_pipeline(i, values, where, schema, name))
+            stages.append(_stage_of_pipeline(i, values, where, schema, str(path)))
         except UserError as error:
+            stages.append(None)
             problems.append(error.message)
-    artifacts = [recipe.artifact for recipe in recipes]
-    for twice in sorted({artifact for artifact in artifacts if artifacts.count(artifact) > 1}):
-        problems.append(f"{name}:1: two stages are called '{twice}'; give one a `name:`")
-    if problems:
-        raise UserError("\n".join(problems))
-    return recipes
+    return Pipeline(stages, [_name_of(stage) for stage in values["stages"]], problems)
+
+
+def _refuse_no_pipeline(values: Any, path: Path) -> None:
+    """Raise UserError where there is no list of stages."""
+    stages = values.get("stages") if isinstance(values, dict) else None
+    if isinstance(stages, list) and stages:
+        return
+    stage = values.get("stage") if isinstance(values, dict) else None
+    if _is_stage(stage):
+        problem = f"{path}:1: this is a recipe for {stage}, not a pipeline of several stages"
+        raise UserError(problem, f"use `llmpipe {stage} {path}`")
+    problem = f"{path}:1: a pipeline has `run:` and a list `stages:`"
+    raise UserError(problem, "for one stage: llmpipe STAGE RECIPE")
+
+
+def _in_stages(key: str, stages: list[Any]) -> str:
+    """Where `--set NAME.field` of a pipeline goes: `stages.N.field`. Raises UserError."""
+    if key in ("", "run", "stages") or key.startswith("stages."):
+        return key
+    names = [name for name in map(_name_of, stages) if name]
+    for i, stage in enumerate(stages):
+        name = _name_of(stage)
+        if name and key.startswith(f"{name}."):
+            return f"stages.{i}{key.removeprefix(name)}"
+    first, _, rest = key.partition(".")
+    meant = nearest(first, names)
+    example = f"{meant}.{rest or 'FIELD'}" if meant else f"{(names or ['NAME'])[0]}.{key}"
+    problem = f"a pipeline has several stages: {', '.join(names)}"
+    raise UserError(problem, f"say of which one: --set {example}=")
+
+
+def _name_of(document: Any) -> str | None:
+    """The name of what a stage of a pipeline makes."""
+    name = document.get("name") or document.get("stage") if isinstance(document, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _stage_of_pipeline(
     i: int, values: dict[str, Any], where: Where, schema: SchemaOf, name: str
-) -> Recipe:
+) -> Located:
     """The recipe at a place in `stages:`; it takes the pipeline's `run:` unless it has its own."""
     line = where.get(("stages", i), f"{name}:1")
     document = values["stages"][i]
@@ -81,8 +165,8 @@ def _stage_of_pipeline(
     try:
         stage_schema = schema(document["stage"])
     except UserError as error:  # no such stage
-        raise UserError(f"{line}: {error.message}") from None
-    return validate(document, lines, stage_schema, name)
+        raise UserError(f"{lines.get(('stage',), line)}: {error.message}") from None
+    return Located(validate(document, lines, stage_schema, name), lines, name)
 
 
 def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Recipe:
@@ -170,10 +254,38 @@ def message_of(error: ErrorDetails, schema: type[Recipe]) -> str:
             return f"'{tag}' is not one of {', '.join(tags)}{near(tag, tags)}"
         case "value_error":
             return message
+        case "model_type" | "dict_type" | "model_attributes_type":
+            section = section_at(schema, error["loc"])
+            return f"should be a section such as {_such_as(section)}, not {_short(given)}"
+        case "bool_type" | "list_type":
+            return f"{KINDS[error['type']]}, not {_short(given)}"
+        case "string_type":
+            quoted = "; in quotes it is" if isinstance(given, (bool, int, float)) else ""
+            return f"should be text, not {_short(given)}{quoted}"
         case _:
-            shown = repr(given)
-            dots = "..." if len(shown) > 60 else ""
-            return f"{message}, not {shown[:60]}{dots}"
+            return f"{message}, not {_short(given)}"
+
+
+KINDS = {
+    "bool_type": "should be true or false",
+    "list_type": "should be a list, such as [one, two]",
+}
+"""What pydantic names by Python's types."""
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown[:60]}..." if len(shown) > 60 else shown
+
+
+def _such_as(section: type[BaseModel] | None) -> str:
+    """An example of a section: its first field, with the value that it has unless set."""
+    if section is None:
+        return "{key: value}"
+    name, field = next(iter(fields_of(section).items()))
+    value = field.get_default(call_default_factory=False)
+    plain = type(value) in (int, float, str)
+    return f"{{{name}: {value if plain else '...'}}}"
 
 
 def _quoted(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from llmpipe.recipe.formats import FormatName
-from llmpipe.recipe.optimizers import OptimizerName
+from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
 from llmpipe.recipe.trainer import TrainerConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -373,6 +373,10 @@ class Recipe(Section):
         """Every other file or folder whose content decides the result, by the path of its field."""
         return {}
 
+    def packages(self) -> list[tuple[str, str]]:
+        """The path of each field that needs a module which may be missing, and the module."""
+        return []
+
 
 class Training(Recipe):
     """What every stage that trains shares."""
@@ -449,6 +453,12 @@ class Training(Recipe):
         for i, rows in enumerate(self.data.eval.sources):
             named[f"data.eval.sources.{i}"] = rows
         return named
+
+    def packages(self) -> list[tuple[str, str]]:
+        named = [("quantization", "bitsandbytes")] if self.quantization else []
+        if OPTIMIZERS[self.optim.optimizer].in_bitsandbytes:
+            named.append(("optim.optimizer", "bitsandbytes"))
+        return [*named, *((f"log.trackers.{i}", name) for i, name in enumerate(self.log.trackers))]
 
     def files(self) -> dict[str, str]:
         template = self.data.preparation.template

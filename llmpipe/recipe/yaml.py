@@ -7,6 +7,7 @@ number and `no` is a string.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,31 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def apply_sets(values: dict[str, Any], where: Where, sets: list[str]) -> None:
-    """Apply each `--set key.sub=value` in place; the value is YAML."""
+def apply_sets(
+    values: dict[str, Any], where: Where, sets: list[str], place: Callable[[str], str] = str
+) -> None:
+    """Apply each `--set key.sub=value` in place; the value is YAML.
+
+    `place`: where a key that was given stands in the file; its hint ends before the value.
+    """
     for item in sets:
         source = f"--set {item}"
         key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"{source}: expected key.sub=value")
+        if not equals or not all(key.split(".")):
+            hint = "a path of keys, =, and a value: --set optim.learning_rate=1e-5"
+            raise UserError(f"{source}: expected key.sub=value", hint)
+        try:
+            key = place(key)
+        except UserError as error:
+            raise UserError(f"{source}: {error.message}", f"{error.hint}{text}") from None
         value = parse(text, source)[0] if text.strip() else None
         # a number in the path is a place in a list
         loc: Loc = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         _put(values, loc, value, source)
         for old in [known for known in where if known[: len(loc)] == loc]:
             del where[old]
+        for depth in range(1, len(loc)):  # sections that it made
+            where.setdefault(loc[:depth], source)
         where[loc] = source
 
 
@@ -168,12 +181,27 @@ def _put(values: dict[str, Any], loc: Loc, value: Any, source: str) -> None:
         keyed = isinstance(target, dict) and isinstance(part, str)
         if not listed and not keyed:
             path = ".".join(map(str, loc[:depth]))
-            raise UserError(f"{source}: there is no {path} in the recipe")
+            raise UserError(
+                f"{source}: there is no {path} in the recipe", _known(target, loc[:depth])
+            )
         if last:
             target[part] = value
         elif keyed and target.get(part) is None:
             target[part] = {}
         target = target[part]
+
+
+def _known(target: Any, loc: Loc) -> str:
+    """What there is in place of the last part of a path."""
+    above = dotted(loc[:-1])
+    if isinstance(target, list):
+        count = len(target)
+        return (
+            f"{above} is a list: {above}.0 to {above}.{count - 1}" if count else f"{above} is empty"
+        )
+    if isinstance(target, dict):
+        return f"{above or 'a recipe'} has keys, and no places: {', '.join(map(str, target))}"
+    return f"{above} is {target!r}, and holds no keys"
 
 
 def dotted(loc: Loc) -> str:

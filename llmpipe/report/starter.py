@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmpipe.errors import UserError
+from llmpipe.errors import RESOURCES, UserError
 
 
 def write_starter(folder: Path) -> list[Path]:
@@ -21,5 +21,6 @@ def write_starter(folder: Path) -> list[Path]:
         for source, target in zip(sources, targets, strict=True):
             target.write_bytes(source.read_bytes())
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        problem = f"{folder}: cannot be written: {error.strerror}"
+        raise UserError(problem, "name another folder", RESOURCES) from None
     return targets

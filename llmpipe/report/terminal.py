@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def show_run(path: Path) -> str:
     """Every artifact of a run, or one of them, a paragraph each."""
-    if (path / "recipe.yaml").exists():
+    if os.path.exists(path / "recipe.yaml"):
         return "\n".join(describe(Artifact(path)))
     paragraphs = ["\n".join(describe(artifact)) for artifact in artifacts(path)]
     if not paragraphs:

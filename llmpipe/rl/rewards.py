@@ -22,6 +22,7 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.evaluation.candidate import Candidate
+from llmpipe.files import expanded
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
@@ -204,9 +205,9 @@ def _of_function(name: str, every: set[str]) -> Score:
 
 def _imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
     """What the user's file calls `attribute`; it runs once, here."""
-    file = Path(path)
+    file = expanded(path)
     module_name = f"llmpipe_rewards_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file.expanduser())
+    spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec and spec.loader  # the recipe takes only names that end in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as dataclasses expect

@@ -14,16 +14,27 @@ reverse: every file has the recorded size and sha256, and there is no other file
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import differences, digest, files_below, fsync, read_json, table, write_json
+from llmpipe.errors import INTEGRITY, RESOURCES, UserError
+from llmpipe.files import (
+    differences,
+    digest,
+    expanded,
+    files_below,
+    fsync,
+    read_json,
+    table,
+    write_json,
+)
 
 if TYPE_CHECKING:
+    from llmpipe.recipe.sections import Recipe
     from llmpipe.run.manifest import Document, Manifest
 
 MANIFEST = "manifest.json"
@@ -68,7 +79,7 @@ class Artifact:
 
     @property
     def finished(self) -> bool:
-        return (self.path / MANIFEST).exists()
+        return os.path.exists(self.path / MANIFEST)  # False also where no path can be so long
 
     def document(self) -> Document:
         """What manifest.json holds, checked against its own fingerprint.
@@ -154,9 +165,35 @@ def fingerprint(document: Document) -> str:
     return digest({key: value for key, value in document.items() if key != "fingerprint"})
 
 
+def artifact_of(recipe: Recipe) -> Artifact:
+    """What a recipe makes, in whatever state."""
+    return Artifact(expanded(recipe.run) / recipe.artifact)
+
+
+def make_run(run: Path) -> Path:
+    """The folder of a run's locks, made with the run where it is not there.
+
+    Raises UserError (5) where it cannot be made.
+    """
+    locks = run / ".locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a NUL is in no path
+        raise not_writable(run, error) from None
+    return locks
+
+
+def not_writable(run: Path, error: OSError | ValueError) -> UserError:
+    """What to say (5) of a run directory in which nothing can be written."""
+    what = "cannot be written" if os.path.isdir(run) else "cannot be made"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    hint = "name another run directory: --run DIR, or `run:` in the recipe"
+    return UserError(f"{run}: {what}: {reason}", hint, RESOURCES)
+
+
 def artifacts(run: Path) -> list[Artifact]:
     """The artifacts of a run, finished or begun, oldest first."""
-    if not run.is_dir():
+    if not os.path.isdir(run):
         hint = "give the folder that `run:` of the recipe names"
         raise UserError(f"{run}: no such run directory", hint)
     folders = [
@@ -171,7 +208,7 @@ def artifacts(run: Path) -> list[Artifact]:
 
 
 def is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() and (folder / "recipe.yaml").is_file()
+    return os.path.isfile(folder / MANIFEST) and os.path.isfile(folder / "recipe.yaml")
 
 
 def manifest_beside(model: Path) -> Manifest | None:

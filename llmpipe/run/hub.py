@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import UserError
+from llmpipe.recipe.places import nearest_here
 
 HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 """What `huggingface_hub` may speak with; each has connection errors of its own."""
@@ -42,20 +44,18 @@ def download(reference: str, commit: str, *, weights: bool) -> Path:
 
 def _commit_online(name: str, revision: str, field: str) -> str | None:
     """The commit as the Hub knows it, or None where the Hub cannot be reached."""
-    from huggingface_hub import HfApi, constants
+    if kept_offline() or not is_reachable():
+        return None
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    if constants.HF_HUB_OFFLINE:
-        return None
     try:
         commit: str = HfApi().model_info(name, revision=revision or None, timeout=10).sha
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403, 404):
             problem = f"{field}: {name}: not found on the Hub, or closed to you (HTTP {status})"
-            hint = (
-                "check the name; a gated model needs `hf auth login`; a local folder starts with ./"
-            )
+            hint = "check the name; a gated model needs `hf auth login`; " + _local_hint(name)
             raise UserError(problem, hint) from None
         return None
     except (OSError, OfflineModeIsEnabled, RuntimeError):
@@ -77,6 +77,12 @@ def _in_cache(name: str, revision: str, field: str) -> Snapshot:
         problem = (
             f"{field}: {name}: the Hub cannot be reached and the model is not in the local cache"
         )
-        hint = "go online once, or give a local folder (./folder) or file (./model.gguf)"
+        hint = f"go online once, or give a local folder or file; {_local_hint(name)}"
         raise UserError(problem, hint) from None
     return Snapshot(folder.name, folder)
+
+
+def _local_hint(name: str) -> str:
+    """What to write where a path was meant."""
+    near = nearest_here(name)
+    return f"did you mean {near}?" if near else "a path starts with ./"

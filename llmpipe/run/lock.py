@@ -9,7 +9,7 @@ import socket
 import time
 
 from llmpipe.errors import BUSY, UserError
-from llmpipe.run.artifact import Artifact
+from llmpipe.run.artifact import Artifact, make_run, not_writable
 
 PAUSE = 0.05
 """Seconds between two tries."""
@@ -32,10 +32,10 @@ class Lock:
     def acquire(self, wait: float = 0) -> Lock:
         """Take the lock, trying for `wait` seconds.
 
-        Raises UserError (75) naming the pid and host of the process that has it.
+        Raises UserError (75) naming the pid and host of the process that has it, or (5) where the
+        run cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = self._open()
         deadline = time.monotonic() + wait
         try:
             while not self._take(descriptor):
@@ -61,6 +61,21 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def _open(self) -> int:
+        """The file to lock; of a parent that is only to be read, and lies where we may not write,
+        the folder itself: then nobody of ours can move it aside.
+        """
+        try:
+            make_run(self.artifact.run)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            problem = not_writable(self.artifact.run, error)
+        except UserError as error:
+            problem = error
+        if self.shared and self.artifact.path.is_dir():
+            return os.open(self.artifact.path, os.O_RDONLY | os.O_CLOEXEC)
+        raise problem
 
     def _take(self, descriptor: int) -> bool:
         """Whether the lock was free and is now taken."""

@@ -16,7 +16,16 @@ from pydantic import ValidationError
 
 from llmpipe.data.sources import files_of, hub_key, hub_revision
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import Table, digest, read_json, sha256_file, table, write_json
+from llmpipe.files import (
+    Table,
+    digest,
+    expanded,
+    read_json,
+    sha256_file,
+    table,
+    unreachable,
+    write_json,
+)
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run.artifact import PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
@@ -69,6 +78,11 @@ class Decision:
     plan: Plan
 
 
+def kinds_of(field: str, accepts: Accepts) -> Kinds:
+    """Kinds of artifacts that a stage takes at a field."""
+    return accepts[field.partition(".")[0]] if isinstance(accepts, dict) else accepts
+
+
 def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
     """sha256 of every file that a recipe names, and the commit of every Hub data set.
 
@@ -82,10 +96,10 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
             key = hub_key(source)
             content[key] = pinned.get(key) or hub_revision(source)
     for field, name in recipe.files().items():
-        path = Path(name).expanduser()
-        if not path.exists():
+        path = expanded(name)
+        if reason := unreachable(path):
             hint = "a local path is looked up from the current folder"
-            raise UserError(f"{field}: {name}: no such file", hint)
+            raise UserError(f"{field}: {name}: {reason}", hint)
         content[f"{field}:{path.name}"] = (
             digest(table(path)) if path.is_dir() else sha256_file(path)
         )
@@ -101,8 +115,7 @@ def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = Non
     pinned = old or Asked()
     models = {}
     for field, reference in recipe.references().items():
-        kinds = accepts[field.partition(".")[0]] if isinstance(accepts, dict) else accepts
-        use = Use(field, kinds, keep=recipe.keeps_adapters or field != "model")
+        use = Use(field, kinds_of(field, accepts), keep=recipe.keeps_adapters or field != "model")
         models[field] = resolve(reference, use, run, pinned.models.get(field))
     asked = Asked(
         recipe=document(recipe, recipe.narrows or recipe.stage),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, sha256_file, table
+from llmpipe.files import digest, expanded, sha256_file, table, unreachable
+from llmpipe.recipe.places import ARTIFACT, is_here, nearest_here
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run import checkpoints, hub
-from llmpipe.run.artifact import Artifact, is_artifact, is_reward_model
+from llmpipe.run.artifact import SUMS, Artifact, artifacts, is_artifact, is_reward_model
 from llmpipe.run.folders import check_folder
 from llmpipe.run.identity import changes, short
 from llmpipe.run.manifest import Base, Identity, Parent
@@ -23,7 +23,8 @@ Kinds = tuple[str, ...]
 TRAINED = ("model", "adapter", "reward-model")
 """Kinds that an adapter's base may be of."""
 
-PREFIX = "artifact:"
+SHIPPED = "SmolLM2-135M-Instruct.gguf"
+"""What `make models` fetches."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Model:
             record["kind"],
             record["reference"],
             record["identity"],
-            Path(folder).expanduser() if folder else None,
+            expanded(folder) if folder else None,
             [Parent(**parent) for parent in record["parents"]],
             cls.of_record(base) if base else None,
         )
@@ -99,6 +100,8 @@ class Use:
     """Kinds of artifacts that the stage can use."""
     keep: bool = True
     """Leave an adapter unmerged."""
+    glance: bool = False
+    """Look at names and records alone: hash nothing, and ask nobody for a commit."""
 
     def check(self, reference: str, kind: str) -> None:
         """Raises UserError (3) where the stage cannot use an artifact of this kind."""
@@ -112,21 +115,26 @@ def resolve(reference: str, use: Use, run: Path, pinned: Identity | None = None)
     """What a reference means in a run.
 
     `pinned` is the identity that an earlier start of the same work came to: a Hub revision stays.
-    Raises UserError for what is not there, damaged, or not to be used so.
+    Raises UserError for what is not there, damaged, or not to be used so. What is only glanced at
+    has no identity.
     """
-    if reference.startswith(PREFIX):
-        name, _, step = reference.removeprefix(PREFIX).partition("@")
+    if reference.startswith(ARTIFACT):
+        name, _, step = reference.removeprefix(ARTIFACT).partition("@")
         if step:
             return _of_checkpoint(Artifact(run / name), step, reference, use)
         return _of_artifact(Artifact(run / name), reference, use)
-    if not is_local(reference):
+    try:
+        here = is_here(reference, "model", pinned="hub" in (pinned or {}))
+    except UserError as error:
+        raise UserError(f"{use.field}: {error.message}", error.hint) from None
+    if not here:
         return _of_hub(reference, use, pinned)
-    path = Path(reference).expanduser()
-    if not path.exists():
-        raise _not_there(path, reference, use)
+    path = expanded(reference)
+    if reason := unreachable(path):
+        raise UserError(f"{use.field}: {reference}: {reason}", _instead(reference))
     if path.is_file():
         return _of_file(path, reference, use)
-    if is_artifact(path):
+    if is_artifact(path) or _is_unfinished(path):
         return _of_artifact(Artifact(path), reference, use)
     return _of_folder(path, reference, use)
 
@@ -156,9 +164,9 @@ def model_folder(model: Model, converted: Path, weights: bool = True) -> Path:
 
 def _named(reference: str, run: Path) -> Artifact | None:
     """The artifact that a reference names, whatever state it is in."""
-    if reference.startswith(PREFIX):
-        return Artifact(run / reference.removeprefix(PREFIX).partition("@")[0])
-    path = Path(reference).expanduser()
+    if reference.startswith(ARTIFACT):
+        return Artifact(run / reference.removeprefix(ARTIFACT).partition("@")[0])
+    path = expanded(reference)
     return Artifact(path) if is_local(reference) and is_artifact(path) else None
 
 
@@ -168,38 +176,57 @@ def _trained_on(artifact: Artifact) -> Artifact | None:
         base = artifact.manifest().base if artifact.finished else None
     except UserError:
         return None  # damaged: to be said when it is used
-    if base is None or not base.reference.startswith(PREFIX):
+    if base is None or not base.reference.startswith(ARTIFACT):
         return None
     return _named(base.reference, artifact.run)
 
 
-def _not_there(path: Path, reference: str, use: Use) -> UserError:
-    folder = path.parent if path.parent.is_dir() else Path()
-    match = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    hint = "a local path is looked up from the current folder"
-    if match:
-        hint = f"did you mean {folder / match[0]}?"
-    return UserError(f"{use.field}: {reference}: no such file or folder", hint)
+def _instead(reference: str) -> str:
+    """What to do about a path at which nothing lies."""
+    if Path(reference).name == SHIPPED:
+        return "in a checkout of llmpipe, `make models` fetches it"
+    if near_it := nearest_here(reference):
+        return f"did you mean {near_it}?"
+    return "a local path is looked up from the current folder"
 
 
 def _of_file(path: Path, reference: str, use: Use) -> Model:
     if path.suffix != ".gguf":
         problem = f"{use.field}: {reference}: a single file must be .gguf"
         raise UserError(problem, "give the folder of the model instead")
-    return Model("gguf", reference, {"gguf": sha256_file(path)}, path)
+    identity = {} if use.glance else {"gguf": sha256_file(path)}
+    return Model("gguf", reference, identity, path)
 
 
 def _of_folder(path: Path, reference: str, use: Use) -> Model:
+    if made := _models_in(path):
+        problem = f"{use.field}: {reference}: is a run, not a model"
+        raise UserError(problem, f"name an artifact of it: {', '.join(made)}")
     check_folder(path, weights=use.field != "tokenizer")
     if (path / "adapter_config.json").exists():
         problem = f"{use.field}: {reference}: an adapter whose base no manifest names"
         raise UserError(problem, "merge it into its base first", INTEGRITY)
-    return Model("folder", reference, {"files": digest(table(path))}, path)
+    identity = {} if use.glance else {"files": digest(table(path))}
+    return Model("folder", reference, identity, path)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder is that of an artifact to be."""
+    return (path / "recipe.yaml").is_file() and not (path / "config.json").exists()
+
+
+def _models_in(path: Path) -> list[str]:
+    """The paths of the artifacts in a folder that is a run, and no model."""
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return []
+    return [str(artifact.path) for artifact in artifacts(path) if artifact.model.exists()]
 
 
 def _of_hub(reference: str, use: Use, pinned: Identity | None) -> Model:
     if pinned and pinned.get("hub") == reference:
         return Model("hub", reference, pinned, None)
+    if use.glance:
+        return Model("hub", reference, {}, None)
     snapshot = hub.snapshot_of(reference, use.field)
     identity = {"hub": reference, "revision": snapshot.commit}
     return Model("hub", reference, identity, snapshot.folder)
@@ -210,13 +237,14 @@ def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Mod
     if not checkpoint.exists():
         steps = ", ".join(sorted(map(str, checkpoints.steps(parent.checkpoints)))) or "none"
         raise UserError(f"{use.field}: {reference}: no such checkpoint; there are: {steps}")
-    problems = checkpoints.verify(checkpoint)
+    problems = [] if use.glance else checkpoints.verify(checkpoint)
     sums = checkpoints.Sums.read(checkpoint)
     if problems or sums is None:
-        raise UserError(f"{checkpoint}/{problems[0]}", "take another checkpoint", INTEGRITY)
+        problem = problems[0] if problems else f"{SUMS}: damaged or missing"
+        raise UserError(f"{checkpoint}/{problem}", "take another checkpoint", INTEGRITY)
     if (checkpoint / "adapter_config.json").exists():
         problem = f"{use.field}: {reference} is a checkpoint of an adapter"
-        raise UserError(problem, f"take {PREFIX}{parent.name}", INTEGRITY)
+        raise UserError(problem, f"take {ARTIFACT}{parent.name}", INTEGRITY)
     use.check(reference, "reward-model" if is_reward_model(checkpoint) else "model")
     fingerprint = digest(sums.files)
     identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": fingerprint}
@@ -229,7 +257,7 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
         state = " is not finished" if parent.path.exists() else ": no such artifact in this run"
         hint = f"make it first; it would lie in {parent.path}"
         raise UserError(f"{use.field}: {reference}{state}", hint)
-    manifest = parent.verify()
+    manifest = parent.manifest() if use.glance else parent.verify()
     use.check(reference, manifest.kind)
     identity: Identity = {"artifact": parent.name, "fingerprint": manifest.fingerprint}
     parents = [Parent(parent.name, manifest.fingerprint)]
@@ -248,9 +276,10 @@ def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
 
     Raises UserError (3) when another one lies in its place.
     """
-    base_use = Use(f"{use.field}: base of {adapter.name}", TRAINED, trained_on.kind != "merged")
+    field = f"{use.field}: base of {adapter.name}"
+    base_use = Use(field, TRAINED, trained_on.kind != "merged", use.glance)
     base = resolve(trained_on.reference, base_use, adapter.run, trained_on.identity)
-    if base.identity == trained_on.identity:
+    if use.glance or base.identity == trained_on.identity:
         return base
     problem = f"its base {trained_on.reference} is not the one it was trained on:"
     lines = [f"{adapter.path}: {problem}"]

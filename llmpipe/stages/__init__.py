@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from llmpipe.errors import Say, UserError, near
+from llmpipe.errors import Mistake, Say, UserError, near
 
 if TYPE_CHECKING:
     from llmpipe.recipe.sections import Recipe
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
+    from llmpipe.run.outlook import Outlook
     from llmpipe.run.plan import Accepts
 
 STAGES = {
@@ -62,6 +64,14 @@ class Judging(Protocol):
 
     def judge(self, recipe: Any, artifact: Artifact, say: Say) -> None:
         """Raises UserError (4) naming every condition that fails."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A stage that can tell ahead of more mistakes than those that every stage may have."""
+
+    def foresee(self, recipe: Any, outlook: Outlook) -> Iterator[Mistake]:
+        """What is wrong with a recipe in the place that it has."""
 
 
 def stage(name: str) -> Stage:

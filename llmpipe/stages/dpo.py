@@ -7,12 +7,13 @@ adapter off, or the parent's own adapter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import UserError
+from llmpipe.errors import Mistake, UserError
 from llmpipe.recipe.sections import Generating, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
@@ -20,6 +21,7 @@ from llmpipe.stages import CHECKPOINTS
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
+    from llmpipe.run.outlook import Outlook
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -128,6 +130,22 @@ class Schema(Generating):
         if isinstance(self.objective, dict):
             return {str(name): weight for name, weight in self.objective.items()}
         return {self.objective: 1.0}
+
+
+def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
+    """Whether an objective needs whole steps, and this machine would cut them."""
+    from llmpipe.run.machine import gpus, micro_batch_size, process_count
+
+    if not outlook.works:
+        return
+    try:
+        size = micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
+    except UserError:
+        return  # which is said of the batch
+    try:
+        _refuse_micro_batches(recipe, recipe.batch_size // size)
+    except UserError as error:
+        yield Mistake("objective", error)
 
 
 def prepare(job: Job[Schema]) -> PreparedRows:

@@ -8,14 +8,15 @@ models one after the other, tasks within.
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.errors import NUMERIC, Say, UserError, near
-from llmpipe.evaluation.task import Item, OnItems, Task
+from llmpipe.errors import NUMERIC, Mistake, Say, UserError, near
+from llmpipe.evaluation.task import Item, OnItems
 from llmpipe.evaluation.tasks import AnyTask
 from llmpipe.files import digest
 from llmpipe.recipe.sections import (
@@ -29,10 +30,11 @@ from llmpipe.recipe.sections import (
     cosmetic,
 )
 from llmpipe.record import Record
-from llmpipe.run.artifact import Artifact, artifacts, manifest_beside
+from llmpipe.run.artifact import Artifact, artifact_of, artifacts, manifest_beside
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
-from llmpipe.run.reference import Model
+from llmpipe.run.outlook import Outlook
+from llmpipe.run.reference import Model, Use
 from llmpipe.run.results import Results, TaskResults
 
 if TYPE_CHECKING:
@@ -103,6 +105,13 @@ class Schema(Recipe):
             for j, source in enumerate(task.data)
         }
 
+    def packages(self) -> list[tuple[str, str]]:
+        return [
+            (f"tasks.{i}", package)
+            for i, task in enumerate(self.tasks)
+            for package in sorted(task.packages)
+        ]
+
     def files(self) -> dict[str, str]:
         return {
             f"tasks.{i}.{field}": path
@@ -132,6 +141,58 @@ class PreparedItems(Record):
 PREPARED = PreparedItems
 
 
+# --- what can be known ahead ----------------------------------------------------------------------
+
+
+def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
+    """What is wrong with the gate: a number that no task measures, or no parent to compare with."""
+    last, reference = list(recipe.models.items())[-1]
+    run = artifact_of(recipe).run
+    try:
+        kind = outlook.look(reference, Use(f"models.{last}", ACCEPTS, glance=True), run)
+    except UserError:
+        return  # which is said of the model itself
+    for name, gate in recipe.gate.items():
+        field = f"gate.{name}"
+        if problem := _unmeasured(name, recipe.tasks, kind):
+            yield Mistake(field, problem)
+        if gate.max_ratio_to_parent and _has_no_parent(recipe, outlook):
+            problem = UserError(f"the parent of {last} is not among models", "add it to `models:`")
+            yield Mistake(f"{field}.max_ratio_to_parent", problem)
+
+
+def _has_no_parent(recipe: Schema, outlook: Outlook) -> bool:
+    """Whether it is certain that the last model was made from none of the others."""
+    run = artifact_of(recipe).run
+    *others, last = recipe.models.values()
+    if not outlook.named(last, run) or "@" in last:
+        return True  # nothing tells what it was made from
+    meant = {outlook.meaning(reference, run) for reference in others}
+    try:
+        starts = set(outlook.starts(last, run))
+    except LookupError:
+        return False
+    same = starts & meant or (any(map(os.path.isabs, starts)) and any(map(os.path.isabs, meant)))
+    return not same
+
+
+def _unmeasured(name: str, tasks: list[AnyTask], kind: str | None) -> UserError | None:
+    """Why no task gives the one number that a gate names, as far as can be told.
+
+    `kind` of the model that is measured; None where that cannot be told.
+    """
+    measured = {task.label: task.metrics(kind) for task in tasks}
+    known = [f"{label}.{metric}" for label, names in measured.items() for metric in names or ()]
+    named = [metric for metric in known if name in (metric, metric.partition(".")[2])]
+    if len(named) > 1 and kind:
+        return UserError("several tasks have it", f"say of which one: {', '.join(named)}")
+    unknown = [label for label, names in measured.items() if names is None]
+    if named or (unknown and name.partition(".")[0] not in measured.keys() - set(unknown)):
+        return None
+    shown = ", ".join(known) or "nothing of a model of this kind"
+    return UserError(f"no task measures it{near(name, known)}", f"measured are: {shown}")
+
+
 # --- prepare --------------------------------------------------------------------------------------
 
 
@@ -140,8 +201,6 @@ def prepare(job: Job[Schema]) -> PreparedItems:
     from llmpipe.evaluation.items import items_of, seen_by
 
     recipe = job.recipe
-    for task in recipe.tasks:
-        check_installed(task)
     folder = job.prepared / f"eval-{job.plan.identity[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     measured = [Artifact(path.parent) for path in job.models.values()]
@@ -159,14 +218,6 @@ def prepare(job: Job[Schema]) -> PreparedItems:
         job.say(f"{task.label}: {len(items):,} items; {note}")
         tasks[task.label] = TaskItems(items=path.name, n=len(items), overlap=overlap)
     return PreparedItems(folder=folder.name, tasks=tasks)
-
-
-def check_installed(task: Task) -> None:
-    """Raises UserError (2) naming the extra that brings what a task needs."""
-    for package in sorted(task.packages):
-        if importlib.util.find_spec(package) is None:
-            problem = f"tasks: {task.label}: {package} is not installed"
-            raise UserError(problem, f"pip install 'llmpipe[{task.extra}]'")
 
 
 # --- measure --------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ epochs, held to the parent by a KL penalty.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import UserError
+from llmpipe.errors import Mistake, UserError
+from llmpipe.files import expanded
+from llmpipe.recipe.functions import check_function
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Rows
 from llmpipe.scores.references import Comparison
@@ -24,6 +27,7 @@ from llmpipe.stages import CHECKPOINTS
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
+    from llmpipe.run.outlook import Outlook
 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
@@ -81,25 +85,41 @@ class Schema(PPORecipe):
         named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
         return super().references() | {at: name for at, name in named.items() if name}
 
+    def packages(self) -> list[tuple[str, str]]:
+        named = super().packages()
+        for i, source in enumerate(self.reward):
+            package = VERIFIERS[source.verifier].package if source.verifier else None
+            named += [(f"reward.{i}.verifier", package)] if package else []
+        return named
+
     def files(self) -> dict[str, str]:
         named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}
         return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
 
 
+def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
+    """What is wrong with the functions that score answers, as far as their files tell."""
+    for i, source in enumerate(recipe.reward):
+        path, _, name = (source.function or "").rpartition(":")
+        if not os.path.exists(expanded(path)) or not path:
+            continue  # which is said of the file
+        try:
+            check_function(expanded(path), name, ("prompts", "completions", "reference"))
+        except UserError as error:
+            problem = UserError(f"{source.function}: {error.message}", error.hint)
+            yield Mistake(f"reward.{i}.function", problem)
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
-    """Prompts -> tokens, once it is clear that what scores answers is there."""
+    """Prompts -> tokens."""
     from llmpipe.data.kinds.prompts import compared
     from llmpipe.data.kinds.rows import ROWS
     from llmpipe.run.handoff import tokenized, tokens
 
     recipe = job.recipe
-    comparisons = []
-    for source in recipe.reward:
-        package = VERIFIERS[source.verifier].package if source.verifier else None
-        if source.verifier:
-            comparisons.append(Comparison(source.verifier, source.pattern))
-        if package and not find_spec(package):
-            raise UserError(f"reward: {package} is not installed", "pip install 'llmpipe[eval]'")
+    comparisons = [
+        Comparison(source.verifier, source.pattern) for source in recipe.reward if source.verifier
+    ]
     by_verifiers_alone = len(comparisons) == len(recipe.reward)
     prepared = tokens(job, compared(comparisons, all_read=by_verifiers_alone))
     if recipe.mixture:

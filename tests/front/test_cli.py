@@ -9,24 +9,8 @@ import time
 import pytest
 import yaml
 
-from llmpipe.front import cli, launch
 from llmpipe.run.artifact import Artifact
 from tests import life
-
-
-@pytest.fixture
-def llmpipe(monkeypatch, capsys):
-    """`llmpipe ARGS` in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(launch, "start", life.start_here)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmpipe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 def shell(*arguments, cwd=life.ROOT, **environment):

@@ -6,11 +6,11 @@ import contextlib
 import os
 import socket
 import threading
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from llmpipe.data.readers.row import Reading, Row
 from llmpipe.errors import UserError
+from llmpipe.recipe.places import nearest_here
 from llmpipe.recipe.sections import Rows
 
 
@@ -25,12 +25,11 @@ def hub_revision(source: Rows) -> str:
     Raises UserError, and at once where there is no network.
     """
     name = source.path
-    hint = "local paths start with ./ or end in a known suffix"
-    if Path(name).exists():
-        hint = f"did you mean ./{name}?"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    near = nearest_here(name)
+    hint = f"did you mean {near}?" if near else "a local path starts with ./"
+    if kept_offline():
         raise UserError(f"{name}: is a Hub data set, and HF_HUB_OFFLINE is set", hint)
-    if not _reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    if not is_reachable():
         raise UserError(f"{name}: is a Hub data set, and the Hub cannot be reached", hint)
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -62,17 +61,28 @@ def read(source: Rows, revision: str | None, stream: bool) -> Reading:
         raise UserError(problem, "see subset, split and revision") from None
 
 
-def _reachable(endpoint: str, seconds: float = 1.5) -> bool:
-    """Whether a connection can be opened.
+def kept_offline() -> bool:
+    """Whether the environment says not to ask the Hub."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in names)
+
+
+def is_reachable(seconds: float = 1.5) -> bool:
+    """Whether a connection to the Hub, or to the proxy in front of it, can be opened.
 
     Looking up a name has no time limit of its own, so this waits for a thread.
     """
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    url = urlsplit(proxy or endpoint)
+    from urllib.request import getproxies, proxy_bypass  # slow to import
+
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(url.hostname or ""):
+        url = urlsplit(proxy)
     opened = threading.Event()
 
     def connect() -> None:
-        port = url.port or (443 if url.scheme == "https" else 80)
+        port = url.port or {"https": 443, "http": 80}.get(url.scheme, 1080)
         with socket.create_connection((url.hostname, port), seconds):
             opened.set()
 

@@ -14,6 +14,7 @@ from llmpipe.data.template.sandbox import bounded
 from llmpipe.data.template.shipped import shipped
 from llmpipe.data.tokenizer import Tokenizer, own_template
 from llmpipe.errors import UserError
+from llmpipe.files import expanded
 from llmpipe.recipe.sections import TEMPLATES
 
 # Texts within a template that are meant to be one token each.
@@ -31,7 +32,7 @@ def template_source(folder: Path, name: str) -> str | None:
     try:
         if name in TEMPLATES:
             return shipped(name)
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return expanded(name).read_text(encoding="utf-8")
     except FileNotFoundError:
         hint = f"a file, or one of: auto, {', '.join(TEMPLATES)}"
         raise UserError(f"data.template: {name}: no such file", hint) from None

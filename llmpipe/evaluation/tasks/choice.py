@@ -42,6 +42,9 @@ class Choice(OnItems):
     """`auto`: the question as a user's turn, the choice as the answer; `none`: question, space,
     choice."""
 
+    def metrics(self, kind: str | None) -> set[str]:
+        return set() if kind == "reward-model" else {"acc", "acc_norm"}
+
     def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Question:
         assert isinstance(row, MultipleChoice)  # as its format has it
         return Question(

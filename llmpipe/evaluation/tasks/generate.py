@@ -105,6 +105,19 @@ class Generate(OnItems):
     def packages(self) -> set[str]:
         return {PACKAGES[kind] for kind in self.score if kind in PACKAGES}
 
+    def metrics(self, kind: str | None) -> set[str]:
+        if kind == "reward-model":
+            return set()
+        named = set()
+        for kind_of_score in self.score:
+            if kind_of_score == "rouge":
+                named |= {"rouge1", "rouge2", "rougeL"}
+            elif self.samples > 1 and kind_of_score not in CORPUS:
+                named |= {f"{kind_of_score}@{k}" for k in self.pass_at}
+            else:
+                named.add(kind_of_score)
+        return named
+
     def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Prompt:
         prompt, reference = prompt_and_reference(row)
         comparisons = [Comparison(kind, self.pattern) for kind in self.score]

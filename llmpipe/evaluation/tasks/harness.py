@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation.book import Book, Line, Reported
 from llmpipe.evaluation.task import Item, Task, Template
+from llmpipe.files import expanded
 from llmpipe.recipe.sections import Positive
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ REPORTED = "reported"  # the item of the line that holds the harness's own numbe
 
 
 class Harness(Task):
-    extra: ClassVar = "harness"
-
     task: Literal["harness"]
     """Tasks of EleutherAI's lm-evaluation-harness."""
     tasks: Annotated[list[str], Field(min_length=1)]
@@ -37,13 +36,16 @@ class Harness(Task):
     @field_validator("folder")
     @classmethod
     def _exists(cls, folder: str | None) -> str | None:
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not os.path.isdir(expanded(folder)):
             raise ValueError(f"{folder}: no such folder")
         return folder
 
     @property
     def packages(self) -> set[str]:
         return {"lm_eval"}
+
+    def metrics(self, kind: str | None) -> set[str] | None:
+        return set() if kind == "reward-model" else None
 
     def files(self) -> dict[str, str]:
         return {"folder": self.folder} if self.folder else {}
@@ -92,7 +94,7 @@ class Harness(Task):
         """lm_eval's TaskManager that knows the tasks. Raises UserError for one that it does not."""
         from lm_eval.tasks import TaskManager
 
-        folder = str(Path(self.folder).expanduser()) if self.folder else None
+        folder = str(expanded(self.folder)) if self.folder else None
         if folder:
             manager = TaskManager(include_path=folder, include_defaults=False)
             if set(self.tasks) <= set(manager.all_tasks):

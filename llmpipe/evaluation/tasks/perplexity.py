@@ -78,6 +78,10 @@ class Perplexity(OnItems):
             )
         return self
 
+    def metrics(self, kind: str | None) -> set[str]:
+        named = {"perplexity", "nats_per_token", "bits_per_byte"}
+        return set() if kind == "reward-model" else named
+
     def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Passage:
         # `first` stands in the file only where it leaves something out
         fields = {name: value for name, value in vars(row).items() if name != "first" or value}

@@ -33,6 +33,12 @@ class Preference(OnItems):
     """Pairs: how often the chosen answer is ranked first, by a reward model's score, or by a
     policy's summed and mean log-probability."""
 
+    def metrics(self, kind: str | None) -> set[str]:
+        of_rewards, of_policies = {"accuracy"}, {"accuracy_sum", "accuracy_mean"}
+        if kind is None:
+            return of_rewards | of_policies
+        return of_rewards if kind == "reward-model" else of_policies
+
     def item_of(self, row: Example, others: dict[str, Any], place: Place) -> Pair:
         assert isinstance(row, examples.Preference)  # as its format has it
         return Pair(

@@ -1,0 +1,269 @@
+"""What can be known ahead: looked at for every stage of a command before the first one starts.
+
+Names, records and the beginnings of files: nothing is hashed and no library imported, so that a
+pipeline with a mistake in its last stage ends within a second. Every problem is named at once, each
+with its line. What only the work itself can tell, it tells later.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from llmpipe.data.folders import named_files
+from llmpipe.data.readers.hub import hub_revision, kept_offline
+from llmpipe.errors import DATA, Mistake, UserError, near
+from llmpipe.files import expanded, unreachable
+from llmpipe.recipe.check import Located, Pipeline
+from llmpipe.recipe.places import ARTIFACT, is_here
+from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training
+from llmpipe.run import hub
+from llmpipe.run.artifact import artifact_of, make_run
+from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count
+from llmpipe.run.outlook import Coming, Command, Outlook
+from llmpipe.run.plan import kinds_of
+from llmpipe.run.reference import Use
+from llmpipe.stages import Foreseeing, stage
+
+EXTRAS = {
+    "math_verify": "llmpipe[eval]",
+    "rouge_score": "llmpipe[eval]",
+    "sacrebleu": "llmpipe[eval]",
+    "lm_eval": "llmpipe[harness]",
+}
+"""What to install for a module, where that is not called as the module is."""
+
+
+def check(
+    stages: Sequence[Located | None],
+    *,
+    fresh: bool = False,
+    only_prepare: bool = False,
+    pipeline: Pipeline | None = None,
+) -> None:
+    """Raise one UserError with every problem of every stage, each with its `file:line`.
+
+    `stages`: None stands for one of a pipeline that is no valid recipe, which is among the
+    pipeline's own problems. Raises UserError (5) where a run directory cannot be made.
+    """
+    located = {number: one for number, one in enumerate(stages, 1) if one}
+    coming = [Coming(number, one.recipe, kind_made(one.recipe)) for number, one in located.items()]
+    unread = _unread(pipeline) if pipeline else ()
+    command = Command(coming, fresh, only_prepare, tuple(unread))
+
+    problems = [(DATA, line) for line in pipeline.problems] if pipeline else []
+    for this in coming:
+        outlook = Outlook(command, this)
+        found = [*_same_names(command, this), *mistakes(this.recipe, outlook)]
+        problems += _lines(found, located[this.number])
+    _raise(problems)
+    for this in coming:
+        outlook = Outlook(command, this)
+        waits = this.number > 1 or (len(coming) > 1 and kept_offline())
+        if waits and not outlook.begun:
+            problems += _lines(_not_on_the_hub(this.recipe), located[this.number])
+    _raise(problems)
+    for this in coming:
+        make_run(this.artifact.run)
+
+
+def kind_made(recipe: Recipe) -> str:
+    """The kind of artifact that a recipe makes."""
+    makes = stage(recipe.stage).MAKES
+    adapter = isinstance(recipe, Training) and recipe.adapter
+    return "adapter" if adapter and makes == "model" else makes
+
+
+def mistakes(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    """What is wrong with a stage in the place that it has."""
+    yield from _in_models(recipe, outlook)
+    yield from _in_rows(recipe, outlook)
+    yield from _in_files(recipe)
+    yield from _in_packages(recipe, outlook)
+    if isinstance(recipe, Training) and not outlook.finished:
+        yield from _in_launch(recipe, outlook)
+    module = stage(recipe.stage)
+    if isinstance(module, Foreseeing):
+        yield from module.foresee(recipe, outlook)
+
+
+def _raise(problems: list[tuple[int, str]]) -> None:
+    """Problems in the order of the file; the command ends with the gravest's code, which is 2."""
+    if not problems:
+        return
+    lines = list(dict.fromkeys(line for _, text in problems for line in text.split("\n")))
+    lines.sort(key=_number)
+    raise UserError("\n".join(lines), code=min(code for code, _ in problems))
+
+
+def _number(line: str) -> int:
+    """12 of `recipes/sft.yaml:12: ...`, and 0 of `--set`."""
+    match = re.match(r".*?:(\d+): ", line)
+    return int(match[1]) if match and not line.startswith("--set") else 0
+
+
+def _lines(mistakes: Iterable[Mistake], located: Located) -> list[tuple[int, str]]:
+    """Mistakes as they are shown: where, what, and what to do; each behind its exit code."""
+    lines = []
+    for field, error in mistakes:
+        what = "; ".join(error.message.split("\n"))
+        if not what.startswith(field):
+            what = f"{field}: {what}"
+        hint = f"; {error.hint}" if error.hint else ""
+        lines.append((error.code, f"{located.line(field)}: {what}{hint}"))
+    return lines
+
+
+def _unread(pipeline: Pipeline) -> Iterator[str]:
+    """What the stages would be called that are no valid recipes."""
+    for name, located in zip(pipeline.names, pipeline.stages, strict=True):
+        if name and located is None:
+            yield from (name, f"{name}-merged")
+
+
+def _same_names(command: Command, this: Coming) -> Iterator[Mistake]:
+    """Whether a stage would make what one before it makes."""
+    before = {
+        os.path.abspath(artifact.path): other.number
+        for other in command.coming
+        if other.number < this.number
+        for artifact, _ in other.artifacts
+    }
+    for artifact, _ in this.artifacts:
+        if number := before.get(os.path.abspath(artifact.path)):
+            problem = f"{artifact.name}: stage {number} makes one of that name, too"
+            yield Mistake("name", UserError(problem, "give one of them another `name:`"))
+
+
+# --- models, rows, files --------------------------------------------------------------------------
+
+
+def _in_models(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    run = artifact_of(recipe).run
+    accepts = stage(recipe.stage).ACCEPTS
+    for field, reference in recipe.references().items():
+        try:
+            outlook.look(reference, Use(field, kinds_of(field, accepts), glance=True), run)
+        except UserError as error:
+            yield Mistake(field, error)
+
+
+def _in_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    for field, source in recipe.rows().items():
+        pinned = outlook.begun or source.revision is not None
+        try:
+            here = is_here(source.path, "data set", pinned=pinned)
+            if here and not outlook.is_below(source.path):
+                named_files(source)
+        except UserError as error:
+            yield Mistake(f"{field}.path", error)
+
+
+def _in_files(recipe: Recipe) -> Iterator[Mistake]:
+    for field, name in recipe.files().items():
+        is_template = field == "data.template"
+        try:
+            if reason := unreachable(expanded(name)):
+                known = ["auto", *TEMPLATES]
+                hint = "a path is looked up from the current folder"
+                if is_template:
+                    reason += f", and not one of {', '.join(known)}{near(name, known)}"
+                raise UserError(f"{name}: {reason}", hint)
+            if is_template:
+                _check_template(name)
+        except UserError as error:
+            yield Mistake(field, error)
+
+
+def _check_template(name: str) -> None:
+    """Raises UserError for a file that cannot be read, or is no template."""
+    from llmpipe.data.template.choice import template_source
+    from llmpipe.data.template.rendering import Template
+
+    text = template_source(Path(), name)
+    assert text is not None  # the file is there
+    Template(text, {}, {})
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+def _in_packages(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    if not outlook.works:
+        return
+    for field, package in recipe.packages():
+        if importlib.util.find_spec(package) is None:
+            what = EXTRAS.get(package, package)
+            problem = UserError(f"{package} is not installed", f"pip install '{what}'")
+            yield Mistake(field, problem)
+        elif package == "wandb" and not _may_log_in():
+            problem = UserError(
+                "wandb has no key: WANDB_API_KEY is not set, and nobody has logged in here",
+                "wandb login, or WANDB_MODE=offline",
+            )
+            yield Mistake(field, problem)
+
+
+def _may_log_in() -> bool:
+    """Whether Weights & Biases may find a key, or ask a person for one, or needs none."""
+    environment = os.environ
+    if environment.get("WANDB_MODE", "online") not in ("online", "run"):
+        return True
+    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    if sys.stdin is not None and sys.stdin.isatty():
+        return True
+    homes = [environment.get("NETRC"), "~/.netrc", "~/_netrc"]
+    return any(name and _knows_wandb(expanded(name)) for name in homes)
+
+
+def _knows_wandb(path: Path) -> bool:
+    """Whether a file of passwords has one for it; one that cannot be read may."""
+    if not path.is_file():
+        return False
+    try:
+        hosts = netrc.netrc(str(path)).hosts
+    except (OSError, netrc.NetrcParseError):
+        return True
+    return bool(hosts)
+
+
+def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
+    launch = recipe.launch
+    assert isinstance(launch, Launch)
+    processes = process_count(launch)
+    if outlook.works and not outside() and 0 < gpus() < processes:
+        count = f"{gpus()} GPU{'s' * (gpus() > 1)}"
+        error = UserError(f"{processes} processes, and this machine has {count}", "auto is as many")
+        yield Mistake("launch.processes", error)
+    try:
+        micro_batch_size(recipe, processes, gpus() > 0)
+    except UserError as error:
+        yield Mistake("optim.batch_size", error)
+
+
+# --- the Hub --------------------------------------------------------------------------------------
+
+
+def _not_on_the_hub(recipe: Recipe) -> Iterator[Mistake]:
+    """What the Hub does not have; where it cannot be reached the local cache has to do.
+
+    A stage that need not wait for another asks for itself, and at once.
+    """
+    for field, reference in recipe.references().items():
+        try:
+            if not reference.startswith(ARTIFACT) and not is_here(reference, "model"):
+                hub.snapshot_of(reference, field)
+        except UserError as error:
+            yield Mistake(field, error)
+    for field, source in recipe.rows().items():
+        try:
+            if not is_here(source.path, "data set", pinned=source.revision is not None):
+                hub_revision(source)
+        except UserError as error:
+            yield Mistake(f"{field}.path", error)

@@ -1,0 +1,109 @@
+"""A function of a user's file, looked at without running the file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llmpipe.errors import UserError, near
+
+VALUES = (ast.Constant, ast.JoinedStr, ast.List, ast.Dict, ast.Set, ast.Tuple)
+
+
+def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
+    """Raises UserError (2) where a file has no function of that name that takes these keywords.
+
+    A name that only running the file could tell of passes, and so do the arguments of what is
+    decorated or made by other code.
+    """
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:  # a NUL is a ValueError
+        line = getattr(error, "lineno", None) or 1
+        reason = getattr(error, "msg", error)
+        raise UserError(f"line {line}: {reason}", "the file is no Python") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    bound = list(_bound(tree.body))
+    nodes = [node for other, node in bound if other == name]
+    if not nodes and not any(other in ("*", "__getattr__") for other, _ in bound):
+        known = [other for other, node in bound if isinstance(node, ast.FunctionDef)]
+        hint = f"it has {', '.join(dict.fromkeys(known)) or 'no function'}"
+        raise UserError(f"the file has no attribute '{name}'{near(name, known)}", hint)
+    if len(nodes) == 1:  # of several it cannot be told which one will hold
+        _check_node(nodes[0], name, list(keywords))
+
+
+def _check_node(node: ast.AST, name: str, keywords: list[str]) -> None:
+    line = getattr(node, "lineno", 1)
+    if isinstance(node, VALUES):
+        raise UserError(f"line {line}: {name} is no function")
+    if isinstance(node, ast.AsyncFunctionDef):
+        raise UserError(f"line {line}: {name} is async, and nobody would await it")
+    if isinstance(node, ast.FunctionDef | ast.Lambda):
+        _check_arguments(node, name, keywords)
+
+
+def _check_arguments(node: ast.FunctionDef | ast.Lambda, name: str, keywords: list[str]) -> None:
+    arguments = node.args
+    if arguments.kwarg or (isinstance(node, ast.FunctionDef) and node.decorator_list):
+        return
+    taken = [argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)]
+    if missing := [keyword for keyword in keywords if keyword not in taken]:
+        problem = f"line {node.lineno}: {name} does not take {', '.join(missing)}"
+        hint = f"it is called with keywords: def {name}({', '.join(keywords)}, **columns)"
+        raise UserError(problem, hint)
+
+
+def _bound(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
+    """The names that statements bind, and to what; `*` stands for names that cannot be told."""
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name, node
+            case ast.Import() | ast.ImportFrom():
+                for alias in node.names:
+                    yield (alias.asname or alias.name.partition(".")[0]), node
+            case ast.Assign(targets=targets):
+                for target in targets:
+                    yield from _assigned(target, node.value)
+            case ast.AnnAssign(target=ast.Name(id=name), value=value) if value:
+                yield name, value
+            case _:
+                yield from _bound_within(node)
+
+
+def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.AST]]:
+    if isinstance(target, ast.Name):
+        yield target.id, value
+        return
+    for part in ast.walk(target):  # a, b = ...
+        if isinstance(part, ast.Name):
+            yield part.id, part
+
+
+def _bound_within(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
+    """Names bound by what stands inside an `if`, a `try`, a `with` or a loop, or by a walrus."""
+    for _, value in ast.iter_fields(node):
+        parts = value if isinstance(value, list) else [value]
+        statements = [part for part in parts if isinstance(part, ast.stmt)]
+        yield from _bound(statements)
+        for part in parts:
+            if isinstance(part, ast.ExceptHandler | ast.match_case):
+                yield from _bound(part.body)
+            elif isinstance(part, ast.expr):
+                yield from _names_in(part)
+            elif isinstance(part, ast.withitem) and part.optional_vars:
+                yield from _assigned(part.optional_vars, part.context_expr)
+
+
+def _names_in(expression: ast.expr) -> Iterator[tuple[str, ast.AST]]:
+    """What an expression binds; a call of exec() or globals() may bind anything."""
+    for part in ast.walk(expression):
+        if isinstance(part, ast.NamedExpr):
+            yield part.target.id, part.value
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            yield part.id, part
+        elif isinstance(part, ast.Name) and part.id in ("exec", "globals", "setattr", "vars"):
+            yield "*", part
