@@ -131,16 +131,17 @@ _FACTORS = {
     **dict.fromkeys("亿億", 10**8),
 }
 _WORDS = "|".join(word for word in _FACTORS if word.isascii())
+_SQUARES = re.compile("(?:[cdkm]?m|ft|in|yd|mi)[23]")
 _UNCLEAR = {"k", "K", "M", "B", "T", "mn", "Mn", "bn", "Bn", "pi"}  # a factor, to some at least
 
 _NUMBER = re.compile(
     rf"""
     (?=[-+−√±0-9.A-Zmn$€£¥￥₹₩₽₪₫₴₺₿¢负負マ])  # at most places this fails, and soon
-    (?<![{_LETTER}0-9_^]) (?<![{_LETTER}0-9]\.) (?<![{_LETTER}]-) (?<!\^-) (?<!√)
+    (?<![{_LETTER}0-9_^]) (?<![0-9]\.) (?<![{_LETTER}]-) (?<!\^-) (?<!√)
     (?<![_^][{{(]) (?<![_^][{{(]-)
     (?P<odd> [√±][ ]?[{{(]?[ ]? | (?<=[百千万萬亿億]) | (?<=sqrt\() )?
     (?P<sign>
-        (?<![)\]}}%+−-]) [-+−] (?![ ])
+        (?<![)\]%+−-]) [-+−] (?![ ])
       | (?: (?<=[=:(≈]) | (?<=[=:(≈][ ]) ) [-−][ ]{{1,3}}
       | (?<![{_LETTER}0-9)\]}}%]) (?<![{_LETTER}0-9)\]}}%][ ]) −[ ]{{1,3}}
       | (?<![0-9)][ ]) (?: (?i:minus|negative)[ ]{{1,3}} | [负負][ ]? | マイナス )
@@ -211,7 +212,8 @@ def _value(match: re.Match[str]) -> Fraction | None:
     is_area = bool(unit and more and more[0] == "^")
     if match["odd"] is not None or (more is not None and not is_area):
         return None
-    if unit in _UNCLEAR or not all(map(str.isalpha, unit)):
+    is_unit = all(map(str.isalpha, unit)) or _SQUARES.fullmatch(unit)
+    if unit in _UNCLEAR or not is_unit:
         return None
     digits = match["digits"]
     if _is_list(digits):

@@ -121,8 +121,10 @@ def _text(value: Any, comparing: list[Comparison]) -> str:
     by_text = next((one.kind for one in comparing if not one.reads_numbers), None)
     if isinstance(value, bool):
         raise Unfit(f"{json.dumps(value)} is no text: quote it, spelled as an answer would")
-    if isinstance(value, float) and (by_text or not math.isfinite(value)):
-        raise Unfit(f"{value} is a number, and {by_text or 'an answer'} compares texts: quote it")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Unfit(f"{value} is no finite number")
+    if isinstance(value, float) and by_text:
+        raise Unfit(f"{value} is a number, and {by_text} compares texts: quote it")
     if isinstance(value, int | float):
         return str(value)
     kind = "null" if value is None else "an object" if isinstance(value, dict) else "a list"

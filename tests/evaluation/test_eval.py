@@ -461,6 +461,13 @@ def test_overlap_with_the_training_rows_is_counted(evaluated):
     assert found["text"]["overlap"] == {"sft": 0}
 
 
+@pytest.mark.parametrize("gate", [{}, {"min": None}, {"max": 10**400}])
+def test_a_gate_that_asks_nothing_is_no_gate(run, tasks, gate):
+    with pytest.raises(UserError) as refused:
+        life.command(write(run, tasks, name="no-gate", gate={"perplexity": gate}))
+    assert refused.value.code == 2 and "gate" in str(refused.value)
+
+
 def test_the_gate(evaluated, run, tasks, capsys):
     gates = {
         "answers.exact_match": {"min": 0.99},

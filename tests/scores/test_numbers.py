@@ -4,6 +4,8 @@ import time
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmpipe.scores import score
 from llmpipe.scores.numbers import number_in
@@ -223,6 +225,12 @@ FORMS = {
     r"90^\circ": 90,
     "9.8 m/s^2": "9.8",
     "25 cm²": 25,
+    "25cm2": 25,
+    "25 cm2": 25,
+    "No.5": 5,
+    "No. 5": 5,
+    "Rs.500": 500,
+    "CHF 1'234.50": "1234.5",
     "12cm^2": 12,
     "3rd": 3,
     "2x": 2,
@@ -240,6 +248,7 @@ FORMS = {
     r"\(-42\)": -42,
     r"\[x = 42\]": 42,
     r"\text{42}": 42,
+    r"\text{Answer:}-42": -42,
     "<answer>42</answer>": 42,
     "<b>-42</b>": -42,
     "| 42 |": 42,
@@ -390,3 +399,84 @@ def test_a_long_answer_takes_no_time(part):
         begun = time.process_time()
         number_in(answer)
         assert time.process_time() - begun < 1
+
+
+# --- numbers written in any of the ways -----------------------------------------------------------
+
+SEPARATORS = st.sampled_from([",", " ", "'", "_", "\u00a0", "\u202f", "\u2019", "{,}", "\\,"])
+MINUS = st.sampled_from(["-", "\u2212", "\u2013", "\uff0d", "minus ", "-$", "$-", "-€", "−¥"])
+WAYS = ("{}", "{}.", "**{}**", "_{}_", "`{}`", "${}$", "\\({}\\)", "It is {}.", "3 + 4 = {}")
+WAYS += (
+    "\\boxed{{{}}} (of 7)",
+    "#### {}\nIn 3 steps.",
+    "{} km",
+    "{}%",
+    "{} %",
+    "({})",
+    "<b>{}</b>",
+)
+AROUND = st.sampled_from([*WAYS, "答案是{}。"])
+
+
+def grouped(digits, separator):
+    first = len(digits) % 3 or 3
+    return separator.join(
+        [digits[:first], *(digits[i : i + 3] for i in range(first, len(digits), 3))]
+    )
+
+
+@st.composite
+def written(draw):
+    """A number, and a way to write it."""
+    units = draw(st.integers(0, 10**15) | st.integers(10**300, 10**320))
+    decimals = draw(st.sampled_from(["", ".5", ".25", ".125", ".000"]))
+    text = str(units)
+    way = draw(st.sampled_from(["plain", "grouped", "fraction", "mixed", "exponent", "full width"]))
+    value = Fraction(units) + (Fraction(decimals) if decimals else 0)
+    if way == "grouped":
+        text = grouped(text, draw(SEPARATORS)) + decimals
+    elif way == "fraction":
+        below = draw(st.integers(1, 10**6))
+        text, value = (
+            draw(
+                st.sampled_from(
+                    [f"{units}/{below}", f"\\frac{{{units}}}{{{below}}}", f"{units} / {below}"]
+                )
+            ),
+            Fraction(units, below),
+        )
+    elif way == "mixed":
+        below = draw(st.integers(2, 99))
+        above = draw(st.integers(1, below - 1))
+        text, value = f"{units} {above}/{below}", units + Fraction(above, below)
+    elif way == "exponent":
+        power = draw(st.integers(-30, 30))
+        form = draw(
+            st.sampled_from(["{}e{}", "{}E{}", "{}×10^{}", "{} \\times 10^{{{}}}", "{}*10**{}"])
+        )
+        text, value = form.format(text + decimals, power), value * Fraction(10) ** power
+    elif way == "full width":
+        text = (text + decimals).translate({ord(c): 0xFEE0 + ord(c) for c in "0123456789."})
+    else:
+        text += decimals
+    if draw(st.booleans()):
+        text, value = draw(MINUS) + text, -value
+    return draw(AROUND).format(text), value
+
+
+@settings(max_examples=500, deadline=None)
+@given(written())
+def test_a_number_is_read_as_it_was_written(way):
+    text, value = way
+    assert number_in(text) == value
+    assert score("number", text, [f"{value.numerator}/{value.denominator}"]) == {"number": 1.0}
+    other = f"{value.numerator + 1}/{value.denominator}"
+    assert score("number", text, [other]) == score("number", other, [text]) == {"number": 0.0}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789.,-−/ ^e×{}\\$%_*'√:#\n½²１x万(", max_size=40))
+def test_any_text_is_read(text):
+    number_in(text)
+    number_in(f"\\boxed{{{text}}}")
+    number_in(f"#### {text}")

@@ -50,7 +50,7 @@ def test_references_are_texts_of_which_any_is_right(kind, value, texts):
         ("number", True, "true is no text"),
         ("exact_match", 7.0, "7.0 is a number, and exact_match compares texts"),
         ("rouge", 7.5, "7.5 is a number"),
-        ("number", math.nan, "nan is a number"),
+        ("number", math.nan, "nan is no finite number"),
         ("number", "none", "'none' says no number"),
         ("number", "five", "'five' says no number"),
         ("number", "3,14", "'3,14' says no number"),
