@@ -56,9 +56,9 @@ _BEGINS_AS_TURNS = re.compile(r"""\s*\[\s*\{.{0,400}?\b(?:role|from)\b["'\\]*\s*
 
 def messages_of(values: Values, name: str) -> Messages:
     """A column that holds a list of turns -> messages. Raises Rejected."""
-    value = given(values, name)
+    value = values.get(name)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parsed_json(value, "wrong type", name)
+        value = _turns_in(value, name)
     return _messages(value, name, values)
 
 
@@ -91,10 +91,9 @@ def given(values: Values, name: str) -> Any:
         return value
     try:
         parsed = json.loads(value)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError):
         if _BEGINS_AS_TURNS.match(value):
-            problem = f"{name} begins like a list of messages, and is not JSON: {error}"
-            raise Rejected("wrong type", problem) from None
+            _turns_in(value, name)
         return value
     turns = parsed if isinstance(parsed, list) else [parsed]
     if not any(map(_is_turn, turns)):
@@ -144,6 +143,17 @@ def tools_of(values: Values) -> Tools:
         raise Rejected("bad tools", "tools is not a list of objects")
     schemas: list[dict[str, Any]] = plain(tools, "tools", values)
     return schemas
+
+
+def _turns_in(text: str, name: str) -> Any:
+    """The value of a text that begins like a list. Raises Rejected where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"{name} begins like a list of messages, and is not JSON: {error}"
+        if re.match(r"\s*\[\s*\{\s*'", text):
+            problem += "; it is as Python shows a list: write json.dumps of it"
+        raise Rejected("wrong type", problem) from None
 
 
 def _is_turn(value: Any) -> bool:

@@ -6,9 +6,9 @@ one asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from llmpipe.data import sources
 from llmpipe.data.encode import hash_of
-from llmpipe.data.formats import Example, Rejected, question
-from llmpipe.data.layout import awaited, formats_of, never_came
+from llmpipe.data.formats import Rejected, question
+from llmpipe.data.layout import Converted, awaited, formats_of, never_came
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.evaluation.task import Item, OnItems, Place
 from llmpipe.recipe.sections import Rows
@@ -25,22 +25,29 @@ from llmpipe.run.artifact import Artifact
 
 
 def items_of(task: OnItems, pinned: dict[str, str], say: Say) -> list[Item]:
-    """Every item of a task. Raises UserError (2) naming bad rows."""
+    """Every item of a task; what of its rows nobody reads is said. Raises UserError (2) naming bad
+    rows."""
     items: list[Item] = []
     errors: list[str] = []
     for source in task.data:
         origin = sources.Origin(source, pinned)
         for note in origin.notes:
             say(f"{task.label}: {source.path}: {note}")
-        for at, row, others in rows_in(origin, task.shapes, task.task):
+        seen: Counter[str] = Counter()
+        for at, row in rows_in(origin, task.shapes, task.task):
             try:
                 if isinstance(row, Rejected):
                     raise row
-                asks = hash_of(question(row).encode())
+                asks = hash_of(question(row.example).encode())
                 place = Place(len(items), _portable(at), asks)
-                items.append(task.item_of(row, others, place))
+                items.append(task.item_of(row.example, row.others, place))
             except Rejected as error:
                 errors.append(f"{at}: {error}")
+            else:
+                seen.update(row.values.noted)
+                seen.update(f"not used: {what}" for what in row.values.unread)
+        for sentence, rows in sorted(seen.items()):
+            say(f"{task.label}: {source.path}: {sentence}: {rows:,} rows")
     if errors:
         more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
         hint = "mend or remove these rows: every item has to be measured"
@@ -61,15 +68,14 @@ def rows_of(
     purpose: str,
     pinned: dict[str, str],
     stream: bool = False,
-) -> Iterator[tuple[str, Example | Rejected, dict[str, Any]]]:
-    """File and row, the row itself, and its columns that its format does not use, of every row of a
-    source, which has one of `shapes`."""
+) -> Iterator[tuple[str, Converted | Rejected]]:
+    """File and row, and the row itself, of every row of a source, which has one of `shapes`."""
     yield from rows_in(sources.Origin(source, pinned, stream), shapes, purpose)
 
 
 def rows_in(
     origin: sources.Origin, shapes: tuple[type, ...], purpose: str
-) -> Iterator[tuple[str, Example | Rejected, dict[str, Any]]]:
+) -> Iterator[tuple[str, Converted | Rejected]]:
     """`rows_of`, of a source whose files are known."""
     source = origin.source
     origin.open(shapes)
@@ -83,10 +89,9 @@ def rows_in(
             try:
                 row = sources.parse(payload)
                 missing.difference_update(row)
-                converted = origin.layout.convert(row)
-                yield at, converted.example, converted.others
+                yield at, origin.layout.convert(row)
             except Rejected as error:
-                yield at, error, {}
+                yield at, error
     if missing:
         raise never_came(source.path, missing)
 

@@ -212,14 +212,15 @@ def trained_tokenizer(job: Job[Schema], vocab_size: int) -> Path:
 
 def _texts(job: Job[Schema]) -> Iterator[str]:
     """Every document to train on; rows that cannot be used are left out."""
-    from llmpipe.data.formats import Document
+    from llmpipe.data.formats import Document, Rejected
     from llmpipe.evaluation.items import rows_of
 
     data, content = job.recipe.data, job.plan.content
     for source in data.train:
-        for _, row, _ in rows_of(source, (Document,), "pretrain", content, data.stream):
-            if isinstance(row, Document):
-                yield row.text
+        for _, row in rows_of(source, (Document,), "pretrain", content, data.stream):
+            if not isinstance(row, Rejected):
+                assert isinstance(row.example, Document)  # no row has another shape
+                yield row.example.text
 
 
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:

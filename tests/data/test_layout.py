@@ -117,8 +117,8 @@ def test_in_prompts_with_what_rewards_read(here, base):
 def test_in_rows_to_evaluate_on(here):
     source = Source(path=str(write(Path("d.jsonl"), [ALPACA] * EARLY + [ALPACA | {"system": "s"}])))
     *_, (at, last) = rows_of(source, (Conversation,), "perplexity", {})
-    assert isinstance(last, Conversation)
-    assert at.endswith(f":{EARLY + 1}") and last.messages[0]["content"] == "s"
+    assert not isinstance(last, Rejected) and isinstance(last.example, Conversation)
+    assert at.endswith(f":{EARLY + 1}") and last.example.messages[0]["content"] == "s"
 
 
 def test_in_several_processes(here, base):

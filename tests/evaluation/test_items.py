@@ -103,3 +103,13 @@ def test_a_right_choice_that_stands_twice_is_refused(tmp_path, choices, answer, 
     with pytest.raises(UserError) as refused:
         items_of(task, {})
     assert "rows.jsonl:1: " in str(refused.value) and problem in str(refused.value)
+
+
+def test_what_nobody_reads_in_a_row_is_said(tmp_path):
+    chat = [{**turn, "id": 7} for turn in CHAT]
+    said: list[str] = []
+    task = generate(tmp_path / "rows.jsonl", [{"messages": chat}], score=["exact_match"])
+    items_of(task, {}, said.append)
+    assert [line.partition("rows.jsonl: ")[2] for line in said] == [
+        "not used: id of messages: 1 rows"
+    ]

@@ -1,4 +1,9 @@
-"""Batches of an Arrow table -> rows, as the readers of tables share it."""
+"""Batches of an Arrow table -> rows, as the readers of tables share it.
+
+A table keeps one order of keys for all the objects of a column, and makes 1 into 1.0 where another
+row has 1.5. What has to keep its own, such as the arguments of tools, is therefore stored as JSON
+text; so does `datasets` with what differs from row to row, and that is parsed here.
+"""
 
 from __future__ import annotations
 
