@@ -56,8 +56,8 @@ class Rows(Section):
     and these as gz, bz2, xz, zst or lz4; parquet; arrow, as `save_to_disk` leaves it) starting with
     `./`, `../`, `/` or `~` or ending in one of these suffixes."""
     format: FormatName = "auto"
-    """How a row is laid out; `auto` decides by the columns of the first rows and says what it found.
-    A later row is read by its own columns, and has to say as much as the first ones."""
+    """How a row is laid out; `auto` decides by the columns of the first row and says what it found.
+    A later row is read by its own columns, and has to say as much as the first one."""
     columns: dict[str, str] = {}
     """Your column names mapped to the format's: `{question: prompt, answer: completion}`; so are
     those that a stage reads beside it, such as `label` for kto."""

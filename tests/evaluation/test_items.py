@@ -30,7 +30,7 @@ def generate(path, rows, **fields):
 )
 def test_the_reference_of_an_item(tmp_path, row, reference):
     task = generate(tmp_path / "rows.jsonl", [row], score=["exact_match"])
-    (item,) = items_of(task, {})
+    (item,) = items_of(task, {}, print)
     assert item.reference == reference
     task.write([item], tmp_path / "items.jsonl")
     assert task.read(tmp_path / "items.jsonl") == [item]
@@ -57,14 +57,14 @@ def test_a_reference_that_nothing_can_equal(tmp_path, row, fields, problem):
     path = tmp_path / "rows.jsonl"
     rows = [row] if "prompt" not in row else [good, row]
     with pytest.raises(UserError) as refused:
-        items_of(generate(path, rows, **fields), {})
+        items_of(generate(path, rows, **fields), {}, print)
     assert f"rows.jsonl:{len(rows)}: " in str(refused.value) and problem in str(refused.value)
     assert refused.value.code == 2
 
 
 def test_a_pattern_without_a_group_beside_a_score_that_compares(tmp_path):
     fields = {"score": ["regex", "contains"], "pattern": r"^\w+$"}
-    (item,) = items_of(generate(tmp_path / "rows.jsonl", [{"messages": CHAT}], **fields), {})
+    (item,) = items_of(generate(tmp_path / "rows.jsonl", [{"messages": CHAT}], **fields), {}, print)
     assert item.reference == "four"
 
 
@@ -98,10 +98,10 @@ def test_a_right_choice_that_stands_twice_is_refused(tmp_path, choices, answer, 
     path.write_text(json.dumps({"prompt": "Is it?", "choices": choices, "answer": answer}))
     task = Choice.model_validate({"task": "choice", "data": [{"path": str(path)}]})
     if problem is None:
-        assert items_of(task, {})[0].choices == choices
+        assert items_of(task, {}, print)[0].choices == choices
         return
     with pytest.raises(UserError) as refused:
-        items_of(task, {})
+        items_of(task, {}, print)
     assert "rows.jsonl:1: " in str(refused.value) and problem in str(refused.value)
 
 
