@@ -8,7 +8,6 @@ no harm.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 from llmpipe.data import template
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
-from llmpipe.data.template.rendering import any_of
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.recipe.sections import Preparation
 
@@ -100,7 +98,8 @@ class Encoder:
         eos = tokenizer.backend.token_to_id(encoding.text_eos)
         assert eos is not None  # `Choice` took it from this tokenizer
         self.eos = eos
-        self._special = re.compile(any_of(tokenizer.special_tokens()))
+        control = [*tokenizer.special.values(), *map(tokenizer.last, encoding.ends)]
+        self._spelled = template.Spelled(tokenizer.special_tokens(), control)
         self.max_length = encoding.preparation.max_length
         self.learn_all = encoding.preparation.learn_all
 
@@ -115,7 +114,7 @@ class Encoder:
         with template.bounded():
             reading = template.turns(renderer, messages, tools, first, proven=proven)
         if proven:
-            self._check_texts(reading, messages, tools)
+            self.noted |= self._spelled.check(reading, messages, tools)
         self.noted |= reading.notes
         encoding = self.tokenizer.backend.encode(reading.text, add_special_tokens=False)
         return Rendered(encoding, reading.spans)
@@ -134,8 +133,7 @@ class Encoder:
         renderer = self._renderer()
         with template.bounded():
             reading = template.prompt(renderer, prompt, tools)
-        self._check_texts(reading, prompt, tools)
-        self.noted |= reading.notes
+        self.noted |= reading.notes | self._spelled.check(reading, prompt, tools)
         return self.tokenizer.ids(reading.text)
 
     def answered(
@@ -161,42 +159,9 @@ class Encoder:
     def text(self, text: str) -> list[int]:
         """Tokens of a plain text. What is spelled like a token becomes it: people write templates
         and the borders of documents by hand; but it is noted."""
-        if spelled := self._special.search(text):
-            self.noted.add(f"texts hold {spelled[0]}, which is read as that token")
+        if token := self._spelled.in_text(text):
+            self.noted.add(f"texts hold {token}, which is read as that token")
         return self.tokenizer.ids(text)
-
-    def _check_texts(self, reading: template.Reading, messages: Messages, tools: Tools) -> None:
-        """Refuse turns that hold what the tokenizer would read as the template's own words.
-
-        The assistant may write special tokens that the template leaves to it, such as Llama 3.1's
-        <|python_tag|>; that is noted. Tags of thinking in front of its answer are no part of these
-        texts. Tokens that are not special are words like others.
-        """
-        for turn, _, value in reading.texts:
-            spelled = isinstance(value, str) and self._special.search(value)
-            if not spelled:
-                continue
-            token = spelled[0]
-            if messages[turn]["role"] == "assistant" and not self._is_control(token, reading):
-                self.noted.add(f"the assistant's turns hold {token}, which is learned as a token")
-                continue
-            problem = f"turn {turn + 1} holds {token}, which the tokenizer reads as a token"
-            raise Rejected("text spells a special token", problem)
-        if tools and (spelled := self._special.search(repr(tools))):
-            problem = f"tools hold {spelled[0]}, which the tokenizer reads as a token"
-            raise Rejected("text spells a special token", problem)
-
-    def _is_control(self, token: str, reading: template.Reading) -> bool:
-        """Whether a token has a meaning in the frame of a conversation."""
-        if (
-            token in self.tokenizer.special.values()
-            or self.tokenizer.backend.token_to_id(token) in self.ends
-        ):
-            return True
-        written = sum(
-            text.value.count(token) for text in reading.texts if isinstance(text.value, str)
-        )
-        return reading.text.count(token) > written
 
     def _renderer(self) -> template.Template:
         if self.template is None:

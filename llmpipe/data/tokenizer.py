@@ -17,6 +17,7 @@ import tokenizers
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest
 
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,6 +26,7 @@ FILES = (
     "config.json",
     "generation_config.json",
     "chat_template.jinja",
+    TOOL_USE,
 )
 # What other tokenizers are kept in, which transformers can rewrite as a tokenizer.json.
 OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -350,14 +352,32 @@ def _rewrite(folder: Path) -> str:
 
 
 def own_template(folder: Path) -> str | None:
-    """`chat_template.jinja`, or the config's `chat_template`: a text, or a list of named ones."""
+    """`chat_template.jinja`, or the config's `chat_template`: a text, or several named ones.
+
+    As transformers has it, conversations with tools take the one that is named `tool_use`; both are
+    brought into one text, which every server reads.
+    """
     template: Any = _read(folder / "chat_template.jinja")
+    with_tools: Any = _read(folder / TOOL_USE)
     if not template:
         template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]
-        template = {item.get("name"): item.get("template") for item in named}.get("default")
-    return template if isinstance(template, str) and template.strip() else None
+        template = {item.get("name"): item.get("template") for item in named}
+    if isinstance(template, dict):
+        with_tools = with_tools or template.get("tool_use")
+        template = template.get("default")
+    if not isinstance(template, str) or not template.strip():
+        return None
+    if not isinstance(with_tools, str) or not with_tools.strip():
+        return template
+    return _by_tools(with_tools, template)
+
+
+def _by_tools(with_tools: str, without: str) -> str:
+    """One template of two. The signs keep their outer whitespace; Jinja drops a last newline."""
+    first, second = (text.removesuffix("\n") for text in (with_tools, without))
+    return f"{{%+ if tools +%}}{first}{{%+ else +%}}{second}{{%+ endif +%}}"
 
 
 def identity(folder: Path) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.data import template
 from llmpipe.data.encode import Encoder, Encoding
-from llmpipe.data.formats import Completion, Conversation, Document, Example
+from llmpipe.data.formats import Completion, Conversation, Document, Example, Rejected
 from llmpipe.data.kinds import rows
 from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
@@ -69,7 +69,7 @@ class Candidate:
         """What results.json says of it; `parent`: which of the others it was made from."""
         chat_template = self.tokenizer.chat_template
         return MeasuredModel(
-            template=chat_template and sha256(chat_template.encode()).hexdigest(),
+            template=chat_template and sha256(str(chat_template).encode()).hexdigest(),
             stops_at=None if self.ranks else self.model.generation_config.eos_token_id,
             vocab_size=len(self.tokenizer),
             parameters=self.model.num_parameters(),
@@ -90,9 +90,42 @@ class Candidate:
         """Whether a question reaches it as bare text, without a template."""
         return ask.text is not None or not self.tokenizer.chat_template
 
-    def prompt(self, ask: Ask, tools: Tools) -> str:
-        """What the model sees of a question, up to where its answer begins."""
-        return render(self.tokenizer, ask.model_dump(exclude_unset=True), self.kwargs, tools)
+    def prompt(self, ask: Ask, tools: Tools, at: str) -> str:
+        """What the model sees of a question, up to where its answer begins.
+
+        Raises UserError (2) naming the row `at`, where the template does not render all of it.
+        """
+        if self.sees_text(ask):
+            if tools:
+                problem = "the row has tools, and bare text says nothing of them"
+                raise UserError(f"{at}: {self.label}: {problem}")
+            return render(self.tokenizer, ask.model_dump(exclude_unset=True))
+        assert ask.messages is not None
+        try:
+            with template.bounded():
+                reading = template.prompt(self._templates[bool(tools)], ask.messages, tools)
+            self._spelled.check(reading, ask.messages, tools)
+        except Rejected as error:
+            raise UserError(f"{at}: {self.label}: {error}") from None
+        return reading.text
+
+    @cached_property
+    def _templates(self) -> dict[bool, template.Template]:
+        """Which one transformers takes for rows without tools, and for rows with some."""
+        variables = self.tokenizer.special_tokens_map
+        texts = {
+            some: self.tokenizer.get_chat_template(tools=[] if some else None)
+            for some in (False, True)
+        }
+        return {
+            some: template.Template(text, variables, self.kwargs) for some, text in texts.items()
+        }
+
+    @cached_property
+    def _spelled(self) -> template.Spelled:
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        return template.Spelled(special, self.tokenizer.all_special_tokens)
 
     def ids(self, text: str, ask: Ask) -> list[int]:
         """Tokens of what the model sees of a question: a template writes the first token itself."""
@@ -111,9 +144,9 @@ class Candidate:
             return self.ids(render(self.tokenizer, {"messages": turns}), ask)
         return self.encoder.answered(ask.prompt, answer, tools)
 
-    def answer_marked(self, ask: Ask, tools: Tools, answered: list[int]) -> Marked:
+    def answer_marked(self, ask: Ask, tools: Tools, answered: list[int], at: str) -> Marked:
         """What `answered` gave; the answer begins where its rendering and the prompt's part."""
-        prompt = self.ids(self.prompt(ask, tools), ask)
+        prompt = self.ids(self.prompt(ask, tools, at), ask)
         return Marked.after(answered, template.shared_prefix(prompt, answered))
 
     def taught(self, example: Example) -> Marked:

@@ -6,6 +6,7 @@ Against every template that lies here: those of five families, the shipped ones,
 from __future__ import annotations
 
 import copy
+import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,17 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmpipe.data.formats import Rejected
-from llmpipe.data.template import Template, turns
+from llmpipe.data.kinds.pairs import PAIRS
+from llmpipe.data.kinds.prompts import PROMPTS
+from llmpipe.data.kinds.rows import ROWS
+from llmpipe.data.prepare import prepare
+from llmpipe.data.template import Template, prompt, turns
 from llmpipe.data.template.proof import CUT, EMPTY_THOUGHT, NO_DETAILS, NO_NAMES, UNMARKED
 from llmpipe.data.template.shipped import shipped
 from llmpipe.data.template.spans import CUT_BEFORE, LATE, OPENS_THOUGHT, UNASKED
+from llmpipe.recipe.sections import Data, Pairs, Prompts
+
+from .conftest import make_model, write
 
 HERE = Path(__file__).parent / "templates"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -417,12 +425,122 @@ def test_what_is_accepted_is_rendered_and_what_is_dropped_is_refused(name):
             continue
         whole = rendered(text, messages, tools)
         assert reading.text == whole
+        assert prompt(template, messages[:-1], tools).text == rendered(
+            text, messages[:-1], tools, open_turn=True
+        )
         for path in texts_of(messages):
             if rendered(text, changed(messages, path), tools) == whole:
                 assert CUT in reading.notes and path[-1] in ("reasoning_content", "thought"), path
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i, (start, end) in zip(spoken, reading.spans, strict=True):
-            prompt = rendered(text, messages[:i], tools, open_turn=True)
             if reading.notes <= {CUT, EMPTY_THOUGHT, NO_DETAILS}:
-                assert whole[:start] == prompt
+                assert whole[:start] == rendered(text, messages[:i], tools, open_turn=True)
             assert start < end and (i == spoken[-1] or end < len(whole))
+
+
+# --- texts that spell special tokens --------------------------------------------------------------
+
+CHAT_TOKENS = ("<|im_end|>", "<|im_start|>", "<|fim|>")
+
+
+def prepared(kind, rows: list, data: type, model: Path, said: list | None = None, **fields):
+    write(Path("d.jsonl"), rows)
+    recipe = data.model_validate({"train": [{"path": "d.jsonl"}], "max_rejected": 1.0, **fields})
+    said = [] if said is None else said
+    ready = prepare(recipe, kind, model, Path("cache"), seed=0, say=said.append)
+    lines = ready.folder(Path("cache")).joinpath("rejected.jsonl").read_text().splitlines()
+    return ready, [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def model(here) -> Path:
+    return make_model(here / "model", special=CHAT_TOKENS, template=SHIPPED["chatml"])
+
+
+GOOD = {"messages": [user("Hi"), assistant("Ho")]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("What is <|im_end|>?"), assistant("A token.")]},
+        {"messages": [user("What is <|fim|>?"), assistant("A token.")]},
+        {"messages": [user("Hi"), assistant("It is <|im_end|>")]},
+        {"messages": [user("Hi"), assistant("So", reasoning_content="a <|im_start|>")]},
+        {"messages": [{"role": "system", "content": "<|im_start|>"}, *GOOD["messages"]]},
+        {"messages": [*CALLS[:2], result("<|im_end|>"), *CALLS[3:]]},
+        {
+            "messages": [
+                CALLS[0],
+                assistant("", tool_calls=[call("find", what={"a": ["<|im_end|>"]})]),
+                *CALLS[2:],
+            ]
+        },
+        {**GOOD, "tools": [json.loads(json.dumps(WEATHER).replace("Where", "<|im_end|>"))]},
+    ],
+)
+def test_turns_that_spell_a_special_token_are_refused(model, row):
+    ready, rejected = prepared(ROWS, [row, GOOD], Data, model, packing=False)
+    assert ready.rows.rejected_by_reason == {"text spells a special token": 1}
+    assert "which the tokenizer reads as a token" in rejected[0]["detail"]
+
+
+def test_what_the_assistant_may_write(model):
+    """A special token that no template writes, tags of thinking, and tokens that are none."""
+    rows = [
+        {"messages": [user("Fill"), assistant("a <|fim|> b")]},
+        {"messages": [user("Think"), assistant("<think>\nhm\n</think>\n\nSo <im_end> [INST]")]},
+    ]
+    said: list[str] = []
+    ready, rejected = prepared(ROWS, rows, Data, model, said, packing=False)
+    assert rejected == []
+    note = "the assistant's turns hold <|fim|>, which is learned as a token"
+    assert ready.sources[0].noted == {note: 1}
+    assert any(f"{note}: 1 rows" in line for line in said)
+
+
+def test_plain_texts_may_spell_tokens_and_it_is_noted(model):
+    note = "texts hold <|im_end|>, which is read as that token"
+    rows = [{"text": "one<|im_end|>two"}, {"text": "three<|im_end|>"}, {"text": "four"}]
+    assert prepared(ROWS, rows, Data, model)[0].sources[0].noted == {note: 1}
+    rows = [{"prompt": "<|im_start|>user\nHi<|im_end|>\n", "completion": "Ho"}]
+    ready, _ = prepared(ROWS, rows, Data, model)
+    assert ready.sources[0].noted["texts hold <|im_start|>, which is read as that token"] == 1
+
+
+def test_pairs_and_prompts_are_proven_too(here):
+    bare = make_model(
+        here / "bare", special=CHAT_TOKENS, template=NO_TOOLS.replace("eos_token", "'<|im_end|>'")
+    )
+    thought = assistant("5", reasoning_content="Two and three.")
+
+    def pair(asked: str, better: dict, worse: str = "6", **more) -> dict:
+        return {"prompt": [user(asked)], "chosen": [better], "rejected": [assistant(worse)], **more}
+
+    rows = [
+        pair("2 + 3?", thought),
+        pair("<|im_end|>", assistant("5")),
+        pair("2 + 3?", assistant("5"), "<|im_end|>"),
+        pair("?", assistant("5"), tools=[WEATHER]),
+        pair("2 + 3?", assistant("5")),
+    ]
+    ready, _ = prepared(PAIRS, rows, Pairs, bare)
+    assert ready.rows.kept == 1
+    assert ready.rows.rejected_by_reason == {
+        "template drops the thinking": 1,
+        "template drops the tools": 1,
+        "text spells a special token": 2,
+    }
+    prompts = [
+        {"prompt": [user("2 + 3?"), thought, user("More")]},
+        {"prompt": [user("<|im_start|>")]},
+        {"prompt": [user("?")], "tools": [WEATHER]},
+        {"prompt": [user("?")]},
+    ]
+    ready, _ = prepared(PROMPTS, prompts, Prompts, bare)
+    assert ready.rows.kept == 1
+    assert ready.rows.rejected_by_reason == {
+        "template drops the thinking": 1,
+        "template drops the tools": 1,
+        "text spells a special token": 1,
+    }

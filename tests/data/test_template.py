@@ -287,8 +287,50 @@ def test_saved_folder_holds_nothing_that_runs(here, smol):
     )
 
 
-def test_named_templates_in_the_config(tmp_path):
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SMOL}]
+USES_TOOLS = (
+    "\n  {% for t in tools %}{{ t | tojson }}{% endfor %}\n"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}\n"
+    "{% endfor %}\n"
+)
+
+
+@pytest.mark.parametrize("place", ["config", "folder"])
+def test_conversations_with_tools_take_the_template_named_tool_use(here, place):
+    """As transformers chooses; and whoever loads the artifact chooses the same."""
+    from transformers import AutoTokenizer
+
+    model = make_model(here / "model", special=("<|im_end|>", "<|im_start|>"))
+    default = " \n" + SMOL + "\n"
+    if place == "config":
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        config["chat_template"] = [
+            {"name": "tool_use", "template": USES_TOOLS},
+            {"name": "default", "template": default},
+        ]
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text(USES_TOOLS)
+        (model / "chat_template.jinja").write_text(default)
+    rows = [{**CHAT, "tools": TOOLS}, CHAT]
+    write(Path("d.jsonl"), rows)
+    _, train, _ = make(model, "d.jsonl", packing=False)
+    theirs = AutoTokenizer.from_pretrained(model)
+    ours = AutoTokenizer.from_pretrained(next(Path("cache").glob("*/tokenizer")))
+    texts = []
+    for row in rows:
+        texts.append(
+            theirs.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+        )
+        again = ours.apply_chat_template(row["messages"], tools=row.get("tools"), tokenize=False)
+        assert again == texts[-1]
+    assert "weather" in texts[0] and "weather" not in texts[1]
+    decoded = [ours.decode(row["input_ids"]) for row in train]
+    assert sorted(decoded) == sorted(texts)
+
+
+def test_default_template_alone_in_the_config(tmp_path):
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": SMOL}]
     model = make_model(tmp_path / "m", special=("<|im_end|>", "<|im_start|>"), chat_template=named)
     assert choose(model, "auto", {}).template == SMOL
 

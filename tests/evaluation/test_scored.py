@@ -81,7 +81,7 @@ class Silent:
 
     label = "mute"
 
-    def prompt(self, ask, tools):
+    def prompt(self, ask, tools, at):
         return "What?"
 
     def sees_text(self, ask):

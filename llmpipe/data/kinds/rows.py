@@ -57,7 +57,7 @@ def _completion(encoder: Encoder, example: Completion) -> Encoded:
 
 def _ended(encoder: Encoder, text: str) -> np.ndarray:
     """Tokens of a text with its first and its last one."""
-    numbers = encoder.tokenizer.ids(text)
+    numbers = encoder.text(text)
     if not numbers:
         raise Rejected("nothing to learn", "the text has no token")
     return np.array([*encoder.bos, *numbers, encoder.eos], np.int32)

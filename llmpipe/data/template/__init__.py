@@ -6,6 +6,7 @@ texts       what a conversation says, and sentinels that stand for it
 proof       that a template renders all of it, once for every shape of conversation
 spans       where the assistant's turns begin and end
 turns       a conversation's text, and which characters are learned
+spelled     texts that a tokenizer would read as special tokens
 ends        what ends a turn, learned from the template
 choice      the template of the recipe and the model's tokenizer, brought together
 
@@ -17,12 +18,14 @@ from llmpipe.data.template.choice import Choice, choose, template_source
 from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span, bounded
 from llmpipe.data.template.spans import shared_prefix
+from llmpipe.data.template.spelled import Spelled
 from llmpipe.data.template.turns import Reading, prompt, turns
 
 __all__ = [
     "Choice",
     "Reading",
     "Span",
+    "Spelled",
     "Template",
     "bounded",
     "choose",

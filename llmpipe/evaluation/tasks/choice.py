@@ -56,7 +56,7 @@ class Choice(OnItems):
         )
 
     def score_batch(self, model: Candidate, batch: list[Question], seed: int) -> list[Scored]:
-        prompts = [model.prompt(item.ask, item.tools) for item in batch]
+        prompts = [model.prompt(item.ask, item.tools, item.at) for item in batch]
         sequences = [
             _continued(model, item, prompt, choice)
             for item, prompt in zip(batch, prompts, strict=True)

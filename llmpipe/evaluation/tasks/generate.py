@@ -133,7 +133,7 @@ class Generate(OnItems):
         from llmpipe.models.generate import Sampling
 
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
-        prompts = [model.prompt(item.ask, item.tools) for item in batch]
+        prompts = [model.prompt(item.ask, item.tools, item.at) for item in batch]
         ids = [model.ids(prompt, item.ask) for prompt, item in zip(prompts, batch, strict=True)]
         repeated = [prompt for prompt in ids for _ in range(self.samples)]
         responses = iter(model.responses(repeated, sampling, _seed_of(batch, seed)))

@@ -54,7 +54,7 @@ class Preference(OnItems):
         scored = []
         for item, values in zip(batch, measure(model, batch), strict=True):
             shown = {
-                "prompt": model.prompt(item.ask, item.tools),
+                "prompt": model.prompt(item.ask, item.tools, item.at),
                 "chosen": _text(item.chosen),
                 "rejected": _text(item.rejected),
                 "values": values,
@@ -77,7 +77,7 @@ def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
     """A policy's log-probabilities of the answers, summed and per token."""
     asked = [item for item in batch for _ in ("chosen", "rejected")]
     marked = [
-        model.answer_marked(item.ask, item.tools, ids)
+        model.answer_marked(item.ask, item.tools, ids, item.at)
         for item, ids in zip(asked, _sequences(model, batch), strict=True)
     ]
     for item, sequence in zip(asked, marked, strict=True):
