@@ -34,6 +34,7 @@ from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.recipe.sections import Preparation
 from llmpipe.run.artifact import is_reward_model, template_kwargs
+from llmpipe.run.context import tokens_of
 from llmpipe.run.results import MeasuredModel
 
 LOGITS = 2**28  # of a batch at most: a gigabyte
@@ -235,8 +236,8 @@ class Candidate:
         return [LogProb(*pair) for pair in zip(sums, scored.sum(1).tolist(), strict=True)]
 
     def _check_fits(self, width: int) -> None:
-        most = getattr(self.model.config, "max_position_embeddings", width)
-        if width > most:
+        most = tokens_of(self.model.config.to_dict())
+        if most is not None and width > most:
             problem = f"{self.label}: an item has {width:,} tokens, the model takes {most:,}"
             raise UserError(problem, "shorten it")
 
@@ -247,6 +248,7 @@ class Candidate:
         turn where the two are the same.
         """
         width = max(map(len, texts))
+        self._check_fits(width)
         pad = self.tokenizer.pad_token_id
         device = self.model.device
         ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in texts], device=device)

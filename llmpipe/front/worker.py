@@ -20,9 +20,10 @@ from llmpipe.errors import DONE, RESOURCES, Say, Stopped, UserError
 from llmpipe.files import unwritable
 from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
-from llmpipe.recipe.sections import Recipe
+from llmpipe.recipe.sections import Recipe, Training
 from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.context import check_lengths
 from llmpipe.run.folders import check_folder
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
@@ -190,6 +191,8 @@ def write_readable(model: Model, base: Path | None, folder: Path, say: Say) -> N
 
 def prepare(job: Job[Recipe]) -> None:
     convert(job)  # checks the folders that are there already
+    if isinstance(job.recipe, Training) and "model" in job.models:
+        check_lengths(job.recipe, job.weights, job.say)
     prepared = stage(job.recipe.stage).prepare(job)
     prepared.to_file(job.artifact.path / "prepared.json")
 

@@ -18,6 +18,7 @@ from llmpipe import upstream
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template import bounded
 from llmpipe.errors import UserError
+from llmpipe.run.context import tokens_of
 
 
 @contextmanager
@@ -147,13 +148,13 @@ def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 
 def _fits_context(model: PreTrainedModel, width: int, sampling: Sampling) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = tokens_of(model.config.to_dict())
     new = sampling.max_new_tokens
     if context and width + new > context:
         problem = (
             f"a prompt of {width:,} tokens and {new:,} new ones exceed the model's {context:,}"
         )
-        raise UserError(problem)
+        raise UserError(problem, "lower max_new_tokens, or shorten the prompt")
 
 
 def _left_padded(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import Stopped, UserError
+from llmpipe.errors import Stopped
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
@@ -39,6 +39,7 @@ from llmpipe.rl.seeds import Shuffled, Use
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
+from llmpipe.run.context import refuse_rollouts, tokens_of
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.training.conclude import conclude
@@ -361,17 +362,11 @@ class Loop:
 
     def _refuse_too_long(self) -> None:
         """Refuse prompts that leave no room for a response of the model's context."""
-        context = getattr(self.actors.causal.config, "max_position_embeddings", None)
         prompt = self.training.prepared.lengths.max
         if self.held_out is not None:
             prompt = max(prompt, *map(len, self.held_out["prompt_ids"]))
         response = self.recipe.rollout.max_new_tokens
-        if context and prompt + response > context:
-            raise UserError(
-                f"a prompt of {prompt:,} tokens and an answer of {response:,} "
-                f"exceed the model's {context:,}",
-                "lower data.max_length or rollout.max_new_tokens",
-            )
+        refuse_rollouts(tokens_of(self.actors.causal.config.to_dict()), prompt, response)
 
 
 def _updates(recipe: PPORecipe, prompts: int) -> int:

@@ -31,6 +31,7 @@ from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
+from llmpipe.run.context import tokens_of
 from llmpipe.run.job import Job
 from llmpipe.scores import score
 from llmpipe.scores.verifiers import Verifier
@@ -155,7 +156,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
         kwargs=template_kwargs(folder),
         batch_size=hardware.micro_batch_size,
     )
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = tokens_of(model.config.to_dict()) or math.inf
 
     def scores(rows: list[Row], responses: list[str]) -> list[float]:
         texts = [_as_read(ranker, *pair) for pair in zip(rows, responses, strict=True)]

@@ -31,6 +31,7 @@ from llmpipe.recipe.sections import (
 )
 from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, artifact_of, artifacts, manifest_beside
+from llmpipe.run.context import check_answers
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.run.outlook import Outlook
@@ -201,6 +202,12 @@ def prepare(job: Job[Schema]) -> PreparedItems:
     from llmpipe.evaluation.items import items_of, seen_by
 
     recipe = job.recipe
+    answers = {
+        f"tasks.{i}.max_new_tokens": task.max_new_tokens
+        for i, task in enumerate(recipe.tasks)
+        if hasattr(task, "max_new_tokens")
+    }
+    check_answers(answers, job.models | job.bases)
     folder = job.prepared / f"eval-{job.plan.identity[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     measured = [Artifact(path.parent) for path in job.models.values()]

@@ -114,6 +114,7 @@ def prepare(job: Job[Schema]) -> PreparedRows:
     """Prompts -> tokens."""
     from llmpipe.data.kinds.prompts import compared
     from llmpipe.data.kinds.rows import ROWS
+    from llmpipe.run.context import of_folder, refuse_rollouts
     from llmpipe.run.handoff import tokenized, tokens
 
     recipe = job.recipe
@@ -122,6 +123,8 @@ def prepare(job: Job[Schema]) -> PreparedRows:
     ]
     by_verifiers_alone = len(comparisons) == len(recipe.reward)
     prepared = tokens(job, compared(comparisons, all_read=by_verifiers_alone))
+    if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there
+        refuse_rollouts(context.tokens, prepared.lengths.max, recipe.rollout.max_new_tokens)
     if recipe.mixture:
         mixed = tokenized(job, recipe.mixture.data(recipe.data), ROWS)
         prepared = prepared.model_copy(update={"mixture": mixed})
