@@ -358,6 +358,8 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "transformers.trainer": (
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"
     ),
+    # of new embeddings and of a head with new rows: said in a line of ours, where it is news
+    "transformers.modeling_utils": "will be initialized from a multivariate normal distribution",
     # of micro-batches of one, which cost nothing where documents are attended one by one
     "trl.trainer.sft_trainer": (
         "You are using a per_device_train_batch_size of 1 with padding-free training"
@@ -372,6 +374,8 @@ WARNINGS: list[tuple[str, type[Warning]]] = [
     # of experts held in one tensor PEFT looks for the ranks among the modules, though it has set
     # and heeds them
     (r"The following .*_pattern keys .*\['[^',]*gate_up_proj'\]", RuntimeWarning),
+    # PEFT sets what GPT-2's layers need by itself, and says so of each
+    ("fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning),
     # said once, by `hardware`
     ("Paged optimizers are not supported on CPU", UserWarning),
 ]
@@ -385,6 +389,18 @@ def silence() -> None:
         logging.getLogger(logger).addFilter(_without(words))
     for message, category in WARNINGS:
         warnings.filterwarnings("ignore", message, category)
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Drop the line of one logger that says nothing to a user: also where `silence` was not called,
+    in a chat or when an adapter is merged."""
+    drop = _without(NOISE[logger])
+    logging.getLogger(logger).addFilter(drop)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(drop)
 
 
 def _without(words: str) -> Callable[[logging.LogRecord], bool]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.errors import UserError, first_line
+from llmpipe.models.pretrained import rows_of
 
 if TYPE_CHECKING:
     from llmpipe.stages.pretrain import Architecture
@@ -26,7 +27,7 @@ def build(
     try:
         config = AutoConfig.for_model(
             architecture.kind,
-            vocab_size=len(tokenizer),
+            vocab_size=rows_of(tokenizer),
             tie_word_embeddings=architecture.tied,
             use_cache=True,
             bos_token_id=tokenizer.bos_token_id,

@@ -21,7 +21,12 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.models import adapters, architecture
 from llmpipe.models.hardware import Hardware, choose
-from llmpipe.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from llmpipe.models.pretrained import (
+    load_model,
+    load_tokenizer,
+    resize_embeddings,
+    rows_of,
+)
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.job import Job
@@ -176,7 +181,7 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
 
 def _resize(model: PreTrainedModel, setup: Setup[Training]) -> range:
     """Give every token a row; returns the ids of the rows that were made."""
-    tokens = len(setup.tokenizer)
+    tokens = rows_of(setup.tokenizer)
     rows = resize_embeddings(model, setup.tokenizer)
     if tokens > rows:
         change = f"{rows} -> {tokens} rows, new ones drawn from the distribution of the old"

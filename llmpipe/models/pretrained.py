@@ -97,15 +97,23 @@ def _misfit(report: dict[str, Any]) -> str:
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer, seed: int = 0) -> int:
-    """Make the embeddings at least as many rows as the tokenizer has tokens; returns how many rows
-    there were. New ones are drawn from `seed`.
+    """Give the embeddings a row for every id of the tokenizer at least; returns how many rows there
+    were. New ones are drawn from `seed`.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    needed = rows_of(tokenizer)
+    if needed > rows:
         # new rows are drawn from the old ones' distribution (Hewitt 2021), to start out harmless
         torch.manual_seed(seed)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        with upstream.quiet("transformers.modeling_utils"):
+            model.resize_token_embeddings(needed, mean_resizing=True)
     return rows
+
+
+def rows_of(tokenizer: Tokenizer) -> int:
+    """Rows of embeddings that a tokenizer needs: where its ids have gaps, more than it has
+    tokens."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def take_generation(model: PreTrainedModel, folder: Path) -> None:

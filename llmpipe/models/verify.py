@@ -25,6 +25,7 @@ from llmpipe.models.generate import isolated_rng, render
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.context import tokens_of
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
@@ -139,11 +140,12 @@ def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
 
 def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
     """The last token ids of the vocabulary, which may be new ones, and those of the probe text:
-    [1, PROBE_TOKENS]; fewer where the text has few.
+    [1, PROBE_TOKENS]; fewer where the text has few, or the model takes few.
     """
     newest = list(range(max(len(tokenizer) - NEWEST, 0), len(tokenizer)))
     ids = newest + tokenizer(PROBE)["input_ids"] * 4
-    return torch.tensor([ids[:PROBE_TOKENS]], device=model.device)
+    most = min(PROBE_TOKENS, tokens_of(model.config.to_dict()) or PROBE_TOKENS)
+    return torch.tensor([ids[:most]], device=model.device)
 
 
 def _refuse(difference: str, code: int = INTEGRITY) -> NoReturn:

@@ -21,6 +21,7 @@ from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribut
 from llmpipe.rl.packing import pack_episodes
 from llmpipe.rl.rollout import Episode
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.context import tokens_of
 
 EXACT = 1e-3  # nats that packed texts may differ by from each alone, in fp32
 ROUNDED = 0.3  # and in bf16 or on quantized weights
@@ -220,7 +221,7 @@ def _refuse_embeddings(setup: Setup[PPORecipe], causal: Any) -> None:
 def _probe(actors: Actors, tokenizer: Tokenizer, rounded: bool) -> None:
     """Refuse a model that, texts end to end, does not say what it says of each alone, by its own
     head."""
-    ids = tokenizer(PROBE)["input_ids"]
+    ids = tokenizer(PROBE)["input_ids"][: tokens_of(actors.causal.config.to_dict())]
     cuts = (len(ids) // 2, len(ids) // 3)
     episodes = [Episode(ids[:cut], ids[cut:], False, Tensor(), None) for cut in cuts]
     device = actors.device

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmpipe.models.generate import isolated_rng
 from llmpipe.models.verify import PROBE
+from llmpipe.run.context import tokens_of
 from llmpipe.training.hosted import Durable
 
 
@@ -19,7 +20,7 @@ def crosstalk(trainer: Durable) -> float:
     0: not at all; 1: the architecture reads no boundaries, as Falcon, or knows none on this
     machine. Otherwise it would learn across documents unseen.
     """
-    ids = trainer.processing_class(PROBE)["input_ids"]
+    ids = trainer.processing_class(PROBE)["input_ids"][: tokens_of(trainer.model.config.to_dict())]
     half = len(ids) // 2
     first, second, both = _row(ids[:half]), _row(ids[half:]), _row(ids)
     length = len(ids) - half

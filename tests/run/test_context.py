@@ -1,8 +1,7 @@
-"""How long a text a model takes, by its files alone, and what a recipe that asks for more is told."""
+"""How long a text a model takes, by its files alone, and what a recipe for longer ones is told."""
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -190,7 +189,7 @@ def recipe(run, stage, model, **changes):
         values["data"]["train"] = [{"path": str(judged(run.parent))}]
     if stage == "pretrain":
         values["data"]["train"] = [{"path": str(documents(run.parent))}]
-        values["optim"] = {"learning_rate": 1e-3, "batch_tokens": 96, "steps": 1}
+        values["optim"] = {"learning_rate": 1e-3, "batch_tokens": 192, "steps": 1}
     if stage == "ppo":
         values["reward"] = [{"function": f"{life.TINY}/rewards.py:brevity"}]
         values["algorithm"] = {"epochs": 1, "minibatches": 2}
@@ -231,9 +230,8 @@ def test_as_many_tokens_as_positions_are_trained_on(tmp_path, gpt2, stage, capsy
 
 
 def test_an_adapter_has_the_positions_of_its_base(tmp_path, gpt2):
-    lora = recipe(tmp_path / "run", "sft", gpt2, name="lora", adapter={"rank": 2})
-    lora.write_text(lora.read_text())
-    life.command(recipe(tmp_path / "run", "sft", gpt2, name="lora", adapter={"rank": 2}))
+    loose = {"data__max_rejected": 0.5}
+    life.command(recipe(tmp_path / "run", "sft", gpt2, name="lora", adapter={"rank": 2}, **loose))
     more = {"adapter": {"rank": 2}, "data__max_length": 64}
     with pytest.raises(UserError, match=r"artifact:lora has 48 positions"):
         life.command(recipe(tmp_path / "run", "sft", "artifact:lora", name="two", **more))
@@ -253,6 +251,7 @@ def test_an_adapter_has_the_positions_of_its_base(tmp_path, gpt2):
     ],
 )
 def test_answers_that_leave_no_room_are_refused(tmp_path, gpt2, stage, changes, said):
+    changes = changes | {"data__max_rejected": 0.5}
     if "mixture" in changes:
         changes["mixture"]["train"] = [{"path": str(life.TINY / "rows.jsonl")}]
     with pytest.raises(UserError, match=said) as refused:
@@ -293,7 +292,3 @@ def test_a_model_that_sees_a_window_alone_is_said(tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     life.command(recipe(tmp_path / "run", "sft", folder))
     assert "each attends to the last 16 in every layer" in capsys.readouterr().out
-
-
-def test_the_path_of_the_tiny_model_is_as_it_was():
-    assert of_folder(Path(life.TINY) / "model") == Context(512, False)
