@@ -200,9 +200,9 @@ def _show_rows(recipe: "Recipe", count: int) -> None:
     from llmpipe.data.prepared import PreparedRows
     from llmpipe.report.rows import show_rows
     from llmpipe.run.artifact import artifact_of
-    from llmpipe.stages import stage
+    from llmpipe.stages import prepared_by, stage
 
-    if stage(recipe.stage).PREPARED is not PreparedRows:
+    if prepared_by(stage(recipe.stage)) is not PreparedRows:
         raise UserError(f"{recipe.stage} prepares no rows to train on, so there are none to show")
     artifact = artifact_of(recipe)
     prepared = PreparedRows.from_file(artifact.path / "prepared.json")

@@ -34,7 +34,7 @@ from llmpipe.run.plan import Plan
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.signals import Signals, die_with_parent
-from llmpipe.stages import schema, stage
+from llmpipe.stages import prepared_by, schema, stage
 
 
 def main(arguments: list[str]) -> int:
@@ -210,7 +210,7 @@ def train(job: Job[Recipe]) -> None:
     upstream.silence()
     with Lock(artifact, "write").acquire(wait=10) if leads else nullcontext():
         module = stage(job.recipe.stage)
-        prepared = module.PREPARED.from_file(artifact.path / "prepared.json")
+        prepared = prepared_by(module).from_file(artifact.path / "prepared.json")
         result = module.train(job, prepared)
         if not leads:
             return

@@ -48,14 +48,19 @@ class Stage(Protocol):
     """The kind of artifact that comes of it."""
     PROGRESS: str
     """A glob of what an unfinished artifact goes on from."""
-    PREPARED: type[Record]
-    """What `prepare` leaves in prepared.json, and `train` is given."""
 
     def prepare(self, job: Job[Any]) -> Record:
         """Read rows and make of them what `train` needs; without torch."""
 
     def train(self, job: Job[Any], prepared: Any) -> Made:
         """Do the work and publish `model/`; returns what the manifest says of it."""
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A stage whose `prepare` leaves another record in prepared.json than `PreparedRows`."""
+
+    PREPARED: type[Record]
 
 
 @runtime_checkable
@@ -72,6 +77,13 @@ class Foreseeing(Protocol):
 
     def foresee(self, recipe: Any, outlook: Outlook) -> Iterator[Mistake]:
         """What is wrong with a recipe in the place that it has."""
+
+
+def prepared_by(module: Stage) -> type[Record]:
+    """What a stage's `prepare` leaves in prepared.json, and its `train` is given."""
+    from llmpipe.data.prepared import PreparedRows  # no recipe is checked with it
+
+    return module.PREPARED if isinstance(module, Preparing) else PreparedRows
 
 
 def stage(name: str) -> Stage:

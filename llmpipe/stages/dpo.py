@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Mistake, UserError
 from llmpipe.recipe.sections import Generating, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.data.prepared import PreparedRows
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
     from llmpipe.run.outlook import Outlook
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
-PREPARED = PreparedRows
 Objective = Literal[
     "sigmoid",
     "ipo",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.recipe.sections import Generating, Optim, Start, Templated
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
@@ -20,13 +19,13 @@ from llmpipe.stages import CHECKPOINTS
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from llmpipe.data.prepared import PreparedRows
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
-PREPARED = PreparedRows
 
 Weight = Annotated[float, Field(gt=0)]
 

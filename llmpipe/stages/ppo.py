@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Mistake, UserError
 from llmpipe.files import expanded
 from llmpipe.recipe.functions import check_function
@@ -25,6 +24,7 @@ from llmpipe.scores.verifiers import VERIFIERS
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.data.prepared import PreparedRows
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
     from llmpipe.run.outlook import Outlook
@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does 
 ACCEPTS = {"model": ("model", "adapter"), "reward": ("reward-model",)}
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
-PREPARED = PreparedRows
 
 
 class Schema(PPORecipe):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.data.prepared import PreparedRows, TokenCounts
 from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import (
     AdamW,
@@ -30,13 +29,13 @@ from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import sft
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.data.prepared import PreparedRows, TokenCounts
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"
 PROGRESS = sft.PROGRESS
-PREPARED = PreparedRows
 
 
 class Corpus(Prepared):

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.recipe.sections import Hosted, Optim, Pairs, Start
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.data.prepared import PreparedRows
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "reward-model"
 PROGRESS = CHECKPOINTS
-PREPARED = PreparedRows
 
 TRAINER = TrainerConfig(
     package="trl",

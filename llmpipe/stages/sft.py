@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmpipe.data.prepared import PreparedRows
 from llmpipe.recipe.sections import Data, Generating, Optim, Start
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
+    from llmpipe.data.prepared import PreparedRows
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
 
 ACCEPTS = ("model", "adapter")
 MAKES = "model"  # or an adapter, with `adapter:`
 PROGRESS = CHECKPOINTS
-PREPARED = PreparedRows
 
 TRAINER = TrainerConfig(
     package="trl",

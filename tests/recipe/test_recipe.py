@@ -15,7 +15,7 @@ from llmpipe.recipe.sections import Hosted, Recipe, science
 from llmpipe.recipe.trainer import config_fields
 from llmpipe.recipe.yaml import parse
 from llmpipe.record import Record
-from llmpipe.stages import STAGES, Judging, schema, stage
+from llmpipe.stages import STAGES, Judging, prepared_by, schema, stage
 
 SFT = schema("sft")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -328,7 +328,7 @@ def test_fuzz_values(tmp_path_factory, values):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_offers_what_is_asked_of_it(name):
     module = stage(name)
-    assert issubclass(module.Schema, Recipe) and issubclass(module.PREPARED, Record)
+    assert issubclass(module.Schema, Recipe) and issubclass(prepared_by(module), Record)
     assert isinstance(module.MAKES, str) and isinstance(module.PROGRESS, str) and module.ACCEPTS
     assert callable(module.prepare) and callable(module.train)
     assert isinstance(module, Judging) == (name == "eval")
