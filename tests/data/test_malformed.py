@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe.data.fields import Rejected
 from llmpipe.data.readers import File, parse, read
 from llmpipe.errors import UserError
 
@@ -195,6 +196,7 @@ def rejected() -> list[tuple[int, str]]:
     return [(line["row"], line["reason"]) for line in map(json.loads, lines)]
 
 
+REFUSED = "refused"
 HEADER = b"prompt,completion\n"
 
 
@@ -215,6 +217,8 @@ HEADER = b"prompt,completion\n"
         (b'a,"Roses are red,\nviolets, as we know, are not,\n"\nd,e\n', 2, []),
         (b'a,"say ""x,y""\nand u,v to ""me"""\nd,e\n', 2, []),
         (b'"a, b\nc, d",e\nf,g\n', 2, []),
+        (b'a,"In all\nthere are 4,957"\nd,e\n', 2, []),
+        (b'a,"""b"""\na,"b\nc,d"\n', 2, []),
         # a row that is none
         (b"a,b\nprompt,completion\nc,d\n", 2, [(3, "the header again")]),
         (b'a,"b\n\nc",d\ne,f\n', 1, [(2, "wrong number of fields")]),
@@ -238,13 +242,19 @@ def test_a_stray_quote_swallows_no_rows(here, base, rows, kept, reasons):
         (b'a\t"b\tc"\nd\te\n', ["b\tc", "e"]),  # with quotes
         (b'a\t"b\nc"\nd\te\n', ["b\nc", "e"]),
         (b'a\t"b ""c"" d"\n', ['b "c" d']),
+        (b'a\t"b\nc\td"\ne\t"f\n\ng"\n', ['"b', 'd"', "f\n\ng"]),
+        (b'e\t"f\n\ng"\na\t"b\nc\td"\nh\ti\n', ["f\n\ng", REFUSED, REFUSED, "i"]),
+        (b'a\t"b ""c"" d"\na\t"b\nc\td"\n', ['b "c" d', "b\nc\td"]),
     ],
 )
 def test_a_tsv_is_read_with_quotes_where_they_make_sense(here, rows, texts):
     path = Path("d.tsv")
     path.write_bytes(b"prompt\tcompletion\n" + rows)
     file = File("d.tsv", "d.tsv", path, path.stat().st_size, "")
-    assert [parse(row.payload)["completion"] for row, _ in read(file)] == texts
+    rows = [row.payload for row, _ in read(file)]
+    assert [
+        REFUSED if isinstance(it, Rejected) else parse(it)["completion"] for it in rows
+    ] == texts
 
 
 def test_a_column_without_a_name_is_said(here, base):

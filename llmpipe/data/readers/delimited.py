@@ -4,10 +4,10 @@ Quotes follow RFC 4180: a field may be quoted, and then hold delimiters and line
 must not swallow the rows behind it, so:
 
 - a quote that is not closed as it should be costs the line that it stands on and no other;
-- a .csv row over several lines, most of which are rows by themselves, has two readings, and all of
-  them are refused;
-- in a .tsv, which is mostly written without quotes, the lines are then taken as they are, and so is
-  a line that makes no sense with quotes.
+- a row over several lines, most of which are rows by themselves, has two readings, and all of them
+  are refused, unless quotes within fields were doubled, as whoever quotes with care does it;
+- a .tsv is mostly written without quotes: until a row has shown that it is not, such lines are
+  taken as they are, and always is a line that makes no sense with quotes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ from llmpipe.data.readers.row import (
 )
 from llmpipe.errors import UserError
 
+# Prose has a space, a line end or the end of the field behind a comma, or is a number of thousands.
+_BETWEEN = {
+    ",": re.compile(r',(?!\s|"?\s*$|(?<=\d,)\d{3}(?!\d))'),
+    "\t": re.compile(r"\t"),
+}
 _DOUBLED = re.compile(r'[^,\t\r\n]""[^,\t\r\n]')  # as whoever quotes with care writes a quote
 NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
@@ -118,9 +123,12 @@ class _Records:
         self.lines = _Lines(stream)
         self.delimiter = delimiter
         self.reader = csv.reader(self.lines, delimiter=delimiter, strict=True)
+        self.doubled = False
+        """Whether a quoted field has held quotes that were doubled."""
+        self.quotes = delimiter != "\t"
+        """Whether quotes are known to be the file's way."""
         self.refused: deque[tuple[int, str]] = deque()
-        # prose has a space, a line end or the end of the field behind a comma
-        self.between = re.compile(r"\t" if delimiter == "\t" else r',(?!\s|"?\s*$)')
+        self.between = _BETWEEN[delimiter]
 
     def next(self, columns: int) -> tuple[int, str, list[str] | Rejected] | None:
         """The line that a row begins on, its text and its fields, or None behind the last one.
@@ -140,12 +148,16 @@ class _Records:
             line = lines.give_back()
             return number, line, self._as_it_is(line, columns) or _unclosed(error)
         if len(lines.taken) == 1:
-            return number, lines.taken[0], fields
-        if not self._are_rows(columns):
+            text = lines.taken[0]
+            if not self.doubled and '""' in text:
+                self.doubled = any('"' in field for field in fields)
+            return number, text, fields
+        if self.doubled or not self._are_rows(columns):
+            self.quotes = True
             return number, "".join(lines.taken), fields
-        if self.delimiter == "\t":
+        if not self.quotes:
             line = lines.give_back()
-            return number, line, self._as_it_is(line, columns) or []
+            return number, line, line.rstrip("\r\n").split(self.delimiter)
         self.refused.extend(enumerate(lines.taken[1:], number + 1))
         return number, lines.taken[0], _two_readings()
 
