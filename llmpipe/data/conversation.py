@@ -96,7 +96,7 @@ def given(values: Values, name: str) -> Any:
             _turns_in(value, name)
         return value
     turns = parsed if isinstance(parsed, list) else [parsed]
-    if not any(map(_is_turn, turns)):
+    if not any(map(_is_turn, turns)) and not (parsed is turns and all(map(_lacks_role, turns))):
         return value
     values.noted.add("texts that are messages in JSON are read as messages")
     return parsed
@@ -160,6 +160,11 @@ def _is_turn(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("role", value.get("from")), str):
         return False
     return not value.keys().isdisjoint(("content", "value", "tool_calls", "function_call"))
+
+
+def _lacks_role(value: Any) -> bool:
+    """Whether an object looks like a turn of nobody, as one of a list."""
+    return isinstance(value, dict) and "content" in value and value.keys() <= _READ
 
 
 def _messages(turns: Any, name: str, values: Values) -> Messages:

@@ -31,6 +31,7 @@ PURPOSE: dict[type, str] = {
     MultipleChoice: "eval",
     Document: "pretrain and sft",
 }
+LISTED = 20  # things that nobody reads, in one line
 
 
 class RejectedLine(NamedTuple):
@@ -136,8 +137,10 @@ class Intake:
         for sentence, rows in sorted(self.noted.items()):
             say(f"data: {shown}: {sentence}: {rows:,} rows")
         if self.unread:
-            each = [self._place(*item) for item in sorted(self.unread.items())]
-            say(f"data: {shown}: not used: {', '.join(each)}")
+            often = sorted(self.unread.items(), key=lambda item: -item[1].rows)
+            each = [self._place(*item) for item in often[:LISTED]]
+            more = f", and {len(often) - LISTED:,} more" if len(often) > LISTED else ""
+            say(f"data: {shown}: not used: {', '.join(each)}{more}")
         if self._awaited:
             raise never_came(shown, self._awaited)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from llmpipe.data.encode import Encoder, Encoding, hash_of
-from llmpipe.data.formats import Rejected, is_of_texts, question, taught_bytes
+from llmpipe.data.formats import Document, Rejected, is_of_texts, question, taught_bytes
 from llmpipe.data.kinds import Kind
 from llmpipe.data.layout import Converted, Layout, Names
 from llmpipe.data.pack import Piece
@@ -150,8 +150,11 @@ class Worker:
         notes = converted.values.noted
         if converted.format != layout.format:
             notes.add(f"read as format {converted.format}, not {layout.format} as the first rows")
-        if self.encoder.template and is_of_texts(converted.example):
-            notes.add("prompts and answers are plain text, which no chat template touches")
+        if self.kind.chats and self.encoder.template:
+            if is_of_texts(converted.example):
+                notes.add("prompts and answers are plain text, which no chat template touches")
+            elif isinstance(converted.example, Document):
+                notes.add("texts are learned as they are, and no chat template touches them")
         return notes
 
 

@@ -254,6 +254,7 @@ BEGIN = [  # like a list of messages, and are none
     json.dumps([A, "b"]),
     json.dumps([{"role": "asistant", "content": "a"}]),
     json.dumps([A, {"role": "assistant"}]),
+    json.dumps([{"content": "a"}]),
 ]
 
 
@@ -278,6 +279,9 @@ TEXTS = [  # which begin like JSON, or are JSON, and say no message
     '[{"person": "Ada", "role": "CEO"}]',
     '{"role": "admin"}',
     '{"answer": 42}',
+    '[{"title": "A day", "content": "Sun."}]',
+    '{"content": "Sun."}',
+    '[{"value": 3}]',
     "{x | x > 0}",
     "[{x}, {y}] are sets",
     "{ from: 1, to: 2 }",

@@ -86,7 +86,7 @@ def test_a_column_that_comes_late_is_read(here, base, second_file):
     assert made.source["columns"].keys() == {*ALPACA, "input", "system", "tools", "history"}
     assert made.source["unread"] == {"comment": 1, "id": 2}
     where = "d/b.jsonl:4" if second_file else f"d/a.jsonl:{EARLY + 4}"
-    said = f"not used: comment (1 rows, first {where}), id (2 rows, first {where})"
+    said = f"not used: id (2 rows, first {where}), comment (1 rows, first {where})"
     assert said in made.line("not used")
 
 

@@ -66,6 +66,8 @@ class Kind:
     """A token -> a written row of which nothing is learned, to even out the processes of a step."""
     also_reads: tuple[str, ...] = ()
     """Columns of a row that it reads beside those of the format."""
+    chats: bool = True
+    """Whether a chat template might be expected to touch its rows."""
     keeps_others: bool = False
     """Whether it keeps all columns of a row, for rewards to read."""
     lacks: str = ""

@@ -19,6 +19,7 @@ def layout(max_length: int, packing: bool) -> Layout:
 BLOCKS = replace(
     ROWS,
     name="blocks",
+    chats=False,
     layout=layout,
     packing_field="isolate",
 )
