@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llmpipe.data.encode import Encoder, Encoding
 from llmpipe.data.formats import Rejected
 from llmpipe.data.kinds.pairs import PAIRS
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.prepare import prepare
-from llmpipe.data.template import Template, prompt, turns
+from llmpipe.data.template import Template, choose, prompt, turns
 from llmpipe.data.template.proof import CUT, EMPTY_THOUGHT, NO_DETAILS, NO_NAMES, UNMARKED
 from llmpipe.data.template.shipped import shipped
 from llmpipe.data.template.spans import CUT_BEFORE, LATE, OPENS_THOUGHT, UNASKED
-from llmpipe.recipe.sections import Data, Pairs, Prompts
+from llmpipe.recipe.sections import Data, Pairs, Preparation, Prompts
 
 from .conftest import make_model, write
 
@@ -544,3 +545,53 @@ def test_pairs_and_prompts_are_proven_too(here):
         "template drops the tools": 1,
         "text spells a special token": 1,
     }
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *SHIPPED])
+def test_tokens_are_those_of_transformers_and_learned_is_what_inference_has_to_write(here, name):
+    from transformers import AutoTokenizer
+
+    tokens = (
+        "</s>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<start_of_turn>",
+    )
+    folder = make_model(here / "model", special=tokens, bos="<s>")
+    Path("own.jinja").write_text(EVERY[name])
+    choice = choose(folder, name if name in SHIPPED else "./own.jinja", {})
+    choice.tokenizer.save(here / "saved", choice.template)
+    preparation = Preparation(max_length=1 << 40)
+    encoder = Encoder(Encoding(here / "saved", choice.ends, choice.text_eos, preparation))
+    theirs = AutoTokenizer.from_pretrained(here / "saved")
+    rng = random.Random(name)
+    kept = 0
+    for _ in range(20):
+        messages, tools = random_row(rng)
+        encoder.noted.clear()
+        try:
+            row = encoder.conversation(messages, tools)
+        except Rejected:
+            continue
+        kept += 1
+        whole = theirs.apply_chat_template(messages, tools=tools)["input_ids"]
+        assert row.ids == whole
+        assert (
+            encoder.prompt(messages[:-1], tools)
+            == (
+                theirs.apply_chat_template(messages[:-1], tools=tools, add_generation_prompt=True)[
+                    "input_ids"
+                ]
+            )
+        )
+        ends = [theirs.convert_tokens_to_ids(choice.stop_tokens[0])]
+        begin, stop = row.spoken()[-1]
+        assert whole[stop - 1] in ends
+        if not encoder.noted & {OPENS_THOUGHT, LATE, CUT_BEFORE}:
+            asked = theirs.apply_chat_template(
+                messages[:-1], tools=tools, add_generation_prompt=True
+            )["input_ids"]
+            assert whole[:begin] == asked
+    assert kept >= 4

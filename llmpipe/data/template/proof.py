@@ -203,8 +203,8 @@ def _missing(
     cut = set()
     for number in sorted(standin.expected - where.of.keys()):
         turn, kind, _ = standin.texts[number]
-        if kind == IDS:  # they name what stands there anyway
-            continue
+        if kind == IDS or (kind == NAMES and standin.messages[turn]["role"] == "tool"):
+            continue  # a result stands behind its call, which has the tool's name
         if kind == NAMES:
             form.notes.add(NO_NAMES)
         elif kind == THINKING and _is_there_at_the_end(template, standin, tools, number):

@@ -27,7 +27,7 @@ MOST_PROMPTS = 64  # of a conversation's prompts, rendered to be compared
 _SPACE = re.compile(r"\s*")
 _OPENING = re.compile(r"(?:<think>\s*(?:</think>\s*)?|<\|channel>thought\s*<channel\|>\s*)$")
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+_EMPTY_THOUGHT = re.compile(r"(?:^|<think>)\s*</think>")  # whose beginning the prompt may have
 
 
 class Around(NamedTuple):
@@ -127,7 +127,7 @@ class Finder:
     def begins_with_empty_thought(self, span: Span, around: Around) -> bool:
         """Whether what is learned begins with a thought of the template's."""
         first = span[1] if around.first is None else around.first
-        return _EMPTY_THOUGHT.search(self._text, span[0], first) is not None
+        return _EMPTY_THOUGHT.search(self._text[span[0] : first]) is not None
 
     def _leads_to(self, prompt: str, around: Around) -> bool:
         """Whether a prompt is what stands before a turn's first text."""
