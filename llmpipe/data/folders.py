@@ -2,7 +2,7 @@
 
 A folder or a glob may hold files of several splits, of other kinds, links, and data sets that
 `datasets` has saved. What lies there and is not read is named, but for documents, code and images
-that lie beside data. Hidden files and folders are not looked at.
+that lie beside data. Hidden folders are not looked into.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Tree:
     def walk(self, folder: Path, split: Split | None = None) -> None:
         """Add what lies in a folder and below. Raises UserError where that cannot be known."""
         self._folders[_id(folder)] = self.name(folder)
-        entries = _entries(folder)
+        entries, hidden = _entries(folder)
+        self.aside += [f"{self.name(path)} (hidden)" for path in hidden]
         _refuse_hub_cache(folder, entries)
         saved = cards.saved_of(folder)
         for entry in entries:
@@ -189,13 +190,21 @@ def _id(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, but for what is hidden; links behind what lies there itself."""
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """What a folder holds, links behind what lies there itself; and hidden files that hold rows."""
     try:
-        entries = [folder / name for name in os.listdir(folder) if not name.startswith(".")]
+        paths = [folder / name for name in sorted(os.listdir(folder))]
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
-    return sorted(entries, key=lambda path: (path.is_symlink(), path.name))
+    entries = [path for path in paths if not path.name.startswith(".")]
+    hidden = [
+        path
+        for path in paths
+        # what begins with ._ is a note of macOS on another file
+        if path.name.startswith(".") and not path.name.startswith("._")
+        if suffix_of(path.name) in READERS
+    ]
+    return sorted(entries, key=Path.is_symlink), hidden
 
 
 def _is_document(name: str) -> bool:

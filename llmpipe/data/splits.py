@@ -156,6 +156,11 @@ class Division:
         if len(train) + len(rest) == len(self.splits) and not self.certain:
             self._refuse_several(exact or train)
             return train | rest
+        if train and Split() in rest:
+            hint = "split: train reads what is named so; or name the files themselves"
+            raise UserError(
+                f"{self.source.path}: not all files name a split: {self._in_words()}", hint
+            )
         if self.certain and not train:
             self._refuse_several(rest)
         else:

@@ -189,10 +189,12 @@ def test_links_are_followed_and_nothing_is_read_twice(here):
     Path("d/again").symlink_to("in")
     Path("d/loop").symlink_to("../d")
     Path("d/up").symlink_to("..")
+    touch("d/.git/c.jsonl", "d/.old.jsonl", "d/._a.jsonl")
     read = names(Source(path="./d"))
     assert read == ["a.jsonl", "c.jsonl", "in/b.jsonl", "out/x.jsonl"]
     said = notes("./d")
-    assert "latest.jsonl (the same file as a.jsonl)" in said
+    assert "latest.jsonl (the same file as a.jsonl)" in said and ".old.jsonl (hidden)" in said
+    assert "c.jsonl (" not in said and "._a.jsonl" not in said
     assert "again/ (the same folder as in/)" in said and "loop/ (the same folder" in said
     assert "up/ (a link to a folder that holds this one)" in said
 
@@ -217,15 +219,18 @@ def test_a_compressed_copy_is_read_once(here, base):
     assert make(base, "./d", template="chatml")[0]["rows"]["kept"] == 9
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed_is_refused(here):
+def test_a_folder_that_cannot_be_listed_is_refused(here, monkeypatch):
     touch("d/a.jsonl", "d/closed/b.jsonl")
-    Path("d/closed").chmod(0)
-    try:
-        with pytest.raises(UserError, match="d/closed: cannot be listed"):
-            select(Source(path="./d"))
-    finally:
-        Path("d/closed").chmod(0o755)
+    listed = os.listdir
+
+    def closed(path) -> list[str]:  # root may list every folder, so a mode would not do
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(UserError, match="d/closed: cannot be listed: Permission denied"):
+        select(Source(path="./d"))
 
 
 def test_the_hubs_cache_is_named(here):
@@ -252,7 +257,6 @@ TRAIN = {
     ("rows.jsonl", "held_out.jsonl", "holdout-1.jsonl"): ["rows.jsonl"],
     ("train/train.jsonl", "test/train.jsonl", "train/eval.jsonl"): ["train/train.jsonl"],
     ("train.jsonl", "more.jsonl"): ["more.jsonl", "train.jsonl"],
-    ("train.jsonl", "more.jsonl", "test.jsonl"): ["train.jsonl"],
     ("contest.jsonl", "latest.jsonl", "strain.jsonl", "devices.jsonl", "interval.jsonl"): [
         *("contest.jsonl", "devices.jsonl", "interval.jsonl", "latest.jsonl", "strain.jsonl")
     ],
@@ -290,6 +294,19 @@ def test_where_no_split_is_to_be_trained_on_or_several_are_it_has_to_be_said(her
     with pytest.raises(UserError, match="holds several splits"):
         select(Source(path="./e"))
     assert len(names(Source(path="./e", split="train_b"))) == 1
+
+
+def test_files_of_no_split_beside_others_are_not_passed_over(here):
+    touch("d/training.jsonl", "d/evaluation.jsonl", "d/setup.jsonl")  # chapters of a book
+    with pytest.raises(UserError, match=r"not all files name a split: .*setup\.jsonl") as error:
+        select(Source(path="./d"))
+    assert "split: train" in error.value.hint
+    assert names(Source(path="./d", split="train")) == ["training.jsonl"]
+    touch(
+        "e/train-00000-of-00001.jsonl", "e/test-00000-of-00001.jsonl", "e/raw-00000-of-00001.jsonl"
+    )
+    assert names(Source(path="./e")) == ["train-00000-of-00001.jsonl"]
+    assert "raw-00000-of-00001.jsonl" in notes("./e")
 
 
 def test_rows_to_evaluate_on_need_their_split_said(here):
