@@ -1,7 +1,7 @@
 """`llmpipe chat`: talk to a model, or to two side by side, with their own templates.
 
 One model streams its answer; two answer one after the other and are shown in columns. Piped input
-is one turn a line, and only answers are printed then.
+is one turn a line, and only answers are printed then; what else there is to say goes to stderr.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +27,7 @@ from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs
+from llmpipe.run.context import tokens_of
 from llmpipe.run.reference import Model, model_folder
 
 HELP = (
@@ -42,6 +43,15 @@ class _Stream(TextStreamer):  # type: ignore[misc]  # transformers is not read b
         print(text, end="\n" if stream_end else "", flush=True)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a model answers."""
+
+    text: str
+    cut: str = ""
+    """Why it ends where it does, unless the model ended it."""
+
+
 @dataclass
 class Voice:
     """One model and its side of the conversation."""
@@ -52,8 +62,12 @@ class Voice:
     template_kwargs: dict[str, Any]
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    def reply(self, sampling: Sampling, stream: bool) -> str:
-        """Answer the last turn, and keep the answer. Ctrl-C leaves the turn unanswered."""
+    def reply(self, sampling: Sampling, stream: bool) -> Reply:
+        """Answer the last turn, as far as the context goes, and keep the answer. Ctrl-C leaves the
+        turn unanswered.
+
+        Raises UserError (2) where the conversation fills the context.
+        """
         tokenizer = self.tokenizer
         text = render(tokenizer, {"messages": self.turns}, self.template_kwargs)
         # a template writes the special tokens itself
@@ -61,10 +75,30 @@ class Voice:
         streamer = None
         if stream:
             streamer = _Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        (response,) = generate(self.model, tokenizer, [ids], sampling, streamer)
-        answer: str = response.text
-        self.turns.append({"role": "assistant", "content": answer})
-        return answer
+        context = tokens_of(self.model.config.to_dict())
+        fitting = sampling if context is None else _fitting(sampling, len(ids), context)
+        (response,) = generate(self.model, tokenizer, [ids], fitting, streamer)
+        self.turns.append({"role": "assistant", "content": response.text})
+        if response.ended:
+            return Reply(response.text)
+        why = "--max-new-tokens allows no more"
+        if fitting != sampling:
+            why = (
+                f"the model takes {context:,} with the conversation, whatever --max-new-tokens "
+                f"allows ({sampling.max_new_tokens:,}); /reset starts over"
+            )
+        return Reply(response.text, f"cut after {response.tokens:,} tokens: {why}")
+
+
+def _fitting(sampling: Sampling, prompt: int, context: int) -> Sampling:
+    """As many new tokens as there is room for behind a prompt of so many."""
+    if prompt >= context:
+        raise UserError(
+            f"a conversation of {prompt:,} tokens leaves no room for an answer in the {context:,} "
+            "that the model takes",
+            "/reset starts over",
+        )
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - prompt))
 
 
 def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
@@ -88,16 +122,20 @@ def open_voices(labels: list[str], models: list[Model], say: Say) -> list[Voice]
 
 
 def chat(voices: list[Voice], sampling: Sampling, seed: int) -> None:
-    """Read turns from standard input until it ends."""
+    """Read turns from standard input until it ends.
+
+    Raises UserError (2) at the end where piped turns got no answer.
+    """
     torch.manual_seed(seed)
     typed = sys.stdin.isatty()
     if typed:
         print(" | ".join(voice.label for voice in voices))
         print(HELP)
+    asked = answered = 0
     for line in _lines("> " if typed else ""):
         command, _, argument = line.partition(" ")
         if command == "/quit":
-            return
+            break
         if command == "/reset":
             for voice in voices:
                 voice.turns = [turn for turn in voice.turns if turn["role"] == "system"]
@@ -109,7 +147,10 @@ def chat(voices: list[Voice], sampling: Sampling, seed: int) -> None:
         elif command.startswith("/"):
             print(HELP)
         else:
-            converse(voices, line, sampling)
+            asked += 1
+            answered += converse(voices, line, sampling, typed=typed)
+    if answered < asked and not typed:
+        raise UserError(f"{asked - answered:,} of {asked:,} turns got no answer")
 
 
 def _lines(prompt: str) -> Iterator[str]:
@@ -125,22 +166,32 @@ def _lines(prompt: str) -> Iterator[str]:
             yield line
 
 
-def converse(voices: list[Voice], line: str, sampling: Sampling) -> None:
-    """One turn of the user's and its answers; an interrupted turn is taken back."""
+def converse(voices: list[Voice], line: str, sampling: Sampling, *, typed: bool) -> bool:
+    """One turn of the user's and its answers; whether there are any: an interrupted turn is taken
+    back. Ctrl-C ends piped input.
+    """
+    notes = sys.stdout if typed else sys.stderr
     before = [list(voice.turns) for voice in voices]
     for voice in voices:
         voice.turns.append({"role": "user", "content": line})
     try:
-        responses = [voice.reply(sampling, stream=len(voices) == 1) for voice in voices]
+        replies = [voice.reply(sampling, stream=len(voices) == 1) for voice in voices]
     except (KeyboardInterrupt, UserError) as stop:
+        if not typed and not isinstance(stop, UserError):
+            raise
         for voice, turns in zip(voices, before, strict=True):
             voice.turns = turns
         reason = stop.message if isinstance(stop, UserError) else "stopped"
-        print(f"\n({reason}; the turn is taken back)")
-        return
+        print(f"\n({reason}; the turn is taken back)", file=notes)
+        return False
     if len(voices) > 1:
         width = shutil.get_terminal_size((100, 24)).columns
-        print(columns([voice.label for voice in voices], responses, width))
+        texts = [reply.text for reply in replies]
+        print(columns([voice.label for voice in voices], texts, width))
+    for voice, reply in zip(voices, replies, strict=True):
+        if reply.cut:
+            print(f"({voice.label}: {reply.cut})", file=notes)
+    return True
 
 
 def columns(labels: list[str], texts: list[str], width: int) -> str:

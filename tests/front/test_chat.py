@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from llmpipe.errors import UserError
 from llmpipe.front import chat
 from tests import life, store
 
@@ -34,11 +35,18 @@ def voice(tmp_path_factory):
     return artifact
 
 
-def talk(monkeypatch, capsys, artifact, lines, count=1):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+class Typed(io.StringIO):
+    """Lines of somebody at a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def talk(monkeypatch, capsys, artifact, lines, count=1, stdin=io.StringIO, new_tokens=16):
+    monkeypatch.setattr("sys.stdin", stdin("\n".join(lines) + "\n"))
     voices = [chat.open_voice(f"v{i}", artifact.model) for i in range(count)]
     capsys.readouterr()
-    chat.chat(voices, chat.Sampling(16), 0)
+    chat.chat(voices, chat.Sampling(new_tokens), 0)
     return capsys.readouterr().out, voices
 
 
@@ -76,9 +84,13 @@ def test_commands(voice, monkeypatch, capsys, tmp_path):
     assert one.turns == [{"role": "system", "content": "Be short."}]
     assert chat.HELP in out
     # what is saved can be trained on
-    from llmpipe.data.formats import convert, detect
+    from llmpipe.data.formats import Conversation
+    from llmpipe.data.sources import Origin
+    from llmpipe.recipe.sections import Rows
 
-    example = convert(row, detect(["messages"], "auto", {}, "saved"))
+    saved = Origin(Rows(path=str(path)), {})
+    saved.open((Conversation,))
+    example = saved.layout.convert(row).example
     assert example.messages[-1]["role"] == "assistant"
 
 
@@ -87,8 +99,56 @@ def test_ctrl_c_takes_the_turn_back(voice, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat.Voice, "reply", stop)
-    out, (one,) = talk(monkeypatch, capsys, voice, ["What colour is grass?"])
+    out, (one,) = talk(monkeypatch, capsys, voice, ["What colour is grass?"], stdin=Typed)
     assert one.turns == [] and "taken back" in out
+    with pytest.raises(KeyboardInterrupt):  # and ends what is piped
+        talk(monkeypatch, capsys, voice, ["What colour is grass?", "And snow?"])
+
+
+def test_an_answer_goes_as_far_as_the_context(voice, monkeypatch, capsys):
+    """The README's line: 512 new tokens are allowed, of a model that takes 512 with the prompt."""
+    out, (one,) = talk(monkeypatch, capsys, voice, ["What colour is grass?"], new_tokens=512)
+    assert out == "Green.\n" and one.turns[1]["content"] == "Green."
+
+
+def never_ends(monkeypatch):
+    """Let no token end an answer, so that it goes on to its limit."""
+    monkeypatch.setattr("llmpipe.models.generate.stop_tokens", lambda *_: [10**6])
+
+
+def test_what_cuts_an_answer_is_said_beside_it(voice, monkeypatch, capsys):
+    never_ends(monkeypatch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What colour is grass?\n"))
+    one = chat.open_voice("one", voice.model)
+    capsys.readouterr()
+    chat.chat([one], chat.Sampling(5), 0)
+    told = capsys.readouterr()
+    assert told.out.startswith("Green.") and "cut after 5 tokens" in told.err
+    assert "--max-new-tokens allows no more" in told.err
+    one.turns.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("What colour is grass?\n"))
+    chat.chat([one], chat.Sampling(4000), 0)
+    told = capsys.readouterr()
+    assert "the model takes 512 with the conversation" in told.err
+    assert "--max-new-tokens allows (4,000)" in told.err and told.out
+
+
+def test_a_piped_turn_without_an_answer_fails(voice, monkeypatch, capsys):
+    lines = ["What colour is grass?", "word " * 600, "What is 2 + 2?"]
+    with pytest.raises(UserError, match="1 of 3 turns got no answer") as failed:
+        talk(monkeypatch, capsys, voice, lines)
+    assert failed.value.code == 2
+    told = capsys.readouterr()
+    first, second = told.out.split()
+    assert first == "Green." and second.endswith(".")
+    assert "leaves no room for an answer in the 512" in told.err
+
+
+def test_a_typed_turn_without_an_answer_is_taken_back(voice, monkeypatch, capsys):
+    lines = ["word " * 600, "What colour is grass?"]
+    out, (one,) = talk(monkeypatch, capsys, voice, lines, stdin=Typed)
+    assert "leaves no room" in out and "taken back" in out
+    assert [turn["content"] for turn in one.turns] == ["What colour is grass?", "Green."]
 
 
 def test_columns():
