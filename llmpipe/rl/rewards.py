@@ -36,7 +36,7 @@ from llmpipe.run.job import Job
 from llmpipe.scores import score
 from llmpipe.scores.verifiers import Verifier
 
-Row = dict[str, Any]  # a prompt as Encoder.prompt makes it: `prompt`, `reference`, `columns`
+Row = dict[str, Any]  # a prompt as the kind of data `prompts` has it
 Score = Callable[[list[Row], list[str]], list[Any]]  # a number for each response, if all is well
 
 

@@ -805,8 +805,11 @@ def test_a_verifier_reads_the_answer_beside_the_prompt(tmp_path):
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1, "kind": "sum"} for i in range(9)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data__train": [{"path": str(tmp_path / "sums.jsonl")}], "optim__steps": 1}
-    made = life.command(write(tmp_path / "run", reward=[{"verifier": "number"}], **changes))
-    assert 0 <= updates(made)[0]["objective/scores"] <= 1
+    letters = {"verifier": "regex", "pattern": "[a-m]"}  # so that there is something to learn
+    made = life.command(
+        write(tmp_path / "run", reward=[{"verifier": "number"}, letters], **changes)
+    )
+    assert 0 <= updates(made)[0]["scores/number"] <= 1
     (tmp_path / "sums.jsonl").write_text(
         "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
     )
