@@ -153,8 +153,8 @@ def test_what_is_not_read_is_named(here):
         ("d.gz", b"?", "not a known kind"),
         ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
         ("d.txt", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        ("d.csv.gz", gzip.compress("a".encode("utf-16")), "UTF-16"),
-        ("d.csv.gz", gzip.compress(b""), "the file is empty"),
+        ("d.csv.gz", gzip.compress("a".encode("utf-16"), mtime=0), "UTF-16"),
+        ("d.csv.gz", gzip.compress(b"", mtime=0), "the file is empty"),
     ],
 )
 def test_a_file_is_refused(here, name, content, said):
