@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -263,3 +265,25 @@ def test_a_column_without_a_name_is_said(here, base):
     assert make(base, "./d.csv", template="chatml", said=said)[0]["rows"]["kept"] == 2
     unused = "not used: column 1 without a name, column 4 without a name"
     assert any(unused in line for line in said)
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_what_csv_writes_is_read_as_it_was_or_refused(here, quoting):
+    draw = random.Random(quoting)
+    parts = ["a", "word", " ", " ", "\n", "\n\n", '"', ",", ", ", "\t", "é", "你", "x,y", "''"]
+    path = Path("d.csv")
+    refused = 0
+    for _ in range(400):
+        rows = [
+            ["".join(draw.choices(parts, k=draw.randint(1, 12))) for _ in range(2)]
+            for _ in range(draw.randint(1, 6))
+        ]
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, quoting=quoting).writerows([["prompt", "completion"], *rows])
+        file = File("d.csv", "d.csv", path, path.stat().st_size, "")
+        for row, _ in read(file):
+            if isinstance(row.payload, Rejected):
+                refused += 1
+            else:
+                assert list(parse(row.payload).values()) in rows
+    assert refused < 40

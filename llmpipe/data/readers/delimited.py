@@ -151,6 +151,8 @@ class _Records:
             text = lines.taken[0]
             if not self.doubled and '""' in text:
                 self.doubled = any('"' in field for field in fields)
+            if not columns and text.startswith('"'):  # who quotes the header quotes all
+                self.quotes = True
             return number, text, fields
         if self.doubled or not self._are_rows(columns):
             self.quotes = True
