@@ -15,8 +15,8 @@ from llmpipe.errors import UserError, first_line, near
 CARD = "README.md"
 SAVED = "state.json"  # beside the files of a data set that was saved to disk
 SAVED_SPLITS = "dataset_dict.json"  # beside the folders of several
-RECORDS = {SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
-"""Files that are read for what they say of others, and hold no rows."""
+RECORDS = {SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"}
+"""Files that say something of others, and hold no rows."""
 
 NOTED = ("_split", "_indices_data_files", "_indices_files")
 
@@ -96,7 +96,7 @@ def _configs(card: Path, shown: str) -> list[Config]:
     import yaml
 
     try:
-        entries = yaml.safe_load(front[1])["configs"]
+        entries = yaml.safe_load(front[1]).get("configs") or []
         return [_config(entry) for entry in entries if {"data_files", "data_dir"} & entry.keys()]
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, re.error) as error:
         problem = f"{shown}/{CARD}: which files are of which split cannot be read from it"

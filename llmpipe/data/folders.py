@@ -127,7 +127,7 @@ class Tree:
                 self._enter(entry, saved.splits.get(entry.name, split))
             elif saved.files and entry.suffix == ".arrow":
                 self._add_table(entry, saved, split)
-            else:
+            elif not saved.files or entry.name != cards.SAVED:
                 self.add(entry)
 
     def _enter(self, folder: Path, split: Split | None) -> None:

@@ -420,8 +420,9 @@ def test_the_card_of_the_folder_above_is_heeded(here):
 
 def test_a_card_without_files_says_nothing(here):
     touch("d/a.jsonl")
-    card("license: mit\nconfigs:\n- config_name: default")
-    assert names(Source(path="./d")) == ["a.jsonl"]
+    for text in ("configs:\n- config_name: default", "note: see data_files", "# data_files\nx: 1"):
+        card(f"license: mit\n{text}")
+        assert names(Source(path="./d")) == ["a.jsonl"]
     Path("d/README.md").write_bytes(b"---\nno: end \xff")
     assert names(Source(path="./d")) == ["a.jsonl"]
 
@@ -477,6 +478,10 @@ def test_records_of_a_saved_data_set_are_heeded(here):
     with pytest.raises(UserError, match="chosen by indices") as error:
         select(Source(path="./i"))
     assert "flatten_indices" in error.value.hint
+
+    Path("s").mkdir()
+    Path("s/state.json").write_text(json.dumps(ROWS))  # of a country
+    assert names(Source(path="./s")) == ["state.json"]
 
     Path("d/data-00000-of-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow: is not there"):
