@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from llmpipe.data.folders import named_files
 from llmpipe.data.readers.hub import hub_revision, kept_offline
@@ -230,7 +231,8 @@ def _knows_wandb(path: Path) -> bool:
         hosts = netrc.netrc(str(path)).hosts
     except (OSError, netrc.NetrcParseError):
         return True
-    return bool(hosts)
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    return bool(hosts.keys() & {server, "default"})
 
 
 def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:

@@ -68,19 +68,18 @@ def _bound(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
             case ast.Assign(targets=targets):
                 for target in targets:
                     yield from _assigned(target, node.value)
+                    yield from _names_in(target)
+                yield from _names_in(node.value)
             case ast.AnnAssign(target=ast.Name(id=name), value=value) if value:
                 yield name, value
             case _:
                 yield from _bound_within(node)
 
 
-def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.AST]]:
-    if isinstance(target, ast.Name):
-        yield target.id, value
-        return
-    for part in ast.walk(target):  # a, b = ...
-        if isinstance(part, ast.Name):
-            yield part.id, part
+def _assigned(target: ast.expr, value: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    for part in ast.walk(target):  # several in `a, b = ...`
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            yield part.id, value if part is target else part
 
 
 def _bound_within(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
@@ -94,6 +93,7 @@ def _bound_within(node: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
                 yield from _bound(part.body)
             elif isinstance(part, ast.expr):
                 yield from _names_in(part)
+                yield from _assigned(part, part)  # of a loop
             elif isinstance(part, ast.withitem) and part.optional_vars:
                 yield from _assigned(part.optional_vars, part.context_expr)
 
@@ -103,7 +103,5 @@ def _names_in(expression: ast.expr) -> Iterator[tuple[str, ast.AST]]:
     for part in ast.walk(expression):
         if isinstance(part, ast.NamedExpr):
             yield part.target.id, part.value
-        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            yield part.id, part
         elif isinstance(part, ast.Name) and part.id in ("exec", "globals", "setattr", "vars"):
             yield "*", part

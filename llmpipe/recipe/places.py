@@ -98,7 +98,7 @@ def _address(text: str, kind: Kind) -> UserError:
 
 
 def _windows(text: str) -> UserError:
-    path = re.sub(r"^[A-Za-z]:", "", text).replace("\\", "/")
+    path = re.sub(r"^([A-Za-z]:|\.(?=\\))", "", text).replace("\\", "/")
     hint = "write a path with /, such as ./folder/file"
     for meant in (path, f".{path}" if path.startswith("/") else f"./{path}"):
         if os.path.exists(meant):

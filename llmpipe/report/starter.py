@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llmpipe.errors import RESOURCES, UserError
@@ -14,7 +15,7 @@ def write_starter(folder: Path) -> list[Path]:
     """
     sources = sorted((Path(__file__).parent / "starter").iterdir())
     targets = [folder / source.name for source in sources]
-    if taken := [target for target in targets if target.exists()]:
+    if taken := [target for target in targets if os.path.exists(target)]:
         raise UserError(f"{taken[0]}: is there already", "give another folder; nothing was written")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,18 @@
 """What can be known ahead is known before the first stage starts: every problem, with its line."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from llmpipe.front import ahead
+from llmpipe.recipe.check import load_pipeline
+from llmpipe.stages import schema
 from tests import life
 
 TINY = life.TINY
@@ -302,3 +309,192 @@ def test_a_mistake_in_the_last_stage_is_known_before_the_first_one_starts(llmpip
     assert complaint.startswith(f"error: pipe.yaml:{line}: ")
     assert re.search(mistake.words, complaint)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("last", [DPO, PPO, EVAL], ids=["dpo", "ppo", "eval"])
+def test_a_sound_pipeline_has_no_mistake(here, last):
+    write(Mistake(last, {"stage:": "stage:"}, ""))
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+    assert Path("run").is_dir()
+
+
+def complaints(llmpipe, text: str) -> list[str]:
+    """What is said of a pipeline that may not start."""
+    Path("pipe.yaml").write_text(text)
+    code, out, err = llmpipe("run", "pipe.yaml")
+    assert (code, out) == (2, "") and not Path("run").exists(), err
+    return err.removeprefix("error: ").splitlines()
+
+
+def test_every_mistake_of_every_stage_at_once_in_the_order_of_the_file(llmpipe, here):
+    text = FIRST + DPO + EVAL
+    text = text.replace("batch_size: 4", "batch_sise: 4", 1)  # of sft, which is then not read
+    text = text.replace(f"{TINY}/pairs.jsonl", "./a.jsonl", 1).replace(
+        "artifact:sft", "artifact:stf"
+    )
+    said = complaints(llmpipe, text)
+    wrong = ("batch_sise", "artifact:stf", "./a.jsonl")
+    lines = [i for i, line in enumerate(text.split("\n"), 1) if any(one in line for one in wrong)]
+    assert [line.partition(" ")[0] for line in said] == [f"pipe.yaml:{i}:" for i in lines]
+    assert len(lines) == 5
+    assert "batch_sise: unknown key" in said[0] and "artifact:stf" in said[-1]
+
+
+def test_stages_in_the_wrong_order_and_of_one_name(llmpipe, here):
+    head, sft, reward = re.split(r"(?m)^(?=  - stage)", FIRST)
+    [said] = complaints(llmpipe, head + reward + sft)
+    assert said.startswith("pipe.yaml:4: model: artifact:sft: is made later, by stage 2")
+    [said] = complaints(llmpipe, head + sft + sft.replace("sft\n", "sft\n    seed: 7\n", 1))
+    assert said.startswith("pipe.yaml:9: name: sft: stage 1 makes one of that name, too")
+    merged = sft.replace("sft\n", "sft\n    adapter: {merge: true}\n", 1)
+    named = sft.replace("sft\n", "sft\n    name: sft-merged\n", 1)
+    [said] = complaints(llmpipe, head + merged + named)
+    assert said.startswith("pipe.yaml:11: name: sft-merged: stage 1 makes one of that name, too")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reference", "words"),
+    [
+        ("", "artifact:sft@1", None),
+        ("", "artifact:sft@2", None),
+        ("", "./run/sft", None),
+        ("", "./run/sft/model", None),
+        ("", "artifact:sft-merged", "there is no such artifact in run"),
+        ("{merge: true}", "artifact:sft", None),
+        ("{merge: true}", "artifact:sft-merged", None),
+        ("{merge: true}", "artifact:sft@1", "is a checkpoint of an adapter"),
+    ],
+)
+def test_what_an_earlier_stage_makes_is_there_in_time(llmpipe, here, adapter, reference, words):
+    text = FIRST + DPO.replace("artifact:sft", reference)
+    if adapter:
+        text = text.replace("stage: sft\n", f"stage: sft\n    adapter: {adapter}\n")
+    if words:
+        [said] = complaints(llmpipe, text.replace("artifact:sft\n", "./run/sft\n", 1))
+        assert words in said
+        return
+    Path("pipe.yaml").write_text(text)
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+
+
+def test_rows_that_an_earlier_stage_writes_are_there_in_time(here):
+    text = FIRST + DPO.replace(f"{TINY}/pairs.jsonl", "./run/sft/rejected.jsonl")
+    Path("pipe.yaml").write_text(text)
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+
+
+def test_checkpoints_that_are_removed_again_are_not(llmpipe, here):
+    text = FIRST.replace("steps: 2", "steps: 9", 1).replace("every: 1", "every: 3")
+    for step, words in ((4, "writes a checkpoint every 3 steps"), (3, "keeps its last 2")):
+        [said] = complaints(llmpipe, text + DPO.replace("artifact:sft", f"artifact:sft@{step}"))
+        assert words in said
+    Path("pipe.yaml").write_text(text + DPO.replace("artifact:sft", "artifact:sft@6"))
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+
+
+def test_what_lies_there_finished_is_as_good_as_made(llmpipe, here):
+    """And is looked at: its kind, and what a gate compares it with."""
+    Path("pipe.yaml").write_text(FIRST)
+    assert llmpipe("run", "pipe.yaml")[0] == 0
+    head, _, _ = re.split(r"(?m)^(?=  - stage)", FIRST)
+    Path("pipe.yaml").write_text(head + DPO + EVAL)
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+
+    for text, words in (
+        (DPO.replace(":sft", ":reward"), "is of kind 'reward-model'; this stage takes model or"),
+        (DPO.replace(":sft", ":reword"), "did you mean 'reward'?; there are: "),
+        (EVAL.replace(f"{TINY}/model", "artifact:reward"), "the parent of sft is not among"),
+    ):
+        Path("pipe.yaml").write_text(head + text)
+        code, out, err = llmpipe("run", "pipe.yaml")
+        assert words in err and out == ""
+        assert code == (3 if "kind" in words else 2)
+
+    # with --fresh nothing of what is made anew lies there
+    Path("pipe.yaml").write_text(head + DPO + FIRST.removeprefix(head))
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+    code, _, err = llmpipe("run", "pipe.yaml", "--fresh")
+    assert code == 2 and "is made later, by stage 2" in err
+
+
+def test_a_file_of_equal_content_may_be_the_parent(here):
+    """Two paths may hold the same model, which only reading them tells."""
+    Path("pipe.yaml").write_text(FIRST + EVAL.replace(f"base: {TINY}/model", f"base: {here}/copy"))
+    shutil.copytree(TINY / "model", here / "copy")
+    ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
+
+
+def test_one_stage_is_looked_at_before_its_rows_are_prepared(llmpipe, here):
+    wrong = {"log": {"trackers": ["mlflow"]}, "data__template": "chatlm", "model": "./modle"}
+    path = life.write(here / "run", optim__batch_size=3, **wrong)
+    code, out, err = llmpipe("sft", path)
+    assert (code, out) == (2, "") and not (here / "run").exists()
+    for words in ("./modle: no such", "mlflow is not", "'chatml'", "optim.batch_size (3) must be"):
+        assert words in err
+    assert len(err.splitlines()) == 4 and err.count(f"{path}:") == 4
+
+
+def test_prepare_needs_no_tracker(llmpipe, here):
+    """It is for a cheap machine."""
+    path = life.write(here / "run", log={"trackers": ["mlflow"]})
+    assert llmpipe("prepare", path)[0] == 0
+    assert "mlflow is not installed" in llmpipe("sft", path)[2]
+
+
+def test_what_is_finished_asks_nothing_of_this_machine(llmpipe, here, monkeypatch):
+    path = life.write(here / "run", optim__steps=1, evaluation={}, samples={})
+    assert llmpipe("sft", path)[0] == 0
+    again = llmpipe("sft", path, "--set", "log.trackers=[mlflow]")
+    assert again[0] == 0 and "skip: finished" in again[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "passes"),
+    [
+        ({}, None, False),
+        ({"WANDB_API_KEY": "x"}, None, True),
+        ({"WANDB_MODE": "offline"}, None, True),
+        ({}, "machine api.wandb.ai login user password x", True),
+        ({}, "machine elsewhere.org login user password x", False),
+    ],
+)
+def test_a_tracker_without_a_key(llmpipe, here, monkeypatch, environment, netrc, passes):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(here))
+    if netrc:
+        (here / ".netrc").write_text(netrc)
+        (here / ".netrc").chmod(0o600)
+    (here / "wandb").mkdir()
+    (here / "wandb" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(here)
+    path = life.write(here / "run", log={"trackers": ["wandb"]}, model="./modle")
+    assert ("wandb has no key" in llmpipe("sft", path)[2]) == (not passes)
+
+
+def test_more_processes_than_gpus(llmpipe, here, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    path = life.write(here / "run", launch__processes=4, launch__micro_batch_size="auto")
+    code, _, err = llmpipe("sft", path)
+    assert code == 2 and "launch.processes: 4 processes, and this machine has 2 GPUs" in err
+
+
+def test_nothing_heavy_is_imported_and_the_answer_comes_at_once(here):
+    """The last line of three stages, in a process of its own."""
+    write(MISTAKES["an artifact that no stage makes"])
+    probe = (
+        "import sys, time; begun = time.process_time()\n"
+        "sys.argv = ['llmpipe', 'run', 'pipe.yaml']\n"
+        "from llmpipe.front.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'numpy'}\n"
+        "print(code, sorted(heavy & set(sys.modules)), time.process_time() - begun < 1)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(life.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "2 [] True\n", done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -278,3 +279,81 @@ def test_fresh_refuses_before_it_moves_anything(llmpipe, tmp_path):
     assert llmpipe("sft", path)[0] == 0
     assert llmpipe("sft", path, "--fresh", "--set", "model=./nowhere")[0] == 2
     assert Artifact(tmp_path / "run" / "sft").finished
+
+
+@pytest.mark.parametrize("where", ["/proc/run", "/sys/run", "file/run", "file", "n" * 300])
+def test_a_run_that_cannot_be_made_is_said_by_every_command(llmpipe, tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    path = life.write(tmp_path / "run")
+    for command in ("sft", "prepare", "run"):
+        asked = pipeline(tmp_path) if command == "run" else path
+        code, out, err = llmpipe(command, asked, "--run", where)
+        assert code == 5 and out == "", err
+        assert err.startswith(f"error: {where}: cannot be made: ") and len(err.splitlines()) == 2
+    code, _, err = llmpipe("init", f"{where}/new")
+    assert code == 5 and err.startswith("error: ") and len(err.splitlines()) == 2
+
+
+def test_a_home_in_the_name_of_a_run(llmpipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = life.write(tmp_path / "run", optim__steps=1, evaluation={}, samples={})
+    assert llmpipe("sft", path, "--set", "run=~/runs/x")[0] == 0
+    assert Artifact(tmp_path / "home" / "runs" / "x" / "sft").finished
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("a/b/c", "is no Hub id"),
+        ("https://huggingface.co/a/b", "write a/b"),
+        ("my model", "is no Hub id"),
+        ("artifact:sft", "give its path, such as runs/NAME/sft"),
+        ("run", "is a run, not a model\n  name an artifact of it: "),
+        ("run/sft", "is not finished"),
+        ("n" * 300, "is no Hub id"),
+    ],
+)
+def test_chat_says_what_is_no_model(llmpipe, tmp_path, monkeypatch, reference, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "sft" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "recipe.yaml").write_text("stage: sft")
+    code, _, err = llmpipe("chat", reference)
+    assert code == 2 and err.startswith("error: chat: ") and words in err
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["sft", "run", "prepare"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such recipe"),
+        (b"", "the file is empty"),
+        (b"stage: caf\xe9", "not UTF-8"),
+        (bytes(range(256)), "not UTF-8"),
+        (b"- 1", "a recipe is a mapping|a pipeline has"),
+        ("folder", "cannot be read: Is a directory"),
+        (b"run: x", "required, but missing|a pipeline has"),
+        (b"stage: sfft\nrun: x", "did you mean 'sft'|a pipeline has"),
+    ],
+)
+def test_a_recipe_that_is_none(llmpipe, tmp_path, command, content, words):
+    path = tmp_path / "r.yaml"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    code, out, err = llmpipe(command, path)
+    assert (code, out) == (2, "") and "r.yaml:" in err.splitlines()[0]
+    assert re.search(words, err), err
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize("what", ["nowhere", "file", "folder", "n" * 300])
+def test_what_is_no_run(llmpipe, tmp_path, monkeypatch, command, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    code, out, err = llmpipe(command, what)
+    assert (code, out) == (2, "") and err.startswith(f"error: {what}: ")
+    assert len(err.splitlines()) == 2

@@ -1,6 +1,7 @@
 """Recipes: every problem at once, each with its line; what YAML would let pass is refused."""
 
 import random
+import re
 import string
 from pathlib import Path
 
@@ -168,6 +169,93 @@ def test_sets_are_located(tmp_path):
     )
     assert "no data.train.7" in problems(tmp_path, GOOD, ["data.train.7.path=x"])[0]
     assert "expected key.sub=value" in problems(tmp_path, GOOD, ["novalue"])[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("novalue", "expected key.sub=value\n.*--set optim.learning_rate=1e-5"),
+        ("=1", "expected key.sub=value"),
+        ("optim..epochs=1", "expected key.sub=value"),
+        ("optim.epochs=two", "optim.epochs: should be a valid number, not 'two'"),
+        ("optim=3", r"optim: should be a section such as {learning_rate: ...}, not 3"),
+        ("adapter=16", r"adapter: should be a section such as {rank: 16}, not 16"),
+        ("data.train=x", r"data.train: should be a list, such as \[one, two\], not 'x'"),
+        ("samples.prompts=x", "samples.prompts: should be a list"),
+        ("data.packing=yes", "data.packing: should be true or false, not 'yes'"),
+        ("model=135", "model: should be text, not 135; in quotes it is"),
+        ("model=", "model: should be text, not None$"),
+        ("data.train.7.path=x", "no data.train.7 in the recipe\n.*data.train.0 to data.train.1"),
+        ("data.train.path=x", "no data.train.path in the recipe\n.*data.train is a list"),
+        ("optim.0=x", "no optim.0 in the recipe\n.*optim has keys, and no places: learning_rate"),
+        ("run.name=x", "no run.name in the recipe\n.*run is 'runs/x', and holds no keys"),
+        ("model=[", "not valid YAML"),
+    ],
+)
+def test_a_bad_set_is_refused_with_what_to_write(tmp_path, given, message):
+    said = problems(tmp_path, GOOD, [given])
+    assert said[0].startswith(f"--set {given}:") and len(said) <= 2
+    assert re.search(message, "\n".join(said)), said
+
+
+PIPELINE = """\
+run: runs/p
+stages:
+  - {stage: sft, model: ./m, data: {train: [{path: ./a.jsonl}]}, optim: {learning_rate: 1e-5}}
+  - {stage: dpo, name: v1.5, model: 'artifact:sft', data: {train: [{path: ./a.jsonl}]},
+     optim: {learning_rate: 1e-5}}
+"""
+
+
+def test_sets_of_a_pipeline_name_the_stage(tmp_path):
+    sets = ["sft.optim.epochs=2", "v1.5.beta=0.2", "run=runs/q", "stages.1.seed=7"]
+    first, second = load_pipeline(write(tmp_path, PIPELINE), schema, sets).stages
+    assert (first.recipe.optim.epochs, second.recipe.beta, second.recipe.seed) == (2.0, 0.2, 7)
+    assert first.recipe.run == second.recipe.run == "runs/q"
+    assert first.line("optim.epochs") == "--set sft.optim.epochs=2"
+    assert second.line("seed") == "--set stages.1.seed=7"
+    assert second.line("data.train.0.path").endswith("r.yaml:4")
+    assert second.line("beta.of.nothing") == "--set v1.5.beta=0.2"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "optim.epochs=2",
+            "stages: sft, v1.5\n.*say of which one: --set sft.optim.epochs=2",
+        ),
+        ("stf.optim.epochs=2", "say of which one: --set sft.optim.epochs=2"),
+        ("sft=2", "say of which one: --set sft.FIELD=2"),
+        ("stages.2.seed=7", "no stages.2 in the recipe\n.*stages.0 to stages.1"),
+        ("stages=7", "a pipeline has `run:` and a list `stages:`"),
+        ("novalue", "expected key.sub=value"),
+        ("sft.data.train.4.path=x", "no stages.0.data.train.4 in the recipe"),
+    ],
+)
+def test_a_bad_set_of_a_pipeline_is_refused_with_what_to_write(tmp_path, given, message):
+    with pytest.raises(UserError) as refused:
+        load_pipeline(write(tmp_path, PIPELINE), schema, [given])
+    assert refused.value.code == 2 and re.search(message, str(refused.value))
+
+
+def test_a_bad_value_of_a_pipeline_is_shown_as_it_was_given(tmp_path):
+    asked = load_pipeline(write(tmp_path, PIPELINE), schema, ["sft.optim.epochs=two", "v1.5.bta=1"])
+    assert asked.problems == [
+        "--set sft.optim.epochs=two: optim.epochs: should be a valid number, not 'two'",
+        "--set v1.5.bta=1: bta: unknown key; did you mean 'beta'?",
+    ]
+
+
+def test_a_recipe_for_another_command_says_which(tmp_path):
+    path = write(tmp_path, GOOD)
+    with pytest.raises(UserError, match=rf"r.yaml:1: .* sft, not for dpo\n.*`llmpipe sft {path}`"):
+        load(path, schema("dpo"))
+    with pytest.raises(UserError, match=rf"r.yaml:1: .* not a pip.*\n.*`llmpipe sft {path}`"):
+        load_pipeline(path, schema)
+    path = write(tmp_path, PIPELINE)
+    with pytest.raises(UserError, match=rf"r.yaml:2: .* several stages\n.*`llmpipe run {path}`"):
+        load(path, SFT)
 
 
 def test_the_escape_hatch_is_checked_by_name(tmp_path):

@@ -1,0 +1,94 @@
+"""No work ends for want of a reader, and no print ends in a traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import life
+
+ROWS = [
+    '{"prompt": "Où est la sœur ?", "completion": "À l’école — 学校 🙂."}',
+    '{"prompt": "Wie heißt du?", "completion": "Größer als „Öl“."}',
+] * 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, with samples in no ASCII."""
+    folder = tmp_path_factory.mktemp("terminal")
+    (folder / "rows.jsonl").write_text("\n".join(ROWS), encoding="utf-8")
+    data = {"train": [{"path": str(folder / "rows.jsonl")}], "max_length": 128}
+    samples = {"prompts": ["Où est la sœur ?"], "max_new_tokens": 4}
+    path = life.write(
+        folder / "run", data=data, samples=samples, evaluation={}, optim__steps=2, log={"every": 1}
+    )
+    life.command(path)
+    return folder / "run"
+
+
+def shell(line, **environment):
+    """A line of bash in which $llmpipe is the command; what it ends with and prints."""
+    environment = os.environ | {
+        "PYTHONPATH": str(life.ROOT),
+        "llmpipe": f"{sys.executable} -m llmpipe",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    return subprocess.run(
+        ["bash", "-c", line],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", ["--help", "schema sft", "show {run}", "sft {run}.yaml"])
+def test_a_terminal_that_cannot_show_it_shows_something_else(run, encoding, command):
+    line = f"$llmpipe {command.format(run=run)}"
+    done = shell(line, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    if command.startswith("show"):
+        assert "?" in done.stdout  # in place of the curve
+
+
+def test_a_training_in_ascii_says_its_samples(run, tmp_path):
+    """Which a worker prints, in a process of its own; the log has them as they are."""
+    line = f"$llmpipe sft {run}.yaml --run {tmp_path}/run"
+    done = shell(line, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "before | O? est la s?ur ?" in done.stdout
+    log = (tmp_path / "run" / "sft" / "log.txt").read_text(encoding="utf-8")
+    assert "before | Où est la sœur ?" in log
+
+
+@pytest.mark.parametrize("command", ["--help", "schema sft", "show {run}", "sft {run}.yaml"])
+def test_a_reader_that_goes_is_no_error(run, command):
+    command = command.format(run=run)
+    done = shell(f"$llmpipe {command} | true; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+    done = shell(f"$llmpipe {command} >&- 2>&-; echo $?")
+    assert done.stdout == "0\n" and done.stderr == ""
+
+
+def test_a_training_goes_on_without_its_reader(run, tmp_path):
+    done = shell(f"$llmpipe sft {run}.yaml --run {tmp_path}/run | true; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout == "141\n" and "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "sft" / "manifest.json").exists()
+    assert "model published" in (tmp_path / "run" / "sft" / "log.txt").read_text()
+
+
+def test_a_full_disk_behind_standard_output_is_said(run):
+    done = shell(f"$llmpipe show {run} > /dev/full")
+    assert done.returncode == 5
+    assert done.stderr == "error: standard output: No space left on device\n"
+
+
+def test_a_mistake_is_told_on_whatever_there_is(tmp_path):
+    done = shell(f"$llmpipe sft {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 2 and "/?.yaml: no such recipe" in done.stderr
+    assert shell(f"$llmpipe sft {tmp_path}/x.yaml 2>&-").returncode == 2

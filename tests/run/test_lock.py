@@ -1,0 +1,58 @@
+"""Who may write, and what is said of a run in which nobody can."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.files import unwritable
+from llmpipe.run import lock
+from llmpipe.run.artifact import Artifact, make_run
+from llmpipe.run.lock import Lock
+
+
+@pytest.mark.parametrize("run", ["/proc/run", "/sys/run", "file/run", "file", "n" * 300, "nul\0"])
+def test_a_run_that_cannot_be_made(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be made: .+\n.*--run DIR") as refused:
+        make_run(Path(run))
+    assert refused.value.code == 5
+
+
+def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied", "run/.locks")
+
+
+def test_a_run_of_somebody_else(tmp_path, monkeypatch):
+    """Root may write everywhere, so the refusal is played."""
+    artifact = Artifact(tmp_path / "run" / "sft")
+    artifact.path.mkdir(parents=True)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="run: cannot be written: Permission denied") as refused:
+        Lock(artifact).acquire()
+    assert refused.value.code == 5
+
+
+def test_a_parent_that_is_only_read_may_be_somebody_elses(tmp_path, monkeypatch):
+    artifact = Artifact(tmp_path / "run" / "sft")
+    artifact.path.mkdir(parents=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lock, "make_run", refuse)
+        with Lock(artifact, shared=True).acquire():
+            pass
+    assert not (artifact.run / ".locks").exists()
+
+
+def test_a_refusal_counts_where_it_is_of_the_run(tmp_path):
+    artifact = tmp_path / "run" / "sft"
+    here = PermissionError(errno.EACCES, "Permission denied", str(artifact / "log.txt"))
+    error = unwritable(here, artifact)
+    assert isinstance(error, UserError) and error.code == 5
+    assert "log.txt: cannot be written: Permission denied" in str(error)
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
+    assert unwritable(elsewhere, artifact) is elsewhere
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert unwritable(full, artifact).code == 5
