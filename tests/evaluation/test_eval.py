@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from llmpipe.errors import UserError
+from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.results import LEAST_ITEMS
 from llmpipe.stages import schema
@@ -155,6 +156,19 @@ def test_the_artifact(evaluated):
                 else:
                     assert cell["low"] <= cell["value"] <= cell["high"]
     assert manifest.final["answers.exact_match"]["sft"] > 0.3
+
+
+def assert_known_ahead(artifact, *kinds):
+    """What was measured of models of these kinds is what gates are held against beforehand."""
+    recipe = load(artifact.run.parent / f"{artifact.name}.yaml", schema("eval"))
+    for task in recipe.tasks:
+        measured = results(artifact)["tasks"][task.label]["metrics"]
+        assert measured.keys() == set().union(*map(task.metrics, kinds)), task.label
+        assert measured.keys() <= task.metrics(None)
+
+
+def test_what_is_measured_was_known_ahead(evaluated):
+    assert_known_ahead(evaluated, "model")
 
 
 def plain_loop(folder, text, window, stride):
@@ -367,6 +381,7 @@ def test_sampled_answers_are_drawn_from_the_seed(run):
         life.command(write(run, [task], {"sft": "artifact:sft"}, name=f"drawn-{i}", seed=seed))
         for i, seed in enumerate((1, 1, 2))
     ]
+    assert_known_ahead(made[0], "model")
     first, again, other = ([x["answers"] for x in lines(artifact)] for artifact in made)
     assert first == again != other
     values = [
@@ -423,7 +438,6 @@ def test_bf16_measures_the_model_that_bf16_loads(run):
 
 def write_plan(artifact):
     """plan.json as it was before the artifact was finished."""
-    from llmpipe.recipe.check import load
     from llmpipe.run.plan import plan_of
 
     recipe = load(artifact.run.parent / f"{artifact.name}.yaml", schema("eval"))
@@ -552,7 +566,6 @@ def test_a_bad_item_is_named(run, tmp_path, task, rows, message):
 
 
 def test_a_typo_in_a_task_gives_the_near_name_and_the_line(tmp_path):
-    from llmpipe.recipe.check import load
 
     text = (
         "stage: eval\nrun: r\nmodels: {a: ./x}\ntasks:\n- task: perplexity\n"
@@ -608,6 +621,7 @@ def test_a_reward_model_ranks(run, rewards, tmp_path):
     found = results(artifact)["tasks"]
     assert list(found["preference"]["metrics"]["accuracy"]) == ["rm"]
     assert list(found["preference"]["metrics"]["accuracy_sum"]) == ["base", "sft"]
+    assert_known_ahead(artifact, "model", "reward-model")
     model = AutoModelForSequenceClassification.from_pretrained(rewards)
     tokenizer = AutoTokenizer.from_pretrained(rewards)
     ranked = [x for x in lines(artifact) if x["model"] == "rm"]
