@@ -503,7 +503,7 @@ def test_what_the_assistant_may_write(model):
 def test_plain_texts_may_spell_tokens_and_it_is_noted(model):
     note = "texts hold <|im_end|>, which is read as that token"
     rows = [{"text": "one<|im_end|>two"}, {"text": "three<|im_end|>"}, {"text": "four"}]
-    assert prepared(ROWS, rows, Data, model)[0].sources[0].noted == {note: 1}
+    assert prepared(ROWS, rows, Data, model)[0].sources[0].noted[note] == 1
     rows = [{"prompt": "<|im_start|>user\nHi<|im_end|>\n", "completion": "Ho"}]
     ready, _ = prepared(ROWS, rows, Data, model)
     assert ready.sources[0].noted["texts hold <|im_start|>, which is read as that token"] == 1

@@ -11,23 +11,20 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.template import spans
 from llmpipe.data.template.rendering import Template
 from llmpipe.data.template.sandbox import Span
 from llmpipe.data.template.texts import (
-    FIRST_OF_TOOLS,
+    DETAILS,
     IDS,
     NAMES,
+    OF_TOOLS,
     THINKING,
-    TOOLS,
     Place,
     Text,
-    rewritten_tools,
-    sentinels_in,
-    ways,
 )
 
 INCONSISTENT = "template renders turns inconsistently"
@@ -37,6 +34,7 @@ CUT = "the chat template leaves out what earlier turns think"
 # A name labels a turn whose words are there, and most templates have none.
 NO_NAMES = "the chat template leaves out the names of turns"
 NO_DETAILS = "the chat template leaves out choices, or descriptions of parts, of tools' parameters"
+NOTED = {NAMES: NO_NAMES, DETAILS: NO_DETAILS}
 EMPTY_THOUGHT = "the chat template begins turns with an empty thought, which is learned"
 UNMARKED = "the chat template's generation markers leave out turns of the assistant"
 
@@ -58,6 +56,7 @@ class Standin(NamedTuple):
     """A conversation of texts that are unlike any other."""
 
     messages: Messages
+    tools: Tools
     texts: list[Text]
     places_in: Callable[[str], Iterator[Place]]
     """Where its texts stand in what is rendered of it."""
@@ -118,17 +117,15 @@ class Form:
         ]
 
 
-def prove(template: Template, standin: Standin, tools: Tools, open_turn: bool) -> Form:
+def prove(template: Template, standin: Standin, open_turn: bool) -> Form:
     """The form of a stand-in's rendering, and what is proven of it. Raises Rejected."""
-    messages, texts, places_in, _ = standin
+    messages, tools, texts, places_in, _ = standin
     text, blocks = template.render(messages, tools, open_turn)
     places = [place for place in places_in(text) if place.text < len(texts)]
     form = Form(text, places)
     where = _Places(standin, places)
     form.refusal = where.refusal
-    cut = _missing(template, standin, tools, where, form)
-    if tools and form.refusal is None:
-        _check_tools(template, standin, tools, open_turn, form)
+    cut = _missing(template, standin, where, form)
     if open_turn:
         return form
     finder = spans.Finder(template, text, messages, tools, cut)
@@ -153,6 +150,9 @@ class _Places:
         numbers: dict[int, list[int]] = {}
         for number, text in enumerate(self.texts):
             numbers.setdefault(text.turn, []).append(number)
+        for number in numbers.get(OF_TOOLS, []):  # which stand wherever the template has them
+            if number in self._options:
+                self.of[number] = self._options[number][0]
         floor = 0
         for turn, message in enumerate(standin.messages):
             here = list(self._placed(numbers.get(turn, []), floor))
@@ -195,9 +195,7 @@ class _Places:
         return {self.texts[p.text].kind for p in here if not start <= p.start <= p.end <= end}
 
 
-def _missing(
-    template: Template, standin: Standin, tools: Tools, where: _Places, form: Form
-) -> set[int]:
+def _missing(template: Template, standin: Standin, where: _Places, form: Form) -> set[int]:
     """Turns whose thinking the template leaves out by habit; anything else that is missing goes
     to `form.refusal`."""
     cut = set()
@@ -205,41 +203,25 @@ def _missing(
         turn, kind, _ = standin.texts[number]
         if kind == IDS or (kind == NAMES and standin.messages[turn]["role"] == "tool"):
             continue  # a result stands behind its call, which has the tool's name
-        if kind == NAMES:
-            form.notes.add(NO_NAMES)
-        elif kind == THINKING and _is_there_at_the_end(template, standin, tools, number):
+        if kind in NOTED:
+            form.notes.add(NOTED[kind])
+        elif kind == THINKING and _is_there_at_the_end(template, standin, number):
             form.notes.add(CUT)
             cut.add(turn)
         else:
-            lost = (f"template drops {kind}", f"turn {turn + 1} is rendered without; chatml has it")
+            what = "the row" if turn == OF_TOOLS else f"turn {turn + 1}"
+            lost = (f"template drops {kind}", f"{what} is rendered without; chatml has it")
             form.refusal = form.refusal or lost
     return cut
 
 
-def _is_there_at_the_end(template: Template, standin: Standin, tools: Tools, number: int) -> bool:
+def _is_there_at_the_end(template: Template, standin: Standin, number: int) -> bool:
     """Whether a text is rendered where its turn is the conversation's last."""
     turn = standin.texts[number].turn
     if turn == len(standin.messages) - 1:
         return False
-    text = template.attempt(standin.messages[: turn + 1], tools) or ""
+    text = template.attempt(standin.messages[: turn + 1], standin.tools) or ""
     return any(place.text == number for place in standin.places_in(text))
-
-
-def _check_tools(
-    template: Template, standin: Standin, tools: list[dict[str, Any]], open_turn: bool, form: Form
-) -> None:
-    masked, texts = rewritten_tools(tools)
-    text = template.attempt(standin.messages, masked, open_turn)
-    if text is None:  # it asks of names what sentinels have not
-        rendered = "".join(form.literals)
-        shown = {i for i, it in enumerate(texts) if any(w in rendered for w in ways(it.value))}
-    else:
-        shown = {place.text - FIRST_OF_TOOLS for place in sentinels_in(text)}
-    missing = {text.kind for number, text in enumerate(texts) if number not in shown}
-    if TOOLS in missing:
-        form.refusal = (f"template drops {TOOLS}", "the row is rendered without; chatml has them")
-    elif missing:
-        form.notes.add(NO_DETAILS)
 
 
 def _turn(finder: spans.Finder, blocks: list[Span], where: _Places, i: int) -> Turn:

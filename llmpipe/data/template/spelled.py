@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template.rendering import any_of
+from llmpipe.data.template.texts import OF_TOOLS
 from llmpipe.data.template.turns import Reading
 
 REASON = "text spells a special token"
@@ -34,7 +35,7 @@ class Spelled:
         notes = set()
         for turn, _, value in reading.texts:
             token = self.in_text(value) if isinstance(value, str) else None
-            if token is None:
+            if token is None or turn == OF_TOOLS:
                 continue
             if messages[turn]["role"] != "assistant" or self._is_control(token, reading):
                 problem = f"turn {turn + 1} holds {token}, which the tokenizer reads as a token"

@@ -42,7 +42,7 @@ class Text(NamedTuple):
     """One text of a conversation."""
 
     turn: int
-    """Its message, from 0."""
+    """Its message, from 0, or OF_TOOLS."""
     kind: str
     """What would be lost without it: THINKING, CALLS, ..."""
     value: Any
@@ -50,7 +50,7 @@ class Text(NamedTuple):
 
 
 MAX_SENTINELS = 10_000  # of one conversation
-FIRST_OF_TOOLS = 1 << 15
+OF_TOOLS = -1  # in a turn's place
 
 Word = Callable[[int, Text], Any]  # a text's number and the text -> what stands for it
 
@@ -128,16 +128,11 @@ def ways(value: Any) -> Iterator[str]:
     yield repr(value)[1:-1]
 
 
-def rewritten(messages: Messages, word: Word) -> tuple[Messages, list[Text]]:
+def rewritten(messages: Messages, tools: Tools, word: Word) -> tuple[Messages, Tools, list[Text]]:
     """The conversation with every text as `word` has it, and the texts by their numbers."""
     rewriter = _Rewriter(word)
-    return [rewriter.message(i, message) for i, message in enumerate(messages)], rewriter.texts
-
-
-def rewritten_tools(tools: list[dict[str, Any]]) -> tuple[Tools, list[Text]]:
-    """Tools whose names and descriptions are sentinels, and these texts; see TOOLS, DETAILS."""
-    rewriter = _ToolRewriter()
-    return [rewriter.tool(tool) for tool in tools], rewriter.texts
+    new = [rewriter.message(i, message) for i, message in enumerate(messages)]
+    return new, tools and [rewriter.tool(tool) for tool in tools], rewriter.texts
 
 
 def is_blank(value: Any) -> bool:
@@ -242,11 +237,6 @@ class _Rewriter:
             self._ids[value] = self._put(turn, IDS, value) if len(value) >= 8 else value
         return self._ids[value]
 
-
-class _ToolRewriter:
-    def __init__(self) -> None:
-        self.texts: list[Text] = []
-
     def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         function = tool.get("function")
         if isinstance(function, dict):
@@ -257,17 +247,10 @@ class _ToolRewriter:
         new = {}
         for name, value in function.items():
             if name in ("name", "description"):
-                new[name] = self._put(TOOLS, value)
+                new[name] = self._put_of_tool(TOOLS, value)
             else:
                 new[name] = self._schema(value, 0)
         return new
-
-    def _put(self, kind: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value.strip():
-            return value
-        text = Text(-1, kind, value)
-        self.texts.append(text)
-        return sentinel(FIRST_OF_TOOLS + len(self.texts) - 1, text)
 
     def _schema(self, value: Any, depth: int) -> Any:
         """A JSON schema: of all parameters at depth 0, of one at 1, of a part of one at 2."""
@@ -278,7 +261,7 @@ class _ToolRewriter:
         properties = value.get("properties")
         names = {}
         if isinstance(properties, dict):
-            names = {name: self._put(TOOLS, name) for name in in_order(properties)}
+            names = {name: self._put(OF_TOOLS, TOOLS, name) for name in in_order(properties)}
         new: dict[str, Any] = {}
         for name, item in value.items():
             if name == "properties" and names:
@@ -287,9 +270,12 @@ class _ToolRewriter:
             elif name == "required" and isinstance(item, list):
                 new[name] = [names.get(key, key) if isinstance(key, str) else key for key in item]
             elif name == "description":
-                new[name] = self._put(TOOLS if depth == 1 else DETAILS, item)
+                new[name] = self._put_of_tool(TOOLS if depth == 1 else DETAILS, item)
             elif name == "enum" and isinstance(item, list):
-                new[name] = [self._put(DETAILS, choice) for choice in item]
+                new[name] = [self._put_of_tool(DETAILS, choice) for choice in item]
             else:
                 new[name] = self._schema(item, 2)
         return new
+
+    def _put_of_tool(self, kind: str, value: Any) -> Any:
+        return self._put(OF_TOOLS, kind, value) if isinstance(value, str) else value

@@ -87,8 +87,9 @@ def _read(
 ) -> tuple[str, list[Text], Form, list[Turn]]:
     """A conversation's text, what it says, its proof, and the assistant's turns in the text."""
     text, _ = template.render(messages, tools, open_turn)
-    standin, texts = rewritten(messages, sentinel)
-    form = _form_of_shape(template, standin, texts, tools, open_turn)
+    new, masked, texts = rewritten(messages, tools, sentinel)
+    standin = Standin(new, masked, texts, sentinels_in, set(range(len(texts))))
+    form = _form_of_shape(template, standin, open_turn)
     if form is not None:
         places = form.places
         shifts = form.shifts(text, lambda k: ways(texts[places[k].text].value))
@@ -103,20 +104,17 @@ def _read(
     return text, texts, form, every
 
 
-def _form_of_shape(
-    template: Template, standin: Messages, texts: list[Text], tools: Tools, open_turn: bool
-) -> Form | None:
+def _form_of_shape(template: Template, standin: Standin, open_turn: bool) -> Form | None:
     """The form of every conversation of this shape; None where the template refuses a stand-in."""
-    if len(texts) > MAX_SENTINELS:
+    if len(standin.texts) > MAX_SENTINELS:
         return None
-    key = (repr(standin), repr(tools), open_turn)
+    key = (repr(standin.messages), repr(standin.tools), open_turn)
     forms = template.forms
     if key not in forms:
         if len(forms) >= MOST_FORMS:
             forms.clear()
-        stands = Standin(standin, texts, sentinels_in, set(range(len(texts))))
         try:
-            forms[key] = prove(template, stands, tools, open_turn)
+            forms[key] = prove(template, standin, open_turn)
         except Rejected:
             forms[key] = None
     form: Form | None = forms[key]
@@ -127,9 +125,10 @@ def _form_of_itself(
     template: Template, text: str, messages: Messages, tools: Tools, open_turn: bool
 ) -> tuple[Form, list[Turn]]:
     """The form of one conversation, and its turns in `text`. Raises Rejected."""
-    standin, texts = rewritten(messages, marked)
+    new, masked, texts = rewritten(messages, tools, marked)
     can_be_told = {i for i, it in enumerate(texts) if marked(i, it) != it.value}
-    form = prove(template, Standin(standin, texts, marks_in, can_be_told), tools, open_turn)
+    standin = Standin(new, masked, texts, marks_in, can_be_told)
+    form = prove(template, standin, open_turn)
     shifts = form.shifts(text, lambda k: [without_marks(form.written[k])])
     if shifts is None:
         raise Rejected(INCONSISTENT, "a turn changes with what surrounds it")
