@@ -6,10 +6,10 @@ none: a number in front of it is not what the answer says.
 
 digits      of any script. Zeros in front count nothing.
 sign        + and -, the minus of Unicode (U+2212), a hyphen or an en dash, directly in front of the
-            number or of its currency; - with a space behind `=`, `:` or `(`; U+2212 with a space,
-            too; the words minus and negative. No sign: a dash behind a number, a letter or a
-            bracket that closes (10-4, 3–5, x - 5), the bullet of a list (`- 5`), and a pair of
-            brackets, (5), as books have it.
+            number or of its currency; - with a space behind a relation, a colon, a bracket that
+            opens, or where a box begins; U+2212 with a space; the words minus and negative. No
+            sign: a dash behind a number, a letter or a bracket that closes (10-4, 3–5, x - 5), the
+            bullet of a list (`- 5`), and a pair of brackets, (5), as books have it.
 thousands   in groups of three behind a comma, a space of any kind, an apostrophe or an underscore:
             1,234 1 234 1'234 1_234.
 decimals    behind a point: 3.14 .5; in `5.` it ends the sentence.
@@ -35,6 +35,7 @@ time that grows with their number alone.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from decimal import Decimal
@@ -93,6 +94,8 @@ _IN_LATEX = (
 
 def _spelled(text: str) -> str:
     """A text in the one spelling that `_NUMBER` reads."""
+    if "&" in text:
+        text = html.unescape(text)
     if not text.isascii():
         text = _FULL_WIDTH_COMMA.sub(",", text)
         foreign = {ord(letter) for letter in set(text) if letter.isdecimal() and letter > "9"}
@@ -116,7 +119,7 @@ _LETTER = (
 _CODES = "USD|EUR|GBP|CNY|RMB|JPY|CHF|INR"
 _CURRENCY = rf"(?:(?:US|CA|AU|HK|NT|[ACSR])?\$|[€£¥￥₹₩₽₪₫₴₺₿¢]|(?:{_CODES})(?=[ ]?[-−0-9.]))[ ]?"
 _PIECE = r"(?:(?<!\.)\.)?[0-9]++(?:[.,'_:][0-9]++)*+"
-_SPACED = r"(?<![0-9][ ])[1-9][0-9]{0,2}(?:[ ][0-9]{3}(?![0-9]))++(?:[.,'_:][0-9]++)*+"
+_SPACED = r"[1-9][0-9]{0,2}(?:[ ][0-9]{3}(?![0-9]))++(?:[.,'_:][0-9]++)*+"
 _EXPONENT = r"(?:\^|\*\*)[{(]?[-+−]?[0-9]++[})]?"
 _FACTORS = {
     "dozen": 12,
@@ -137,12 +140,12 @@ _UNCLEAR = {"k", "K", "M", "B", "T", "mn", "Mn", "bn", "Bn", "pi"}  # a factor, 
 _NUMBER = re.compile(
     rf"""
     (?=[-+−√±0-9.A-Zmn$€£¥￥₹₩₽₪₫₴₺₿¢负負マ])  # at most places this fails, and soon
-    (?<![{_LETTER}0-9_^]) (?<![0-9]\.) (?<![{_LETTER}]-) (?<!\^-) (?<!√)
-    (?<![_^][{{(]) (?<![_^][{{(]-)
+    (?<![{_LETTER}0-9_^]) (?<![0-9]\.) (?<![{_LETTER}][-−]) (?<!\^[-−]) (?<!√)
+    (?<![_^][{{(]) (?<![_^][{{(][-−])
     (?P<odd> [√±][ ]?[{{(]?[ ]? | (?<=[百千万萬亿億]) | (?<=sqrt\() )?
     (?P<sign>
         (?<![)\]%+−-]) [-+−] (?![ ])
-      | (?: (?<=[=:(≈]) | (?<=[=:(≈][ ]) ) [-−][ ]{{1,3}}
+      | (?: (?<=[=≈≤≥:([{{$]) | (?<=[=≈≤≥:([{{$][ ]) ) [-−][ ]{{1,3}}
       | (?<![{_LETTER}0-9)\]}}%]) (?<![{_LETTER}0-9)\]}}%][ ]) −[ ]{{1,3}}
       | (?<![0-9)][ ]) (?: (?i:minus|negative)[ ]{{1,3}} | [负負][ ]? | マイナス )
     )?
@@ -180,7 +183,7 @@ def number_in(text: str) -> Fraction | None:
 
 
 def _last_box(text: str) -> tuple[int, str | None]:
-    r"""Where the last \boxed{...} stands, and what it holds; -1 and None where there is none."""
+    r"""Where the last \boxed{...} stands, and what it holds behind a `=`; -1 and None for none."""
     place = text.rfind("\\boxed{")
     if place < 0:
         return -1, None
@@ -190,7 +193,7 @@ def _last_box(text: str) -> tuple[int, str | None]:
         depth += 1 if brace[0] == "{" else -1
         if not depth:
             minus = "-" if text[:place].endswith(("-", "−")) else ""
-            return place, minus + text[begin : begin + brace.start()]
+            return place, f"={minus}{text[begin : begin + brace.start()]}"
     return -1, None
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -60,6 +62,20 @@ def test_a_reference_that_nothing_can_equal(tmp_path, row, fields, problem):
         items_of(generate(path, rows, **fields), {}, print)
     assert f"rows.jsonl:{len(rows)}: " in str(refused.value) and problem in str(refused.value)
     assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_several_answers_under_other_names(tmp_path, suffix):
+    rows = [{"frage": "2 + 2?", "antworten": ["4", "four"]}, {"frage": "1?", "antworten": ["1"]}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"frage": "prompt", "antworten": "answer"}
+    fields = {"data": [{"path": str(path), "columns": columns}], "score": ["exact_match"]}
+    items = items_of(Generate.model_validate({"task": "generate", **fields}), {}, print)
+    assert [item.reference for item in items] == [["4", "four"], "1"]
 
 
 def test_a_pattern_without_a_group_beside_a_score_that_compares(tmp_path):

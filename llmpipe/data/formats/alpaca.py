@@ -16,13 +16,13 @@ from llmpipe.data.format import Format
 
 
 def example_of(values: Values) -> Conversation:
+    if isinstance(values["output"], list):
+        remedy = "where any of several answers is right, call the two prompt and answer in columns:"
+        raise Rejected("wrong type", f"output is a list, not text; {remedy}")
     instruction = text_column(values, "instruction")
     output = text_column(values, "output")
     if more := optional_text(values, "input"):
         instruction = f"{instruction}\n\n{more}"
-    if isinstance(values["output"], list):
-        remedy = "any of several right answers is a column `answer` beside a column `prompt`"
-        raise Rejected("wrong type", f"output is a list, not text; for eval and ppo {remedy}")
     messages: Messages = []
     for question, answer in (*_history(values), (instruction, output)):
         messages.append({"role": "user", "content": text_of(question, "history")})
