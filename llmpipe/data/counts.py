@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def in_rows(count: int) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
 @dataclass(frozen=True)
 class RowCounts:
     """What became of the rows that were read."""

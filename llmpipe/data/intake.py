@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, Self
 
+from llmpipe.data.counts import in_rows
 from llmpipe.data.formats import (
     Conversation,
     Document,
@@ -135,7 +136,7 @@ class Intake:
         """
         shown = self.origin.source.path
         for sentence, rows in sorted(self.noted.items()):
-            say(f"data: {shown}: {sentence}: {rows:,} rows")
+            say(f"data: {shown}: {sentence}: {in_rows(rows)}")
         if self.unread:
             often = sorted(self.unread.items(), key=lambda item: -item[1].rows)
             each = [self._place(*item) for item in often[:LISTED]]
@@ -146,7 +147,7 @@ class Intake:
 
     def _place(self, what: str, seen: Seen) -> str:
         file = self.origin.shown[seen.file]
-        return f"{what} ({seen.rows:,} rows, first {file}:{seen.row})"
+        return f"{what} ({in_rows(seen.rows)}, first {file}:{seen.row})"
 
     def record(self) -> SourceRows:
         """What the manifest says of the source."""
@@ -210,7 +211,10 @@ def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Int
 
 def _in_words(intake: Intake) -> str:
     """Which columns are read as what, and which are not."""
-    columns = intake.columns.items()
+    renaming = intake.origin.layout.rule.renaming
+    beside = {it: renaming.get(it, it) for it in intake.origin.layout.unused}
+    columns = [*intake.columns.items()]
+    columns += [item for item in beside.items() if item[1] in intake.kind.also_reads]
     read = [yours if yours == name else f"{yours} as {name}" for yours, name in columns]
     what = "for rewards to read" if intake.kind.keeps_others else "not used"
     rest = f"; {what}: {', '.join(intake.others)}" if intake.others else ""

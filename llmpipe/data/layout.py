@@ -152,7 +152,9 @@ def awaited(layout: Layout) -> set[str]:
 def never_came(where: str, names: Iterable[str]) -> UserError:
     """The mistake of a recipe that maps columns which no row has."""
     shown = ", ".join(f"'{name}'" for name in sorted(names))
-    return UserError(f"{where}: columns: no row has a column {shown}", "see data.train.columns")
+    return UserError(
+        f"{where}: columns: no usable row has a column {shown}", "see data.train.columns"
+    )
 
 
 def _format_of(present: list[Names], every: Names, rule: Rule, where: str) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from llmpipe.data import sources
+from llmpipe.data.counts import in_rows
 from llmpipe.data.encode import hash_of
 from llmpipe.data.formats import Rejected, question
 from llmpipe.data.layout import Converted, awaited, formats_of, never_came
@@ -47,7 +48,7 @@ def items_of(task: OnItems, pinned: dict[str, str], say: Say) -> list[Item]:
                 seen.update(row.values.noted)
                 seen.update(f"not used: {what}" for what in row.values.unread)
         for sentence, rows in sorted(seen.items()):
-            say(f"{task.label}: {source.path}: {sentence}: {rows:,} rows")
+            say(f"{task.label}: {source.path}: {sentence}: {in_rows(rows)}")
     if errors:
         more = f"\n... and {len(errors) - 5} more" if len(errors) > 5 else ""
         hint = "mend or remove these rows: every item has to be measured"

@@ -32,6 +32,12 @@ DETECTED = [
     ("id instruction input output text", "alpaca", themselves("instruction input output")),
     ("conversations tools", "sharegpt", themselves("conversations tools")),
     ("messages source", "messages", themselves("messages")),
+    (
+        "messages system functions",
+        "messages",
+        {"messages": "messages", "system": "system", "functions": "tools"},
+    ),
+    ("messages functions tools", "messages", themselves("messages tools")),
     ("prompt completion", "prompt-completion", themselves("prompt completion")),
     ("prompt chosen rejected messages", "preference", themselves("chosen rejected prompt")),
     (

@@ -86,7 +86,7 @@ def test_a_column_that_comes_late_is_read(here, base, second_file):
     assert made.source["columns"].keys() == {*ALPACA, "input", "system", "tools", "history"}
     assert made.source["unread"] == {"comment": 1, "id": 2}
     where = "d/b.jsonl:4" if second_file else f"d/a.jsonl:{EARLY + 4}"
-    said = f"not used: id (2 rows, first {where}), comment (1 rows, first {where})"
+    said = f"not used: id (2 rows, first {where}), comment (1 row, first {where})"
     assert said in made.line("not used")
 
 
@@ -234,7 +234,7 @@ def test_a_mapped_column_may_come_late(here, base):
         ({"xyz": "output", "frage": "instruction"}, "there is no column 'xyz'"),
         (
             {"antwort": "output", "frage": "instruction", "xyz": "input"},
-            "no row has a column 'xyz'",
+            "no usable row has a column 'xyz'",
         ),
     ],
 )
@@ -252,7 +252,9 @@ def test_a_mapped_label_is_a_label(here, base):
     rows = [turns | {"good": True, "x": 1}] * 2 + [turns | {"good": False, "x": 1}]
     made = Made(base, str(write(Path("d.jsonl"), rows)), LABELS, columns={"good": "label"})
     assert [row["label"] for row in made.rows] == [1, 1, 0]
-    assert made.line("format prompt-completion").endswith("; not used: x")
+    assert made.line("format prompt-completion").endswith(
+        "(prompt, completion, good as label); not used: x"
+    )
 
 
 def test_columns_for_rewards_have_the_recipes_names(here, base):

@@ -496,8 +496,8 @@ def test_what_the_assistant_may_write(model):
     ready, rejected = prepared(ROWS, rows, Data, model, said, packing=False)
     assert rejected == []
     note = "the assistant's turns hold <|fim|>, which is learned as a token"
-    assert ready.sources[0].noted == {note: 1}
-    assert any(f"{note}: 1 rows" in line for line in said)
+    assert ready.sources[0].noted[note] == 1
+    assert any(f"{note}: 1 row" in line for line in said)
 
 
 def test_plain_texts_may_spell_tokens_and_it_is_noted(model):

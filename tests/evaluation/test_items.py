@@ -127,5 +127,5 @@ def test_what_nobody_reads_in_a_row_is_said(tmp_path):
     task = generate(tmp_path / "rows.jsonl", [{"messages": chat}], score=["exact_match"])
     items_of(task, {}, said.append)
     assert [line.partition("rows.jsonl: ")[2] for line in said] == [
-        "not used: id of messages: 1 rows"
+        "not used: id of messages: 1 row"
     ]

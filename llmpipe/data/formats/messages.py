@@ -25,4 +25,5 @@ FORMAT = Format(
     optional=("system", "tools"),
     shape=Conversation,
     example_of=example_of,
+    synonyms=({"functions": "tools"},),  # OpenAI's name before 2023-11
 )
