@@ -67,7 +67,9 @@ def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> 
         hint = "raise it, or train for more steps"
     else:
         reason = f"the gradients were 0 in all of {steps:,} steps"
-        hint = "nothing of what the rows teach reaches the weights; look at data and objective"
+        hint = (
+            "nothing to learn reaches the weights: look at the data, the objective or the rewards"
+        )
     raise UserError(
         f"not one weight moved, and what would be published equals {start}: {reason}",
         f"{hint}; nothing was published, checkpoints are kept",

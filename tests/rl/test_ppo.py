@@ -785,8 +785,10 @@ def test_a_reward_function_is_given_every_column(tmp_path):
 
 
 def test_prompts_that_do_not_fit(tmp_path):
-    with pytest.raises(UserError, match="exceed the model's"):
+    with pytest.raises(UserError, match=r"max_new_tokens: 2,000 tokens.*takes 512"):
         life.command(write(tmp_path / "run", rollout__max_new_tokens=2000))
+    with pytest.raises(UserError, match="an answer of 500 exceed the model's 512"):
+        life.command(write(tmp_path / "run", rollout__max_new_tokens=500))
     with pytest.raises(UserError, match="too long"):
         life.command(write(tmp_path / "other", data__max_length=8))
 

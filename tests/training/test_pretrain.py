@@ -317,6 +317,9 @@ class Vocabulary:
     def __len__(self):
         return 50257
 
+    def get_vocab(self):
+        return {"<|endoftext|>": 50256}
+
     def convert_tokens_to_ids(self, tokens):
         return [50256 for _ in tokens]
 
