@@ -21,7 +21,7 @@ from llmpipe.data.readers.compressed import DAMAGED, is_compressed, open_bytes, 
 from llmpipe.data.splits import Division, Split, listed, named, split_of
 from llmpipe.errors import UserError, first_line, near
 from llmpipe.files import expanded, sha256_file
-from llmpipe.recipe.sections import Rows
+from llmpipe.recipe.sections import Rows, Source
 
 # What lies beside data and is none: by suffix, and by the beginning of a name.
 BESIDE = frozenset(
@@ -74,7 +74,8 @@ def select(source: Rows) -> Selection:
     """The files that a local source means. Raises UserError, as `named_files` does."""
     path = expanded(source.path)
     if os.path.isfile(path):
-        selection = Selection([Named(path, path.name, source.path)], _of_no_use(source, path.name))
+        notes = _of_no_use(source, path.name) + _named_to_train_on(source, split_of(path.name))
+        selection = Selection([Named(path, path.name, source.path)], notes)
     elif os.path.isdir(path):
         tree = Tree(path, source.path)
         tree.walk(path)
@@ -291,7 +292,10 @@ def _selected(source: Rows, tree: Tree) -> Selection:
         for name, path in tree.files.items()
         if splits.get(name) in chosen
     ]
-    return Selection(files, _notes(division.note(chosen), tree.aside))
+    notes = _notes(division.note(chosen), tree.aside)
+    if whole:
+        notes += _named_to_train_on(source, division.splits[0])
+    return Selection(files, notes)
 
 
 def _of_card_above(tree: Tree) -> dict[str, Split]:
@@ -314,6 +318,13 @@ def _refuse_absent(tree: Tree, config: cards.Config, splits: set[Split]) -> None
 def _notes(of_splits: str | None, aside: list[str]) -> list[str]:
     notes = [of_splits] if of_splits else []
     return [*notes, f"not read: {listed(aside)}"] if aside else notes
+
+
+def _named_to_train_on(source: Rows, split: Split) -> list[str]:
+    """What is to be said where a recipe names files of a test split by themselves."""
+    if not isinstance(source, Source) or source.split or split.kind in (None, "train"):
+        return []
+    return [f"is of split {split.name} by its name, and trained on since the recipe names it"]
 
 
 def _of_no_use(source: Rows, name: str) -> list[str]:

@@ -330,6 +330,10 @@ def test_what_is_named_by_itself_is_taken_as_it_is(here):
     touch("d/train.jsonl", "d/test.jsonl", "d/test-2.jsonl", "d/rows.jsonl")
     assert names(Source(path="./d/test.jsonl")) == ["test.jsonl"]
     assert names(Source(path="./d/test*.jsonl")) == ["test-2.jsonl", "test.jsonl"]
+    said = "is of split test by its name, and trained on since the recipe names it"
+    assert notes("./d/test.jsonl") == notes("./d/test*.jsonl") == said
+    assert not notes("./d/train.jsonl") and not notes("./d/test.jsonl", split="test")
+    assert not select(Rows(path="./d/test.jsonl")).notes
     with pytest.raises(UserError, match="is of split train by its name, not test"):
         select(Source(path="./d/train.jsonl", split="test"))
     said = select(Source(path="./d/rows.jsonl", split="test")).notes
