@@ -96,6 +96,8 @@ class Settings(Record):
     batch_size: int
     precision: str
     device: str
+    scores: int = 1
+    """What scores mean: see `llmpipe.scores.VERSION`."""
 
 
 class Book:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
+from llmpipe import scores, upstream
 from llmpipe.data import template
 from llmpipe.data.encode import Encoder, Encoding
 from llmpipe.data.formats import Completion, Conversation, Document, Example, Rejected
@@ -285,6 +285,7 @@ def settings_of(precision: str, batch_size: int) -> Settings:
         batch_size=batch_size,
         precision="bf16" if bf16 else "fp32",
         device="cuda" if torch.cuda.is_available() else "cpu",
+        scores=scores.VERSION,
     )
 
 

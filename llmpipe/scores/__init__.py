@@ -15,6 +15,10 @@ import math
 from llmpipe.scores.overlap import rouge
 from llmpipe.scores.verifiers import VERIFIERS
 
+VERSION = 2
+"""Of what scores mean: lines of an evaluation that was begun under another one are not gone on
+from."""
+
 
 def score(
     kind: str, answer: str, references: list[str], pattern: str | None = None

@@ -53,6 +53,8 @@ def test_a_book_is_closed_in_the_order_of_tasks_models_and_items(tmp_path):
     assert list(again.lines) == keys
     with pytest.raises(UserError, match="batch_size 8 there, 4 now"):
         Book(tmp_path / "samples.jsonl", SETTINGS.model_copy(update={"batch_size": 4}))
+    with pytest.raises(UserError, match="scores 1 there, 2 now"):  # they have come to mean another
+        Book(tmp_path / "samples.jsonl", SETTINGS.model_copy(update={"scores": 2}))
 
 
 @pytest.mark.parametrize(
