@@ -97,6 +97,9 @@ class Outlook:
         if self.lies_there(artifact):
             resolve(reference, use, run)
             return artifact.manifest().kind
+        if stage is None and "@" in reference:  # a checkpoint needs no finished artifact
+            resolve(reference, use, run)
+            return None
         if stage is None:
             raise self._nowhere(artifact, reference, use)
         if stage.number > self.number:
@@ -131,9 +134,11 @@ class Outlook:
 
         Raises LookupError where that cannot be told.
         """
+        seen = set()
         while artifact := self.named(reference, run):
-            if artifact.name in self.unread:
+            if artifact.name in self.unread or artifact in seen:  # a ring is said of its stages
                 raise LookupError
+            seen.add(artifact)
             start = self._start(artifact)
             if start is None:
                 return

@@ -383,6 +383,30 @@ def test_rows_that_an_earlier_stage_writes_are_there_in_time(here):
     ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
 
 
+def test_a_checkpoint_needs_no_finished_artifact(llmpipe, here):
+    path = life.write(here / "run", optim__steps=3, checkpoint={"every": 1}, evaluation={})
+    assert llmpipe("sft", path)[0] == 0
+    (here / "run" / "sft" / "manifest.json").unlink()
+    for reference, words in (("artifact:sft@2", ""), ("artifact:sft@9", "there are: 2, 3")):
+        path = life.write(here / "run", name="again", model=reference, evaluation={}, samples={})
+        code, _, err = llmpipe("prepare", path)
+        assert code == (2 if words else 0) and words in err
+    assert "is not finished" in llmpipe("prepare", path, "--set", "model=artifact:sft")[2]
+
+
+def test_a_stage_that_starts_from_itself_ends_no_search(llmpipe, here):
+    """It is said of that stage, and a gate on what comes of it does not go round and round."""
+    ring = FIRST.replace("model: artifact:sft", "model: artifact:reward")
+    measured = f"""\
+  - stage: eval
+    models: {{base: {TINY}/model, reward: artifact:reward}}
+    tasks: [{{task: preference, data: [{{path: {TINY}/pairs.jsonl}}]}}]
+    gate: {{accuracy: {{max_ratio_to_parent: 2}}}}
+"""
+    [said] = complaints(llmpipe, ring + measured)
+    assert said.startswith("pipe.yaml:10: model: artifact:reward: is what this stage itself makes")
+
+
 def test_checkpoints_that_are_removed_again_are_not(llmpipe, here):
     text = FIRST.replace("steps: 2", "steps: 9", 1).replace("every: 1", "every: 3")
     for step, words in ((4, "writes a checkpoint every 3 steps"), (3, "keeps its last 2")):
