@@ -95,6 +95,11 @@ def hashed(file: Named) -> File:
         raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
 
 
+def unread(file: Named) -> File:
+    """A file without its hash, for who only looks at its first rows."""
+    return File(file.name, file.shown, file.path, file.path.stat().st_size, "")
+
+
 # --- what lies there ---
 
 

@@ -11,9 +11,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.data.folders import files_of, hashed, named_files, select
+from llmpipe.data.folders import files_of, hashed, named_files, select, unread
 from llmpipe.data.formats import Rejected
-from llmpipe.data.layout import Layout, Rule, layout_of
+from llmpipe.data.layout import Layout, Rule, formats_of, layout_of
 from llmpipe.data.readers import File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
@@ -26,6 +26,7 @@ __all__ = [
     "File",
     "Origin",
     "Row",
+    "check_first_rows",
     "files_of",
     "hub_key",
     "hub_revision",
@@ -36,6 +37,8 @@ __all__ = [
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 256 << 10
+WHOLE = 16 << 20
+BY_LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 SAMPLE = 20  # rows that decide the format
 
 
@@ -72,7 +75,8 @@ class Origin:
     """A source of the recipe and which bytes it means: its files, or a Hub commit.
 
     `pinned`: commits that are known already, by `hub_key`; `stream`: leave no copy of a Hub data
-    set on this machine. Raises UserError for what cannot be found.
+    set on this machine; `glance`: the files are not hashed. Raises UserError for what cannot be
+    found.
     """
 
     name: str
@@ -93,14 +97,16 @@ class Origin:
     layout: Layout
     """How rows are read, once it is open."""
 
-    def __init__(self, source: Rows, pinned: dict[str, str], stream: bool = False):
+    def __init__(
+        self, source: Rows, pinned: dict[str, str], stream: bool = False, glance: bool = False
+    ):
         self.source = source
         self.stream = stream
         path = Path(source.path)
         self.name = path.name if expanded(source.path).is_absolute() else source.path
         if is_local(source.path):
             selection = select(source)
-            self.files = [hashed(file) for file in selection.files]
+            self.files = [unread(file) if glance else hashed(file) for file in selection.files]
             self.notes = selection.notes
             self.revision = None
         else:
@@ -141,6 +147,22 @@ class Origin:
         if not rows:
             raise UserError(errors[0], "none of the first rows can be read")
         return rows
+
+
+def check_first_rows(source: Rows, shapes: tuple[type, ...]) -> None:
+    """Raises UserError where the first rows of a local source are of none of these shapes.
+
+    A large file that has to be read whole for its first row is left alone.
+    """
+    origin = Origin(source, {}, glance=True)
+    first = origin.files[0]
+    if first.bytes > WHOLE and not first.name.lower().endswith(BY_LINES):
+        return
+    origin.open(shapes)
+    layout = origin.layout
+    if layout.shape not in shapes:
+        problem = f"{source.path}: format {layout.format} does not fit this stage"
+        raise UserError(problem, f"it takes {', '.join(formats_of(shapes))}")
 
 
 def _readings(origin: Origin) -> Iterator[Reading]:

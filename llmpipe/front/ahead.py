@@ -22,7 +22,7 @@ from llmpipe.errors import DATA, Mistake, UserError, near
 from llmpipe.files import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.places import ARTIFACT, is_here
-from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training
+from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count
@@ -65,9 +65,10 @@ def check(
     _raise(problems)
     for this in coming:
         outlook = Outlook(command, this)
-        waits = this.number > 1 or (len(coming) > 1 and kept_offline())
-        if waits and not outlook.begun:
+        if not outlook.begun and (this.number > 1 or (len(coming) > 1 and kept_offline())):
             problems += _lines(_not_on_the_hub(this.recipe), located[this.number])
+        if this.number > 1:  # the first one reads its rows at once
+            problems += _lines(_in_first_rows(this.recipe, outlook), located[this.number])
     _raise(problems)
     for this in coming:
         make_run(this.artifact.run)
@@ -163,6 +164,19 @@ def _in_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
                 named_files(source)
         except UserError as error:
             yield Mistake(f"{field}.path", error)
+
+
+def _in_first_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    """What is wrong with the rows that the stage would read first."""
+    from llmpipe.data.sources import check_first_rows
+
+    shapes = {} if outlook.finished else stage(recipe.stage).shapes(recipe)
+    for field, source in recipe.rows().items():
+        if field in shapes and is_local(source.path) and not outlook.is_below(source.path):
+            try:
+                check_first_rows(source, shapes[field])
+            except UserError as error:
+                yield Mistake(f"{field}.path", error)
 
 
 def _in_files(recipe: Recipe) -> Iterator[Mistake]:

@@ -49,6 +49,9 @@ class Stage(Protocol):
     PROGRESS: str
     """A glob of what an unfinished artifact goes on from."""
 
+    def shapes(self, recipe: Any) -> dict[str, tuple[type, ...]]:
+        """The shapes of examples that rows may have, by the path of each source's field."""
+
     def prepare(self, job: Job[Any]) -> Record:
         """Read rows and make of them what `train` needs; without torch."""
 

@@ -147,6 +147,12 @@ def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
         yield Mistake("objective", error)
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.pairs import PAIRS
+
+    return dict.fromkeys(recipe.rows(), PAIRS.shapes)
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS

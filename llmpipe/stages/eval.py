@@ -145,6 +145,15 @@ PREPARED = PreparedItems
 # --- what can be known ahead ----------------------------------------------------------------------
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    return {
+        f"tasks.{i}.data.{j}": task.shapes
+        for i, task in enumerate(recipe.tasks)
+        if isinstance(task, OnItems)
+        for j in range(len(task.data))
+    }
+
+
 def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
     """What is wrong with the gate: a number that no task measures, or no parent to compare with."""
     last, reference = list(recipe.models.items())[-1]

@@ -91,6 +91,12 @@ class Schema(Generating):
         return self
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.labels import LABELS
+
+    return dict.fromkeys(recipe.rows(), LABELS.shapes)
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Judged responses -> tokens."""
     from llmpipe.data.kinds.labels import LABELS

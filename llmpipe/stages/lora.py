@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 from llmpipe.recipe.sections import Adapter
 from llmpipe.stages import sft
-from llmpipe.stages.sft import ACCEPTS, PROGRESS, prepare, train
+from llmpipe.stages.sft import ACCEPTS, PROGRESS, prepare, shapes, train
 
-__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "train"]
+__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "shapes", "train"]
 MAKES = "adapter"
 
 

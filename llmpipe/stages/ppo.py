@@ -109,6 +109,16 @@ def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
             yield Mistake(f"reward.{i}.function", problem)
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.prompts import PROMPTS
+    from llmpipe.data.kinds.rows import ROWS
+
+    return {
+        field: ROWS.shapes if field.startswith("mixture") else PROMPTS.shapes
+        for field in recipe.rows()
+    }
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Prompts -> tokens."""
     from llmpipe.data.kinds.prompts import compared

@@ -176,6 +176,12 @@ class Schema(Generating):
         return {at: name for at, name in named.items() if isinstance(name, str)}
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.blocks import BLOCKS
+
+    return dict.fromkeys(recipe.rows(), BLOCKS.shapes)
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Documents -> blocks of tokens, after the tokenizer was trained where the recipe asks."""
     from llmpipe.data.kinds.blocks import BLOCKS

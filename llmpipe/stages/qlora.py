@@ -9,9 +9,9 @@ from typing import Literal
 
 from llmpipe.recipe.sections import Quantization
 from llmpipe.stages import lora
-from llmpipe.stages.lora import ACCEPTS, MAKES, PROGRESS, prepare, train
+from llmpipe.stages.lora import ACCEPTS, MAKES, PROGRESS, prepare, shapes, train
 
-__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "train"]
+__all__ = ["ACCEPTS", "MAKES", "PROGRESS", "Schema", "prepare", "shapes", "train"]
 
 
 class Schema(lora.LowRank):

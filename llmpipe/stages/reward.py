@@ -61,6 +61,12 @@ class Schema(Hosted):
         return False
 
 
+def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.pairs import PAIRS
+
+    return dict.fromkeys(recipe.rows(), PAIRS.shapes)
+
+
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
     from llmpipe.data.kinds.pairs import PAIRS

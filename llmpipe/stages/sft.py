@@ -63,6 +63,12 @@ class Schema(Supervised):
     """Supervised fine-tuning."""
 
 
+def shapes(recipe: Supervised) -> dict[str, tuple[type, ...]]:
+    from llmpipe.data.kinds.rows import ROWS
+
+    return dict.fromkeys(recipe.rows(), ROWS.shapes)
+
+
 def prepare(job: Job[Supervised]) -> PreparedRows:
     """Texts and conversations -> tokens."""
     from llmpipe.data.kinds.rows import ROWS

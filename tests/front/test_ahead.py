@@ -188,6 +188,18 @@ MISTAKES = {
     "an empty file": Mistake(
         DPO, {f"path: {TINY}/pairs.jsonl": "path: ./empty.jsonl"}, "the file is empty"
     ),
+    "rows of another format": Mistake(
+        DPO,
+        {f"path: {TINY}/pairs.jsonl": f"path: {TINY}/rows.jsonl"},
+        "rows.jsonl: format messages does not fit this stage; it takes preference",
+    ),
+    "items of another format": Mistake(
+        EVAL,
+        {"task: generate": "task: choice", "score: [exact_match, rouge]": "name: generate"}
+        | {"generate.exact_match": "generate.acc"},
+        "rows.jsonl: format messages does not fit this stage; it takes choice",
+        at=f"        data: [{{path: {TINY}/rows.jsonl}}]\n    gate",
+    ),
     "rows of an artifact": Mistake(
         DPO,
         {f"path: {TINY}/pairs.jsonl": "path: artifact:sft"},
@@ -514,7 +526,7 @@ def test_nothing_heavy_is_imported_and_the_answer_comes_at_once(here):
         "from llmpipe.front.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code\n"
-        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'numpy'}\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'pyarrow'}\n"
         "print(code, sorted(heavy & set(sys.modules)), time.process_time() - begun < 1)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(life.ROOT)}
