@@ -173,10 +173,12 @@ def test_quickstart_rows_are_what_the_generator_makes():
 
 
 def test_quickstart_is_tested_on_what_it_was_not_trained_on():
-    from llmpipe.data.formats import convert, detect, question
+    from llmpipe.data.formats import Conversation, Preference, question
+    from llmpipe.data.layout import Rule, layout_of
 
     def asks(row: dict) -> str:
-        return question(convert(row, detect(list(row), "auto", {}, "row")))
+        rule = Rule("auto", (), (Conversation, Preference))
+        return question(layout_of([row], rule, "row").convert(row).example)
 
     *trained, tested, ranked = (
         {
