@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date, datetime
 from typing import Any
 
 
@@ -40,6 +41,9 @@ _KINDS: dict[type, str] = {
     bool: "true/false",
     int: "a number",
     float: "a number",
+    bytes: "bytes",
+    date: "a date",
+    datetime: "a date and time, as `datasets` makes of a text",
 }
 
 

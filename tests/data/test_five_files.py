@@ -54,6 +54,23 @@ ALPHABET = [
     "[{",
 ]
 
+STARTS = [
+    "[",
+    "[{",
+    '[{"a": ',
+    '"',
+    "0",
+    "-1",
+    "1e3",
+    "NaN",
+    "true",
+    "null",
+    "2024-01-02",
+    " ",
+    "=",
+    "#",
+]
+
 Row = dict[str, Any]
 Write = Callable[[list[Row], Path], str]
 
@@ -73,7 +90,7 @@ class Writer:
 
     def text(self, most: int = 12) -> str:
         drawn = self.random.choices(ALPHABET, k=self.random.randint(1, most))
-        return self.random.choice("xyz") + "".join(drawn)
+        return self.random.choice(["x", "y", "z", *STARTS]) + "".join(drawn)
 
     def value(self, kind: str, depth: int) -> Any:
         match kind:
