@@ -189,7 +189,8 @@ class AdamW(Section):
     steps: Positive | None = None
     """Stop after this many optimizer steps instead; overrides `epochs`."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Warm-up: a share of the steps if below 1, a number of steps otherwise."""
+    """Warm-up: a share of the steps if below 1, a number of steps otherwise; step 1 of w has the
+    share 1 / (w + 1) of the peak, never 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

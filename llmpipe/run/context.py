@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpipe.errors import Say, UserError
+from llmpipe.errors import Mistake, Say, UserError
 from llmpipe.files import read_json
-from llmpipe.recipe.reinforcement import PPORecipe
-from llmpipe.recipe.sections import Generating, Training
+from llmpipe.recipe.sections import Training
 from llmpipe.run.folders import INDEX
 
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
@@ -132,12 +132,9 @@ def check_lengths(recipe: Training, model: Path, say: Say) -> None:
     context = of_folder(model)
     if context is None:
         return
+    for mistake in mistakes_in_lengths(recipe, context):
+        raise mistake.error
     for field, length in _lengths(recipe).items():
-        if length > context.tokens and context.ends:
-            raise UserError(
-                f"{field}: {length:,} tokens, and {recipe.model} has {context.tokens:,} positions",
-                f"set {field}: {context.tokens}; what is longer is cut, split or rejected",
-            )
         if length > context.tokens:
             say(
                 f"{field}: {length:,} tokens, and {recipe.model} was made for "
@@ -148,8 +145,18 @@ def check_lengths(recipe: Training, model: Path, say: Say) -> None:
                 f"{field}: {length:,} tokens, of which each attends to the last "
                 f"{context.window:,} in every layer of {recipe.model}"
             )
+
+
+def mistakes_in_lengths(recipe: Training, context: Context) -> Iterator[Mistake]:
+    """The lengths in a recipe for which a model with this context has no positions."""
+    for field, length in _lengths(recipe).items():
+        if length > context.tokens and context.ends:
+            problem = f"{length:,} tokens, and {recipe.model} has {context.tokens:,} positions"
+            hint = f"set {field}: {context.tokens}; what is longer is cut, split or rejected"
+            yield Mistake(field, UserError(f"{field}: {problem}", hint))
     for field, tokens in _answers(recipe).items():
-        _refuse_answers(field, tokens, str(recipe.model), context)
+        if tokens >= context.tokens:
+            yield Mistake(field, _no_room(field, tokens, str(recipe.model), context))
 
 
 def check_answers(answers: dict[str, int], models: dict[str, Path]) -> None:
@@ -159,24 +166,25 @@ def check_answers(answers: dict[str, int], models: dict[str, Path]) -> None:
     for named, folder in models.items():
         if context := of_folder(folder):
             for field, tokens in answers.items():
-                _refuse_answers(field, tokens, named, context)
+                if tokens >= context.tokens:
+                    raise _no_room(field, tokens, named, context)
 
 
 def _lengths(recipe: Training) -> dict[str, int]:
     """Tokens of the longest sequence that is trained on, by the field that limits it."""
     lengths = {"data.max_length": recipe.data.preparation.max_length}
-    if isinstance(recipe, PPORecipe) and recipe.mixture:
-        lengths["mixture.max_length"] = recipe.mixture.max_length
+    mixture = getattr(recipe, "mixture", None)  # of ppo, whose sections need not be imported here
+    if mixture:
+        lengths["mixture.max_length"] = mixture.max_length
     return lengths
 
 
 def _answers(recipe: Training) -> dict[str, int]:
     """Tokens of the longest answer that is drawn, by the field that limits it."""
-    answers: dict[str, int] = {}
-    if isinstance(recipe, PPORecipe):
-        answers["rollout.max_new_tokens"] = recipe.rollout.max_new_tokens
-    if isinstance(recipe, PPORecipe | Generating) and recipe.samples.prompts:
-        answers["samples.max_new_tokens"] = recipe.samples.max_new_tokens
+    rollout, samples = getattr(recipe, "rollout", None), getattr(recipe, "samples", None)
+    answers = {"rollout.max_new_tokens": rollout.max_new_tokens} if rollout else {}
+    if samples and samples.prompts:
+        answers["samples.max_new_tokens"] = samples.max_new_tokens
     return answers
 
 
@@ -190,10 +198,7 @@ def refuse_rollouts(context: int | None, prompt: int, response: int) -> None:
         )
 
 
-def _refuse_answers(field: str, tokens: int, model: str, context: Context) -> None:
-    """Raise UserError where answers are so long that no prompt fits before them."""
-    if tokens >= context.tokens:
-        raise UserError(
-            f"{field}: {tokens:,} tokens, and {model} takes {context.tokens:,} with the prompt",
-            f"lower {field}",
-        )
+def _no_room(field: str, tokens: int, model: str, context: Context) -> UserError:
+    """Of answers so long that no prompt fits before them."""
+    problem = f"{tokens:,} tokens, and {model} takes {context.tokens:,} with the prompt"
+    return UserError(f"{field}: {problem}", f"lower {field}")

@@ -1,10 +1,14 @@
 """How long a text a model takes, by its files alone, and what a recipe for longer ones is told."""
 
 import json
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmpipe.errors import UserError
@@ -218,7 +222,7 @@ def test_more_tokens_than_positions_are_refused(tmp_path, gpt2, stage):
     length = 96 if stage == "pretrain" else 49
     with pytest.raises(UserError, match=rf"data\.max_length: {length} tokens.*48 pos") as refused:
         life.command(recipe(tmp_path / "run", stage, gpt2, data__max_length=length))
-    assert refused.value.code == 2 and "data.max_length: 48" in refused.value.hint
+    assert refused.value.code == 2 and "set data.max_length: 48" in str(refused.value)
     assert not list((tmp_path / "run" / ".prepared").glob("*/train.arrow"))
 
 
@@ -292,3 +296,33 @@ def test_a_model_that_sees_a_window_alone_is_said(tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     life.command(recipe(tmp_path / "run", "sft", folder))
     assert "each attends to the last 16 in every layer" in capsys.readouterr().out
+
+
+def test_a_later_stage_is_held_against_the_model_of_the_first(tmp_path, gpt2):
+    """Before anything is made, with the line."""
+    stages = [
+        {
+            "stage": stage,
+            "model": model,
+            "data": {"train": [{"path": str(life.TINY / rows)}], "max_length": length},
+            "optim": {"learning_rate": 1e-3, "batch_size": 4, "steps": 1},
+        }
+        for stage, model, rows, length in (
+            ("sft", str(gpt2), "rows.jsonl", 48),
+            ("dpo", "artifact:sft", "pairs.jsonl", 64),
+        )
+    ]
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"run": str(tmp_path / "run"), "stages": stages}))
+    done = subprocess.run(
+        [sys.executable, "-m", "llmpipe", "run", str(path)],
+        cwd=life.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    told = done.stdout + done.stderr
+    assert "data.max_length: 64 tokens, and artifact:sft has 48 positions" in told
+    assert re.search(r"pipeline\.yaml:\d+: ", told)
+    assert not (tmp_path / "run").exists()

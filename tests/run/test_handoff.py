@@ -339,6 +339,7 @@ def test_documents_that_the_architecture_would_mix_are_padded_or_refused(
 def test_blocks_that_the_architecture_would_mix_are_refused_where_asked_for(tmp_path):
     (tmp_path / "text.txt").write_text(pydoc_data.topics.topics["class"])
     begin = {"model": other(tmp_path / "falcon", "falcon"), "architecture": None, "tokenizer": None}
+    begin |= {"data__eval": {}}  # there is one document
     with pytest.raises(
         UserError, match=r"falcon does not keep documents of one row apart\n.*isolate: false"
     ):
