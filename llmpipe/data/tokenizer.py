@@ -120,13 +120,28 @@ class Tokenizer:
             token.special = True
             self._add(token)
         if changed or unmarked:
-            self.raw = self._aside.rewritten(self.backend)
+            self._rewrite()
 
     def _add(self, token: tokenizers.AddedToken) -> None:
         if token.special:
             self.backend.add_special_tokens([token])
         else:
             self.backend.add_tokens([token])
+
+    def _rewrite(self) -> None:
+        """Bring `raw` up to the tokens that were added. Raises UserError where two would have one
+        number.
+        """
+        self.raw = self._aside.rewritten(self.backend)
+        if max(self.backend.get_added_tokens_decoder(), default=0) < self.backend.get_vocab_size():
+            return
+        # The numbers have holes, and whoever reads the file puts new tokens into these.
+        self.backend, _ = _load(self.raw)
+        self._aside = _Aside.of(self.backend)
+        self.raw = self._aside.rewritten(self.backend)
+        numbers = self.backend.get_vocab().values()
+        if len(set(numbers)) < len(numbers):
+            raise _holes("two tokens would have one")
 
     def _special_tokens(self, folder: Path) -> dict[str, str]:
         special = {}
@@ -209,7 +224,7 @@ class Tokenizer:
         for text in unmarked:
             self._add(tokenizers.AddedToken(text, special=True, normalized=False))
         if unmarked:
-            self.raw = self._aside.rewritten(self.backend)
+            self._rewrite()
         return new
 
     def _check_room(self, count: int) -> None:
@@ -221,14 +236,7 @@ class Tokenizer:
         first = highest + 1 if highest >= size else size
         for number in range(first, first + count):
             if (token := self.backend.id_to_token(number)) is not None:
-                problem = (
-                    f"its numbers have holes, and a new token's, {number}, is that of {token!r}"
-                )
-                raise UserError(
-                    f"no token can be added to the tokenizer: {problem}",
-                    "data.template names one whose tokens it has",
-                    INTEGRITY,
-                )
+                raise _holes(f"the next, {number}, is that of {token!r}")
 
     def save(self, folder: Path, template: str | None) -> None:
         """Write what `AutoTokenizer.from_pretrained(folder)` reads."""
@@ -335,6 +343,11 @@ def _content(value: Any) -> str | None:
     """The text of a token in a config: a text, or an object that holds it."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
+
+
+def _holes(problem: str) -> UserError:
+    problem = f"no token can be added to the tokenizer: its numbers have holes, and {problem}"
+    return UserError(problem, "data.template names one whose tokens it has", INTEGRITY)
 
 
 def _without_tokenizer(folder: Path) -> UserError:

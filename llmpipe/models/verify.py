@@ -23,7 +23,7 @@ from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.models.adapters import Base, as_published, load_frozen, on_base
 from llmpipe.models.generate import isolated_rng, render
 from llmpipe.models.hardware import release_memory
-from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
 
@@ -80,8 +80,8 @@ def compare_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
     for name, tensor in reloaded.state_dict().items():
         if not _equal(tensor.cpu(), trained[name]):
             _refuse(f"{name} is not the tensor that was trained")
-    if reloaded.get_input_embeddings().weight.shape[0] < len(tokenizer):
-        _refuse("the embeddings have fewer rows than the tokenizer has tokens")
+    if reloaded.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
+        _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
     behaviour = _same_behaviour(model, reloaded, tokenizer, RELOADED)
     return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
 
@@ -142,7 +142,8 @@ def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
     """The last token ids of the vocabulary, which may be new ones, and those of the probe text:
     [1, PROBE_TOKENS]; fewer where the text has few, or the model takes few.
     """
-    newest = list(range(max(len(tokenizer) - NEWEST, 0), len(tokenizer)))
+    rows = rows_of(tokenizer)
+    newest = list(range(max(rows - NEWEST, 0), rows))
     ids = newest + tokenizer(PROBE)["input_ids"] * 4
     most = min(PROBE_TOKENS, tokens_of(model.config.to_dict()) or PROBE_TOKENS)
     return torch.tensor([ids[:most]], device=model.device)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.models.adapters import WEIGHTS
+from llmpipe.models.pretrained import rows_of
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.run.job import Job
@@ -58,7 +59,7 @@ def shared_ranker(
     from peft import PeftConfig, set_peft_model_state_dict
 
     folder = job.models[at]
-    if not _shares_base(actors, job, at, len(tokenizer)):
+    if not _shares_base(actors, job, at, rows_of(tokenizer)):
         return None
     config = PeftConfig.from_pretrained(str(folder))
     if {*config.modules_to_save} - {"classifier", "score"} or config.trainable_token_indices:

@@ -77,8 +77,9 @@ VICUNA = """\
 class Family:
     """A tokenizer as a model folder has it."""
 
-    build: Callable[..., tokenizers.Tokenizer]
-    special: tuple[str | AddedToken, ...]
+    build: Callable[..., tokenizers.Tokenizer] | None = None
+    """None where a real one is looked at."""
+    special: tuple[str | AddedToken, ...] = ()
     """Its special tokens, in the order of their numbers."""
     plain: tuple[str, ...] = ()
     """Added tokens that are none: text that is never split."""
@@ -86,6 +87,9 @@ class Family:
     template: str | None = None
     end: str | None = None
     """What ends an assistant's turn, in its own template."""
+    frames: tuple[tuple[str, str], ...] = ()
+    """What is learned before and behind the words of an inner answer and of the last one, where
+    that is more than the end."""
     begins: str | None = None
     """What its post-processor writes before a text."""
     stops: tuple[str, ...] = ()
@@ -96,6 +100,7 @@ class Family:
     def write(self, folder: Path) -> Path:
         """A model folder of the family, without a model."""
         folder.mkdir(parents=True, exist_ok=True)
+        assert self.build
         tokenizer = self.build(self)
         tokenizer.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
@@ -243,6 +248,11 @@ def rstripped(text: str) -> AddedToken:
 
 
 LINES_AS_TOKENS = ("\n", "\n\n", "\n\n\n", "\t", "▁▁", "<unused0>", "<mask>")
+# Of gpt-oss: a turn says itself of what kind it is.
+SAYS_ITS_KIND = (
+    ("<|channel|>final<|message|>", "<|end|>"),
+    ("<|channel|>final<|message|>", "<|return|>"),
+)
 FAMILIES = {
     "gemma": Family(
         sentencepiece_bpe,
@@ -388,6 +398,7 @@ FAMILIES = {
         },
         template=HARMONY,
         end="<|return|>",
+        frames=SAYS_ITS_KIND,
         stops=("<|return|>", "<|endoftext|>", "<|call|>"),
     ),
     "cohere": Family(

@@ -46,10 +46,17 @@ def _text(token: str | dict) -> str:
 
 @pytest.mark.parametrize(("name", "template"), CASES)
 def test_a_family_with_a_template(here, folders, name, template):
+    tokenizer, ids = prepared(folders[name], FAMILIES[name], template)
+    bos = Tokenizer(folders[name]).bos
+    if bos is not None:
+        assert ids.count(bos) == BEGINS.get((name, template), 1)
+    assert (tokenizer("Hello")["input_ids"][0] == tokenizer.bos_token_id) == (bos is not None)
+
+
+def prepared(folder: Path, family: Family, template: str):
+    """Prepare a conversation, and look at all of it; the saved tokenizer and the ids."""
     from transformers import AutoTokenizer
 
-    family, folder = FAMILIES[name], folders[name]
-    end = expected_end(family, template)
     write(Path("d.jsonl"), [ROW])
     record, train, _ = make(folder, "d.jsonl", template=template, packing=False)
     assert record["rows"]["rejected_by_reason"] == {}
@@ -57,44 +64,34 @@ def test_a_family_with_a_template(here, folders, name, template):
     tokenizer = AutoTokenizer.from_pretrained(saved)
 
     # what ends a turn, and what stops a generation
+    end = expected_end(family, template)
     last = tokenizer.backend_tokenizer.encode(end, add_special_tokens=False).tokens[-1]
     assert record["stop_tokens"][0] == last
     stops = set(tokenizer.convert_tokens_to_ids(record["stop_tokens"]))
     assert set(family.stops) <= set(record["stop_tokens"])
-    assert None not in stops and not stops & set(tokenizer(SEVERAL_LINES)["input_ids"][1:])
+    ordinary = tokenizer(SEVERAL_LINES, add_special_tokens=False)["input_ids"]
+    assert None not in stops and not stops & set(ordinary)
     eos = family.config.get("eos_token")
-    if template in ENDS or eos is None:
-        assert record["eos_token"] == last
-    else:
-        assert record["eos_token"] == _text(eos)
+    assert record["eos_token"] == (last if template in ENDS or eos is None else _text(eos))
 
     # what is learned: the words and the end behind them, and no stop token before it
     ids, labels = train[0]["input_ids"], train[0]["labels"]
     said = learned(tokenizer.backend_tokenizer, train[0])
-    header, inner_end = "", end
-    if (name, template) == ("gpt-oss", "auto"):  # the model says itself what kind of turn it is
-        header, inner_end = "<|channel|>final<|message|>", "<|end|>"
-    for text, words, ending in zip(said, ANSWERS, (inner_end, end), strict=True):
-        assert _plain(text, family) == _plain(header + words + ending, family)
-    assert [label for label in labels if label in stops][-1] == labels[_last_learned(labels)]
+    frames = family.frames if template == "auto" and family.frames else [("", end)] * 2
+    for text, words, (before, behind) in zip(said, ANSWERS, frames, strict=True):
+        assert _plain(text, family) == _plain(before + words + behind, family)
+    assert [label for label in labels if label != -100][-1] in stops
     for words in ANSWERS:
         assert not stops & set(tokenizer(words, add_special_tokens=False)["input_ids"])
 
     # what others see
     assert ids == tokenizer.apply_chat_template(ROW["messages"], tokenize=True)["input_ids"]
-    assert len(tokenizer) == record["vocab_size"]
+    assert max(tokenizer.get_vocab().values()) + 1 == record["vocab_size"]
     assert (tokenizer.eos_token, tokenizer.pad_token) == (record["eos_token"], record["pad_token"])
     assert (tokenizer.bos_token or "") == _text(family.config.get("bos_token") or "")
     both = _plain(tokenizer.decode(ids), family)
     assert all(_plain(words, family) in both for words in ANSWERS)
-    bos = Tokenizer(folder).bos
-    if bos is not None:
-        assert ids.count(bos) == BEGINS.get((name, template), 1)
-    assert (tokenizer("Hello")["input_ids"][0] == tokenizer.bos_token_id) == (bos is not None)
-
-
-def _last_learned(labels: list[int]) -> int:
-    return max(i for i, label in enumerate(labels) if label != -100)
+    return tokenizer, ids
 
 
 def _plain(text: str, family: Family) -> str:

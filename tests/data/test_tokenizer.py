@@ -254,6 +254,30 @@ def test_numbers_with_holes(tmp_path):
     assert choose(model, "alpaca", {}).ends == ["<|endoftext|>"]
 
 
+def test_numbers_with_holes_that_are_filled(tmp_path):
+    """As GPT-4o's: whoever reads the file gives new tokens the free numbers, and so do we."""
+    from transformers import AutoTokenizer
+
+    from llmpipe.models.pretrained import rows_of
+
+    model = folder(tmp_path / "m", "gpt2")
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    size = len(content["model"]["vocab"])
+    content["model"]["vocab"]["<|endofprompt|>"] = size + 18
+    special = {**content["added_tokens"][0], "content": "<|endofprompt|>", "id": size + 18}
+    content["added_tokens"].append(special)
+    file.write_text(json.dumps(content))
+    choice = choose(model, "chatml", {})
+    choice.tokenizer.save(tmp_path / "saved", choice.template)
+    assert choice.tokenizer.raw == (tmp_path / "saved" / "tokenizer.json").read_text()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.get_vocab() == choice.tokenizer.backend.get_vocab()
+    assert rows_of(theirs) == size + 19 > len(theirs)
+    ours, others = ids(tmp_path / "saved")
+    assert ours == others and theirs.convert_tokens_to_ids("<|im_end|>") in ours
+
+
 @pytest.mark.parametrize("names", [["tokenizer.model"], ["merges.txt", "vocab.json"], []])
 def test_no_tokenizer_json(tmp_path, names):
     for name in names:
