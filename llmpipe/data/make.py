@@ -40,6 +40,7 @@ from llmpipe.recipe.sections import Prepared
 
 VERSION = 8  # of what is made; another one is made anew
 SMALL = 4 << 20  # bytes of data below which one process is faster
+LARGE_TOKENIZER = 8 << 20  # bytes; a larger one takes a second or more to read
 SHOWN = 5  # rejected rows in a message
 NOTHING_LEARNED = {"nothing to learn", "end of turn not supervised"}
 
@@ -99,6 +100,9 @@ def make(
 
 def _save_tokenizer(data: Prepared, model: Path, folder: Path, say: Say) -> template.Choice:
     preparation = data.preparation
+    file = model / "tokenizer.json"
+    if file.exists() and (size := file.stat().st_size) > LARGE_TOKENIZER:
+        say(f"data: reading the tokenizer, {size / 1e6:.0f} MB")
     choice = template.choose(model, preparation.template, preparation.template_kwargs)
     for note in choice.notes:
         say(f"data: {note}")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from llmpipe.data.vocabulary import Vocabulary
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest
 
@@ -71,24 +71,28 @@ class Tokenizer:
         raw = _read(folder / "tokenizer.json")
         if raw is None:
             raise _without_tokenizer(folder)
-        self.raw = raw
         self.notes = []
         self.config = _read_json(folder / "tokenizer_config.json")
         self.template = own_template(folder)
-        self.backend, start = _load(raw)
-        self._aside = _Aside.of(self.backend)
+        vocabulary = Vocabulary.of(raw)
+        first = vocabulary.first
+        self._take(vocabulary)
         self._complete(folder)
         self.special = self._special_tokens(folder)
         self.stops = self._stops(folder)
         bos = self.id("bos_token")
-        begins = bos is not None and start == bos
+        begins = bos is not None and first == bos
         asked = self.config.get("add_bos_token")
         self.bos = bos if (asked if isinstance(asked, bool) else begins) else None
         if begins != (self.bos is not None):
             # whether transformers obeys the config depends on its version and the class it picks
-            first = None if self.bos is None else (self.special["bos_token"], self.bos)
-            self._aside = replace(self._aside, post_processor=_beginning_with(first))
-            self.raw = self._aside.rewritten(self.backend)
+            token = None if self.bos is None else (self.special["bos_token"], self.bos)
+            self._take(self._vocabulary.beginning_with(token))
+
+    def _take(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.backend = vocabulary.backend
+        self.raw = vocabulary.raw
 
     def _complete(self, folder: Path) -> None:
         """Have the tokens that transformers has once it loaded the folder.
@@ -96,52 +100,28 @@ class Tokenizer:
         It adds what tokenizer_config.json lists and tokenizer.json lacks or flags otherwise, and
         makes special what is named as such. Raises UserError where a number would be another one.
         """
-        has = self.backend.get_added_tokens_decoder()
+        has = self._vocabulary.added()
         listed = _listed(folder, self.config)
-        changed = [(i, token) for i, token in listed.items() if repr(has.get(i)) != repr(token)]
-        for number, token in sorted(changed, key=lambda pair: pair[0]):
-            before = self.backend.token_to_id(token.content)
-            self._add(token)
-            after = self.backend.token_to_id(token.content)
-            if after != (number if before is None else before):
+        changed = {i: token for i, token in listed.items() if repr(has.get(i)) != repr(token)}
+        lacking = {i: t for i, t in changed.items() if self.backend.token_to_id(t.content) is None}
+        flagged = {token.content: token for token in (*has.values(), *listed.values())}
+        tokens = [changed[i] for i in sorted(changed)]
+        for text in _named(folder, self.config):
+            token = flagged.get(text) or tokenizers.AddedToken(text, normalized=False)
+            is_known = text in flagged or self.backend.token_to_id(text) is not None
+            if is_known and not token.special:
+                token.special = True
+                tokens.append(token)
+        if tokens:
+            self._take(self._vocabulary.with_tokens(tokens))
+        for number, token in lacking.items():
+            if (after := self.backend.token_to_id(token.content)) != number:
                 problem = f"{token.content} is token {number} of its config"
                 raise UserError(
                     f"tokenizer.json of the model lacks tokens: {problem}, and would be {after}",
                     _rewrite(folder),
                     INTEGRITY,
                 )
-        added = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
-        unmarked = []
-        for text in _named(folder, self.config):
-            token = added.get(text) or tokenizers.AddedToken(text, normalized=False)
-            if self.backend.token_to_id(text) is not None and not token.special:
-                unmarked.append(token)
-        for token in unmarked:
-            token.special = True
-            self._add(token)
-        if changed or unmarked:
-            self._rewrite()
-
-    def _add(self, token: tokenizers.AddedToken) -> None:
-        if token.special:
-            self.backend.add_special_tokens([token])
-        else:
-            self.backend.add_tokens([token])
-
-    def _rewrite(self) -> None:
-        """Bring `raw` up to the tokens that were added. Raises UserError where two would have one
-        number.
-        """
-        self.raw = self._aside.rewritten(self.backend)
-        if max(self.backend.get_added_tokens_decoder(), default=0) < self.backend.get_vocab_size():
-            return
-        # The numbers have holes, and whoever reads the file puts new tokens into these.
-        self.backend, _ = _load(self.raw)
-        self._aside = _Aside.of(self.backend)
-        self.raw = self._aside.rewritten(self.backend)
-        numbers = self.backend.get_vocab().values()
-        if len(set(numbers)) < len(numbers):
-            raise _holes("two tokens would have one")
 
     def _special_tokens(self, folder: Path) -> dict[str, str]:
         special = {}
@@ -172,7 +152,7 @@ class Tokenizer:
                         yield token
 
     def _stops(self, folder: Path) -> list[str]:
-        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        added = {token.content for token in self._vocabulary.added().values()}
         stops = []
         for token in dict.fromkeys(self._ends_of_configs(folder)):
             if token in added and token.strip():
@@ -201,7 +181,7 @@ class Tokenizer:
         """The tokens that are found in a text before it is split into words, and that stand for no
         text: flagged as special, or an end of generation. One of whitespace is none.
         """
-        added = self.backend.get_added_tokens_decoder().values()
+        added = self._vocabulary.added().values()
         flagged = [token.content for token in added if token.special]
         return [text for text in dict.fromkeys([*flagged, *self.stops]) if text.strip()]
 
@@ -218,25 +198,12 @@ class Tokenizer:
         """Make each of `tokens` one special token; the ones that were not are returned."""
         special = set(self.special_tokens())
         new = [token for token in tokens if self.ids(token) != [self.backend.token_to_id(token)]]
-        missing = [token for token in new if self.backend.token_to_id(token) is None]
-        self._check_room(len(missing))
         unmarked = [token for token in tokens if token in new or token not in special]
-        for text in unmarked:
-            self._add(tokenizers.AddedToken(text, special=True, normalized=False))
         if unmarked:
-            self._rewrite()
+            flags = {"special": True, "normalized": False}
+            added = [tokenizers.AddedToken(text, **flags) for text in unmarked]
+            self._take(self._vocabulary.with_tokens(added))
         return new
-
-    def _check_room(self, count: int) -> None:
-        """The numbers of new tokens follow those of added ones; in a vocabulary with holes they
-        may be taken.
-        """
-        size = self.backend.get_vocab_size(with_added_tokens=False)
-        highest = max(self.backend.get_added_tokens_decoder(), default=-1)
-        first = highest + 1 if highest >= size else size
-        for number in range(first, first + count):
-            if (token := self.backend.id_to_token(number)) is not None:
-                raise _holes(f"the next, {number}, is that of {token!r}")
 
     def save(self, folder: Path, template: str | None) -> None:
         """Write what `AutoTokenizer.from_pretrained(folder)` reads."""
@@ -251,63 +218,6 @@ class Tokenizer:
             files["chat_template.jinja"] = template
         for name, text in files.items():
             folder.joinpath(name).write_text(text, encoding="utf-8", newline="")
-
-
-def _load(raw: str) -> tuple[tokenizers.Tokenizer, int | None]:
-    """The tokenizer of a tokenizer.json, and the first token that it writes before a text."""
-    try:
-        backend = tokenizers.Tokenizer.from_str(raw)
-        start = next(iter(backend.encode("a").ids), None)
-    except Exception as error:  # the library raises plain Exception
-        problem = f"tokenizer.json of the model cannot be used: {error}"
-        raise UserError(problem, code=INTEGRITY) from None
-    return backend, start
-
-
-@dataclass(frozen=True)
-class _Aside:
-    """What a tokenizer.json asks for beside tokens, which is published, and not used here.
-
-    The post-processor adds special tokens, which are never asked for, and trims offsets, which
-    would leave gaps in the masks.
-    """
-
-    post_processor: Any
-    truncation: dict[str, Any] | None
-    padding: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, backend: tokenizers.Tokenizer) -> _Aside:
-        """Take it out of a tokenizer."""
-        aside = cls(backend.post_processor, backend.truncation, backend.padding)
-        aside._take(backend)
-        return aside
-
-    def rewritten(self, backend: tokenizers.Tokenizer) -> str:
-        """The tokenizer.json of a tokenizer that it was taken out of."""
-        backend.post_processor = self.post_processor
-        if self.truncation is not None:
-            backend.enable_truncation(**self.truncation)
-        if self.padding is not None:
-            backend.enable_padding(**self.padding)
-        raw = backend.to_str()
-        self._take(backend)
-        return raw
-
-    def _take(self, backend: tokenizers.Tokenizer) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        backend.post_processor = None
-
-
-def _beginning_with(first: tuple[str, int] | None) -> Any:
-    """A post-processor that begins a text with this token, or with none."""
-    if first is None:
-        return tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1")
-    token = first[0]
-    return tokenizers.processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[first]
-    )
 
 
 def _listed(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
@@ -343,11 +253,6 @@ def _content(value: Any) -> str | None:
     """The text of a token in a config: a text, or an object that holds it."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
-
-
-def _holes(problem: str) -> UserError:
-    problem = f"no token can be added to the tokenizer: its numbers have holes, and {problem}"
-    return UserError(problem, "data.template names one whose tokens it has", INTEGRITY)
 
 
 def _without_tokenizer(folder: Path) -> UserError:
