@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -595,3 +596,35 @@ def test_tokens_are_those_of_transformers_and_learned_is_what_inference_has_to_w
             )["input_ids"]
             assert whole[:begin] == asked
     assert kept >= 4
+
+
+@pytest.mark.parametrize(
+    ("content", "learned_text"),
+    [
+        ("<think>\nhm\n</think>\n\nHi", "<think>\nhm\n</think>\n\nHi<|im_end|>"),
+        ("hm\n</think>\n\nHi", "<think>\nhm\n</think>\n\nHi<|im_end|>"),  # the prompt opened it
+        ("<think>\n\n</think>\n\nHi", "<think>\n\n</think>\n\nHi<|im_end|>"),
+        (" \n<think> hm </think> Hi \n", "<think>\n hm \n</think>\n\n Hi \n<|im_end|>"),
+        ("<b>Hi</b> \n", "<think>\n\n</think>\n\n<b>Hi</b> \n<|im_end|>"),
+        ("First <think>hm</think>Hi", None),  # Qwen leaves out what stands before the tag
+        ("<think>a</think>b<think>c</think>Hi", None),
+    ],
+)
+def test_thinking_between_tags(content, learned_text):
+    row = [user("Hello"), assistant(content)]
+    if learned_text is None:
+        assert refused(FAMILIES["qwen"], row).startswith("template ")
+    else:
+        assert learned(FAMILIES["qwen"], row) == [learned_text]
+    assert learned(SHIPPED["chatml"], row) == [content + "<|im_end|>"]
+
+
+def test_long_runs_of_white_space_and_tags_take_no_time():
+    text = " " * 50_000 + "<a>" * 20_000 + "x" + "<b> " * 20_000 + " " * 50_000
+    started = time.process_time()
+    turns(compiled(FAMILIES["qwen"]), [user(text), assistant(f"{text}</think>{text}")])
+    turns(
+        compiled("{{ 'S' if messages[0].content[0] == ' ' }}" + NO_TOOLS),
+        [user(text), assistant("x")],
+    )
+    assert time.process_time() - started < 2

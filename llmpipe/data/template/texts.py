@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from llmpipe.data.examples import Message, Messages, Tools
+from llmpipe.data.template.sandbox import Span
 
 THINKING = "the thinking"
 CALLS = "tool calls"
@@ -34,8 +35,7 @@ _DIGITS = "abcdefghijklmnop"
 _SENTINEL = re.compile(r"x*zq([a-p]{4})qz|7310(\d{4})(?:\.5)?")
 # Characters for private use, which no text has, around a text's number; JSON may escape them.
 _MARK = re.compile("(?:(\ue000|\\\\ue000)|\ue002|\\\\ue002)(\\d+)(?:\ue001|\\\\ue001)")
-_THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)", re.DOTALL)
-_EDGES = re.compile(r"(\s*(?:<[\w/]+>\s*)*)(.*?)((?:\s*<[\w/]+>)*\s*)", re.DOTALL)
+_TAG = re.compile(r"<[\w/]+>\s*")
 
 
 class Text(NamedTuple):
@@ -90,12 +90,25 @@ def marked(number: int, text: Text) -> Any:
     """
     if not isinstance(text.value, str) or text.kind == IDS:
         return text.value
-    edges = _EDGES.fullmatch(text.value)
-    assert edges is not None
-    before, core, behind = edges.groups()
-    if not core:
+    start, end = _core(text.value)
+    if start >= end:
         return text.value
+    before, core, behind = text.value[:start], text.value[start:end], text.value[end:]
     return f"{before}\ue000{number}\ue001{core}\ue002{number}\ue001{behind}"
+
+
+def _core(text: str) -> Span:
+    """What lies inside the white space and the tags at a text's ends."""
+    start = len(text) - len(text.lstrip())
+    end = len(text.rstrip())
+    while tag := _TAG.match(text, start, end):
+        start = tag.end()
+    while text.endswith(">", start, end):
+        tag_start = text.rfind("<", start, end)
+        if tag_start < 0 or not _TAG.fullmatch(text, tag_start, end):
+            break
+        end = len(text[:tag_start].rstrip())
+    return start, end
 
 
 def marks_in(text: str) -> Iterator[Place]:
@@ -152,16 +165,35 @@ def without_thinking(messages: Messages, turns: set[int]) -> Messages:
 def _thoughtless(message: Message) -> Message:
     message = {name: value for name, value in message.items() if name not in THOUGHTS}
     if thought := _thought_in(message):
-        message["content"] = thought[4] + thought[5]
+        message["content"] = thought.text + thought.behind
     return message
 
 
-def _thought_in(message: Message) -> re.Match[str] | None:
-    """Thinking between tags, as many rows have it: before, thinking, between, text, behind."""
-    content = message["content"]
-    if message["role"] == "assistant" and "</think>" in content:
-        return _THOUGHT.fullmatch(content)
-    return None
+class _Thought(NamedTuple):
+    """A content of which the first part is thinking, and what stands around the two."""
+
+    before: str
+    thinking: str
+    between: str
+    text: str
+    behind: str
+
+
+def _thought_in(message: Message) -> _Thought | None:
+    """Thinking between tags, as many rows have it; the first tag may be in the prompt."""
+    head, tag, tail = message["content"].partition("</think>")
+    if not tag or message["role"] != "assistant":
+        return None
+    opened = head.lstrip().removeprefix("<think>").lstrip()
+    thinking = opened.rstrip()
+    text = tail.strip()
+    return _Thought(
+        before=head[: len(head) - len(opened)],
+        thinking=thinking,
+        between=opened[len(thinking) :] + tag + tail[: len(tail) - len(tail.lstrip())],
+        text=text,
+        behind=tail[len(tail.rstrip()) :] if text else "",
+    )
 
 
 class _Rewriter:
@@ -201,7 +233,7 @@ class _Rewriter:
         content: str = message["content"]
         kind = OF_ROLE[message["role"]]
         if thought := _thought_in(message):
-            before, thinking, between, text, behind = thought.groups()
+            before, thinking, between, text, behind = thought
             thinking = self._put(turn, THINKING, thinking)
             text = self._put(turn, kind, text)
             return f"{before}{thinking}{between}{text}{behind}"
