@@ -46,8 +46,13 @@ _TEXTS = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 _LOSS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _NEARLY_ALWAYS = frozenset({"role", "content", "from", "value"})
 _READ = _NEARLY_ALWAYS | {"tool_calls", "function_call", *_TEXTS, *_LOSS}
-_LEARNED = {"true": True, "1": True, "1.0": True}
-_CONTEXT = {"false": False, "0": False, "0.0": False, "none": False}
+_OF_PART = frozenset({"type", "text"})
+_OF_CALL = frozenset({"type", "function", "id", "name", "arguments"})
+_OF_FUNCTION = frozenset({"name", "arguments"})
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+
+_LESSON = frozenset({"true", "1", "1.0"})
+_CONTEXT = frozenset({"false", "0", "0.0", "none"})
 
 _BEGINS_AS_JSON = re.compile(r"\s*\[?\s*\{")
 # as JSON, and as what Python or a second escaping makes of it
@@ -236,10 +241,10 @@ def _is_lesson(turn: dict[str, Any], role: str, at: str, values: Values) -> bool
         value = turn.get(key)
         if value is not None:
             shown = str(value).strip().lower()
-            if shown not in _LEARNED | _CONTEXT:
+            if shown not in _LESSON and shown not in _CONTEXT:
                 problem = f"{at}: {key} is {shown[:40]}; a turn is learned (1) or not (0)"
                 raise Rejected("loss of a turn", problem)
-            said[key] = shown in _LEARNED
+            said[key] = shown in _LESSON
     if role != "assistant":  # which is never learned
         values.unread.update(f"{key} of the {role}'s messages" for key in said if said[key])
         return True
@@ -254,9 +259,6 @@ def _note_unread(value: dict[str, Any], read: frozenset[str], where: str, values
     values.unread.update(f"{key} of {where}" for key in unread if value[key] not in _NOTHING)
 
 
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
-
-
 def _content(content: Any, role: str, has_calls: bool, at: str, values: Values) -> str:
     """The text of a turn. Only one with tool calls, or a tool's, may be empty."""
     if isinstance(content, list):
@@ -269,9 +271,6 @@ def _content(content: Any, role: str, has_calls: bool, at: str, values: Values) 
     if not text.strip() and not has_calls and role != "tool":
         raise Rejected("empty message", at)
     return text
-
-
-_OF_PART = frozenset({"type", "text"})
 
 
 def _part(part: Any, at: str, values: Values) -> str:
@@ -307,10 +306,6 @@ def _calls_beside(turn: dict[str, Any], role: str, at: str) -> list[Any]:
     if role != "assistant" or not isinstance(calls, list):
         raise Rejected("bad tool call", f"{at}: tool_calls is a list, and of the assistant")
     return calls
-
-
-_OF_CALL = frozenset({"type", "function", "id", "name", "arguments"})
-_OF_FUNCTION = frozenset({"name", "arguments"})
 
 
 def _call(call: Any, at: str, values: Values) -> dict[str, Any]:
