@@ -40,7 +40,7 @@ class Template:
         generation = environment.extensions[Generation.identifier]
         assert isinstance(generation, Generation)
         self._generation = generation
-        self.forms: dict[tuple[str, str, bool], Any] = {}
+        self.forms: dict[Any, Any] = {}
         """What `turns` has proven of it, by shapes of conversations."""
         try:
             self._compiled = environment.from_string(text)

@@ -148,6 +148,20 @@ def rewritten(messages: Messages, tools: Tools, word: Word) -> tuple[Messages, T
     return new, tools and [rewriter.tool(tool) for tool in tools], rewriter.texts
 
 
+def plain(messages: Messages) -> list[Text] | None:
+    """The texts of turns that have nothing but one each; None for all other conversations.
+
+    Quickly told, since most rows are like that; the texts are those of `rewritten`.
+    """
+    texts = []
+    for turn, message in enumerate(messages):
+        content = message["content"]
+        if len(message) > 2 or not content or content.isspace() or "</think>" in content:
+            return None
+        texts.append(Text(turn, OF_ROLE[message["role"]], content))
+    return texts
+
+
 def is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
 

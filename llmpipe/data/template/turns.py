@@ -7,6 +7,7 @@ is not, since a template may read what a text says, the row is marked and stands
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from llmpipe.data.examples import Messages, Tools, is_learned
@@ -19,6 +20,7 @@ from llmpipe.data.template.texts import (
     Text,
     marked,
     marks_in,
+    plain,
     rewritten,
     sentinel,
     sentinels_in,
@@ -87,9 +89,15 @@ def _read(
 ) -> tuple[str, list[Text], Form, list[Turn]]:
     """A conversation's text, what it says, its proof, and the assistant's turns in the text."""
     text, _ = template.render(messages, tools, open_turn)
-    new, masked, texts = rewritten(messages, tools, sentinel)
-    standin = Standin(new, masked, texts, sentinels_in, set(range(len(texts))))
-    form = _form_of_shape(template, standin, open_turn)
+    texts = None if tools else plain(messages)
+    if texts is not None:
+        key: Hashable = (*(kind for _, kind, _ in texts), open_turn)
+        form = _form_of_shape(template, key, open_turn, lambda: _standin(messages, tools))
+    else:
+        standin = _standin(messages, tools)
+        texts = standin.texts
+        key = (repr(standin.messages), repr(standin.tools), open_turn)
+        form = _form_of_shape(template, key, open_turn, lambda: standin)
     if form is not None:
         places = form.places
         shifts = form.shifts(text, lambda k: ways(texts[places[k].text].value))
@@ -104,21 +112,31 @@ def _read(
     return text, texts, form, every
 
 
-def _form_of_shape(template: Template, standin: Standin, open_turn: bool) -> Form | None:
-    """The form of every conversation of this shape; None where the template refuses a stand-in."""
-    if len(standin.texts) > MAX_SENTINELS:
-        return None
-    key = (repr(standin.messages), repr(standin.tools), open_turn)
+def _standin(messages: Messages, tools: Tools) -> Standin:
+    new, masked, texts = rewritten(messages, tools, sentinel)
+    return Standin(new, masked, texts, sentinels_in, set(range(len(texts))))
+
+
+def _form_of_shape(
+    template: Template, shape: Hashable, open_turn: bool, standin: Callable[[], Standin]
+) -> Form | None:
+    """The form of every conversation of a shape; None where the template refuses a stand-in."""
     forms = template.forms
-    if key not in forms:
+    if shape not in forms:
         if len(forms) >= MOST_FORMS:
             forms.clear()
-        try:
-            forms[key] = prove(template, standin, open_turn)
-        except Rejected:
-            forms[key] = None
-    form: Form | None = forms[key]
+        forms[shape] = _proven(template, standin(), open_turn)
+    form: Form | None = forms[shape]
     return form
+
+
+def _proven(template: Template, standin: Standin, open_turn: bool) -> Form | None:
+    if len(standin.texts) > MAX_SENTINELS:
+        return None
+    try:
+        return prove(template, standin, open_turn)
+    except Rejected:
+        return None
 
 
 def _form_of_itself(
