@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmpipe.data import template
 from llmpipe.data.examples import Messages, Tools
@@ -72,6 +73,27 @@ class Rendered:
         """
         spans = ((start, end) for start, end in self.spans if start < end)
         return [(self.from_char(start), self.behind(end)) for start, end in spans]
+
+
+class Answered(NamedTuple):
+    """A prompt with an answer, as tokens."""
+
+    ids: list[int]
+    gaps: list[tuple[int, int]]
+    """Tokens [start, end) between the assistant's turns: what users and tools say there, which is
+    not learned."""
+
+    def learned(self, begin: int) -> list[bool]:
+        """Of each token, whether it is the assistant's; the answer's first is number `begin`."""
+        learned = [i >= begin for i in range(len(self.ids))]
+        for start, end in self.gaps:
+            learned[start:end] = [False] * (end - start)
+        return learned
+
+    def context(self, begin: int, end: int) -> list[int]:
+        """Which tokens of those from `begin` to `end` are in gaps, counted from `begin`."""
+        inside = (i for gap in self.gaps for i in range(*gap))
+        return [i - begin for i in inside if begin <= i < end]
 
 
 class Encoder:
@@ -143,18 +165,20 @@ class Encoder:
         tools: Tools = None,
         *,
         proven: bool = True,
-    ) -> list[int]:
-        """Tokens of a prompt with an answer, to the end of its last turn.
+    ) -> Answered:
+        """A prompt with an answer, to the end of its last turn.
 
         Both are texts, or both are messages. Unless `proven`, a model gave the answer.
         """
         if isinstance(prompt, str):
             assert isinstance(answer, str)
             text = prompt + answer.removesuffix(self.text_eos)
-            return [*self.bos, *self.text(text), self.eos]
+            return Answered([*self.bos, *self.text(text), self.eos], [])
         conversation = self.conversation([*prompt, *answer], tools, len(prompt), proven=proven)
+        spoken = conversation.spoken()
+        gaps = [(end, start) for (_, end), (start, _) in pairwise(spoken) if end < start]
         _, end = conversation.spans[-1]
-        return conversation.ids[: conversation.behind(end)]
+        return Answered(conversation.ids[: conversation.behind(end)], gaps)
 
     def text(self, text: str) -> list[int]:
         """Tokens of a plain text. What is spelled like a token becomes it: people write templates

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import scores, upstream
 from llmpipe.data import template
-from llmpipe.data.encode import Encoder, Encoding
+from llmpipe.data.encode import Answered, Encoder, Encoding
 from llmpipe.data.formats import Completion, Conversation, Document, Example, Rejected
 from llmpipe.data.kinds import rows
 from llmpipe.data.pack import IGNORED
@@ -134,7 +134,7 @@ class Candidate:
         ids: list[int] = encoded["input_ids"]
         return ids
 
-    def answered(self, ask: Ask, tools: Tools, answer: Answer) -> list[int]:
+    def answered(self, ask: Ask, tools: Tools, answer: Answer) -> Answered:
         """Tokens of a question with one answer, up to the end of the last turn, as in training.
 
         Raises Rejected where the template refuses the conversation.
@@ -142,13 +142,17 @@ class Candidate:
         policy_without_template = not (self.ranks or self.tokenizer.chat_template)
         if ask.messages is not None and policy_without_template:
             turns = [*ask.messages, *answer]
-            return self.ids(render(self.tokenizer, {"messages": turns}), ask)
+            return Answered(self.ids(render(self.tokenizer, {"messages": turns}), ask), [])
         return self.encoder.answered(ask.prompt, answer, tools)
 
-    def answer_marked(self, ask: Ask, tools: Tools, answered: list[int], at: str) -> Marked:
-        """What `answered` gave; the answer begins where its rendering and the prompt's part."""
+    def answer_marked(self, ask: Ask, tools: Tools, answered: Answered, at: str) -> Marked:
+        """What `answered` gave, with the assistant's tokens marked.
+
+        The answer begins where its rendering and the prompt's part.
+        """
         prompt = self.ids(self.prompt(ask, tools, at), ask)
-        return Marked.after(answered, template.shared_prefix(prompt, answered))
+        ids = answered.ids
+        return Marked(ids, answered.learned(template.shared_prefix(prompt, ids)))
 
     def taught(self, example: Example) -> Marked:
         """A row as training encodes it, what it teaches marked. Raises Rejected."""

@@ -96,19 +96,22 @@ def _rows_of(written: dict[str, Any]) -> list[list[Example]]:
 
 
 def _answered(written: dict[str, Any]) -> list[Example]:
-    """A prompt with each of its answers, all of which is learned; or the prompt alone."""
+    """A prompt with each of its answers, learned but for their context; or the prompt alone."""
     prompt = written["prompt_ids"]
     answers = {}
     if "chosen_ids" in written:
-        answers = {"chosen": written["chosen_ids"], "rejected": written["rejected_ids"]}
+        answers = {"chosen": "chosen", "rejected": "rejected"}
     elif "label" in written:
-        answers = {"good" if written["label"] else "bad": written["completion_ids"]}
+        answers = {"good" if written["label"] else "bad": "completion"}
     if not answers:
         return [Example("prompt", prompt, [False] * len(prompt))]
-    return [
-        Example(title, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        for title, answer in answers.items()
-    ]
+    examples = []
+    for title, name in answers.items():
+        ids = written[f"{name}_ids"]
+        context = set(written[f"{name}_context"])
+        learned = [number not in context for number in range(len(ids))]
+        examples.append(Example(title, [*prompt, *ids], [False] * len(prompt) + learned))
+    return examples
 
 
 def marked(tokenizer: tokenizers.Tokenizer, example: Example, colour: bool = False) -> str:

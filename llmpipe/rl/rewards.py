@@ -178,7 +178,8 @@ def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
     turns = [{"role": "assistant", "content": response}]
     answer = response if isinstance(row["prompt"], str) else turns
     try:
-        return ranker.encoder.answered(row["prompt"], answer, row.get("tools"), proven=False)
+        tools = row.get("tools")
+        return ranker.encoder.answered(row["prompt"], answer, tools, proven=False).ids
     except Rejected as error:
         problem = f"reward: {ranker.label}: {error}: {_shortened(row['prompt'])!r}"
         raise UserError(problem) from None

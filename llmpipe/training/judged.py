@@ -22,7 +22,7 @@ from trl.trainer.utils import use_adapter
 from llmpipe.data.kinds.labels import FILLER, GOOD
 from llmpipe.training.heldout import Batch, HeldOut, Measure, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.preferences import Preferences
+from llmpipe.training.preferences import Preferences, leave_out
 from llmpipe.training.reference import Referenced
 from llmpipe.training.training import Training
 
@@ -39,7 +39,11 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         real = [row for row in rows if row["label"] != FILLER]
-        batch = self.collate(real or rows[:1])
+        used = real or rows[:1]
+        batch = self.collate(used)
+        for prefix in ("", "KL_"):
+            for mask, row in zip(batch[f"{prefix}completion_mask"], used, strict=True):
+                leave_out(mask, row["prompt_ids"], row[f"{prefix}completion_context"])
         batch["label"] = batch["label"] == GOOD
         return {**batch, "examples": len(real)}
 

@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from llmpipe import upstream
 from llmpipe.training.heldout import Batch, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.preferences import Pair, Preferences, real_pairs
+from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs
 from llmpipe.training.reference import Referenced
 
 # times the reference's log-probability of chosen responses: below that something is wrong
@@ -25,7 +25,11 @@ class Collator:
 
     def __call__(self, pairs: list[Pair]) -> Batch:
         real = real_pairs(pairs)
-        batch = self.collate(real or pairs[:1])
+        used = real or pairs[:1]
+        batch = self.collate(used)
+        answers = [(pair, side) for side in ("chosen", "rejected") for pair in used]
+        for mask, (pair, side) in zip(batch["completion_mask"], answers, strict=True):
+            leave_out(mask, pair["prompt_ids"], pair[f"{side}_context"])
         return {**batch, "examples": len(real)}
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer
 
 from llmpipe import upstream
@@ -22,12 +23,21 @@ from llmpipe.recipe import sections
 DROPOUT = "lora_dropout.default"  # of the adapter that is trained
 
 Pair = dict[str, Any]
-"""`prompt_ids`, `chosen_ids`, `rejected_ids` and `margin`, which is NaN for a filler."""
+"""As `kinds.pairs` writes it; `margin` is NaN for a filler."""
 
 
 def real_pairs(pairs: list[Pair]) -> list[Pair]:
     """Those that are no fillers (`rows.with_fillers`)."""
     return [pair for pair in pairs if not math.isnan(pair["margin"])]
+
+
+def leave_out(mask: Tensor, prompt: list[int], context: list[int]) -> None:
+    """Take what users and tools say in an answer out of its mask.
+
+    `context` is counted from the answer's first token, and may lie behind where a mask was cut.
+    """
+    places = torch.tensor(context, dtype=torch.long) + len(prompt)
+    mask[places[places < len(mask)]] = 0
 
 
 class Preferences(Trainer):

@@ -396,7 +396,10 @@ def test_one_source_as_pairs_and_as_prompts_are_two_preparations(here, base):
         _, (row,), _ = load(ready.folder(Path("cache")))
         columns[kind.name] = sorted(row)
     assert columns == {
-        "pairs": ["chosen_ids", "margin", "prompt_ids", "rejected_ids"],
+        "pairs": [
+            *("chosen_context", "chosen_ids", "margin"),
+            *("prompt_ids", "rejected_context", "rejected_ids"),
+        ],
         "prompts": ["prompt_ids", "row"],
     }
 

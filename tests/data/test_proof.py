@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmpipe.data.encode import Encoder, Encoding
 from llmpipe.data.formats import Rejected
+from llmpipe.data.kinds.labels import LABELS
 from llmpipe.data.kinds.pairs import PAIRS
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.kinds.rows import ROWS
@@ -26,6 +27,7 @@ from llmpipe.data.template.proof import CUT, EMPTY_THOUGHT, NO_DETAILS, NO_NAMES
 from llmpipe.data.template.shipped import shipped
 from llmpipe.data.template.spans import CUT_BEFORE, LATE, OPENS_THOUGHT, UNASKED
 from llmpipe.recipe.sections import Data, Pairs, Preparation, Prompts
+from llmpipe.report.rows import show_rows
 
 from .conftest import make_model, write
 
@@ -546,6 +548,32 @@ def test_pairs_and_prompts_are_proven_too(here):
         "template drops the tools": 1,
         "text spells a special token": 1,
     }
+
+
+def test_only_what_the_assistant_says_of_an_answer_is_learned(model):
+    """Users and tools speak between its turns, in pairs and in judged responses alike."""
+    asked, better, again = user("How old is it?"), assistant("Old."), user("In years?")
+    rows = [
+        {"prompt": [asked], "chosen": CALLS[1:], "rejected": [assistant("I forgot.")]},
+        {
+            "chosen": [asked, better, again, assistant("120")],
+            "rejected": [asked, assistant("New."), user("Really?"), assistant("So it is.")],
+        },
+    ]
+    turn = "<|im_end|>\n<|im_start|>"
+    between = f"{turn}user\n<tool_response>\n120 years\n</tool_response>{turn}assistant\n"
+    ready, _ = prepared(PAIRS, rows, Pairs, model)
+    shown = "\n".join(show_rows(ready, Path("cache"), 2, colour=False))
+    assert (
+        f"</tool_call><|im_end|>]]{between[len('<|im_end|>') :]}[[120 years.<|im_end|>]]" in shown
+    )
+    assert "[[Old.<|im_end|>]]\n<|im_start|>user\nIn years?" in shown
+    assert "[[New.<|im_end|>]]\n<|im_start|>user\nReally?" in shown
+    judged = [{"prompt": [asked], "completion": row["chosen"][-3:], "label": 1} for row in rows]
+    ready, _ = prepared(LABELS, judged, Pairs, model)
+    shown = "\n".join(show_rows(ready, Path("cache"), 2, colour=False))
+    assert "<|im_end|>]]\n<|im_start|>user\n<tool_response>" in shown
+    assert "[[Old.<|im_end|>]]\n<|im_start|>user\nIn years?" in shown
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *SHIPPED])

@@ -134,6 +134,22 @@ def test_every_form_of_a_preference_gives_the_same_tokens(tmp_path):
     assert made[0]["rejected_ids"][-1:] == end and made[0]["margin"] == 0
 
 
+def test_what_others_say_in_an_answer_is_read_and_not_learned():
+    """The mask that a loss is made of holds the assistant's tokens alone."""
+    from llmpipe.training import judged, policy
+
+    pair = {"prompt_ids": [1, 2], "margin": 0.0, "rejected_ids": [3], "rejected_context": []}
+    pair |= {"chosen_ids": [4, 5, 6, 7], "chosen_context": [1, 2]}
+    batch = policy.Collator(0)([pair])
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    row = {"prompt_ids": [1, 2], "label": 1, "completion_ids": [3, 4], "completion_context": [0]}
+    row |= {"KL_completion_ids": [5, 6, 7], "KL_completion_context": [1, 2]}
+    batch = judged.Collator(0, max_length=4)([row])
+    assert batch["completion_mask"].tolist() == [[0, 0, 0, 1]]
+    assert batch["KL_completion_mask"].tolist() == [[0, 0, 1, 0]]  # cut where max_length ends
+
+
 def test_pairs_that_teach_nothing_are_named(tmp_path):
     long = "word " * 80
     rows = [
@@ -291,7 +307,7 @@ def _bare_trl(folder, stage):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ '<|im_start|>assistant", "{{ '\\n<|im_start|>assistant"
     )
-    rows = load_dataset("json", data_files=str(PAIRS), split="train")
+    rows = load_dataset("json", data_files=f"{folder}/pairs.jsonl", split="train")
     if stage == "reward":
         torch.manual_seed(42)
         made = RewardTrainer(
@@ -307,6 +323,10 @@ def _bare_trl(folder, stage):
         json.dump([line["loss"] for line in made.state.log_history if "loss" in line], file)
 
 
+def _is_one(answer):
+    return len(answer) == 1
+
+
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_losses_equal_bare_trl(tmp_path, stage):
     from transformers import AutoTokenizer
@@ -315,6 +335,13 @@ def test_losses_equal_bare_trl(tmp_path, stage):
 
     settings = {"data__eval": {}, "evaluation": {}, "optim__steps": STEPS, "log__every": 1}
     settings |= {"optim__warmup": 0, "launch__micro_batch_size": 4}
+    # of answers with several turns, TRL learns what the user says between them, too
+    lines = PAIRS.read_text().splitlines(keepends=True)
+    answers = [(json.loads(line)["chosen"], json.loads(line)["rejected"]) for line in lines]
+    single = [line for line, both in zip(lines, answers, strict=True) if all(map(_is_one, both))]
+    assert len(single) >= 4 * STEPS
+    (tmp_path / "pairs.jsonl").write_text("".join(single))
+    settings["data__train"] = [{"path": str(tmp_path / "pairs.jsonl")}]
     mine = life.command(write(tmp_path / "run", stage, **settings))
     if stage == "reward":  # the same random head
         import torch

@@ -1,6 +1,7 @@
 """Judged responses, for `kto`: a prompt, one response to it, and whether that is good.
 
     train.arrow   prompt_ids, completion_ids, KL_completion_ids: list<int32>; label: int8
+                  completion_context, KL_completion_context: list<int32>, as in `pairs`
 
 A row brings its own `label` (true or false, 1 or 0), or is a preference, which becomes two: its
 chosen response is good, the other one is not. `KL_completion_ids` is a response to another prompt,
@@ -71,7 +72,8 @@ def label_of(others: dict[str, Any]) -> int:
 
 def judged(encoder: Encoder, prompt: Text, response: Text, tools: Tools, label: int) -> Encoded:
     """One piece. As in TRL, a response begins where its rendering and the prompt's part."""
-    ids = encoder.answered(prompt, response, tools)
+    answered = encoder.answered(prompt, response, tools)
+    ids = answered.ids
     begin = shared_prefix(encoder.prompt(prompt, tools), ids)
     most = encoder.max_length
     if begin >= most:
@@ -80,13 +82,14 @@ def judged(encoder: Encoder, prompt: Text, response: Text, tools: Tools, label: 
     learned = np.array(ids[begin:most], np.int32)
     if not len(learned):
         raise Rejected("nothing to learn", "the response has no token of its own")
-    piece = (np.array(ids[:begin], np.int32), learned, np.array([label], np.int32))
+    context = np.array(answered.context(begin, most), np.int32)
+    piece = (np.array(ids[:begin], np.int32), learned, np.array([label], np.int32), context)
     return Encoded([piece], truncated=len(ids) > most)
 
 
 def length(piece: Piece) -> int:
     """Tokens of the prompt with its response."""
-    prompt, response, _ = piece
+    prompt, response, *_ = piece
     return len(prompt) + len(response)
 
 
@@ -96,26 +99,27 @@ def layout(max_length: int, packing: bool) -> Layout:
 
 def table(sequences: list[Sequence], packing: bool) -> Table:
     pieces = [piece for (piece,) in sequences]
-    prompts, responses, labels = zip(*pieces, strict=True)
+    prompts, responses, labels, contexts = zip(*pieces, strict=True)
+    others = mismatched(prompts)
     columns = {
         "prompt_ids": pa.array(prompts, LIST),
         "completion_ids": pa.array(responses, LIST),
-        "KL_completion_ids": pa.array(mismatched(prompts, responses), LIST),
+        "KL_completion_ids": pa.array([responses[other] for other in others], LIST),
         "label": pa.array([int(label[0]) for label in labels], pa.int8()),
+        "completion_context": pa.array(contexts, LIST),
+        "KL_completion_context": pa.array([contexts[other] for other in others], LIST),
     }
-    supervised = sum(map(len, responses))
+    answers = sum(map(len, responses))
     return Table(
         pa.RecordBatch.from_pydict(columns),
-        tokens=sum(map(len, prompts)) + supervised,
-        supervised=supervised,
+        tokens=sum(map(len, prompts)) + answers,
+        supervised=answers - sum(map(len, contexts)),
         content=b"".join(column.tobytes() + b"|" for piece in pieces for column in piece),
     )
 
 
-def mismatched(
-    prompts: tuple[np.ndarray, ...], responses: tuple[np.ndarray, ...]
-) -> list[np.ndarray]:
-    """For each prompt the response of the nearest row before it that asks something else.
+def mismatched(prompts: tuple[np.ndarray, ...]) -> list[int]:
+    """For each prompt the number of the nearest row before it that asks something else.
 
     The first rows look at the last ones; where all prompts are equal, so are these.
     """
@@ -124,7 +128,7 @@ def mismatched(
     for i, prompt in enumerate(prompts):
         before = ((i - step) % count for step in range(1, count))
         other = (j for j in before if not np.array_equal(prompts[j], prompt))
-        taken.append(responses[next(other, i - 1)])
+        taken.append(next(other, (i - 1) % count))
     return taken
 
 
@@ -134,12 +138,14 @@ def filler(token: int) -> dict[str, Any]:
         "completion_ids": [token],
         "KL_completion_ids": [token],
         "label": FILLER,
+        "completion_context": [],
+        "KL_completion_context": [],
     }
 
 
 LABELS = Kind(
     name="labels",
-    columns={"prompt": LIST, "response": LIST, "label": LIST},
+    columns={"prompt": LIST, "response": LIST, "label": LIST, "context": LIST},
     shapes=(Preference, Completion, Conversation),
     encode=encode,
     length=length,

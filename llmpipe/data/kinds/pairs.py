@@ -1,8 +1,11 @@
 """Preferences, for `reward` and `dpo`: a prompt with a chosen and a rejected answer.
 
     train.arrow   prompt_ids, chosen_ids, rejected_ids: list<int32>; margin: float32
+                  chosen_context, rejected_context: list<int32>
 
-`margin` says by how much the chosen answer is better, 0 where a row does not say.
+A context holds which tokens of an answer are the user's and the tools', between turns of the
+assistant's: read, and not learned; the answer's first token is number 0. `margin` says by how much
+the chosen answer is better, 0 where a row does not say.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from llmpipe.data.template import shared_prefix
 
 
 def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
-    """A preference -> (prompt, chosen, rejected, margin). Raises Rejected.
+    """A preference -> (prompt, chosen, rejected, margin, contexts). Raises Rejected.
 
     As in TRL, an answer begins where its rendering and the prompt's part, the same for both; it
     ends with its end-of-turn token. `margin` is a number, or empty.
@@ -30,27 +33,29 @@ def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encode
     chosen = encoder.answered(example.prompt, example.chosen, example.tools)
     rejected = encoder.answered(example.prompt, example.rejected, example.tools)
     alone = encoder.prompt(example.prompt, example.tools)
-    begin = min(shared_prefix(alone, chosen), shared_prefix(alone, rejected))
+    begin = min(shared_prefix(alone, answer.ids) for answer in (chosen, rejected))
     most = encoder.max_length
     if begin >= most:
         detail = f"the prompt has {begin:,} tokens, {most:,} fit with an answer"
         raise Rejected("too long", detail)
-    better = np.array(chosen[begin:most], np.int32)
-    worse = np.array(rejected[begin:most], np.int32)
-    truncated = max(len(chosen), len(rejected)) > most
+    better = np.array(chosen.ids[begin:most], np.int32)
+    worse = np.array(rejected.ids[begin:most], np.int32)
+    truncated = max(len(chosen.ids), len(rejected.ids)) > most
     if not len(better) or not len(worse):
         raise Rejected("nothing to learn", "an answer has no token of its own")
     if np.array_equal(better, worse):
         reason = "cut to the same text" if truncated else "chosen equals rejected"
         raise Rejected(reason, "in tokens")
     margin = [] if example.margin is None else [example.margin]
-    piece = (np.array(chosen[:begin], np.int32), better, worse, np.array(margin, np.float32))
+    contexts = [np.array(it.context(begin, most), np.int32) for it in (chosen, rejected)]
+    prompt = np.array(chosen.ids[:begin], np.int32)
+    piece = (prompt, better, worse, np.array(margin, np.float32), *contexts)
     return Encoded([piece], truncated)
 
 
 def length(piece: Piece) -> int:
     """Tokens of the prompt with its longer answer."""
-    prompt, chosen, rejected, _ = piece
+    prompt, chosen, rejected, *_ = piece
     return len(prompt) + max(len(chosen), len(rejected))
 
 
@@ -60,7 +65,7 @@ def layout(max_length: int, packing: bool) -> Layout:
 
 def table(sequences: list[Sequence], packing: bool) -> Table:
     pairs = [pair for (pair,) in sequences]
-    prompts, chosen, rejected, margins = zip(*pairs, strict=True)
+    prompts, chosen, rejected, margins, *contexts = zip(*pairs, strict=True)
     columns = {
         "prompt_ids": pa.array(prompts, LIST),
         "chosen_ids": pa.array(chosen, LIST),
@@ -68,12 +73,15 @@ def table(sequences: list[Sequence], packing: bool) -> Table:
         "margin": pa.array(
             [float(margin[0]) if len(margin) else 0.0 for margin in margins], pa.float32()
         ),
+        "chosen_context": pa.array(contexts[0], LIST),
+        "rejected_context": pa.array(contexts[1], LIST),
     }
-    supervised = sum(map(len, chosen)) + sum(map(len, rejected))
+    answers = sum(map(len, chosen)) + sum(map(len, rejected))
+    read = sum(len(numbers) for context in contexts for numbers in context)
     return Table(
         pa.RecordBatch.from_pydict(columns),
-        tokens=2 * sum(map(len, prompts)) + supervised,
-        supervised=supervised,
+        tokens=2 * sum(map(len, prompts)) + answers,
+        supervised=answers - read,
         content=b"".join(column.tobytes() + b"|" for pair in pairs for column in pair),
     )
 
@@ -85,6 +93,8 @@ def filler(token: int) -> dict[str, Any]:
         "chosen_ids": [token],
         "rejected_ids": [token],
         "margin": math.nan,
+        "chosen_context": [],
+        "rejected_context": [],
     }
 
 
@@ -95,6 +105,8 @@ PAIRS = Kind(
         "chosen": LIST,
         "rejected": LIST,
         "margin": pa.list_(pa.float32()),
+        "chosen_context": LIST,
+        "rejected_context": LIST,
     },
     shapes=(Preference,),
     encode=encode,

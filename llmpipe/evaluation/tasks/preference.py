@@ -12,6 +12,7 @@ from llmpipe.evaluation.book import Scored
 from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, check_scored, tools_of
 
 if TYPE_CHECKING:
+    from llmpipe.data.encode import Answered
     from llmpipe.evaluation.candidate import Candidate
 
 
@@ -69,7 +70,7 @@ Values = dict[str, tuple[float, float]]  # of the chosen and of the rejected ans
 
 def _rewards(model: Candidate, batch: list[Pair]) -> list[Values]:
     """A reward model's scores."""
-    rewards = iter(model.rewards(_sequences(model, batch)))
+    rewards = iter(model.rewards([answered.ids for answered in _answered(model, batch)]))
     return [{"accuracy": (next(rewards), next(rewards))} for _ in batch]
 
 
@@ -77,8 +78,8 @@ def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
     """A policy's log-probabilities of the answers, summed and per token."""
     asked = [item for item in batch for _ in ("chosen", "rejected")]
     marked = [
-        model.answer_marked(item.ask, item.tools, ids, item.at)
-        for item, ids in zip(asked, _sequences(model, batch), strict=True)
+        model.answer_marked(item.ask, item.tools, answered, item.at)
+        for item, answered in zip(asked, _answered(model, batch), strict=True)
     ]
     for item, sequence in zip(asked, marked, strict=True):
         check_scored(sequence, item.at, model.label)
@@ -95,8 +96,8 @@ def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
     return values
 
 
-def _sequences(model: Candidate, batch: list[Pair]) -> list[list[int]]:
-    """Tokens of each question with its chosen and with its rejected answer, one after the other."""
+def _answered(model: Candidate, batch: list[Pair]) -> list[Answered]:
+    """Each question with its chosen and with its rejected answer, one after the other."""
     sequences = []
     for item in batch:
         try:
