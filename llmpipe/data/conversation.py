@@ -23,6 +23,7 @@ from llmpipe.data.fields import (
     optional_text,
     parsed_json,
     plain,
+    strict_json,
     text_of,
 )
 
@@ -95,7 +96,7 @@ def given(values: Values, name: str) -> Any:
     if not isinstance(value, str) or not _BEGINS_AS_JSON.match(value):
         return value
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(value)  # which may be no messages, and then says what it likes
     except (ValueError, RecursionError):
         if _BEGINS_AS_TURNS.match(value):
             _turns_in(value, name)
@@ -104,7 +105,7 @@ def given(values: Values, name: str) -> Any:
     if not any(map(_is_turn, turns)) and not (parsed is turns and all(map(_lacks_role, turns))):
         return value
     values.noted.add("texts that are messages in JSON are read as messages")
-    return parsed
+    return strict_json(value)
 
 
 def text_column(values: Values, name: str) -> str:
@@ -153,7 +154,7 @@ def tools_of(values: Values) -> Tools:
 def _turns_in(text: str, name: str) -> Any:
     """The value of a text that begins like a list. Raises Rejected where it is not JSON."""
     try:
-        return json.loads(text)
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
         problem = f"{name} begins like a list of messages, and is not JSON: {error}"
         if re.match(r"\s*\[\s*\{\s*'", text):

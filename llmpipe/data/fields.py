@@ -90,10 +90,32 @@ def optional_number(values: Values, name: str) -> float | None:
     return number
 
 
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises Rejected for a name twice in one object, of whose values one
+    would be lost, and for NaN and Infinity; ValueError and RecursionError for what is none."""
+    return _DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in columns if names.count(name) > 1)
+        raise Rejected("two values", f"for '{twice}' in one object")
+    return columns
+
+
+def _no_constant(name: str) -> None:
+    raise Rejected("bad JSON", f"{name} is no JSON; null is")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+
+
 def parsed_json(text: str, reason: str, at: str) -> Any:
-    """The value of a JSON text within a row. Raises Rejected with this reason."""
+    """The value of a JSON text within a row. Raises Rejected, with this reason for what is none."""
     try:
-        return json.loads(text)
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise Rejected(reason, f"{at}: not JSON: {error}") from None
 

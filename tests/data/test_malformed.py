@@ -37,6 +37,26 @@ LINES = {
         '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
         "two values",
     ),
+    "a name twice in arguments": (
+        messages(USER)[:-2]
+        + r', {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '
+        + r'"{\"a\": 1, \"a\": 2}"}}]}]}',
+        "two values",
+    ),
+    "a name twice in messages as text": (
+        json.dumps({"messages": '[{"role": "user", "role": "assistant", "content": "x"}]'}),
+        "two values",
+    ),
+    "a name twice in tools": (
+        GOOD[:-1] + r', "tools": "[{\"name\": \"f\", \"name\": \"g\"}]"}',
+        "two values",
+    ),
+    "NaN in arguments": (
+        messages(USER)[:-2]
+        + r', {"role": "assistant", "function_call": {"name": "f", "arguments": '
+        + r'"{\"a\": NaN}"}}]}',
+        "bad JSON",
+    ),
     "a column twice": ('{"messages": [], "x": 1, "messages": []}', "two values"),
     "no number": (GOOD[:-1] + ', "score": NaN}', "bad JSON"),
     "two objects": (GOOD + " " + GOOD, "bad JSON"),

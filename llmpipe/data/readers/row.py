@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from llmpipe.data.fields import strict_json
 from llmpipe.data.formats import Rejected
 from llmpipe.data.readers.compressed import open_bytes, text_bytes
 from llmpipe.errors import UserError
@@ -84,7 +85,7 @@ def parse(payload: Payload) -> dict[str, Any]:
         byte = f"byte 0x{payload[error.start]:02x} at position {error.start + 1}"
         raise Rejected("not UTF-8", f"{byte}; save the file as UTF-8") from None
     try:
-        columns = _DECODER.decode(text)
+        columns = strict_json(text)
     except json.JSONDecodeError as error:
         raise _mistake(text, error) from None
     except (ValueError, RecursionError) as error:
@@ -102,22 +103,6 @@ def _without_fillers(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_fillers(item) for item in value]
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    columns = dict(pairs)
-    if len(columns) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in columns if names.count(name) > 1)
-        raise Rejected("two values", f"for '{twice}' in one object")
-    return columns
-
-
-def _no_constant(name: str) -> None:
-    raise Rejected("bad JSON", f"{name} is no JSON; null is")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
 
 
 def _mistake(text: str, error: json.JSONDecodeError) -> Rejected:
