@@ -256,7 +256,7 @@ def _in_lengths(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
     all stages starts from."""
     if not recipe.model:
         return
-    run = Path(recipe.run)
+    run = artifact_of(recipe).run
     try:
         *_, first = outlook.meaning(recipe.model, run), *outlook.starts(recipe.model, run)
     except LookupError:

@@ -94,7 +94,7 @@ def read_recipe(
 def overrides(sets: list[str] | None, run: str | None) -> list[str]:
     """What was given with `--set` and `--run`, as KEY=VALUE."""
     given = list(sets or [])
-    if run:
+    if run is not None:
         given.append(f"run={json.dumps(run)}")
     return given
 

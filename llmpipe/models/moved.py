@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
+UNIT = 2.0**-24
+"""What a weight has to move by, about. Of 0 any step makes another number, so that the row of a pad
+token or a bias would move at a rate at which nothing is learned."""
+
+AT_ONCE = 1 << 24  # weights
+
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that learn as they were before the first step: a sum of the bits of each, which
-    takes as long as memory does to be read once, and no second copy."""
+    """The weights that learn as they were before the first step: of each a sum of its bits, which
+    is soon taken, and no second copy."""
 
     sums: dict[str, int]
 
@@ -22,7 +28,7 @@ class Start:
     def of(cls, model: nn.Module) -> Start:
         """Of a model that has not been trained yet, a reward model's new head included."""
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return cls({name: _sum_of_bits(weight) for name, weight in learned.items()})
+        return cls({name: _sum(name, weight) for name, weight in learned.items()})
 
     def moved(self, model: Any) -> bool:
         """Whether a reader of the files would find other weights than before training.
@@ -32,10 +38,23 @@ class Start:
         """
         weights = dict(model.named_parameters())
         names = self.sums.keys() & weights.keys()  # a critic's adapter is gone by now
-        changed = [name for name in names if _sum_of_bits(weights[name]) != self.sums[name]]
-        if not all(any(part in name for part in LOW_RANK) for name in changed):
+        changed = [name for name in names if _sum(name, weights[name]) != self.sums[name]]
+        if not all(map(_is_low_rank, changed)):
             return True
         return bool(changed) and any(_has_effect(layer) for layer in model.modules())
+
+
+def _is_low_rank(name: str) -> bool:
+    return any(part in name for part in LOW_RANK)
+
+
+def _sum(name: str, weight: Tensor) -> int:
+    """A sum of a tensor's bits; of what is no update of low rank, in whole units."""
+    if _is_low_rank(name):
+        return _sum_of_bits(weight)
+    parts = weight.detach().flatten().split(AT_ONCE)
+    # 0.0 is added since -0.0 and 0.0 have other bits
+    return sum(_sum_of_bits((part.float() / UNIT).round() + 0.0) for part in parts)
 
 
 def _sum_of_bits(weight: Tensor) -> int:

@@ -22,6 +22,7 @@ from llmpipe.recipe.sections import (
     Training,
 )
 from llmpipe.scores.verifiers import Verifier
+from llmpipe.scores.verifiers.regex import check_pattern
 
 
 class Reward(Section):
@@ -48,14 +49,11 @@ class Reward(Section):
     def _one(self) -> Reward:
         if sum(value is not None for value in (self.model, self.function, self.verifier)) != 1:
             raise ValueError("give one of model, function and verifier")
-        if self.function and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
+        if self.function is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
             raise ValueError(f"function: '{self.function}' is not ./file.py:name")
         if (self.verifier == "regex") != (self.pattern is not None):
             raise ValueError("pattern is for verifier: regex, which needs it")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"pattern: {error}") from None
+        check_pattern(self.pattern)
         return self
 
 

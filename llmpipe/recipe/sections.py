@@ -320,6 +320,8 @@ class Launch(Machine):
 
 def reference(text: str) -> str:
     """A validator of what names a model."""
+    if not text.strip():
+        raise ValueError("names nothing; give a Hub id, or a path such as ./folder")
     if text.startswith("artifact:") and not re.fullmatch(
         r"artifact:[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@\d+)?", text
     ):
@@ -338,6 +340,17 @@ Start = Annotated[
 ]
 
 
+def folder(text: str) -> str:
+    """A validator of what names a folder that is written to."""
+    if not text.strip():
+        raise ValueError("names no folder; `.` is the current one")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise ValueError(f"'{text}' is an address, and a run lies in a folder of this machine")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise ValueError(f"'{text}': there is no home of that name here")
+    return text
+
+
 class Recipe(Section):
     """What every stage shares; a stage narrows `stage` and adds its own fields."""
 
@@ -347,7 +360,7 @@ class Recipe(Section):
     """The kind of work."""
     name: Name | None = cosmetic(None)
     """Folder of the artifact in the run; the stage's name unless set."""
-    run: str = cosmetic(...)
+    run: Annotated[str, AfterValidator(folder)] = cosmetic(...)
     """Directory that holds the artifacts of one pipeline."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything that is drawn: the holdout, the order of the data, the training, sampled

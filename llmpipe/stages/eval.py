@@ -63,6 +63,8 @@ class Gate(Section):
             raise ValueError("give min, max or max_ratio_to_parent: any number would pass")
         if not all(map(math.isfinite, given)):
             raise ValueError("a bound is a finite number")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"no number is at least {self.min:g} and at most {self.max:g}")
         return self
 
 

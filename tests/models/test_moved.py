@@ -13,7 +13,7 @@ from llmpipe.models.moved import Start
 from llmpipe.models.pretrained import load_model
 from tests import life
 
-TOO_SMALL = {"optim__learning_rate": 1e-60, "optim__steps": 2, "samples": {}, "evaluation": {}}
+TOO_SMALL = {"optim__learning_rate": 1e-30, "optim__steps": 2, "samples": {}, "evaluation": {}}
 
 
 def model():
@@ -34,6 +34,20 @@ def test_one_element_of_one_tensor_is_enough():
     with torch.no_grad():
         trained.model.norm.weight[3] *= 1 + 1e-6
     assert start.moved(trained)
+
+
+def test_a_zero_that_becomes_nearly_zero_is_none():
+    """A pad token's row and biases are 0, and move at any rate; fp32 hides it in all others."""
+    trained = model()
+    trained.model.embed_tokens.weight.data[0] = 0
+    start = Start.of(trained)
+    with torch.no_grad():
+        for sign in (1, -1):
+            trained.model.embed_tokens.weight[0] += sign * 1e-30
+            assert not start.moved(trained)
+            trained.model.embed_tokens.weight[0] = sign * 1e-5
+            assert start.moved(trained)
+            trained.model.embed_tokens.weight[0] = 0
 
 
 def test_what_is_frozen_does_not_count():
@@ -117,7 +131,8 @@ def of_stage(run, stage, **changes):
     ("stage", "changes"),
     [
         ("sft", {}),
-        ("sft", {"adapter": {"rank": 2}, "optim__learning_rate": 1e-30}),
+        ("sft", {"optim__learning_rate": 1e-60}),
+        ("sft", {"adapter": {"rank": 2}}),
         life.by_the_dozen("sft", {"adapter": {"rank": 2, "dora": True}}),
         life.by_the_dozen("sft", {"adapter": {"rank": 2, "init": "pissa"}}),
         life.by_the_dozen("sft", {"adapter": {"rank": 2, "init": "olora"}}),

@@ -198,6 +198,44 @@ def test_a_bad_set_is_refused_with_what_to_write(tmp_path, given, message):
     assert re.search(message, "\n".join(said)), said
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("sft", "model=''", "model: names nothing; give a Hub id, or a path"),
+        ("sft", "model=' '", "model: names nothing"),
+        ("pretrain", "tokenizer=''", "tokenizer: names nothing"),
+        ("eval", "models.base=''", "models.base: names nothing"),
+        ("ppo", "reward.0={model: ''}", "reward.0: names nothing"),
+        ("ppo", "reward.0={function: ''}", "reward.0: function: '' is not ./file.py:name"),
+        ("ppo", "reward.0={verifier: regex, pattern: ''}", "pattern: '' fits any answer"),
+        ("ppo", "reward.0={verifier: regex, pattern: '.*'}", r"pattern: '\.\*' fits any answer"),
+        ("eval", "tasks.0.pattern=a|", r"pattern: 'a\|' fits any answer"),
+        ("eval", "gate.regex={min: 0.9, max: 0.1}", "no number is at least 0.9 and at most 0.1"),
+        ("sft", "run=''", "run: names no folder"),
+        ("sft", "run=' '", "run: names no folder"),
+        ("sft", "run=s3://bucket/run", "run: 's3://bucket/run' is an address"),
+        ("sft", "run=~nobody-here/x", "run: '~nobody-here/x': there is no home of that name"),
+    ],
+)
+def test_what_names_nothing_is_refused_in_every_field(tmp_path, name, given, message):
+    texts = {"sft": GOOD, "eval": EVAL, "pretrain": "stage: pretrain", "ppo": "stage: ppo\n" + PPO}
+    with pytest.raises(UserError, match=message) as refused:
+        load(write(tmp_path, texts[name]), schema(name), [given])
+    assert refused.value.code == 2
+
+
+EVAL = """\
+stage: eval
+run: runs/x
+models: {base: ./m}
+tasks: [{task: generate, data: [{path: ./rows.jsonl}], score: [regex], pattern: a}]
+"""
+
+PPO = """\
+run: runs/x
+reward: [{verifier: json}]
+"""
+
 PIPELINE = """\
 run: runs/p
 stages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from llmpipe.recipe.sections import Positive
 from llmpipe.scores import pass_at, score
 from llmpipe.scores.references import Comparison
 from llmpipe.scores.verifiers import VERIFIERS
+from llmpipe.scores.verifiers.regex import check_pattern
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
@@ -91,10 +91,7 @@ class Generate(OnItems):
     def _fits(self) -> Generate:
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples above 1 needs a temperature: greedy answers are all the same")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"pattern: {error}") from None
+        check_pattern(self.pattern)
         if max(self.pass_at) > self.samples:
             raise ValueError(f"pass_at {max(self.pass_at)} needs as many samples")
         if ("regex" in self.score) != (self.pattern is not None):

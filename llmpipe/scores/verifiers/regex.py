@@ -32,6 +32,18 @@ def refuses(reference: str, pattern: str) -> str | None:
     return f"is nothing that the group of the pattern {pattern} can hold"
 
 
+def check_pattern(pattern: str | None) -> None:
+    """Raises ValueError for one that is no pattern, or that without a group fits any answer."""
+    if pattern is None:
+        return
+    try:
+        fits = re.compile(pattern).search
+    except re.error as error:
+        raise ValueError(f"pattern: {error}") from None
+    if not compares(pattern) and all(map(fits, ("", "\n", "x: 1", " -\t~"))):
+        raise ValueError(f"pattern: '{pattern}' fits any answer, so all would be right")
+
+
 _FLAGS = re.compile(r"\(\?[aimsu]+\)")
 _CONTEXT = re.compile(r"\\[1-9B]|\(\?(?!:|>|P<)")
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?P<name>\?:|\?>|\?P<\w+>)?|\)", re.DOTALL)
