@@ -20,7 +20,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,6 @@ from transformers import (
     AttentionMaskInterface,
     PretrainedConfig,
     PreTrainedModel,
-    Trainer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,6 +37,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels import ChunkedLogProbFunction
 
 from llmpipe.kernels import cpu
+
+if TYPE_CHECKING:  # it imports bitsandbytes, which `silence` has to precede
+    from transformers import Trainer
 
 DOCUMENTS = "llmpipe_documents"
 """The `attn_implementation` of attention document by document."""

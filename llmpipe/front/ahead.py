@@ -25,7 +25,7 @@ from llmpipe.recipe.places import ARTIFACT, is_here
 from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
-from llmpipe.run.context import mistakes_in_lengths, of_folder
+from llmpipe.run.context import mistakes_in_lengths, of_folder, tensors
 from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
@@ -90,7 +90,7 @@ def mistakes(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     yield from _in_packages(recipe, outlook)
     if isinstance(recipe, Training) and not outlook.finished:
         yield from _in_launch(recipe, outlook)
-        yield from _in_lengths(recipe, outlook)
+        yield from _in_start(recipe, outlook)
     module = stage(recipe.stage)
     if isinstance(module, Foreseeing):
         yield from module.foresee(recipe, outlook)
@@ -251,19 +251,21 @@ def _knows_wandb(path: Path) -> bool:
     return bool(hosts.keys() & {server, "default"})
 
 
-def _in_lengths(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
-    """What is longer than the positions of the model, where the folder is known that the first of
-    all stages starts from."""
-    if not recipe.model:
+def _in_start(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
+    """What is longer than the positions of the model, and which layers it has not, where the folder
+    is known that the first of all stages starts from."""
+    folder = outlook.root(recipe.model, artifact_of(recipe).run) if recipe.model else None
+    if folder is None:
         return
-    run = artifact_of(recipe).run
-    try:
-        *_, first = outlook.meaning(recipe.model, run), *outlook.starts(recipe.model, run)
-    except LookupError:
-        return
-    context = of_folder(Path(first))
+    context = of_folder(folder)
     if context is not None:
         yield from mistakes_in_lengths(recipe, context)
+    weights = [name.removesuffix(".weight") for name in tensors(folder) if name.endswith(".weight")]
+    if recipe.adapter and weights:
+        try:
+            recipe.adapter.check_targets(weights)
+        except UserError as error:
+            yield Mistake("adapter.targets", error)
 
 
 def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:

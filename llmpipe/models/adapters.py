@@ -92,6 +92,8 @@ def begin(model: PreTrainedModel, adapter: Adapter, new_tokens: list[int], seed:
     """
     from peft import LoraConfig, get_peft_model
 
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    adapter.check_targets(linear)
     inits: dict[str, bool | str] = {"default": True, "pissa": "pissa_niter_16"}
     config = LoraConfig(
         task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
@@ -318,7 +320,7 @@ def refuse_another(model: Any, adapter: Adapter) -> None:
         shape["embeddings"] = embeddings
     differing = {name: value for name, value in shape.items() if getattr(adapter, name) != value}
     adapted = _adapted_layers(model)
-    if any(is_adapted != _targeted(name, adapter) for name, is_adapted in adapted.items()):
+    if any(is_adapted != adapter.is_on(name) for name, is_adapted in adapted.items()):
         last_names = {name.rpartition(".")[2] for name, is_adapted in adapted.items() if is_adapted}
         differing["targets"] = sorted(last_names)
     if differing:
@@ -332,13 +334,6 @@ def refuse_another(model: Any, adapter: Adapter) -> None:
             "a new one",
             INTEGRITY,
         )
-
-
-def _targeted(layer: str, adapter: Adapter) -> bool:
-    """Whether the recipe puts an adapter on the linear layer of this dotted name."""
-    if adapter.targets == "all-linear":
-        return True
-    return any(f".{layer}".endswith(f".{target}") for target in adapter.targets)
 
 
 def _adapted_layers(model: Any) -> dict[str, bool]:

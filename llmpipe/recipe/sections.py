@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llmpipe.errors import UserError, near
 from llmpipe.recipe.formats import FormatName
 from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
 from llmpipe.recipe.trainer import TrainerConfig
@@ -254,6 +256,21 @@ class Adapter(Section):
         """Whether the frozen weights are not the model's own while this adapter is trained."""
         return self.init in ("pissa", "olora")
 
+    def is_on(self, layer: str) -> bool:
+        """Whether the linear layer of this dotted name gets an update, unless it is the head."""
+        return self.targets == "all-linear" or any(_ends_in(layer, name) for name in self.targets)
+
+    def check_targets(self, layers: Sequence[str]) -> None:
+        """Raise UserError for a name in `targets` that none of the linear layers ends in: where
+        another one does, PEFT would be content, and nothing would tell.
+        """
+        for name in [] if self.targets == "all-linear" else self.targets:
+            if not any(_ends_in(layer, name) for layer in layers):
+                last_names = sorted({layer.rpartition(".")[2] for layer in layers})
+                problem = f"adapter.targets: no linear layer is called {name}"
+                hint = f"there are: {', '.join(last_names)}"
+                raise UserError(f"{problem}{near(name, last_names)}", hint)
+
     @model_validator(mode="after")
     def _fits(self) -> Adapter:
         if self.rslora and self.dora:
@@ -263,6 +280,11 @@ class Adapter(Section):
                 f"init: {self.init} and dora both decompose the frozen weights; take one"
             )
         return self
+
+
+def _ends_in(layer: str, name: str) -> bool:
+    """Whether a dotted name ends in these parts."""
+    return f".{layer}".endswith(f".{name}")
 
 
 class Quantization(Section):

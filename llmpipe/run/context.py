@@ -69,7 +69,7 @@ def of_folder(folder: Path) -> Context | None:
     if tokens is None:
         return None
     kind = config.get("model_type")
-    ends = kind in TABLE_IN_CODE or any(name.endswith(TABLES) for name in _tensors(folder))
+    ends = kind in TABLE_IN_CODE or any(name.endswith(TABLES) for name in tensors(folder))
     return Context(tokens, ends, _window(config))
 
 
@@ -107,7 +107,7 @@ def _window(config: dict[str, Any]) -> int | None:
     return window if slides and isinstance(window, int) else None
 
 
-def _tensors(folder: Path) -> list[str]:
+def tensors(folder: Path) -> list[str]:
     """Names of the tensors in a folder's safetensors, of which the headers alone are read."""
     index = read_json(folder / INDEX)
     if isinstance(index, dict) and isinstance(index.get("weight_map"), dict):

@@ -145,6 +145,15 @@ class Outlook:
             reference, run = start, artifact.run
             yield self.meaning(reference, run)
 
+    def root(self, reference: str, run: Path) -> Path | None:
+        """The folder of the model that a model was made from first; None where that is no folder of
+        this machine, or cannot be told."""
+        try:
+            *_, first = self.meaning(reference, run), *self.starts(reference, run)
+        except LookupError:
+            return None
+        return Path(first) if os.path.isabs(first) and os.path.isdir(first) else None
+
     def meaning(self, reference: str, run: Path) -> str:
         """A reference as it is for all who mean the same: artifact and path in full, path, Hub id.
 

@@ -157,7 +157,9 @@ def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
 
 
 def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
-    """What is wrong with the gate: a number that no task measures, or no parent to compare with."""
+    """What is wrong with the gate: a number that no task measures, or no parent to compare with;
+    and which answers leave no room for a prompt."""
+    yield from _without_room(recipe, outlook)
     last, reference = list(recipe.models.items())[-1]
     run = artifact_of(recipe).run
     try:
@@ -205,6 +207,26 @@ def _unmeasured(name: str, tasks: list[AnyTask], kind: str | None) -> UserError 
     return UserError(f"no task measures it{near(name, known)}", f"measured are: {shown}")
 
 
+def _answers(recipe: Schema) -> dict[str, int]:
+    """Tokens of the longest answers, by the field that limits them."""
+    return {
+        f"tasks.{i}.max_new_tokens": task.max_new_tokens
+        for i, task in enumerate(recipe.tasks)
+        if hasattr(task, "max_new_tokens")
+    }
+
+
+def _without_room(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
+    """The answers that leave a model no room for a prompt."""
+    run = artifact_of(recipe).run
+    roots = {field: outlook.root(name, run) for field, name in recipe.references().items()}
+    for field, tokens in _answers(recipe).items():
+        try:
+            check_answers({field: tokens}, {name: root for name, root in roots.items() if root})
+        except UserError as error:
+            yield Mistake(field, error)
+
+
 # --- prepare --------------------------------------------------------------------------------------
 
 
@@ -213,12 +235,7 @@ def prepare(job: Job[Schema]) -> PreparedItems:
     from llmpipe.evaluation.items import items_of, seen_by
 
     recipe = job.recipe
-    answers = {
-        f"tasks.{i}.max_new_tokens": task.max_new_tokens
-        for i, task in enumerate(recipe.tasks)
-        if hasattr(task, "max_new_tokens")
-    }
-    check_answers(answers, job.models | job.bases)
+    check_answers(_answers(recipe), job.models | job.bases)
     folder = job.prepared / f"eval-{job.plan.identity[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     measured = [Artifact(path.parent) for path in job.models.values()]

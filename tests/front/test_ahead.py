@@ -241,6 +241,18 @@ MISTAKES = {
         r"optim.batch_size \(4\) must be a multiple of launch.processes \(3\)",
         at="batch_size: 4",
     ),
+    "a layer for an adapter": Mistake(
+        DPO,
+        {"    log:": "    adapter: {targets: [v_proj, qproj]}\n    log:"},
+        r"adapter.targets: no linear layer is called qproj; did you mean 'q_proj'\?",
+        at="adapter:",
+    ),
+    "answers that leave no room": Mistake(
+        EVAL,
+        {"score: [exact_match, rouge]": "score: [exact_match]\n        max_new_tokens: 512"},
+        "tasks.1.max_new_tokens: 512 tokens, and .* takes 512 with the prompt",
+        at="        max_new",
+    ),
     "a reward that is no reward model": Mistake(
         PPO,
         {"model: artifact:reward": "model: artifact:sft@2"},
@@ -328,6 +340,13 @@ def test_a_sound_pipeline_has_no_mistake(here, last):
     write(Mistake(last, {"stage:": "stage:"}, ""))
     ahead.check(load_pipeline(Path("pipe.yaml"), schema).stages)
     assert Path("run").is_dir()
+
+
+def test_what_a_run_in_a_home_starts_from_is_known_as_well(llmpipe, here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    text = FIRST.replace("run: run", "run: ~/run") + DPO
+    said = complaints(llmpipe, text + "    adapter: {targets: [qproj]}\n")
+    assert len(said) == 1 and "no linear layer is called qproj" in said[0]
 
 
 def complaints(llmpipe, text: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.files import table, write_json
 from llmpipe.recipe.check import load
+from llmpipe.recipe.sections import Adapter
 from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
 from llmpipe.run.manifest import Base
 from llmpipe.run.plan import decide
@@ -500,6 +501,24 @@ def test_recipes(tmp_path, changes, message):
         load(life.write(tmp_path / "run", quantization={"bits": 4}), schema("sft"))
 
 
-def test_no_layer_has_the_name(tmp_path):
-    with pytest.raises(UserError, match="adapter: Target modules"):
-        life.command(write(tmp_path / "run", adapter={"targets": ["qproj"]}))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qproj", r"no linear layer is called qproj; did you mean 'q_proj'\?.* up_proj, v_proj"),
+        ("embed_tokens", "no linear layer is called embed_tokens"),
+        ("norm", "no linear layer is called norm"),
+    ],
+)
+def test_no_linear_layer_has_the_name(tmp_path, name, words):
+    """Nor is one passed over beside another that is there: PEFT says nothing of it then."""
+    with pytest.raises(UserError, match=words) as refused:
+        life.command(write(tmp_path / "run", adapter={"targets": ["v_proj", name]}))
+    assert refused.value.code == 2
+
+
+def test_a_name_of_several_parts_is_of_the_layers_that_end_so():
+    layers = [f"layers.{i}.attn.{name}" for i in (0, 1) for name in ("q", "k")]
+    for targets, of in ((["attn.q"], [0, 2]), (["1.attn.k", "q"], [0, 2, 3])):
+        adapter = Adapter(targets=targets)
+        adapter.check_targets(layers)
+        assert [i for i, layer in enumerate(layers) if adapter.is_on(layer)] == of
