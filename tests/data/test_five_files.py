@@ -171,7 +171,8 @@ class Writer:
         turn: Row = {"role": "assistant", "content": self.content(), "tool_calls": calls}
         if not self.full and self.often():
             turn["content"] = None
-        results = [{"role": "tool", "content": self.content(), "tool_call_id": "1"} for _ in calls]
+        ids = [call.get("id", "1") for call in calls]
+        results = [{"role": "tool", "content": self.content(), "tool_call_id": it} for it in ids]
         return [turn, *results]
 
     def conversation(self) -> list[Row]:

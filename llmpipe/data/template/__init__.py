@@ -6,6 +6,7 @@ texts       what a conversation says, and sentinels that stand for it
 proof       that a template renders all of it, once for every shape of conversation
 spans       where the assistant's turns begin and end
 turns       a conversation's text, and which characters are learned
+results     whose result a tool's turn is
 spelled     texts that a tokenizer would read as special tokens
 ends        what ends a turn, learned from the template
 choice      the template of the recipe and the model's tokenizer, brought together

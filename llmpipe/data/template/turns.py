@@ -14,6 +14,7 @@ from llmpipe.data.examples import Messages, Tools, is_learned
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template.proof import INCONSISTENT, Form, Standin, Turn, prove
 from llmpipe.data.template.rendering import Template, clean
+from llmpipe.data.template.results import misplaced
 from llmpipe.data.template.sandbox import Span
 from llmpipe.data.template.texts import (
     MAX_SENTINELS,
@@ -61,7 +62,7 @@ def turns(
     learned = {i for i, m in enumerate(messages) if i >= first and is_learned(m)}
     text, texts, form, every = _read(template, messages, tools, open_turn=False)
     if proven:
-        _refuse(form.refusal)
+        _refuse(form.refusal or misplaced(messages, text, texts, form.places))
     notes = set(form.notes)
     spans = []
     for turn in every:
@@ -74,8 +75,9 @@ def turns(
 
 def prompt(template: Template, messages: Messages, tools: Tools = None) -> Reading:
     """Render a conversation up to where an answer would begin. Raises Rejected."""
-    text, texts, form, _ = _read(template, clean(messages), tools, open_turn=True)
-    _refuse(form.refusal)
+    messages = clean(messages)
+    text, texts, form, _ = _read(template, messages, tools, open_turn=True)
+    _refuse(form.refusal or misplaced(messages, text, texts, form.places))
     return Reading(text, [], texts, form.notes)
 
 
