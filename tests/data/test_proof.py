@@ -190,6 +190,41 @@ def test_only_the_first_of_parallel_results():
     assert "template drops tool results: turn 4" in refused(text, [*row, assistant("Yes, 30.")])
 
 
+def named_call(name: str) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("calls", "results"),
+    [
+        ([call("warm", 1), call("warm", 2)], [result("30", 2), result("18", 1)]),
+        ([call("warm", 1), call("warm", 2)], [result("18", 2)]),
+        ([call("warm", 1)], [result("18", 9)]),
+        ([call("warm", 1)], [result("18", 1), result("30", 2)]),
+        (
+            [named_call("warm"), named_call("hour")],
+            [{"role": "tool", "name": name, "content": "9"} for name in ("hour", "warm")],
+        ),
+    ],
+)
+def test_results_in_the_place_of_another_call(calls, results):
+    """Where a template tells by their order alone whose result it is."""
+    row = [user("Warm?"), assistant("", tool_calls=calls), *results, assistant("Yes.")]
+    assert "template drops ids: turn" in refused(SHIPPED["chatml"], row)
+    if {it.get("tool_call_id", "") for it in results} <= {it.get("id") for it in calls}:
+        assert learned(FAMILIES["mistral"], row)  # which writes ids
+
+
+def test_results_in_the_order_of_calls():
+    pair = [named_call("warm"), named_call("hour")]
+    results = [{"role": "tool", "name": name, "content": "9"} for name in ("warm", "hour")]
+    row = [user("?"), assistant("", tool_calls=pair), *results, assistant("Yes.")]
+    assert len(learned(SHIPPED["chatml"], row)) == 2
+    calls = [assistant("", tool_calls=[call("warm", i)]) for i in (1, 2)]
+    row = [user("?"), *calls, result("30", 1), result("18", 2), assistant("Yes.")]
+    assert len(learned(SHIPPED["chatml"], row)) == 3
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -207,6 +242,39 @@ def test_tools(written):
         [user("The weather in town?"), assistant("I need the tool weather.")],
         [WEATHER],
     )
+
+
+# as gpt-oss writes tools: what it finds among properties, and no more
+PROPERTIES = (
+    "{% for t in tools %}{{ t.function.name + t.function.description }}"
+    "{% for name, it in (t.function.parameters.properties or {}).items() %}"
+    "{{ name + it.type + (it.description or '') }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"town": {"type": "str", "description": "Where to look."}},  # as xLAM has them
+        {"town": {"type": "str"}},
+        {"type": {"description": "Of the tram."}},
+        json.dumps(WEATHER["function"]["parameters"]),
+    ],
+)
+def test_parameters_that_are_no_schema(parameters):
+    tool = {"type": "function", "function": {**WEATHER["function"], "parameters": parameters}}
+    row = [user("Warm?"), assistant("Yes.")]
+    assert "template drops the tools" in refused(PROPERTIES + NO_TOOLS, row, [tool])
+    assert learned(SHIPPED["chatml"], row, [tool]) == ["Yes.<|im_end|>"]
+
+
+@pytest.mark.parametrize("detail", [{"enum": [3, 7]}, {"default": "Lima"}, {"default": 7}])
+def test_details_that_are_numbers_or_defaults_are_noted(detail):
+    schema = {"properties": {"line": {"type": "integer", **detail}}}
+    tool = {"function": {**WEATHER["function"], "parameters": schema}}
+    row = [user("Warm?"), assistant("Yes.")]
+    assert turns(compiled(PROPERTIES + NO_TOOLS), row, [tool]).notes == {NO_DETAILS}
+    assert turns(compiled(SHIPPED["chatml"]), row, [tool]).notes == set()
 
 
 def test_details_of_tools_are_noted():

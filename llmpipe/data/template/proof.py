@@ -33,7 +33,7 @@ INCONSISTENT = "template renders turns inconsistently"
 CUT = "the chat template leaves out what earlier turns think"
 # A name labels a turn whose words are there, and most templates have none.
 NO_NAMES = "the chat template leaves out the names of turns"
-NO_DETAILS = "the chat template leaves out choices, or descriptions of parts, of tools' parameters"
+NO_DETAILS = "the chat template leaves out choices, defaults or details of tools' parameters"
 NOTED = {NAMES: NO_NAMES, DETAILS: NO_DETAILS}
 EMPTY_THOUGHT = "the chat template begins turns with an empty thought, which is learned"
 UNMARKED = "the chat template's generation markers leave out turns of the assistant"

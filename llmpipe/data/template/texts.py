@@ -18,7 +18,7 @@ from llmpipe.data.template.sandbox import Span
 THINKING = "the thinking"
 CALLS = "tool calls"
 TOOLS = "the tools"  # their names and descriptions, and those of their parameters
-DETAILS = "details of tools"  # choices, and what describes parts of a parameter
+DETAILS = "details of tools"  # choices, defaults, and what describes parts of a parameter
 NAMES = "names"
 IDS = "ids"
 OF_ROLE = {
@@ -28,6 +28,9 @@ OF_ROLE = {
     "tool": "tool results",
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the fields, in transformers' order
+
+# What a JSON schema has by itself, where its parameters are not named.
+SCHEMAS = frozenset({"properties", "$defs", "definitions", "patternProperties", "items", "not"})
 
 # A sentinel survives trimming, JSON and sorting, and is unlike any word. Ids keep their length,
 # which some templates ask for.
@@ -294,9 +297,22 @@ class _Rewriter:
         for name, value in function.items():
             if name in ("name", "description"):
                 new[name] = self._put_of_tool(TOOLS, value)
+            elif name == "parameters":
+                new[name] = self._parameters(value)
             else:
                 new[name] = self._schema(value, 0)
         return new
+
+    def _parameters(self, value: Any) -> Any:
+        """A JSON schema; its text; or, as in xLAM's rows, the parameters by their names."""
+        if not isinstance(value, dict):
+            return self._put_of_tool(TOOLS, value)
+        if not value or not all(isinstance(item, dict) for item in value.values()):
+            return self._schema(value, 0)
+        if not SCHEMAS.isdisjoint(value):
+            return self._schema(value, 0)
+        names = {name: self._put(OF_TOOLS, TOOLS, name) for name in in_order(value)}
+        return {names[name]: self._schema(item, 1) for name, item in value.items()}
 
     def _schema(self, value: Any, depth: int) -> Any:
         """A JSON schema: of all parameters at depth 0, of one at 1, of a part of one at 2."""
@@ -319,9 +335,12 @@ class _Rewriter:
                 new[name] = self._put_of_tool(TOOLS if depth == 1 else DETAILS, item)
             elif name == "enum" and isinstance(item, list):
                 new[name] = [self._put_of_tool(DETAILS, choice) for choice in item]
+            elif name == "default":
+                new[name] = self._put_of_tool(DETAILS, item)
             else:
                 new[name] = self._schema(item, 2)
         return new
 
     def _put_of_tool(self, kind: str, value: Any) -> Any:
-        return self._put(OF_TOOLS, kind, value) if isinstance(value, str) else value
+        told = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return self._put(OF_TOOLS, kind, value) if told else value
