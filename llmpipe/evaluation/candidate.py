@@ -28,7 +28,7 @@ from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Settings
 from llmpipe.evaluation.task import Answer, Ask, Marked, Tools
-from llmpipe.models.generate import Response, Sampling, generate, isolated_rng, render
+from llmpipe.models.generate import Response, Sampling, check_rows, generate, isolated_rng, render
 from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
@@ -183,6 +183,7 @@ class Candidate:
 
     def log_probs(self, sequences: list[Marked]) -> list[LogProb]:
         """Of the marked tokens of each sequence. Raises UserError (4) where one is not finite."""
+        check_rows(self.model, self.tokenizer, (sequence.ids for sequence in sequences))
         lengths = [len(sequence.ids) for sequence in sequences]
         tokens = LOGITS // len(self.tokenizer)
         values: dict[int, LogProb] = {}
@@ -193,6 +194,7 @@ class Candidate:
 
     def rewards(self, texts: list[list[int]]) -> list[float]:
         """A reward model's score of each tokenized text."""
+        check_rows(self.model, self.tokenizer, texts)
         values: dict[int, float] = {}
         for batch in batches([len(ids) for ids in texts], self.batch_size):
             values.update(zip(batch, self._rewards([texts[i] for i in batch]), strict=True))
@@ -243,7 +245,7 @@ class Candidate:
         most = tokens_of(self.model.config.to_dict())
         if most is not None and width > most:
             problem = f"{self.label}: an item has {width:,} tokens, the model takes {most:,}"
-            raise UserError(problem, "shorten it")
+            raise UserError(problem, "shorten it, or lower the window of perplexity")
 
     def _rewards(self, texts: list[list[int]]) -> list[float]:
         """`rewards` of one batch, padded on the right.

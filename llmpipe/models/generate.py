@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -115,6 +115,7 @@ def generate(
     new tokens exceed the model's context.
     """
     width = max(map(len, prompts))
+    check_rows(model, tokenizer, prompts)
     _fits_context(model, width, sampling)
     stops = stop_tokens(model, tokenizer)
     # only where it stops is the model's own: with its repetition penalty nothing would be greedy
@@ -137,6 +138,25 @@ def generate(
     finally:
         model.train(was_training)
     return [_response(tokenizer, row, stops) for row in rows[:, width:].tolist()]
+
+
+def check_rows(
+    model: PreTrainedModel, tokenizer: Tokenizer, sequences: Iterable[list[int]]
+) -> None:
+    """Raise UserError (2) for a token that the model has no row for, since its tokenizer is longer:
+    an IndexError, or on a GPU an assertion of the device.
+    """
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    beyond = next((token for ids in sequences for token in ids if token >= rows), None)
+    if beyond is not None:
+        shown = tokenizer.convert_ids_to_tokens(beyond)
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {rows:,} rows of "
+            f"embeddings: there is none for {shown}, which the text holds",
+            "a stage that trains it gives it these rows, and a model with them can be measured",
+        )
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:

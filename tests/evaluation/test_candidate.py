@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmpipe.errors import UserError
 from llmpipe.evaluation.candidate import Candidate
-from llmpipe.evaluation.task import Ask
-from llmpipe.models.pretrained import load_tokenizer
+from llmpipe.evaluation.task import Ask, Marked, Place
+from llmpipe.evaluation.tasks.preference import Pair, Preference
+from llmpipe.models.generate import Sampling
+from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.recipe.sections import Rows
 
 TINY = Path(__file__).parents[2] / "recipes/tiny/model"
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}
@@ -27,6 +31,51 @@ def asked(*contents: str, **more) -> Ask:
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
     turns[-1] |= more
     return Ask.of(turns, bare=False)
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_a_token_that_the_model_has_no_row_for_is_named(tiny, ranks):
+    """Of a base whose tokenizer is longer, in what is answered, scored and ranked."""
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.add_tokens(["<|one|>", "<|two|>"], special_tokens=True)
+    model = load_model(TINY, scores=ranks)
+    longer = replace(tiny, model=model, tokenizer=tokenizer, ranks=ranks)
+    ids = tokenizer("Warm?")["input_ids"]
+    beyond = [*ids, tokenizer.convert_tokens_to_ids("<|two|>")]
+
+    def score(given: list[int]) -> None:
+        if ranks:
+            longer.rewards([ids, given])
+        else:
+            longer.log_probs([Marked(ids, [True] * len(ids)), Marked(given, [True] * len(given))])
+            longer.responses([ids, given], Sampling(4), seed=0)
+
+    score(ids)
+    with pytest.raises(UserError, match=r"514 tokens .* 512 rows.*none for <\|two\|>") as error:
+        score(beyond)
+    assert error.value.code == 2
+    if not ranks:
+        with pytest.raises(UserError, match=r"none for <\|two\|>"):
+            longer.responses([beyond], Sampling(4), seed=0)
+
+
+def test_a_reward_that_is_no_number_ranks_nothing(tiny):
+    """NaN is not above what it is compared with, which would count as a wrong choice."""
+    ranker = replace(tiny, model=load_model(TINY, scores=True), ranks=True)
+    task = Preference(task="preference", data=[Rows(path="rows.jsonl")])
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+    pair = Pair(
+        **Place(0, "rows.jsonl:3", 0)._asdict(),
+        ask=asked("Warm?"),
+        chosen=answers[0],
+        rejected=answers[1],
+    )
+    [scored] = task.score_batch(ranker, [pair], seed=0)
+    assert scored.scores["accuracy"] in (0.0, 1.0)
+    ranker.model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: tiny: a reward is not finite") as error:
+        task.score_batch(ranker, [pair], seed=0)
+    assert error.value.code == 4
 
 
 @pytest.mark.parametrize(

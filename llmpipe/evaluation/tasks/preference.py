@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmpipe.data import examples
 from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, Rejected
-from llmpipe.errors import UserError
+from llmpipe.errors import NUMERIC, UserError
 from llmpipe.evaluation.book import Scored
 from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, check_scored, tools_of
 
@@ -69,9 +70,16 @@ Values = dict[str, tuple[float, float]]  # of the chosen and of the rejected ans
 
 
 def _rewards(model: Candidate, batch: list[Pair]) -> list[Values]:
-    """A reward model's scores."""
-    rewards = iter(model.rewards([answered.ids for answered in _answered(model, batch)]))
-    return [{"accuracy": (next(rewards), next(rewards))} for _ in batch]
+    """A reward model's scores. Raises UserError (4) where one is not finite: it would rank no
+    answer first, and count as a wrong choice."""
+    rewards = model.rewards([answered.ids for answered in _answered(model, batch)])
+    pairs = zip(rewards[::2], rewards[1::2], strict=True)
+    values: list[Values] = [{"accuracy": pair} for pair in pairs]
+    for item, value in zip(batch, values, strict=True):
+        if not all(map(math.isfinite, value["accuracy"])):
+            problem = f"{item.at}: {model.label}: a reward is not finite"
+            raise UserError(problem, "the model is broken", NUMERIC)
+    return values
 
 
 def _log_probs(model: Candidate, batch: list[Pair]) -> list[Values]:
