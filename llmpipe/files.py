@@ -94,7 +94,7 @@ def read_json(path: Path) -> Any:
     """Parsed JSON, or None when the file is absent or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 
 

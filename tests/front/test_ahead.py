@@ -342,6 +342,14 @@ def test_a_sound_pipeline_has_no_mistake(here, last):
     assert Path("run").is_dir()
 
 
+def test_a_file_that_is_converted_first_has_no_mistake(here):
+    """A GGUF, as in the quickstart: what it holds is known once it is read."""
+    (here / "m.gguf").write_bytes(b"GGUF")
+    (here / "pipe.yaml").write_text((FIRST + PPO + EVAL).replace(f"{TINY}/model", "./m.gguf"))
+    pipeline = load_pipeline(here / "pipe.yaml", schema)
+    ahead.check(pipeline.stages, pipeline=pipeline)
+
+
 def test_what_a_run_in_a_home_starts_from_is_known_as_well(llmpipe, here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     text = FIRST.replace("run: run", "run: ~/run") + DPO
