@@ -22,7 +22,10 @@ LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 
 NO_SPACE = "No space left on device"
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    errno.ENAMETOOLONG,
+)
 """What a system says of a place in which this user cannot write."""
 
 

@@ -362,6 +362,8 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     ),
     # of new embeddings and of a head with new rows: said in a line of ours, where it is news
     "transformers.modeling_utils": "will be initialized from a multivariate normal distribution",
+    # of a text that is then cut into windows, by the length that is the tokenizer's own
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
     # of micro-batches of one, which cost nothing where documents are attended one by one
     "trl.trainer.sft_trainer": (
         "You are using a per_device_train_batch_size of 1 with padding-free training"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
         raise UserError(f"line {line}: {reason}", "the file is no Python") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from None
+    _check_imports(tree)
     bound = list(_bound(tree.body))
     nodes = [node for other, node in bound if other == name]
     if not nodes and not any(other in ("*", "__getattr__") for other, _ in bound):
@@ -33,6 +37,29 @@ def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
         raise UserError(f"the file has no attribute '{name}'{near(name, known)}", hint)
     if len(nodes) == 1:  # of several it cannot be told which one will hold
         _check_node(nodes[0], name, list(keywords))
+
+
+def _check_imports(tree: ast.Module) -> None:
+    """Raises UserError for a module that the file needs and that is not here.
+
+    What is imported within a `try` or an `if` may do without; so may one that the file makes a way
+    to, by sys.path.
+    """
+    if any(isinstance(node, ast.Attribute) and node.attr == "path" for node in ast.walk(tree)):
+        return
+    for node in tree.body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [node.module]
+        for name in {name.partition(".")[0] for name in names}:
+            beside = any(os.path.exists(place) for place in (name, f"{name}.py"))
+            if name not in sys.modules and not beside and not importlib.util.find_spec(name):
+                raise UserError(
+                    f"line {node.lineno}: there is no module {name} here",
+                    "install what it is in, or mend the name",
+                )
 
 
 def _check_node(node: ast.AST, name: str, keywords: list[str]) -> None:

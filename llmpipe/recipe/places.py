@@ -27,6 +27,8 @@ _HUB_ID = re.compile(r"(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
+_SSH = re.compile(r"[\w.-]+@[\w.-]+:")
+
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|[^/]*\\")
 
 
@@ -38,7 +40,11 @@ def is_here(text: str, kind: Kind, *, pinned: bool = False) -> bool:
     """
     if not text.strip():
         raise UserError("names nothing", f"give a Hub id, or a path such as {EXAMPLES[kind]}")
-    if _SCHEME.match(text) or text.startswith(tuple(f"{host}/" for host in HUB)):
+    if (
+        _SCHEME.match(text)
+        or _SSH.match(text)
+        or text.startswith(tuple(f"{host}/" for host in HUB))
+    ):
         raise _address(text, kind)
     lies_here = os.path.exists(os.path.expanduser(text))
     if _WINDOWS.match(text) and not lies_here:

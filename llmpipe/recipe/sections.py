@@ -74,6 +74,12 @@ class Rows(Section):
     limit: Positive | None = None
     """Read at most this many rows."""
 
+    @model_validator(mode="after")
+    def _pins(self) -> Rows:
+        if self.revision is not None and is_local(self.path):
+            raise ValueError(f"revision is of a dataset of the Hub, and {self.path} is a path here")
+        return self
+
 
 class Source(Rows):
     weight: Annotated[float, Field(gt=0)] = 1.0

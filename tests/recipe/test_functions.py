@@ -14,9 +14,11 @@ SOUND = {
     "columns": "def f(prompts, completions, reference, answer): ...",
     "a lambda": "f = lambda completions, **rest: []",
     "a class": "class f: ...",
-    "another's": "from somewhere import f",
-    "another's by another name": "from somewhere import g as f",
-    "perhaps another's": "from somewhere import *",
+    "another's": "from json import f",
+    "another's by another name": "from os.path import g as f",
+    "perhaps another's": "from json import *",
+    "its neighbour's": "from .somewhere import f",
+    "from a way of its own": "import sys\nsys.path.append('lib')\nfrom somewhere import f",
     "a module's own way": "def __getattr__(name): ...",
     "what code makes": "f = make()",
     "one of two": "f, g = make()",
@@ -44,6 +46,8 @@ WRONG = {
     "f = lambda texts: []": "does not take prompts",
     "async def f(**rest): ...": "line 1: f is async",
     "\ndef f(:": "line 2: invalid syntax",
+    "import json\nimport nowhere.at_all\ndef f(**rest): ...": "line 2: there is no module nowhere",
+    "from nowhere import f": "line 1: there is no module nowhere here\n.*install",
     "x = '\0'": "line 1: source code string cannot contain null bytes",
 }
 

@@ -52,6 +52,8 @@ NEITHER = {
     "hf://org/name": "write org/name",
     "hf://datasets/org/name": "write org/name",
     "s3://bucket/model": "fetch it first",
+    "git@github.com:org/name.git": "fetch it first",
+    "git@hf.co:org/name": "fetch it first",
     "https://example.org/rows.jsonl": "fetch it first",
     "file:///data/rows.jsonl": "write /data/rows.jsonl",
     r"C:\models\tiny": "a path with /",

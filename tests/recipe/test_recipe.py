@@ -211,6 +211,7 @@ def test_a_bad_set_is_refused_with_what_to_write(tmp_path, given, message):
         ("ppo", "reward.0={verifier: regex, pattern: '.*'}", r"pattern: '\.\*' fits any answer"),
         ("eval", "tasks.0.pattern=a|", r"pattern: 'a\|' fits any answer"),
         ("eval", "gate.regex={min: 0.9, max: 0.1}", "no number is at least 0.9 and at most 0.1"),
+        ("sft", "data.train.0.revision=abc", "revision is of a dataset of the Hub, and ./rows"),
         ("sft", "run=''", "run: names no folder"),
         ("sft", "run=' '", "run: names no folder"),
         ("sft", "run=s3://bucket/run", "run: 's3://bucket/run' is an address"),

@@ -52,6 +52,8 @@ def test_a_refusal_counts_where_it_is_of_the_run(tmp_path):
     error = unwritable(here, artifact)
     assert isinstance(error, UserError) and error.code == 5
     assert "log.txt: cannot be written: Permission denied" in str(error)
+    in_the_way = FileExistsError(errno.EEXIST, "File exists", str(artifact / "checkpoints"))
+    assert unwritable(in_the_way, artifact).code == 5
     elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
     assert unwritable(elsewhere, artifact) is elsewhere
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
