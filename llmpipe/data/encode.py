@@ -19,6 +19,8 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.recipe.sections import Preparation
 
+NO_TOKEN = "texts hold characters that the tokenizer has no token for, and these are lost"
+
 
 def hash_of(content: bytes, key: bytes = b"") -> int:
     """64 bits of a content."""
@@ -137,6 +139,7 @@ class Encoder:
             reading = template.turns(renderer, messages, tools, first, proven=proven)
         if proven:
             self.noted |= self._spelled.check(reading, messages, tools)
+            self._check_tokens(reading.texts)
         self.noted |= reading.notes
         encoding = self.tokenizer.backend.encode(reading.text, add_special_tokens=False)
         return Rendered(encoding, reading.spans)
@@ -156,6 +159,7 @@ class Encoder:
         with template.bounded():
             reading = template.prompt(renderer, prompt, tools)
         self.noted |= reading.notes | self._spelled.check(reading, prompt, tools)
+        self._check_tokens(reading.texts)
         return self.tokenizer.ids(reading.text)
 
     def answered(
@@ -185,7 +189,21 @@ class Encoder:
         and the borders of documents by hand; but it is noted."""
         if token := self._spelled.in_text(text):
             self.noted.add(f"texts hold {token}, which is read as that token")
+        if not self.tokenizer.has_all and self._lost(text):
+            self.noted.add(NO_TOKEN)
         return self.tokenizer.ids(text)
+
+    def _check_tokens(self, texts: list[template.Text]) -> None:
+        """Raises Rejected for a character without a token. A template's own words are its own."""
+        if self.tokenizer.has_all:
+            return
+        for _, _, value in texts:
+            if isinstance(value, str) and (lost := self._lost(value)):
+                raise Rejected("no token", f"the tokenizer has none for {lost!r}")
+
+    def _lost(self, text: str) -> str | None:
+        encoding = self.tokenizer.backend.encode(text, add_special_tokens=False)
+        return self.tokenizer.lost(text, encoding)
 
     def _renderer(self) -> template.Template:
         if self.template is None:

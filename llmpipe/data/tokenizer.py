@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "te
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Ordinary text: none of its tokens may end a generation.
 SEVERAL_LINES = 'One line.\nAnother: 1, 2\n\n\tA "third" (of 3)!\r\n    - a list\n    - its end?\n'
+# A hieroglyph, a cuneiform sign, a Cyrillic letter of one manuscript, and an emoji of 2020.
+RARE = "\U00013000\U00012000\ua66e\U0001fad6"
 # What a saved tokenizer_config.json keeps: nothing that runs code or adds tokens which
 # tokenizer.json lacks.
 KEPT = (
@@ -166,6 +169,30 @@ class Tokenizer:
         """The id of a special token by its name, such as `eos_token`."""
         text = self.special.get(name)
         return None if text is None else self.backend.token_to_id(text)
+
+    @cached_property
+    def has_all(self) -> bool:
+        """Whether it has tokens for every character, as those of bytes are."""
+        return self.lost(RARE, self.backend.encode(RARE, add_special_tokens=False)) is None
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        name = self.special.get("unk_token") or getattr(self.backend.model, "unk_token", None)
+        number: int | None = self.backend.token_to_id(name or "<unk>")
+        return number
+
+    def lost(self, text: str, encoding: Any) -> str | None:
+        """The first character of a text that no token of its `tokenizers.Encoding` stands for."""
+        kept = bytearray(len(text))
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token != self._unknown:
+                kept[start:end] = b"1" * (end - start)
+        pairs = zip(text, kept, strict=True)
+        lost = next((it for it, told in pairs if not told and not it.isspace()), None)
+        if lost is None or self._unknown in encoding.ids:
+            return lost
+        # offsets behind a character that has no token at all are those of others
+        return next((it for it in text if not it.isspace() and not self.ids(it)), lost)
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without special tokens around it."""

@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llmpipe.data.encode import Encoder, Encoding
+from llmpipe.data.encode import NO_TOKEN, Encoder, Encoding
 from llmpipe.data.formats import Rejected
 from llmpipe.data.kinds.labels import LABELS
 from llmpipe.data.kinds.pairs import PAIRS
@@ -508,6 +509,41 @@ def test_what_is_accepted_is_rendered_and_what_is_dropped_is_refused(name):
             if reading.notes <= {CUT, EMPTY_THOUGHT, NO_DETAILS}:
                 assert whole[:start] == rendered(text, messages[:i], tools, open_turn=True)
             assert start < end and (i == spoken[-1] or end < len(whole))
+
+
+# --- characters without a token -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_characters_that_the_tokenizer_has_no_token_for(here, unknown):
+    """They become one that says nothing, or none at all."""
+    pieces = sorted({*CHAT_TOKENS, *"<>|_/\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM.!?"})
+    vocabulary = {piece: i for i, piece in enumerate([*([unknown] if unknown else []), *pieces])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=unknown))
+    bpe.add_special_tokens(list(CHAT_TOKENS))
+    folder = here / "bpe"
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|im_end|>", **({"unk_token": unknown} if unknown else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_text(SHIPPED["chatml"])
+    rows = [
+        {"messages": [user("Hi"), assistant("日本")]},
+        {"messages": [user("a 😀"), assistant("b")]},
+        {"prompt": [user("c")], "completion": [assistant("d é")]},
+        GOOD,
+    ]
+    ready, rejected = prepared(ROWS, rows, Data, folder, packing=False)
+    assert ready.rows.rejected_by_reason == {"no token": 2, "missing column": 1}
+    assert "'日'" in rejected[0]["detail"] and "'😀'" in rejected[1]["detail"]
+    pair = {"prompt": [user("Hi")], "chosen": [assistant("é")], "rejected": [assistant("e")]}
+    good = {**pair, "chosen": [assistant("a")]}
+    ready, _ = prepared(PAIRS, [pair, good], Pairs, folder)
+    assert ready.rows.rejected_by_reason == {"no token": 1}
+    ready, _ = prepared(PROMPTS, [{"prompt": [user(text)]} for text in "aé"], Prompts, folder)
+    assert ready.rows.rejected_by_reason == {"no token": 1}
+    ready, _ = prepared(ROWS, [{"text": "a é"}, {"text": "b"}], Data, folder)
+    assert ready.sources[0].noted[NO_TOKEN] == 1
 
 
 # --- texts that spell special tokens --------------------------------------------------------------

@@ -20,6 +20,7 @@ from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span, bounded
 from llmpipe.data.template.spans import shared_prefix
 from llmpipe.data.template.spelled import Spelled
+from llmpipe.data.template.texts import Text
 from llmpipe.data.template.turns import Reading, prompt, turns
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Span",
     "Spelled",
     "Template",
+    "Text",
     "bounded",
     "choose",
     "clean",
