@@ -167,6 +167,27 @@ def test_a_part_of_a_call(written):
     assert "template drops tool calls: turn 2" in refused(text, row)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "m.content.replace('/no_think', '')",  # as SmolLM3 and Nemotron do
+        "m.content | replace('day', 'night')",
+        "m.content.split('/no_think') | join('\n')",
+    ],
+)
+def test_words_that_are_taken_out_of_a_text(written):
+    text = f"{{% for m in messages %}}{{{{ m.role + ({written}) + eos_token }}}}{{% endfor %}}"
+    for turn, row in enumerate(
+        [
+            [user("Say day /no_think to me"), assistant("Hi.")],
+            [user("Hi"), assistant("Good day /no_think you.")],
+        ]
+    ):
+        assert f"template changes the {('user', 'assistant')[turn]}'s" in refused(text, row)
+        assert f"turn {turn + 1} is rendered with other words" in refused(text, row)
+    assert learned(text, [user("Say it"), assistant("Hi.")]) == ["assistantHi.</s>"]
+
+
 def test_roles_that_are_skipped():
     without = (
         "{{% for m in messages if m.role != '{}' %}}{{{{ m.role + m.content }}}}{}{{% endfor %}}"

@@ -100,6 +100,12 @@ def marked(number: int, text: Text) -> Any:
     return f"{before}\ue000{number}\ue001{core}\ue002{number}\ue001{behind}"
 
 
+def is_written_as(text: Text, written: str) -> bool:
+    """Whether what stands between a text's marks is the text, as it is or escaped."""
+    inside = text.value[slice(*_core(text.value))]
+    return any(written in ways(it) for it in ways(inside))
+
+
 def _core(text: str) -> Span:
     """What lies inside the white space and the tags at a text's ends."""
     start = len(text) - len(text.lstrip())

@@ -18,7 +18,9 @@ from llmpipe.data.template.results import misplaced
 from llmpipe.data.template.sandbox import Span
 from llmpipe.data.template.texts import (
     MAX_SENTINELS,
+    OF_TOOLS,
     Text,
+    is_written_as,
     marked,
     marks_in,
     plain,
@@ -152,4 +154,10 @@ def _form_of_itself(
     shifts = form.shifts(text, lambda k: [without_marks(form.written[k])])
     if shifts is None:
         raise Rejected(INCONSISTENT, "a turn changes with what surrounds it")
+    for place, written in zip(form.places, form.written, strict=True):
+        said = texts[place.text]
+        if not is_written_as(said, without_marks(written)):
+            what = "the row" if said.turn == OF_TOOLS else f"turn {said.turn + 1}"
+            detail = f"{what} is rendered with other words than the row's"
+            form.refusal = form.refusal or (f"template changes {said.kind}", detail)
     return form, form.moved(shifts)
