@@ -380,6 +380,9 @@ WARNINGS: list[tuple[str, type[Warning]]] = [
     (r"The following .*_pattern keys .*\['[^',]*gate_up_proj'\]", RuntimeWarning),
     # PEFT sets what GPT-2's layers need by itself, and says so of each
     ("fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning),
+    # of embeddings that learn beside a head of the same weights: said once, by `load`
+    ("Model has `tie_word_embeddings=True` and a tied layer is part of the adapter", UserWarning),
+    ("Input and output embeddings are no longer tied after merging", UserWarning),
     # said once, by `hardware`
     ("Paged optimizers are not supported on CPU", UserWarning),
 ]

@@ -132,11 +132,16 @@ def _trained_embeddings(
         return {"modules_to_save": _ends(model)}
     if not new_tokens:
         return {}
-    head = model.get_output_embeddings()
-    if head is None or model.get_input_embeddings().weight is head.weight:
+    if model.get_output_embeddings() is None or is_tied(model):
         return {"trainable_token_indices": new_tokens}
     # the head has rows of its own
     return {"trainable_token_indices": dict.fromkeys(_ends(model), new_tokens)}
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head's weights are the embeddings'."""
+    head = model.get_output_embeddings()
+    return head is not None and model.get_input_embeddings().weight is head.weight
 
 
 def _ends(model: PreTrainedModel) -> list[str]:

@@ -161,6 +161,8 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
     made = _resize(model, setup)
     _made_ready(model, setup)
     parameters = model.num_parameters()
+    if adapter.embeddings == "all" and adapters.is_tied(model):
+        setup.say("embeddings: they share their weights with the head, and learn apart from it")
     if base:
         model = adapters.attach(model, setup.job.model, trainable=True)
         adapters.refuse_another(model, adapter)

@@ -374,6 +374,22 @@ def test_new_tokens_get_trained_embeddings(tmp_path):
     )
 
 
+def test_embeddings_that_learn_apart_from_their_head(tmp_path):
+    """It is said in a line of ours, and the merged model has both."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapter = {"rank": 2, "embeddings": "all", "merge": True}
+    made = life.command(write(tmp_path / "run", adapter=adapter, optim__steps=2, evaluation={}))
+    assert "learn apart from it" in (made.path / "log.txt").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(made.merged.model)
+    base = AutoModelForCausalLM.from_pretrained(life.TINY / "model")
+    rows = merged.get_input_embeddings().weight
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert not torch.equal(rows, merged.get_output_embeddings().weight)
+    assert not torch.equal(rows, base.get_input_embeddings().weight)
+
+
 def longer_tokenizer(folder):
     """The tiny model with three tokens that its embeddings have no rows for."""
     import tokenizers
