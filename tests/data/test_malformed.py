@@ -231,6 +231,8 @@ HEADER = b"prompt,completion\n"
         (b'a,"b\nc,d\n' + b"e,f\n" * 5000, 5001, [(2, "bad quotes")]),
         (b'a,"b" c\nd,e\n', 1, [(2, "bad quotes")]),
         (b'a,"b\nc,"d"\ne,f\n', 2, [(2, "bad quotes")]),
+        (b'a, "b"\nc,d\n"e", "f"\n', 1, [(2, "bad quotes"), (4, "bad quotes")]),
+        (b'a," ""b"""\nc,d\n', 2, []),
         # two readings: a field of three lines, or three rows
         (b'a,"b\nc,d\ne,f"\ng,h\n', 1, [(n, "unclear quotes") for n in (2, 3, 4)]),
         (b'a,"Oh, b\nc,d, e\ne,f"\ng,h\n', 1, [(n, "unclear quotes") for n in (2, 3, 4)]),

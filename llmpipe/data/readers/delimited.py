@@ -38,6 +38,8 @@ _BETWEEN = {
     "\t": re.compile(r"\t"),
 }
 _DOUBLED = re.compile(r'[^,\t\r\n]""[^,\t\r\n]')  # as whoever quotes with care writes a quote
+# `a, "b"`: a field that is quoted for its writer and not for a reader of CSV
+_SPACED = re.compile(r'[ ]+"[^"]*"\s*')
 NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
@@ -66,6 +68,8 @@ def _payload(text: str, fields: list[str], header: list[str], columns: list[str]
         lines = text.rstrip("\r\n").count("\n") + 1
         over = f" over {lines} lines" if lines > 1 else ""
         return Rejected("wrong number of fields", f"{len(fields)} instead of {len(header)}{over}")
+    if ', "' in text and any(map(_SPACED.fullmatch, fields)):
+        return Rejected("bad quotes", "a space stands before a quote, which then quotes nothing")
     if fields == header:
         return Rejected("the header again", "as where files were joined")
     # as pandas and datasets have it, an empty cell is none
