@@ -38,6 +38,9 @@ class SharedRanker:
     def device(self) -> torch.device:
         return self.score.device
 
+    def get_input_embeddings(self) -> Any:
+        return self.actors.causal.get_input_embeddings()
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Scores [texts, 1] of texts that are padded on the right, as `logits`."""
         body = self.actors.causal.base_model
