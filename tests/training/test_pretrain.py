@@ -3,6 +3,7 @@ first loss by luck."""
 
 import json
 import math
+import os
 import signal
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -115,7 +116,9 @@ def streamed(texts, **more):
     """Changes to the recipe that stream the documents; one row of the last source cannot be
     used."""
     rows = texts.parent / f"{texts.name}.jsonl"
-    rows.write_text('{"text": "A short document."}\n{"text": ""}\n{"text": "Another one."}\n')
+    whole = rows.with_suffix(f".{os.getpid()}")  # other processes of the suite may be reading it
+    whole.write_text('{"text": "A short document."}\n{"text": ""}\n{"text": "Another one."}\n')
+    whole.replace(rows)
     held_out = {"sources": [{"path": f"{texts}/assert.txt"}]}
     return {
         "data__stream": True,
