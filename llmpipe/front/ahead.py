@@ -261,9 +261,10 @@ def _in_start(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
     if context is not None:
         yield from mistakes_in_lengths(recipe, context)
     weights = [name.removesuffix(".weight") for name in tensors(folder) if name.endswith(".weight")]
-    if recipe.adapter and weights:
+    are_loaded_alike = not any(".experts." in name for name in weights)  # which become one tensor
+    if recipe.adapter and weights and are_loaded_alike:
         try:
-            recipe.adapter.check_targets(weights)
+            recipe.adapter.check_targets([*weights, "lm_head"])  # a tied one has no tensor
         except UserError as error:
             yield Mistake("adapter.targets", error)
 
