@@ -7,11 +7,13 @@ sets it up, so that a template renders to the same text.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -61,12 +63,19 @@ def bounded() -> Iterator[None]:
 
 def _limit_memory(soft: int, hard: int) -> None:
     """Let the process grow by MAX_BYTES, and not beyond the limits that it has."""
-    with suppress(FileNotFoundError), open("/proc/self/statm", "rb", 0) as file:
-        # Linux; other systems do not obey the limit
-        size = int(file.read().split()[0]) * resource.getpagesize()
+    with suppress(FileNotFoundError):  # Linux; other systems do not obey the limit
+        pages = os.pread(_statm(os.getpid()), 64, 0).split()[0]
+        size = int(pages) * resource.getpagesize()
         limits = (size + MAX_BYTES, soft, hard)
         limit = min(value for value in limits if value != resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+@cache
+def _statm(process: int) -> int:
+    """The file that holds a process's size, kept open: opening it anew would cost a row as much as
+    the whole of the limits."""
+    return os.open(f"/proc/{process}/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 class Generation(jinja2.ext.Extension):
