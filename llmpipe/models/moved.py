@@ -23,12 +23,15 @@ class Start:
     is soon taken, and no second copy."""
 
     sums: dict[str, int]
+    in_units: bool = False
+    """Whether an update of low rank is itself a part of the weights, as PiSSA's and OLoRA's are."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Start:
         """Of a model that has not been trained yet, a reward model's new head included."""
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return cls({name: _sum(name, weight) for name, weight in learned.items()})
+        in_units = hasattr(model, "began_with")
+        return cls({name: _sum(name, p, in_units) for name, p in learned.items()}, in_units)
 
     def moved(self, model: Any) -> bool:
         """Whether a reader of the files would find other weights than before training.
@@ -38,7 +41,9 @@ class Start:
         """
         weights = dict(model.named_parameters())
         names = self.sums.keys() & weights.keys()  # a critic's adapter is gone by now
-        changed = [name for name in names if _sum(name, weights[name]) != self.sums[name]]
+        changed = [
+            name for name in names if _sum(name, weights[name], self.in_units) != self.sums[name]
+        ]
         if not all(map(_is_low_rank, changed)):
             return True
         return bool(changed) and any(_has_effect(layer) for layer in model.modules())
@@ -48,9 +53,9 @@ def _is_low_rank(name: str) -> bool:
     return any(part in name for part in LOW_RANK)
 
 
-def _sum(name: str, weight: Tensor) -> int:
-    """A sum of a tensor's bits; of what is no update of low rank, in whole units."""
-    if _is_low_rank(name):
+def _sum(name: str, weight: Tensor, in_units: bool) -> int:
+    """A sum of a tensor's bits; of what is no update of low rank, or `in_units`, in whole units."""
+    if _is_low_rank(name) and not in_units:
         return _sum_of_bits(weight)
     parts = weight.detach().flatten().split(AT_ONCE)
     # 0.0 is added since -0.0 and 0.0 have other bits
