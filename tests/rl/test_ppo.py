@@ -319,13 +319,16 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("reward", ["reward", "reward-lora"])
+@pytest.mark.parametrize(
+    ("start", "reward"),
+    [
+        *((start, "reward") for start in STARTS),
+        *((start, "reward-lora") for start in ("full", "adapter continued")),
+    ],
+)
 def test_every_start_with_a_reward_model(parents, spied, start, reward):
     """The reference is the parent, what should move moves, and the artifact names the true base."""
     reference, changes = STARTS[start]
-    if reward == "reward-lora" and start not in ("full", "adapter continued"):
-        pytest.skip("shown for two")
     name = f"{start}-{reward}".replace(" ", "-").replace(",", "")
     sources = [{"model": f"artifact:{reward}"}, {"verifier": "contains", "weight": 0.5}]
     made = life.command(
