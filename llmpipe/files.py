@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,18 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpipe.errors import INTEGRITY, RESOURCES, UserError
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import of_disk
 
 LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 """Name of what a `write_json` leaves that was killed."""
-
-NO_SPACE = "No space left on device"
-
-REFUSED = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    errno.ENAMETOOLONG,
-)
-"""What a system says of a place in which this user cannot write."""
 
 
 def expanded(text: str) -> Path:
@@ -198,7 +190,9 @@ def publishing(target: Path) -> Iterator[Path]:
         _flush(staging)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise unwritable(error, target) from (error if isinstance(error, Exception) else None)
+        if fault := of_disk(error, target):
+            raise fault from error
+        raise
     _replace(target, staging)
     fsync(target.parent)
 
@@ -224,24 +218,3 @@ def _replace(target: Path, new: Path) -> None:
     target.rename(old)
     new.rename(target)
     shutil.rmtree(old)
-
-
-def unwritable(error: BaseException, target: Path) -> BaseException:
-    """A disk that is full, fails or refuses as a UserError (5); any other error as it is.
-
-    A refusal counts where it is of something in the folder that `target` lies in.
-    """
-    # safetensors has an error of its own
-    if isinstance(error, Exception) and NO_SPACE in str(error):
-        error = OSError(errno.ENOSPC, NO_SPACE)
-    if not isinstance(error, OSError):
-        return error
-    reason = error.strerror or NO_SPACE
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        hint = "make room and run the same command again: it goes on from the last checkpoint"
-        return UserError(f"{target}: cannot be written: {reason}", hint, RESOURCES)
-    path = os.path.abspath(os.fsdecode(error.filename)) if error.filename else ""
-    if error.errno in REFUSED and Path(path).is_relative_to(os.path.abspath(target.parent)):
-        hint = "make the run directory writable, or name another one: --run DIR"
-        return UserError(f"{error.filename}: cannot be written: {reason}", hint, RESOURCES)
-    return error

@@ -18,6 +18,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 FLOORS = [
     {"__init__"},
     {"errors"},
+    {"faults"},
     {"files", "scores", "recipe"},
     {"record"},
     {"data"},

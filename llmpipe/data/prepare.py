@@ -24,7 +24,8 @@ from llmpipe.data.kinds import Kind
 from llmpipe.data.make import VERSION, make
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Say
-from llmpipe.files import digest, files_below, fsync, read_json, unwritable
+from llmpipe.faults import of_disk
+from llmpipe.files import digest, files_below, fsync, read_json
 from llmpipe.recipe.sections import Prepared, science
 
 
@@ -81,7 +82,9 @@ def prepare(
         ready = record.model_copy(update={"key": key, "seconds": seconds})
         _publish(ready, temporary, final)
     except OSError as error:
-        raise unwritable(error, cache) from error
+        if fault := of_disk(error, cache):
+            raise fault from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"data: {_in_words(ready, data, kind)}")

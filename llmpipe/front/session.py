@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from llmpipe.errors import Say
-from llmpipe.files import unwritable
+from llmpipe.faults import of_disk
 from llmpipe.front import launch
 from llmpipe.front.worker import write_plan
 from llmpipe.recipe.sections import Recipe
@@ -75,10 +75,9 @@ class Session:
             try:
                 yield
             except OSError as error:
-                mendable = unwritable(error, self.artifact.path)
-                if mendable is error:
-                    raise
-                raise mendable from error
+                if fault := of_disk(error, self.artifact.path):
+                    raise fault from error
+                raise
 
     def plan(self) -> Decision:
         """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from llmpipe.errors import DONE, RESOURCES, Say, Stopped, UserError
-from llmpipe.files import unwritable
+from llmpipe.errors import DONE, Say, Stopped, UserError
+from llmpipe.faults import of_machine
 from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.sections import Recipe, Training
@@ -72,29 +72,14 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
             traceback.print_exc()
         return Outcome.of(error)
     except Exception as error:
-        mendable = unwritable(out_of_memory(error), artifact.path)
-        if isinstance(mendable, UserError):
-            return Outcome.of(mendable)
+        if fault := of_machine(error, artifact.path):
+            return Outcome.of(fault)
         traceback.print_exc()
         with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         message = f"a bug: {type(error).__name__}: {error}"
         return Outcome.of(UserError(message, "please report it, with the traceback", code=1))
     return Outcome(code=DONE)
-
-
-def out_of_memory(error: Exception) -> Exception:
-    """An allocation that failed, in whatever words, as a UserError (5); or the error as it is."""
-    words = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
-    text = str(error)
-    if not isinstance(error, MemoryError) and not any(word in text for word in words):
-        return error
-    return UserError(
-        f"out of memory: {text.splitlines()[0] if text else 'MemoryError'}",
-        "lower launch.micro_batch_size or data.max_length, "
-        "or set launch.activation_checkpointing: true",
-        RESOURCES,
-    )
 
 
 def act(action: str, artifact: Artifact, signals: Signals, *, inexact: bool = False) -> None:
