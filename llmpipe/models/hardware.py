@@ -19,12 +19,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from llmpipe import upstream
+from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import model_class
+from llmpipe.parallel import World
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine
+from llmpipe.run.manifest import Platform
+from llmpipe.run.provenance import installed
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,33 @@ def has_bf16() -> bool:
 
 
 def _device_name(device: str) -> str:
+    """What computes: which card, or which CPU and the instructions that PyTorch uses of it."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    return str(torch.backends.cpu.get_cpu_capability())
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {capability}" if names else str(capability)
+
+
+COMPUTING = "torch transformers trl peft accelerate tokenizers numpy".split()
+"""Libraries that another version of may compute other bits with."""
+
+
+def platform_of(recipe: Training, hardware: Hardware, world: World) -> Platform:
+    """On what all processes of a run compute: names of devices, and versions."""
+    devices = sorted(set(world.gather(_device_name(hardware.device))))
+    names = [*COMPUTING, *(name for _, name in recipe.packages() if name == "bitsandbytes")]
+    if hardware.attention == "flash_attention_2":
+        names.append("flash_attn")
+    versions = {name: installed(name) or "none" for name in dict.fromkeys(names)}
+    if hardware.device == "cuda":
+        versions["cuda"] = str(torch.version.cuda or torch.version.hip)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return {"device": " and ".join(devices), "llmpipe": __version__, **versions}
 
 
 # --- what training costs and uses ---

@@ -58,7 +58,9 @@ def describe(artifact: Artifact) -> list[str]:
     share = "prompts, to be answered" if manifest.stage == "ppo" else share
     lines.append(f"  tokens     {tokens.train:,} per epoch, {share}")
     lasted = duration_of(training.seconds)
-    lines.append(f"  training   {training.steps:,} steps, {lasted}, {size_of(manifest.files)}")
+    resumed = "" if training.exact_resume else "; resumed, and not exactly"
+    size = size_of(manifest.files)
+    lines.append(f"  training   {training.steps:,} steps, {lasted}, {size}{resumed}")
     if ranking := manifest.final.get("ranking"):
         low, high = ranking["accuracy_interval"]
         pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"

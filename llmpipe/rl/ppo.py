@@ -21,7 +21,7 @@ from torch import Tensor
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped
-from llmpipe.models.hardware import release_memory
+from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
@@ -42,6 +42,7 @@ from llmpipe.run import checkpoints
 from llmpipe.run.context import refuse_rollouts, tokens_of
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
+from llmpipe.run.manifest import Leg
 from llmpipe.training.conclude import conclude
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples
@@ -300,6 +301,7 @@ class Loop:
                 identity=self.training.identity,
                 machine=self._machine(),
                 exact=self.exact,
+                legs=self.legs,
             )
             with checkpoints.writing(home, self.state.step, origin, record.model_dump) as staging:
                 state.save_tensors(self.learner, staging)
@@ -309,17 +311,20 @@ class Loop:
     def _go_on_from_checkpoint(self) -> None:
         """Go on from the newest checkpoint, where there is one, or begin anew."""
         job = self.training.job
+        platform = platform_of(self.recipe, self.hardware, self.world)
+        self.legs = [Leg(after=0, platform=platform)]
         picked = checkpoints.pick(
             job.artifact.checkpoints,
             self.training.identity,
             self._machine(),
+            platform,
             job.say,
             inexact=job.inexact,
         )
         if picked is None:
             self.journal.cut_back([0, 0])
             return
-        folder, self.exact = picked
+        folder, self.exact, self.legs = picked
         self.resumes = True
         kept = state.restore(folder, self.state, self.learner)
         self.journal.begun -= kept.seconds
@@ -356,6 +361,7 @@ class Loop:
             "tokens": self.state.tokens,
             "seconds": round(self.journal.seconds, 1),
             "exact_resume": self.exact,
+            "legs": [asdict(leg) for leg in self.legs],
         }
 
     # --- what does not fit ---

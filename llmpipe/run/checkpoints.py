@@ -1,8 +1,11 @@
 """Durable checkpoints as plain functions: write, pick, verify, rotate. Shared by every trainer.
 
 A checkpoint is `checkpoints/step-N`, published whole (`publishing`) with `sums.json`: the step, the
-identity of the recipe, the machine's settings and the sha256 of every file. The newest one that
-verifies wins; a damaged one is passed over and named.
+identity of the recipe, the machine's settings, its device and libraries, and the sha256 of every
+file. The newest one that verifies wins; a damaged one is passed over and named.
+
+Other settings refuse to go on, since they can be set back. Another card or another version of a
+library goes on, for a job that was moved has no choice; the result is then called inexact.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import Table, differences, publishing, read_json, table, table_of, write_json
 from llmpipe.run.artifact import SUMS, fingerprint
+from llmpipe.run.manifest import Leg, Platform, known
 
 STATE = "llmpipe.json"
 """What the trainer underneath does not keep."""
@@ -35,6 +39,8 @@ class Origin:
     """Settings that change the bits of a result."""
     exact: bool
     """Whether it was resumed bitwise, if at all, on the way here."""
+    legs: list[Leg]
+    """On what it was computed up to here, as far as that is known of an old checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Sums:
             identity=document["identity"],
             machine=document["machine"],
             exact=document.get("exact", True),
+            legs=[known(Leg, leg) for leg in document.get("legs", [])],
         )
         return cls(document["step"], origin, table_of(document["files"]))
 
@@ -65,6 +72,8 @@ class Picked(NamedTuple):
     path: Path
     exact: bool
     """Whether what comes of it is bitwise what a run without a stop makes."""
+    legs: list[Leg]
+    """On what it was computed, and what comes of it will be."""
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -118,14 +127,15 @@ def pick(
     checkpoints: Path,
     identity: str,
     machine: Mapping[str, Any],
+    platform: Platform,
     say: Say,
     *,
     inexact: bool = False,
 ) -> Picked | None:
     """The newest checkpoint that verifies, or None when there is none.
 
-    Raises UserError (3) when it is of another recipe or, unless `inexact`, of other machine
-    settings.
+    One that was written on another platform is said to be. Raises UserError (3) when it is of
+    another recipe or, unless `inexact`, of other machine settings.
     """
     for step in reversed(steps(checkpoints)):
         path = folder(checkpoints, step)
@@ -140,8 +150,24 @@ def pick(
         changed = [name for name, value in machine.items() if before.get(name) != value]
         if changed and not inexact:
             raise _other_machine(path, before, machine, changed)
-        return Picked(path, sums.origin.exact and not changed)
+        legs = sums.origin.legs
+        moved = _other_platform(legs[-1].platform if legs else {}, platform)
+        if moved:
+            say(f"{path.name}: what comes of it is not exact, bit by bit: {moved}")
+            legs = [*legs, Leg(after=step, platform=platform)]
+        return Picked(path, sums.origin.exact and not changed and not moved, legs)
     return None
+
+
+def _other_platform(old: Platform, new: Platform) -> str:
+    """In which names two platforms differ, in words; nothing where they do not."""
+    if not old:
+        return "it does not say on which device and with which libraries it was computed"
+    return ", ".join(
+        f"{name} {old.get(name, 'none')} there, {new.get(name, 'none')} now"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    )
 
 
 def _other_machine(

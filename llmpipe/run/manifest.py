@@ -117,6 +117,19 @@ class DataFacts:
         return known(cls, document | counts)
 
 
+Platform = dict[str, str]
+"""The name of the device, and the versions of what computes on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """Steps that were computed on one platform."""
+
+    after: int
+    """The step that they follow."""
+    platform: Platform
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
     """How the training went."""
@@ -127,6 +140,13 @@ class TrainingFacts:
     seconds: float
     exact_resume: bool
     """Whether it was resumed bitwise, if at all."""
+    legs: list[Leg] = field(default_factory=list)
+    """On what it was computed, one leg for each device and set of libraries; none of old work."""
+
+    @classmethod
+    def of(cls, document: Document) -> TrainingFacts:
+        legs = [known(Leg, leg) for leg in document.get("legs", [])]
+        return known(cls, document | {"legs": legs})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +199,11 @@ class Manifest:
         values["asked"] = known(Asked, values["asked"])
         values["parents"] = [known(Parent, parent) for parent in values["parents"]]
         values["files"] = table_of(values.get("files", {}))
-        for name, record in (("base", Base), ("tokenizer", Tokenizer), ("training", TrainingFacts)):
+        for name, record in (("base", Base), ("tokenizer", Tokenizer)):
             if name in values:
                 values[name] = known(record, values[name])
+        if "training" in values:
+            values["training"] = TrainingFacts.of(values["training"])
         if "data" in values:
             values["data"] = DataFacts.of(values["data"])
         return known(cls, values)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ class Durable(Trainer):
             "tokens": self.metrics_log.tokens * self.world.size,
             "seconds": round(self.metrics_log.seconds, 1),
             "exact_resume": self.resume.exact,
+            "legs": [asdict(leg) for leg in self.resume.legs],
         }
 
     def plain_model(self) -> Any:

@@ -16,11 +16,12 @@ from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.models.hardware import release_memory
+from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.record import Record
 from llmpipe.run import checkpoints
+from llmpipe.run.manifest import Leg
 from llmpipe.training.heldout import Best
 from llmpipe.training.training import Training
 
@@ -71,19 +72,22 @@ class Resume:
         self.training = training
         self.world = world
         self.home = training.artifact.checkpoints
+        platform = platform_of(training.recipe, training.hardware, world)
         picked = checkpoints.pick(
             self.home,
             training.identity,
             training.hardware.resume_key(),
+            platform,
             training.say,
             inexact=training.job.inexact,
         )
         self.checkpoint: Path | None = None
         self.exact = True
         """Whether the result is bitwise that of a run without a stop."""
+        self.legs = [Leg(after=0, platform=platform)]
         self.state: State | None = None
         if picked:
-            self.checkpoint, self.exact = picked
+            self.checkpoint, self.exact, self.legs = picked
             self.state = State.from_file(self.checkpoint / checkpoints.STATE)
 
     def library_state(self) -> TrainerState:
@@ -118,6 +122,7 @@ class Resume:
             identity=self.training.identity,
             machine=self.training.hardware.resume_key(),
             exact=self.exact,
+            legs=self.legs,
         )
         published = checkpoints.writing(self.home, step, origin, state.model_dump)
         output_dir = trainer.args.output_dir

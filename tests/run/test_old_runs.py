@@ -58,7 +58,10 @@ def test_an_adapter_is_resumed_as_it_was_begun(old, capsys, monkeypatch):
     resumed = life.command(recipe("lora"))
     out = capsys.readouterr().out
     assert f"{resumed.path}: resume: not finished" in out
-    assert resumed.manifest().training.exact_resume
+    assert "step-9: what comes of it is not exact, bit by bit: it does not say" in out
+    training = resumed.manifest().training
+    assert not training.exact_resume and [leg.after for leg in training.legs] == [9]
+    assert "; resumed, and not exactly" in show_run(resumed.path)
     anew = life.command(recipe("lora", name="anew"))
     monkeypatch.setattr(schedule, "share_of_peak", lambda step, warmup, then: then(step))
     straight = life.command(recipe("lora", name="straight"))

@@ -1,0 +1,104 @@
+"""From which checkpoint a training goes on, and whether what comes of it is exact."""
+
+import json
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.run import checkpoints
+from llmpipe.run.artifact import SUMS, fingerprint
+from llmpipe.run.manifest import Leg
+from tests import life
+
+HERE = {"device": "a card", "torch": "2.12", "trl": "1.13"}
+SISTER = {**HERE, "device": "its sister"}
+
+
+def write(home, step, legs, exact=True):
+    origin = checkpoints.Origin(identity="a", machine={"threads": 1}, exact=exact, legs=legs)
+    with checkpoints.writing(home, step, origin, dict) as staging:
+        (staging / "weights").write_text("1")
+
+
+def pick(home, platform, lines):
+    return checkpoints.pick(home, "a", {"threads": 1}, platform, lines.append)
+
+
+def test_the_same_platform_is_exact(tmp_path):
+    legs, lines = [Leg(after=0, platform=HERE)], []
+    write(tmp_path, 3, legs)
+    assert pick(tmp_path, HERE, lines) == (tmp_path / "step-3", True, legs)
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "said"),
+    [
+        (HERE, SISTER, "device a card there, its sister now"),
+        (HERE, {**HERE, "torch": "2.13"}, "torch 2.12 there, 2.13 now"),
+        (HERE, {**HERE, "cudnn": "9"}, "cudnn none there, 9 now"),
+        ({**HERE, "bitsandbytes": "0.49"}, HERE, "bitsandbytes 0.49 there, none now"),
+        ({**HERE, "torch": "2.11"}, SISTER, "a card there, its sister now, torch 2.11 there"),
+    ],
+)
+def test_another_platform_goes_on_and_is_not_exact(tmp_path, there, now, said):
+    lines = []
+    write(tmp_path, 3, [Leg(after=0, platform=there)])
+    legs = [Leg(after=0, platform=there), Leg(after=3, platform=now)]
+    assert pick(tmp_path, now, lines) == (tmp_path / "step-3", False, legs)
+    assert len(lines) == 1 and "step-3: what comes of it is not exact" in lines[0]
+    assert said in lines[0]
+
+
+def test_it_stays_inexact_on_the_way_back(tmp_path):
+    """The last leg is compared; that there was another one is in what it counts as."""
+    legs, lines = [Leg(after=0, platform=HERE), Leg(after=3, platform=SISTER)], []
+    write(tmp_path, 6, legs, exact=False)
+    assert pick(tmp_path, SISTER, lines) == (tmp_path / "step-6", False, legs)
+    assert lines == []
+    assert pick(tmp_path, HERE, lines).legs == [*legs, Leg(after=6, platform=HERE)]
+    assert len(lines) == 1
+
+
+def test_an_old_checkpoint_does_not_say(tmp_path):
+    write(tmp_path, 3, [])
+    sums = json.loads((tmp_path / "step-3" / SUMS).read_text())
+    del sums["legs"]
+    (tmp_path / "step-3" / SUMS).write_text(json.dumps(sums | {"fingerprint": fingerprint(sums)}))
+    lines = []
+    assert pick(tmp_path, HERE, lines).legs == [Leg(after=3, platform=HERE)]
+    assert not pick(tmp_path, HERE, lines).exact and "it does not say" in lines[0]
+
+
+def test_other_settings_refuse_before_platforms_are_compared(tmp_path):
+    write(tmp_path, 3, [Leg(after=0, platform=HERE)])
+    with pytest.raises(UserError, match="threads 1 there, 2 now"):
+        checkpoints.pick(tmp_path, "a", {"threads": 2}, SISTER, pytest.fail)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("stage", "hook"), [("sft", "kill_after_checkpoint_2"), ("ppo", "ppo_kill_after_2")]
+)
+def test_a_command_goes_on_on_a_sister_card(tmp_path, monkeypatch, capsys, stage, hook):
+    """A preempted job ends, and its manifest says on what it was computed."""
+    from llmpipe.models import hardware
+    from tests.rl import test_ppo
+
+    writes = {"sft": life.write, "ppo": test_ppo.write}[stage]
+    path = writes(tmp_path / "run", checkpoint__every=2)
+    trial = life.Trial(path, hook=hook)
+    assert trial.wait() < 0, trial.text()
+    real = hardware.installed
+    monkeypatch.setattr(hardware, "_device_name", lambda device: "its sister")
+    monkeypatch.setattr(hardware, "installed", lambda name: "9.9" if name == "trl" else real(name))
+    training = life.command(path).verify().training
+    assert not training.exact_resume
+    assert [leg.after for leg in training.legs] == [0, 2]
+    assert training.legs[1].platform == {
+        **training.legs[0].platform,
+        "device": "its sister",
+        "trl": "9.9",
+    }
+    out = capsys.readouterr().out
+    assert "not exact" in out and f"trl {real('trl')} there, 9.9 now" in out
