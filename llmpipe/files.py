@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import of_disk
 
 LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 """Name of what a `write_json` leaves that was killed."""
+
+SMALL = 1 << 16
+"""Bytes of a file that is hashed where a glance has to do."""
+
+CHUNK = 1 << 20
+"""Bytes that are hashed at once."""
+
+Seen = Callable[[int], None]
+"""Is told of bytes that were hashed, some at a time."""
 
 
 def expanded(text: str) -> Path:
@@ -37,9 +48,51 @@ def unreachable(path: Path) -> str | None:
     return None
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, seen: Seen | None = None) -> str:
+    sha256 = hashlib.sha256()
+    chunk = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            sha256.update(chunk[:count])
+            if seen:
+                seen(count)
+    return sha256.hexdigest()
+
+
+def to_write(path: Path, mode: Literal["w", "a", "wb", "ab"], errors: str = "strict") -> IO[Any]:
+    """A file of a run, opened to be written; text is UTF-8.
+
+    Raises UserError (3) where something else lies there: through a link, or a second name of
+    another file, that one would be written.
+    """
+    if "b" in mode:
+        return open(path, mode, opener=descriptor_of)
+    return open(path, mode, opener=descriptor_of, encoding="utf-8", errors=errors)
+
+
+def descriptor_of(path: str | Path, flags: int) -> int:
+    """A file opened as `flags` say, and made where there is none; see `to_write`."""
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        # a pipe that nobody reads is not waited for
+        descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _not_ours(path, not_plain(Path(path)) or "a folder") from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        another = "a second name of another file (a hard link)"
+        raise _not_ours(path, not_plain(Path(path)) or another)
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def _not_ours(path: str | Path, what: str) -> UserError:
+    hint = "remove it, or copy the file in its place"
+    return UserError(f"{path}: {what}, through which nothing is written", hint, INTEGRITY)
 
 
 def fsync(path: Path) -> None:
@@ -57,7 +110,8 @@ def write_json(path: Path, value: Any) -> None:
     Dataclasses in `value` become objects.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or planted there
+    with temporary.open("x", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False, default=asdict)
         file.write("\n")
         file.flush()
@@ -111,28 +165,49 @@ def table_of(record: dict[str, Any]) -> Table:
     return {name: FileEntry(**entry) for name, entry in record.items()}
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, sorted.
+def files_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[Path]:
+    """Every file below `folder`, sorted; top-level folders in `skip` are left out.
 
-    Raises UserError (3) at a link, since it could point outside.
+    Raises UserError (3) at a link, since it could point outside, and at what is no file.
+    """
+    for path in paths_below(folder, skip):
+        if problem := not_plain(path):
+            hint = "copy the file in its place"
+            raise UserError(f"{path}: {problem} inside an artifact", hint, INTEGRITY)
+        yield path
+
+
+def paths_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[Path]:
+    """Everything below `folder` that is no folder, sorted; a link is not followed.
+
+    Top-level folders in `skip` are left out.
     """
     for root, folders, names in os.walk(folder):
-        folders.sort()
         linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        if Path(root) == folder:
+            folders[:] = [name for name in folders if name not in skip]
+        folders.sort()
         for name in sorted([*names, *linked]):
-            path = Path(root, name)
-            if path.is_symlink():
-                hint = "copy the file in its place"
-                raise UserError(f"{path}: a link inside an artifact", hint, INTEGRITY)
-            yield path
+            yield Path(root, name)
+
+
+def not_plain(path: Path) -> str | None:
+    """What lies at a path instead of a file or a folder; None where it is one of these.
+
+    Raises FileNotFoundError.
+    """
+    mode = path.lstat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return "a link" if stat.S_ISLNK(mode) else "no file, but a pipe or a device"
 
 
 def table(folder: Path, skip: AbstractSet[str] = frozenset()) -> Table:
     """The files of a folder; top-level names in `skip` are left out."""
     entries = {}
-    for path in files_below(folder):
+    for path in files_below(folder, skip):
         name = path.relative_to(folder).as_posix()
-        if not _skipped(name, skip):
+        if name not in skip:
             entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
     return entries
 
@@ -143,31 +218,52 @@ def modules_in(folder: Path) -> list[str]:
     return sorted(name for name in names if name != "__init__")
 
 
-def differences(folder: Path, expected: Table, skip: AbstractSet[str] = frozenset()) -> list[str]:
-    """How a folder departs from what is recorded: a line per missing, added or changed file."""
-    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    problems = []
-    for name, entry in expected.items():
-        path = present.pop(name, None)
-        if path is None:
-            problems.append(f"{name}: missing")
-        elif problem := _difference(path, entry):
+def differences(
+    folder: Path,
+    expected: Table,
+    skip: AbstractSet[str] = frozenset(),
+    *,
+    seen: Seen | None = None,
+    most: int | None = None,
+) -> list[str]:
+    """How a folder departs from what is recorded: a line per missing, added or changed file.
+
+    A link is a difference, whatever it points to; other top-level names in `skip` are left out. Of
+    files of more than `most` bytes only the size is compared.
+    """
+    problems = [
+        f"{name}: {problem}"
+        for name, entry in expected.items()
+        if (problem := difference(folder / name, entry, seen, most))
+    ]
+    for path in paths_below(folder, skip):
+        name = path.relative_to(folder).as_posix()
+        if name in expected or LEFTOVER.fullmatch(name):
+            continue
+        if problem := not_plain(path):
             problems.append(f"{name}: {problem}")
-    for name in present:
-        if not _skipped(name, skip) and not LEFTOVER.fullmatch(name):
+        elif name not in skip:
             problems.append(f"{name}: not in the manifest")
     return problems
 
 
-def _skipped(name: str, skip: AbstractSet[str]) -> bool:
-    return name.split("/")[0] in skip
-
-
-def _difference(path: Path, entry: FileEntry) -> str | None:
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"{size} bytes, recorded {entry.size}"
-    sha256 = sha256_file(path)
+def difference(
+    path: Path, entry: FileEntry, seen: Seen | None = None, most: int | None = None
+) -> str | None:
+    """How a file departs from what is recorded; one of more than `most` bytes is not read."""
+    try:
+        if problem := not_plain(path):
+            return problem
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{size:,} bytes, recorded {entry.size:,}"
+        if most is not None and size > most:
+            return None
+        sha256 = sha256_file(path, seen)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     if sha256 != entry.sha256:
         return f"sha256 {sha256[:12]}, recorded {entry.sha256[:12]}"
     return None
@@ -182,8 +278,7 @@ def publishing(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.staging")
-    if staging.exists():
-        shutil.rmtree(staging)
+    remove(staging)
     staging.mkdir()
     try:
         yield staging
@@ -209,12 +304,19 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(target: Path, new: Path) -> None:
-    if not target.exists():
+    if not os.path.lexists(target):
         new.rename(target)
         return
     old = target.with_name(f".{target.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    remove(old)
     target.rename(old)
     new.rename(target)
-    shutil.rmtree(old)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove what lies at a path, if anything: a folder with all in it; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ goes on from there after a stop: the rows before it are read again, not tokenize
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from llmpipe.data.sources import Origin
 from llmpipe.data.template import choose
 from llmpipe.data.tokenize import COUNTS, Batch, Task, pieces_of, tokenized
 from llmpipe.errors import NUMERIC, UserError
+from llmpipe.files import to_write
 from llmpipe.recipe.sections import Prepared
 
 ENOUGH = 1000  # rows, from which on the share of rejected ones says something
@@ -153,9 +153,10 @@ class Stream:
         if self.rejected is None:
             return size or 0
         if size is None:
-            shutil.copyfile(self._rejected_before, self.rejected)
+            with to_write(self.rejected, "wb") as file:
+                file.write(self._rejected_before.read_bytes())
             return self.rejected.stat().st_size
-        with self.rejected.open("ab") as file:
+        with to_write(self.rejected, "ab") as file:
             file.truncate(size)
         return size
 
@@ -164,7 +165,7 @@ class Stream:
         lines = rejected_lines(origin, file, batch.rejected)
         text = "".join(json.dumps(line._asdict()) + "\n" for line in lines)
         if self.rejected and text:
-            with self.rejected.open("a", encoding="utf-8") as out:
+            with to_write(self.rejected, "a") as out:
                 out.write(text)
         return len(text)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.files import to_write
 from llmpipe.record import Record
 
 Score = float | list[float]  # a value, or [numerator, denominator] of a ratio of sums
@@ -123,12 +124,12 @@ class Book:
                 line = Line.parse(raw)
                 self.lines[line.key] = line
                 complete += len(raw)
-        with self.path.open("ab") as file:
+        with to_write(self.path, "ab") as file:
             file.truncate(complete)
 
     def add(self, lines: list[Line]) -> None:
         text = "".join(line.text() for line in lines)
-        with self.path.open("a", encoding="utf-8") as file:
+        with to_write(self.path, "a") as file:
             file.write(text)
         self.lines |= {line.key: line for line in lines}
 
@@ -147,7 +148,8 @@ class Book:
 
         text = "".join(line.text() for line in sorted(self.lines.values(), key=order))
         new = self.path.with_name(f".{self.path.name}")
-        new.write_text(text, encoding="utf-8")
+        with to_write(new, "w") as file:
+            file.write(text)
         new.rename(self.path)
 
 

@@ -102,8 +102,8 @@ def seen_by(items: list[Item], artifacts: list[Artifact]) -> dict[str, int]:
     asks = np.array([item.asks for item in items], np.uint64)
     counts: dict[str, int] = {}
     for artifact in artifacts:
-        path = artifact.path / "seen.safetensors"
-        if artifact.finished and path.exists():
+        path = artifact.published("seen.safetensors") if artifact.finished else None
+        if path:
             try:
                 counts[artifact.name] = int(np.isin(asks, load_file(path)["asks"]).sum())
             except (SafetensorError, KeyError, OSError) as error:

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Literal
 
 from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
+from llmpipe.files import to_write
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import process_count, thread_count
@@ -131,7 +132,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
     parent = os.getpid()
     signals: list[int] = []
     # a launcher prints a traceback of its own for every worker that fails
-    with log.open("ab") if launched else contextlib.nullcontext() as errors:
+    with to_write(log, "ab") if launched else contextlib.nullcontext() as errors:
         process = subprocess.Popen(
             command,
             env=environment,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llmpipe.errors import DONE, Say, Stopped, UserError
 from llmpipe.faults import of_machine
+from llmpipe.files import to_write
 from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.sections import Recipe, Training
@@ -75,7 +76,7 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
         if fault := of_machine(error, artifact.path):
             return Outcome.of(fault)
         traceback.print_exc()
-        with (artifact.path / "log.txt").open("a", encoding="utf-8") as log:
+        with to_write(artifact.path / "log.txt", "a") as log:
             traceback.print_exc(file=log)
         message = f"a bug: {type(error).__name__}: {error}"
         return Outcome.of(UserError(message, "please report it, with the traceback", code=1))
@@ -94,7 +95,8 @@ def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
     absolute = os.path.isabs(os.path.expanduser(recipe.run))
     run = f"runs/{artifact.run.name}" if absolute else recipe.run
     text = dump(recipe.model_copy(update={"run": run}))
-    (artifact.path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with to_write(artifact.path / "recipe.yaml", "w") as file:
+        file.write(text)
     plan.write(artifact.path)
 
 
@@ -122,7 +124,7 @@ def teller(artifact: Artifact) -> Say:
     def say(line: str) -> None:
         if rank() == 0:
             print(line, flush=True)
-            with (artifact.path / "log.txt").open("a", encoding="utf-8", errors="replace") as log:
+            with to_write(artifact.path / "log.txt", "a", errors="replace") as log:
                 print(line, file=log)
 
     return say
@@ -212,7 +214,8 @@ def commit_merged(job: Job[Recipe], name: str, manifest: Manifest) -> None:
     """Commit the artifact that holds the adapter merged into its base."""
     merged = Artifact(job.artifact.run / name)
     recipe = (job.artifact.path / "recipe.yaml").read_bytes()
-    (merged.path / "recipe.yaml").write_bytes(recipe)
+    with to_write(merged.path / "recipe.yaml", "wb") as file:
+        file.write(recipe)
     kind = "model" if manifest.kind == "adapter" else manifest.kind
     merged.commit(replace(manifest, kind=kind, name=name, merged_from=job.artifact.name))
     job.say(f"{merged.path}: model published, the adapter merged into its base")

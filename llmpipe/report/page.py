@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe import __version__
 from llmpipe.errors import RESOURCES, UserError
+from llmpipe.files import to_write
 from llmpipe.report import charts, sections
 from llmpipe.report.parts import Run, parts_of
 
@@ -116,7 +117,8 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
             break
     try:
         temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.write_bytes(text)
+        with to_write(temporary, "wb") as file:
+            file.write(text)
         temporary.replace(out)
     except OSError as error:
         problem = f"{out}: cannot be written: {error.strerror}"

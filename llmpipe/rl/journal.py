@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpipe.errors import Say
-from llmpipe.files import fsync
+from llmpipe.files import fsync, to_write
 from llmpipe.models.hardware import memory_gb
 from llmpipe.parallel import World
 from llmpipe.rl.watch import Metrics
@@ -65,7 +65,7 @@ class Journal:
             return
         line = {"step": step, **metrics, "memory_gb": round(memory_gb(), 3)}
         line["seconds"] = round(self.seconds, 3)
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with to_write(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self.trackers:
             # wandb drops what comes for a step that it has
@@ -77,7 +77,7 @@ class Journal:
         """Some episodes of an update, in rollouts.jsonl."""
         if not self.writes:
             return
-        with self.rollouts.open("a", encoding="utf-8") as file:
+        with to_write(self.rollouts, "a") as file:
             for episode in episodes[:SHOWN]:
                 line = {"step": step, **vars(episode)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -89,7 +89,7 @@ class Journal:
     def sizes(self) -> list[int]:
         """Of both files, once they are on the disk."""
         for path in (self.metrics, self.rollouts):
-            path.touch()
+            to_write(path, "ab").close()
             fsync(path)
         return [self.metrics.stat().st_size, self.rollouts.stat().st_size]
 
@@ -98,5 +98,5 @@ class Journal:
         if not self.writes:
             return
         for path, size in zip((self.metrics, self.rollouts), sizes, strict=True):
-            with path.open("ab") as file:
+            with to_write(path, "ab") as file:
                 file.truncate(size)

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 from llmpipe.files import (
+    Seen,
+    difference,
     differences,
     digest,
     expanded,
     files_below,
     fsync,
+    not_plain,
     read_json,
+    remove,
     table,
     write_json,
 )
@@ -87,6 +90,8 @@ class Artifact:
         Raises UserError (3) when it is damaged.
         """
         path = self.path / MANIFEST
+        if problem := not_plain(path):
+            raise UserError(f"{path}: {problem}", "copy the file in its place", INTEGRITY)
         document = read_json(path)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             hint = (
@@ -110,29 +115,52 @@ class Artifact:
             )
             raise UserError(problem, hint, INTEGRITY) from None
 
-    def verify(self) -> Manifest:
-        """The manifest, after every file was hashed.
+    def refuse_links(self) -> None:
+        """Raises UserError (3) where something that is no file lies in the folder: it would be
+        written through, or what is made would not be published in the end.
+
+        Checkpoints are verified when they are used.
+        """
+        for artifact in (self, self.merged):
+            for _ in files_below(artifact.path, {"checkpoints"}):
+                pass
+
+    def verify(self, most: int | None = None) -> Manifest:
+        """The manifest, after every file was hashed, or every one of at most `most` bytes.
 
         Raises UserError (3) naming each difference.
         """
         manifest = self.manifest()
-        problems = differences(self.path, manifest.files, SCRATCH | {"checkpoints"})
+        problems = self.differences(manifest, most=most)
         if problems:
-            hint = (
-                "the artifact is not what was published; restore it, or make it again with --fresh"
-            )
-            lines = [f"{self.path}/{problem}" for problem in problems]
-            raise UserError("\n".join(lines), hint, INTEGRITY)
+            raise _not_as_published([f"{self.path}/{problem}" for problem in problems])
         return manifest
+
+    def differences(
+        self, manifest: Manifest, *, seen: Seen | None = None, most: int | None = None
+    ) -> list[str]:
+        """How the artifact departs from its manifest, see `files.differences`."""
+        skip = SCRATCH | {"checkpoints"}
+        return differences(self.path, manifest.files, skip, seen=seen, most=most)
+
+    def published(self, name: str) -> Path | None:
+        """A file of the finished artifact, after it was hashed; None where it has none of that
+        name.
+
+        Raises UserError (3) where it is not as published.
+        """
+        path = self.path / name
+        entry = self.manifest().files.get(name)
+        problem = difference(path, entry) if entry else None
+        if problem:
+            raise _not_as_published([f"{path}: {problem}"])
+        return path if entry else None
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash every file, write the manifest last: from then on the artifact is finished."""
         for leftover in self.path.glob(".*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
-        for path in files_below(self.path):
+            remove(leftover)
+        for path in files_below(self.path, {"checkpoints"}):
             fsync(path)
         manifest = replace(manifest, files=table(self.path, SCRATCH | {"checkpoints"}))
         manifest = replace(manifest, fingerprint=fingerprint(manifest.document()))
@@ -163,6 +191,11 @@ class Artifact:
 def fingerprint(document: Document) -> str:
     """sha256 over everything in a document but the fingerprint itself."""
     return digest({key: value for key, value in document.items() if key != "fingerprint"})
+
+
+def _not_as_published(lines: list[str]) -> UserError:
+    hint = "the artifact is not what was published; restore it, or make it again with --fresh"
+    return UserError("\n".join(lines), hint, INTEGRITY)
 
 
 def artifact_of(recipe: Recipe) -> Artifact:

@@ -10,7 +10,7 @@ library goes on, for a job that was moved has no choice; the result is then call
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import Table, differences, publishing, read_json, table, table_of, write_json
+from llmpipe.files import (
+    Seen,
+    Table,
+    differences,
+    publishing,
+    read_json,
+    remove,
+    table,
+    table_of,
+    write_json,
+)
 from llmpipe.run.artifact import SUMS, fingerprint
 from llmpipe.run.manifest import Leg, Platform, known
 
@@ -27,6 +37,9 @@ STATE = "llmpipe.json"
 
 UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
+
+NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+"""Of a published checkpoint; anything else that lies beside it is somebody's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +100,8 @@ def step_of(checkpoint: Path) -> int:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first."""
-    names = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
+    names = [path.name for path in checkpoints.glob("step-*") if path.is_dir()]
+    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
 
 @contextmanager
@@ -105,12 +118,17 @@ def writing(
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
-def verify(checkpoint: Path) -> list[str]:
+def verify(checkpoint: Path, seen: Seen | None = None) -> list[str]:
     """What is wrong with a checkpoint, nothing when it is whole."""
+    if checkpoint.is_symlink():
+        return [f"{SUMS}: behind a link, which is not followed"]
     sums = Sums.read(checkpoint)
     if sums is None:
         return [f"{SUMS}: damaged or missing"]
-    return differences(checkpoint, sums.files, {SUMS})
+    problems = differences(checkpoint, sums.files, {SUMS}, seen=seen)
+    if sums.step != step_of(checkpoint):
+        problems.append(f"{SUMS}: is of step {sums.step}")
+    return problems
 
 
 def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
@@ -119,8 +137,9 @@ def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
         if step not in also:
             path = folder(checkpoints, step)
             doomed = path.with_name(f".{path.name}.old")
+            remove(doomed)
             path.rename(doomed)  # first: half a checkpoint is never seen
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def pick(

@@ -9,6 +9,7 @@ import socket
 import time
 
 from llmpipe.errors import BUSY, UserError
+from llmpipe.files import descriptor_of
 from llmpipe.run.artifact import Artifact, make_run, not_writable
 
 PAUSE = 0.05
@@ -68,7 +69,7 @@ class Lock:
         """
         try:
             make_run(self.artifact.run)
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            return descriptor_of(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             problem = not_writable(self.artifact.run, error)
         except UserError as error:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from llmpipe.data.sources import files_of, hub_key, hub_revision
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import (
-    Table,
+    SMALL,
     digest,
     expanded,
     read_json,
@@ -129,15 +129,16 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     """Compare what is asked with what lies there.
 
     `progress` globs what an unfinished artifact goes on from. Raises UserError (3) when another
-    recipe made the artifact, or when a file of it is gone or has another size.
+    recipe made the artifact, where it is not as published, or where a link lies in it.
     """
     if artifact.finished:
         manifest = artifact.manifest()
         now = plan_of(recipe, artifact.run, accepts, manifest.asked)
         _refuse_other(artifact, recipe, manifest.asked, now.asked, "was made")
-        _refuse_resized(artifact, manifest.files)
+        artifact.verify(SMALL)
         plan = Plan(manifest.identity, manifest.asked, now.models)
         return Decision("skip", "finished, same recipe and inputs", plan)
+    artifact.refuse_links()
     begun = Plan.read(artifact.path) if any(artifact.path.glob(progress)) else None
     if begun is None:
         plan = plan_of(recipe, artifact.run, accepts)
@@ -147,14 +148,6 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     # its checkpoints know the document it was begun with, and not fields that came later
     plan = Plan(begun.identity, begun.asked, now.models)
     return Decision("resume", "not finished, same recipe and inputs", plan)
-
-
-def _refuse_resized(artifact: Artifact, files: Table) -> None:
-    for name, entry in files.items():
-        path = artifact.path / name
-        if not path.is_file() or path.stat().st_size != entry.size:
-            hint = "restore it, or make the artifact again with --fresh"
-            raise UserError(f"{path}: not as published", hint, INTEGRITY)
 
 
 def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, verb: str) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
+from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
 from llmpipe.models.verify import Verified
@@ -130,6 +131,7 @@ def _keep_what_was_seen(training: Training[sections.Training]) -> None:
         folders.append(training.prepared.mixture.folder(training.job.prepared))
     home: Path = training.artifact.path
     rejected = b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders)
-    (home / "rejected.jsonl").write_bytes(rejected)
+    with to_write(home / "rejected.jsonl", "wb") as file:
+        file.write(rejected)
     asks = [load_file(folder / "seen.safetensors")["asks"] for folder in folders]
     save_file({"asks": np.unique(np.concatenate(asks))}, home / "seen.safetensors")

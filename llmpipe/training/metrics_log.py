@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmpipe.errors import Say
-from llmpipe.files import fsync
+from llmpipe.files import fsync, to_write
 from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
 from llmpipe.parallel import World
 from llmpipe.run.progress import Progress
@@ -39,7 +39,7 @@ class MetricsLog:
     def cut(self, size: int) -> None:
         """Begin, or go on from a checkpoint at which the file had `size` bytes."""
         if self.world.is_first:
-            with self.path.open("ab") as file:
+            with to_write(self.path, "ab") as file:
                 file.truncate(size)
 
     def size(self) -> int:
@@ -81,7 +81,7 @@ class MetricsLog:
             line |= self._speed()
         line["memory_gb"] = round(memory_gb(), 3)
         line["seconds"] = round(self.seconds, 3)
-        with self.path.open("a", encoding="utf-8") as file:
+        with to_write(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.progress:
             self.progress.show(line)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.files import to_write
 from llmpipe.models.generate import Sampling, generate, isolated_rng, render
 from llmpipe.training.training import Trained
 
@@ -28,7 +29,8 @@ def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
             cut = "" if line["ended"] else " (cut)"
             trainer.say(f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{cut}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    with to_write(path, "w") as file:
+        file.write(text)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
