@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.faults import of_disk
+from llmpipe.faults import writing
 
 LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 """Name of what a `write_json` leaves that was killed."""
@@ -109,14 +109,23 @@ def write_json(path: Path, value: Any) -> None:
 
     Dataclasses in `value` become objects.
     """
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=asdict)
+    write_whole(path, f"{text}\n".encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)  # of a process that was killed, or planted there
-    with temporary.open("x", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, default=asdict)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
@@ -180,12 +189,12 @@ def files_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[
 def paths_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[Path]:
     """Everything below `folder` that is no folder, sorted; a link is not followed.
 
-    Top-level folders in `skip` are left out.
+    Top-level folders in `skip` are left out, and links to such.
     """
     for root, folders, names in os.walk(folder):
-        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
         if Path(root) == folder:
             folders[:] = [name for name in folders if name not in skip]
+        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
         folders.sort()
         for name in sorted([*names, *linked]):
             yield Path(root, name)
@@ -276,20 +285,19 @@ def publishing(target: Path) -> Iterator[Path]:
     A target that exists is replaced: it is moved aside first, so that no moment shows a mixture.
     Raises UserError (5) when the disk is full; nothing of the target is lost then.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.staging")
-    remove(staging)
-    staging.mkdir()
     try:
-        yield staging
-        _flush(staging)
-    except BaseException as error:
+        with writing(target, staging):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove(staging)
+            staging.mkdir()
+            yield staging
+            _flush(staging)
+            _replace(target, staging)
+            fsync(target.parent)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if fault := of_disk(error, target):
-            raise fault from error
         raise
-    _replace(target, staging)
-    fsync(target.parent)
 
 
 def _flush(folder: Path) -> None:
@@ -310,7 +318,11 @@ def _replace(target: Path, new: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     remove(old)
     target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     remove(old)
 
 

@@ -84,8 +84,7 @@ def start_here(action, artifact, recipe, *, inexact, debug):
     if multiprocessing.parent_process() is not None:  # a trial: signals reach it
         signals.install()
     Outcome.clear(artifact)
-    status = guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact))
-    launch.finish(Outcome.read(artifact), status, artifact)
+    guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact)).check()
 
 
 def command(path: Path, sets=(), **options) -> Artifact:

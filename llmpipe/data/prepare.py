@@ -24,7 +24,7 @@ from llmpipe.data.kinds import Kind
 from llmpipe.data.make import VERSION, make
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Say
-from llmpipe.faults import of_disk
+from llmpipe.faults import writing
 from llmpipe.files import digest, files_below, fsync, read_json
 from llmpipe.recipe.sections import Prepared, science
 
@@ -76,15 +76,12 @@ def prepare(
     _remove_remains(cache, key)
     temporary = cache / f".{key}.{os.getpid()}"
     try:
-        temporary.mkdir(parents=True)
-        record = make(data, kind, model, temporary, origins, seed, say)
-        seconds = round(time.monotonic() - started, 3)
-        ready = record.model_copy(update={"key": key, "seconds": seconds})
-        _publish(ready, temporary, final)
-    except OSError as error:
-        if fault := of_disk(error, cache):
-            raise fault from error
-        raise
+        with writing(cache, temporary):
+            temporary.mkdir(parents=True)
+            record = make(data, kind, model, temporary, origins, seed, say)
+            seconds = round(time.monotonic() - started, 3)
+            ready = record.model_copy(update={"key": key, "seconds": seconds})
+            _publish(ready, temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"data: {_in_words(ready, data, kind)}")

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 # typer imports pydantic; looking for its plugins takes longer than help
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -20,6 +20,7 @@ import typer
 
 from llmpipe import __version__
 from llmpipe.errors import SIGINT, Stopped, UserError, near
+from llmpipe.faults import a_bug, of_machine
 from llmpipe.front.terminal import exit_code, open_terminal
 from llmpipe.stages import STAGES
 
@@ -313,12 +314,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        # several problems stand on lines of their own, each with its file
-        start = "" if "\n" in error.message else "error: "
-        print(f"{start}{error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
+        _refuse(error)
     except Stopped as stop:
         print(f"{stop.message}; the same command goes on from there", file=sys.stderr, flush=True)
         sys.exit(stop.code)
@@ -328,9 +324,22 @@ def main() -> None:
     except typer.Abort:
         sys.exit(SIGINT)
     except Exception as error:
-        # click's own usage errors print themselves; anything else is a bug and shows as one
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
-            raise
-        error.show()
-        sys.exit(error.exit_code)
+        # click's own usage errors print themselves
+        if hasattr(error, "exit_code") and hasattr(error, "show"):
+            error.show()
+            sys.exit(error.exit_code)
+        fault = of_machine(error)
+        if not fault and "--debug" not in sys.argv:
+            traceback.print_exc()
+        _refuse(fault or a_bug(error))
     sys.exit(exit_code())
+
+
+def _refuse(error: UserError) -> NoReturn:
+    """Show a mistake, and end with its code."""
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    # several problems stand on lines of their own, each with its file
+    start = "" if "\n" in error.message else "error: "
+    print(f"{start}{error}", file=sys.stderr, flush=True)
+    sys.exit(error.code)

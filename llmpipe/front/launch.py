@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,12 @@ from types import FrameType
 from typing import Literal
 
 from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
+from llmpipe.faults import of_place
 from llmpipe.files import to_write
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
-from llmpipe.run.machine import process_count, thread_count
-from llmpipe.run.outcome import Outcome
+from llmpipe.run.machine import for_memory, process_count, thread_count
+from llmpipe.run.outcome import Outcome, listening
 from llmpipe.run.signals import die_with_parent
 
 Action = Literal["convert", "prepare", "train"]
@@ -62,12 +64,14 @@ def start(
         command.append("--debug")
     Outcome.clear(artifact)
     log = artifact.path / "log.txt"
-    end = run(command, environment(action, threads), log, launched=processes > 1)
-    outcome = Outcome.read(artifact)
+    with listening() as ear:
+        variables = environment(action, threads) | ear.environment
+        end = run(command, variables, log, launched=processes > 1)
+        outcome = Outcome.read(artifact) or ear.heard()
     if outcome is None and end.signals and end.status:
         # the worker had not come as far as noting how it ends
         raise Stopped(SIGINT if end.signals[0] == signal.SIGINT else SIGTERM, "stopped")
-    finish(outcome, end.status, artifact)
+    finish(outcome, end.status, artifact, for_memory(action, recipe))
 
 
 def launcher(processes: int, threads: int) -> list[str]:
@@ -174,17 +178,18 @@ def children(launcher: int) -> list[int]:
     return [int(pid) for pid in pids] or [launcher]
 
 
-def finish(outcome: Outcome | None, status: int, artifact: Artifact) -> None:
-    """Turn how a worker ended into an exception, or into nothing when it is done."""
+def finish(outcome: Outcome | None, status: int, artifact: Artifact, remedy: str) -> None:
+    """Turn how a worker ended into an exception, or into nothing when it is done.
+
+    `remedy`: what to do where it was killed for want of memory.
+    """
     if outcome is not None:
         outcome.check()
     elif status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        raise UserError(
-            "the worker was killed (SIGKILL), most likely for want of memory",
-            "lower launch.micro_batch_size or data.max_length; "
-            "the same command goes on from the last checkpoint",
-            RESOURCES,
-        )
+        problem = "the worker was killed (SIGKILL), most likely for want of memory"
+        raise UserError(problem, remedy, RESOURCES)
     elif status:
-        log = artifact.path / "log.txt"
-        raise UserError(f"the worker ended with status {status}", f"see {log}", code=1)
+        problem = f"the worker ended with status {status}"
+        silenced = of_place(artifact.path, Path(tempfile.gettempdir()))
+        hint = f"see {artifact.path / 'log.txt'}"
+        raise silenced or UserError(problem, hint, code=1)

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from llmpipe.errors import DONE
-from llmpipe.front.launch import finish, library_environment
+from llmpipe.front.launch import library_environment
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, guarded
 from llmpipe.recipe.sections import Training
@@ -61,17 +60,12 @@ def train(session: Session) -> None:
     die_with_parent()
     signals = Signals().install()
     os.environ |= library_environment("train")
-    code = guarded(
+    outcome = guarded(
         artifact,
         lambda: act("train", artifact, signals, inexact=session.inexact),
         session.debug,
     )
-    if code == DONE:
-        return
-    outcome = Outcome.read(artifact)
-    if outcome is None or outcome.code != code:  # another rank's
-        outcome = Outcome(code=code, message="stopped; see what rank 0 says")
-    finish(outcome, code, artifact)
+    outcome.check()
 
 
 class Word(Record):

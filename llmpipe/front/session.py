@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from llmpipe.errors import Say
-from llmpipe.faults import of_disk
+from llmpipe.faults import writing
 from llmpipe.front import launch
 from llmpipe.front.worker import write_plan
 from llmpipe.recipe.sections import Recipe
@@ -61,23 +61,18 @@ class Session:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the artifact, and its parents shared. Raises UserError (75) where one is busy, and
-        (5) where what is done meanwhile finds the run not to be written.
+        (5) where this or what is done meanwhile finds the run not to be written.
 
         A parent that is being made is busy; one that is read cannot be moved aside meanwhile.
         """
         parents = parents_of(self.recipe, self.artifact.run)
-        with ExitStack() as locks:
+        with writing(self.artifact.path), ExitStack() as locks:
             locks.enter_context(Lock(self.artifact).acquire())
             for parent in parents:
                 locks.enter_context(Lock(parent, shared=True).acquire())
             # a worker whose parent was killed may still be at work
             Lock(self.artifact, "write").acquire().release()
-            try:
-                yield
-            except OSError as error:
-                if fault := of_disk(error, self.artifact.path):
-                    raise fault from error
-                raise
+            yield
 
     def plan(self) -> Decision:
         """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""

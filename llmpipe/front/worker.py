@@ -12,13 +12,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from llmpipe.errors import DONE, Say, Stopped, UserError
-from llmpipe.faults import of_machine
-from llmpipe.files import to_write
+from llmpipe.faults import a_bug, of_machine, remembering
+from llmpipe.files import to_write, write_whole
 from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.sections import Recipe, Training
@@ -28,7 +28,7 @@ from llmpipe.run.context import check_lengths
 from llmpipe.run.folders import check_folder
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
-from llmpipe.run.machine import rank
+from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.plan import Plan
@@ -46,20 +46,21 @@ def main(arguments: list[str]) -> int:
     signals = Signals().install()
     action, folder, *flags = arguments
     artifact = Artifact(Path(folder))
-    return guarded(
+    outcome = guarded(
         artifact,
         lambda: act(action, artifact, signals, inexact="--inexact" in flags),
         debug="--debug" in flags,
     )
+    return outcome.code
 
 
-def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -> int:
-    """Run `work`; its end, whatever it is, becomes outcome.json and an exit code."""
+def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -> Outcome:
+    """Run `work`; its end, whatever it is, becomes outcome.json."""
     outcome = end_of(work, artifact, debug)
     # rank 0 speaks for all, but another rank may be the only one that fails
     if rank() == 0 or (outcome.code != DONE and Outcome.read(artifact) is None):
-        outcome.write(artifact)
-    return outcome.code
+        outcome.deliver(artifact)
+    return outcome
 
 
 def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome:
@@ -73,20 +74,21 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
             traceback.print_exc()
         return Outcome.of(error)
     except Exception as error:
-        if fault := of_machine(error, artifact.path):
-            return Outcome.of(fault)
-        traceback.print_exc()
-        with to_write(artifact.path / "log.txt", "a") as log:
-            traceback.print_exc(file=log)
-        message = f"a bug: {type(error).__name__}: {error}"
-        return Outcome.of(UserError(message, "please report it, with the traceback", code=1))
+        fault = of_machine(error, artifact.path)
+        if debug or not fault:
+            traceback.print_exc()
+        if not fault:
+            with suppress(OSError, UserError), to_write(artifact.path / "log.txt", "a") as log:
+                traceback.print_exc(file=log)
+        return Outcome.of(fault or a_bug(error))
     return Outcome(code=DONE)
 
 
 def act(action: str, artifact: Artifact, signals: Signals, *, inexact: bool = False) -> None:
     job = open_job(artifact, signals, inexact=inexact)
     actions = {"convert": convert, "prepare": prepare, "train": train}
-    actions[action](job)
+    with remembering(for_memory(action, job.recipe)):
+        actions[action](job)
 
 
 def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
@@ -95,8 +97,7 @@ def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
     absolute = os.path.isabs(os.path.expanduser(recipe.run))
     run = f"runs/{artifact.run.name}" if absolute else recipe.run
     text = dump(recipe.model_copy(update={"run": run}))
-    with to_write(artifact.path / "recipe.yaml", "w") as file:
-        file.write(text)
+    write_whole(artifact.path / "recipe.yaml", text.encode())
     plan.write(artifact.path)
 
 

@@ -44,11 +44,11 @@ class Lock:
                 time.sleep(PAUSE)  # after the last try too: the other may be about to sign
                 if expired:
                     raise self._busy(descriptor)
+            if not self.shared:
+                _sign(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        if not self.shared:
-            _sign(descriptor)
         self.descriptor = descriptor
         return self
 

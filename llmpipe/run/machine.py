@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from llmpipe.errors import UserError
-from llmpipe.recipe.sections import Launch, Machine, Training
+from llmpipe.faults import MEMORY
+from llmpipe.recipe.sections import Launch, Machine, Recipe, Training
 
 
 def gpus() -> int:
@@ -67,6 +68,17 @@ def _fitting_micro_batch(recipe: Training, share: int, on_gpu: bool) -> int:
     least = 1 if recipe.packs else 4  # unpacked rows are mostly short
     most = max(least, full_pass(on_gpu) // recipe.longest)
     return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+
+
+def for_memory(action: str, recipe: Recipe) -> str:
+    """What to do where a worker's action had not enough memory."""
+    if action == "prepare":
+        return "set data.processes to a smaller number, or data.stream: true in pretrain"
+    if action == "convert":
+        return "it takes the whole model in fp32, once: do it on a machine with more memory"
+    if not isinstance(recipe, Training):
+        return "lower launch.batch_size; the same command goes on from what is scored"
+    return f"{MEMORY}; the same command goes on from the last checkpoint"
 
 
 def full_pass(on_gpu: bool) -> int:

@@ -1,13 +1,11 @@
 """Who may write, and what is said of a run in which nobody can."""
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.faults import of_disk
 from llmpipe.run import lock
 from llmpipe.run.artifact import Artifact, make_run
 from llmpipe.run.lock import Lock
@@ -44,17 +42,3 @@ def test_a_parent_that_is_only_read_may_be_somebody_elses(tmp_path, monkeypatch)
         with Lock(artifact, shared=True).acquire():
             pass
     assert not (artifact.run / ".locks").exists()
-
-
-def test_a_refusal_counts_where_it_is_of_the_run(tmp_path):
-    artifact = tmp_path / "run" / "sft"
-    here = PermissionError(errno.EACCES, "Permission denied", str(artifact / "log.txt"))
-    error = of_disk(here, artifact)
-    assert isinstance(error, UserError) and error.code == 5
-    assert "log.txt: cannot be written: Permission denied" in str(error)
-    in_the_way = FileExistsError(errno.EEXIST, "File exists", str(artifact / "checkpoints"))
-    assert of_disk(in_the_way, artifact).code == 5
-    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/etc/shadow")
-    assert of_disk(elsewhere, artifact) is None
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert of_disk(full, artifact).code == 5

@@ -1,0 +1,117 @@
+"""What the machine does to a command, as a line: faults.py, and the disks of test processes."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.faults import code_of, of_disk, of_machine, of_memory, reading, unwritable, writing
+
+
+def of(number: int, path: object = None) -> OSError:
+    return OSError(number, os.strerror(number), path and str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (of(errno.ENOSPC), errno.ENOSPC),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (ValueError("[Errno 122] Disk quota exceeded. Detail: [errno 122]"), errno.EDQUOT),
+        (RuntimeError("unable to mmap 16 bytes: Cannot allocate memory (12)"), errno.ENOMEM),
+        (RuntimeError("Too many open files"), errno.EMFILE),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), None),
+        (OSError("Can't load the tokenizer"), None),
+    ],
+)
+def test_a_number_of_the_system_in_the_words_of_a_library(error, number):
+    assert code_of(error) == number
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_full_disk_says_what_there_is_and_what_is_kept(tmp_path, number):
+    for step in (3, 12):
+        (tmp_path / "sft" / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    fault = of_disk(of(number), tmp_path / "sft" / "checkpoints" / "step-15")
+    assert fault.code == 5 and f"cannot be written: {os.strerror(number)}" in fault.message
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        assert " are free" in fault.message and "goes on from step-12" in fault.hint
+
+
+def test_an_error_that_came_of_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise of(errno.ENOSPC)
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    assert of_machine(raised.value, tmp_path).code == 5
+    assert of_machine(RuntimeError("unexpected pos 64 vs 0"), tmp_path) is None
+
+
+def test_every_error_of_the_system_is_a_line(tmp_path):
+    artifact = tmp_path / "run" / "sft"
+    for number in (errno.EACCES, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        fault = of_disk(of(number, artifact / "log.txt"), artifact)
+        assert fault.code == 5 and "--run DIR" in fault.hint
+        assert f"log.txt: cannot be written: {os.strerror(number)}" in fault.message
+    elsewhere = of_disk(of(errno.EACCES, "/etc/shadow"), artifact)
+    assert elsewhere.code == 5 and str(elsewhere).startswith("/etc/shadow: Permission denied\n")
+    assert "ulimit -n" in of_disk(of(errno.EMFILE, "libc.so"), artifact).hint
+    assert of_machine(ConnectionResetError(104, "Connection reset by peer")).code == 5
+    assert of_machine(KeyError("step"), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), of(errno.ENOMEM), RuntimeError("DefaultCPUAllocator: can't allocate")]
+)
+def test_want_of_memory(error):
+    assert of_memory(error, "fewer processes").hint == "fewer processes"
+
+
+def test_reading_says_whose_file_it_is(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with (
+        pytest.raises(UserError, match=r"model.safetensors: cannot be read as safetensors: header"),
+        reading(path, "safetensors", ValueError),
+    ):
+        raise ValueError("header too large")
+    with (
+        pytest.raises(UserError, match="Too many open files") as refused,
+        reading(path, "safetensors", OSError),
+    ):
+        raise of(errno.EMFILE, path)
+    assert refused.value.code == 5
+
+
+def test_a_limit_of_a_files_size(tmp_path):
+    """`ulimit -f`: torch's writer stops at it without a word."""
+    code = f"""
+import resource, torch
+from pathlib import Path
+from llmpipe.faults import writing
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+with writing(Path({str(tmp_path)!r})):
+    torch.save(torch.zeros(1_000_000), {str(tmp_path / "optimizer.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError" in done.stderr and "File too large" in done.stderr, done.stderr
+
+
+def test_a_place_that_takes_a_page(tmp_path):
+    assert unwritable(tmp_path / "no" / "such") is None
+    assert not list(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert unwritable(tmp_path) == errno.EMFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_bug_stays_one(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
+        _ = 1 / 0
