@@ -125,3 +125,22 @@ def test_a_linked_folder_differs_though_all_in_it_is_the_same(tmp_path):
     (tmp_path / "home" / "model").symlink_to(tmp_path / "other")
     sha256 = sha256_file(tmp_path / "other" / "x")
     assert differences(tmp_path / "home", {"model/x": FileEntry(1, sha256)}) == ["model: a link"]
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path):
+    """A folder that they are linked to is written, read and gone on from like any other."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "checkpoints").symlink_to(scratch)
+    path = life.write(tmp_path / "run", optim__steps=6)
+    killed = life.Trial(path, hook="kill_after_checkpoint_3")
+    assert killed.wait() == -9, killed.text()
+    assert {folder.name for folder in scratch.iterdir()} == {"step-3"}
+    resumed = life.Trial(path)
+    assert resumed.wait() == 0 and "resuming from step-3" in resumed.text(), resumed.text()
+    artifact = Artifact(tmp_path / "run" / "sft")
+    assert not [name for name in artifact.verify().files if name.startswith("checkpoints")]
+    straight = life.command(life.write(tmp_path / "straight", optim__steps=6))
+    assert life.essence(artifact) == life.essence(straight)
+    assert {folder.name for folder in scratch.iterdir()} == {"step-3", "step-6"}
