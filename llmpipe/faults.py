@@ -67,7 +67,10 @@ def reading(
         yield
     except (UserError, Stopped):
         raise
-    except errors as error:
+    except BaseException as error:
+        # a library in Rust that panics raises what is no Exception
+        if not isinstance(error, errors) and type(error).__name__ != "PanicException":
+            raise
         if fault := of_memory(error) or _of_reading(error, path):
             raise fault from error
         problem = f"{path}: cannot be read as {form}: {first_line(error)}"

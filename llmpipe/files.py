@@ -31,6 +31,15 @@ CHUNK = 1 << 20
 Seen = Callable[[int], None]
 """Is told of bytes that were hashed, some at a time."""
 
+LARGEST = 64 << 20
+"""Bytes of a JSON file that is read."""
+
+DEEPEST = 100
+"""Lists and objects in one another that are read; what llmpipe writes has a tenth of it."""
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character, as JSON can spell it; no file and no terminal takes one."""
+
 
 def expanded(text: str) -> Path:
     """The path that a person wrote: ~ is a home, where there is one of that name."""
@@ -148,11 +157,67 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return leaves
 
 
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """The text of a plain file, as it stands. Raises OSError, or ValueError for what is no file, no
+    UTF-8, or larger than `most` bytes.
+
+    A pipe or a device, which may never end, is not read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, encoding="utf-8", newline="") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a plain file")
+        if status.st_size > most:
+            raise ValueError(f"{status.st_size:,} bytes, of which {most:,} are read at most")
+        return file.read()
+
+
+def parse_json(text: str, *, twice: bool = True) -> Any:
+    """What a JSON text says. Raises ValueError, in a line, for what is none, and for what nobody
+    could work with: nesting deeper than DEEPEST, numbers without end, halves of characters.
+
+    Unless `twice`, a key that an object has twice is refused: readers differ in which one counts.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=None if twice else _once)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST}") from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError(f"nested deeper than {DEEPEST}")
+    if SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return values
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested deeper than DEEPEST."""
+    level = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for holder in level:
+            inner = holder.values() if isinstance(holder, dict) else holder
+            if isinstance(holder, dict | list):
+                below += [item for item in inner if isinstance(item, dict | list)]
+        if not below:
+            return False
+        level = below
+    return True
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON, or None when the file is absent or not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return parse_json(read_text(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
 
 
@@ -172,6 +237,13 @@ Table = dict[str, FileEntry]
 def table_of(record: dict[str, Any]) -> Table:
     """A table as JSON holds it."""
     return {name: FileEntry(**entry) for name, entry in record.items()}
+
+
+def check_names(files: Table, at: str) -> None:
+    """Raises ValueError for the name of a file that lies outside of the folder of a table."""
+    for name in files:
+        if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{at}: {name[:60]!r} is no file of the folder")
 
 
 def files_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[Path]:

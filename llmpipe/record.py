@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json, write_json
 
 
@@ -17,9 +18,21 @@ class Record(BaseModel):
 
     @classmethod
     def from_file(cls, path: Path) -> Self | None:
-        """The record in a file, or None when the file is absent or not whole."""
+        """The record in a file, or None when the file is absent or not whole.
+
+        Raises UserError (3) naming a field that is not what it may be.
+        """
         values = read_json(path)
-        return None if values is None else cls.model_validate(values)
+        if values is None:
+            return None
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"])) or "it"
+            problem = f"{path}: {at}: {first['msg'].lower()}"
+            hint = "another version wrote it, or it was changed; --fresh starts anew"
+            raise UserError(problem, hint, INTEGRITY) from None
 
     def to_file(self, path: Path) -> None:
         """Write it atomically; fields that were never set are left out."""

@@ -270,6 +270,32 @@ def as_reward_model(model: type[PreTrainedModel]) -> Iterator[None]:
         model._keys_to_ignore_on_load_unexpected = unexpected
 
 
+@contextmanager
+def of_size(model: type[PreTrainedModel], most: int) -> Iterator[None]:
+    """Load weights into models of this class of at most `most` bytes; else raise ValueError.
+
+    transformers builds the model that a configuration describes, without memory, and then makes
+    room for what the weights lack, however much that is.
+    """
+    kept = vars(model).get("_load_pretrained_model")
+    load = model._load_pretrained_model
+
+    def load_small(built: PreTrainedModel, *arguments: Any, **options: Any) -> Any:
+        size = sum(tensor.nbytes for tensor in (*built.parameters(), *built.buffers()))
+        if size > most:
+            problem = f"the configuration describes a model of {size / 1e9:,.1f} GB"
+            raise ValueError(f"{problem}, of which the weights hold a fraction")
+        return load(built, *arguments, **options)
+
+    model._load_pretrained_model = staticmethod(load_small)
+    try:
+        yield
+    finally:
+        del model._load_pretrained_model  # the library's is seen again
+        if kept is not None:
+            model._load_pretrained_model = kept
+
+
 def with_bias(model: Any) -> Any:
     """`model`, whose head TRL's fused head can read: PEFT's wrapper of a tied head that
     learns new tokens lacks a `bias`.

@@ -20,7 +20,7 @@ FLOORS = [
     {"errors"},
     {"faults"},
     {"files", "scores", "recipe"},
-    {"record"},
+    {"record", "typed"},
     {"data"},
     {"run"},
     {"kernels", "parallel", "report", "upstream"},

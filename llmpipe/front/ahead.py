@@ -21,11 +21,13 @@ from llmpipe.data.readers.hub import hub_revision, kept_offline
 from llmpipe.errors import DATA, Mistake, UserError, near
 from llmpipe.files import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
-from llmpipe.recipe.places import ARTIFACT, is_here
+from llmpipe.recipe.names import ARTIFACT
+from llmpipe.recipe.places import is_here
 from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
-from llmpipe.run.context import mistakes_in_lengths, of_folder, tensors
+from llmpipe.run.context import mistakes_in_lengths, of_folder
+from llmpipe.run.folders import check_folder, tensors_of
 from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
@@ -257,10 +259,16 @@ def _in_start(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
     folder = outlook.root(recipe.model, artifact_of(recipe).run) if recipe.model else None
     if folder is None:
         return
+    try:
+        check_folder(folder)
+    except UserError:  # said of the model itself
+        return
     context = of_folder(folder)
     if context is not None:
         yield from mistakes_in_lengths(recipe, context)
-    weights = [name.removesuffix(".weight") for name in tensors(folder) if name.endswith(".weight")]
+    weights = [
+        name.removesuffix(".weight") for name in tensors_of(folder) if name.endswith(".weight")
+    ]
     are_loaded_alike = not any(".experts." in name for name in weights)  # which become one tensor
     if recipe.adapter and weights and are_loaded_alike:
         try:

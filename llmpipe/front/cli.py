@@ -256,7 +256,7 @@ def chat(
     if len(models) > 2:
         raise UserError("chat takes one model, or two side by side")
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from llmpipe.recipe.places import ARTIFACT
+    from llmpipe.recipe.names import ARTIFACT
     from llmpipe.run.reference import Use, resolve
 
     for name in models:

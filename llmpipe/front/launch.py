@@ -118,6 +118,8 @@ def library_environment(action: Action) -> dict[str, str]:
         "TQDM_DISABLE": "" if action == "prepare" else "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # no native code of the Hub, see `llmpipe.front`
+        "USE_HUB_KERNELS": "0",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -26,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError, first_line
+from llmpipe.faults import reading
 from llmpipe.models.pretrained import load_model, resize_embeddings, take_generation
 from llmpipe.recipe.sections import Adapter, Quantization
+from llmpipe.run.weights import tensors_in
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -172,19 +173,14 @@ def attach(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any
     """
     from peft import PeftModel, set_peft_model_state_dict
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors, which are refused below
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, local_files_only=True
-            )
-            if upcast_trained(adapted):  # which was loaded rounded
-                set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        problem = f"{folder}: the adapter does not fit its base: {first_line(error)}"
-        raise UserError(problem, code=INTEGRITY) from error
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        saved = set(file.keys())
+    with reading(folder, "an adapter of its base", Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing tensors, which are refused below
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, local_files_only=True
+        )
+        if upcast_trained(adapted):  # which was loaded rounded
+            set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
+    saved = set(tensors_in(folder / WEIGHTS))
     differing = sorted(saved ^ set(tensors_of(adapted)))
     if differing:
         fate = "is left over" if differing[0] in saved else "is missing"

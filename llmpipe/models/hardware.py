@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,8 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     arithmetic = "bf16 arithmetic" if hardware.bf16 else "fp32"
     say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
+    if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import
+        say("kernels: the package is installed, and not used: no native code of the Hub is fetched")
     optimizer = recipe.optim.optimizer
     if OPTIMIZERS[optimizer].paged and hardware.device == "cpu":
         why = "a CPU has nothing to page to, the moments stay where they are"

@@ -4,6 +4,7 @@ Nothing is downloaded and no code of a model's folder runs.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,35 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
-from llmpipe.errors import DATA, INTEGRITY, UserError, first_line
+from llmpipe.errors import DATA, INTEGRITY, UserError
+from llmpipe.faults import reading
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.folders import tensors_of
+
+PACKED = 4
+"""Numbers of a weight that one number of a file may stand for: two in a byte, and a head that is
+tied beside the embeddings."""
+
+SLACK = 1 << 29
+"""Bytes that a model may have beside its weights: masks, a new head."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    """Raises UserError (3) for what transformers cannot read."""
+    with reading(folder, "a tokenizer", Exception):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def model_class(folder: Path, scores: bool = False) -> type[PreTrainedModel]:
     """The class that transformers has for the model in `folder`, as a causal language model or,
     with `scores`, as a reward model. Raises UserError (2) when it has none.
     """
-    try:
+    with reading(folder / "config.json", "a configuration", Exception, code=DATA):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}", code=DATA) from error
+    kind = type(config)
+    if hidden := next((name for name in vars(config) if callable(getattr(kind, name, None))), None):
+        problem = f"{hidden}: stands in the place of a function of transformers'"
+        raise UserError(f"{folder / 'config.json'}: {problem}", code=INTEGRITY)
     classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
     known = classes.get(type(config), None)
     if known is None:
@@ -61,22 +75,25 @@ def load_model(
     is_ranker = is_reward_model(folder)
     new_head = scores and not is_ranker
     known = model_class(folder, scores or is_ranker)
-    try:
-        # a head that is dropped and one that is new are no news; all else is refused below
-        with upstream.as_reward_model(known) if new_head else nullcontext():
-            model, report = known.from_pretrained(
-                folder,
-                **({"num_labels": 1} if scores else {}),
-                dtype=dtype,
-                quantization_config=quantization,
-                attn_implementation=upstream.supported_attention(known, attention),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {first_line(error)}", code=DATA) from error
+    most = sum(math.prod(tensor.shape) for tensor in tensors_of(folder).values())
+    # a head that is dropped and one that is new are no news; all else is refused below
+    heads = upstream.as_reward_model(known) if new_head else nullcontext()
+    with (
+        reading(folder, "a model", Exception, code=DATA),
+        upstream.of_size(known, most * PACKED * torch.float64.itemsize + SLACK),
+        heads,
+    ):
+        model, report = known.from_pretrained(
+            folder,
+            **({"num_labels": 1} if scores else {}),
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=upstream.supported_attention(known, attention),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if problem := _misfit(report):
         raise UserError(f"{folder}: the weights do not fit the model ({problem})", code=INTEGRITY)
     upstream.forget_routing(model.config)
@@ -121,4 +138,5 @@ def take_generation(model: PreTrainedModel, folder: Path) -> None:
     sampling.
     """
     if model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with reading(folder / "generation_config.json", "a generation configuration", Exception):
+            model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -12,11 +12,10 @@ from typing import Literal
 from urllib.parse import unquote
 
 from llmpipe.errors import UserError, nearest
+from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import is_local
 
 Kind = Literal["model", "data set"]
-
-ARTIFACT = "artifact:"
 
 EXAMPLES: dict[Kind, str] = {"model": "./folder", "data set": "./rows.jsonl"}
 

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from llmpipe.errors import UserError, near
 from llmpipe.recipe.formats import FormatName
+from llmpipe.recipe.names import NAME, is_reference
 from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
 from llmpipe.recipe.trainer import TrainerConfig
 
@@ -26,7 +27,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 def cosmetic(*default: Any, **kwargs: Any) -> Any:
@@ -350,9 +351,7 @@ def reference(text: str) -> str:
     """A validator of what names a model."""
     if not text.strip():
         raise ValueError("names nothing; give a Hub id, or a path such as ./folder")
-    if text.startswith("artifact:") and not re.fullmatch(
-        r"artifact:[A-Za-z0-9][A-Za-z0-9._-]{0,99}(@\d+)?", text
-    ):
+    if not is_reference(text):
         raise ValueError(f"'{text}' is not artifact:NAME or artifact:NAME@STEP")
     return text
 

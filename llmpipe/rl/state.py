@@ -102,14 +102,15 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     Raises UserError (3) when another version of llmpipe wrote it, which went on otherwise.
     """
     values = read_json(folder / checkpoints.STATE)
-    if values.get("version") != VERSION:
+    if not isinstance(values, dict) or values.get("version") != VERSION:
         raise UserError(
             f"{folder}: was written by a version of llmpipe with other learning rates, "
             "clipping or random numbers: it cannot be gone on from bit by bit",
             "finish it with that version, or begin anew: --fresh moves what is there aside",
             INTEGRITY,
         )
-    kept = StateRecord.model_validate(values)
+    kept = StateRecord.from_file(folder / checkpoints.STATE)
+    assert kept is not None  # it was read before
     for name, tensor in load_file(folder / LEARNED).items():
         learner.weights[name].data.copy_(tensor)
     optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))

@@ -108,8 +108,8 @@ class Artifact:
         document = self.document()
         try:
             return Manifest.of(document)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"{self.path / MANIFEST}: lacks what a manifest says: {error}"
+        except ValueError as error:
+            problem = f"{self.path / MANIFEST}: {error}"
             hint = (
                 "another version wrote it; make the artifact again, or take its model/ as a folder"
             )
@@ -178,8 +178,8 @@ class Artifact:
         numbers = [int(name[1]) for name in names if name]
         aside = self.path.with_name(f"{self.name}.old-{max(numbers, default=0) + 1}")
         self.path.rename(aside)
-        merged = read_json(self.merged.path / MANIFEST) or {}
-        if merged.get("merged_from") == self.name:
+        merged = read_json(self.merged.path / MANIFEST)
+        if isinstance(merged, dict) and merged.get("merged_from") == self.name:
             self.merged.move_aside()  # what came of it goes along
         tracker = self.run / ".trackers" / self.name
         if tracker.exists():
@@ -264,12 +264,16 @@ def is_reward_model(folder: Path) -> bool:
     Raises UserError (3) for a classifier of several labels.
     """
     adapter = read_json(folder / "adapter_config.json")
-    if adapter:
+    if isinstance(adapter, dict) and adapter:
         return bool(adapter.get("task_type") == "SEQ_CLS")
-    config = read_json(folder / "config.json") or {}
-    architecture = str((config.get("architectures") or [""])[0])
-    classifies = architecture.endswith("ForSequenceClassification")
-    if classifies and len(config.get("id2label", {0: ""})) != 1:
+    config = read_json(folder / "config.json")
+    match config:
+        case {"architectures": [str(architecture), *_]}:
+            classifies = architecture.endswith("ForSequenceClassification")
+        case _:
+            return False
+    labels = config.get("id2label", {0: ""})
+    if classifies and not (isinstance(labels, dict) and len(labels) == 1):
         problem = f"{folder}: a classifier of several labels, not a reward model"
         raise UserError(problem, code=INTEGRITY)
     return classifies

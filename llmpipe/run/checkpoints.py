@@ -21,16 +21,17 @@ from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import (
     Seen,
     Table,
+    check_names,
     differences,
     publishing,
     read_json,
     remove,
     table,
-    table_of,
     write_json,
 )
 from llmpipe.run.artifact import SUMS, fingerprint
-from llmpipe.run.manifest import Leg, Platform, known
+from llmpipe.run.manifest import Leg, Platform
+from llmpipe.typed import record
 
 STATE = "llmpipe.json"
 """What the trainer underneath does not keep."""
@@ -70,13 +71,12 @@ class Sums:
         document = read_json(checkpoint / SUMS)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             return None
-        origin = Origin(
-            identity=document["identity"],
-            machine=document["machine"],
-            exact=document.get("exact", True),
-            legs=[known(Leg, leg) for leg in document.get("legs", [])],
-        )
-        return cls(document["step"], origin, table_of(document["files"]))
+        try:
+            sums = record(cls, {"origin": {"exact": True, "legs": [], **document}, **document})
+            check_names(sums.files, "files")
+        except ValueError:
+            return None
+        return sums
 
 
 class Picked(NamedTuple):

@@ -7,8 +7,6 @@ Rotary positions and those of a formula go on, but nobody knows what a model mak
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 from llmpipe.errors import Mistake, Say, UserError
 from llmpipe.files import read_json
 from llmpipe.recipe.sections import Training
-from llmpipe.run.folders import INDEX
+from llmpipe.run.folders import tensors_of
 
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 """Of the number of positions, in the configurations of transformers."""
@@ -69,7 +67,7 @@ def of_folder(folder: Path) -> Context | None:
     if tokens is None:
         return None
     kind = config.get("model_type")
-    ends = kind in TABLE_IN_CODE or any(name.endswith(TABLES) for name in tensors(folder))
+    ends = kind in TABLE_IN_CODE or any(name.endswith(TABLES) for name in tensors_of(folder))
     return Context(tokens, ends, _window(config))
 
 
@@ -82,14 +80,16 @@ def tokens_of(config: dict[str, Any]) -> int | None:
     if most is None or text.get("alibi"):
         return None
     if text.get("model_type") in BEHIND_PADDING:
-        return int(most) - (text.get("pad_token_id") or 0) - 1
+        pad = text.get("pad_token_id")
+        return int(most) - (pad if isinstance(pad, int) else 0) - 1
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope = rope.get("full_attention", rope)  # one a kind of layer, where kinds differ
+    whole = rope.get("full_attention")  # one a kind of layer, where kinds differ
+    rope = whole if isinstance(whole, dict) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in SCALED_ALREADY:
         return int(most)
     before = rope.get("original_max_position_embeddings") if kind == "yarn" else most
-    return max(int(most), int((before or most) * rope.get("factor", 1.0)))
+    return max(int(most), int((before or most) * (rope.get("factor") or 1.0)))
 
 
 def _of_text(config: dict[str, Any]) -> dict[str, Any]:
@@ -105,19 +105,6 @@ def _window(config: dict[str, Any]) -> int | None:
     layers = set(text.get("layer_types") or ["sliding_attention"])
     slides = text.get("use_sliding_window", True) and layers == {"sliding_attention"}
     return window if slides and isinstance(window, int) else None
-
-
-def tensors(folder: Path) -> list[str]:
-    """Names of the tensors in a folder's safetensors, of which the headers alone are read."""
-    index = read_json(folder / INDEX)
-    if isinstance(index, dict) and isinstance(index.get("weight_map"), dict):
-        return list(index["weight_map"])
-    names: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names += json.loads(file.read(length))
-    return names
 
 
 # --- what a recipe asks for ---

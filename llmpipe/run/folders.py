@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_json
+from llmpipe.files import parse_json, read_text
+from llmpipe.run import configs
+from llmpipe.run.configs import Rule, check, refusal
+from llmpipe.run.weights import Tensor, tensors_in
 
 INDEX = "model.safetensors.index.json"
+
+CONFIG = "config.json"
+
+ADAPTER = "adapter_config.json"
+
+OTHERS: dict[str, Mapping[str, Rule]] = {
+    "generation_config.json": configs.GENERATION,
+    "tokenizer_config.json": configs.TOKENIZER,
+    "special_tokens_map.json": {},
+    "added_tokens.json": {},
+    INDEX: configs.INDEX,
+}
+"""The other JSON that is read of a folder, and what it may say."""
+
+SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Weights as several processes saved them, which transformers reads by way of torch."""
+
+MOST_ENTRIES = 100_000
+"""Files and folders below a model's."""
 
 
 def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True) -> None:
@@ -17,47 +43,110 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
     A snapshot in the Hub's cache is made of links into `home`, the cache of that repository; no
     other link is followed. A folder that is there for its tokenizer needs no `weights`.
     """
-    adapter = (folder / "adapter_config.json").exists()
-    config = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
-    if config is None and not weights:
-        config = {}
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}: no readable config.json: this is not a model folder")
-    _check_config(folder / "config.json", config)
     _check_files(folder, home.resolve() if home else None)
+    adapter = _object(folder / ADAPTER)
+    config = _object(folder / CONFIG)
+    if config is None and adapter is None and weights:
+        raise UserError(f"{folder}: no readable config.json: this is not a model folder")
+    for name, rules in OTHERS.items():
+        check(folder / name, _object(folder / name) or {}, rules)
+    tensors: dict[str, Tensor] = {}
     if weights:
-        _check_weights(folder, "adapter_model.safetensors" if adapter else "model.safetensors")
+        single = "model.safetensors" if adapter is None else "adapter_model.safetensors"
+        tensors = _weights(folder, single)
+    if adapter is not None:
+        configs.check_adapter(folder / ADAPTER, adapter)
+        _check_rank(folder / ADAPTER, adapter, tensors)
+    if config is not None:
+        own = weights and adapter is None
+        configs.check_model(folder / CONFIG, config, len(tensors) if own else None)
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    if "auto_map" in config:
-        raise _refusal(path, "asks to run code that comes with the model (auto_map)")
-    for key, value in config.items():
-        if key.startswith("_attn_implementation") and "/" in str(value):
-            raise _refusal(path, "names an attention implementation to be downloaded")
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors, by name. Raises UserError (3) where one is damaged."""
+    index = _object(folder / INDEX)
+    if index and isinstance(index.get("weight_map"), dict):
+        paths = [folder / str(name) for name in sorted(set(index["weight_map"].values()))]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for path in paths for name, tensor in tensors_in(path).items()}
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file. Raises UserError (3) for another
+    thing in its place."""
+    try:
+        value = parse_json(read_text(path), twice=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: no readable {path.name}: {reason}", code=INTEGRITY) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: no readable {path.name}: no JSON object", code=INTEGRITY)
+    return value
 
 
 def _check_files(folder: Path, home: Path | None) -> None:
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not (home and path.resolve().is_relative_to(home)):
-            raise _refusal(path, "a link in a model folder")
+    for number, entry in enumerate(_below(folder), 1):
+        path = Path(entry.path)
+        if number > MOST_ENTRIES:
+            raise refusal(folder, f"more than {MOST_ENTRIES:,} files in a model folder")
+        if entry.is_symlink() and not (home and path.resolve().is_relative_to(home)):
+            raise refusal(path, "a link in a model folder")
         if path.suffix == ".py":
-            raise _refusal(path, "code in a model folder")
+            raise refusal(path, "code in a model folder")
+        if SPREAD.fullmatch(path.name):
+            raise refusal(path, "weights as several processes saved them, in a model folder")
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            raise refusal(path, f"cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise refusal(path, "neither a file nor a folder, in a model folder")
 
 
-def _check_weights(folder: Path, single: str) -> None:
-    """`single` is the file that weights lie in which no index divides."""
-    index = read_json(folder / INDEX)
-    names = {single}
-    if isinstance(index, dict):
-        names = {str(name) for name in index.get("weight_map", {}).values()}
-    for name in sorted(names):
+def _below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder; links to folders are not followed."""
+    folders = [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    yield entry
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise refusal(folder, f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def _weights(folder: Path, single: str) -> dict[str, Tensor]:
+    """The tensors of a folder. `single` is the file that they lie in which no index divides."""
+    index = _object(folder / INDEX)
+    named: list[str] = []
+    if index is not None:
+        named = sorted(set(index.get("weight_map", {}).values()))
+    for name in named:
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             why = f"weight_map names {name!r}, outside the folder's safetensors"
-            raise _refusal(folder / INDEX, why)
+            raise refusal(folder / INDEX, why)
+    names = [single]
+    # where both are there, transformers reads the one file
+    if index is not None and not (folder / single).exists():
+        if "metadata" not in index or not named:
+            raise refusal(folder / INDEX, "lacks weight_map or metadata")
+        names = named
+    for name in names:
         if not (folder / name).is_file():
-            raise _refusal(folder / name, "missing: no safetensors weights")
+            raise refusal(folder / name, "missing: no safetensors weights")
+    return {name: tensor for part in names for name, tensor in tensors_in(folder / part).items()}
 
 
-def _refusal(path: Path, why: str) -> UserError:
-    return UserError(f"{path}: {why}", "llmpipe loads safetensors, JSON and text only", INTEGRITY)
+def _check_rank(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Hold the ranks of an adapter, by which its matrices are made, against these."""
+    ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    widest = max((length for tensor in tensors.values() for length in tensor.shape), default=0)
+    if tensors and max(ranks) > widest:
+        raise refusal(path, f"r: {max(ranks):,}, and no matrix of the weights is so wide")

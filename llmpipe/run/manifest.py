@@ -1,20 +1,20 @@
 """manifest.json: what an artifact is, of what it was made, by what and on what.
 
-Without pydantic: `llmpipe show` reads manifests, and opens fast. What a manifest says is held by
-its fingerprint, so it is not validated once more.
+Without pydantic: `llmpipe show` reads manifests, and opens fast. A fingerprint tells damage and
+no forgery: an artifact may come from anywhere, and so each field is held against its type, and what
+names something against what may be named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal
 
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
-from llmpipe.files import Table, table_of
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from llmpipe.files import Table, check_names
+from llmpipe.recipe.names import is_name, is_reference
+from llmpipe.typed import record
 
 Identity = dict[str, Any]
 """What decides which model it is: the sha256 of its files, a fingerprint or a commit."""
@@ -22,7 +22,18 @@ Identity = dict[str, Any]
 Document = dict[str, Any]
 """A record as JSON holds it."""
 
-T = TypeVar("T", bound="DataclassInstance")
+ModelKind = Literal["hub", "folder", "gguf", "artifact", "merged"]
+"""What a reference to a model means."""
+
+ArtifactKind = Literal["model", "adapter", "reward-model", "evaluation"]
+
+SHAPES: dict[str, re.Pattern[str]] = {
+    "revision": re.compile(r"[0-9a-f]{40}"),
+    "gguf": re.compile(r"[0-9a-f]{64}"),
+    "files": re.compile(r"[0-9a-f]{64}"),
+    "fingerprint": re.compile(r"[0-9a-f]{64}"),
+}
+"""Of what an identity holds that folders are named after, or that is fetched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,15 @@ class Asked:
         kwargs: dict[str, Any] = self.recipe.get("data", {}).get("chat_template_kwargs", {})
         return kwargs
 
+    def check(self) -> None:
+        """Raises ValueError where what is read of it is not what it may be."""
+        _check("asked.recipe.stage", isinstance(self.recipe.get("stage", ""), str), "")
+        data = self.recipe.get("data", {})
+        kwargs = data.get("chat_template_kwargs", {}) if isinstance(data, dict) else None
+        _check("asked.recipe.data", isinstance(kwargs, dict), data)
+        for at, model in self.models.items():
+            check_identity(f"asked.models.{at}", model)
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -65,8 +85,7 @@ class Parent:
 class Base:
     """The model that was trained, or that an adapter was trained on."""
 
-    kind: str
-    """One of `reference.Model`'s."""
+    kind: ModelKind
     reference: str
     identity: Identity
     folder: str | None = None
@@ -106,16 +125,6 @@ class DataFacts:
     mixture: Document | None = None
     """The rows whose loss PPO mixes in."""
 
-    @classmethod
-    def of(cls, document: Document) -> DataFacts:
-        counts = {
-            "rows": known(RowCounts, document["rows"]),
-            "tokens": known(TokenCounts, document["tokens"]),
-            "sequences": known(SequenceCounts, document["sequences"]),
-            "lengths": known(Lengths, document["lengths"]),
-        }
-        return known(cls, document | counts)
-
 
 Platform = dict[str, str]
 """The name of the device, and the versions of what computes on it."""
@@ -143,19 +152,13 @@ class TrainingFacts:
     legs: list[Leg] = field(default_factory=list)
     """On what it was computed, one leg for each device and set of libraries; none of old work."""
 
-    @classmethod
-    def of(cls, document: Document) -> TrainingFacts:
-        legs = [known(Leg, leg) for leg in document.get("legs", [])]
-        return known(cls, document | {"legs": legs})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What manifest.json holds; `None`: an artifact of this kind does not have it."""
 
     version: int
-    kind: str
-    """model, adapter, reward-model or evaluation."""
+    kind: ArtifactKind
     stage: str
     name: str
     identity: str
@@ -194,19 +197,25 @@ class Manifest:
 
     @classmethod
     def of(cls, document: Document) -> Manifest:
-        """The manifest that a document holds; fields of later versions are passed over."""
-        values = dict(document)
-        values["asked"] = known(Asked, values["asked"])
-        values["parents"] = [known(Parent, parent) for parent in values["parents"]]
-        values["files"] = table_of(values.get("files", {}))
-        for name, record in (("base", Base), ("tokenizer", Tokenizer)):
-            if name in values:
-                values[name] = known(record, values[name])
-        if "training" in values:
-            values["training"] = TrainingFacts.of(values["training"])
-        if "data" in values:
-            values["data"] = DataFacts.of(values["data"])
-        return known(cls, values)
+        """The manifest that a document holds; fields of later versions are passed over.
+
+        Raises ValueError naming the field that is missing, or is not what it may be.
+        """
+        manifest = record(cls, document)
+        manifest.asked.check()
+        check_names(manifest.files, "files")
+        _check("name", is_name(manifest.name), manifest.name)
+        for i, parent in enumerate(manifest.parents):
+            name = parent.name.partition("@")[0]
+            _check(f"parents[{i}].name", is_name(name), parent.name)
+        if manifest.merged_from is not None:
+            _check("merged_from", is_name(manifest.merged_from), manifest.merged_from)
+        for at, model in manifest.models.items():
+            check_reference(f"models.{at}.reference", model.get("reference"))
+        if base := manifest.base:
+            check_reference("base.reference", base.reference)
+            check_identity("base.identity", base.identity)
+        return manifest
 
     def document(self) -> Document:
         """As manifest.json holds it."""
@@ -222,7 +231,20 @@ class Manifest:
         return document
 
 
-def known(record: type[T], document: Mapping[str, Any]) -> T:
-    """A dataclass of the fields that it knows of a document."""
-    names = {entry.name for entry in fields(record)}
-    return record(**{name: value for name, value in document.items() if name in names})
+def check_reference(at: str, reference: object) -> None:
+    """Raises ValueError where a recipe could not name a model so."""
+    good = isinstance(reference, str) and bool(reference.strip()) and is_reference(reference)
+    _check(at, good and "\0" not in str(reference), reference)
+
+
+def check_identity(at: str, identity: Identity) -> None:
+    """Raises ValueError for hashes and commits that are none: folders are named after them."""
+    for name, shape in SHAPES.items():
+        value = identity.get(name)
+        good = value is None or (isinstance(value, str) and shape.fullmatch(value) is not None)
+        _check(f"{at}.{name}", good, value)
+
+
+def _check(at: str, good: bool, value: object) -> None:
+    if not good:
+        raise ValueError(f"{at}: {str(value)[:60]!r} is nothing that may be named there")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmpipe.errors import UserError, near
 from llmpipe.files import expanded
-from llmpipe.recipe.places import ARTIFACT
+from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run.artifact import PLAN, Artifact, artifact_of, is_artifact, is_reward_model
 from llmpipe.run.reference import Use, resolve
@@ -146,13 +146,26 @@ class Outlook:
             yield self.meaning(reference, run)
 
     def root(self, reference: str, run: Path) -> Path | None:
-        """The folder of the model that a model was made from first; None where that is no folder of
-        this machine, or cannot be told."""
-        try:
-            *_, first = self.meaning(reference, run), *self.starts(reference, run)
-        except LookupError:
-            return None
-        return Path(first) if os.path.isabs(first) and os.path.isdir(first) else None
+        """The folder of the first model on the way back that lies there: of a finished artifact, or
+        what the first of all stages starts from. None where that is no folder of this machine, or
+        an adapter's, or cannot be told.
+        """
+        seen = set()
+        while artifact := self.named(reference, run):
+            if self.lies_there(artifact):
+                return artifact.model if (artifact.model / "config.json").exists() else None
+            if artifact.name in self.unread or artifact in seen:
+                return None
+            seen.add(artifact)
+            try:
+                start = self._start(artifact)
+            except LookupError:
+                return None
+            if start is None:
+                return None
+            reference, run = start, artifact.run
+        path = expanded(reference)
+        return path if is_local(reference) and path.is_dir() else None
 
     def meaning(self, reference: str, run: Path) -> str:
         """A reference as it is for all who mean the same: artifact and path in full, path, Hub id.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -29,8 +29,9 @@ from llmpipe.files import (
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run.artifact import PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
-from llmpipe.run.manifest import Asked, known
+from llmpipe.run.manifest import Asked
 from llmpipe.run.reference import Kinds, Model, Use, resolve
+from llmpipe.typed import record
 
 Accepts = Kinds | dict[str, Kinds]
 """Kinds of artifacts that a stage takes; by the first name of the field where fields differ."""
@@ -55,18 +56,36 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         models = {field: model.record() for field, model in self.models.items()}
-        record = {"identity": self.identity, "asked": self.asked, "models": models}
-        write_json(folder / PLAN, record)
+        plan = {"identity": self.identity, "asked": self.asked, "models": models}
+        write_json(folder / PLAN, plan)
 
     @classmethod
     def read(cls, folder: Path) -> Plan | None:
-        """The plan in plan.json, or None when the file is absent or not whole."""
-        record = read_json(folder / PLAN)
-        if record is None:
+        """The plan in plan.json, or None when the file is absent or not whole.
+
+        Raises UserError (3) naming a field that is not what it may be.
+        """
+        document = read_json(folder / PLAN)
+        if document is None:
             return None
-        asked = known(Asked, record["asked"])
-        models = {field: Model.of_record(model) for field, model in record["models"].items()}
-        return cls(record["identity"], asked, models)
+        try:
+            plan = record(_Recorded, document)
+            plan.asked.check()
+            of_record = Model.of_record
+            models = {at: of_record(model, f"models.{at}") for at, model in plan.models.items()}
+        except ValueError as error:
+            hint = "--fresh moves the artifact aside and starts anew"
+            raise UserError(f"{folder / PLAN}: {error}", hint, INTEGRITY) from None
+        return cls(plan.identity, plan.asked, models)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A `Plan` as plan.json holds it."""
+
+    identity: str
+    asked: Asked
+    models: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,8 @@ def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, ve
         return
     same: set[str] = set()
     if old_recipe := _completed(recipe, old):
-        old = replace(old, recipe=document(old_recipe, old.recipe["stage"]))
+        stage = old.recipe.get("stage", recipe.stage)
+        old = replace(old, recipe=document(old_recipe, stage))
         if meaning(old_recipe, old) == meaning(recipe, new):
             return
         then, now = meanings(old_recipe, old), meanings(recipe, new)

@@ -5,23 +5,35 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, expanded, sha256_file, table, unreachable
-from llmpipe.recipe.places import ARTIFACT, is_here, nearest_here
+from llmpipe.recipe.names import ARTIFACT
+from llmpipe.recipe.places import is_here, nearest_here
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run import checkpoints, hub
-from llmpipe.run.artifact import SUMS, Artifact, artifacts, is_artifact, is_reward_model
+from llmpipe.run.artifact import MANIFEST, SUMS, Artifact, artifacts, is_artifact, is_reward_model
 from llmpipe.run.folders import check_folder
 from llmpipe.run.identity import changes, short
-from llmpipe.run.manifest import Base, Identity, Parent
+from llmpipe.run.manifest import (
+    Base,
+    Identity,
+    ModelKind,
+    Parent,
+    check_identity,
+    check_reference,
+)
+from llmpipe.typed import record
 
 Kinds = tuple[str, ...]
 """Kinds of artifacts."""
 
 TRAINED = ("model", "adapter", "reward-model")
 """Kinds that an adapter's base may be of."""
+
+LONGEST_CHAIN = 20
+"""Adapters on one another, each on the one before it as it was merged."""
 
 SHIPPED = "SmolLM2-135M-Instruct.gguf"
 """What `make models` fetches."""
@@ -35,7 +47,7 @@ class Model:
     is an adapter.
     """
 
-    kind: Literal["hub", "folder", "gguf", "artifact", "merged"]
+    kind: ModelKind
     reference: str
     identity: Identity
     """Decides which model it is."""
@@ -62,16 +74,18 @@ class Model:
         return os.path.relpath(folder, artifact)
 
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> Model:
-        """What plan.json holds, read again."""
-        folder, base = record.get("folder"), record.get("base")
+    def of_record(cls, document: Any, at: str) -> Model:
+        """What plan.json holds, read again; raises ValueError where it is not that."""
+        model = record(_Recorded, document, at)
+        check_reference(f"{at}.reference", model.reference)
+        check_identity(f"{at}.identity", model.identity)
         return cls(
-            record["kind"],
-            record["reference"],
-            record["identity"],
-            expanded(folder) if folder else None,
-            [Parent(**parent) for parent in record["parents"]],
-            cls.of_record(base) if base else None,
+            model.kind,
+            model.reference,
+            model.identity,
+            expanded(model.folder) if model.folder else None,
+            model.parents,
+            cls.of_record(model.base, f"{at}.base") if model.base else None,
         )
 
     def record(self) -> dict[str, Any]:
@@ -91,6 +105,18 @@ class Model:
 
 
 @dataclass(frozen=True)
+class _Recorded:
+    """A `Model` as plan.json holds it."""
+
+    kind: ModelKind
+    reference: str
+    identity: Identity
+    folder: str | None = None
+    parents: list[Parent] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Use:
     """For what a model is asked for."""
 
@@ -102,6 +128,8 @@ class Use:
     """Leave an adapter unmerged."""
     glance: bool = False
     """Look at names and records alone: hash nothing, and ask nobody for a commit."""
+    below: int = 0
+    """Adapters that lie on it."""
 
     def check(self, reference: str, kind: str) -> None:
         """Raises UserError (3) where the stage cannot use an artifact of this kind."""
@@ -140,11 +168,14 @@ def resolve(reference: str, use: Use, run: Path, pinned: Identity | None = None)
 
 
 def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
-    """The artifacts that a recipe names and the bases of those that are adapters, each once."""
+    """The artifacts that a recipe names and the bases of those that are adapters, each once; of a
+    chain without end, which `resolve` refuses, the beginning."""
     parents: dict[Path, Artifact] = {}
     for reference in recipe.references().values():
         artifact = _named(reference, run)
-        while artifact and artifact.path.resolve() not in parents:
+        for _ in range(LONGEST_CHAIN):
+            if artifact is None or artifact.path.resolve() in parents:
+                break
             parents[artifact.path.resolve()] = artifact
             artifact = _trained_on(artifact)
     return list(parents.values())
@@ -264,7 +295,9 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
     # a reward model may be an adapter, too
     if not (parent.model / "adapter_config.json").exists():
         return Model("artifact", reference, identity, parent.model, parents)
-    assert manifest.base is not None
+    if manifest.base is None:
+        problem = f"{parent.path / MANIFEST}: base: is missing, and model/ holds an adapter"
+        raise UserError(problem, "make the artifact again", INTEGRITY)
     base = _base_of(parent, manifest.base, use)
     if use.keep:
         return Model("artifact", reference, identity, parent.model, parents, base)
@@ -276,8 +309,13 @@ def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
 
     Raises UserError (3) when another one lies in its place.
     """
-    field = f"{use.field}: base of {adapter.name}"
-    base_use = Use(field, TRAINED, trained_on.kind != "merged", use.glance)
+    if use.below >= LONGEST_CHAIN:
+        problem = f"{adapter.path / MANIFEST}: base: more than {LONGEST_CHAIN} adapters"
+        hint = "none can be trained on itself; make the artifacts again"
+        raise UserError(f"{problem} on one another, or a circle of them", hint, INTEGRITY)
+    field = use.field if use.below else f"{use.field}: base of {adapter.name}"
+    keep = trained_on.kind != "merged"
+    base_use = Use(field, TRAINED, keep, use.glance, use.below + 1)
     base = resolve(trained_on.reference, base_use, adapter.run, trained_on.identity)
     if use.glance or base.identity == trained_on.identity:
         return base

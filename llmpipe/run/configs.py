@@ -1,0 +1,372 @@
+"""What the JSON of a model's folder may say: a closed list for each file, held against it before
+any library reads it.
+
+A configuration comes with the model and is as untrusted as the model. transformers and PEFT obey
+keys that load code, fetch from the Hub or open other files: none of them may be there. Numbers that
+decide how much is built have to be numbers, and not more than the weights hold. Whatever else a
+family's configuration has is the library's to judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmpipe.errors import INTEGRITY, UserError
+
+LIMIT = "llmpipe loads safetensors, JSON and text only"
+
+Config = dict[str, Any]
+
+CODE = {
+    "auto_map": "asks to run code that comes with the model",
+    "auto_mapping": "asks to import a library",
+    "custom_generate": "asks to run code that comes with the model",
+    "custom_pipelines": "asks to run code that comes with the model",
+    "trust_remote_code": "asks to run code that comes with the model",
+    "use_kernels": "asks for native code of the Hub",
+    "allow_all_kernels": "asks for native code of the Hub",
+    "kernel_config": "asks for native code of the Hub",
+    "fusion_config": "asks for other code than the model's own",
+    "distributed_config": "asks for a layout over processes, which is the recipe's",
+    "use_pretrained_backbone": "asks for weights of another model",
+    "transformers_weights": "names other weights than the folder's",
+    "configuration_files": "names other configurations than config.json",
+    "fast_tokenizer_files": "names other tokenizers than tokenizer.json",
+    "init_inputs": "calls a class with arguments of its own",
+    "compile_config": "asks for compilation, which is the recipe's",
+}
+"""Keys of transformers and PEFT that load code, fetch or open something, and what they do; of no
+effect, and so allowed, where they hold nothing."""
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+
+DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
+
+QUANTIZED = ("bitsandbytes", "mxfp4")
+"""Weights that can be trained on as they lie there: the latter are unpacked as they are read."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Each of them has a tensor at least."""
+
+PARTS = re.compile(r"(\w*_)?(layers?|blocks?|depths?|experts?)")
+"""Names of other numbers by which modules are built."""
+
+MOST_PARTS = 1_000
+"""Of such a number, where the weights have fewer tensors."""
+
+MOST_EXPERTS = 32_768
+"""Which may be all in one tensor."""
+
+LABELS = 100_000
+
+WORD = re.compile(r"[\w.-]{0,200}")
+
+MODULE = re.compile(r"[\w.]{1,200}")
+
+
+class Rule(NamedTuple):
+    """What a key may hold."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _one_of(words: tuple[str, ...]) -> Rule:
+    return Rule(lambda value: value is None or value in words, f"one of {', '.join(words)}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a number of things: an integer above 0 that fits a machine's word."""
+    return type(value) is int and 0 < value < 1 << 48
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 1 << 32
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1 << 63
+
+
+def _lists(each: Callable[[Any], bool], most: int = LABELS) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(each, value))
+
+
+def _or(*rules: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Any of these, or null."""
+    return lambda value: value is None or any(rule(value) for rule in rules)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and WORD.fullmatch(value) is not None
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_dtype(value: Any) -> bool:
+    names = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(name, str) and name in DTYPES for name in names)
+
+
+def _is_labels(value: Any) -> bool:
+    """{0: "LABEL_0"}: numbers, which JSON has as texts, and their names."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= LABELS
+        and all(key.isdecimal() and len(key) < 9 for key in value)
+        and all(map(is_text, value.values()))
+    )
+
+
+def _is_rope(value: Any) -> bool:
+    """Scaled positions: one set of numbers, or one a kind of layer."""
+    if not isinstance(value, dict):
+        return False
+    sets = [inner for inner in value.values() if isinstance(inner, dict)] or [value]
+    return all(
+        _or(is_number)(inner.get("factor", 1.0))
+        and _or(is_count)(inner.get("original_max_position_embeddings"))
+        and all(_or(is_text)(inner.get(name)) for name in ("type", "rope_type"))
+        for inner in sets
+    )
+
+
+COUNT = Rule(_or(is_count, _lists(_or(is_count))), "a whole number above 0")
+
+POSITIONS = Rule(_or(_is_id), "a whole number")
+
+TOKENS = Rule(_or(_is_id, _lists(_is_id)), "a token's number, or a list of such")
+
+MODEL: Mapping[str, Rule] = {
+    **dict.fromkeys(LAYERS, COUNT),
+    **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "d_model"), COUNT),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "head_dim"), COUNT),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), COUNT),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), COUNT),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
+    **dict.fromkeys(("max_seq_len", "n_ctx", "sliding_window"), POSITIONS),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
+    **dict.fromkeys(("dtype", "torch_dtype"), Rule(_or(_is_dtype), f"one of {', '.join(DTYPES)}")),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), Rule(_or(_is_rope), "numbers by name")),
+    "model_type": Rule(_is_word, "the name of a kind of models"),
+    "architectures": Rule(_or(_lists(_is_word)), "a list of names"),
+    "layer_types": Rule(_or(_lists(_is_word)), "a list of names"),
+    "id2label": Rule(_or(_is_labels), "the names of labels by their numbers"),
+    "label2id": Rule(_or(_is_map), "the numbers of labels by their names"),
+    "num_labels": Rule(_or(lambda value: is_count(value) and value <= LABELS), "a whole number"),
+    "tokenizer_class": Rule(_or(_is_word), "the name of a class"),
+}
+"""Of a model's configuration, and of those that it is made of."""
+
+BITSANDBYTES: Mapping[str, Rule] = {
+    "quant_method": Rule(is_text, "a name"),
+    "bnb_4bit_quant_type": _one_of(("fp4", "nf4")),
+    "bnb_4bit_compute_dtype": _one_of(DTYPES),
+    "bnb_4bit_quant_storage": _one_of((*DTYPES, "uint8")),
+    "llm_int8_skip_modules": Rule(_or(_lists(_is_word)), "a list of names"),
+    "modules_to_not_convert": Rule(_or(_lists(_is_word)), "a list of names"),
+    "llm_int8_threshold": Rule(_or(is_number), "a number"),
+}
+"""Of `quantization_config`, beside switches."""
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, str) and MODULE.fullmatch(value) is not None
+
+
+def _is_pattern(value: Any) -> bool:
+    """Numbers by module: PEFT takes the names for regular expressions, of which only names are
+    allowed here."""
+    return isinstance(value, dict) and all(
+        _is_module(name) and is_number(number) for name, number in value.items()
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(_lists(_is_id, 1 << 24)(rows) for rows in lists)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+ADAPTER: Mapping[str, Rule] = {
+    "peft_type": Rule(lambda value: value == "LORA", "LORA, the one kind that llmpipe makes"),
+    "task_type": _one_of(("CAUSAL_LM", "SEQ_CLS")),
+    "peft_version": Rule(_or(is_text), "a version"),
+    "base_model_name_or_path": Rule(_or(is_text), "a text, which is not used"),
+    "revision": Rule(_or(is_text), "a text, which is not used"),
+    "inference_mode": Rule(_is_switch, "true or false"),
+    "r": Rule(is_count, "a whole number above 0"),
+    "lora_alpha": Rule(is_number, "a number"),
+    "lora_dropout": Rule(lambda value: is_number(value) and 0 <= value < 1, "a share below 1"),
+    "target_modules": Rule(_or(_lists(_is_module)), "a list of names"),
+    "target_parameters": Rule(_or(_lists(_is_module)), "a list of names"),
+    "modules_to_save": Rule(_or(_lists(_is_module)), "a list of names"),
+    "trainable_token_indices": Rule(_or(_is_rows), "lists of tokens' numbers"),
+    "rank_pattern": Rule(_or(_is_pattern), "numbers by the names of modules"),
+    "alpha_pattern": Rule(_or(_is_pattern), "numbers by the names of modules"),
+    "bias": Rule(lambda value: value == "none", "none"),
+    "init_lora_weights": Rule(
+        lambda value: _is_switch(value) or value in ("gaussian", "pissa", "pissa_niter_16"),
+        "true or false",
+    ),
+    "fan_in_fan_out": Rule(_is_switch, "true or false"),
+    "use_rslora": Rule(_is_switch, "true or false"),
+    "use_dora": Rule(_is_switch, "true or false"),
+    "megatron_core": Rule(lambda value: value in (None, "megatron.core"), "not used"),
+    "qalora_group_size": Rule(_or(is_count), "not used"),
+}
+"""Of adapter_config.json. Every other key has to hold nothing: it is of a kind of adapters that
+llmpipe does not make."""
+
+GENERATION: Mapping[str, Rule] = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
+    **dict.fromkeys(
+        ("temperature", "top_p", "top_k", "repetition_penalty", "max_length", "max_new_tokens"),
+        Rule(_or(is_number), "a number"),
+    ),
+    "do_sample": Rule(_or(_is_switch), "true or false"),
+}
+
+TOKENIZER: Mapping[str, Rule] = {
+    "tokenizer_class": Rule(_or(_is_word), "the name of a class"),
+    "backend": Rule(_or(_is_word), "a name"),
+    "added_tokens_decoder": Rule(_or(_is_map), "tokens by their numbers"),
+    "model_max_length": Rule(_or(lambda value: type(value) in (int, float)), "a number"),
+    **dict.fromkeys(
+        ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "source_spm", "target_spm"),
+        Rule(_or(_is_word), "the name of a file of the folder"),
+    ),
+}
+
+INDEX: Mapping[str, Rule] = {
+    "metadata": Rule(_is_map, "numbers by name"),
+    "weight_map": Rule(
+        lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+        "the file of every tensor",
+    ),
+}
+
+
+def check_model(path: Path, config: Config, tensors: int | None = None) -> None:
+    """Hold a config.json against what it may say, with those that it is made of.
+
+    `tensors`: how many the weights have, where there are weights. Raises UserError (3) naming the
+    key.
+    """
+    for name, part in _parts(config):
+        check(path, part, MODEL, name)
+        _check_sources(path, part, name)
+        _check_sizes(path, part, name, tensors)
+
+
+def check_adapter(path: Path, config: Config) -> None:
+    """Hold an adapter_config.json against what it may say. Raises UserError (3) naming the key."""
+    check(path, config, ADAPTER)
+    for name in ("peft_type", "r"):
+        if name not in config:
+            raise refusal(path, f"lacks {name}")
+    for name, value in config.items():
+        if name not in ADAPTER and value not in (None, False, {}, []):
+            problem = f"{name}: is of an adapter that llmpipe does not know"
+            raise UserError(f"{path}: {problem}", "it uses LoRA, rsLoRA and DoRA", INTEGRITY)
+
+
+def check(path: Path, config: Config, rules: Mapping[str, Rule], within: str = "") -> None:
+    """Hold an object of a JSON file against what it may say. Raises UserError (3) naming the key.
+
+    What loads code or opens files is looked for at any depth.
+    """
+    for name, value in _every(config):
+        if name in CODE and value not in (None, False, {}, []):
+            raise refusal(path, f"{name}: {CODE[name]}")
+    for name, rule in rules.items():
+        if name in config and not rule.holds(config[name]):
+            raise refusal(path, f"{within}{name}: {_shown(config[name])} is not {rule.words}")
+
+
+def refusal(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: {why}", LIMIT, INTEGRITY)
+
+
+def _parts(config: Config) -> Iterator[tuple[str, Config]]:
+    """A configuration and those that it is made of, each with what its keys begin with."""
+    yield "", config
+    for name, inner in config.items():
+        if name.endswith("_config") and name != "quantization_config" and isinstance(inner, dict):
+            yield f"{name}.", inner
+
+
+def _every(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every key and its value, at any depth."""
+    below: list[Any] = [config]
+    while below:
+        value = below.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            below += value.values()
+        elif isinstance(value, list):
+            below += [inner for inner in value if isinstance(inner, dict | list)]
+
+
+def _check_sources(path: Path, config: Config, within: str) -> None:
+    """Where attention, experts and quantized weights come from."""
+    for name, value in config.items():
+        bare = name.lstrip("_").removesuffix("_internal")
+        implementations = value.values() if isinstance(value, dict) else [value]
+        if bare == "attn_implementation" and any(
+            text is not None and text not in ATTENTION for text in implementations
+        ):
+            raise refusal(path, f"{within}{name}: names an attention implementation to be fetched")
+        if bare == "experts_implementation" and value is not None and value not in EXPERTS:
+            raise refusal(path, f"{within}{name}: names an implementation to be fetched")
+        if name.startswith("__"):
+            raise refusal(path, f"{within}{name}: is no name of a configuration")
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        raise refusal(path, f"{within}quantization_config: {_shown(quantization)} is no object")
+    method = quantization.get("quant_method")
+    if method not in QUANTIZED:
+        known = " and ".join(QUANTIZED)
+        problem = f"weights quantized by {_shown(method)}, and llmpipe reads {known}"
+        hint = "take the model's own weights; `quantization:` quantizes them"
+        raise UserError(f"{path}: {within}quantization_config: {problem}", hint, INTEGRITY)
+    check(path, quantization, BITSANDBYTES, f"{within}quantization_config.")
+    for name, value in quantization.items():
+        if name not in BITSANDBYTES and value is not None and not _is_switch(value):
+            problem = f"{within}quantization_config.{name}: {_shown(value)} is not known"
+            raise refusal(path, problem)
+
+
+def _check_sizes(path: Path, config: Config, within: str, tensors: int | None) -> None:
+    """Numbers by which modules are built, of which the weights have to hold something."""
+    for name, value in config.items():
+        if type(value) is int and abs(value) >= 1 << 63:
+            raise refusal(path, f"{within}{name}: {_shown(value)} is no number of a model")
+        if tensors is None or type(value) is not int:
+            continue
+        most = max(tensors, MOST_EXPERTS if "expert" in name else MOST_PARTS)
+        most = tensors if name in LAYERS else most
+        if value > most and (name in LAYERS or PARTS.fullmatch(name)):
+            problem = f"{within}{name}: {value:,}, and the weights have {tensors:,} tensors"
+            raise refusal(path, problem)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,212 @@
+"""What the header of a GGUF file says, held against the file, before any library reads it.
+
+    "GGUF"  version  count of tensors  count of metadata
+    metadata: name, type, value       names and texts: length, UTF-8
+    tensors: name, dimensions, type, offset
+    the tensors, each at a multiple of general.alignment
+
+Little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A length that the file
+cannot hold is refused before anything of that size is made.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from struct import calcsize, unpack_from
+from typing import Any
+
+from llmpipe.errors import UserError
+
+MAGIC = b"GGUF"
+
+VERSIONS = (2, 3)
+
+TEXT, ARRAY = 8, 9
+
+NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+"""Types of metadata that are numbers, as `struct` has them."""
+
+BLOCKS = {
+    0: (1, 4),
+    1: (1, 2),
+    24: (1, 1),
+    25: (1, 2),
+    26: (1, 4),
+    27: (1, 8),
+    28: (1, 8),
+    30: (1, 2),
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    9: (32, 40),
+    10: (256, 84),
+    11: (256, 110),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+    15: (256, 292),
+    16: (256, 66),
+    17: (256, 74),
+    18: (256, 98),
+    19: (256, 50),
+    20: (32, 18),
+    21: (256, 110),
+    22: (256, 82),
+    23: (256, 136),
+    29: (256, 56),
+    34: (256, 54),
+    35: (256, 66),
+    39: (32, 17),
+    40: (64, 36),
+    41: (128, 18),
+}
+"""Numbers in a block of each type of tensor, and its bytes, by ggml's `type_traits`."""
+
+MOST_DIMENSIONS = 4
+
+SIZES = re.compile(r"\w+\.(block_count|expert_count|expert_used_count|nextn_predict_layers)")
+"""Names of metadata by which modules are built."""
+
+MOST_PARTS = 32_768
+
+
+@dataclass
+class Header:
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Numbers and texts by name; of an array, its length."""
+    numbers: int = 0
+    """That the tensors hold."""
+    tensors: int = 0
+
+
+class _Reader:
+    """Values in the order of a file, none of which is longer than what is left of it."""
+
+    def __init__(self, data: mmap):
+        self.data = data
+        self.size = len(data)
+        self.at = 0
+
+    def skip(self, count: int) -> int:
+        """Go on by so many bytes; where they begin."""
+        if count > self.size - self.at:
+            raise ValueError(f"{count:,} bytes where {self.size - self.at:,} are left")
+        self.at += count
+        return self.at - count
+
+    def number(self, kind: str) -> Any:
+        return unpack_from(f"<{kind}", self.data, self.skip(calcsize(f"<{kind}")))[0]
+
+    def text(self) -> str:
+        length = self.number("Q")
+        at = self.skip(length)
+        return self.data[at : at + length].decode()
+
+    def skip_texts(self, count: int) -> None:
+        at, size, data = self.at, self.size, self.data
+        for _ in range(count):
+            if at + 8 > size:
+                raise ValueError(f"{count:,} texts, and the file ends before")
+            at += 8 + unpack_from("<Q", data, at)[0]
+        self.at = at
+        self.skip(0)
+
+
+def check_gguf(path: Path) -> Header:
+    """The header of a GGUF file, which is a plain one.
+
+    Raises UserError (2) where it says what the file does not hold.
+    """
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            return _header(_Reader(data))
+    except (OSError, ValueError) as error:
+        problem = f"{path}: cannot be read as GGUF: {error}"
+        raise UserError(problem, "fetch it again, or restore it from a copy") from None
+
+
+def _header(reader: _Reader) -> Header:
+    if reader.data[:4] != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    reader.skip(4)
+    version = reader.number("I")
+    if version not in VERSIONS:
+        raise ValueError(f"version {version}, and versions 2 and 3 are known")
+    tensors, values = reader.number("Q"), reader.number("Q")
+    # each takes so many bytes at least
+    if tensors * 24 + values * 13 > reader.size:
+        raise ValueError(f"{tensors:,} tensors and {values:,} metadata in {reader.size:,} bytes")
+    header = Header(tensors=tensors)
+    for _ in range(values):
+        name = reader.text()
+        if name in header.metadata:
+            raise ValueError(f"{name[:60]} stands twice")
+        header.metadata[name] = _value(reader, reader.number("I"), name)
+    _check_metadata(header)
+    places = [_tensor(reader, header) for _ in range(tensors)]
+    alignment = header.metadata.get("general.alignment", 32)
+    begin = -(-reader.at // alignment) * alignment
+    end = 0
+    for offset, size, name in sorted(places):
+        if offset < end or offset % alignment:
+            raise ValueError(f"{name[:60]} lies within another tensor")
+        end = offset + size
+    if begin + end > reader.size:
+        raise ValueError(f"its tensors end at {begin + end:,}, and the file at {reader.size:,}")
+    return header
+
+
+def _value(reader: _Reader, kind: int, name: str) -> Any:
+    if kind in NUMBERS:
+        return reader.number(NUMBERS[kind])
+    if kind == TEXT:
+        return reader.text()
+    if kind != ARRAY:
+        raise ValueError(f"{name[:60]}: there is no type {kind} of metadata")
+    kind, count = reader.number("I"), reader.number("Q")
+    if kind in NUMBERS:
+        reader.skip(count * calcsize(f"<{NUMBERS[kind]}"))
+    elif kind == TEXT and count * 8 <= reader.size:
+        reader.skip_texts(count)
+    else:
+        raise ValueError(f"{name[:60]}: an array of {count:,} of type {kind}")
+    return count
+
+
+def _check_metadata(header: Header) -> None:
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not re.fullmatch(r"[\w-]{1,60}", architecture):
+        raise ValueError("general.architecture is missing")
+    alignment = header.metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment not in (1 << bit for bit in range(3, 17)):
+        raise ValueError(f"general.alignment: {str(alignment)[:20]}")
+    for name, value in header.metadata.items():
+        is_number = type(value) is int and not isinstance(value, bool)
+        if SIZES.fullmatch(name) and not (is_number and 0 <= value <= MOST_PARTS):
+            raise ValueError(f"{name[:60]}: {str(value)[:20]}")
+        if name.endswith(".block_count") and value > header.tensors:
+            raise ValueError(f"{name}: {value:,}, and there are {header.tensors:,} tensors")
+
+
+def _tensor(reader: _Reader, header: Header) -> tuple[int, int, str]:
+    """Where a tensor begins, how many bytes it has, and its name."""
+    name = reader.text()
+    dimensions = reader.number("I")
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise ValueError(f"{name[:60]}: {dimensions:,} dimensions")
+    shape = [reader.number("Q") for _ in range(dimensions)]
+    kind, offset = reader.number("I"), reader.number("Q")
+    if kind not in BLOCKS:
+        raise ValueError(f"{name[:60]}: there is no type {kind} of tensors")
+    numbers, size = BLOCKS[kind]
+    count = math.prod(shape)
+    if not count or shape[0] % numbers or count // numbers * size > reader.size:
+        raise ValueError(f"{name[:60]}: a shape of {str(shape)[:60]} in {reader.size:,} bytes")
+    header.numbers += count
+    return offset, count // numbers * size, name
