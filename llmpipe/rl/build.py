@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
+from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.models.load import Setup, load_copy, load_policy
 from llmpipe.models.pretrained import load_model, load_tokenizer
-from llmpipe.models.verify import PROBE
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
 from llmpipe.rl.packing import pack_episodes
 from llmpipe.rl.rollout import Episode
 from llmpipe.run.artifact import is_reward_model
-from llmpipe.run.context import tokens_of
-
-EXACT = 1e-3  # nats that packed texts may differ by from each alone, in fp32
-ROUNDED = 0.3  # and in bf16 or on quantized weights
+from llmpipe.run.machine import full_pass
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     actors = Actors(cast, drawn, recomputes=recomputes)
     actors.modules.to(hardware.device)
     actors.modules.eval()
-    _probe(actors, setup.tokenizer, rounded=hardware.bf16 or recipe.quantization is not None)
+    _refuse_mixing(actors, setup)
     actors.recompute(recomputes)
     return actors
 
@@ -218,23 +215,31 @@ def _refuse_embeddings(setup: Setup[PPORecipe], causal: Any) -> None:
         )
 
 
-def _probe(actors: Actors, tokenizer: Tokenizer, rounded: bool) -> None:
+def _refuse_mixing(actors: Actors, setup: Setup[PPORecipe]) -> None:
     """Refuse a model that, texts end to end, does not say what it says of each alone, by its own
-    head."""
-    ids = tokenizer(PROBE)["input_ids"][: tokens_of(actors.causal.config.to_dict())]
-    cuts = (len(ids) // 2, len(ids) // 3)
-    episodes = [Episode(ids[:cut], ids[cut:], False, Tensor(), None) for cut in cuts]
-    device = actors.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=rounded):
-        packed = actors.policy(pack_episodes(episodes, device))[0].cpu()
-        logits = actors.causal(torch.tensor([ids], device=device), use_cache=False).logits[0, :-1]
-    log_probs = (logits.float() / actors.distribution.temperature).log_softmax(-1).cpu()
-    alone = log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    expected = torch.cat([alone[cut - 1 :] for cut in cuts])
-    difference = float((packed - expected).abs().max())
-    if not difference <= (ROUNDED if rounded else EXACT):
+    head.
+    """
+    drawn = actors.distribution
+
+    def packed(model: Any, texts: Sequence[list[int]]) -> list[Tensor]:
+        episodes = [Episode(ids[:1], ids[1:], False, Tensor(), None) for ids in texts]
+        alike = actors if model is actors.causal else _alone_on_stage(model, drawn)
+        log_probs = alike.policy(pack_episodes(episodes, model.device))[0]
+        return list(log_probs.split([len(ids) - 1 for ids in texts]))
+
+    def alone(model: Any, text: list[int]) -> Tensor:
+        ids = torch.tensor([text], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, :-1].float() / drawn.temperature
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+    road = Road(packed, alone, full_pass(setup.hardware.device == "cuda"))
+    if not keeps_apart(actors.causal, road, setup.hardware, setup.say):
         kind = type(actors.causal).__name__
-        raise UserError(
-            f"model: ppo does not know how {kind} keeps answers apart, or its head: "
-            f"{difference:.2g} nats"
-        )
+        raise UserError(f"model: ppo does not know how {kind} keeps answers apart, or its head")
+
+
+def _alone_on_stage(model: Any, drawn: Distribution) -> Actors:
+    """A model that plays every part."""
+    role = Role(model)
+    value = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    return Actors(Cast(model, role, role, role, value), drawn, recomputes=False)

@@ -1,51 +1,41 @@
-"""Whether an architecture keeps the documents of one row apart."""
+"""Whether an architecture keeps the documents of one row apart, as a trainer lays them out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from llmpipe.models.generate import isolated_rng
-from llmpipe.models.verify import PROBE
-from llmpipe.run.context import tokens_of
+from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.training.hosted import Durable
 
 
-def crosstalk(trainer: Durable) -> float:
-    """How much the document before it in a row changes one's logits, as a share of what it does
-    where the two are one document.
+def keeps_documents_apart(trainer: Durable, row: int) -> bool:
+    """Whether a document in a row of so many tokens is read as if it were alone.
 
-    0: not at all; 1: the architecture reads no boundaries, as Falcon, or knows none on this
-    machine. Otherwise it would learn across documents unseen.
+    Not so: as in Falcon, which looks at everything before, whatever the positions say. Such an
+    architecture would learn across documents unseen.
     """
-    ids = trainer.processing_class(PROBE)["input_ids"][: tokens_of(trainer.model.config.to_dict())]
-    half = len(ids) // 2
-    first, second, both = _row(ids[:half]), _row(ids[half:]), _row(ids)
-    length = len(ids) - half
-    was_training = trainer.model.training
-    trainer.model.eval()
-    with isolated_rng(), torch.no_grad(), trainer.hardware.autocast():
-        try:
-            packed = _last_logits(trainer, [first, second], length)
-            alone = _last_logits(trainer, [second], length)
-            joined = _last_logits(trainer, [both], length)
-        except ValueError:  # hybrids of attention and state spaces need kernels for it, and say so
-            return 1.0
-        finally:
-            trainer.model.train(was_training)
-    most = (joined - alone).abs().mean().clamp(min=1e-9)
-    return float((packed - alone).abs().mean() / most)
+
+    def packed(model: Any, documents: Sequence[list[int]]) -> list[Tensor]:
+        batch = trainer._prepare_inputs(trainer.data_collator([_row(ids) for ids in documents]))
+        batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits[0].float()
+        return list(logits.split([len(ids) for ids in documents]))
+
+    def alone(model: Any, document: list[int]) -> Tensor:
+        ids = torch.tensor([document], device=model.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[0].float()
+
+    model = trainer.plain_model()
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    return keeps_apart(causal, Road(packed, alone, row), trainer.hardware, trainer.say)
 
 
 def _row(ids: list[int]) -> dict[str, Any]:
     """One document, as prepared rows have it."""
     return {"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]}
-
-
-def _last_logits(trainer: Durable, rows: list[dict[str, Any]], length: int) -> Tensor:
-    """Of the last `length` positions of the rows laid end to end, float32 [length, vocabulary]."""
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    batch.pop("labels")
-    return trainer.model(**batch, use_cache=False).logits[0, -length:].float()
