@@ -109,7 +109,7 @@ def _raise(problems: list[tuple[int, str]]) -> None:
 
 def _number(line: str) -> int:
     """12 of `recipes/sft.yaml:12: ...`, and 0 of `--set`."""
-    match = re.match(r".*?:(\d+): ", line)
+    match = re.match(r".*?:([0-9]{1,9}): ", line)
     return int(match[1]) if match and not line.startswith("--set") else 0
 
 

@@ -303,6 +303,16 @@ def init(
     print(f"next: cd {folder} && llmpipe sft sft.yaml")
 
 
+def _refuse_broken_text(arguments: list[str]) -> None:
+    """Raise UserError for bytes that are no text: no recipe and no record can name them."""
+    for number, argument in enumerate(arguments[1:], 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            problem = f"argument {number} is not UTF-8 text: {argument!r}"
+            raise UserError(problem, "rename the file, or type the argument anew") from None
+
+
 def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
     # collections during the imports take a tenth of the front door's time; `make` turns them on
@@ -312,6 +322,7 @@ def main() -> None:
         print(f"llmpipe {__version__}")
         sys.exit(exit_code())
     try:
+        _refuse_broken_text(sys.argv)
         app(standalone_mode=False)
     except UserError as error:
         _refuse(error)

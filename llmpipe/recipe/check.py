@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,14 @@ from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
 
 STAGES = Path(__file__).parent.parent / "stages"  # listed, not imported: it is a floor above
+
+STAGES_AT_MOST = 200  # of a pipeline
+
+MOST = 50  # complaints that are shown of one recipe
+
+MORE = "more may be wrong; mend these first"
+
+LONGEST = 1000  # characters of one
 
 SchemaOf = Callable[[str], type[Recipe]]  # the recipe class of a stage, by its name
 
@@ -106,9 +115,10 @@ def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -
         if key not in ("run", "stages")
     ]
     stages: list[Located | None] = []
+    lines = _lines_by_stage(where)
     for i in range(len(values["stages"])):
         try:
-            stages.append(_stage_of_pipeline(i, values, where, schema, str(path)))
+            stages.append(_stage_of_pipeline(i, values, lines.get(i, {}), schema, str(path)))
         except UserError as error:
             stages.append(None)
             problems.append(error.message)
@@ -118,6 +128,8 @@ def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -
 def _refuse_no_pipeline(values: Any, path: Path) -> None:
     """Raise UserError where there is no list of stages."""
     stages = values.get("stages") if isinstance(values, dict) else None
+    if isinstance(stages, list) and len(stages) > STAGES_AT_MOST:
+        raise UserError(f"{path}:1: a pipeline has at most {STAGES_AT_MOST} stages", "divide it")
     if isinstance(stages, list) and stages:
         return
     stage = values.get("stage") if isinstance(values, dict) else None
@@ -126,6 +138,16 @@ def _refuse_no_pipeline(values: Any, path: Path) -> None:
         raise UserError(problem, f"use `llmpipe {stage} {path}`")
     problem = f"{path}:1: a pipeline has `run:` and a list `stages:`"
     raise UserError(problem, "for one stage: llmpipe STAGE RECIPE")
+
+
+def _lines_by_stage(where: Where) -> dict[int, Where]:
+    """Of each stage of a pipeline: the line of every value, and of the pipeline's `run:`."""
+    run: Where = {loc: line for loc, line in where.items() if loc == ("run",)}
+    lines: dict[int, Where] = {}
+    for loc, line in where.items():
+        if loc[:1] == ("stages",) and len(loc) > 1 and isinstance(loc[1], int):
+            lines.setdefault(loc[1], dict(run))[loc[2:]] = line
+    return lines
 
 
 def _in_stages(key: str, stages: list[Any]) -> str:
@@ -153,14 +175,16 @@ def _name_of(document: Any) -> str | None:
 def _stage_of_pipeline(
     i: int, values: dict[str, Any], where: Where, schema: SchemaOf, name: str
 ) -> Located:
-    """The recipe at a place in `stages:`; it takes the pipeline's `run:` unless it has its own."""
-    line = where.get(("stages", i), f"{name}:1")
+    """The recipe at a place in `stages:`; it takes the pipeline's `run:` unless it has its own.
+
+    `where` of the pipeline's `run:` and of the stage's own values.
+    """
+    line = where.get((), f"{name}:1")
     document = values["stages"][i]
     if not isinstance(document, dict) or not isinstance(document.get("stage"), str):
         raise UserError(f"{line}: stages.{i}: each entry is a recipe and names its `stage:`")
-    lines = {loc[2:]: at for loc, at in where.items() if loc[:2] == ("stages", i)}
+    lines = dict(where)
     if "run" in values:
-        lines.setdefault(("run",), where.get(("run",), line))
         document = {"run": values["run"], **document}
     try:
         stage_schema = schema(document["stage"])
@@ -183,10 +207,14 @@ def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Reci
     except ValidationError as errors:
         for error in errors.errors(include_url=False):
             complaints.add_error(error, schema)
+            if complaints.are_enough:
+                break
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and issubclass(schema, Hosted):
-        for key, message in schema.trainer_config.problems(trainer).items():
+        for key, message in schema.trainer_config.problems(trainer):
             complaints.add(("trainer", key), ("trainer", key), message)
+            if complaints.are_enough:
+                break
     if complaints.lines or recipe is None:
         raise UserError("\n".join(complaints.in_order()))
     return recipe
@@ -199,6 +227,11 @@ class Complaints:
         self.where = where
         self.name = name
         self.lines: dict[tuple[str, str], str] = {}
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether nobody would read any more of them."""
+        return len(self.lines) >= MOST
 
     def add_error(self, error: ErrorDetails, schema: type[Recipe]) -> None:
         """What pydantic says."""
@@ -213,12 +246,14 @@ class Complaints:
         """`loc`: whose line it is; `shown`: what the complaint is about."""
         line = self.where.get(loc, f"{self.name}:1")
         path = dotted(shown)
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
         self.lines.setdefault((line, path), f"{line}: {path or 'recipe'}: {message}")
 
     def in_order(self) -> list[str]:
         """All of them, by their line."""
         by_line = sorted((_number(line), text) for (line, _), text in self.lines.items())
-        return [text for _, text in by_line]
+        lines = [text for _, text in by_line]
+        return [*lines, f"... {MORE}"] if self.are_enough else lines
 
     def _written(self, loc: Loc) -> Loc:
         """The part of a location that exists in the file; pydantic adds names of types to it."""
@@ -231,8 +266,8 @@ class Complaints:
 
 def _number(line: str) -> int:
     """12 of `recipes/sft.yaml:12`, and 0 of `--set`."""
-    tail = line.rpartition(":")[2]
-    return int(tail) if tail.isdecimal() else 0
+    match = re.search(":([0-9]{1,9})$", line)
+    return int(match[1]) if match else 0
 
 
 def message_of(error: ErrorDetails, schema: type[Recipe]) -> str:
@@ -247,11 +282,13 @@ def message_of(error: ErrorDetails, schema: type[Recipe]) -> str:
             return "unknown key" + _meant(error["loc"], schema)
         case "literal_error":
             expected = context["expected"]
-            return f"{given!r} is not one of {expected}{near(str(given), _quoted(expected))}"
+            hint = near(str(given)[:LONGEST], _quoted(expected))
+            return f"{_short(given)} is not one of {expected}{hint}"
         case "union_tag_invalid":
             tag = str(context["tag"])
             tags = _quoted(context["expected_tags"])
-            return f"'{tag}' is not one of {', '.join(tags)}{near(tag, tags)}"
+            hint = near(tag[:LONGEST], tags)
+            return f"{_short(tag)} is not one of {', '.join(tags)}{hint}"
         case "value_error":
             return message
         case "model_type" | "dict_type" | "model_attributes_type":
@@ -295,7 +332,7 @@ def _quoted(text: str) -> list[str]:
 
 def _meant(loc: Loc, schema: type[Recipe]) -> str:
     """What an unknown key was meant to be: one of this section, one of another, or any of these."""
-    key = str(loc[-1])
+    key = str(loc[-1])[:LONGEST]
     section = section_at(schema, loc[:-1])
     known = list(fields_of(section)) if section else []
     if hint := near(key, known):
@@ -307,6 +344,7 @@ def _meant(loc: Loc, schema: type[Recipe]) -> str:
     return f"; known here: {', '.join(known)}"
 
 
+@cache
 def _paths(section: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Every field name of a recipe -> the dotted path where it first occurs."""
     paths: dict[str, str] = {}

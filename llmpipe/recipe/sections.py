@@ -21,7 +21,7 @@ from llmpipe.errors import UserError, near
 from llmpipe.recipe.formats import FormatName
 from llmpipe.recipe.names import NAME, is_reference
 from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
-from llmpipe.recipe.trainer import TrainerConfig
+from llmpipe.recipe.trainer import OF_BITSANDBYTES, TrainerConfig
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -352,7 +352,7 @@ def reference(text: str) -> str:
     if not text.strip():
         raise ValueError("names nothing; give a Hub id, or a path such as ./folder")
     if not is_reference(text):
-        raise ValueError(f"'{text}' is not artifact:NAME or artifact:NAME@STEP")
+        raise ValueError(f"{text!r:.120} is not artifact:NAME or artifact:NAME@STEP")
     return text
 
 
@@ -515,8 +515,21 @@ class Hosted(Training):
     trainer_config: ClassVar[TrainerConfig]
 
     trainer: dict[str, Any] = {}
-    """Escape hatch: any field of the TRL config underneath that llmpipe does not own, checked by
-    name."""
+    """Escape hatch: fields of the TRL config underneath that llmpipe neither sets itself nor
+    refuses, checked by name and value."""
+
+    def packages(self) -> list[tuple[str, str]]:
+        needs = self.trainer.get("optim") in OF_BITSANDBYTES
+        return [*super().packages(), *([("trainer.optim", "bitsandbytes")] if needs else [])]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Hosted:
+        scheduler = getattr(self.optim, "scheduler", None)
+        if "lr_scheduler_kwargs" in self.trainer and scheduler != "cosine":
+            raise ValueError(f"trainer.lr_scheduler_kwargs is of cosine, not of {scheduler}")
+        if "optim" in self.trainer and self.optim.optimizer != "adamw":
+            raise ValueError("trainer.optim and optim.optimizer name two optimizers; take one")
+        return self
 
 
 class Generating(Hosted):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from llmpipe.errors import NUMERIC, Stopped, UserError
+from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.moved import Start
@@ -52,7 +52,13 @@ class Durable(Trainer):
         self.signals = training.job.signals
         self.stop_code = 0
         weights = _trained_weights(training.model)
-        super().__init__(model=training.model, processing_class=training.tokenizer, **arguments)
+        try:
+            super().__init__(model=training.model, processing_class=training.tokenizer, **arguments)
+        except ValueError as error:
+            if not self.recipe.trainer:
+                raise
+            hint = "remove from `trainer:` what does not fit this model"
+            raise UserError(f"trainer: {first_line(error)}", hint) from error
         # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
         for name, parameter in training.model.named_parameters():
             if name in weights:

@@ -357,3 +357,39 @@ def test_what_is_no_run(llmpipe, tmp_path, monkeypatch, command, what):
     code, out, err = llmpipe(command, what)
     assert (code, out) == (2, "") and err.startswith(f"error: {what}: ")
     assert len(err.splitlines()) == 2
+
+
+PIPE = "run: runs/a\nstages:\n- {stage: sft, model: ./m, optim: {learning_rate: 1}, data: "
+PIPE += "{train: [{path: ./d.jsonl}]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "launch.threads=1"], "say of which one: --set sft.launch.threads=1"),
+        (["--set", "sft.data.train.\u00b2.path=x"], "data.train.0 to"),
+        (["--set", "stages.\u00b2.run=x"], "stages.0 to stages.0"),
+        (["--set", f"sft.data.train.{'9' * 5000}.path=x"], "is a list"),
+        (["--set", f"sft.name=a:{'9' * 5000}"], "name: String should"),
+        (["--set", "sft.\udcff=x"], "argument 4 is not UTF-8 text"),
+        (["--run", "runs/\udcff"], "argument 4 is not UTF-8 text"),
+        (["--run", "runs/\ud83d"], "argument 4 is not UTF-8 text"),
+        (["--set", "sft.model=artifact:sft@" + "1" * 5000], "is not artifact:NAME"),
+        (["--set", 'sft.name="\\ud83d"'], "half a surrogate pair"),
+        (["--run", "runs/\U0001f642"], "no such file"),
+        (["--run", "runs/\x7f"], "."),
+    ],
+)
+def test_arguments_that_are_wrong(llmpipe, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(PIPE)
+    code, out, err = llmpipe("run", "p.yaml", *arguments)
+    assert (code, out) == (2, "")
+    assert re.search(words, err), err
+
+
+def test_a_recipe_whose_name_is_no_text(llmpipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r\udcff.yaml").write_text(PIPE)
+    code, _, err = llmpipe("run", "r\udcff.yaml")
+    assert code == 2 and "argument 2 is not UTF-8 text: 'r\\udcff.yaml'" in err

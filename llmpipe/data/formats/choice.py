@@ -46,8 +46,8 @@ def _index(answer: Any, labels: list[Any], choices: list[str]) -> int:
     if isinstance(answer, str):
         named = zip(labels, choices, strict=False)
         indices = {i for i, names in enumerate(named) if answer in names}
-        if labels is _LETTERS and answer.isdecimal():  # an index, in a file of texts
-            indices.add(int(answer))
+        if labels is _LETTERS:  # in a file of texts an index is one, too
+            indices |= {i for i in range(len(choices)) if answer == str(i)}
     inside = [i for i in range(len(choices)) if i in indices]
     if len({choices[i].strip() for i in inside}) > 1:
         raise Rejected("bad answer", f"{shown} may be several of the choices; write its letter")
