@@ -21,4 +21,5 @@ def store(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
     home.mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(home / "cache")
     os.environ["LLMPIPE_TEST_STORE"] = str(home)

@@ -111,15 +111,17 @@ def make(
     """Make one artifact, alone or as one of an outside launcher's processes."""
     from llmpipe.front.session import Session
     from llmpipe.run.machine import outside
+    from llmpipe.run.machine_paths import said_in_full
 
     gc.enable()
     session = Session(recipe, say, fresh, inexact, debug, only_prepare)
-    if outside():
-        from llmpipe.front.outside import make_together
+    with said_in_full(session.artifact):
+        if outside():
+            from llmpipe.front.outside import make_together
 
-        make_together(session)
-    else:
-        session.make()
+            make_together(session)
+        else:
+            session.make()
 
 
 def _add_stage(name: str, story: str) -> None:

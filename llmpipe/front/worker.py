@@ -21,7 +21,8 @@ from llmpipe.faults import a_bug, of_machine, remembering
 from llmpipe.files import to_write, write_whole
 from llmpipe.front.terminal import open_terminal
 from llmpipe.recipe.check import validate
-from llmpipe.recipe.sections import Recipe, Training
+from llmpipe.recipe.places import portable_paths, with_values
+from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training
 from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.context import check_lengths
@@ -29,12 +30,14 @@ from llmpipe.run.folders import check_folder
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
+from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.plan import Plan
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.signals import Signals, die_with_parent
+from llmpipe.run.whereabouts import note
 from llmpipe.stages import prepared_by, schema, stage
 
 
@@ -59,8 +62,15 @@ def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -
     outcome = end_of(work, artifact, debug)
     # rank 0 speaks for all, but another rank may be the only one that fails
     if rank() == 0 or (outcome.code != DONE and Outcome.read(artifact) is None):
-        outcome.deliver(artifact)
+        as_kept(outcome, artifact).deliver(artifact)
     return outcome
+
+
+def as_kept(outcome: Outcome, artifact: Artifact) -> Outcome:
+    """An outcome without this machine's paths."""
+    paths = MachinePaths.of(artifact)
+    hint = outcome.hint and paths.kept(outcome.hint)
+    return replace(outcome, message=paths.kept(outcome.message), hint=hint)
 
 
 def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome:
@@ -78,8 +88,9 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
         if debug or not fault:
             traceback.print_exc()
         if not fault:
+            text = MachinePaths.of(artifact).kept(traceback.format_exc())
             with suppress(OSError, UserError), to_write(artifact.path / "log.txt", "a") as log:
-                traceback.print_exc(file=log)
+                log.write(text)
         return Outcome.of(fault or a_bug(error))
     return Outcome(code=DONE)
 
@@ -92,22 +103,26 @@ def act(action: str, artifact: Artifact, signals: Signals, *, inexact: bool = Fa
 
 
 def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
-    """Leave what `open_job` reads: the resolved recipe and the plan. No absolute path of a run."""
+    """Leave what `open_job` reads: the resolved recipe and the plan, no path of it in full."""
     artifact.path.mkdir(parents=True, exist_ok=True)
-    absolute = os.path.isabs(os.path.expanduser(recipe.run))
-    run = f"runs/{artifact.run.name}" if absolute else recipe.run
-    text = dump(recipe.model_copy(update={"run": run}))
+    held = portable_paths(recipe)
+    held["run"] = f"runs/{artifact.run.name}" if os.path.isabs(recipe.run) else recipe.run
+    text = dump(with_values(recipe.model_dump(by_alias=True), held))
     write_whole(artifact.path / "recipe.yaml", text.encode())
     plan.write(artifact.path)
+    for model in (each for start in plan.models.values() for each in start.chain):
+        if model.place and model.reference.startswith(ELSEWHERE):
+            note(model.identity, model.place)
 
 
 def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> Job[Recipe]:
     """The job that a folder holds: its resolved recipe and its plan."""
     path = artifact.path / "recipe.yaml"
     values, where = parse(path.read_text(encoding="utf-8"), str(path))
-    recipe = validate(values, where, schema(values["stage"]), str(path))
     plan = Plan.read(artifact.path)
     assert plan is not None  # written before a worker is started
+    values = with_values(values, plan.places)
+    recipe = validate(values, where, schema(values["stage"]), str(path))
     converted = artifact.run / ".prepared"
     folders: dict[str, Path] = {}
     bases: dict[str, Path] = {}
@@ -121,12 +136,13 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
 
 def teller(artifact: Artifact) -> Say:
     """What prints a line and keeps it in log.txt, once for all ranks."""
+    paths = MachinePaths.of(artifact)
 
     def say(line: str) -> None:
         if rank() == 0:
             print(line, flush=True)
             with to_write(artifact.path / "log.txt", "a", errors="replace") as log:
-                print(line, file=log)
+                print(paths.kept(line), file=log)
 
     return say
 

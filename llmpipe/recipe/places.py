@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from llmpipe.errors import UserError, nearest
 from llmpipe.recipe.names import ARTIFACT
-from llmpipe.recipe.sections import is_local
+from llmpipe.recipe.sections import ELSEWHERE, Recipe, is_local
 
 Kind = Literal["model", "data set"]
 
@@ -45,6 +47,9 @@ def is_here(text: str, kind: Kind, *, pinned: bool = False) -> bool:
         or text.startswith(tuple(f"{host}/" for host in HUB))
     ):
         raise _address(text, kind)
+    if text.startswith(ELSEWHERE):
+        problem = f"{text}: is what an artifact holds of a path that it was made with"
+        raise UserError(problem, "write where that lies now")
     lies_here = os.path.exists(os.path.expanduser(text))
     if _WINDOWS.match(text) and not lies_here:
         raise _windows(text)
@@ -131,3 +136,69 @@ def _neither(text: str) -> UserError:
     near = f"./{text}" if re.search(r"[*?\[]", text) else nearest_here(text)
     hint = f"did you mean {near}?" if near else "a path starts with ./, ../, / or ~"
     return UserError(f"{text}: is no Hub id (NAME or OWNER/NAME), and no path", hint)
+
+
+# --- what an artifact holds of a path -------------------------------------------------------------
+
+
+def paths_in(recipe: Recipe) -> dict[str, str]:
+    """Every text of a recipe that says where something lies, by the path of its field."""
+    texts = recipe.references()
+    texts |= {f"{field}.path": source.path for field, source in recipe.rows().items()}
+    values = recipe.model_dump(by_alias=True)
+    return texts | {field: value_at(values, field) for field in recipe.files()}
+
+
+def portable(text: str) -> str:
+    """What an artifact holds of a path that was written in full, which tells of this machine.
+
+    Of what lies below the current folder it is the way from there, and of all else the name alone:
+    `.../rows.jsonl`. Content says which one it is.
+    """
+    if not os.path.isabs(text):
+        return text
+    below = os.path.relpath(text)
+    if not below.startswith("..") and is_narrow(os.getcwd()):
+        return "." if below == "." else f"./{below}"
+    return ELSEWHERE + os.path.basename(text.rstrip("/"))
+
+
+def portable_paths(recipe: Recipe) -> dict[str, str]:
+    """What an artifact holds in place of a recipe's paths, by the path of the field."""
+    models, run = recipe.references(), os.path.realpath(os.path.expanduser(recipe.run))
+    return {
+        field: _portable_reference(text, run) if field in models else portable(text)
+        for field, text in paths_in(recipe).items()
+    }
+
+
+def _portable_reference(text: str, run: str) -> str:
+    """`portable`, with `artifact:NAME` for one of the run."""
+    parent, name = os.path.split(os.path.realpath(text))
+    if os.path.isabs(text) and parent == run and os.path.exists(os.path.join(text, "recipe.yaml")):
+        return f"{ARTIFACT}{name}"
+    return portable(text)
+
+
+def is_narrow(folder: str) -> bool:
+    """Whether a folder is somebody's own, unlike / and /tmp."""
+    return len(Path(folder).parts) > 2
+
+
+def value_at(document: Any, field: str) -> Any:
+    """The value at a dotted path."""
+    for step in field.split("."):
+        document = document[int(step)] if isinstance(document, list) else document[step]
+    return document
+
+
+def with_values(value: Any, changed: Mapping[str, Any], field: str = "") -> Any:
+    """A document with the values at some dotted paths replaced."""
+    if field in changed:
+        return changed[field]
+    prefix = f"{field}." if field else ""
+    if isinstance(value, dict):
+        return {key: with_values(inner, changed, f"{prefix}{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_values(inner, changed, f"{prefix}{i}") for i, inner in enumerate(value)]
+    return value

@@ -564,10 +564,14 @@ LOCAL_SUFFIXES = (
 )
 
 
+ELSEWHERE = ".../"
+"""How a path begins of which an artifact holds the name alone; see `places.portable`."""
+
+
 def is_local(path: str) -> bool:
     """Whether it starts with ./, ../, / or ~, or ends in a known suffix; else it is a Hub id."""
     return (
-        path.startswith(("./", "../", "/", "~"))
+        path.startswith(("./", "../", "/", "~", ELSEWHERE))
         or path in (".", "..")
         or path.lower().endswith(LOCAL_SUFFIXES)
     )

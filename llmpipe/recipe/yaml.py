@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from llmpipe.errors import UserError
-from llmpipe.recipe.sections import Recipe
 
 Loc = tuple[str | int, ...]
 """The path of a value: keys, and places in lists."""
@@ -266,9 +265,8 @@ def dotted(loc: Loc) -> str:
     return ".".join(str(part) if str(part).isprintable() else repr(part) for part in loc)
 
 
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every default written out."""
-    values = recipe.model_dump(by_alias=True)
+def dump(values: dict[str, Any]) -> str:
+    """A recipe as YAML, its fields in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

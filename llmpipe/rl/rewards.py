@@ -27,6 +27,7 @@ from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World
+from llmpipe.recipe.places import portable
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.shared_reward import shared_ranker
@@ -69,9 +70,11 @@ class Rewards:
         self.sources: list[Source] = []
         for i, section in enumerate(job.recipe.reward):
             if section.model:
-                name, call = section.model, _of_model(job, i, section.model, hardware, actors)
+                name = job.plan.models[f"reward.{i}.model"].reference
+                call = _of_model(job, i, name, hardware, actors)
             elif section.function:
-                name, call = section.function, _of_function(section.function, columns)
+                name = portable(section.function)
+                call = _of_function(section.function, columns)
             else:
                 assert section.verifier  # the recipe names one of the three
                 name, call = section.verifier, _of_verifier(section.verifier, section.pattern)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from llmpipe.files import flat
 from llmpipe.models.hardware import Hardware
+from llmpipe.recipe.places import portable_paths, with_values
 from llmpipe.recipe.sections import Training
 from llmpipe.run.job import Job
 from llmpipe.training.arguments import trackers
@@ -31,7 +32,10 @@ def accelerator(job: Job[Training], hardware: Hardware) -> Accelerator:
             "mlflow": {"run_name": name},
             "trackio": {"name": name, "resume": "allow"},
         }
-        recipe = flat(job.recipe.model_dump(mode="json", by_alias=True))
+        values = job.recipe.model_dump(mode="json", by_alias=True)
+        recipe = flat(
+            with_values(values, portable_paths(job.recipe) | {"run": job.artifact.run.name})
+        )
         shown = {
             field: value if isinstance(value, bool | int | float) else str(value)
             for field, value in recipe.items()

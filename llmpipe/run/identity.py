@@ -12,6 +12,7 @@ from typing import Any
 
 from llmpipe.data.sources import hub_key, identity_of
 from llmpipe.files import digest
+from llmpipe.recipe.places import portable, portable_paths, value_at, with_values
 from llmpipe.recipe.sections import Recipe, is_local, science
 from llmpipe.run.manifest import Asked
 
@@ -29,7 +30,8 @@ def meanings(recipe: Recipe, asked: Asked) -> dict[str, Any]:
         meant[field] = identity_of(source, asked.files(field), revision)
     for field, path in recipe.files().items():
         hashes = [sha256 for _, sha256 in asked.files(field)]
-        meant[field] = [_value(asked.recipe, field).removeprefix(path), hashes]
+        text = value_at(asked.recipe, field)
+        meant[field] = [text.removeprefix(portable(path)), hashes]
     return meant
 
 
@@ -38,7 +40,7 @@ def meaning(recipe: Recipe, asked: Asked) -> dict[str, Any]:
 
     `asked.recipe` holds the fields of `recipe`.
     """
-    replaced = _replaced(asked.recipe, meanings(recipe, asked))
+    replaced = with_values(asked.recipe, meanings(recipe, asked))
     assert isinstance(replaced, dict)
     return replaced
 
@@ -48,8 +50,9 @@ def identity(recipe: Recipe, asked: Asked) -> str:
 
 
 def document(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The fields of a recipe that decide the result."""
-    return science(recipe) | {"stage": stage}
+    """The fields of a recipe that decide the result, without a path of this machine."""
+    values: dict[str, Any] = with_values(science(recipe), portable_paths(recipe))
+    return values | {"stage": stage}
 
 
 def changed_fields(
@@ -84,21 +87,3 @@ def short(value: Any) -> str:
     if HASH.fullmatch(text):
         return text[:12]
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
-
-
-def _value(document: Any, field: str) -> Any:
-    for step in field.split("."):
-        document = document[int(step)] if isinstance(document, list) else document[step]
-    return document
-
-
-def _replaced(value: Any, meant: dict[str, Any], field: str = "") -> Any:
-    """`value` with the fields in `meant` replaced by what they mean."""
-    if field in meant:
-        return meant[field]
-    prefix = f"{field}." if field else ""
-    if isinstance(value, dict):
-        return {key: _replaced(inner, meant, f"{prefix}{key}") for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_replaced(inner, meant, f"{prefix}{i}") for i, inner in enumerate(value)]
-    return value

@@ -14,9 +14,10 @@ from pathlib import Path
 from llmpipe.errors import UserError, near
 from llmpipe.files import expanded
 from llmpipe.recipe.names import ARTIFACT
-from llmpipe.recipe.sections import Recipe, Training, is_local
+from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training, is_local
 from llmpipe.run.artifact import PLAN, Artifact, artifact_of, is_artifact, is_reward_model
 from llmpipe.run.reference import Use, resolve
+from llmpipe.run.whereabouts import noted
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,15 @@ class Outlook:
         """The reference that an artifact was made from, or will be."""
         if self.lies_there(artifact):
             try:
-                start: str | None = artifact.manifest().models.get("model", {}).get("reference")
+                start = dict(artifact.manifest().models.get("model", {}))
             except UserError:  # damaged: to be said when it is used
                 raise LookupError from None
-            return start
+            reference: str | None = start.pop("reference", None)
+            if reference and reference.startswith(ELSEWHERE):
+                reference = noted(start)
+                if reference is None:
+                    raise LookupError
+            return reference
         if _at(artifact.path) not in self.coming:
             raise LookupError
         return self.coming[_at(artifact.path)][0].recipe.references().get("model")

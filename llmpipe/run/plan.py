@@ -8,7 +8,9 @@ fields.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from llmpipe.files import (
     unreachable,
     write_json,
 )
+from llmpipe.recipe.places import paths_in, portable_paths, with_values
 from llmpipe.recipe.sections import Recipe, is_local
 from llmpipe.run.artifact import PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
@@ -48,16 +51,25 @@ class Plan:
     """The document that decides the result."""
     models: dict[str, Model]
     """What the recipe's references mean, by the path of the field."""
+    places: dict[str, str] = dataclass_field(default_factory=dict)
+    """The recipe's paths that it has in full, of which `asked` holds less, by their fields."""
 
     @property
     def content(self) -> dict[str, str]:
         """What every named file held, and which commit every Hub data set had."""
         return self.asked.content
 
+    @property
+    def paths(self) -> list[str]:
+        """Everything that it names which lies on this machine."""
+        models = [model for start in self.models.values() for model in start.chain]
+        return [*self.places.values(), *(str(model.place) for model in models if model.place)]
+
     def write(self, folder: Path) -> None:
-        models = {field: model.record() for field, model in self.models.items()}
+        models = {field: model.record(folder) for field, model in self.models.items()}
+        places = {field: os.path.relpath(path, folder) for field, path in self.places.items()}
         plan = {"identity": self.identity, "asked": self.asked, "models": models}
-        write_json(folder / PLAN, plan)
+        write_json(folder / PLAN, plan | {"places": places})
 
     @classmethod
     def read(cls, folder: Path) -> Plan | None:
@@ -71,12 +83,15 @@ class Plan:
         try:
             plan = record(_Recorded, document)
             plan.asked.check()
-            of_record = Model.of_record
-            models = {at: of_record(model, f"models.{at}") for at, model in plan.models.items()}
+            models = {
+                at: Model.of_record(model, f"models.{at}", folder)
+                for at, model in plan.models.items()
+            }
         except ValueError as error:
             hint = "--fresh moves the artifact aside and starts anew"
             raise UserError(f"{folder / PLAN}: {error}", hint, INTEGRITY) from None
-        return cls(plan.identity, plan.asked, models)
+        places = {at: os.path.abspath(folder / way) for at, way in plan.places.items()}
+        return cls(plan.identity, plan.asked, models, places)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,8 @@ class _Recorded:
     identity: str
     asked: Asked
     models: dict[str, dict[str, Any]]
+    places: dict[str, str] = dataclass_field(default_factory=dict)
+    """The ways from the artifact."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +150,24 @@ def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = Non
     """
     pinned = old or Asked()
     models = {}
+    held = portable_paths(recipe)
     for field, reference in recipe.references().items():
         use = Use(field, kinds_of(field, accepts), keep=recipe.keeps_adapters or field != "model")
-        models[field] = resolve(reference, use, run, pinned.models.get(field))
+        model = resolve(reference, use, run, pinned.models.get(field))
+        models[field] = replace(model, reference=held[field])
     asked = Asked(
         recipe=document(recipe, recipe.narrows or recipe.stage),
         models={field: model.identity for field, model in models.items()},
         content=content_of(recipe, pinned.content),
     )
-    return Plan(identity(recipe, asked), asked, models)
+    return Plan(identity(recipe, asked), asked, models, places_of(recipe))
+
+
+def places_of(recipe: Recipe) -> dict[str, str]:
+    """The paths of a recipe of which an artifact holds less, by their fields."""
+    held = portable_paths(recipe)
+    texts = paths_in(recipe)
+    return {field: text for field, text in texts.items() if text != held[field]}
 
 
 def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) -> Decision:
@@ -155,7 +181,7 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
         now = plan_of(recipe, artifact.run, accepts, manifest.asked)
         _refuse_other(artifact, recipe, manifest.asked, now.asked, "was made")
         artifact.verify(SMALL)
-        plan = Plan(manifest.identity, manifest.asked, now.models)
+        plan = replace(now, identity=manifest.identity, asked=manifest.asked)
         return Decision("skip", "finished, same recipe and inputs", plan)
     artifact.refuse_links()
     begun = Plan.read(artifact.path) if any(artifact.path.glob(progress)) else None
@@ -165,7 +191,7 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     now = plan_of(recipe, artifact.run, accepts, begun.asked)
     _refuse_other(artifact, recipe, begun.asked, now.asked, "was begun")
     # its checkpoints know the document it was begun with, and not fields that came later
-    plan = Plan(begun.identity, begun.asked, now.models)
+    plan = replace(now, identity=begun.identity, asked=_made_portable(recipe, begun.asked))
     return Decision("resume", "not finished, same recipe and inputs", plan)
 
 
@@ -189,6 +215,14 @@ def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, ve
         "or put the old values back"
     )
     raise UserError("\n".join(lines), hint, INTEGRITY)
+
+
+def _made_portable(recipe: Recipe, old: Asked) -> Asked:
+    """What was asked, without the paths in full that it held before version 0.2."""
+    old_recipe = _completed(recipe, old)
+    if old_recipe is None:
+        return old
+    return replace(old, recipe=with_values(old.recipe, portable_paths(old_recipe)))
 
 
 def _completed(recipe: Recipe, old: Asked) -> Recipe | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, expanded, sha256_file, table, unreachable
 from llmpipe.recipe.names import ARTIFACT
-from llmpipe.recipe.places import is_here, nearest_here
-from llmpipe.recipe.sections import Recipe, is_local
+from llmpipe.recipe.places import is_here, is_narrow, nearest_here, portable
+from llmpipe.recipe.sections import ELSEWHERE, Recipe, is_local
 from llmpipe.run import checkpoints, hub
 from llmpipe.run.artifact import MANIFEST, SUMS, Artifact, artifacts, is_artifact, is_reward_model
 from llmpipe.run.folders import check_folder
@@ -24,6 +25,7 @@ from llmpipe.run.manifest import (
     check_identity,
     check_reference,
 )
+from llmpipe.run.whereabouts import noted
 from llmpipe.typed import record
 
 Kinds = tuple[str, ...]
@@ -66,16 +68,36 @@ class Model:
         """Whether it is used as an adapter on its base, unmerged."""
         return self.kind == "artifact" and self.base is not None
 
+    @property
+    def place(self) -> Path | None:
+        """What a recipe would name to mean it: its folder, its file or its artifact."""
+        is_artifact = self.kind in ("artifact", "merged")
+        return self.folder.parent if self.folder and is_artifact else self.folder
+
+    @property
+    def chain(self) -> Iterator[Model]:
+        """The model and, where it is an adapter, what lies under it."""
+        yield self
+        if self.base:
+            yield from self.base.chain
+
     def seen_from(self, artifact: Path) -> str | None:
-        """The way from an artifact to a model that only this run has a name for; else None."""
-        if self.kind in ("hub", "folder"):
+        """The way from an artifact to a model that lies near it and that its reference does not
+        lead to; else None."""
+        if self.kind == "hub" or (
+            self.kind == "folder" and not self.reference.startswith(ELSEWHERE)
+        ):
             return None
         folder = model_folder(self, artifact.parent / ".prepared")
-        return os.path.relpath(folder, artifact)
+        near = os.path.commonpath([os.path.abspath(artifact), os.path.abspath(folder)])
+        return os.path.relpath(folder, artifact) if is_narrow(near) else None
 
     @classmethod
-    def of_record(cls, document: Any, at: str) -> Model:
-        """What plan.json holds, read again; raises ValueError where it is not that."""
+    def of_record(cls, document: Any, at: str, artifact: Path) -> Model:
+        """What plan.json of an artifact holds, read again.
+
+        Raises ValueError where it is not that.
+        """
         model = record(_Recorded, document, at)
         check_reference(f"{at}.reference", model.reference)
         check_identity(f"{at}.identity", model.identity)
@@ -83,13 +105,13 @@ class Model:
             model.kind,
             model.reference,
             model.identity,
-            expanded(model.folder) if model.folder else None,
+            Path(os.path.normpath(artifact / model.folder)) if model.folder else None,
             model.parents,
-            cls.of_record(model.base, f"{at}.base") if model.base else None,
+            cls.of_record(model.base, f"{at}.base", artifact) if model.base else None,
         )
 
-    def record(self) -> dict[str, Any]:
-        """As plan.json holds it: a relative folder, since a run may be moved."""
+    def record(self, artifact: Path) -> dict[str, Any]:
+        """As plan.json holds it: the way to its folder, since a run may be moved."""
         record: dict[str, Any] = {
             "kind": self.kind,
             "reference": self.reference,
@@ -97,10 +119,9 @@ class Model:
             "parents": [asdict(parent) for parent in self.parents],
         }
         if self.base:
-            record["base"] = self.base.record()
+            record["base"] = self.base.record(artifact)
         if self.folder and self.kind != "hub":
-            absolute = self.folder.is_absolute()
-            record["folder"] = str(self.folder) if absolute else os.path.relpath(self.folder)
+            record["folder"] = os.path.relpath(self.folder, artifact)
         return record
 
 
@@ -304,6 +325,31 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
     return Model("merged", reference, identity | {"merged": True}, parent.model, parents, base)
 
 
+def ways_to(adapter: Artifact, base: Base) -> list[str]:
+    """References by which an adapter's base may be meant here, the likeliest last.
+
+    One that names a path in full, or no more than its name, leads nowhere once things were moved:
+    then the base is looked for where it was, seen from the adapter, beside the run, and where this
+    machine saw it last.
+    """
+    reference = base.reference
+    if base.kind == "hub" or not is_local(reference):
+        return [reference]
+    places = [noted(base.identity), str(_beside(adapter, reference))]
+    if base.folder and base.kind in ("folder", "artifact"):
+        folder = Path(os.path.normpath(adapter.path / base.folder))
+        places.append(str(folder.parent if base.kind == "artifact" else folder))
+    ways = [os.path.abspath(place) for place in places if place and os.path.exists(place)]
+    leads = not reference.startswith(ELSEWHERE)
+    moved = os.path.isabs(reference) and not os.path.exists(reference)
+    return [*ways, reference] if leads and not (ways and moved) else ways
+
+
+def _beside(adapter: Artifact, reference: str) -> Path:
+    """Where a base is put that was not found."""
+    return adapter.run.parent / os.path.basename(reference.rstrip("/"))
+
+
 def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     """The very model that an adapter was trained on.
 
@@ -316,10 +362,22 @@ def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     field = use.field if use.below else f"{use.field}: base of {adapter.name}"
     keep = trained_on.kind != "merged"
     base_use = Use(field, TRAINED, keep, use.glance, use.below + 1)
-    base = resolve(trained_on.reference, base_use, adapter.run, trained_on.identity)
-    if use.glance or base.identity == trained_on.identity:
-        return base
-    problem = f"its base {trained_on.reference} is not the one it was trained on:"
+    reference = portable(trained_on.reference)
+    ways = ways_to(adapter, trained_on)
+    if not ways and trained_on.kind == "gguf":
+        read_already = Model("gguf", reference, trained_on.identity, None)
+        if (model_folder(read_already, adapter.run / ".prepared") / "config.json").exists():
+            return read_already
+    if not ways:
+        beside = _beside(adapter, reference)
+        problem = f"{field}: {reference}: lies neither where it was nor at {beside}"
+        hint = "put it there, or a link to it; its content says whether it is the right one"
+        raise UserError(problem, hint, INTEGRITY)
+    for way in reversed(ways):
+        base = resolve(way, base_use, adapter.run, trained_on.identity)
+        if use.glance or base.identity == trained_on.identity:
+            return replace(base, reference=reference)
+    problem = f"its base {reference} is not the one it was trained on:"
     lines = [f"{adapter.path}: {problem}"]
     for name, before, after in changes(trained_on.identity, base.identity):
         lines.append(f"  {name}: {short(before)} in training, {short(after)} now")

@@ -63,6 +63,8 @@ class Durable(Trainer):
         for name, parameter in training.model.named_parameters():
             if name in weights:
                 parameter.data = weights[name].to(parameter.device)
+        # trackers show it; what is saved is told where to go, see `Resume.writing`
+        self.args.output_dir = f"{self.artifact.run.name}/{self.artifact.name}"
         self.start = Start.of(training.model)
 
         self.world = World(self.accelerator)

@@ -15,6 +15,7 @@ from llmpipe.data.template.shipped import shipped
 from llmpipe.data.tokenizer import Tokenizer, own_template
 from llmpipe.errors import UserError
 from llmpipe.files import expanded
+from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import TEMPLATES
 
 # Texts within a template that are meant to be one token each.
@@ -45,7 +46,7 @@ class Choice:
     """A tokenizer with the template that was chosen for it."""
 
     name: str
-    """As in `data.template`."""
+    """As in `data.template`; of a path in full, what artifacts hold."""
     tokenizer: Tokenizer
     """With the tokens that were added, and with eos and pad."""
     template: str | None
@@ -94,7 +95,7 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
         special["pad_token"] = eos = special["eos_token"]
         notes.append(f"the tokenizer has no pad token; {eos} pads, and no label is built from it")
     return Choice(
-        name=name,
+        name=portable(name),
         tokenizer=tokenizer,
         template=template,
         ends=ends,

@@ -11,7 +11,7 @@ from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation.book import Book, Line, Reported
 from llmpipe.evaluation.task import Item, Task, Template
 from llmpipe.files import expanded
-from llmpipe.recipe.sections import Positive
+from llmpipe.recipe.sections import ELSEWHERE, Positive
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.candidate import Candidate
@@ -36,7 +36,7 @@ class Harness(Task):
     @field_validator("folder")
     @classmethod
     def _exists(cls, folder: str | None) -> str | None:
-        if folder and not os.path.isdir(expanded(folder)):
+        if folder and not folder.startswith(ELSEWHERE) and not os.path.isdir(expanded(folder)):
             raise ValueError(f"{folder}: no such folder")
         return folder
 
