@@ -218,7 +218,7 @@ def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, ve
 
 
 def _made_portable(recipe: Recipe, old: Asked) -> Asked:
-    """What was asked, without the paths in full that it held before version 0.2."""
+    """What was asked, without the paths in full that older code left in it."""
     old_recipe = _completed(recipe, old)
     if old_recipe is None:
         return old

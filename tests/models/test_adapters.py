@@ -11,6 +11,7 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.files import table, write_json
 from llmpipe.recipe.check import load
+from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import Adapter
 from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
 from llmpipe.run.manifest import Base
@@ -43,7 +44,7 @@ def straight(request, tmp_path_factory):
 def test_the_artifact(straight):
     manifest = straight.verify()
     assert manifest.kind == "adapter" and manifest.stage == straight.name
-    assert manifest.base.reference == str(life.TINY / "model")
+    assert manifest.base.reference == portable(str(life.TINY / "model"))
     assert {p.name for p in straight.model.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -411,14 +412,15 @@ def rows_in(adapter):
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # PEFT asks transformers under an old name
-def test_rows_that_the_base_lacked_are_published_with_the_adapter(tmp_path):
+def test_rows_that_the_base_lacked_are_published_with_the_adapter(tmp_path, monkeypatch):
     """A stranger draws other rows for them, or PEFT fails with an IndexError."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
     made = longer_tokenizer(tmp_path / "base")
-    shared = {"model": str(tmp_path / "base"), "evaluation": {}, "optim__steps": 4}
+    monkeypatch.chdir(tmp_path)  # PEFT looks for a base from there
+    shared = {"model": "./base", "evaluation": {}, "optim__steps": 4}
     adapter = {"rank": 4, "merge": True}
     learned = life.command(write(tmp_path / "run", name="learned", adapter=adapter, **shared))
     adapter = {"rank": 4, "embeddings": "none"}
