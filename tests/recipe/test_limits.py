@@ -90,5 +90,5 @@ def test_a_resolved_recipe_reads_as_it_was_written(tmp_path, text):
     (tmp_path / "r.yaml").write_text(GOOD)
     recipe = load(tmp_path / "r.yaml", SFT)
     recipe = recipe.model_copy(update={"model": text, "trainer": {text: text}})
-    values, _ = parse(dump(recipe), "recipe.yaml")
+    values, _ = parse(dump(recipe.model_dump(by_alias=True)), "recipe.yaml")
     assert values["model"] == text and values["trainer"] == {text: text}
