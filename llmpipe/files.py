@@ -25,8 +25,8 @@ LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 SMALL = 1 << 16
 """Bytes of a file that is hashed where a glance has to do."""
 
-CHUNK = 1 << 20
-"""Bytes that are hashed at once."""
+CHUNK = 1 << 23
+"""Bytes that are hashed at once: many, since a thread waits for its turn between them."""
 
 Seen = Callable[[int], None]
 """Is told of bytes that were hashed, some at a time."""
@@ -59,8 +59,9 @@ def unreachable(path: Path) -> str | None:
 
 def sha256_file(path: Path, seen: Seen | None = None) -> str:
     sha256 = hashlib.sha256()
-    chunk = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        chunk = memoryview(bytearray(max(1, min(size, CHUNK))))
         while count := file.readinto(chunk):
             sha256.update(chunk[:count])
             if seen:
@@ -102,6 +103,19 @@ def descriptor_of(path: str | Path, flags: int) -> int:
 def _not_ours(path: str | Path, what: str) -> UserError:
     hint = "remove it, or copy the file in its place"
     return UserError(f"{path}: {what}, through which nothing is written", hint, INTEGRITY)
+
+
+def cut_back(path: Path, size: int) -> None:
+    """Leave of a file its first `size` bytes; one that is not there is begun.
+
+    Raises UserError (3) where it has fewer.
+    """
+    with to_write(path, "ab") as file:
+        bytes_there = os.fstat(file.fileno()).st_size
+        if bytes_there < size:
+            problem = f"{path}: {bytes_there:,} bytes, and the checkpoint was written with {size:,}"
+            raise UserError(problem, "restore it from a copy; --fresh starts anew", INTEGRITY)
+        file.truncate(size)
 
 
 def fsync(path: Path) -> None:

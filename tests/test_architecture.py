@@ -21,6 +21,7 @@ FLOORS = [
     {"faults"},
     {"files", "scores", "recipe"},
     {"record", "typed"},
+    {"sums"},
     {"data"},
     {"run"},
     {"kernels", "parallel", "report", "upstream"},

@@ -9,12 +9,13 @@ import time
 
 import pytest
 
+from llmpipe.errors import UserError
 from tests import life, store
 from tests.front.test_processes import PYTHON, processes_of, run, start
 from tests.models import test_adapters
 from tests.rl import test_ppo
 from tests.training import test_preference, test_pretrain
-from tests.training.test_life import begin_again, copy, passed_over
+from tests.training.test_life import begin_again, copy, damage, passed_over
 
 pytestmark = pytest.mark.faults
 FULL = os.environ.get("FAULTS") == "full"
@@ -134,6 +135,37 @@ def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
         CHECKPOINT_FILES[stage]
     )
     passed_over(straight, tmp_path, name, hurt, writers[stage])
+
+
+LINES = {stage: ["metrics.jsonl", "samples.jsonl"] for stage in CHECKPOINT_FILES}
+LINES |= {"reward": ["metrics.jsonl"], "ppo": [*LINES["ppo"], "rollouts.jsonl"]}
+LINES["stream"] = [*LINES["stream"], "rejected.jsonl"]
+
+
+@pytest.mark.parametrize("hurt", ["missing", "empty", "half", "flipped", "a byte less", "a link"])
+@pytest.mark.parametrize(
+    ("stage", "name"), [(stage, name) for stage, names in LINES.items() for name in names]
+)
+def test_lines_of_an_unfinished_run(made, writers, tmp_path, stage, name, hurt):
+    """Files that grow, hurt in any way: refused before a step is trained, or the straight end."""
+    straight, _ = made(stage)
+    artifact = copy(straight, tmp_path)
+    begin_again(artifact, writers[stage])
+    path = artifact.path / name
+    if hurt == "a byte less":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif hurt == "a link":
+        path.symlink_to(path.rename(tmp_path / "aside"))
+    else:
+        damage(path, hurt)
+    before = path.read_bytes() if path.exists() else b""
+    try:
+        life.command(writers[stage](artifact.run))
+    except UserError as error:
+        assert error.code == 3 and name in error.message
+        assert (path.read_bytes() if path.exists() else b"") == before
+    else:
+        assert life.essence(artifact) == life.essence(straight)
 
 
 @pytest.mark.parametrize(("stage", "kept"), CUTS)

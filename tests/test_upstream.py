@@ -343,9 +343,11 @@ def test_canary_trainers_of_pairs():
         DPOTrainer.compute_loss
     )
     assert "if self.precompute_ref_logps:" in inspect.getsource(DPOTrainer._compute_loss)
-    precompute = inspect.signature(DPOTrainer._precompute_ref_logps).parameters
-    assert list(precompute)[:2] == ["self", "dataset"]
-    assert "dataset._fingerprint" in inspect.getsource(DPOTrainer._precompute_ref_logps)
+    parameters = inspect.signature(DPOTrainer._precompute_ref_logps).parameters
+    assert list(parameters)[:2] == ["self", "dataset"]
+    precompute = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert "dataset._fingerprint" in precompute
+    assert "dataset._get_cache_file_path(fingerprint)" in precompute
     assert "outputs.logits.squeeze(-1), chunks=2" in inspect.getsource(RewardTrainer.compute_loss)
     scaling = inspect.getsource(transformers.Trainer.training_step)
     assert "loss / self.current_gradient_accumulation_steps" in scaling

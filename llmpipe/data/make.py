@@ -38,7 +38,7 @@ from llmpipe.errors import DATA, NUMERIC, Say, UserError
 from llmpipe.files import digest
 from llmpipe.recipe.sections import Prepared
 
-VERSION = 9  # of what is made; another one is made anew
+VERSION = 10  # of what is made; another one is made anew
 SMALL = 4 << 20  # bytes of data below which one process is faster
 LARGE_TOKENIZER = 8 << 20  # bytes; a larger one takes a second or more to read
 SHOWN = 5  # rejected rows in a message

@@ -6,9 +6,11 @@
                                           `eval` to compare
                 tokenizer/                the tokenizer that made them and that is published with
                                           the model
-                prepared.json             counts, lengths, digests; written last
+                prepared.json             counts, lengths, digests
+                sums.json                 what each of these files held, see `sums`; written last
 
-The key stands for everything that decides the content, so a folder that is there is used as it is.
+The key stands for everything that decides the content, so a folder that is there is used, once it
+is verified.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from pathlib import Path
 from llmpipe.data import sources, template, tokenizer
 from llmpipe.data.kinds import Kind
 from llmpipe.data.make import VERSION, make
-from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.prepared import RECORD, PreparedRows
 from llmpipe.errors import Say
 from llmpipe.faults import writing
-from llmpipe.files import digest, files_below, fsync, read_json
+from llmpipe.files import digest, files_below, fsync
 from llmpipe.recipe.sections import Prepared, science
+from llmpipe.sums import is_sealed, seal
 
 
 def key_of(
@@ -65,14 +68,17 @@ def prepare(
     """Rows -> tokens of a kind, in a folder of `cache`, and what is known of them.
 
     Raises UserError: code 2 for data that cannot be read or too many rejected rows, 3 for a broken
-    tokenizer, 4 when nothing would be learned, 5 when a worker process dies or the disk is full.
+    tokenizer or a folder that is not as it was made, 4 when nothing would be learned, 5 when a
+    worker process dies or the disk is full.
     """
     started = time.monotonic()
     key, origins = key_of(data, kind, model, seed, pinned)
     final = cache / key
-    if ready := PreparedRows.from_file(final / "prepared.json"):
+    if os.path.lexists(final):
+        ready = PreparedRows.of_folder(final)
         say(f"data: {ready.rows.train:,} rows ready (cached)")
-        return ready.model_copy(update={"data": key})
+        return ready
+    _say_if_unsealed(cache, say)
     _remove_remains(cache, key)
     temporary = cache / f".{key}.{os.getpid()}"
     try:
@@ -84,8 +90,18 @@ def prepare(
             _publish(ready, temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    ready = PreparedRows.of_folder(final)
     say(f"data: {_in_words(ready, data, kind)}")
-    return ready.model_copy(update={"data": key})
+    return ready
+
+
+def _say_if_unsealed(cache: Path, say: Say) -> None:
+    """Say why rows are prepared anew that an older llmpipe has prepared."""
+    if any(not is_sealed(record.parent) for record in cache.glob(f"*/{RECORD}")):
+        say(
+            f"data: in {cache} lie rows that an older llmpipe prepared, without sums of its files: "
+            "they are not used, and may be removed"
+        )
 
 
 def _remove_remains(cache: Path, key: str) -> None:
@@ -104,16 +120,17 @@ def _other_runs(process: int) -> bool:
 
 
 def _publish(ready: PreparedRows, temporary: Path, final: Path) -> None:
-    """Flush the folder, with the record written last, and give it its name."""
+    """Flush the folder, with its table written last, and give it its name."""
     for path in (*files_below(temporary), temporary / "tokenizer"):
         fsync(path)
-    ready.to_file(temporary / "prepared.json")
+    ready.to_file(temporary / RECORD)
+    seal(temporary, final.name)
     try:
         temporary.rename(final)
-    except OSError:  # another process was faster, or an unfinished folder is in the way
-        if not read_json(final / "prepared.json"):
-            shutil.rmtree(final)
-            temporary.rename(final)
+    except OSError:
+        if not os.path.lexists(final):
+            raise
+        # another process was faster: what it made is as good
     fsync(final.parent)
 
 

@@ -3,10 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.files import SMALL
 from llmpipe.record import Record
+from llmpipe.sums import Kept, glance
+
+RECORD = "prepared.json"
+"""In a folder of `.prepared`, and in the artifact that is made of it."""
+
+ANEW = "run the same command again: it is written anew"
+"""What to do about the one in an artifact."""
+
+
+class PreparedFolder(Record):
+    """What `prepare` leaves in a folder of `.prepared`; an artifact keeps it with the folder's name
+    and the fingerprint of its table.
+    """
+
+    data: str = ""
+    """Name of the folder in the run's `.prepared/`."""
+    sums: str = ""
+    """Fingerprint of the folder's table."""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """The record of a folder that lies there whole, by a glance at it.
+
+        Raises UserError (3) where it does not.
+        """
+        fingerprint = glance(folder, SMALL)
+        record = cls.whole(folder / RECORD)
+        return record.model_copy(update={"data": folder.name, "sums": fingerprint})
+
+    @classmethod
+    def whole(cls, path: Path) -> Self:
+        """The record in a file. Raises UserError (3) where it holds none."""
+        record = cls.from_file(path)
+        if record is None:
+            raise UserError(f"{path}: missing or damaged", ANEW, INTEGRITY)
+        return record
+
+    def folder(self, cache: Path) -> Path:
+        return cache / self.data
+
+    def kept(self, cache: Path) -> list[Kept]:
+        """The folders that are to be verified before they are used."""
+        return [Kept(self.folder(cache), self.sums)]
+
+    def refuse_another(self, cache: Path) -> None:
+        """Raises UserError (3) where the folder, once it is verified, says something else."""
+        elsewhere = {"data", "sums", "mixture"}
+        path = self.folder(cache) / RECORD
+        made = self.whole(path).model_dump(exclude=elsewhere)
+        if made != self.model_dump(exclude=elsewhere):
+            raise UserError(f"{RECORD}: is not what {path} says", ANEW, INTEGRITY)
 
 
 class FileRows(Record):
@@ -44,11 +97,9 @@ class SourceRows(Record):
     """Examples beyond one a row."""
 
 
-class PreparedRows(Record):
+class PreparedRows(PreparedFolder):
     """Rows as tokens, and the tokenizer that made them."""
 
-    data: str = ""
-    """Name of the folder in the run's `.prepared/`."""
     version: int
     key: str
     sources: list[SourceRows]
@@ -74,8 +125,13 @@ class PreparedRows(Record):
     mixture: PreparedRows | None = None
     """Rows whose loss PPO mixes in."""
 
-    def folder(self, cache: Path) -> Path:
-        return cache / self.data
+    def kept(self, cache: Path) -> list[Kept]:
+        return super().kept(cache) + (self.mixture.kept(cache) if self.mixture else [])
+
+    def refuse_another(self, cache: Path) -> None:
+        super().refuse_another(cache)
+        if self.mixture:
+            self.mixture.refuse_another(cache)
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of them: tokenizer, template, vocabulary and the rows."""
@@ -84,6 +140,7 @@ class PreparedRows(Record):
             "version",
             "key",
             "data",
+            "sums",
             "seconds",
             "tokenizer",
             "vocab_size",

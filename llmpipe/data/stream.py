@@ -22,7 +22,7 @@ from llmpipe.data.sources import Origin
 from llmpipe.data.template import choose
 from llmpipe.data.tokenize import COUNTS, Batch, Task, pieces_of, tokenized
 from llmpipe.errors import NUMERIC, UserError
-from llmpipe.files import to_write
+from llmpipe.files import cut_back, to_write
 from llmpipe.recipe.sections import Prepared
 
 ENOUGH = 1000  # rows, from which on the share of rejected ones says something
@@ -156,8 +156,7 @@ class Stream:
             with to_write(self.rejected, "wb") as file:
                 file.write(self._rejected_before.read_bytes())
             return self.rejected.stat().st_size
-        with to_write(self.rejected, "ab") as file:
-            file.truncate(size)
+        cut_back(self.rejected, size)
         return size
 
     def _reject(self, origin: Origin, file: int, batch: Batch) -> int:

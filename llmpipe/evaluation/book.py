@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import to_write
+from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.files import cut_back, digest, to_write, write_whole
 from llmpipe.record import Record
 
 Score = float | list[float]  # a value, or [numerator, denominator] of a ratio of sums
+
+SETTINGS = "settings.json"
 
 Key = tuple[str, str, int | str]  # task, model, item
 
@@ -80,11 +83,11 @@ class Line:
         """The line as it stands in the file."""
         place = {"task": self.task, "model": self.model, "item": self.item, "at": self.at}
         counts = {"scores": self.scores, "corpus": self.corpus, "reported": self.reported}
-        values = _known(place) | self.shown | _known(counts)
+        values = _given(place) | self.shown | _given(counts)
         return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _known(values: dict[str, Any]) -> dict[str, Any]:
+def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -104,34 +107,70 @@ class Settings(Record):
 class Book:
     """samples.jsonl: a line per item and model, appended batch by batch.
 
-    A line that a kill cut off is dropped.
+    What is behind the last whole batch, as a kill leaves it, is dropped. Beside it lies, until the
+    artifact is finished, what the file should hold: a size and a sha256 for every batch.
     """
 
-    def __init__(self, path: Path, settings: Settings):
-        """Raises UserError (3) where the file was begun with other settings."""
+    def __init__(self, path: Path, settings: Settings, evaluation: str, say: Say):
+        """`evaluation`: its identity.
+
+        Raises UserError (3) where the file was begun with other settings, or is not what was
+        written.
+        """
         self.path = path
         self.lines: dict[Key, Line] = {}
-        _keep_settings(path, settings)
+        self._sums = path.with_name(f".{path.name}.sums")
+        self._bytes = 0
+        self._sha256 = sha256()
+        _refuse_other_settings(path, settings)
+        begin = digest([evaluation, settings.model_dump()])
+        if path.exists() and not self._sums.exists():
+            say(f"{path.name}: what an older llmpipe scored has no sums: it is scored again")
+            path.unlink()
         if path.exists():
-            self._read()
+            self._read(begin)
+        else:
+            write_whole(self._sums, f"{begin}\n".encode())
+        settings.to_file(path.with_name(SETTINGS))
 
-    def _read(self) -> None:
-        complete = 0  # bytes
-        with self.path.open("rb") as file:
-            for raw in file:
-                if not raw.endswith(b"\n"):
-                    break
-                line = Line.parse(raw)
-                self.lines[line.key] = line
-                complete += len(raw)
-        with to_write(self.path, "ab") as file:
-            file.truncate(complete)
+    def _read(self, begin: str) -> None:
+        """Go on with the lines that are there."""
+        text = self._sums.read_text(encoding="utf-8", errors="replace")
+        first, *written = text.split("\n")
+        if first != begin:
+            raise self._refusal("belongs to another evaluation, or to other settings")
+        data = self.path.read_bytes()
+        whole = 0
+        for size, known in sorted(_known(written).items()):
+            if size > len(data):
+                break
+            self._sha256.update(data[self._bytes : size])
+            self._bytes = size
+            whole = size if self._sha256.hexdigest() in known else whole
+        if self._bytes != whole:
+            raise self._refusal(f"is not what was scored, from byte {whole:,} on")
+        for raw in data[:whole].split(b"\n")[:-1]:
+            line = Line.parse(raw)
+            self.lines[line.key] = line
+        cut_back(self.path, self._bytes)
+
+    def _refusal(self, why: str) -> UserError:
+        hint = f"remove {self.path} and run the same command again: it is scored anew"
+        return UserError(f"{self.path}: {why}", hint, INTEGRITY)
 
     def add(self, lines: list[Line]) -> None:
-        text = "".join(line.text() for line in lines)
-        with to_write(self.path, "a") as file:
-            file.write(text)
+        data = "".join(line.text() for line in lines).encode()
+        with to_write(self.path, "ab") as file:
+            file.write(data)
+        self._bytes += len(data)
+        self._sha256.update(data)
+        self._note(self._bytes, self._sha256.hexdigest())
         self.lines |= {line.key: line for line in lines}
+
+    def _note(self, size: int, known: str) -> None:
+        """Keep what the file holds from now on."""
+        with to_write(self._sums, "a") as file:
+            file.write(f"{size} {known}\n")
 
     def of(self, task: str) -> list[Line]:
         return [line for line in self.lines.values() if line.task == task]
@@ -147,15 +186,24 @@ class Book:
             return tasks.index(line.task), models.index(line.model), line.order
 
         text = "".join(line.text() for line in sorted(self.lines.values(), key=order))
-        new = self.path.with_name(f".{self.path.name}")
-        with to_write(new, "w") as file:
-            file.write(text)
-        new.rename(self.path)
+        data = text.encode()
+        self._note(len(data), sha256(data).hexdigest())
+        write_whole(self.path, data)
 
 
-def _keep_settings(samples: Path, settings: Settings) -> None:
+def _known(written: list[str]) -> dict[int, set[str]]:
+    """Every sha256 that a file of so many bytes has had; a line that a kill cut off says none."""
+    known: dict[int, set[str]] = {}
+    for line in written:
+        size, _, sha = line.partition(" ")
+        if size.isdigit() and len(sha) == 64:
+            known.setdefault(int(size), set()).add(sha)
+    return known
+
+
+def _refuse_other_settings(samples: Path, settings: Settings) -> None:
     """One evaluation is scored with one setting; the lines of another one are not gone on from."""
-    path = samples.with_name("settings.json")
+    path = samples.with_name(SETTINGS)
     begun = Settings.from_file(path) if samples.exists() else None
     if begun and begun != settings:
         now = settings.model_dump()
@@ -166,4 +214,3 @@ def _keep_settings(samples: Path, settings: Settings) -> None:
         )
         problem = f"{samples}: was begun with other settings: {changed}"
         raise UserError(problem, "--fresh starts anew", INTEGRITY)
-    settings.to_file(path)

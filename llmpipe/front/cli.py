@@ -204,12 +204,14 @@ def _show_rows(recipe: "Recipe", count: int) -> None:
     from llmpipe.report.rows import show_rows
     from llmpipe.run.artifact import artifact_of
     from llmpipe.stages import prepared_by, stage
+    from llmpipe.sums import check
 
     if prepared_by(stage(recipe.stage)) is not PreparedRows:
         raise UserError(f"{recipe.stage} prepares no rows to train on, so there are none to show")
     artifact = artifact_of(recipe)
-    prepared = PreparedRows.from_file(artifact.path / "prepared.json")
-    assert prepared is not None  # it was made just now
+    prepared = PreparedRows.whole(artifact.path / "prepared.json")
+    for kept in prepared.kept(artifact.run / ".prepared"):
+        check(kept)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line in show_rows(prepared, artifact.run / ".prepared", count, colour):
         say(line)

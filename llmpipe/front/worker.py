@@ -16,10 +16,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from llmpipe.errors import DONE, Say, Stopped, UserError
+from llmpipe import sums
+from llmpipe.data.prepared import RECORD
+from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, remembering
-from llmpipe.files import to_write, write_whole
+from llmpipe.files import sha256_file, to_write, write_whole
 from llmpipe.front.terminal import open_terminal
+from llmpipe.front.verified import verifying
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.places import portable_paths, with_values
 from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training
@@ -39,6 +42,9 @@ from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.signals import Signals, die_with_parent
 from llmpipe.run.whereabouts import note
 from llmpipe.stages import prepared_by, schema, stage
+
+BESIDE_WEIGHTS = 1 << 26
+"""Bytes of a model's files that are looked into before it is used; larger ones are its weights."""
 
 
 def main(arguments: list[str]) -> int:
@@ -118,9 +124,11 @@ def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
 def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> Job[Recipe]:
     """The job that a folder holds: its resolved recipe and its plan."""
     path = artifact.path / "recipe.yaml"
-    values, where = parse(path.read_text(encoding="utf-8"), str(path))
     plan = Plan.read(artifact.path)
-    assert plan is not None  # written before a worker is started
+    if plan is None or sha256_file(path) != plan.recipe_file:
+        problem = f"{path}: is not the one that this command wrote"
+        raise UserError(problem, "run the same command again: it is written anew", INTEGRITY)
+    values, where = parse(path.read_text(encoding="utf-8"), str(path))
     values = with_values(values, plan.places)
     recipe = validate(values, where, schema(values["stage"]), str(path))
     converted = artifact.run / ".prepared"
@@ -167,8 +175,11 @@ def convert_one(model: Model, folder: Path, say: Say, weights: bool = True) -> P
     if model.kind in ("gguf", "merged"):
         # another stage of the run may need the same one
         with Lock(Artifact(readable)).acquire(wait=3600):
-            if not (readable / "config.json").exists():
+            if sums.is_sealed(readable):
+                sums.glance(readable, BESIDE_WEIGHTS)
+            else:
                 write_readable(model, base, readable, say)
+                sums.seal(readable)
     snapshots = readable.parent.parent if model.kind == "hub" else None  # its files are links
     check_folder(readable, snapshots, weights=weights)
     if model.kind == "hub" and (readable / "adapter_config.json").exists():
@@ -187,8 +198,10 @@ def write_readable(model: Model, base: Path | None, folder: Path, say: Say) -> N
         say(f"{model.reference}: reading GGUF, once for this run")
         convert_gguf(model.folder, folder)
     else:
-        assert base is not None
+        assert base is not None and model.base is not None
         check_folder(model.folder)
+        if model.base.kind in ("gguf", "merged"):
+            sums.check(sums.Kept(base))
         say(f"{model.reference}: merging the adapter into its base, once for this run")
         merge(base, model.folder, folder)
 
@@ -198,7 +211,7 @@ def prepare(job: Job[Recipe]) -> None:
     if isinstance(job.recipe, Training) and "model" in job.models:
         check_lengths(job.recipe, job.weights, job.say)
     prepared = stage(job.recipe.stage).prepare(job)
-    prepared.to_file(job.artifact.path / "prepared.json")
+    prepared.to_file(job.artifact.path / RECORD)
 
 
 def train(job: Job[Recipe]) -> None:
@@ -206,15 +219,17 @@ def train(job: Job[Recipe]) -> None:
 
     Rank 0 holds the write lock: a parent that died must not admit a second writer.
     """
-    from llmpipe import upstream
-
     artifact = job.artifact
     leads = rank() == 0
     begun = time.time()
+    module = stage(job.recipe.stage)
+    prepared = prepared_by(module).whole(artifact.path / RECORD)
+    finish_verifying = verifying(job, prepared)
+    from llmpipe import upstream
+
     upstream.silence()
+    finish_verifying()
     with Lock(artifact, "write").acquire(wait=10) if leads else nullcontext():
-        module = stage(job.recipe.stage)
-        prepared = prepared_by(module).from_file(artifact.path / "prepared.json")
         result = module.train(job, prepared)
         if not leads:
             return

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpipe.errors import Say
-from llmpipe.files import fsync, to_write
+from llmpipe.faults import reading
+from llmpipe.files import cut_back, fsync, to_write
 from llmpipe.models.hardware import memory_gb
 from llmpipe.parallel import World
 from llmpipe.rl.watch import Metrics
@@ -84,19 +85,19 @@ class Journal:
 
     def lines(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        with reading(self.metrics, "lines of JSON", ValueError):
+            return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def sizes(self) -> list[int]:
-        """Of both files, once they are on the disk."""
+    def sizes(self) -> dict[str, int]:
+        """Of both files, by name, once they are on the disk."""
         for path in (self.metrics, self.rollouts):
             to_write(path, "ab").close()
             fsync(path)
-        return [self.metrics.stat().st_size, self.rollouts.stat().st_size]
+        return {path.name: path.stat().st_size for path in (self.metrics, self.rollouts)}
 
     def cut_back(self, sizes: Sequence[int]) -> None:
         """Leave of both files what there was when they had these sizes."""
         if not self.writes:
             return
         for path, size in zip((self.metrics, self.rollouts), sizes, strict=True):
-            with to_write(path, "ab") as file:
-                file.truncate(size)
+            cut_back(path, size)

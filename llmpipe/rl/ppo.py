@@ -45,7 +45,7 @@ from llmpipe.run.made import Made
 from llmpipe.run.manifest import Leg
 from llmpipe.training.conclude import conclude
 from llmpipe.training.rows import dataset
-from llmpipe.training.samples import answer_samples
+from llmpipe.training.samples import answer_samples, samples_size
 from llmpipe.training.schedule import say_if_peak_is_missed
 from llmpipe.training.training import Training
 
@@ -296,14 +296,17 @@ class Loop:
             home = self.artifact.checkpoints
             self.journal.note(f"saving step {self.state.step}")
             sizes = self.journal.sizes()
-            record = state.record(self.state, self.learner, self.journal.seconds, sizes)
+            seconds = self.journal.seconds
+            record = state.record(self.state, self.learner, seconds, list(sizes.values()))
+            lines = sizes | samples_size(self.artifact)
             origin = checkpoints.Origin(
                 identity=self.training.identity,
                 machine=self._machine(),
                 exact=self.exact,
                 legs=self.legs,
             )
-            with checkpoints.writing(home, self.state.step, origin, record.model_dump) as staging:
+            written = checkpoints.writing(home, self.state.step, origin, record.model_dump, lines)
+            with written as staging:
                 state.save_tensors(self.learner, staging)
             checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
         self.world.wait()

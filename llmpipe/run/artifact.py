@@ -4,7 +4,7 @@
       sft/                      an artifact: finished when, and only when, manifest.json is there
         recipe.yaml  manifest.json  model/  checkpoints/
         metrics.jsonl  samples.jsonl  rejected.jsonl  log.txt
-      .prepared/                tokenized rows, by content
+      .prepared/                tokenized rows, items, models made readable: by content, see `sums`
       .locks/                   who is writing
 
 Publishing a folder: everything is written into a sibling whose name starts with a dot, hashed,
@@ -25,7 +25,6 @@ from llmpipe.files import (
     Seen,
     difference,
     differences,
-    digest,
     expanded,
     files_below,
     fsync,
@@ -35,6 +34,7 @@ from llmpipe.files import (
     table,
     write_json,
 )
+from llmpipe.sums import fingerprint
 
 if TYPE_CHECKING:
     from llmpipe.recipe.sections import Recipe
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 
 PLAN = "plan.json"
-
-SUMS = "sums.json"
-"""The file table of a checkpoint."""
 
 SCRATCH = {PLAN, "prepared.json", "outcome.json", "log.txt", MANIFEST}
 """In an artifact, but not part of it."""
@@ -186,11 +183,6 @@ class Artifact:
             tracker.rename(tracker.with_name(aside.name))  # a new start is a new run there, too
         fsync(self.run)
         return aside
-
-
-def fingerprint(document: Document) -> str:
-    """sha256 over everything in a document but the fingerprint itself."""
-    return digest({key: value for key, value in document.items() if key != "fingerprint"})
 
 
 def _not_as_published(lines: list[str]) -> UserError:

@@ -13,24 +13,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import (
+    FileEntry,
     Seen,
     Table,
     check_names,
     differences,
+    not_plain,
     publishing,
     read_json,
     remove,
     table,
     write_json,
 )
-from llmpipe.run.artifact import SUMS, fingerprint
 from llmpipe.run.manifest import Leg, Platform
+from llmpipe.sums import SUMS, fingerprint
 from llmpipe.typed import record
 
 STATE = "llmpipe.json"
@@ -64,6 +68,9 @@ class Sums:
     step: int
     origin: Origin
     files: Table
+    lines: Table = field(default_factory=dict)
+    """What the artifact's own files of lines held then; they grow, and are cut back to it. Old
+    checkpoints do not say."""
 
     @classmethod
     def read(cls, checkpoint: Path) -> Sums | None:
@@ -74,6 +81,7 @@ class Sums:
         try:
             sums = record(cls, {"origin": {"exact": True, "legs": [], **document}, **document})
             check_names(sums.files, "files")
+            check_names(sums.lines, "lines")
         except ValueError:
             return None
         return sums
@@ -106,15 +114,24 @@ def steps(checkpoints: Path) -> list[int]:
 
 @contextmanager
 def writing(
-    checkpoints: Path, step: int, origin: Origin, state: Callable[[], dict[str, Any]]
+    checkpoints: Path,
+    step: int,
+    origin: Origin,
+    state: Callable[[], dict[str, Any]],
+    lines: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[Path]:
-    """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`."""
+    """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`.
+
+    `lines`: sizes, in bytes, of files of the artifact that a resumed run goes on with.
+    """
     with publishing(folder(checkpoints, step)) as staging:
         yield staging
         for name in UNREAD:
             (staging / name).unlink(missing_ok=True)
         write_json(staging / STATE, state())
         sums = {"step": step, **asdict(origin), "files": table(staging)}
+        begun = {name: _beginning(checkpoints.parent / name, size) for name, size in lines.items()}
+        sums |= {"lines": begun} if begun else {}
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
@@ -129,6 +146,38 @@ def verify(checkpoint: Path, seen: Seen | None = None) -> list[str]:
     if sums.step != step_of(checkpoint):
         problems.append(f"{SUMS}: is of step {sums.step}")
     return problems
+
+
+def verify_lines(checkpoint: Path) -> list[str]:
+    """Which of the artifact's files of lines do not begin with what they held when a checkpoint was
+    written: a line for each. `verify` comes first.
+    """
+    sums = Sums.read(checkpoint)
+    artifact = checkpoint.parent.parent
+    problems = []
+    for name, entry in (sums.lines if sums else {}).items():
+        path = artifact / name
+        try:
+            problem = not_plain(path)
+            begins = problem or _beginning(path, entry.size)
+        except FileNotFoundError:
+            begins = "missing"
+        except OSError as error:
+            begins = f"cannot be read: {error.strerror}"
+        if isinstance(begins, str):
+            problems.append(f"{name}: {begins}")
+        elif begins.size < entry.size:
+            problems.append(f"{name}: {begins.size:,} bytes, of {entry.size:,} then")
+        elif begins != entry:
+            problems.append(f"{name}: its first {entry.size:,} bytes were others then")
+    return problems
+
+
+def _beginning(path: Path, size: int) -> FileEntry:
+    """The first `size` bytes of a file, or as many as it has."""
+    with path.open("rb") as file:
+        data = file.read(size)
+    return FileEntry(len(data), sha256(data).hexdigest())
 
 
 def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
@@ -154,12 +203,18 @@ def pick(
     """The newest checkpoint that verifies, or None when there is none.
 
     One that was written on another platform is said to be. Raises UserError (3) when it is of
-    another recipe or, unless `inexact`, of other machine settings.
+    another recipe or, unless `inexact`, of other machine settings; and where the artifact's files
+    of lines are not those of any.
     """
+    without_lines = None
     for step in reversed(steps(checkpoints)):
         path = folder(checkpoints, step)
         if problems := verify(path):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")
+            continue
+        if problems := verify_lines(path):
+            say(f"checkpoint {path.name} is of no use ({problems[0]}); looking for an older one")
+            without_lines = without_lines or f"{checkpoints.parent}/{problems[0]}"
             continue
         sums = Sums.read(path)
         assert sums is not None
@@ -175,6 +230,9 @@ def pick(
             say(f"{path.name}: what comes of it is not exact, bit by bit: {moved}")
             legs = [*legs, Leg(after=step, platform=platform)]
         return Picked(path, sums.origin.exact and not changed and not moved, legs)
+    if without_lines:
+        hint = "restore the file from a copy; --fresh starts anew"
+        raise UserError(without_lines, hint, INTEGRITY)
     return None
 
 

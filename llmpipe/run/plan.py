@@ -34,12 +34,17 @@ from llmpipe.run.artifact import PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
 from llmpipe.run.manifest import Asked
 from llmpipe.run.reference import Kinds, Model, Use, resolve
+from llmpipe.sums import fingerprint
 from llmpipe.typed import record
 
 Accepts = Kinds | dict[str, Kinds]
 """Kinds of artifacts that a stage takes; by the first name of the field where fields differ."""
 
 Action = Literal["run", "resume", "skip"]
+
+RECIPE = "recipe.yaml"
+
+RESTORE = "restore it from a copy; --fresh moves what is there aside and starts anew"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Plan:
     """What the recipe's references mean, by the path of the field."""
     places: dict[str, str] = dataclass_field(default_factory=dict)
     """The recipe's paths that it has in full, of which `asked` holds less, by their fields."""
+    recipe_file: str = ""
+    """sha256 of recipe.yaml, which lies beside plan.json; an older plan does not know it."""
 
     @property
     def content(self) -> dict[str, str]:
@@ -66,32 +73,36 @@ class Plan:
         return [*self.places.values(), *(str(model.place) for model in models if model.place)]
 
     def write(self, folder: Path) -> None:
+        """Write it down, after recipe.yaml was."""
         models = {field: model.record(folder) for field, model in self.models.items()}
         places = {field: os.path.relpath(path, folder) for field, path in self.places.items()}
         plan = {"identity": self.identity, "asked": self.asked, "models": models}
-        write_json(folder / PLAN, plan | {"places": places})
+        plan |= {"places": places, "recipe_file": sha256_file(folder / RECIPE)}
+        write_json(folder / PLAN, plan | {"fingerprint": fingerprint(plan)})
 
     @classmethod
     def read(cls, folder: Path) -> Plan | None:
-        """The plan in plan.json, or None when the file is absent or not whole.
+        """The plan in plan.json, or None where there is none.
 
-        Raises UserError (3) naming a field that is not what it may be.
+        Raises UserError (3) where it is damaged, naming a field that is not what it may be.
         """
-        document = read_json(folder / PLAN)
-        if document is None:
+        path = folder / PLAN
+        if not os.path.lexists(path):
             return None
+        document = read_json(path)
         try:
             plan = record(_Recorded, document)
+            if plan.fingerprint not in (None, fingerprint(document)):
+                raise ValueError("it was changed")
             plan.asked.check()
             models = {
                 at: Model.of_record(model, f"models.{at}", folder)
                 for at, model in plan.models.items()
             }
         except ValueError as error:
-            hint = "--fresh moves the artifact aside and starts anew"
-            raise UserError(f"{folder / PLAN}: {error}", hint, INTEGRITY) from None
+            raise UserError(f"{path}: damaged: {error}", RESTORE, INTEGRITY) from None
         places = {at: os.path.abspath(folder / way) for at, way in plan.places.items()}
-        return cls(plan.identity, plan.asked, models, places)
+        return cls(plan.identity, plan.asked, models, places, plan.recipe_file)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class _Recorded:
     models: dict[str, dict[str, Any]]
     places: dict[str, str] = dataclass_field(default_factory=dict)
     """The ways from the artifact."""
+    recipe_file: str = ""
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,10 +197,13 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
         plan = replace(now, identity=manifest.identity, asked=manifest.asked)
         return Decision("skip", "finished, same recipe and inputs", plan)
     artifact.refuse_links()
-    begun = Plan.read(artifact.path) if any(artifact.path.glob(progress)) else None
-    if begun is None:
+    if not any(artifact.path.glob(progress)):
         plan = plan_of(recipe, artifact.run, accepts)
         return Decision("run", "nothing there yet", plan)
+    begun = Plan.read(artifact.path)
+    if begun is None:
+        problem = f"{artifact.path / PLAN}: missing: what was begun here is not known any more"
+        raise UserError(problem, RESTORE, INTEGRITY)
     now = plan_of(recipe, artifact.run, accepts, begun.asked)
     _refuse_other(artifact, recipe, begun.asked, now.asked, "was begun")
     # its checkpoints know the document it was begun with, and not fields that came later

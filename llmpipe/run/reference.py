@@ -14,7 +14,7 @@ from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here, is_narrow, nearest_here, portable
 from llmpipe.recipe.sections import ELSEWHERE, Recipe, is_local
 from llmpipe.run import checkpoints, hub
-from llmpipe.run.artifact import MANIFEST, SUMS, Artifact, artifacts, is_artifact, is_reward_model
+from llmpipe.run.artifact import MANIFEST, Artifact, artifacts, is_artifact, is_reward_model
 from llmpipe.run.folders import check_folder
 from llmpipe.run.identity import changes, short
 from llmpipe.run.manifest import (
@@ -26,6 +26,7 @@ from llmpipe.run.manifest import (
     check_reference,
 )
 from llmpipe.run.whereabouts import noted
+from llmpipe.sums import SUMS
 from llmpipe.typed import record
 
 Kinds = tuple[str, ...]

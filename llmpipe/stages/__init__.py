@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from llmpipe.errors import Mistake, Say, UserError, near
 
 if TYPE_CHECKING:
+    from llmpipe.data.prepared import PreparedFolder
     from llmpipe.recipe.sections import Recipe
-    from llmpipe.record import Record
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
@@ -52,7 +52,7 @@ class Stage(Protocol):
     def shapes(self, recipe: Any) -> dict[str, tuple[type, ...]]:
         """The shapes of examples that rows may have, by the path of each source's field."""
 
-    def prepare(self, job: Job[Any]) -> Record:
+    def prepare(self, job: Job[Any]) -> PreparedFolder:
         """Read rows and make of them what `train` needs; without torch."""
 
     def train(self, job: Job[Any], prepared: Any) -> Made:
@@ -63,7 +63,7 @@ class Stage(Protocol):
 class Preparing(Protocol):
     """A stage whose `prepare` leaves another record in prepared.json than `PreparedRows`."""
 
-    PREPARED: type[Record]
+    PREPARED: type[PreparedFolder]
 
 
 @runtime_checkable
@@ -82,7 +82,7 @@ class Foreseeing(Protocol):
         """What is wrong with a recipe in the place that it has."""
 
 
-def prepared_by(module: Stage) -> type[Record]:
+def prepared_by(module: Stage) -> type[PreparedFolder]:
     """What a stage's `prepare` leaves in prepared.json, and its `train` is given."""
     from llmpipe.data.prepared import PreparedRows  # no recipe is checked with it
 

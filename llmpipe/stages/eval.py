@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import NUMERIC, Mistake, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems
 from llmpipe.evaluation.tasks import AnyTask
-from llmpipe.files import digest
+from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import (
     Machine,
     Name,
@@ -37,6 +38,7 @@ from llmpipe.run.made import Made
 from llmpipe.run.outlook import Outlook
 from llmpipe.run.reference import Model, Use
 from llmpipe.run.results import Results, TaskResults
+from llmpipe.sums import Kept, check, is_sealed, seal
 
 if TYPE_CHECKING:
     from llmpipe.evaluation.book import Book
@@ -133,11 +135,9 @@ class TaskItems(Record):
     """How many of them an artifact of the run was trained on, by its name."""
 
 
-class PreparedItems(Record):
+class PreparedItems(PreparedFolder):
     """prepared.json of an evaluation."""
 
-    folder: str
-    """In the run's `.prepared/`."""
     tasks: dict[str, TaskItems]
 
 
@@ -237,22 +237,26 @@ def prepare(job: Job[Schema]) -> PreparedItems:
     recipe = job.recipe
     check_answers(_answers(recipe), job.models | job.bases)
     folder = job.prepared / f"eval-{job.plan.identity[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_sealed(folder):
+        check(Kept(folder))
     measured = [Artifact(path.parent) for path in job.models.values()]
     trained = [*artifacts(job.artifact.run), *measured]
     tasks = {}
-    for i, task in enumerate(recipe.tasks):
-        if not isinstance(task, OnItems):
-            continue
-        items = items_of(task, job.plan.content, job.say)
-        path = folder / f"{i}.jsonl"
-        task.write(items, path)
-        overlap = seen_by(items, trained)
-        notes = [f"{n:,} asked in training of {name}" for name, n in overlap.items() if n]
-        note = ", ".join(notes) or "none asked in training"
-        job.say(f"{task.label}: {len(items):,} items; {note}")
-        tasks[task.label] = TaskItems(items=path.name, n=len(items), overlap=overlap)
-    return PreparedItems(folder=folder.name, tasks=tasks)
+    with publishing(folder) as staging:
+        for i, task in enumerate(recipe.tasks):
+            if not isinstance(task, OnItems):
+                continue
+            items = items_of(task, job.plan.content, job.say)
+            path = staging / f"{i}.jsonl"
+            task.write(items, path)
+            overlap = seen_by(items, trained)
+            notes = [f"{n:,} asked in training of {name}" for name, n in overlap.items() if n]
+            note = ", ".join(notes) or "none asked in training"
+            job.say(f"{task.label}: {len(items):,} items; {note}")
+            tasks[task.label] = TaskItems(items=path.name, n=len(items), overlap=overlap)
+        PreparedItems(tasks=tasks).to_file(staging / RECORD)
+        seal(staging, folder.name)
+    return PreparedItems.of_folder(folder)
 
 
 # --- measure --------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     keep_imports()
     recipe, artifact, say = job.recipe, job.artifact, job.say
     settings = settings_of(recipe.precision, recipe.launch.batch_size)
-    book = Book(artifact.path / "samples.jsonl", settings)
+    book = Book(artifact.path / "samples.jsonl", settings, job.plan.identity, say)
     items = items_by_task(job, prepared)
     models = {}
     for label in recipe.models:
@@ -292,7 +296,7 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
 
 def items_by_task(job: Job[Schema], prepared: PreparedItems) -> dict[str, list[Item]]:
     """What `prepare` wrote; the harness has its own items."""
-    folder = job.prepared / prepared.folder
+    folder = prepared.folder(job.prepared)
     return {
         task.label: task.read(folder / prepared.tasks[task.label].items)
         for task in job.recipe.tasks

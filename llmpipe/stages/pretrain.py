@@ -27,6 +27,7 @@ from llmpipe.recipe.sections import (
 )
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import sft
+from llmpipe.sums import Kept, check, is_sealed, seal
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.data.prepared import PreparedRows, TokenCounts
@@ -208,10 +209,13 @@ def trained_tokenizer(job: Job[Schema], vocab_size: int) -> Path:
     from llmpipe.data.train_tokenizer import train_tokenizer
 
     folder = job.prepared / f"tokenizer-{digest([job.plan.content, vocab_size])[:16]}"
-    if not (folder / "tokenizer.json").exists():
-        job.say(f"tokenizer: training {vocab_size:,} byte-level tokens")
-        with publishing(folder) as staging:
-            train_tokenizer(_texts(job), vocab_size, staging)
+    if is_sealed(folder):
+        check(Kept(folder))
+        return folder
+    job.say(f"tokenizer: training {vocab_size:,} byte-level tokens")
+    with publishing(folder) as staging:
+        train_tokenizer(_texts(job), vocab_size, staging)
+        seal(staging, folder.name)
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
@@ -18,6 +18,7 @@ from llmpipe.models.verify import Verified
 from llmpipe.recipe import sections
 from llmpipe.run.made import Made
 from llmpipe.run.reference import Model
+from llmpipe.sums import content
 from llmpipe.training.training import Trained, Training
 
 
@@ -130,8 +131,8 @@ def _keep_what_was_seen(training: Training[sections.Training]) -> None:
     if training.prepared.mixture:
         folders.append(training.prepared.mixture.folder(training.job.prepared))
     home: Path = training.artifact.path
-    rejected = b"".join((folder / "rejected.jsonl").read_bytes() for folder in folders)
+    rejected = b"".join(content(folder, "rejected.jsonl") for folder in folders)
     with to_write(home / "rejected.jsonl", "wb") as file:
         file.write(rejected)
-    asks = [load_file(folder / "seen.safetensors")["asks"] for folder in folders]
+    asks = [load(content(folder, "seen.safetensors"))["asks"] for folder in folders]
     save_file({"asks": np.unique(np.concatenate(asks))}, home / "seen.safetensors")

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmpipe.errors import Say
-from llmpipe.files import fsync, to_write
+from llmpipe.faults import reading
+from llmpipe.files import cut_back, fsync, to_write
 from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
 from llmpipe.parallel import World
 from llmpipe.run.progress import Progress
@@ -39,8 +40,7 @@ class MetricsLog:
     def cut(self, size: int) -> None:
         """Begin, or go on from a checkpoint at which the file had `size` bytes."""
         if self.world.is_first:
-            with to_write(self.path, "ab") as file:
-                file.truncate(size)
+            cut_back(self.path, size)
 
     def size(self) -> int:
         """Bytes of the file, which are on the disk when this returns."""
@@ -109,7 +109,8 @@ class MetricsLog:
             self.progress.close()
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        with reading(self.path, "lines of JSON", ValueError):
+            return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def final(self, published_step: int) -> dict[str, Any]:
         """The last metrics as the manifest has them: the held-out ones are those of the weights

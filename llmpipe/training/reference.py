@@ -6,16 +6,19 @@ It is a copy of the parent, the parent with a new adapter off, the parent's own 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest
+from llmpipe.files import digest, files_below, fsync, remove
 from llmpipe.models.adapters import tensors_hash, upcast_trained
 from llmpipe.models.load import Setup, load_copy
 from llmpipe.recipe import sections
+from llmpipe.sums import Kept, check, is_sealed, seal
 from llmpipe.training.training import Training
 
 
@@ -46,7 +49,9 @@ class Referenced(Trainer):
         return "the parent, the adapter off" if adapter else "a copy of the parent"
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
-        """TRL's cache knows nothing of how the numbers are computed; its key now says it."""
+        """TRL's cache knows nothing of how the numbers are computed; its key now says it. The file
+        has a folder of its own in `.prepared`, with a table.
+        """
         parent_as_reference(self.model)
         key = [
             dataset._fingerprint,
@@ -59,7 +64,12 @@ class Referenced(Trainer):
             self.model.config._attn_implementation,
         ]
         dataset._fingerprint = digest(key)[:32]
-        return super()._precompute_ref_logps(dataset, *args)
+        kept = _LogProbs(self.training.job.prepared, self.accelerator)
+        dataset._get_cache_file_path = kept.path
+        with_reference = super()._precompute_ref_logps(dataset, *args)
+        del dataset._get_cache_file_path
+        kept.seal()
+        return with_reference
 
     def reference_hash(self) -> str | None:
         """Of what the reference's log-probabilities come from; None where they are computed
@@ -82,6 +92,40 @@ class Referenced(Trainer):
         """Leave the policy's own adapter alone in the model."""
         if "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")
+
+
+class _LogProbs:
+    """A reference's log-probabilities of prepared rows, in a folder of `.prepared`.
+
+    Both methods are called by every process.
+    """
+
+    def __init__(self, prepared: Path, accelerator: Accelerator):
+        self.prepared = prepared
+        self.accelerator = accelerator
+        self.folder = prepared
+
+    def path(self, fingerprint: str) -> str:
+        """Where they lie, verified, or are to be written.
+
+        Raises UserError (3) where they are not as they were written.
+        """
+        self.folder = self.prepared / f"reference-{fingerprint[:16]}"
+        if is_sealed(self.folder):
+            if self.accelerator.is_local_main_process:
+                check(Kept(self.folder))
+        elif self.accelerator.is_main_process:
+            remove(self.folder)  # of a process that was killed
+            self.folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        return str(self.folder / "log_probs.arrow")
+
+    def seal(self) -> None:
+        """Write the table, where they were computed just now."""
+        if self.accelerator.is_main_process and not is_sealed(self.folder):
+            for path in files_below(self.folder):
+                fsync(path)
+            seal(self.folder)
 
 
 def parent_as_reference(model: Any) -> None:

@@ -23,6 +23,7 @@ from llmpipe.record import Record
 from llmpipe.run import checkpoints
 from llmpipe.run.manifest import Leg
 from llmpipe.training.heldout import Best
+from llmpipe.training.samples import samples_size
 from llmpipe.training.training import Training
 
 
@@ -124,7 +125,10 @@ class Resume:
             exact=self.exact,
             legs=self.legs,
         )
-        published = checkpoints.writing(self.home, step, origin, state.model_dump)
+        lines = {"metrics.jsonl": state.metrics_bytes} | samples_size(self.training.artifact)
+        if state.stream and state.stream.rejected_bytes is not None:
+            lines["rejected.jsonl"] = state.stream.rejected_bytes
+        published = checkpoints.writing(self.home, step, origin, state.model_dump, lines)
         output_dir = trainer.args.output_dir
         trainer.args.output_dir = str(staging)
         with published if self.world.is_first else nullcontext():

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.files import to_write
+from llmpipe.faults import reading
+from llmpipe.files import write_whole
 from llmpipe.models.generate import Sampling, generate, isolated_rng, render
+from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Trained
 
 When = Literal["before", "after"]
@@ -20,8 +22,8 @@ def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
     if not trainer.is_world_process_zero():
         return
     path = trainer.artifact.path / "samples.jsonl"
-    before = [line for line in _read(path) if line["when"] == "before"]
-    if when == "before" and (before or trainer.resumes):
+    before = [line for line in _read(path) if line["when"] == "before"] if when == "after" else []
+    if when == "before" and trainer.resumes:
         return
     lines = before + _answers(trainer, tokenizer, when)
     if when == "after":
@@ -29,15 +31,21 @@ def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
             cut = "" if line["ended"] else " (cut)"
             trainer.say(f"  {line['when']:>6} | {line['prompt']} -> {line['answer']!r}{cut}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with to_write(path, "w") as file:
-        file.write(text)
+    write_whole(path, text.encode())  # whole at any moment: checkpoints know what it begins with
+
+
+def samples_size(artifact: Artifact) -> dict[str, int]:
+    """Bytes of samples.jsonl, by its name; nothing where there are none."""
+    path = artifact.path / "samples.jsonl"
+    return {path.name: path.stat().st_size} if path.exists() else {}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    with reading(path, "lines of JSON", ValueError):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
 
 
 def _answers(trainer: Trained, tokenizer: Tokenizer, when: When) -> list[dict[str, Any]]:

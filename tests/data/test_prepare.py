@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +83,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
     record = json.loads(found["prepared.json"])
     found["prepared.json"] = json.dumps({**record, "processes": 0, "seconds": 0}).encode()
+    del found["sums.json"]  # it knows the other bytes of prepared.json
     return found
 
 
@@ -120,6 +122,7 @@ def test_cache_is_reused_and_follows_content(here, base):
         "prepared.json",
         "rejected.jsonl",
         "seen.safetensors",
+        "sums.json",
         "tokenizer",
         "train.arrow",
     ]
@@ -151,12 +154,17 @@ def test_cache_is_reused_and_follows_content(here, base):
     assert len({*changed, first.name}) == len(changed) + 1
 
 
-def test_unfinished_folder_is_replaced(here, base):
+def test_what_was_not_finished_is_removed_or_refused(here, base):
+    """What a killed process leaves has a name of its own; nothing without a table has a key's."""
     write(Path("d.jsonl"), ALPACA[:5])
     data = Data.model_validate({"train": [{"path": "d.jsonl"}], "template": "chatml"})
     key = key_of(data, ROWS, base, 0)[0]
     Path("cache", key).mkdir(parents=True)
     Path("cache", key, "train.arrow").write_text("half")
+    with pytest.raises(UserError, match=r"sums\.json: missing\n  remove cache/") as refused:
+        prepare(data, ROWS, base, Path("cache"), seed=0, say=lambda line: None)
+    assert refused.value.code == 3
+    shutil.rmtree(Path("cache", key))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for process in (gone.pid, os.getpid(), os.getppid()):

@@ -43,18 +43,99 @@ def test_a_difference_is_one_where_its_interval_leaves_zero_out():
     assert not Cell(float("nan"), float("nan"), float("nan"), 9).differs
 
 
+def opened(folder, evaluation="a", said=None, **settings):
+    changed = SETTINGS.model_copy(update=settings)
+    return Book(
+        folder / "samples.jsonl", changed, evaluation, ([] if said is None else said).append
+    )
+
+
+def scored(folder, batches=3):
+    """A book of so many batches of two items."""
+    book = opened(folder)
+    for at in range(0, 2 * batches, 2):
+        book.add([Line("t", "m", item, scores={"acc": 1.0}) for item in (at, at + 1)])
+    return book
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_byte_of_a_book_that_changed_is_refused(tmp_path):
+    """Also one that leaves it a line of JSON, with another score."""
+    scored(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    for at in (0, whole.index(b"1.0"), len(whole) // 2, len(whole) - 1):
+        flip(path, at)
+        with pytest.raises(UserError, match="is not what was scored, from byte ") as refused:
+            opened(tmp_path)
+        assert refused.value.code == 3 and f"remove {path} and" in refused.value.hint
+        path.write_bytes(whole)
+    assert len(opened(tmp_path).lines) == 6
+
+
+@pytest.mark.parametrize(("kept", "items"), [(1.0, 6), (0.99, 4), (0.5, 2), (0.1, 0), (0.0, 0)])
+def test_a_book_that_was_cut_goes_on_from_its_last_whole_batch(tmp_path, kept, items):
+    scored(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    book = opened(tmp_path)
+    assert len(book.lines) == items
+    for at in range(items, 6, 2):
+        book.add([Line("t", "m", item, scores={"acc": 1.0}) for item in (at, at + 1)])
+    assert path.read_bytes() == whole and len(opened(tmp_path).lines) == 6
+
+
+def test_a_book_of_another_evaluation_is_refused(tmp_path):
+    scored(tmp_path)
+    (tmp_path / "settings.json").write_text("")
+    for other in ({"evaluation": "b"}, {"batch_size": 4}):
+        with pytest.raises(UserError, match="belongs to another evaluation") as refused:
+            opened(tmp_path, **other)
+        assert refused.value.code == 3
+    (tmp_path / "settings.json").write_text('{"batch_sizf": 8}')
+    with pytest.raises(UserError, match=r"settings\.json: batch_size: ") as refused:
+        opened(tmp_path)
+    assert refused.value.code == 3
+
+
+def test_a_closed_book_that_was_not_finished_is_whole(tmp_path):
+    """Also where a kill came between what is noted of the file and the file."""
+    book = scored(tmp_path)
+    path = tmp_path / "samples.jsonl"
+    before = path.read_bytes()
+    book.lines = dict(reversed(list(book.lines.items())))
+    book.close(["t"], ["m"])
+    assert len(opened(tmp_path).lines) == 6
+    path.write_bytes(before)
+    assert len(opened(tmp_path).lines) == 6
+
+
+def test_a_book_of_an_older_llmpipe_is_scored_again(tmp_path):
+    scored(tmp_path)
+    (tmp_path / ".samples.jsonl.sums").unlink()
+    said = []
+    assert not opened(tmp_path, said=said).lines
+    assert len(said) == 1 and "it is scored again" in said[0]
+
+
 def test_a_book_is_closed_in_the_order_of_tasks_models_and_items(tmp_path):
-    book = Book(tmp_path / "samples.jsonl", SETTINGS)
+    book = opened(tmp_path)
     keys = [(task, model, item) for task in "ab" for model in ("x", "a") for item in (0, 2, 10)]
     book.add([Line(*key, scores={"acc": 1.0}) for key in reversed(keys)])
     assert book.holds("a", "x", [0, 10]) and not book.holds("a", "x", [0, 1])
     book.close(["a", "b"], ["x", "a"])
-    again = Book(tmp_path / "samples.jsonl", SETTINGS)
+    again = opened(tmp_path)
     assert list(again.lines) == keys
     with pytest.raises(UserError, match="batch_size 8 there, 4 now"):
-        Book(tmp_path / "samples.jsonl", SETTINGS.model_copy(update={"batch_size": 4}))
+        opened(tmp_path, batch_size=4)
     with pytest.raises(UserError, match="scores 1 there, 2 now"):  # they have come to mean another
-        Book(tmp_path / "samples.jsonl", SETTINGS.model_copy(update={"scores": 2}))
+        opened(tmp_path, scores=2)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from llmpipe.files import table, write_json
 from llmpipe.recipe.check import load
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import Adapter
-from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
+from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.run.manifest import Base
 from llmpipe.run.plan import decide
 from llmpipe.stages import schema
+from llmpipe.sums import fingerprint
 from tests import life, store
 
 KINDS = {

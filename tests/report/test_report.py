@@ -17,7 +17,7 @@ from llmpipe.errors import UserError
 from llmpipe.files import write_json
 from llmpipe.report import charts
 from llmpipe.report import page as pages
-from llmpipe.run.artifact import fingerprint
+from llmpipe.sums import fingerprint
 
 HOSTILE = "<script>alert(1)</script>"
 SECTIONS = ("lineage", "training", "data", "evaluation", "samples", "recipes")

@@ -6,8 +6,8 @@ import pytest
 
 from llmpipe.errors import UserError
 from llmpipe.run import checkpoints
-from llmpipe.run.artifact import SUMS, fingerprint
 from llmpipe.run.manifest import Leg
+from llmpipe.sums import SUMS, fingerprint
 from tests import life
 
 HERE = {"device": "a card", "torch": "2.12", "trl": "1.13"}

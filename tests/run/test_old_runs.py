@@ -104,7 +104,7 @@ def test_old_work_is_shown_and_reported(old):
 
 def test_a_manifest_that_lacks_a_field_is_refused(tmp_path):
     """One line with code 3, whoever wrote it, and no traceback."""
-    from llmpipe.run.artifact import fingerprint
+    from llmpipe.sums import fingerprint
 
     shutil.copytree(OLD / "run", tmp_path / "run")
     artifact = Artifact(tmp_path / "run" / "sft")

@@ -13,6 +13,7 @@ from llmpipe.files import publishing
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.lock import Lock
 from llmpipe.run.manifest import Parent
+from llmpipe.sums import seal
 from tests import life, store
 
 
@@ -287,6 +288,60 @@ def test_nan_stops_before_the_optimizer(tmp_path, where):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("hurt", ["flipped", "empty", "half", "missing"])
+def test_lines_that_are_not_what_a_checkpoint_knew_are_not_gone_on_from(
+    straight, tmp_path, name, hurt
+):
+    """Said before a step is trained, instead of at the end."""
+    artifact = copy(straight, tmp_path)
+    begin_again(artifact)
+    before, _ = (artifact.path / "samples.jsonl").read_text().splitlines(keepends=True)
+    (artifact.path / "samples.jsonl").write_text(before)  # as they are in training
+    damage(artifact.path / name, hurt)
+    with pytest.raises(UserError, match=rf"sft/{name}: ") as refused:
+        life.command(life.write(artifact.run))
+    assert refused.value.code == 3 and "restore the file" in refused.value.hint
+    assert not artifact.finished
+
+
+def test_an_older_checkpoint_fits_lines_that_were_cut(straight, tmp_path, capsys):
+    artifact = copy(straight, tmp_path)
+    begin_again(artifact)
+    metrics = artifact.path / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-9])
+    life.command(life.write(artifact.run))
+    said = capsys.readouterr().out
+    assert "checkpoint step-12 is of no use (metrics.jsonl: " in said and "from step-9 of" in said
+    assert life.essence(artifact) == life.essence(straight)
+
+
+@pytest.mark.parametrize("hurt", ["flipped", "empty", "half", "missing"])
+def test_what_was_begun_is_not_gone_on_with_by_another_plan(straight, tmp_path, hurt):
+    artifact = copy(straight, tmp_path)
+    begin_again(artifact)
+    damage(artifact.path / "plan.json", hurt)
+    with pytest.raises(UserError, match=r"sft/plan\.json: (damaged|missing)") as refused:
+        life.command(life.write(artifact.run))
+    assert refused.value.code == 3 and "--fresh" in refused.value.hint
+
+
+def test_a_recipe_that_changes_under_way_is_not_trained(straight, tmp_path, monkeypatch):
+    artifact = copy(straight, tmp_path)
+    begin_again(artifact)
+    path, start = artifact.path / "recipe.yaml", life.start_here
+
+    def started(action, *arguments, **options):
+        if action == "train":
+            path.write_text(path.read_text().replace("steps: 12", "steps: 13"))
+        start(action, *arguments, **options)
+
+    monkeypatch.setattr(life, "start_here", started)
+    with pytest.raises(UserError, match=r"recipe\.yaml: is not the one") as refused:
+        life.command(life.write(artifact.run))
+    assert refused.value.code == 3
+
+
 def test_one_wins_the_others_are_told_who(tmp_path):
     """R8: sixteen starts of one stage."""
     path = life.write(tmp_path / "run", optim__steps=3)
@@ -391,12 +446,33 @@ def test_a_parent_in_use_is_not_moved_and_one_in_the_making_is_busy(straight, tm
 
 
 def test_other_tokens_under_a_checkpoint_refuse_it(tmp_path):
-    """A checkpoint is of the very tokens it saw: rows that changed behind the recipe's back are
-    not gone on with."""
+    """A checkpoint is of the very tokens it saw: where others were prepared, whatever their table
+    says, it is not gone on with."""
     path = life.write(tmp_path / "run")
     assert life.Trial(path, hook="kill_after_checkpoint_3").wait() == -signal.SIGKILL
-    prepared = next((tmp_path / "run" / ".prepared").glob("*/prepared.json"))
-    prepared.write_text(prepared.read_text().replace('"content_digest": "', '"content_digest": "0'))
+    rows = next((tmp_path / "run" / ".prepared").glob("*/train.arrow"))
+    change_tokens(rows)
+    with pytest.raises(UserError, match=r"train\.arrow: sha256 ") as refused:
+        life.command(path)
+    assert refused.value.code == 3
+    record = rows.with_name("prepared.json")
+    record.write_text(record.read_text().replace('"content_digest": "', '"content_digest": "0'))
+    seal(rows.parent)
     with pytest.raises(UserError, match="is of another recipe") as refused:
         life.command(path)
     assert refused.value.code == 3
+
+
+def change_tokens(rows):
+    """Exchange four pairs of token ids in an Arrow file, in its own bytes."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(pa.memory_map(str(rows))).read_all()
+    ids = table["input_ids"].chunk(0).values.to_numpy()
+    data = bytearray(rows.read_bytes())
+    at = data.index(ids.tobytes())
+    changed = ids.copy()
+    changed[8:16] = ids[8:16][::-1]
+    assert (changed != ids).sum() >= 4
+    data[at : at + ids.nbytes] = changed.tobytes()
+    rows.write_bytes(data)

@@ -1,0 +1,80 @@
+"""What a run keeps is verified before it is trained or measured with: once on each machine.
+
+One process of each machine hashes it, beside the import of the large libraries; the others wait for
+its verdict in a file, since a collective would time out where there is much to read.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmpipe.data.prepared import PreparedFolder
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.record import Record
+from llmpipe.run.job import Job
+from llmpipe.run.machine import launcher, local_rank
+from llmpipe.run.reference import Model, model_folder
+from llmpipe.sums import Kept, Verification
+
+PAUSE = 0.05
+
+
+class Verdict(Record):
+    """What the process that verifies tells the others of its machine."""
+
+    launcher: str
+    """Of which launch it is."""
+    problem: str | None = None
+    hint: str | None = None
+
+
+def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
+    """Begin to verify what `job` keeps and `prepared` names; what is returned waits for the end,
+    and raises UserError (3) where something is not as it was made.
+    """
+    path = job.artifact.run / ".locks" / f"{job.artifact.name}.{socket.gethostname()}.verdict"
+    if local_rank() > 0:
+        return lambda: _wait(path)
+    verification = Verification([*prepared.kept(job.prepared), *converted(job)])
+    verification.start()
+
+    def finish() -> None:
+        try:
+            verification.finish()
+            prepared.refuse_another(job.prepared)
+        except UserError as error:
+            _tell(path, Verdict(launcher=launcher(), problem=error.message, hint=error.hint))
+            raise
+        _tell(path, Verdict(launcher=launcher()))
+
+    return finish
+
+
+def converted(job: Job[Any]) -> Iterator[Kept]:
+    """The folders of models that were made readable for this run."""
+    model: Model | None
+    for model in job.plan.models.values():
+        while model:
+            if model.kind in ("gguf", "merged"):
+                yield Kept(model_folder(model, job.prepared))
+            model = model.base if model.is_adapter else None
+
+
+def _tell(path: Path, verdict: Verdict) -> None:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        verdict.to_file(path)
+
+
+def _wait(path: Path) -> None:
+    while True:
+        verdict = Verdict.from_file(path)
+        if verdict and verdict.launcher == launcher():
+            break
+        time.sleep(PAUSE)
+    if verdict.problem:
+        raise UserError(verdict.problem, verdict.hint, INTEGRITY)
