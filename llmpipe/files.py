@@ -132,8 +132,11 @@ def write_json(path: Path, value: Any) -> None:
 
     Dataclasses in `value` become objects.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=asdict)
-    write_whole(path, f"{text}\n".encode())
+    write_whole(path, _as_json(value).encode())
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, default=asdict) + "\n"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -150,6 +153,11 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def in_bytes(count: int) -> str:
+    """1,234,567 -> '1.2 MB'."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def digest(value: Any) -> str:
@@ -235,6 +243,25 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_written(path: Path) -> Any:
+    """What `write_json` wrote, or None where the file is absent or one byte of it is another."""
+    try:
+        text = read_text(path)
+        value = parse_json(text)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return None
+    return value if _as_json(value) == text else None
+
+
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """What a line of a .jsonl file says; None where it is no object."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """What is recorded of a file."""
@@ -287,11 +314,12 @@ def paths_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[
 
 
 def not_plain(path: Path) -> str | None:
-    """What lies at a path instead of a file or a folder; None where it is one of these.
-
-    Raises FileNotFoundError.
-    """
-    mode = path.lstat().st_mode
+    """What lies at a path instead of a file or a folder; None where it is one of these, or nothing
+    lies there."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
     return "a link" if stat.S_ISLNK(mode) else "no file, but a pipe or a device"

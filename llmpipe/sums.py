@@ -32,7 +32,7 @@ from llmpipe.files import (
     differences,
     digest,
     not_plain,
-    read_json,
+    read_written,
     table,
     write_json,
 )
@@ -62,7 +62,7 @@ class Sums:
     @classmethod
     def read(cls, folder: Path) -> Sums | None:
         """The table of a folder, or None where it is absent, not whole or changed."""
-        document = read_json(folder / SUMS)
+        document = read_written(folder / SUMS)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             return None
         try:

@@ -228,6 +228,16 @@ def show(
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one artifact of it.")],
+) -> None:
+    """Hash every file of a run: artifacts, checkpoints and prepared data are what was recorded."""
+    from llmpipe.run.verify import verify_run
+
+    verify_run(run, say, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN [RUN]", help="A run directory; two are compared.")

@@ -9,23 +9,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeGuard
 
-from llmpipe.report.text import is_number, number
+from llmpipe.report.curves import Point, drawable
+from llmpipe.report.text import number
 from llmpipe.run.results import Cell
-
-Point = tuple[float, float]
 
 # the field of a plot, in the picture's 340 x 170
 LEFT, TOP, BOTTOM = 46, 8, 150
 
 # the field of a strip, in the picture's 140 x 18
 STRIP_LEFT, STRIP_WIDTH = 4, 132
-
-
-def drawable(value: Any) -> TypeGuard[int | float]:
-    """Whether a value can be drawn: no boolean, NaN or infinity."""
-    return is_number(value) and abs(value) < 1e100
 
 
 def span(values: Iterable[float], margin: float = 0) -> tuple[float, float]:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import UserError
 from llmpipe.files import read_json
-from llmpipe.report.charts import Point, drawable
+from llmpipe.report.curves import Curves, curves_of, lines_of
 from llmpipe.report.terminal import status_of
-from llmpipe.report.text import is_number
 from llmpipe.run.artifact import Artifact, artifacts
-
-NO_SERIES = {"step", "epoch", "seconds"}  # numbers of metrics.jsonl that say where a line belongs
-
-
-@dataclass
-class Curves:
-    """The series of a metrics.jsonl."""
-
-    points: dict[str, list[Point]] = field(default_factory=dict)
-    """(step, value) by name."""
-    undrawn: int = 0
-    """Values and lines that are not numbers."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ def read(artifact: Artifact) -> Part:
         stage=stage[1] if stage else "?",
         status=status,
         manifest=artifact.document() if manifest else _begun(artifact.path),
-        curves=_curves(artifact.path / "metrics.jsonl"),
+        curves=curves_of(artifact.path / "metrics.jsonl"),
     )
 
 
@@ -114,38 +100,6 @@ def _begun(folder: Path) -> dict[str, Any]:
     }
     data = read_json(folder / "prepared.json")
     return {"asked": dig(plan, "asked"), "models": models, "data": data}
-
-
-def _curves(path: Path) -> Curves:
-    curves = Curves()
-    for line in lines_of(path):
-        if not line:
-            curves.undrawn += 1
-        step = line.get("step")
-        for name, value in line.items():
-            if name in NO_SERIES or not is_number(value):
-                continue
-            if drawable(value) and drawable(step):
-                curves.points.setdefault(name, []).append((step, value))
-            else:
-                curves.undrawn += 1
-    return curves
-
-
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file; an empty one stands for a line that cannot be read.
-
-    Links are not followed.
-    """
-    if not path.is_file() or path.is_symlink():
-        return
-    with path.open("rb") as file:
-        for raw in file:
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError):
-                line = {}
-            yield line if isinstance(line, dict) else {}
 
 
 def dig(value: Any, *keys: str) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmpipe.errors import UserError
-from llmpipe.files import Table
+from llmpipe.files import SMALL, Table, in_bytes
+from llmpipe.report.curves import curves_of
+from llmpipe.run import checkpoints
 from llmpipe.run.artifact import Artifact, artifacts
 
 if TYPE_CHECKING:
@@ -74,16 +75,25 @@ def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
     """How far an artifact is, and its manifest; a damaged one is said, not raised."""
     if artifact.finished:
         try:
-            return "finished", artifact.manifest()
+            manifest = artifact.manifest()
         except UserError as error:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
-    steps = [int(p.name[5:]) for p in artifact.checkpoints.glob("step-*")]
+        return _altered(artifact.differences(manifest, most=SMALL)) or "finished", manifest
+    steps = checkpoints.steps(artifact.checkpoints)
     at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
     from llmpipe.run.outcome import Outcome
 
     outcome = Outcome.read(artifact)
     end = f"; last ended with: {outcome.message}" if outcome and outcome.message else ""
     return f"not finished, {at}{end}", None
+
+
+def _altered(problems: list[str]) -> str:
+    """What differs from the manifest, at a glance, in a line; nothing where nothing does."""
+    if not problems:
+        return ""
+    more = f", and {len(problems) - 1:,} more: llmpipe verify" if len(problems) > 1 else ""
+    return f"altered: {problems[0]}{more}"
 
 
 def measurements(results: Results) -> list[str]:
@@ -117,19 +127,10 @@ CURVES = {
 
 def losses(artifact: Artifact) -> list[str]:
     """Curves of metrics.jsonl as sparklines: losses, and for ppo scores and KL."""
-    path = artifact.path / "metrics.jsonl"
-    if not path.exists():
-        return []
-    metrics: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:  # a line that is being written
-            break
+    points = curves_of(artifact.path / "metrics.jsonl").points
     shown = []
     for name, title in CURVES.items():
-        values = [line[name] for line in metrics if name in line]
-        if values:
+        if values := [value for _, value in points.get(name, [])]:
             ends = f"{values[0]:.4f} -> {values[-1]:.4f}"
             shown.append(f"  {title:<10} {ends}  {sparkline(values)}")
     return shown
@@ -147,8 +148,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 def size_of(files: Table) -> str:
     """Bytes of the published files, 1,234,567 -> '1.2 MB'."""
-    total = sum(entry.size for entry in files.values())
-    return f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+    return in_bytes(sum(entry.size for entry in files.values()))
 
 
 def duration_of(seconds: float) -> str:

@@ -30,6 +30,7 @@ from llmpipe.files import (
     fsync,
     not_plain,
     read_json,
+    read_written,
     remove,
     table,
     write_json,
@@ -89,7 +90,7 @@ class Artifact:
         path = self.path / MANIFEST
         if problem := not_plain(path):
             raise UserError(f"{path}: {problem}", "copy the file in its place", INTEGRITY)
-        document = read_json(path)
+        document = read_written(path)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             hint = (
                 "restore it from a copy, or make the artifact again: "

@@ -28,7 +28,7 @@ from llmpipe.files import (
     differences,
     not_plain,
     publishing,
-    read_json,
+    read_written,
     remove,
     table,
     write_json,
@@ -75,7 +75,7 @@ class Sums:
     @classmethod
     def read(cls, checkpoint: Path) -> Sums | None:
         """The sums of a checkpoint, or None where the file is absent, not whole or changed."""
-        document = read_json(checkpoint / SUMS)
+        document = read_written(checkpoint / SUMS)
         if not isinstance(document, dict) or document.get("fingerprint") != fingerprint(document):
             return None
         try:

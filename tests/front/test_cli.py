@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llmpipe.run.artifact import Artifact
-from tests import life
+from tests import life, store
 
 
 def shell(*arguments, cwd=life.ROOT, **environment):
@@ -31,7 +31,13 @@ def test_help_names_every_command(llmpipe):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["sft", "bad.yaml"], 2), (["show", "nowhere"], 2)]
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["sft", "bad.yaml"], 2),
+        (["show", "nowhere"], 2),
+        (["verify", str(life.ROOT / "tests" / "fixtures" / "run-0.1" / "run")], 0),
+    ],
 )
 def test_no_torch_in_the_front_door(tmp_path, arguments, code):
     (tmp_path / "bad.yaml").write_text(
@@ -393,3 +399,16 @@ def test_a_recipe_whose_name_is_no_text(llmpipe, tmp_path, monkeypatch):
     (tmp_path / "r\udcff.yaml").write_text(PIPE)
     code, _, err = llmpipe("run", "r\udcff.yaml")
     assert code == 2 and "argument 2 is not UTF-8 text: 'r\\udcff.yaml'" in err
+
+
+def test_verify(llmpipe, tmp_path):
+    """What differs is printed; how much of it, and what to do, is the error."""
+    run = store.made(life.write(tmp_path / "run")).run
+    code, out, err = llmpipe("verify", run)
+    assert code == 0 and "all as recorded" in out and not err
+    (run / "sft" / "recipe.yaml").write_text("x")
+    code, out, err = llmpipe("verify", run)
+    assert code == 3
+    assert f"{run}/sft/recipe.yaml: 1 bytes, recorded" in out
+    assert err.startswith(f"error: {run}: 1 difference in ")
+    assert llmpipe("verify", run / "nothing")[0] == 2

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import write_json
+from llmpipe.files import table, write_json
 from llmpipe.report import charts
 from llmpipe.report import page as pages
 from llmpipe.sums import fingerprint
@@ -62,12 +63,15 @@ class Page(HTMLParser):
 
 
 def write_lines(path: Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def publish(folder: Path, manifest: dict, recipe: str) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Finish what lies in a folder, with a model of 1.5 MB."""
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (folder / "model").mkdir()
+    (folder / "model" / "x").write_bytes(bytes(1_500_000))
     manifest = {
         "name": folder.name,
         "version": 1,
@@ -80,7 +84,7 @@ def publish(folder: Path, manifest: dict, recipe: str) -> dict:
         "environment": {},
         "seconds": 70.0,
         "finished": "2026-11-26T13:50:39Z",
-        "files": {"model/x": {"size": 1_500_000, "sha256": ""}},
+        "files": {name: asdict(entry) for name, entry in table(folder).items()},
         **manifest,
     }
     manifest["fingerprint"] = fingerprint(manifest)
@@ -114,7 +118,31 @@ def add_sft(
         "read": 72,
         "kept": 70,
     }
-    manifest = publish(
+    lines = [{"step": 0, "eval_loss": 6.572}]
+    for step in range(1, steps + 1):
+        line = {
+            "step": step,
+            "loss": loss + 4 / step,
+            "learning_rate": rate / step,
+            "grad_norm": 1.0 + step % 3,
+        }
+        lines.append(
+            {**line, "tokens_per_second": 20000.5, "memory_gb": 0.5, "epoch": 1.0, "seconds": 1.0}
+        )
+    write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 3.811}])
+    asks = [("before", "\u0000ES\ud800", False), ("after", answer, True)]
+    write_lines(
+        folder / "samples.jsonl",
+        [
+            {"when": when, "prompt": "What colour is the sky?", "answer": a, "ended": e}
+            for when, a, e in asks
+        ],
+    )
+    refused = [
+        {"file": "rows.jsonl", "row": i, "reason": "empty", "detail": HOSTILE} for i in range(25)
+    ]
+    write_lines(folder / "rejected.jsonl", refused)
+    return publish(
         folder,
         {
             "kind": "model",
@@ -151,56 +179,12 @@ def add_sft(
         },
         f"stage: sft\nname: '{HOSTILE}'\n",
     )
-    lines = [{"step": 0, "eval_loss": 6.572}]
-    for step in range(1, steps + 1):
-        line = {
-            "step": step,
-            "loss": loss + 4 / step,
-            "learning_rate": rate / step,
-            "grad_norm": 1.0 + step % 3,
-        }
-        lines.append(
-            {**line, "tokens_per_second": 20000.5, "memory_gb": 0.5, "epoch": 1.0, "seconds": 1.0}
-        )
-    write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 3.811}])
-    asks = [("before", "\u0000ES\ud800", False), ("after", answer, True)]
-    write_lines(
-        folder / "samples.jsonl",
-        [
-            {"when": when, "prompt": "What colour is the sky?", "answer": a, "ended": e}
-            for when, a, e in asks
-        ],
-    )
-    refused = [
-        {"file": "rows.jsonl", "row": i, "reason": "empty", "detail": HOSTILE} for i in range(25)
-    ]
-    write_lines(folder / "rejected.jsonl", refused)
-    return manifest
 
 
 def add_eval(run: Path, parent: dict, items: int = 60) -> None:
     """Two models on two tasks; their scores differ on the last item."""
     folder = run / "eval"
     of_sft = parent["fingerprint"]
-    publish(
-        folder,
-        {
-            "kind": "evaluation",
-            "stage": "eval",
-            "asked": {"recipe": {}, "models": {}, "content": {}},
-            "models": {
-                "models.base": {"reference": "./base", "files": "0" * 64},
-                "models.sft": {
-                    "reference": "artifact:sft",
-                    "artifact": "sft",
-                    "fingerprint": of_sft,
-                },
-            },
-            "parents": [{"name": "sft", "fingerprint": of_sft}],
-            "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
-        },
-        "stage: eval\n",
-    )
     cells = {
         "base": {"value": 0.0, "low": 3e-18, "high": 0.05, "n": items},
         "sft": {"value": 0.7083, "low": 0.595, "high": math.nan, "n": items},
@@ -217,6 +201,7 @@ def add_eval(run: Path, parent: dict, items: int = 60) -> None:
         "differences": {"exact": differences},
     }
     models = {label: {"parameters": 106816} for label in ("base", "sft")}
+    folder.mkdir(parents=True)
     write_json(folder / "results.json", {"models": models, "tasks": {"generate": task}})
     lines = [
         {
@@ -239,6 +224,25 @@ def add_eval(run: Path, parent: dict, items: int = 60) -> None:
         "scores": {"nats": [1, 2]},
     }
     write_lines(folder / "samples.jsonl", [*lines, perplexity])
+    publish(
+        folder,
+        {
+            "kind": "evaluation",
+            "stage": "eval",
+            "asked": {"recipe": {}, "models": {}, "content": {}},
+            "models": {
+                "models.base": {"reference": "./base", "files": "0" * 64},
+                "models.sft": {
+                    "reference": "artifact:sft",
+                    "artifact": "sft",
+                    "fingerprint": of_sft,
+                },
+            },
+            "parents": [{"name": "sft", "fingerprint": of_sft}],
+            "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
+        },
+        "stage: eval\n",
+    )
 
 
 @pytest.fixture

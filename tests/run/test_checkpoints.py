@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmpipe.errors import UserError
+from llmpipe.files import write_json
 from llmpipe.run import checkpoints
 from llmpipe.run.manifest import Leg
 from llmpipe.sums import SUMS, fingerprint
@@ -64,7 +65,7 @@ def test_an_old_checkpoint_does_not_say(tmp_path):
     write(tmp_path, 3, [])
     sums = json.loads((tmp_path / "step-3" / SUMS).read_text())
     del sums["legs"]
-    (tmp_path / "step-3" / SUMS).write_text(json.dumps(sums | {"fingerprint": fingerprint(sums)}))
+    write_json(tmp_path / "step-3" / SUMS, sums | {"fingerprint": fingerprint(sums)})
     lines = []
     assert pick(tmp_path, HERE, lines).legs == [Leg(after=3, platform=HERE)]
     assert not pick(tmp_path, HERE, lines).exact and "it does not say" in lines[0]

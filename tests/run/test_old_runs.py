@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmpipe.errors import UserError
+from llmpipe.files import write_json
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import Artifact
@@ -111,7 +112,7 @@ def test_a_manifest_that_lacks_a_field_is_refused(tmp_path):
     document = json.loads((artifact.path / "manifest.json").read_text())
     del document["data"]["rows"]["train"]
     document["fingerprint"] = fingerprint(document)
-    (artifact.path / "manifest.json").write_text(json.dumps(document))
+    write_json(artifact.path / "manifest.json", document)
     with pytest.raises(UserError, match=r"manifest.json: data.rows.train: is missing") as refused:
         artifact.manifest()
     assert refused.value.code == 3
