@@ -57,15 +57,37 @@ def unreachable(path: Path) -> str | None:
     return None
 
 
+_hashed: dict[tuple[int, ...], str] | None = None
+"""sha256 of files that were read already, where `hashing_once` is in force."""
+
+
+@contextlib.contextmanager
+def hashing_once() -> Iterator[None]:
+    """Meanwhile a file that is come upon again, as the base of several models, is not read again
+    unless it was written to.
+    """
+    global _hashed
+    before, _hashed = _hashed, {} if _hashed is None else _hashed
+    try:
+        yield
+    finally:
+        _hashed = before
+
+
 def sha256_file(path: Path, seen: Seen | None = None) -> str:
     sha256 = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        chunk = memoryview(bytearray(max(1, min(size, CHUNK))))
+        status = os.fstat(file.fileno())
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        if _hashed is not None and key in _hashed:
+            return _hashed[key]
+        chunk = memoryview(bytearray(max(1, min(status.st_size, CHUNK))))
         while count := file.readinto(chunk):
             sha256.update(chunk[:count])
             if seen:
                 seen(count)
+    if _hashed is not None:
+        _hashed[key] = sha256.hexdigest()
     return sha256.hexdigest()
 
 

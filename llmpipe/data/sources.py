@@ -17,7 +17,7 @@ from llmpipe.data.layout import Layout, Rule, formats_of, layout_of
 from llmpipe.data.readers import File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
-from llmpipe.errors import UserError
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import expanded
 from llmpipe.recipe.sections import Rows, is_local, science
 
@@ -74,9 +74,9 @@ def identity_of(
 class Origin:
     """A source of the recipe and which bytes it means: its files, or a Hub commit.
 
-    `pinned`: commits that are known already, by `hub_key`; `stream`: leave no copy of a Hub data
-    set on this machine; `glance`: the files are not hashed. Raises UserError for what cannot be
-    found.
+    `pinned`: what a plan knows already, commits by `hub_key` and hashes of files; `stream`: leave
+    no copy of a Hub data set on this machine; `glance`: the files are not hashed. Raises UserError
+    for what cannot be found, and (3) for a file that the plan knows otherwise.
     """
 
     name: str
@@ -109,11 +109,23 @@ class Origin:
             self.files = [unread(file) if glance else hashed(file) for file in selection.files]
             self.notes = selection.notes
             self.revision = None
+            if not glance:
+                self._refuse_changed(pinned)
         else:
             self.files = []
             self.notes = []
             self.revision = pinned.get(hub_key(source)) or hub_revision(source)
         self.shown = [file.shown for file in self.files] or [source.path]
+
+    def _refuse_changed(self, pinned: dict[str, str]) -> None:
+        """Raises UserError (3) for a file that is not the one a plan was made with."""
+        for file in self.files:
+            planned = {
+                content for key, content in pinned.items() if key.partition(":")[2] == file.name
+            }
+            if planned and file.sha256 not in planned:
+                problem = f"{file.shown}: was changed since the command began"
+                raise UserError(problem, "run the same command again", INTEGRITY)
 
     def identity(self) -> dict[str, Any]:
         """See `identity_of`."""

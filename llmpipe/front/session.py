@@ -78,10 +78,13 @@ class Session:
         """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""
         recipe, artifact, accepts = self.recipe, self.artifact, self.stage.ACCEPTS
         if self.fresh:
-            plan_of(recipe, artifact.run, accepts)  # refuse first
+            plan = plan_of(recipe, artifact.run, accepts)  # refuse first
             if aside := artifact.move_aside():
                 self.say(f"{artifact.path}: moved to {aside}")
-        decision = decide(artifact, recipe, accepts, self.stage.PROGRESS)
+            artifact.refuse_links()
+            decision = Decision("run", "begun anew", plan)
+        else:
+            decision = decide(artifact, recipe, accepts, self.stage.PROGRESS)
         self.say(f"{artifact.path}: {decision.action}: {decision.why}")
         return decision
 

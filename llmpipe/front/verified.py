@@ -66,7 +66,7 @@ def converted(job: Job[Any]) -> Iterator[Kept]:
 
 
 def _tell(path: Path, verdict: Verdict) -> None:
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if "LOCAL_RANK" in os.environ:
         verdict.to_file(path)
 
 

@@ -36,7 +36,7 @@ from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import Outcome
-from llmpipe.run.plan import Plan
+from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.signals import Signals, die_with_parent
@@ -131,6 +131,7 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
     values, where = parse(path.read_text(encoding="utf-8"), str(path))
     values = with_values(values, plan.places)
     recipe = validate(values, where, schema(values["stage"]), str(path))
+    refuse_changed(recipe, plan.asked)
     converted = artifact.run / ".prepared"
     folders: dict[str, Path] = {}
     bases: dict[str, Path] = {}

@@ -9,6 +9,7 @@ fields.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -22,6 +23,7 @@ from llmpipe.files import (
     SMALL,
     digest,
     expanded,
+    hashing_once,
     read_json,
     sha256_file,
     table,
@@ -144,15 +146,31 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
         else:
             key = hub_key(source)
             content[key] = pinned.get(key) or hub_revision(source)
+    for field, path in _files_beside_rows(recipe):
+        content[f"{field}:{path.name}"] = _content(path)
+    return content
+
+
+def _files_beside_rows(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """Field and path of each file or folder. Raises UserError for one that is not there."""
     for field, name in recipe.files().items():
         path = expanded(name)
         if reason := unreachable(path):
             hint = "a local path is looked up from the current folder"
             raise UserError(f"{field}: {name}: {reason}", hint)
-        content[f"{field}:{path.name}"] = (
-            digest(table(path)) if path.is_dir() else sha256_file(path)
-        )
-    return content
+        yield field, path
+
+
+def _content(path: Path) -> str:
+    return digest(table(path)) if path.is_dir() else sha256_file(path)
+
+
+def refuse_changed(recipe: Recipe, planned: Asked) -> None:
+    """Raises UserError (3) for a file beside the rows that is not the one a plan was made with."""
+    for field, path in _files_beside_rows(recipe):
+        if _content(path) not in [sha256 for _, sha256 in planned.files(field)]:
+            problem = f"{field}: {path}: was changed since the command began"
+            raise UserError(problem, "run the same command again", INTEGRITY)
 
 
 def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = None) -> Plan:
@@ -164,10 +182,12 @@ def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = Non
     pinned = old or Asked()
     models = {}
     held = portable_paths(recipe)
-    for field, reference in recipe.references().items():
-        use = Use(field, kinds_of(field, accepts), keep=recipe.keeps_adapters or field != "model")
-        model = resolve(reference, use, run, pinned.models.get(field))
-        models[field] = replace(model, reference=held[field])
+    with hashing_once():
+        for field, reference in recipe.references().items():
+            keep = recipe.keeps_adapters or field != "model"
+            use = Use(field, kinds_of(field, accepts), keep)
+            model = resolve(reference, use, run, pinned.models.get(field))
+            models[field] = replace(model, reference=held[field])
     asked = Asked(
         recipe=document(recipe, recipe.narrows or recipe.stage),
         models={field: model.identity for field, model in models.items()},

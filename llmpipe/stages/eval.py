@@ -355,7 +355,8 @@ def judge(recipe: Schema, artifact: Artifact, say: Say) -> None:
     """
     if not recipe.gate:
         return
-    results = Results.from_file(artifact.path / "results.json")
+    path = artifact.published("results.json")
+    results = Results.from_file(path) if path else None
     assert results is not None  # the artifact is finished
     label = list(recipe.models)[-1]
     parent = results.models[label].parent

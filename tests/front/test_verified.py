@@ -342,6 +342,46 @@ def test_two_ranks_agree(tmp_path):
     assert json.loads(verdict.read_text()).keys() == {"launcher"}
 
 
+def test_rows_that_change_under_way_are_not_prepared(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copyfile(life.TINY / "rows.jsonl", rows)
+    path, start = sft(tmp_path / "run", data__train=[{"path": str(rows)}]), life.start_here
+
+    def started(action, *arguments, **options):
+        rows.write_text(rows.read_text().replace("grass", "glass"))
+        start(action, *arguments, **options)
+
+    monkeypatch.setattr(life, "start_here", started)
+    with pytest.raises(UserError, match=r"rows\.jsonl: was changed since the command") as refused:
+        life.command(path)
+    assert refused.value.code == 3
+
+
+def test_a_template_that_changes_under_way_is_not_used(tmp_path, monkeypatch):
+    template = tmp_path / "mine.jinja"
+    shutil.copyfile(life.TINY / "model" / "chat_template.jinja", template)
+    path = sft(tmp_path / "run", data__template=str(template))
+    in_the_middle(monkeypatch, lambda: template.write_text(template.read_text() + " "))
+    with pytest.raises(UserError, match=r"mine\.jinja: was changed since the command") as refused:
+        life.command(path)
+    assert refused.value.code == 3
+
+
+def test_a_plan_hashes_a_file_once(tmp_path):
+    """Also where it is a second name, and not where it was written to meanwhile."""
+    from llmpipe.files import hashing_once, sha256_file
+
+    path, read = tmp_path / "weights", []
+    path.write_bytes(b"a" * 100)
+    (tmp_path / "again").hardlink_to(path)
+    with hashing_once():
+        first = sha256_file(path, read.append)
+        assert sha256_file(tmp_path / "again", read.append) == first and read == [100]
+        path.write_bytes(b"b" * 101)
+        assert sha256_file(path, read.append) != first
+    assert sha256_file(path, read.append) and read == [100, 101, 101]
+
+
 def test_the_table_knows_itself(tmp_path):
     from llmpipe import sums
 
