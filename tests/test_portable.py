@@ -22,6 +22,7 @@ from llmpipe.report.page import write_report
 from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import Artifact, fingerprint
 from llmpipe.run.reference import Use, resolve
+from llmpipe.run.whereabouts import note, noted
 from tests import life, store
 from tests.front import test_processes
 
@@ -114,6 +115,23 @@ def recipes(home) -> dict[str, dict]:
         for name in known
     }
     return {name: common[name] | recipe for name, recipe in known.items()}
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A folder as `begin` makes it, with the adapter of its recipe in it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        home = begin(tmp_path_factory.mktemp("lora"), monkeypatch)
+        make(home, ["lora"])
+        yield home
+
+
+def of(lora, tmp_path, monkeypatch):
+    """A copy of that folder, and its adapter; where it was made it is no longer."""
+    home = tmp_path / NAME
+    shutil.copytree(lora, home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return home, Artifact(home / "runs" / "x" / "lora")
 
 
 def begin(tmp_path, monkeypatch):
@@ -215,6 +233,7 @@ def test_a_run_tells_nothing_and_may_be_moved(tmp_path, monkeypatch, capsys, nam
     assert f"{run}/lora: adapter published" in said, "a person reads paths in full"
     write_report([run], None)
     assert told(run) == []
+    assert noted(made[0].manifest().base.identity) == str(home / "tiny" / "model")
 
     moved = home / "elsewhere" / "y"
     moved.parent.mkdir()
@@ -242,11 +261,10 @@ def test_a_run_tells_nothing_and_may_be_moved(tmp_path, monkeypatch, capsys, nam
 
 
 def test_a_base_is_found_where_it_was_beside_the_run_or_where_it_was_seen_last(
-    tmp_path, monkeypatch
+    lora, tmp_path, monkeypatch
 ):
     """By its content: another model in one of these places is none."""
-    home = begin(tmp_path, monkeypatch)
-    (artifact,) = make(home, ["lora"])
+    home, artifact = of(lora, tmp_path, monkeypatch)
     use = Use("model", ("adapter",))
 
     def base(run):
@@ -255,8 +273,6 @@ def test_a_base_is_found_where_it_was_beside_the_run_or_where_it_was_seen_last(
     config = json.loads((artifact.model / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == ".../model"
     assert artifact.manifest().base.folder == "../../../tiny/model"
-    notes = tmp_path / "cache" / "llmpipe" / "places"
-    assert [note.read_text() for note in notes.iterdir()] == [f"{home}/tiny/model\n"]
 
     together = home.rename(tmp_path / "together")  # seen from the adapter it is where it was
     run = together / "runs" / "x"
@@ -265,6 +281,10 @@ def test_a_base_is_found_where_it_was_beside_the_run_or_where_it_was_seen_last(
     with pytest.raises(UserError, match=r"\.\.\./model: lies neither where it was") as refused:
         base(alone)
     assert refused.value.code == 3 and f"{tmp_path}/model" in refused.value.message
+    identity = Artifact(alone / "lora").manifest().base.identity
+    note(identity, together / "tiny" / "model")
+    assert base(alone).folder == together / "tiny" / "model"
+    shutil.rmtree(tmp_path / "cache")
     (tmp_path / "model").symlink_to(together / "tiny" / "model")
     assert base(alone).folder == tmp_path / "model"
     (tmp_path / "model").unlink()
@@ -274,10 +294,11 @@ def test_a_base_is_found_where_it_was_beside_the_run_or_where_it_was_seen_last(
         base(alone)
 
 
-def test_one_that_holds_paths_in_full_is_skipped_and_started_from(tmp_path, monkeypatch, capsys):
+def test_one_that_holds_paths_in_full_is_skipped_and_started_from(
+    lora, tmp_path, monkeypatch, capsys
+):
     """As older code left it, and as it is still where the machine is the same."""
-    home = begin(tmp_path, monkeypatch)
-    (artifact,) = make(home, ["lora"])
+    home, artifact = of(lora, tmp_path, monkeypatch)
     recipe, model = recipes(home)["lora"], f"{home}/tiny/model"
     document = artifact.document()
     asked = document["asked"]["recipe"]

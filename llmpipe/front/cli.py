@@ -362,9 +362,11 @@ def main() -> None:
 
 def _refuse(error: UserError) -> NoReturn:
     """Show a mistake, and end with its code."""
+    from llmpipe.secrets import redacted  # what was typed may hold one
+
     if "--debug" in sys.argv:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
     # several problems stand on lines of their own, each with its file
     start = "" if "\n" in error.message else "error: "
-    print(f"{start}{error}", file=sys.stderr, flush=True)
+    print(redacted(f"{start}{error}"), file=sys.stderr, flush=True)
     sys.exit(error.code)

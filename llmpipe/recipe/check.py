@@ -22,6 +22,7 @@ from llmpipe.errors import UserError, near, nearest
 from llmpipe.files import modules_in
 from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
+from llmpipe.secrets import secrets_in
 
 STAGES = Path(__file__).parent.parent / "stages"  # listed, not imported: it is a floor above
 
@@ -202,6 +203,8 @@ def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Reci
         raise UserError(f"{name}:1: a recipe is a mapping of keys to values")
     recipe = None
     complaints = Complaints(where, name)
+    for loc, what in secrets_in(values):
+        complaints.add(loc, loc, f"looks like {what}; {FROM_ENVIRONMENT}")
     try:
         recipe = schema.model_validate(values)
     except ValidationError as errors:
@@ -218,6 +221,12 @@ def validate(values: Any, where: Where, schema: type[Recipe], name: str) -> Reci
     if complaints.lines or recipe is None:
         raise UserError("\n".join(complaints.in_order()))
     return recipe
+
+
+FROM_ENVIRONMENT = (
+    "a recipe is written into every artifact, so secrets come from the environment (HF_TOKEN, "
+    "WANDB_API_KEY)"
+)
 
 
 class Complaints:

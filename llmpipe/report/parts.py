@@ -13,6 +13,7 @@ from llmpipe.files import read_json
 from llmpipe.report.curves import Curves, curves_of, lines_of
 from llmpipe.report.terminal import status_of
 from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.secrets import redacted
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read(artifact: Artifact) -> Part:
 def _recipe_of(path: Path) -> str:
     if path.is_symlink():
         return "a link, not followed"
-    return path.read_text(encoding="utf-8", errors="replace")
+    return redacted(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _begun(folder: Path) -> dict[str, Any]:

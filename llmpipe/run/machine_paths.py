@@ -18,6 +18,7 @@ from llmpipe.recipe.places import is_narrow, portable
 from llmpipe.recipe.sections import ELSEWHERE
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.plan import Plan
+from llmpipe.secrets import redacted
 
 AROUND = ELSEWHERE.rstrip("/")
 
@@ -54,8 +55,8 @@ class MachinePaths:
         return cls(artifact.run, plan.paths if plan else [])
 
     def kept(self, text: str) -> str:
-        """A text as it is kept."""
-        return self._kept.put_into(text)
+        """A text as it is kept, without secrets as well."""
+        return self._kept.put_into(redacted(text))
 
     def in_full(self, text: str) -> str:
         """A text that was kept, as a person reads it here, as far as that can be told."""

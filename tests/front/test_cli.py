@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llmpipe.run.artifact import Artifact
-from tests import life, store
+from tests import life, store, test_secrets
 
 
 def shell(*arguments, cwd=life.ROOT, **environment):
@@ -199,6 +199,18 @@ def test_hostile_model_folders_are_refused(llmpipe, tmp_path, file, content, mes
         (folder / file).write_text(content)
     code, _, err = llmpipe("sft", life.write(tmp_path / "run", model=str(folder)))
     assert code in (2, 3) and message in err, err
+
+
+def test_a_mistake_does_not_say_what_was_typed(llmpipe, tmp_path):
+    path, looks = life.write(tmp_path / "run"), test_secrets.LOOK
+    for item in (
+        f"optim.steps={looks['hf']}",
+        f"trainer.api_key={test_secrets.RANDOM}",
+        f"model={looks['query']}",
+    ):
+        for flags in ((), ("--debug",)):
+            code, out, err = llmpipe("sft", path, "--set", item, *flags)
+            assert code == 2 and test_secrets.RANDOM not in out + err and "[redacted]" in err, err
 
 
 def test_no_secret_reaches_the_run_directory(tmp_path, monkeypatch):
