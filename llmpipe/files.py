@@ -37,6 +37,9 @@ LARGEST = 64 << 20
 DEEPEST = 100
 """Lists and objects in one another that are read; what llmpipe writes has a tenth of it."""
 
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""What a system says where no file lies, or a folder, or a link that leads nowhere."""
+
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character, as JSON can spell it; no file and no terminal takes one."""
 
@@ -259,20 +262,27 @@ def _is_deep(value: Any) -> bool:
 
 def read_json(path: Path) -> Any:
     """Parsed JSON, or None when the file is absent or not whole."""
-    try:
-        return parse_json(read_text(path))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-        return None
+    _, value = _parsed(path)
+    return value
 
 
 def read_written(path: Path) -> Any:
     """What `write_json` wrote, or None where the file is absent or one byte of it is another."""
+    text, value = _parsed(path)
+    return value if text == _as_json(value) else None
+
+
+def _parsed(path: Path) -> tuple[str, Any]:
+    """The text of a JSON file, and what it says; nothing, and None, where there is none."""
     try:
         text = read_text(path)
-        value = parse_json(text)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-        return None
-    return value if _as_json(value) == text else None
+        return text, parse_json(text)
+    except ValueError:
+        return "", None
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return "", None
+        raise
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:

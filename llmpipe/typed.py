@@ -7,6 +7,7 @@ What a file says of an artifact comes with the artifact and is as untrusted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -58,8 +59,11 @@ def _value(annotation: Any, value: Any, at: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
-        (only,) = (kind for kind in arguments if kind is not NoneType)
-        return _value(only, value, at)
+        *others, last = (kind for kind in arguments if kind is not NoneType)
+        for kind in others:
+            with suppress(ValueError):
+                return _value(kind, value, at)
+        return _value(last, value, at)
     if origin is Literal:
         if value in arguments:
             return value

@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import UserError
 from llmpipe.files import read_json
 from llmpipe.report.curves import Curves, curves_of, lines_of
 from llmpipe.report.terminal import status_of
-from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.report.text import text_of
+from llmpipe.run.artifact import PLAN, Artifact, artifacts
+from llmpipe.run.manifest import Asked, DataFacts
 from llmpipe.secrets import redacted
+from llmpipe.typed import record
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -89,18 +95,38 @@ def read(artifact: Artifact) -> Part:
 def _recipe_of(path: Path) -> str:
     if path.is_symlink():
         return "a link, not followed"
+    if not path.is_file():
+        return "no file, not read"
     return redacted(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _begun(folder: Path) -> dict[str, Any]:
     """What is known of an artifact before it has a manifest, in a manifest's words."""
-    plan = read_json(folder / "plan.json")
+    plan = _if_it_is(_Begun, read_json(folder / PLAN))
     models = {
-        at: {"reference": model["reference"], **model["identity"]}
+        at: {"reference": text_of(dig(model, "reference")), **dig(model, "identity")}
         for at, model in dig(plan, "models").items()
+        if isinstance(dig(model, "identity"), dict)
     }
-    data = read_json(folder / "prepared.json")
+    data = _if_it_is(DataFacts, read_json(folder / "prepared.json"))
     return {"asked": dig(plan, "asked"), "models": models, "data": data}
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the page shows of plan.json."""
+
+    asked: Asked
+    models: dict[str, dict[str, Any]]
+
+
+def _if_it_is(kind: type[DataclassInstance], document: Any) -> dict[str, Any]:
+    """A document, where it holds the fields of a record in their types; else nothing."""
+    try:
+        record(kind, document)
+    except ValueError:
+        return {}
+    return dict(document)
 
 
 def dig(value: Any, *keys: str) -> Any:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmpipe.files import flat, read_json, table_of
+from llmpipe.errors import UserError
+from llmpipe.files import flat, table_of
 from llmpipe.report import charts
 from llmpipe.report.charts import Lineage, Plot, Series, Source, Strip, drawable, plot, span
 from llmpipe.report.parts import Part, Run, dig
 from llmpipe.report.terminal import duration_of, size_of
-from llmpipe.report.text import Clipped, clip, number, plain
-from llmpipe.run.results import Cells, TaskResults
+from llmpipe.report.text import Clipped, clip, number, plain, text_of
+from llmpipe.run.results import Cells, Results, TaskResults
 
 POINTS = 400  # of a curve at most
 ITEMS = 24  # of a list
@@ -183,7 +184,7 @@ def trained(part: Part, scale: int) -> Trained:
         facts["duration"] = duration_of(part.manifest["training"]["seconds"])
         facts["size"] = size_of(table_of(part.manifest["files"]))
     rollout = part.known("asked", "recipe", "rollout")
-    if rollout and (rollout.get("top_k") or rollout.get("top_p", 1) != 1):
+    if dig(rollout, "top_k") or dig(rollout, "top_p") not in ({}, 1):
         facts["KL"] = "of answers from a part of the distribution: above zero at the parent, too"
     undrawn = part.curves.undrawn
     return Trained(
@@ -262,13 +263,13 @@ def _rollouts(part: Part, most: int) -> Fold | None:
     """The last answers of ppo that were written down."""
     cards = []
     for line in list(part.lines("rollouts.jsonl"))[-most:]:
-        prompt = line["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(turn["content"] for turn in prompt)
-        name = f"update {line['step']}, score {number(line['score'])}"
-        note = None if line["ended"] else "cut off"
-        answer = Answer(name, clip(line["answer"], CHARACTERS), note)
-        cards.append(Card(clip(prompt, CHARACTERS), [answer]))
+        prompt = line.get("prompt")
+        turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
+        text = "\n\n".join(text_of(dig(turn, "content")) for turn in turns)
+        name = f"update {text_of(line.get('step'))}, score {number(line.get('score'))}"
+        note = None if line.get("ended") else "cut off"
+        answer = Answer(name, clip(text_of(line.get("answer")), CHARACTERS), note)
+        cards.append(Card(clip(text, CHARACTERS), [answer]))
     return Fold(f"the last {len(cards)} answers that were shown", cards) if cards else None
 
 
@@ -328,9 +329,12 @@ def _counts(part: Part) -> Group:
 def _sources(part: Part) -> Group:
     rows: list[list[Content]] = []
     for source in part.known("data", "sources"):
-        counts = (len(source["files"]) or None, source["read"], source["kept"])
-        revision = (source["revision"] or "–")[:12]
-        rows.append([source["path"], source["format"], *map(number, counts), revision])
+        files = dig(source, "files")
+        count = len(files) if isinstance(files, list) else 0
+        counts = (count or None, source.get("read"), source.get("kept"))
+        named = [plain(source.get(name)) for name in ("path", "format")]
+        revision = plain(source.get("revision") or "–")[:12]
+        rows.append([*named, *map(number, counts), revision])
     return Group(part.name, rows)
 
 
@@ -363,15 +367,16 @@ class Evaluated:
 
 
 def evaluated(part: Part) -> Evaluated:
-    results = read_json(part.path / "results.json")
     facts: dict[str, str | None] = {"status": part.status}
-    for label, model in dig(results, "models").items():
+    path = part.path / "results.json"
+    try:
+        results = Results.from_file(path) if path.exists() else Results({}, {})
+    except UserError as error:
+        return Evaluated(part.name, [Fact("results", error.message)], [])
+    for label, model in results.models.items():
         reference = part.known("models", f"models.{label}", "reference")
-        facts[label] = f"{reference}, {number(model.get('parameters'))} parameters"
-    tasks = [
-        _task_numbers(name, TaskResults.from_json(values))
-        for name, values in dig(results, "tasks").items()
-    ]
+        facts[label] = f"{reference}, {number(model.parameters)} parameters"
+    tasks = [_task_numbers(name, task) for name, task in results.tasks.items()]
     return Evaluated(part.name, known_facts(facts), tasks)
 
 
@@ -454,10 +459,10 @@ def samples(run: Run) -> Samples:
     for part in run.parts:
         for line in part.lines("samples.jsonl"):
             if "when" in line:
-                name = f"{part.name}, {line['when']}"
+                name = f"{part.name}, {text_of(line['when'])}"
                 note = None if line.get("ended") else "cut off"
-                answer = Answer(name, clip(line["answer"], most), note)
-                prompts.setdefault(str(line["prompt"]), []).append(answer)
+                answer = Answer(name, clip(text_of(line.get("answer")), most), note)
+                prompts.setdefault(text_of(line.get("prompt")), []).append(answer)
     shown = [Card(clip(prompt, most), answers) for prompt, answers in prompts.items()][:count]
     folds = [fold for part in run.evaluations for fold in _item_folds(part, most, count)]
     return Samples(f"{len(shown):,} of {len(prompts):,} prompts of the recipes", shown, folds)
@@ -468,8 +473,8 @@ def _item_folds(part: Part, most: int, count: int) -> Iterator[Fold]:
     tasks: dict[str, dict[Any, dict[str, dict[str, Any]]]] = {}
     for line in part.lines("samples.jsonl"):
         if "prompt" in line:
-            items = tasks.setdefault(line["task"], {})
-            items.setdefault(line["item"], {})[line["model"]] = line
+            task, item, model = (text_of(line.get(name)) for name in ("task", "item", "model"))
+            tasks.setdefault(task, {}).setdefault(item, {})[model] = line
     for task, items in tasks.items():
         differ = [item for item, lines in items.items() if _scores_differ(lines)]
         first = list(dict.fromkeys([*differ, *items]))[:count]
@@ -488,17 +493,17 @@ def _item_card(lines: dict[str, dict[str, Any]], most: int) -> Card:
     """An item, with a line of each model."""
     first = next(iter(lines.values()))
     answers = []
-    if first.get("reference"):
-        right = first["reference"]
-        right = " | ".join(right) if isinstance(right, list) else right
-        answers.append(Answer("expected answer", clip(right, most)))
+    if right := first.get("reference"):
+        texts = right if isinstance(right, list) else [right]
+        answers.append(Answer("expected answer", clip(" | ".join(map(text_of, texts)), most)))
     for model, line in lines.items():
-        if "answers" in line:
-            text = "\n\n".join(line["answers"])
+        given = line.get("answers")
+        if isinstance(given, list):
+            text = "\n\n".join(map(text_of, given))
         else:
             text = plain(line.get("values"))
         answers.append(Answer(model, clip(text, most), plain(line.get("scores", ""))))
-    return Card(clip(first["prompt"], most), answers)
+    return Card(clip(text_of(first.get("prompt")), most), answers)
 
 
 # --- recipes --------------------------------------------------------------------------------------

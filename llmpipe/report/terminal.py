@@ -41,8 +41,10 @@ def describe(artifact: Artifact) -> list[str]:
     if manifest.data is None or manifest.training is None:  # an evaluation
         from llmpipe.run.results import Results  # an evaluation alone has some
 
-        results = Results.from_file(artifact.path / "results.json")
-        return lines + measurements(results) if results else lines
+        try:
+            return lines + measurements(Results.from_file(artifact.path / "results.json"))
+        except UserError as error:
+            return [*lines, f"  {error.message.removeprefix(f'{artifact.path}/')}"]
     rows = manifest.data.rows
     tokens = manifest.data.tokens
     training = manifest.training

@@ -30,6 +30,11 @@ def plain(value: Any) -> str:
     return text[:12] if HASH.fullmatch(text) else text
 
 
+def text_of(value: Any) -> str:
+    """What a file holds where a text belongs; a text in full."""
+    return value if isinstance(value, str) else plain(value)
+
+
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value of a JSON file is a number; `true` is none."""
     return type(value) in (int, float)
@@ -39,9 +44,11 @@ def number(value: Any, decimals: int | None = None, sign: str = "", digits: int 
     """A number with its thousands set apart: with `decimals`, or with `digits` that count."""
     if not is_number(value):
         return "–" if value is None else str(value)
-    if decimals is None and (isinstance(value, int) or 10_000 <= abs(value) < 1e15):
+    if decimals is None and 10_000 <= abs(value) < 1e15:
         decimals = 0
-    if decimals is None:
+    if isinstance(value, int) and not decimals:
+        text = f"{value:{sign},}"  # of any size
+    elif decimals is None:
         text = f"{value:{sign},.{digits}g}"
     else:
         text = f"{value:{sign},.{decimals}f}"

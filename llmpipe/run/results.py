@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json, write_json
+from llmpipe.typed import record
 
 LEAST_ITEMS = 20
 """Items that an interval from a bootstrap takes. Of fewer it is too narrow, and of one it has no
@@ -58,13 +61,15 @@ class TaskResults(NamedTuple):
     """How many of them an artifact of the run was trained on, by its name."""
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> TaskResults:
+    def from_json(cls, document: Any) -> TaskResults:
+        """Raises ValueError where a document holds no results of a task."""
+        values = record(_Task, document)
         return cls(
-            task=values["task"],
-            metrics=_tables(values["metrics"]),
-            differences=_tables(values["differences"]),
-            n=values.get("n"),
-            overlap=values.get("overlap"),
+            values.task,
+            _tables(values.metrics),
+            _tables(values.differences),
+            values.n,
+            values.overlap,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -73,16 +78,38 @@ class TaskResults(NamedTuple):
         return {name: value for name, value in values.items() if value is not None} | tables
 
 
-def _tables(values: dict[str, Any]) -> dict[str, Cells]:
+@dataclass(frozen=True)
+class _Cell:
+    """A `Cell` as JSON holds it, which has no NaN."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task's results as JSON holds them."""
+
+    task: str
+    metrics: dict[str, dict[str, _Cell]]
+    differences: dict[str, dict[str, _Cell]]
+    n: int | None = None
+    overlap: dict[str, int] | None = None
+
+
+def _tables(values: dict[str, dict[str, _Cell]]) -> dict[str, Cells]:
     return {
         metric: {label: _cell(cell) for label, cell in cells.items()}
         for metric, cells in values.items()
     }
 
 
-def _cell(values: dict[str, Any]) -> Cell:
-    numbers = {name: math.nan if value is None else value for name, value in values.items()}
-    return Cell(numbers["value"], numbers["low"], numbers["high"], values["n"])
+def _cell(values: _Cell) -> Cell:
+    numbers = [values.value, values.low, values.high]
+    value, low, high = (math.nan if number is None else float(number) for number in numbers)
+    return Cell(value, low, high, values.n)
 
 
 def _objects(tables: dict[str, Cells]) -> dict[str, Any]:
@@ -96,7 +123,8 @@ def _objects(tables: dict[str, Cells]) -> dict[str, Any]:
     }
 
 
-class MeasuredModel(NamedTuple):
+@dataclass(frozen=True)
+class MeasuredModel:
     """What results.json says of a model beside its numbers."""
 
     template: str | None
@@ -117,19 +145,19 @@ class Results(NamedTuple):
     tasks: dict[str, TaskResults]
 
     @classmethod
-    def from_file(cls, path: Path) -> Results | None:
-        """The results in a file, or None when the file is absent or not whole."""
-        values = read_json(path)
-        if values is None:
-            return None
-        models = {label: MeasuredModel(**model) for label, model in values["models"].items()}
-        tasks = {name: TaskResults.from_json(task) for name, task in values["tasks"].items()}
-        return cls(models, tasks)
+    def from_file(cls, path: Path) -> Results:
+        """The results in a file. Raises UserError (3) where it is absent, or holds none."""
+        try:
+            values = record(_Results, read_json(path))
+            tasks = {name: TaskResults.from_json(task) for name, task in values.tasks.items()}
+        except (ValueError, OverflowError) as error:
+            hint = "restore it from a copy, or measure again with --fresh"
+            raise UserError(f"{path}: holds no results: {error}", hint, INTEGRITY) from None
+        return cls(values.models, tasks)
 
     def to_file(self, path: Path) -> None:
-        models = {label: model._asdict() for label, model in self.models.items()}
         tasks = {name: task.to_json() for name, task in self.tasks.items()}
-        write_json(path, {"models": models, "tasks": tasks})
+        write_json(path, {"models": self.models, "tasks": tasks})
 
     def values(self) -> dict[str, dict[str, float]]:
         """{task.metric: {model: value}}, as the manifest has them."""
@@ -138,3 +166,11 @@ class Results(NamedTuple):
             for name, task in self.tasks.items()
             for metric, cells in task.metrics.items()
         }
+
+
+@dataclass(frozen=True)
+class _Results:
+    """`Results` as JSON holds them."""
+
+    models: dict[str, MeasuredModel]
+    tasks: dict[str, Any]

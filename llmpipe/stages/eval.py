@@ -355,9 +355,9 @@ def judge(recipe: Schema, artifact: Artifact, say: Say) -> None:
     """
     if not recipe.gate:
         return
-    path = artifact.published("results.json")
-    results = Results.from_file(path) if path else None
-    assert results is not None  # the artifact is finished
+    measured = artifact.published("results.json")
+    assert measured is not None  # the artifact is finished
+    results = Results.from_file(measured)
     label = list(recipe.models)[-1]
     parent = results.models[label].parent
     values = results.values()

@@ -200,7 +200,8 @@ def add_eval(run: Path, parent: dict, items: int = 60) -> None:
         "metrics": {"exact": cells},
         "differences": {"exact": differences},
     }
-    models = {label: {"parameters": 106816} for label in ("base", "sft")}
+    model = {"template": None, "stops_at": [2], "vocab_size": 9, "parameters": 106816}
+    models = {label: model | {"dtype": "float32", "parent": None} for label in ("base", "sft")}
     folder.mkdir(parents=True)
     write_json(folder / "results.json", {"models": models, "tasks": {"generate": task}})
     lines = [
