@@ -52,13 +52,14 @@ PAGE = 1 << 16
 
 @contextmanager
 def reading(
-    path: Path,
+    path: Path | str,
     form: str,
     *errors: type[Exception],
     hint: str | None = None,
     code: int = INTEGRITY,
 ) -> Iterator[None]:
-    """What raises one of `errors` here is a file of somebody's that is not what it should be.
+    """What raises one of `errors` here, of all where none is named, is a file of somebody's that is
+    not what it should be.
 
     `form`: what it is read as, "safetensors". Raises UserError of that `code` naming the file;
     what the machine is to blame for (5).
@@ -69,12 +70,24 @@ def reading(
         raise
     except BaseException as error:
         # a library in Rust that panics raises what is no Exception
-        if not isinstance(error, errors) and type(error).__name__ != "PanicException":
+        known = isinstance(error, errors or Exception)
+        if not known and type(error).__name__ != "PanicException":
             raise
-        if fault := of_memory(error) or _of_reading(error, path):
-            raise fault from error
-        problem = f"{path}: cannot be read as {form}: {first_line(error)}"
-        raise UserError(problem, hint, code) from error
+        raise misread(error, path, form, hint, code) from error
+
+
+def misread(
+    error: BaseException,
+    path: Path | str,
+    form: str | None = None,
+    hint: str | None = None,
+    code: int = INTEGRITY,
+) -> UserError:
+    """What to say of an error that came of reading somebody's file, see `reading`."""
+    if fault := of_memory(error) or _of_reading(error, path):
+        return fault
+    why = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"{path}: cannot be read{f' as {form}' if form else ''}: {why}", hint, code)
 
 
 @contextmanager
@@ -210,11 +223,11 @@ def kept(target: Path) -> str:
     return "what is done"
 
 
-def _of_reading(error: BaseException, path: Path) -> UserError | None:
+def _of_reading(error: BaseException, path: Path | str) -> UserError | None:
     """What the machine says of a file that it cannot read: a disk that fails, too many files."""
     number = code_of(error)
     if number in HANDLES or number == errno.EIO:
-        return _of_system(OSError(number, os.strerror(number), str(path)), path)
+        return _of_system(OSError(number, os.strerror(number), str(path)), None)
     return None
 
 

@@ -258,3 +258,39 @@ def test_the_rules_see_what_they_forbid():
         ("llmpipe.stages.cli", 1, 0),
         ("llmpipe.models.x", 2, 0),
     ]
+
+
+READS = {
+    *("load_file", "safe_open", "from_pretrained", "load_from_json", "load_dataset"),
+    *("open_stream", "open_file", "memory_map", "ParquetFile", "from_str"),
+    *("Tokenizer.from_file", "Dataset.from_file"),
+}
+"""Calls of libraries that read somebody's file, by how their names end."""
+
+
+def reads(node: ast.AST, held: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """(call, line, whether its failure is turned into a line) of every call in READS."""
+    if isinstance(node, ast.Call):
+        name = dotted(node.func)
+        if any(name == read or name.endswith(f".{read}") for read in READS):
+            yield name, node.lineno, held
+    calls = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    if isinstance(node, ast.Try):
+        calls = [call for handler in node.handlers for call in ast.walk(handler)]
+    names = {dotted(call.func) for call in calls if isinstance(call, ast.Call)}
+    held = held or bool(names & {"reading", "misread"})
+    for inner in ast.iter_child_nodes(node):
+        yield from reads(inner, held)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_libraries_read_where_their_errors_become_lines(path):
+    for name, line, held in reads(parsed(path)):
+        assert held, f"{path.name}:{line}: {name} outside of `with faults.reading(...)`"
+
+
+def test_calls_that_read_are_seen():
+    source = "with reading(p, 'x'):\n    load_file(p)\nM.from_pretrained(p)\n"
+    source += "try:\n    pa.ipc.open_stream(p)\nexcept OSError as e:\n    raise misread(e, p)\n"
+    seen = [(name, held) for name, _, held in reads(ast.parse(source))]
+    assert seen == [("load_file", True), ("M.from_pretrained", False), ("pa.ipc.open_stream", True)]

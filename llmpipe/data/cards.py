@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.data.splits import Split, named, split_of
-from llmpipe.errors import UserError, first_line, near
+from llmpipe.errors import DATA, UserError, first_line, near
+from llmpipe.faults import misread
 
 CARD = "README.md"
 SAVED = "state.json"  # beside the files of a data set that was saved to disk
@@ -189,8 +190,8 @@ def _noted(path: Path, field: Callable[[Any], list[Any]]) -> list[Any]:
     try:
         return list(field(json.loads(path.read_bytes())))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        problem = f"{path}: cannot be read: {first_line(error)}"
-        raise UserError(problem, "it belongs to a data set that was saved to disk") from None
+        hint = "it belongs to a data set that was saved to disk"
+        raise misread(error, path, hint=hint, code=DATA) from None
 
 
 def _present(folder: Path, record: str, names: list[str]) -> list[str]:

@@ -19,7 +19,8 @@ from llmpipe.data import cards
 from llmpipe.data.readers import KNOWN, READERS, File
 from llmpipe.data.readers.compressed import DAMAGED, is_compressed, open_bytes, suffix_of
 from llmpipe.data.splits import Division, Split, listed, named, split_of
-from llmpipe.errors import UserError, first_line, near
+from llmpipe.errors import DATA, UserError, near
+from llmpipe.faults import misread
 from llmpipe.files import expanded, sha256_file
 from llmpipe.recipe.sections import Rows, Source
 
@@ -92,7 +93,7 @@ def hashed(file: Named) -> File:
     try:
         return File(name, shown, path, path.stat().st_size, sha256_file(path))
     except OSError as error:
-        raise UserError(f"{shown}: cannot be read: {error.strerror}") from None
+        raise misread(error, shown, code=DATA) from None
 
 
 def unread(file: Named) -> File:
@@ -201,7 +202,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         paths = [folder / name for name in sorted(os.listdir(folder))]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+        raise misread(error, folder, code=DATA) from None
     entries = [path for path in paths if not path.name.startswith(".")]
     hidden = [
         path
@@ -361,8 +362,7 @@ def _check(file: Named) -> None:
         with open_bytes(path) as stream:
             beginning = stream.read(len(LFS))
     except DAMAGED as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{shown}: cannot be read: {why}") from None
+        raise misread(error, shown, code=DATA) from None
     if not beginning:
         raise UserError(f"{shown}: the file is empty")
     if beginning == LFS:

@@ -15,6 +15,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 
+from llmpipe.faults import reading
+
 
 class Spool:
     """Batches of pieces in a file; a context while they are added."""
@@ -45,7 +47,11 @@ class Spool:
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Every batch with the number of its source, in order."""
-        with pa.OSFile(str(self.path)) as file, pa.ipc.open_stream(file) as reader:
+        with (
+            reading(self.path, "Arrow"),
+            pa.OSFile(str(self.path)) as file,
+            pa.ipc.open_stream(file) as reader,
+        ):
             yield from zip(self._sources, reader, strict=True)
 
     @cached_property

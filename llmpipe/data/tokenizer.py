@@ -16,6 +16,7 @@ import tokenizers
 
 from llmpipe.data.vocabulary import Vocabulary
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import misread
 from llmpipe.files import digest
 
 TOOL_USE = "additional_chat_templates/tool_use.jinja"
@@ -338,8 +339,7 @@ def _read(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        problem = f"{path.name} of the model cannot be read: {error}"
-        raise UserError(problem, code=INTEGRITY) from None
+        raise misread(error, path) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

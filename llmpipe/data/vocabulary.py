@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import misread
 
 _latest: weakref.ReferenceType[Vocabulary] | None = None
 
@@ -48,8 +49,7 @@ class Vocabulary:
             self.backend = tokenizers.Tokenizer.from_str(self.raw)
             self.first = next(iter(self.backend.encode("a").ids), None)
         except Exception as error:  # the library raises plain Exception
-            problem = f"tokenizer.json of the model cannot be used: {error}"
-            raise UserError(problem, code=INTEGRITY) from None
+            raise misread(error, "tokenizer.json of the model", "a tokenizer") from None
         self._post_processor: Any = self.backend.post_processor
         self._truncation: dict[str, Any] | None = self.backend.truncation
         self._padding: dict[str, Any] | None = self.backend.padding

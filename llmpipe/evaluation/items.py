@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from llmpipe.data import sources
@@ -19,8 +18,9 @@ from llmpipe.data.counts import in_rows
 from llmpipe.data.encode import hash_of
 from llmpipe.data.formats import Rejected, question
 from llmpipe.data.layout import Converted, awaited, formats_of, never_came
-from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.errors import Say, UserError
 from llmpipe.evaluation.task import Item, OnItems, Place
+from llmpipe.faults import reading
 from llmpipe.recipe.sections import Rows
 from llmpipe.run.artifact import Artifact
 
@@ -104,8 +104,6 @@ def seen_by(items: list[Item], artifacts: list[Artifact]) -> dict[str, int]:
     for artifact in artifacts:
         path = artifact.published("seen.safetensors") if artifact.finished else None
         if path:
-            try:
+            with reading(path, "hashes of questions"):
                 counts[artifact.name] = int(np.isin(asks, load_file(path)["asks"]).sum())
-            except (SafetensorError, KeyError, OSError) as error:
-                raise UserError(f"{path}: cannot be read: {error}", code=INTEGRITY) from None
     return counts

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.data.tokenizer import SEVERAL_LINES
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
+from llmpipe.faults import reading
 from llmpipe.models.adapters import Base, as_published, load_frozen, on_base
 from llmpipe.models.generate import isolated_rng, render
 from llmpipe.models.hardware import release_memory
@@ -170,7 +171,7 @@ def _same_tensors(
     """Every saved tensor is whole, finite and the trained one; returns how many there are."""
     count = 0
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with reading(path, "safetensors"), safe_open(path, framework="pt") as file:
             names = list(file.keys())
             count += len(names)
             for name in names:

@@ -20,6 +20,7 @@ from llmpipe.data.pack import IGNORED
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.data.template import shared_prefix
 from llmpipe.errors import UserError
+from llmpipe.faults import reading
 
 OPEN, CLOSE = "[[", "]]"
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -48,7 +49,9 @@ def show_rows(prepared: PreparedRows, cache: Path, count: int, colour: bool) -> 
     if not total:
         hint = "rows of a stream become tokens in training; data.stream: false keeps them"
         raise UserError(f"{folder}: no rows are kept here", hint)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    file = folder / "tokenizer" / "tokenizer.json"
+    with reading(file, "a tokenizer"):
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     count = min(count, total)
     yield f"{count:,} of {total:,} rows as the model sees them, {OPEN}what it learns{CLOSE}:"
     for shown in range(count):
@@ -70,7 +73,8 @@ def _table(path: Path) -> pa.Table:
     """Every sequence of a file, mapped into memory; none where there is no file."""
     if not path.exists():
         return pa.table({})
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    with reading(path, "Arrow"):
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
 def _rows_by_sequence(table: pa.Table) -> np.ndarray:

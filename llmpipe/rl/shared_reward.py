@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import reading
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import rows_of
 from llmpipe.recipe.reinforcement import PPORecipe
@@ -64,7 +65,8 @@ def shared_ranker(
     folder = job.models[at]
     if not _shares_base(actors, job, at, rows_of(tokenizer)):
         return None
-    config = PeftConfig.from_pretrained(str(folder))
+    with reading(folder / "adapter_config.json", "a configuration of PEFT"):
+        config = PeftConfig.from_pretrained(str(folder))
     if {*config.modules_to_save} - {"classifier", "score"} or config.trainable_token_indices:
         return None
     config.modules_to_save = None
@@ -73,7 +75,8 @@ def shared_ranker(
     adapter = at.replace(".", "-")
     policy = actors.cast.published
     policy.add_adapter(adapter, config)
-    tensors = load_file(folder / WEIGHTS)
+    with reading(folder / WEIGHTS, "safetensors"):
+        tensors = load_file(folder / WEIGHTS)
     score = tensors.pop(next(name for name in tensors if name.endswith("score.weight")))
     unexpected = set_peft_model_state_dict(policy, tensors, adapter_name=adapter).unexpected_keys
     if unexpected:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import reading
 from llmpipe.files import read_json
 from llmpipe.recipe.reinforcement import KL
 from llmpipe.record import Record
@@ -111,10 +112,12 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
         )
     kept = StateRecord.from_file(folder / checkpoints.STATE)
     assert kept is not None  # it was read before
-    for name, tensor in load_file(folder / LEARNED).items():
+    with reading(folder, "a checkpoint"):
+        learned, moments = load_file(folder / LEARNED), load_file(folder / OPTIMIZER)
+    for name, tensor in learned.items():
         learner.weights[name].data.copy_(tensor)
-    optimizer = with_tensors(kept.optimizer, load_file(folder / OPTIMIZER))
-    by_number = {int(number): moments for number, moments in optimizer.items()}
+    optimizer = with_tensors(kept.optimizer, moments)
+    by_number = {int(number): values for number, values in optimizer.items()}
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
     state.step = checkpoints.step_of(folder)
     state.tokens = kept.tokens

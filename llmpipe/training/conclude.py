@@ -11,6 +11,7 @@ from safetensors.numpy import load, save_file
 
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
+from llmpipe.faults import reading
 from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
@@ -134,5 +135,11 @@ def _keep_what_was_seen(training: Training[sections.Training]) -> None:
     rejected = b"".join(content(folder, "rejected.jsonl") for folder in folders)
     with to_write(home / "rejected.jsonl", "wb") as file:
         file.write(rejected)
-    asks = [load(content(folder, "seen.safetensors"))["asks"] for folder in folders]
+    asks = [_asks(content(folder, "seen.safetensors"), folder) for folder in folders]
     save_file({"asks": np.unique(np.concatenate(asks))}, home / "seen.safetensors")
+
+
+def _asks(content: bytes, folder: Path) -> np.ndarray:
+    with reading(folder / "seen.safetensors", "hashes of questions"):
+        asks: np.ndarray = load(content)["asks"]
+        return asks

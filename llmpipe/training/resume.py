@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import reading
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
@@ -94,7 +95,9 @@ class Resume:
     def library_state(self) -> TrainerState:
         """The library's own part of the checkpoint that is gone on from."""
         assert self.checkpoint is not None
-        return TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+        path = self.checkpoint / "trainer_state.json"
+        with reading(path, "the state of a trainer"):
+            return TrainerState.load_from_json(str(path))
 
     def best(self, step: int) -> Path:
         """The checkpoint of the best step. Raises UserError (3) when it is damaged."""

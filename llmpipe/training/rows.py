@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 
 from llmpipe.data.stream import Stream
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import reading
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import Setup
 from llmpipe.recipe import sections
@@ -29,7 +30,8 @@ def dataset(path: Path) -> Dataset:
     if not path.exists():
         hint = f"remove {path.parent} and run the same command again"
         raise UserError(f"{path}: missing", hint, INTEGRITY)
-    return Dataset.from_file(str(path))
+    with reading(path, "Arrow"):
+        return Dataset.from_file(str(path))
 
 
 def streamed(setup: Setup[sections.Training]) -> Stream:

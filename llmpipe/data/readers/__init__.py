@@ -12,7 +12,8 @@ from collections.abc import Callable
 from llmpipe.data.readers import arrow, delimited, json_list, jsonl, parquet, passages
 from llmpipe.data.readers.compressed import COMPRESSED, DAMAGED, is_compressed, suffix_of
 from llmpipe.data.readers.row import File, Payload, Reading, Row, parse
-from llmpipe.errors import UserError, first_line
+from llmpipe.errors import DATA
+from llmpipe.faults import misread
 
 __all__ = ["KNOWN", "READERS", "File", "Payload", "Reading", "Row", "parse", "read"]
 
@@ -43,6 +44,5 @@ def read(file: File) -> Reading:
     try:
         yield from READERS[suffix_of(file.path.name)](file)
     except DAMAGED as error:
-        why = getattr(error, "strerror", None) or first_line(error)
         hint = "it may be cut off: copy it again" if is_compressed(file.path) else None
-        raise UserError(f"{file.shown}: cannot be read: {why}", hint) from None
+        raise misread(error, file.shown, hint=hint, code=DATA) from None

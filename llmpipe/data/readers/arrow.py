@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llmpipe.data.readers.row import File, Reading, Row
 from llmpipe.data.readers.table import rows_of
-from llmpipe.errors import UserError, first_line
+from llmpipe.errors import DATA
+from llmpipe.faults import misread
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,5 +45,4 @@ def read(file: File) -> Reading:
             for number, columns in enumerate(rows_of(table.schema, batches, file.shown), 1):
                 yield Row(number, columns), size
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        problem = f"not a readable Arrow file: {first_line(error)}"
-        raise UserError(f"{file.shown}:{number + 1}: {problem}") from None
+        raise misread(error, f"{file.shown}:{number + 1}", "Arrow", code=DATA) from None

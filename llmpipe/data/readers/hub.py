@@ -9,7 +9,8 @@ import threading
 from urllib.parse import urlsplit
 
 from llmpipe.data.readers.row import Reading, Row
-from llmpipe.errors import UserError
+from llmpipe.errors import DATA, UserError
+from llmpipe.faults import misread
 from llmpipe.recipe.places import nearest_here
 from llmpipe.recipe.sections import Rows
 
@@ -38,7 +39,7 @@ def hub_revision(source: Rows) -> str:
     try:
         commit: str = api.dataset_info(name, revision=source.revision, timeout=30).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{name}: not readable from the Hub: {_first_line(error)}", hint) from None
+        raise misread(error, name, "a data set of the Hub", hint, DATA) from None
     return commit
 
 
@@ -57,8 +58,8 @@ def read(source: Rows, revision: str | None, stream: bool) -> Reading:
         for number, columns in enumerate(rows, 1):
             yield Row(number, columns), 0
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        problem = f"{source.path}: {_first_line(error)}"
-        raise UserError(problem, "see subset, split and revision") from None
+        hint = "see subset, split and revision"
+        raise misread(error, source.path, hint=hint, code=DATA) from None
 
 
 def kept_offline() -> bool:
@@ -94,7 +95,3 @@ def is_reachable(seconds: float = 1.5) -> bool:
     thread.start()
     thread.join(seconds)
     return opened.is_set()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

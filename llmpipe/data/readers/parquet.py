@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llmpipe.data.readers.row import File, Reading, Row
 from llmpipe.data.readers.table import BATCH, rows_of
-from llmpipe.errors import UserError
+from llmpipe.errors import DATA
+from llmpipe.faults import misread
 
 
 def read(file: File) -> Reading:
@@ -19,5 +20,4 @@ def read(file: File) -> Reading:
             for number, columns in enumerate(rows_of(table.schema_arrow, batches, file.shown), 1):
                 yield Row(number, columns), size
     except (pyarrow.ArrowException, KeyError, ValueError) as error:
-        problem = f"not a readable parquet file: {error}"
-        raise UserError(f"{file.shown}:{number + 1}: {problem}") from None
+        raise misread(error, f"{file.shown}:{number + 1}", "parquet", code=DATA) from None

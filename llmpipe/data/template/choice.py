@@ -13,7 +13,8 @@ from llmpipe.data.template.rendering import OTHER, Template
 from llmpipe.data.template.sandbox import bounded
 from llmpipe.data.template.shipped import shipped
 from llmpipe.data.tokenizer import Tokenizer, own_template
-from llmpipe.errors import UserError
+from llmpipe.errors import DATA, UserError
+from llmpipe.faults import misread
 from llmpipe.files import expanded
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import TEMPLATES
@@ -38,7 +39,7 @@ def template_source(folder: Path, name: str) -> str | None:
         hint = f"a file, or one of: auto, {', '.join(TEMPLATES)}"
         raise UserError(f"data.template: {name}: no such file", hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.template: {name}: cannot be read: {error}") from None
+        raise misread(error, f"data.template: {name}", code=DATA) from None
 
 
 @dataclass(frozen=True)
