@@ -103,7 +103,7 @@ def test_arrow_and_feather_are_read(here, base):
     }
     assert len(digests) == 1
     Path("c.arrow").write_bytes(Path("s.arrow").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"c\.arrow:1: not a readable Arrow file"):
+    with pytest.raises(UserError, match=r"c\.arrow:1: cannot be read as Arrow"):
         make(base, "./c.arrow", template="chatml")
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(here, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "listdir", closed)
-    with pytest.raises(UserError, match="d/closed: cannot be listed: Permission denied"):
+    with pytest.raises(UserError, match="d/closed: cannot be read: Permission denied"):
         select(Source(path="./d"))
 
 

@@ -152,7 +152,7 @@ def test_byte_order_mark_is_no_mistake(here, smol):
         ("d.json", b'{\n "text": "a"\n}\n{\n "text": "b"\n}', r"d\.json:1: an object over"),
         ("d.json", b'{"data": [\n {"text": "a"}\n]}', r"jq -c '\.data\[\]' d\.json"),
         ("d.json", b'{"version": 1, "data": [{"text": "a"}]}', "around a list of rows"),
-        ("d.parquet", b"PAR1 nonsense", r"d\.parquet:1: not a readable parquet"),
+        ("d.parquet", b"PAR1 nonsense", r"d\.parquet:1: cannot be read as parquet"),
         ("d.xlsx", b"x", "is a Hub data set|not a known kind"),
         ("d.csv", b"a,b\n1,2\n", "no format fits the columns a, b"),
         ("d.csv", b"prompt,completion\n", "has no rows"),
