@@ -165,6 +165,27 @@ def of_place(*folders: Path) -> UserError | None:
     return None
 
 
+def refuse_no_folder() -> None:
+    """Raises UserError (5) where the current folder was removed: libraries die of that."""
+    try:
+        os.getcwd()
+    except OSError:
+        problem = "the current folder is not there any more"
+        raise UserError(problem, "cd to one that is", RESOURCES) from None
+
+
+def of_limit(hint: str) -> UserError | None:
+    """What to say (5) of who died without a word under a limit of memory (`ulimit -v`); else None.
+
+    Libraries that cannot even be loaded say nothing.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    problem = f"a process ended early, and may have no more than {_in_words(limit)} of memory"
+    return UserError(f"{problem} (ulimit -v)", hint, RESOURCES)
+
+
 def a_bug(error: BaseException) -> UserError:
     """What to say (1) of what nobody explains."""
     message = f"a bug: {type(error).__name__}: {error}"

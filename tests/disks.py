@@ -42,10 +42,30 @@ def remount(folder: Path, options: str) -> None:
     mount("-o", f"remount,{options}", str(folder))
 
 
-def free(folder: Path) -> int:
-    """In bytes."""
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize
+def used(folder: Path) -> tuple[int, int]:
+    """Bytes and inodes of a disk that are taken."""
+    disk = os.statvfs(folder)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize, disk.f_files - disk.f_ffree
+
+
+@contextlib.contextmanager
+def read_only(folder: Path, after: float):
+    """The disk turns read-only after some seconds, as soon as no file is written."""
+    process = get_context("fork").Process(target=_turn, args=(folder, after))
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+        remount(folder, "rw")
+
+
+def _turn(folder: Path, after: float) -> None:
+    time.sleep(after)
+    turn = ["mount", "-o", "remount,ro", str(folder)]
+    while subprocess.run(turn, stderr=subprocess.DEVNULL).returncode:
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import typer
 
 from llmpipe import __version__
 from llmpipe.errors import SIGINT, Stopped, UserError, near
-from llmpipe.faults import a_bug, of_machine
+from llmpipe.faults import a_bug, of_machine, refuse_no_folder
 from llmpipe.front.terminal import exit_code, open_terminal
 from llmpipe.stages import STAGES
 
@@ -113,6 +113,7 @@ def make(
     from llmpipe.run.machine import outside
     from llmpipe.run.machine_paths import said_in_full
 
+    refuse_no_folder()
     gc.enable()
     session = Session(recipe, say, fresh, inexact, debug, only_prepare)
     with said_in_full(session.artifact):

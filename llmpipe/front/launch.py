@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Literal
 
 from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
-from llmpipe.faults import of_place
+from llmpipe.faults import of_limit, of_place
 from llmpipe.files import to_write
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
@@ -192,6 +192,6 @@ def finish(outcome: Outcome | None, status: int, artifact: Artifact, remedy: str
         raise UserError(problem, remedy, RESOURCES)
     elif status:
         problem = f"the worker ended with status {status}"
-        silenced = of_place(artifact.path, Path(tempfile.gettempdir()))
+        silenced = of_place(artifact.path, Path(tempfile.gettempdir())) or of_limit(remedy)
         hint = f"see {artifact.path / 'log.txt'}"
         raise silenced or UserError(problem, hint, code=1)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llmpipe.errors import UserError
-from llmpipe.files import to_write
+from llmpipe.files import write_whole
 from llmpipe.recipe import sections
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.artifact import Artifact
@@ -95,8 +95,7 @@ def trackers(recipe: sections.Training, artifact: Artifact) -> None:
     home.mkdir(parents=True, exist_ok=True)
     token = home / "run_id"
     if not token.exists():
-        with to_write(token, "w") as file:
-            file.write(os.urandom(4).hex())
+        write_whole(token, os.urandom(4).hex().encode())
     os.environ.setdefault("WANDB_RUN_ID", token.read_text())
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_DIR", str(home))

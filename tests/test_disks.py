@@ -1,0 +1,225 @@
+"""Disks that fill up, run out of inodes or turn read-only under a command: 5 with a line, and after
+there is room the same command ends bitwise equal.
+
+Each trial is a fork with a tmpfs of its own (tests/disks.py), in which the command runs, or is
+started as from a shell.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmpipe.errors import UserError
+from llmpipe.files import table
+from llmpipe.run.artifact import Artifact, artifacts
+from tests import disks, life
+from tests.evaluation import test_eval
+from tests.front.test_processes import ENVIRONMENT, PYTHON
+from tests.models import test_adapters
+from tests.rl import test_ppo
+from tests.training import test_preference
+
+FULL = os.environ.get("FAULTS") == "full"
+SEED = 20261126
+
+
+def merged(run):
+    """An adapter, and another one on it, which is merged first; what comes of it is merged too."""
+    new = {"rank": 2, "alpha": 4, "continue": False, "merge": True}
+    more = {"optim__steps": 6, "evaluation": {}}
+    return [
+        test_adapters.write(run, name="one", **more),
+        test_adapters.write(run, name="two", model="artifact:one", adapter=new, **more),
+    ]
+
+
+def measured(run):
+    data = [{"path": str(life.TINY / "rows.jsonl"), "limit": 24}]
+    tasks = [
+        {"task": "perplexity", "data": data},
+        {"task": "generate", "data": data, "max_new_tokens": 4, "score": ["contains"]},
+    ]
+    return [test_eval.write(run, tasks, {"base": str(life.TINY / "model")})]
+
+
+RECIPES = {
+    "sft": lambda run: [life.write(run)],
+    "merge": merged,
+    "eval": measured,
+    "dpo": lambda run: [test_preference.write(run, "dpo")],
+    "ppo": lambda run: [test_ppo.write(run, **test_ppo.LONGER)],
+}
+
+
+def essence(run: Path) -> dict:
+    """What must be equal of every artifact of a run."""
+    return {artifact.name: of(artifact) for artifact in artifacts(run)}
+
+
+def of(artifact: Artifact) -> dict:
+    assert artifact.finished, artifact
+    if (artifact.path / "metrics.jsonl").exists():
+        return json.loads(json.dumps(life.essence(artifact)))
+    results = {
+        name: entry.sha256
+        for name, entry in table(artifact.path).items()
+        if name in ("samples.jsonl", "results.json")
+    }
+    return results | {name: entry.sha256 for name, entry in table(artifact.model).items()}
+
+
+def here(path: Path) -> tuple[int, str]:
+    """The command in this process: its code and what it says in the end."""
+    try:
+        life.command(path)
+    except UserError as error:
+        return error.code, str(error)
+    return 0, ""
+
+
+def really(path: Path) -> tuple[int, str]:
+    """The command itself."""
+    command = [*PYTHON, yaml.safe_load(path.read_text())["stage"], str(path)]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=life.ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def all_of(recipes: list[Path], command) -> tuple[int, str]:
+    """Every command in order, up to the first that fails."""
+    for path in recipes:
+        code, text = command(path)
+        if code:
+            return code, text
+    return 0, ""
+
+
+@contextlib.contextmanager
+def limited(size: int):
+    """No file may be longer than so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def trial(home: Path, stage: str, how: str, amount: float) -> None:
+    """Run the commands of a stage on a disk that fails, mend it, and run them again.
+
+    Writes result.json: the first code, what it said, the second code, and what came of it.
+    """
+    sys.stdout = sys.stderr = (home / "out").open("w", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+    kind, _, real = how.partition(" ")
+    sizes = {"size": f"size={int(amount)}", "inodes": f"size=1g,nr_inodes={int(amount)}"}
+    disk = disks.disk(home / "disk", sizes.get(kind, "size=64m"))
+    faults = {
+        "moment": lambda: disks.filled(disk, amount),
+        "readonly": lambda: disks.read_only(disk, amount),
+        "limit": lambda: limited(int(amount)),
+    }
+    command = really if real else here
+    try:
+        recipes = RECIPES[stage](disk / "run")
+        begun = time.monotonic()
+        with faults.get(kind, contextlib.nullcontext)():
+            first = all_of(recipes, command)
+        seconds = time.monotonic() - begun
+        if kind in sizes:
+            disks.remount(disk, "size=1g,nr_inodes=0")
+        second = all_of(recipes, command)
+        used = disks.used(disk)
+        result = [first, second, essence(disk / "run"), seconds, used]
+    except BaseException:
+        result = [(-1, traceback.format_exc()), (-1, ""), {}, 0, (0, 0)]
+    (home / "result.json").write_text(json.dumps(result))
+    os._exit(0)
+
+
+def tried(home: Path, stage: str, how: str, amount: float = 0):
+    process = life.forked(trial, home, stage, how, amount)
+    process.join(300)
+    assert process.exitcode == 0, f"{how} {amount}:\n{(home / 'out').read_text()}"
+    return json.loads((home / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """{stage: what comes of it without a fault, its seconds, and what it takes of a disk}."""
+    known = {}
+
+    def make(stage):
+        if stage not in known:
+            (code, text), _, made, seconds, used = tried(
+                tmp_path_factory.mktemp(stage), stage, "nothing"
+            )
+            assert code == 0, text
+            known[stage] = made, seconds, used
+        return known[stage]
+
+    return make
+
+
+def hold(first, second, made, expected) -> None:
+    """What every trial has to end with."""
+    code, text = first
+    assert code in (0, 5), text
+    if code:
+        assert "cannot be written: " in text and "a bug" not in text, text
+    assert second[0] == 0, second[1]
+    assert made == expected
+
+
+SHARE = {"sft": 1.0, "ppo": 0.5, "merge": 0.5, "eval": 0.5, "dpo": 0.25}
+TRIALS = [
+    (stage, how, number)
+    for how, count in (("size", 20), ("moment", 20), ("inodes", 8), ("readonly", 8), ("limit", 8))
+    for stage, share in SHARE.items()
+    for number in range(count if FULL else max(1, round(count * share)))
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("stage", "how", "number"), TRIALS)
+def test_a_disk_that_fails(straight, tmp_path, stage, how, number):
+    expected, seconds, (size, inodes) = straight(stage)
+    rng = random.Random(f"{SEED} {stage} {how} {number}")
+    amount = {
+        "size": rng.uniform(0.01, 1.05) * size,
+        "inodes": rng.randint(6, inodes),
+        "limit": rng.uniform(0.001, 0.3) * size,
+    }.get(how, rng.uniform(0.01, 1.0) * seconds)
+    first, second, made, *_ = tried(tmp_path, stage, how, amount)
+    hold(first, second, made, expected)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["size real", "moment real", "readonly real"])
+@pytest.mark.parametrize("number", range(4 if FULL else 2))
+def test_the_command_itself_on_a_disk_that_fails(straight, tmp_path, how, number):
+    """The parent is told of it though its worker can write nothing down."""
+    expected, _, (size, _) = straight("sft")
+    rng = random.Random(f"{SEED} {how} {number}")
+    amount = rng.uniform(0.1, 0.9) * size if how == "size real" else rng.uniform(1, 12)
+    first, second, made, *_ = tried(tmp_path, "sft", how, amount)
+    hold(first, second, made, expected)
+
+
+def test_a_disk_of_a_third_of_what_is_needed(straight, tmp_path):
+    """One of those in `make faults`, for every change."""
+    expected, _, (size, _) = straight("sft")
+    first, second, made, *_ = tried(tmp_path, "sft", "size", size / 3)
+    hold(first, second, made, expected)
+    assert first[0] == 5 and "needed\n" in first[1] and "goes on from " in first[1], first[1]
