@@ -83,7 +83,7 @@ def optional_number(values: Values, name: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise Rejected("wrong type", f"{name} is {str(value)[:40]!r}, not a number")

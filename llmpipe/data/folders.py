@@ -352,6 +352,10 @@ def _of_no_use(source: Rows, name: str) -> list[str]:
 def _check(file: Named) -> None:
     """Raises UserError for a file that cannot be read as rows, by its suffix or its beginning."""
     path, _, shown = file
+    try:
+        shown.encode()
+    except UnicodeEncodeError:  # no record could name it
+        raise UserError(f"{shown!r}: its name is not UTF-8 text", "rename the file") from None
     suffix = suffix_of(path.name)
     if suffix not in READERS:
         hint = f"known are {KNOWN}"

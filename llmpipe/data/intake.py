@@ -19,7 +19,7 @@ from llmpipe.data.formats import (
     is_of_texts,
 )
 from llmpipe.data.kinds import Kind
-from llmpipe.data.layout import Layout, Names, awaited, never_came
+from llmpipe.data.layout import Layout, Names, awaited, listed_columns, never_came
 from llmpipe.data.prepared import FileRows, SourceRows
 from llmpipe.data.sources import Chunk, Origin
 from llmpipe.data.tokenize import COUNTS, Batch, RejectedRow
@@ -217,8 +217,8 @@ def _in_words(intake: Intake) -> str:
     columns += [item for item in beside.items() if item[1] in intake.kind.also_reads]
     read = [yours if yours == name else f"{yours} as {name}" for yours, name in columns]
     what = "for rewards to read" if intake.kind.keeps_others else "not used"
-    rest = f"; {what}: {', '.join(intake.others)}" if intake.others else ""
-    return f"({', '.join(read)}){rest}"
+    rest = f"; {what}: {listed_columns(intake.others)}" if intake.others else ""
+    return f"({listed_columns(read)}){rest}"
 
 
 def _check_format(shown: str, layout: Layout, kind: Kind) -> None:

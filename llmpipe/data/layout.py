@@ -9,6 +9,7 @@ file has no such key.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from llmpipe.data.fields import Rejected, Values
 from llmpipe.data.format import Format
 from llmpipe.data.formats import FORMATS
 from llmpipe.errors import UserError, near
+
+SHOWN = 40  # columns in a message
 
 Names = tuple[str, ...]  # columns of a row
 Renaming = dict[str, str]  # {your column: the format's}
@@ -99,7 +102,7 @@ class Layout:
                 if column in row:
                     return Rejected("null", f"{column} holds nothing{unlike}")
                 return Rejected("missing column", column + unlike)
-        return Rejected("two columns are one", f"after columns, among {_shown(names)}")
+        return Rejected("two columns are one", f"after columns, among {listed_columns(names)}")
 
 
 @dataclass(frozen=True)
@@ -168,26 +171,29 @@ def _format_of(present: list[Names], every: Names, rule: Rule, where: str) -> st
     fits = "no format fits" if rule.format == "auto" else f"format {rule.format} does not fit"
     needed = "; ".join(f"{it.name}: {', '.join(it.required)}" for it in candidates)
     example = "Map yours with columns, such as {frage: instruction, antwort: output}"
-    problem = f"{where}: {fits} the columns {_shown(every)}"
+    problem = f"{where}: {fits} the columns {listed_columns(every)}"
     raise UserError(problem, f"needed are {needed}. {example}")
 
 
 def _check_mapping(columns: Names, rule: Rule, where: str, all_of_it: bool = False) -> None:
     """A mapped column that none of the first rows has may come later, unless it looks misspelt."""
-    hint = f"found: {_shown(columns)}"
+    hint = f"found: {listed_columns(columns)}"
     mapping = rule.renaming
     for name in mapping:
         guess = near(name, columns)
         if name not in columns and (guess or all_of_it):
             raise UserError(f"{where}: columns: there is no column '{name}'{guess}", hint)
-    renamed = [mapping.get(name, name) for name in columns]
-    for name in renamed:
-        if renamed.count(name) > 1:
-            raise UserError(f"{where}: two columns are called '{name}' after mapping", hint)
+    renamed = Counter(mapping.get(name, name) for name in columns)
+    name, count = next(iter(renamed.most_common(1)), ("", 0))
+    if count > 1:
+        raise UserError(f"{where}: two columns are called '{name[:100]}' after mapping", hint)
 
 
-def _shown(columns: Iterable[str]) -> str:
-    return ", ".join(columns) or "none"
+def listed_columns(columns: Iterable[str]) -> str:
+    """The first columns, and how many more there are."""
+    names = [name[:100] for name in columns]
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "none") + more
 
 
 def _candidates(rule: Rule) -> list[Format]:

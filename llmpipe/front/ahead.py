@@ -34,6 +34,8 @@ from llmpipe.run.plan import kinds_of
 from llmpipe.run.reference import Use
 from llmpipe.stages import Foreseeing, stage
 
+PER_CORE = 4  # processes that train, on a machine without GPUs: some wait while others compute
+
 EXTRAS = {
     "math_verify": "llmpipe[eval]",
     "rouge_score": "llmpipe[eval]",
@@ -280,11 +282,15 @@ def _in_start(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
 def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
     launch = recipe.launch
     assert isinstance(launch, Launch)
-    processes = process_count(launch)
+    processes = process_count(recipe)
     if outlook.works and not outside() and 0 < gpus() < processes:
         count = f"{gpus()} GPU{'s' * (gpus() > 1)}"
         error = UserError(f"{processes} processes, and this machine has {count}", "auto is as many")
         yield Mistake("launch.processes", error)
+    cores = len(os.sched_getaffinity(0))
+    if outlook.works and not outside() and not gpus() and processes > PER_CORE * cores:
+        problem = f"{processes} processes, and this machine has {cores} cores and no GPU"
+        yield Mistake("launch.processes", UserError(problem, "auto is 1 there"))
     try:
         micro_batch_size(recipe, processes, gpus() > 0)
     except UserError as error:

@@ -52,7 +52,7 @@ def start(
     action: Action, artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool
 ) -> None:
     """Run one worker action to its end. Raises what it ended with: UserError or Stopped."""
-    processes = process_count(recipe.launch) if action == "train" else 1
+    processes = process_count(recipe) if action == "train" else 1
     threads = thread_count(recipe.launch, processes)
     command = [sys.executable]
     if processes > 1:

@@ -18,6 +18,7 @@ from llmpipe.front.worker import write_plan
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact, artifact_of
 from llmpipe.run.lock import Lock
+from llmpipe.run.machine import idle_gpus
 from llmpipe.run.plan import Decision, decide, plan_of
 from llmpipe.run.reference import parents_of
 from llmpipe.stages import Judging, Stage, stage
@@ -100,6 +101,8 @@ class Session:
 
     def start(self, action: launch.Action) -> None:
         """Run a worker to its end."""
+        if action == "train" and (note := idle_gpus(self.recipe)):
+            self.say(note)
         launch.start(action, self.artifact, self.recipe, inexact=self.inexact, debug=self.debug)
 
     def judge(self) -> None:

@@ -163,7 +163,7 @@ class Updates(Optim):
     clip."""
     batch_size: Positive = 64
     """Answers per update, over all processes."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the prompts."""
     steps: Positive | None = None
     """Stop after this many updates instead; overrides `epochs`."""

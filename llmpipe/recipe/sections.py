@@ -23,7 +23,9 @@ from llmpipe.recipe.names import NAME, is_reference
 from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
 from llmpipe.recipe.trainer import OF_BITSANDBYTES, TrainerConfig
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+
+Crowd = Annotated[int, Field(ge=1, le=1024)]  # of processes or threads
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -83,7 +85,7 @@ class Rows(Section):
 
 
 class Source(Rows):
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half."""
 
 
@@ -125,7 +127,7 @@ class Prepared(Section):
     """What is kept for evaluation."""
     max_rejected: Share = 0.01
     """Share of rows that may be rejected before the run stops."""
-    processes: Positive | Literal["auto"] = cosmetic("auto")
+    processes: Crowd | Literal["auto"] = cosmetic("auto")
     """Processes that tokenize; `auto` is one per core, and one alone for small data."""
 
     @property
@@ -193,11 +195,11 @@ class AdamW(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate. No single default is right: about 2e-5 for full fine-tuning, 2e-4 for
     LoRA."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """Passes over the training data."""
     steps: Positive | None = None
     """Stop after this many optimizer steps instead; overrides `epochs`."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: Annotated[float, Field(ge=0, le=10**9)] = 0.03
     """Warm-up: a share of the steps if below 1, a number of steps otherwise; step 1 of w has the
     share 1 / (w + 1) of the peak, never 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -333,13 +335,14 @@ class Log(Section):
 
 
 class Machine(Section):
-    threads: Positive | Literal["auto"] = "auto"
+    threads: Crowd | Literal["auto"] = "auto"
     """CPU threads per process; `auto` divides the cores."""
 
 
 class Launch(Machine):
-    processes: Positive | Literal["auto"] = "auto"
-    """Training processes; `auto` is one per GPU, or one on a CPU."""
+    processes: Crowd | Literal["auto"] = "auto"
+    """Training processes; `auto` is one per GPU, or fewer where more do not divide
+    `optim.batch_size`; one on a CPU."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`."""
@@ -476,6 +479,11 @@ class Training(Recipe):
     def packs(self) -> bool:
         """Whether a forward pass lays several rows end to end, for attention to keep apart."""
         return self.data.preparation.packing
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a step is no sum over its sequences, and so cannot be cut among processes."""
+        return False
 
     @property
     def steps(self) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmpipe.errors import UserError
 from llmpipe.faults import MEMORY
-from llmpipe.recipe.sections import Launch, Machine, Recipe, Training
+from llmpipe.recipe.sections import Machine, Recipe, Training
 
 
 def gpus() -> int:
@@ -20,15 +20,39 @@ def gpus() -> int:
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-def process_count(launch: Machine) -> int:
-    """Processes that train: as the outside launcher, the recipe or the number of GPUs has it."""
-    if not isinstance(launch, Launch):
-        return 1  # a stage that does not train
+def process_count(recipe: Recipe) -> int:
+    """Processes that train: as the outside launcher or the recipe has it, or as many of the GPUs as
+    divide the batch, so that the machine never decides what a step is."""
+    if not isinstance(recipe, Training):
+        return 1
     if outside():
         return int(os.environ.get("WORLD_SIZE", "1"))
-    if isinstance(launch.processes, int):
-        return launch.processes
-    return max(1, gpus())
+    if isinstance(recipe.launch.processes, int):
+        return recipe.launch.processes
+    divide = (count for count in range(gpus(), 1, -1) if _divides(recipe, count))
+    return 1 if recipe.is_whole else next(divide, 1)
+
+
+def _divides(recipe: Training, processes: int) -> bool:
+    """Whether so many processes cut a step into equal shares, and these into micro-batches."""
+    share, rest = divmod(recipe.batch_size, processes)
+    size = recipe.launch.micro_batch_size
+    return not rest and (size == "auto" or share % size == 0)
+
+
+def idle_gpus(recipe: Recipe) -> str | None:
+    """What to say of GPUs that `processes: auto` leaves alone; None where there are none."""
+    if not isinstance(recipe, Training) or recipe.launch.processes != "auto" or outside():
+        return None
+    count = process_count(recipe)
+    if count >= gpus():
+        return None
+    size = recipe.launch.micro_batch_size
+    micro = "" if size == "auto" else f" and launch.micro_batch_size ({size})"
+    why = f"the most that fit optim.batch_size ({recipe.batch_size}){micro}"
+    if recipe.is_whole:
+        why = "since the objective takes a step whole"
+    return f"launch.processes: auto is {count} of {gpus()} GPUs, {why}"
 
 
 def thread_count(launch: Machine, processes: int) -> int:

@@ -124,6 +124,10 @@ class Schema(Generating):
         return [name for name in self.weights if name in ("sft", "aot", "aot_unpaired")]
 
     @property
+    def is_whole(self) -> bool:
+        return bool(self.whole_steps)
+
+    @property
     def weights(self) -> dict[str, float]:
         """The objectives and their weights."""
         if isinstance(self.objective, dict):
@@ -138,7 +142,7 @@ def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
     if not outlook.works:
         return
     try:
-        size = micro_batch_size(recipe, process_count(recipe.launch), gpus() > 0)
+        size = micro_batch_size(recipe, process_count(recipe), gpus() > 0)
     except UserError:
         return  # which is said of the batch
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from llmpipe.data.readers.row import File, Reading, Row
-from llmpipe.data.readers.table import rows_of
+from llmpipe.data.readers.table import broken, rows_of
 from llmpipe.errors import DATA
 from llmpipe.faults import misread
 
@@ -44,5 +44,5 @@ def read(file: File) -> Reading:
                 batches = measured(map(table.get_batch, range(table.num_record_batches)))
             for number, columns in enumerate(rows_of(table.schema, batches, file.shown), 1):
                 yield Row(number, columns), size
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+    except broken() as error:
         raise misread(error, f"{file.shown}:{number + 1}", "Arrow", code=DATA) from None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -28,6 +29,7 @@ from llmpipe.data.readers.row import (
     Row,
     check_names,
     if_utf8,
+    lines_of,
     open_text,
 )
 from llmpipe.errors import UserError
@@ -48,7 +50,7 @@ def read(file: File) -> Reading:
     csv.field_size_limit(MAX_LINE)
     delimiter = "\t" if suffix_of(file.path.name).startswith(".tsv") else ","
     with open_text(file) as stream:
-        records = _Records(stream, delimiter)
+        records = _Records(stream, file.shown, delimiter)
         header: list[str] = []
         while (record := records.next(len(header))) is not None:
             number, text, fields = record
@@ -95,7 +97,8 @@ def _columns(file: File, line: int, header: list[str], delimiter: str) -> list[s
 class _Lines:
     """The lines of a file, for a reader that may give some of them back."""
 
-    stream: IO[str]
+    lines: Iterator[str | None]
+    shown: str
     number: int = 0
     """Of the line that was taken last."""
     taken: list[str] = field(default_factory=list)
@@ -106,8 +109,11 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self.again.popleft() if self.again else next(self.stream)
+        line = self.again.popleft() if self.again else next(self.lines)
         self.number += 1
+        if line is None:
+            problem = f"{self.shown}:{self.number}: a line of more than {MAX_LINE >> 20} MB"
+            raise UserError(problem, "no field is as long; is it a table at all?")
         self.taken.append(line)
         return line
 
@@ -123,8 +129,8 @@ class _Lines:
 class _Records:
     """The rows of a file, as fields."""
 
-    def __init__(self, stream: IO[str], delimiter: str):
-        self.lines = _Lines(stream)
+    def __init__(self, stream: IO[str], shown: str, delimiter: str):
+        self.lines = _Lines(lines_of(stream), shown)
         self.delimiter = delimiter
         self.reader = csv.reader(self.lines, delimiter=delimiter, strict=True)
         self.doubled = False

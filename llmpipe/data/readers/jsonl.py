@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import codecs
 
-from llmpipe.data.formats import Rejected
 from llmpipe.data.readers.compressed import open_bytes
-from llmpipe.data.readers.row import MAX_LINE, File, Reading, Row
+from llmpipe.data.readers.row import MAX_LINE, File, Reading, Row, too_long
 
 
 def read(file: File) -> Reading:
@@ -22,7 +21,6 @@ def read(file: File) -> Reading:
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(MAX_LINE)
-                too_long = Rejected("line too long", f"more than {MAX_LINE >> 20} MB")
-                yield Row(number, too_long), MAX_LINE
+                yield Row(number, too_long()), MAX_LINE
             elif line.strip():
                 yield Row(number, line), len(line)

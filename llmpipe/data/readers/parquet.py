@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from llmpipe.data.readers.row import File, Reading, Row
-from llmpipe.data.readers.table import BATCH, rows_of
+from llmpipe.data.readers.table import BATCH, broken, rows_of
 from llmpipe.errors import DATA
 from llmpipe.faults import misread
 
 
 def read(file: File) -> Reading:
-    import pyarrow
     import pyarrow.parquet
 
     number = 0
@@ -19,5 +18,5 @@ def read(file: File) -> Reading:
             batches = table.iter_batches(batch_size=BATCH)
             for number, columns in enumerate(rows_of(table.schema_arrow, batches, file.shown), 1):
                 yield Row(number, columns), size
-    except (pyarrow.ArrowException, KeyError, ValueError) as error:
+    except broken() as error:
         raise misread(error, f"{file.shown}:{number + 1}", "parquet", code=DATA) from None

@@ -57,6 +57,22 @@ def open_text(file: File, newline: str | None = "") -> IO[str]:
     return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
 
 
+def lines_of(stream: IO[str]) -> Iterator[str | None]:
+    """The lines of a text, each with its end; None stands for one of more than MAX_LINE."""
+    while line := stream.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith(("\n", "\r")):
+            yield line
+            continue
+        while line and not line.endswith(("\n", "\r")):
+            line = stream.readline(MAX_LINE)
+        yield None
+
+
+def too_long() -> Rejected:
+    """Why a line of more than MAX_LINE is not read."""
+    return Rejected("line too long", f"more than {MAX_LINE >> 20} MB")
+
+
 def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:
     """The payload that was made of a text of `open_text`, unless the text is not UTF-8."""
     if _ESCAPED.search(text):
@@ -66,10 +82,11 @@ def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:
 
 def check_names(names: list[str], where: str) -> None:
     """Raises UserError where two columns have one name, as only one of them would be read."""
-    for index, name in enumerate(names):
-        if name and name in names[:index]:
-            first = names.index(name) + 1
-            problem = f"{where}: two columns are called '{name}', number {first} and {index + 1}"
+    numbers: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if name and numbers.setdefault(name, number) != number:
+            both = f"number {numbers[name]} and {number}"
+            problem = f"{where}: two columns are called '{name[:100]}', {both}"
             raise UserError(problem, "rename or remove one of them")
 
 

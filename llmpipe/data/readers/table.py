@@ -11,7 +11,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmpipe.data.readers.row import check_names
+from llmpipe.data.formats import Rejected
+from llmpipe.data.readers.row import Payload, check_names
+from llmpipe.errors import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,20 +23,78 @@ BATCH = 256  # rows that are held at once
 
 def rows_of(
     schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch], shown: str
-) -> Iterator[dict[str, Any]]:
-    """The columns of every row.
+) -> Iterator[Payload]:
+    """The columns of every row, or why they cannot be read.
 
-    Raises UserError where two columns have one name; ValueError, KeyError and pyarrow's errors
-    where the table is broken.
+    Raises UserError where two columns have one name, and what is among `BROKEN` where the table is
+    broken.
     """
     check_names(schema.names, shown)
     json_types = {field.name: field.type for field in schema if _holds_json(field.type)}
     for batch in batches:
+        _check(batch)
         for begin in range(0, len(batch), BATCH):
-            for columns in batch.slice(begin, BATCH).to_pylist(maps_as_pydicts="strict"):
-                for name, type_ in json_types.items():
-                    columns[name] = _parsed(columns[name], type_)
-                yield columns
+            yield from _rows(batch.slice(begin, BATCH), json_types)
+
+
+def broken() -> tuple[type[Exception], ...]:
+    """What reading a table raises that is damaged, or none."""
+    import pyarrow
+
+    return (pyarrow.ArrowException, OSError, KeyError, ValueError, OverflowError, RecursionError)
+
+
+def _check(batch: pyarrow.RecordBatch) -> None:
+    """Raise pyarrow's error where lengths and places in a batch lead out of it: who followed them
+    would read foreign memory. A text that is not UTF-8 costs its row alone.
+    """
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        schema = pyarrow.schema([field.with_type(_of_bytes(field.type)) for field in batch.schema])
+        batch.cast(schema, safe=False).validate(full=True)
+
+
+def _of_bytes(type_: pyarrow.DataType) -> pyarrow.DataType:
+    """A type with bytes in place of texts, at any depth."""
+    import pyarrow
+
+    if pyarrow.types.is_string(type_):
+        return pyarrow.binary()
+    if pyarrow.types.is_large_string(type_):
+        return pyarrow.large_binary()
+    if pyarrow.types.is_list(type_):
+        return pyarrow.list_(_of_bytes(type_.value_type))
+    if pyarrow.types.is_struct(type_):
+        return pyarrow.struct([field.with_type(_of_bytes(field.type)) for field in type_])
+    return type_
+
+
+def _rows(batch: pyarrow.RecordBatch, json_types: dict[str, pyarrow.DataType]) -> Iterator[Payload]:
+    """The rows of a batch, each by itself where together they cannot be read."""
+    try:
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        for columns in rows:
+            for name, type_ in json_types.items():
+                columns[name] = _parsed(columns[name], type_)
+    except broken() as error:
+        if len(batch) == 1:
+            yield _unreadable(error)
+            return
+        for number in range(len(batch)):
+            yield from _rows(batch.slice(number, 1), json_types)
+    else:
+        yield from rows
+
+
+def _unreadable(error: Exception) -> Rejected:
+    if isinstance(error, UnicodeDecodeError):
+        return Rejected("not UTF-8", "a text of the table has other bytes")
+    return Rejected("unreadable value", first_line(error)[:100])
 
 
 def _holds_json(type_: pyarrow.DataType) -> bool:

@@ -37,7 +37,7 @@ SCHEMAS = frozenset({"properties", "$defs", "definitions", "patternProperties", 
 _DIGITS = "abcdefghijklmnop"
 _SENTINEL = re.compile(r"x*zq([a-p]{4})qz|7310(\d{4})(?:\.5)?")
 # Characters for private use, which no text has, around a text's number; JSON may escape them.
-_MARK = re.compile("(?:(\ue000|\\\\ue000)|\ue002|\\\\ue002)(\\d+)(?:\ue001|\\\\ue001)")
+_MARK = re.compile("(?:(\ue000|\\\\ue000)|\ue002|\\\\ue002)([0-9]{1,9})(?:\ue001|\\\\ue001)")
 _TAG = re.compile(r"<[\w/]+>\s*")
 
 
