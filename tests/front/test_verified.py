@@ -69,7 +69,7 @@ def texts(run, **changes):
 
 
 KEPT = {
-    "tokens": (sft, "????????????????*"),
+    "tokens": (sft, "[0-9a-f]" * 64),
     "items": (evaluation, "eval-*"),
     "merged": (merged, "merged-*"),
     "tokenizer": (texts, "tokenizer-*"),
