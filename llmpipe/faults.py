@@ -146,7 +146,7 @@ def of_disk(
     """
     number = _full_before(error) or code_of(error)
     if number is None and target:
-        number = unwritable(staging or target)
+        number = unwritable(staging or target) or _at_limit(staging or target)
     if number in FULL:
         return _of_full(number, error, target or Path(), staging)
     if isinstance(error, OSError):
@@ -203,19 +203,19 @@ def code_of(error: BaseException) -> int | None:
 
 
 def unwritable(place: Path) -> int | None:
-    """The system's number of why nothing can be written at a place; None where it takes a page.
-
-    Also where a file there has reached the longest that a file may be (`ulimit -f`).
-    """
-    folder = _existing(place)
+    """The system's number of why nothing can be written at a place; None where it takes a page."""
     try:
-        _write_a_page(folder / f".probe.{os.getpid()}")
+        _write_a_page(_existing(place) / f".probe.{os.getpid()}")
     except OSError as error:
         return error.errno
-    longest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if longest != resource.RLIM_INFINITY and max(_sizes(folder), default=0) >= longest:
-        return errno.EFBIG
     return None
+
+
+def _at_limit(folder: Path) -> int | None:
+    """The system's number where a file has reached the longest that one may be (`ulimit -f`)."""
+    longest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reached = longest != resource.RLIM_INFINITY and max(_sizes(folder), default=0) >= longest
+    return errno.EFBIG if reached else None
 
 
 def _write_a_page(path: Path) -> None:

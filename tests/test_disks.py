@@ -57,6 +57,7 @@ RECIPES = {
     "merge": merged,
     "eval": measured,
     "dpo": lambda run: [test_preference.write(run, "dpo")],
+    "tracked": lambda run: [life.write(run, log__trackers=["tensorboard"])],
     "ppo": lambda run: [test_ppo.write(run, **test_ppo.LONGER)],
 }
 
@@ -182,7 +183,7 @@ def hold(first, second, made, expected) -> None:
     assert made == expected
 
 
-SHARE = {"sft": 1.0, "ppo": 0.5, "merge": 0.5, "eval": 0.5, "dpo": 0.25}
+SHARE = {"sft": 1.0, "ppo": 0.5, "merge": 0.5, "eval": 0.5, "dpo": 0.25, "tracked": 0.25}
 TRIALS = [
     (stage, how, number)
     for how, count in (("size", 20), ("moment", 20), ("inodes", 8), ("readonly", 8), ("limit", 8))

@@ -11,7 +11,7 @@ from safetensors.numpy import load, save_file
 
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
-from llmpipe.faults import reading
+from llmpipe.faults import reading, remembering
 from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import merge, publish_adapter, publish_model
@@ -21,6 +21,12 @@ from llmpipe.run.made import Made
 from llmpipe.run.reference import Model
 from llmpipe.sums import content
 from llmpipe.training.training import Trained, Training
+
+PUBLISHED_LATER = (
+    "training is done and its last checkpoint kept: on a machine with more memory the same command "
+    "only publishes"
+)
+"""What to do where the model that was trained could not be looked at once more."""
 
 
 def conclude(
@@ -38,11 +44,12 @@ def conclude(
     if adapter and trainer.plain_model().can_generate():
         result.kind = "adapter"  # one that scores stays a reward model
     trainer.accelerator.wait_for_everyone()
-    if writes:
-        result.verified = _publish(trainer, training).record()
-    trainer.accelerator.wait_for_everyone()
-    if writes and adapter and adapter.merge:
-        result.merged = [_merge(training)]
+    with remembering(PUBLISHED_LATER):
+        if writes:
+            result.verified = _publish(trainer, training).record()
+        trainer.accelerator.wait_for_everyone()
+        if writes and adapter and adapter.merge:
+            result.merged = [_merge(training)]
 
     result.facts = training.prepared.facts()
     if training.stream:

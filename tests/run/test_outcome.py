@@ -1,12 +1,18 @@
 """outcome.json: what a worker says of its end, and what the command makes of it."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from llmpipe import faults
 from llmpipe.errors import DONE, NUMERIC, SIGTERM, Stopped, UserError
+from llmpipe.front.launch import finish
 from llmpipe.run.artifact import Artifact
-from llmpipe.run.outcome import Outcome
+from llmpipe.run.outcome import Outcome, listening
 
 
 @pytest.fixture
@@ -48,3 +54,34 @@ def test_a_damaged_one_is_none(artifact, text):
     Outcome.clear(artifact)
     Outcome.clear(artifact)  # nothing to forget
     assert Outcome.read(artifact) is None
+
+
+def test_who_cannot_write_it_down_says_it_to_who_waits(tmp_path, monkeypatch):
+    """Also through a launcher between, which hands on the environment alone."""
+    nowhere = Artifact(tmp_path / "no" / "such")
+    with listening() as ear:
+        assert ear.heard() is None
+        code = "from llmpipe.run.outcome import Outcome; from llmpipe.run.artifact import Artifact;"
+        code += "from pathlib import Path; import sys;"
+        code += "Outcome(5, 'full', 'make room').deliver(Artifact(Path(sys.argv[1])))"
+        command = [sys.executable, "-c", code, str(nowhere.path)]
+        subprocess.run(command, check=True, env=os.environ | ear.environment)
+        monkeypatch.setenv(*ear.environment.popitem())
+        Outcome(3, "later").deliver(nowhere)
+        assert ear.heard() == Outcome(5, "full", "make room")
+
+
+def test_who_dies_without_a_word_is_explained_by_the_disk_or_a_limit(tmp_path, monkeypatch):
+    artifact = Artifact(tmp_path)
+    with pytest.raises(UserError, match="ended with status 1") as bug:
+        finish(None, 1, artifact, "less")
+    assert bug.value.code == 1
+    monkeypatch.setattr(faults, "unwritable", lambda _: errno.ENOSPC)
+    with pytest.raises(UserError, match=r"No space left on device; .* are free") as full:
+        finish(None, 1, artifact, "less")
+    monkeypatch.undo()
+    monkeypatch.setattr(faults.resource, "getrlimit", lambda _: (600_000_000, -1))
+    monkeypatch.setattr(faults, "unwritable", lambda _: None)
+    with pytest.raises(UserError, match=r"600\.0 MB of memory \(ulimit -v\)\n  less") as short:
+        finish(None, 1, artifact, "less")
+    assert full.value.code == short.value.code == 5
