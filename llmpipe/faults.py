@@ -61,8 +61,8 @@ def reading(
     """What raises one of `errors` here, of all where none is named, is a file of somebody's that is
     not what it should be.
 
-    `form`: what it is read as, "safetensors". Raises UserError of that `code` naming the file;
-    what the machine is to blame for (5).
+    `form`: what it is read as, "safetensors". Raises UserError of that `code` naming the file, and
+    (5) where a disk fails or too many files are open.
     """
     try:
         yield
@@ -83,8 +83,13 @@ def misread(
     hint: str | None = None,
     code: int = INTEGRITY,
 ) -> UserError:
-    """What to say of an error that came of reading somebody's file, see `reading`."""
-    if fault := of_memory(error) or _of_reading(error, path):
+    """What to say of an error that came of reading somebody's file, see `reading`.
+
+    Raises the error itself where memory was short: who knows the moment knows the remedy.
+    """
+    if of_memory(error):
+        raise error
+    if fault := _of_reading(error, path):
         return fault
     why = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"{path}: cannot be read{f' as {form}' if form else ''}: {why}", hint, code)
@@ -92,14 +97,17 @@ def misread(
 
 @contextmanager
 def writing(target: Path, staging: Path | None = None) -> Iterator[None]:
-    """What fails here because the machine does is said so (5), as long as it does.
+    """What fails here because the disk does is said so (5), as long as it does.
 
     `target`: what is written; `staging`: what is written in its place until it is whole.
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if fault := of_machine(error, target, staging):
+        fault = None if of_memory(error) else of_disk(error, target, staging)
+        if fault:
             raise fault from error
         raise
 
@@ -144,13 +152,16 @@ def of_disk(
     """What to say (5) of a disk that is full, fails or refuses, and of any other error of the
     system; None of what is none.
     """
-    number = _full_before(error) or code_of(error)
+    said = code_of(error)
+    number = _full_before(error) or said
     if number is None and target:
         number = unwritable(staging or target) or _at_limit(staging or target)
     if number in FULL:
         return _of_full(number, error, target or Path(), staging)
     if isinstance(error, OSError):
         return _of_system(error, target)
+    if said:
+        return _of_system(OSError(said, first_line(error)), target)
     return _of_system(OSError(number, os.strerror(number), target), target) if number else None
 
 
@@ -267,7 +278,7 @@ def _full_before(error: BaseException | None) -> int | None:
 def _of_full(
     number: int, error: BaseException | None, target: Path, staging: Path | None
 ) -> UserError:
-    name = error.filename if isinstance(error, OSError) and error.filename else target
+    name = (isinstance(error, OSError) and _file_of(error)) or target
     reason = os.strerror(number)
     if number == errno.EROFS:
         hint = "make it writable, or name another run directory: --run DIR"
@@ -276,12 +287,21 @@ def _of_full(
     else:
         reason += _room(target, staging)
         hint = f"make room and run the same command again: it goes on from {kept(target)}"
-    return UserError(f"{os.fsdecode(name)}: cannot be written: {reason}", hint, RESOURCES)
+    return UserError(f"{name}: cannot be written: {reason}", hint, RESOURCES)
+
+
+def _file_of(error: OSError) -> str | None:
+    """The file that an error names; some name a descriptor."""
+    name = error.filename
+    return os.fsdecode(name) if isinstance(name, str | bytes | Path) and name else None
 
 
 def _room(target: Path, staging: Path | None) -> str:
     """What there is, and what is needed, as far as that is known."""
-    disk = os.statvfs(_existing(target))
+    try:
+        disk = os.statvfs(_existing(target))
+    except OSError:  # it is gone
+        return ""
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     words = f"; {_in_words(free)} of {_in_words(size)} are free"
     if disk.f_files and not disk.f_favail:
@@ -296,9 +316,9 @@ def _of_system(error: OSError, target: Path | None) -> UserError:
     reason = error.strerror or first_line(error)
     if error.errno in HANDLES:
         return UserError(reason, "raise the limit of open files: ulimit -n", RESOURCES)
-    if not error.filename:
+    name = _file_of(error)
+    if name is None:
         return UserError(reason, code=RESOURCES)
-    name = os.fsdecode(error.filename)
     if error.errno in REFUSED and target and _lies_in(target.parent, name):
         hint = "make the run directory writable, or name another one: --run DIR"
         return UserError(f"{name}: cannot be written: {reason}", hint, RESOURCES)

@@ -5,11 +5,23 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.faults import code_of, of_disk, of_machine, of_memory, reading, unwritable, writing
+from llmpipe.faults import (
+    code_of,
+    of_disk,
+    of_machine,
+    of_memory,
+    reading,
+    remembering,
+    unwritable,
+    writing,
+)
+from llmpipe.files import publishing
+from llmpipe.run.machine import for_memory
 
 
 def of(number: int, path: object = None) -> OSError:
@@ -85,6 +97,25 @@ def test_reading_says_whose_file_it_is(tmp_path):
     ):
         raise of(errno.EMFILE, path)
     assert refused.value.code == 5
+
+
+def test_want_of_memory_has_the_remedy_of_its_moment(tmp_path):
+    """Whatever stands between: it is no fault of a file, nor of the disk."""
+    for held in (writing(tmp_path), reading(tmp_path, "a model", Exception), publishing(tmp_path)):
+        refusal = pytest.raises(UserError, match="out of memory: MemoryError")
+        with refusal as refused, remembering("a larger machine"), held:
+            raise MemoryError
+        assert refused.value.hint == "a larger machine"
+    launch = SimpleNamespace(launch=None)
+    remedies = {for_memory(action, launch) for action in ("prepare", "convert", "train")}
+    assert len(remedies) == 3
+
+
+def test_a_library_names_the_file(tmp_path):
+    lost = RuntimeError("No such file or directory: /x/model.safetensors (os error 2)")
+    assert of_machine(lost, tmp_path).message == str(lost)
+    assert "ulimit -n" in of_machine(RuntimeError("x: Too many open files"), tmp_path).hint
+    assert of_machine(OSError(errno.EBADF, "Bad file descriptor", 7)).code == 5
 
 
 def test_a_limit_of_a_files_size(tmp_path):
