@@ -47,11 +47,11 @@ MARKS = "hf_ sk- AI gh git glpat xox AKIA ASIA eyJ KEY :// ? & earer EARER asic 
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
-# behind a colon a sentence may follow
+# behind a colon a sentence may follow; bounds, since a text may be one long word
 _ASSIGNED = r"""(?mx)
-    (?P<name> [A-Za-z][\w.-]*)
-    (?: (?P<is> ['"]?=) (?P<value> [^\s,;}\]]+?) (?= :?(?:\s|$) | [,;}\]])
-      | (?P<colon> ['"]?:[ ]) (?P<last> [^\s,;}\]]+) (?= \s*(?:$|[,;}\]])) )
+    (?<![\w.-]) (?P<name> [A-Za-z][\w.-]{0,99})
+    (?: (?P<is> ['"]?=) (?P<value> [^\s,;}\]]{1,999})
+      | (?P<colon> ['"]?:[ ]) (?P<last> [^\s,;}\]]{1,999}) (?= \s*(?:$|[,;}\]])) )
 """
 
 _SHORTEST = 8
@@ -116,10 +116,12 @@ def redacted(text: str) -> str:
 
 
 def _without_value(match: re.Match[str]) -> str:
-    value = (match["value"] or match["last"]).strip("'\"")
+    given = match["value"] or match["last"]
+    value = given.strip("'\":")
     if value.startswith(REDACTED) or not is_secret(match["name"].rpartition(".")[2], value):
         return match[0]
-    return f"{match['name']}{match['is'] or match['colon']}{REDACTED}"
+    colon = ":" if given.endswith(":") else ""
+    return f"{match['name']}{match['is'] or match['colon']}{REDACTED}{colon}"
 
 
 def _of_environment() -> list[str]:

@@ -344,7 +344,7 @@ def test_what_fails_says_where_and_keeps_no_path(tmp_path, monkeypatch):
     assert told(run) == []
 
 
-@pytest.mark.parametrize("processes", [1])
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.faults
 def test_a_bug_is_kept_without_paths(tmp_path, monkeypatch, processes):
     """Tracebacks of workers, and of a launcher between."""

@@ -26,7 +26,7 @@ from typing import Literal
 
 from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
 from llmpipe.faults import of_limit, of_place
-from llmpipe.files import to_write
+from llmpipe.front.launcher_log import Said
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import for_memory, process_count, thread_count
@@ -138,7 +138,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
     parent = os.getpid()
     signals: list[int] = []
     # a launcher prints a traceback of its own for every worker that fails
-    with to_write(log, "ab") if launched else contextlib.nullcontext() as errors:
+    with Said(Artifact(log.parent)) if launched else contextlib.nullcontext() as errors:
         process = subprocess.Popen(
             command,
             env=environment,
@@ -146,6 +146,8 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
             process_group=0,
             preexec_fn=lambda: die_with_parent(parent),
         )
+        if errors:
+            errors.begin()
 
         def forward(number: int, _: FrameType | None) -> None:
             signals.append(number)
