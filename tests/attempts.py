@@ -24,6 +24,7 @@ from tests import life
 CODES = {0, 2, 4, 5}
 """What a command may end with whatever a recipe or a file of rows holds: done, a mistake in them,
 nothing to learn or no finite numbers, and a machine that is too small."""
+PATIENCE = 6  # seconds that pass for each that is computed, where cores are shared
 MEMORY = 4 << 30  # bytes that a case may take beside what the libraries have
 
 
@@ -58,7 +59,7 @@ class End:
     @property
     def problem(self) -> str | None:
         """What no end may be."""
-        if self.code == -signal.SIGKILL:
+        if self.code in (-signal.SIGKILL, -signal.SIGXCPU):
             return f"hangs: {self.seconds:.0f} s"
         if "Traceback (most recent" in self.text or "a bug: " in self.text:
             return "a traceback"
@@ -71,12 +72,13 @@ class End:
         return None
 
 
-def attempts(cases: Sequence[Case], folder: Path, seconds: float = 10) -> list[End]:
-    """The end of each case, in order; a case that takes longer is killed."""
+def attempts(cases: Sequence[Case], folder: Path, seconds: int = 10) -> list[End]:
+    """The end of each case, in order; a case is killed that computes for longer than `seconds`, or
+    waits for much longer."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "ends.jsonl"
     batch = life.forked(_batch, list(cases), str(folder), str(out), seconds)
-    batch.join(len(cases) * (seconds + 1))
+    batch.join(len(cases) * PATIENCE * seconds)
     assert batch.exitcode == 0, f"exit code {batch.exitcode}"
     return [End(**json.loads(line)) for line in out.read_text().splitlines()]
 
@@ -93,7 +95,7 @@ def problems(ends: Sequence[End]) -> list[str]:
     ]
 
 
-def _batch(cases: list[Case], folder: str, out: str, seconds: float) -> None:
+def _batch(cases: list[Case], folder: str, out: str, seconds: int) -> None:
     with open(out, "w") as ends:
         for case in cases:
             place = Path(folder) / "case"
@@ -102,12 +104,13 @@ def _batch(cases: list[Case], folder: str, out: str, seconds: float) -> None:
             shutil.rmtree(place)
 
 
-def _end(case: Case, place: Path, seconds: float) -> End:
+def _end(case: Case, place: Path, seconds: int) -> End:
     printed = place.with_suffix(".out")
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
             _child(case, place, printed)
         except BaseException:
             traceback.print_exc()
@@ -116,7 +119,7 @@ def _end(case: Case, place: Path, seconds: float) -> End:
     waiting = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(waiting, select.POLLIN)
-    if not poll.poll(seconds * 1000):
+    if not poll.poll(PATIENCE * seconds * 1000):
         os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     os.close(waiting)

@@ -70,7 +70,7 @@ def check(
     _raise(problems)
     for this in coming:
         outlook = Outlook(command, this)
-        if not outlook.begun and (this.number > 1 or (len(coming) > 1 and kept_offline())):
+        if not outlook.begun and (this.number > 1 or kept_offline()):
             problems += _lines(_not_on_the_hub(this.recipe), located[this.number])
         if this.number > 1:  # the first one reads its rows at once
             problems += _lines(_in_first_rows(this.recipe, outlook), located[this.number])
