@@ -21,6 +21,7 @@ from llmpipe.faults import (
     writing,
 )
 from llmpipe.files import publishing
+from llmpipe.report.starter import write_starter
 from llmpipe.run.machine import for_memory
 
 
@@ -130,6 +131,18 @@ with writing(Path({str(tmp_path)!r})):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserError" in done.stderr and "File too large" in done.stderr, done.stderr
+
+
+def test_a_start_that_found_no_room_leaves_nothing_in_its_way(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large") as refused:
+            write_starter(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.value.code == 5 and not list((tmp_path / "new").iterdir())
+    assert write_starter(tmp_path / "new")
 
 
 def test_a_place_that_takes_a_page(tmp_path):

@@ -9,7 +9,6 @@ lists and texts are cut, and the page says how much is left out.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe import __version__
 from llmpipe.errors import RESOURCES, UserError
-from llmpipe.files import to_write
+from llmpipe.files import write_whole
 from llmpipe.report import charts, sections
 from llmpipe.report.parts import Run, parts_of
 
@@ -116,10 +115,7 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
         if len(text) <= MOST_BYTES:
             break
     try:
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        with to_write(temporary, "wb") as file:
-            file.write(text)
-        temporary.replace(out)
+        write_whole(out, text)
     except OSError as error:
         problem = f"{out}: cannot be written: {error.strerror}"
         raise UserError(problem, "name another file", RESOURCES) from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from llmpipe.errors import RESOURCES, UserError
+from llmpipe.files import write_whole
 
 
 def write_starter(folder: Path) -> list[Path]:
@@ -20,8 +22,11 @@ def write_starter(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for source, target in zip(sources, targets, strict=True):
-            target.write_bytes(source.read_bytes())
+            write_whole(target, source.read_bytes())
     except OSError as error:
+        for target in targets:  # the next try would find them there
+            with suppress(OSError):
+                target.unlink(missing_ok=True)
         problem = f"{folder}: cannot be written: {error.strerror}"
         raise UserError(problem, "name another folder", RESOURCES) from None
     return targets
