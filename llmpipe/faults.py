@@ -69,9 +69,7 @@ def reading(
     except (UserError, Stopped):
         raise
     except BaseException as error:
-        # a library in Rust that panics raises what is no Exception
-        known = isinstance(error, errors or Exception)
-        if not known and type(error).__name__ != "PanicException":
+        if not isinstance(error, errors or Exception) and not is_panic(error):
             raise
         raise misread(error, path, form, hint, code) from error
 
@@ -93,6 +91,11 @@ def misread(
         return fault
     why = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"{path}: cannot be read{f' as {form}' if form else ''}: {why}", hint, code)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked, of which Python hears by what is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 @contextmanager

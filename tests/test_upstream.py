@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -16,8 +17,11 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llmpipe import upstream
+from llmpipe.errors import UserError
 from llmpipe.kernels import cpu
+from llmpipe.models.pretrained import load_model
 from llmpipe.upstream import DOCUMENTS, LogProbs
+from tests import life
 
 LENGTHS = (5, 1, 9, 17)
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
@@ -257,6 +261,26 @@ def test_silence(caplog):
 
 # Canaries: what the overrides hold on to. A failure here says that upstream moved, and that
 # upstream.py has to follow.
+
+
+def test_canary_weights_are_loaded_into_models_of_their_size(tmp_path):
+    """transformers builds without memory what a configuration describes; then it makes room."""
+    shutil.copytree(life.TINY / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text()) | {"vocab_size": 50_000_000}
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"describes a model of [\d.]+ GB"):
+        load_model(tmp_path / "model")
+    load_model(life.TINY / "model")  # and nothing of it is left
+
+
+def test_canary_no_kernels_without_the_package():
+    """What `llmpipe.front` takes away is all that transformers asks for."""
+    from transformers.utils import import_utils
+
+    source = inspect.getsource(import_utils.is_kernels_available)
+    assert '_is_package_available("kernels"' in source
+    assert "find_spec" in inspect.getsource(import_utils._is_package_available)
 
 
 def test_canary_fused_head():

@@ -8,6 +8,9 @@ no harm.
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +20,17 @@ from llmpipe.data import template
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe.sections import Preparation
+
+SECONDS = 6.0
+"""That a template may take in any case."""
+
+SECONDS_PER_ROW = 0.25
+"""And that, of every row; one takes some milliseconds."""
+
+SECONDS_PER_CHARACTER = 1e-5
+"""Or that, of every character; the proofs that go with one take a tenth."""
 
 NO_TOKEN = "texts hold characters that the tokenizer has no token for, and these are lost"
 
@@ -107,6 +120,9 @@ class Encoder:
 
     def __init__(self, encoding: Encoding):
         self.noted: set[str] = set()
+        self.seconds = 0.0
+        """Of the processor, for templates; in that time `rows` with `rendered` characters."""
+        self.rows = self.rendered = 0
         self.tokenizer = tokenizer = Tokenizer(encoding.tokenizer)
         self.template: template.Template | None = None
         if tokenizer.template:
@@ -135,8 +151,9 @@ class Encoder:
         Unless `proven`, it holds what a model answered, whatever that is.
         """
         renderer = self._renderer()
-        with template.bounded():
+        with self._timed():
             reading = template.turns(renderer, messages, tools, first, proven=proven)
+        self.rendered += len(reading.text)
         if proven:
             self.noted |= self._spelled.check(reading, messages, tools)
             self._check_tokens(reading.texts)
@@ -147,8 +164,9 @@ class Encoder:
     def spoken(self, messages: Messages, tools: Tools, first: int = 0) -> str:
         """The text of the spans of `conversation`, one behind the other."""
         renderer = self._renderer()
-        with template.bounded():
+        with self._timed():
             reading = template.turns(renderer, messages, tools, first)
+        self.rendered += len(reading.text)
         return "".join(reading.text[start:end] for start, end in reading.spans)
 
     def prompt(self, prompt: str | Messages, tools: Tools) -> list[int]:
@@ -156,8 +174,9 @@ class Encoder:
         if isinstance(prompt, str):
             return [*self.bos, *self.text(prompt)]
         renderer = self._renderer()
-        with template.bounded():
+        with self._timed():
             reading = template.prompt(renderer, prompt, tools)
+        self.rendered += len(reading.text)
         self.noted |= reading.notes | self._spelled.check(reading, prompt, tools)
         self._check_tokens(reading.texts)
         return self.tokenizer.ids(reading.text)
@@ -183,6 +202,26 @@ class Encoder:
         gaps = [(end, start) for (_, end), (start, _) in pairwise(spoken) if end < start]
         _, end = conversation.spans[-1]
         return Answered(conversation.ids[: conversation.behind(end)], gaps)
+
+    def check_time(self, row: int) -> None:
+        """Raise UserError (3) where the template takes longer than an honest one could, over all
+        the rows so far, of which `row` is the last."""
+        self.rows += 1
+        slow = max(self.rows * SECONDS_PER_ROW, self.rendered * SECONDS_PER_CHARACTER, SECONDS)
+        if self.seconds > slow:
+            problem = f"{self.seconds:.1f} s for {self.rows:,} rows, of which row {row} is the last"
+            hint = "data.template names another one"
+            raise UserError(f"the chat template takes too long: {problem}", hint, INTEGRITY)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Bounded, and counted."""
+        begun = time.process_time()
+        try:
+            with template.bounded():
+                yield
+        finally:
+            self.seconds += time.process_time() - begun
 
     def text(self, text: str) -> list[int]:
         """Tokens of a plain text. What is spelled like a token becomes it: people write templates

@@ -25,7 +25,8 @@ from llmpipe.data.kinds import Kind
 from llmpipe.data.layout import Converted, Layout, Names
 from llmpipe.data.pack import Piece
 from llmpipe.data.sources import Chunk, Origin, Row, parse
-from llmpipe.errors import RESOURCES, UserError
+from llmpipe.errors import INTEGRITY, RESOURCES, UserError, first_line
+from llmpipe.faults import is_panic
 
 COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 
@@ -126,6 +127,13 @@ class Worker:
             except Rejected as error:
                 rejected.append(RejectedRow(number, error.reason, error.detail))
                 continue
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                problem = f"row {number}: the tokenizer cannot read it: {first_line(error)}"
+                raise UserError(problem, "its tokenizer.json is damaged", INTEGRITY) from None
+            finally:
+                self.encoder.check_time(number)
             known_by = b"".join(piece[0].tobytes() for piece in encoded.pieces)
             of_row = (
                 hash_of(known_by, self.key),

@@ -14,10 +14,11 @@ from typing import Any
 
 import tokenizers
 
+from llmpipe.data.soundness import LARGEST
 from llmpipe.data.vocabulary import Vocabulary
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import misread
-from llmpipe.files import digest
+from llmpipe.files import digest, parse_json, read_text
 
 TOOL_USE = "additional_chat_templates/tool_use.jinja"
 FILES = (
@@ -32,6 +33,7 @@ FILES = (
 )
 # What other tokenizers are kept in, which transformers can rewrite as a tokenizer.json.
 OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+LARGEST_TEMPLATE = 4 << 20  # bytes; the longest of real families have 20,000
 # The special tokens that transformers knows by name.
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Ordinary text: none of its tokens may end a generation.
@@ -334,8 +336,7 @@ def identity(folder: Path) -> str:
 def _read(path: Path) -> str | None:
     """The text of a file, or None where there is none."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
+        return read_text(path, LARGEST if path.suffix == ".json" else LARGEST_TEMPLATE)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -345,8 +346,8 @@ def _read(path: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file."""
     try:
-        value = json.loads(_read(path) or "{}")
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_read(path) or "{}")
+    except ValueError as error:
         problem = f"{path.name} of the model cannot be read: {error}"
         raise UserError(problem, code=INTEGRITY) from None
     if not isinstance(value, dict):

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.faults import misread
+from llmpipe.faults import is_panic, misread
 
 _latest: weakref.ReferenceType[Vocabulary] | None = None
 
@@ -48,7 +48,10 @@ class Vocabulary:
         try:
             self.backend = tokenizers.Tokenizer.from_str(self.raw)
             self.first = next(iter(self.backend.encode("a").ids), None)
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:
+            # the library raises plain Exception, or panics
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise misread(error, "tokenizer.json of the model", "a tokenizer") from None
         self._post_processor: Any = self.backend.post_processor
         self._truncation: dict[str, Any] | None = self.backend.truncation

@@ -203,12 +203,18 @@ def _in_files(recipe: Recipe) -> Iterator[Mistake]:
 
 def _check_template(name: str) -> None:
     """Raises UserError for a file that cannot be read, or is no template."""
+    from llmpipe.data.formats import Rejected
+    from llmpipe.data.template import bounded
     from llmpipe.data.template.choice import template_source
     from llmpipe.data.template.rendering import Template
 
     text = template_source(Path(), name)
     assert text is not None  # the file is there
-    Template(text, {}, {})
+    try:
+        with bounded():
+            Template(text, {}, {})
+    except Rejected as error:
+        raise UserError(f"{name}: {error.detail}") from None
 
 
 # --- this machine ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llmpipe import sums
 from llmpipe.data.prepared import RECORD
+from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, remembering
 from llmpipe.files import sha256_file, to_write, write_whole
@@ -183,6 +184,7 @@ def convert_one(model: Model, folder: Path, say: Say, weights: bool = True) -> P
                 sums.seal(readable)
     snapshots = readable.parent.parent if model.kind == "hub" else None  # its files are links
     check_folder(readable, snapshots, weights=weights)
+    check_tokenizer(readable / "tokenizer.json")
     if model.kind == "hub" and (readable / "adapter_config.json").exists():
         problem = f"{model.reference}: an adapter whose base no manifest names"
         raise UserError(problem, "merge it into its base first")

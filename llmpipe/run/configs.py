@@ -226,8 +226,8 @@ ADAPTER: Mapping[str, Rule] = {
     "fan_in_fan_out": Rule(_is_switch, "true or false"),
     "use_rslora": Rule(_is_switch, "true or false"),
     "use_dora": Rule(_is_switch, "true or false"),
-    "megatron_core": Rule(lambda value: value in (None, "megatron.core"), "not used"),
-    "qalora_group_size": Rule(_or(is_count), "not used"),
+    "megatron_core": Rule(lambda value: value in (None, "megatron.core"), "what PEFT writes there"),
+    "qalora_group_size": Rule(_or(is_count), "a whole number"),
 }
 """Of adapter_config.json. Every other key has to hold nothing: it is of a kind of adapters that
 llmpipe does not make."""
@@ -241,7 +241,24 @@ GENERATION: Mapping[str, Rule] = {
     "do_sample": Rule(_or(_is_switch), "true or false"),
 }
 
+
+def _is_token(value: Any) -> bool:
+    return is_text(value.get("content") if isinstance(value, dict) else value)
+
+
+def _is_tokens(value: Any) -> bool:
+    tokens = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and len(value) <= LABELS and all(map(_is_token, tokens))
+
+
 TOKENIZER: Mapping[str, Rule] = {
+    **dict.fromkeys(
+        [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")],
+        Rule(_or(_is_token), "a token"),
+    ),
+    **dict.fromkeys(
+        ("additional_special_tokens", "extra_special_tokens"), Rule(_or(_is_tokens), "tokens")
+    ),
     "tokenizer_class": Rule(_or(_is_word), "the name of a class"),
     "backend": Rule(_or(_is_word), "a name"),
     "added_tokens_decoder": Rule(_or(_is_map), "tokens by their numbers"),

@@ -24,9 +24,8 @@ ADAPTER = "adapter_config.json"
 OTHERS: dict[str, Mapping[str, Rule]] = {
     "generation_config.json": configs.GENERATION,
     "tokenizer_config.json": configs.TOKENIZER,
-    "special_tokens_map.json": {},
+    "special_tokens_map.json": configs.TOKENIZER,
     "added_tokens.json": {},
-    INDEX: configs.INDEX,
 }
 """The other JSON that is read of a folder, and what it may say."""
 
@@ -48,6 +47,7 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
     config = _object(folder / CONFIG)
     if config is None and adapter is None and weights:
         raise UserError(f"{folder}: no readable config.json: this is not a model folder")
+    _files(folder, "model.safetensors")
     for name, rules in OTHERS.items():
         check(folder / name, _object(folder / name) or {}, rules)
     tensors: dict[str, Tensor] = {}
@@ -63,13 +63,11 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's safetensors, by name. Raises UserError (3) where one is damaged."""
-    index = _object(folder / INDEX)
-    if index and isinstance(index.get("weight_map"), dict):
-        paths = [folder / str(name) for name in sorted(set(index["weight_map"].values()))]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for path in paths for name, tensor in tensors_in(path).items()}
+    """The tensors of a model's safetensors that lie there, by name. Raises UserError (3) where one
+    is damaged."""
+    paths = [folder / name for name in _files(folder, "model.safetensors")]
+    whole = [tensors_in(path) for path in paths if path.is_file()]
+    return {name: tensor for tensors in whole for name, tensor in tensors.items()}
 
 
 def _object(path: Path) -> dict[str, Any] | None:
@@ -124,24 +122,30 @@ def _below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 def _weights(folder: Path, single: str) -> dict[str, Tensor]:
     """The tensors of a folder. `single` is the file that they lie in which no index divides."""
-    index = _object(folder / INDEX)
-    named: list[str] = []
-    if index is not None:
-        named = sorted(set(index.get("weight_map", {}).values()))
-    for name in named:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            why = f"weight_map names {name!r}, outside the folder's safetensors"
-            raise refusal(folder / INDEX, why)
-    names = [single]
-    # where both are there, transformers reads the one file
-    if index is not None and not (folder / single).exists():
-        if "metadata" not in index or not named:
-            raise refusal(folder / INDEX, "lacks weight_map or metadata")
-        names = named
+    names = _files(folder, single)
     for name in names:
         if not (folder / name).is_file():
             raise refusal(folder / name, "missing: no safetensors weights")
     return {name: tensor for part in names for name, tensor in tensors_in(folder / part).items()}
+
+
+def _files(folder: Path, single: str) -> list[str]:
+    """The names of the files that the tensors of a folder lie in."""
+    index = _object(folder / INDEX)
+    if index is None:
+        return [single]
+    check(folder / INDEX, index, configs.INDEX)
+    names = sorted(set(index.get("weight_map", {}).values()))
+    for name in names:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            why = f"weight_map names {name!r}, outside the folder's safetensors"
+            raise refusal(folder / INDEX, why)
+    # where both are there, transformers reads the one file
+    if (folder / single).exists():
+        return [single]
+    if "metadata" not in index or not names:
+        raise refusal(folder / INDEX, "lacks weight_map or metadata")
+    return names
 
 
 def _check_rank(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

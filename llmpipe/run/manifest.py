@@ -64,7 +64,8 @@ class Asked:
 
     def check(self) -> None:
         """Raises ValueError where what is read of it is not what it may be."""
-        _check("asked.recipe.stage", isinstance(self.recipe.get("stage", ""), str), "")
+        stage = self.recipe.get("stage", "")
+        _check("asked.recipe.stage", isinstance(stage, str), stage)
         data = self.recipe.get("data", {})
         kwargs = data.get("chat_template_kwargs", {}) if isinstance(data, dict) else None
         _check("asked.recipe.data", isinstance(kwargs, dict), data)
@@ -247,4 +248,4 @@ def check_identity(at: str, identity: Identity) -> None:
 
 def _check(at: str, good: bool, value: object) -> None:
     if not good:
-        raise ValueError(f"{at}: {str(value)[:60]!r} is nothing that may be named there")
+        raise ValueError(f"{at}: {str(value)[:60]!r} is nothing that may stand there")

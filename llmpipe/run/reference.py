@@ -184,6 +184,8 @@ def resolve(reference: str, use: Use, run: Path, pinned: Identity | None = None)
         raise UserError(f"{use.field}: {reference}: {reason}", _instead(reference))
     if path.is_file():
         return _of_file(path, reference, use)
+    if not path.is_dir():
+        raise UserError(f"{use.field}: {reference}: is neither a file nor a folder")
     if is_artifact(path) or _is_unfinished(path):
         return _of_artifact(Artifact(path), reference, use)
     return _of_folder(path, reference, use)
@@ -317,8 +319,9 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
     # a reward model may be an adapter, too
     if not (parent.model / "adapter_config.json").exists():
         return Model("artifact", reference, identity, parent.model, parents)
-    if manifest.base is None:
-        problem = f"{parent.path / MANIFEST}: base: is missing, and model/ holds an adapter"
+    if manifest.base is None or manifest.kind == "model":
+        lacks = "base: is missing" if manifest.base is None else "kind: is model"
+        problem = f"{parent.path / MANIFEST}: {lacks}, and model/ holds an adapter"
         raise UserError(problem, "make the artifact again", INTEGRITY)
     base = _base_of(parent, manifest.base, use)
     if use.keep:

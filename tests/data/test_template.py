@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe.data import encode
 from llmpipe.data.template import Template, choose, sandbox
 from llmpipe.errors import UserError
 
@@ -262,6 +263,18 @@ def test_bomb_that_waits_for_a_row(here, monkeypatch):
     model = make_model(here / "m", template=template)
     write(Path("d.jsonl"), [CHAT, talk("now", "Hi"), CHAT])
     assert make(model, "d.jsonl")[0]["rows"]["rejected_by_reason"] == {"template too large": 1}
+
+
+def test_a_template_that_is_slow_on_every_row_ends_the_work(here, monkeypatch):
+    """Each row stays within its own limit, and all together within none."""
+    monkeypatch.setattr(encode, "SECONDS", 0.3)
+    monkeypatch.setattr(encode, "SECONDS_PER_ROW", 0.01)
+    slow = "{% for a in range(3000) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if messages[0].content == 'Hi there' %}}{slow}{{% endif %}}{SMOL}"
+    model = make_model(here / "m", special=("<|im_end|>", "<|im_start|>"), template=template)
+    write(Path("d.jsonl"), [talk("Hi there", f"answer {i}") for i in range(200)])
+    with pytest.raises(UserError, match=r"takes too long: [\d.]+ s for \d+ rows, of which row"):
+        make(model, "d.jsonl")
 
 
 def test_saved_folder_holds_nothing_that_runs(here, smol):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from llmpipe.errors import UserError
+from llmpipe.front import launch
 from llmpipe.models.hardware import Hardware, Host, announce, decide
 from llmpipe.recipe.check import load
 from llmpipe.stages import schema
@@ -72,6 +76,36 @@ def test_accumulation_makes_up_the_batch(tmp_path):
     said = []
     announce(hardware, asked, said.append)
     assert said[0] == "hardware: 2 x cuda, 8 threads each; batch 8 = 2 x 2 accumulated x 2"
+
+
+def test_kernels_of_the_hub_are_left_alone_and_it_is_said(tmp_path, monkeypatch):
+    """A package `kernels` that is installed is imported by nobody; transformers, TRL and
+    bitsandbytes take it for missing."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("open('CANARY', 'w')\n")
+    code = (
+        "import llmpipe.front.worker\n"
+        "from importlib.util import find_spec\n"
+        "assert find_spec('kernels') is None\n"
+        "try:\n    from kernels import get_kernel\n"
+        "except ModuleNotFoundError:\n    print('not here')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(life.ROOT)])
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "not here\n", done.stderr
+    assert not (tmp_path / "CANARY").exists()
+    assert launch.library_environment("train")["USE_HUB_KERNELS"] == "0"
+
+    said = []
+    asked = recipe(tmp_path)
+    hardware = decide(asked, LAPTOP, None)
+    announce(hardware, asked, said.append)
+    assert not any(line.startswith("kernels") for line in said)
+    monkeypatch.syspath_prepend(tmp_path)
+    announce(hardware, asked, said.append)
+    assert any(line.startswith("kernels: the package is installed, and not used") for line in said)
 
 
 def test_reasons_are_no_part_of_what_is_recorded():

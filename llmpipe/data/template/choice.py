@@ -12,10 +12,10 @@ from llmpipe.data.template.ends import learn_ends, rendered, small_talk
 from llmpipe.data.template.rendering import OTHER, Template
 from llmpipe.data.template.sandbox import bounded
 from llmpipe.data.template.shipped import shipped
-from llmpipe.data.tokenizer import Tokenizer, own_template
+from llmpipe.data.tokenizer import LARGEST_TEMPLATE, Tokenizer, own_template
 from llmpipe.errors import DATA, UserError
 from llmpipe.faults import misread
-from llmpipe.files import expanded
+from llmpipe.files import expanded, read_text
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import TEMPLATES
 
@@ -34,11 +34,11 @@ def template_source(folder: Path, name: str) -> str | None:
     try:
         if name in TEMPLATES:
             return shipped(name)
-        return expanded(name).read_text(encoding="utf-8")
+        return read_text(expanded(name), LARGEST_TEMPLATE)
     except FileNotFoundError:
         hint = f"a file, or one of: auto, {', '.join(TEMPLATES)}"
         raise UserError(f"data.template: {name}: no such file", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise misread(error, f"data.template: {name}", code=DATA) from None
 
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jinja2
-
 from llmpipe.data.examples import Messages, Tools
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template.sandbox import MAX_CHARS, Generation, Span, sandbox
@@ -44,7 +42,9 @@ class Template:
         """What `turns` has proven of it, by shapes of conversations."""
         try:
             self._compiled = environment.from_string(text)
-        except (SyntaxError, RecursionError, jinja2.TemplateSyntaxError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # constants in it are computed as it is compiled
             line = getattr(error, "lineno", 1)
             raise UserError(f"chat template, line {line}: {error}", OTHER) from None
 
