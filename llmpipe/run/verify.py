@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmpipe import sums
 from llmpipe.data.prepared import RECORD
@@ -31,6 +32,7 @@ from llmpipe.files import (
     not_plain,
     paths_below,
     read_json,
+    read_written,
     sha256_file,
 )
 from llmpipe.recipe.names import ARTIFACT
@@ -66,6 +68,8 @@ class Item:
     """Takes `seen`; how it departs from what is recorded, as `files.differences` says it."""
     problems: tuple[str, ...] = ()
     """What is known to be wrong with it before anything is hashed."""
+    suspicion: str | None = None
+    """What is wrong as well, if anything is."""
 
     @property
     def size(self) -> int:
@@ -83,7 +87,7 @@ class Item:
         problems = [*self.problems, *(self.compare(seen=seen) if self.compare else ())]
         if problems and not os.path.lexists(self.path):
             return []  # an old checkpoint of a run that is at work
-        return problems
+        return [self.suspicion, *problems] if problems and self.suspicion else problems
 
 
 def verify_run(path: Path, say: Say, note: Say) -> None:
@@ -174,19 +178,16 @@ def _finished(artifact: Artifact) -> Item:
     except UserError as error:
         problem = error.message.removeprefix(f"{artifact.path}/")
         return Item(artifact.path, "finished", problems=(problem,))
-    called = "" if _is_called(artifact, manifest.name) else f", which calls itself {manifest.name}"
+    elsewhere = ASIDE.sub("", artifact.name) != manifest.name  # renamed, or another one's manifest
+    called = f", which calls itself {manifest.name}" if elsewhere else ""
     return Item(
         artifact.path,
         f"{manifest.kind} by {manifest.stage}{called}",
         manifest.files,
         partial(artifact.differences, manifest),
         tuple(_of_parents(artifact, manifest)),
+        f"{MANIFEST}: is that of {manifest.name}" if elsewhere else None,
     )
-
-
-def _is_called(artifact: Artifact, name: str) -> bool:
-    """Whether an artifact lies under the name it was made under, or was moved aside."""
-    return ASIDE.sub("", artifact.name) == name
 
 
 def _manifest(artifact: Artifact) -> Manifest | None:
@@ -268,8 +269,29 @@ def _of_plan(artifact: Artifact, plan: Plan | None) -> Iterator[str]:
             yield f"{MANIFEST}: missing"
         return
     recipe = artifact.path / RECIPE
+    yield from _of_record(artifact)
     if plan.recipe_file and (not recipe.is_file() or sha256_file(recipe) != plan.recipe_file):
         yield f"{RECIPE}: is not what {PLAN} was written with"
+
+
+def _of_record(artifact: Artifact) -> Iterator[str]:
+    """Whether prepared.json is that of the folder that it names, as far as this is still kept."""
+    path = artifact.path / RECORD
+    if not os.path.lexists(path):
+        return
+    record = read_written(path)
+    if not isinstance(record, dict):
+        yield f"{RECORD}: damaged"
+        return
+    folder = artifact.run / ".prepared" / str(record.get("data"))
+    kept = read_json(folder / RECORD) if sums.is_sealed(folder) else None
+    if isinstance(kept, dict) and _of_rows(record) != _of_rows(kept):
+        yield f"{RECORD}: is not what {folder / RECORD} says"
+
+
+def _of_rows(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says less where its rows lie, which the artifact's alone does."""
+    return {at: value for at, value in record.items() if at not in ("data", "sums", "mixture")}
 
 
 def _is_made(artifact: Artifact) -> bool:
@@ -337,7 +359,7 @@ def _strays(run: Path | None, made: list[Artifact]) -> Iterator[Path]:
             if run / name not in known and not UNRECORDED.fullmatch(name):
                 yield run / name
         for path in sorted((run / ".prepared").glob("*")):
-            if not sums.is_sealed(path):
+            if not sums.is_sealed(path) and path.name != ".locks":
                 yield path
     for artifact in made:
         home = artifact.checkpoints

@@ -29,8 +29,9 @@ def verified(path) -> tuple[int, list[str]]:
     return 0, lines
 
 
-def hurt(path: Path, how: str, other: Path) -> bool:
-    """Damage a file; whether that made it another one. `other` is what it is swapped with."""
+def hurt(path: Path, how: str, other: Path, aside: Path) -> bool:
+    """Damage a file; whether that made it another one. `other` is what it is swapped with, and
+    `aside` what a link leads to."""
     data = path.read_bytes()
     if how == "flipped":
         changed = bytearray(data)
@@ -45,7 +46,6 @@ def hurt(path: Path, how: str, other: Path) -> bool:
         path.write_bytes(other.read_bytes())
         other.write_bytes(data)
     else:
-        aside = other.parent / "aside"
         path.rename(aside)
         path.symlink_to(aside)
         return True
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_named(run, name, how):
     home = run / "sft"
     other = run.parent / "config.json"
     shutil.copy(home / "model" / "config.json", other)
-    assert hurt(home / name, how, other)
+    assert hurt(home / name, how, other, run.parent / "aside")
     code, lines = verified(run)
     assert code == 3
     named = [line for line in lines if line.startswith(f"{home / name}: ")]

@@ -214,6 +214,8 @@ def test_sigint_gives_130(tmp_path):
         ("trainer_state.json", "half"),
         ("llmpipe.json", "empty"),
         ("sums.json", "flipped"),
+        ("rng_state.pth", "swapped"),
+        ("model.safetensors", "a link"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path, name, hurt):
@@ -259,6 +261,13 @@ def damage(path, hurt):
         path.write_bytes(b"")
     elif hurt == "half":
         path.write_bytes(data[: len(data) // 2])
+    elif hurt == "swapped":
+        older = path.parent.with_name("step-9") / path.name
+        beside = path.with_name("sums.json")
+        path.write_bytes((older if older.read_bytes() != data else beside).read_bytes())
+    elif hurt == "a link":
+        path.rename(path.parents[4] / "aside")
+        path.symlink_to(path.parents[4] / "aside")
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
