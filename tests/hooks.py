@@ -45,6 +45,17 @@ def kill_after_checkpoint(step):
     _after(hosted.Durable, "_save_checkpoint", action)
 
 
+def kill_in_save(step):
+    """When the library has saved the model, and pickled its arguments beside it."""
+    from llmpipe.training import hosted
+
+    def action(self, *_):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before(hosted.Durable, "_save_rng_state", action)
+
+
 def _signal_in_step(step, number):
     from llmpipe.training import hosted
 

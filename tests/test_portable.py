@@ -322,10 +322,12 @@ def test_what_is_not_finished_tells_nothing_and_goes_on(tmp_path, monkeypatch, n
     if name == "ppo":
         make(home, ["reward"])
     path = write(home, recipes(home)[name], optim__steps=4)
-    hook = "ppo_kill_after_2" if name == "ppo" else "kill_after_checkpoint_2"
+    hook = "ppo_kill_after_2" if name == "ppo" else "kill_in_save_2"
     assert life.Trial(path, hook=hook).wait() == -signal.SIGKILL
     run = home / "runs" / "x"
     assert (run / name / "plan.json").exists() and told(run) == []
+    saved = list(run.glob("*/checkpoints/.step-2.staging/*/training_args.bin"))
+    assert len(saved) == (name != "ppo"), "nothing was being saved"
     assert life.command(path).verify().training.exact_resume
     assert told(run) == []
 

@@ -385,6 +385,7 @@ def test_canary_durable_trainers():
     for method in (
         "_evaluate",
         "_get_grad_norm",
+        "_get_output_dir",
         "_get_train_sampler",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",

@@ -142,7 +142,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
         process = subprocess.Popen(
             command,
             env=environment,
-            stderr=errors,
+            stderr=errors.fileno() if errors else None,
             process_group=0,
             preexec_fn=lambda: die_with_parent(parent),
         )

@@ -212,8 +212,11 @@ def refuse_rows_without_a_home(model: Any, made: range) -> None:
 
 
 def forget_base(model: Any) -> None:
-    """Forget where the base was loaded from: PEFT looks it up, on the Hub too, at each save."""
+    """Forget where the base was loaded from: PEFT looks it up, on the Hub too, at each save, and
+    writes it into a card.
+    """
     model.get_base_model().name_or_path = ""
+    model.get_base_model().config._name_or_path = ""
     model.peft_config["default"].base_model_name_or_path = ""
 
 

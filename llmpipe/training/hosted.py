@@ -63,7 +63,7 @@ class Durable(Trainer):
         for name, parameter in training.model.named_parameters():
             if name in weights:
                 parameter.data = weights[name].to(parameter.device)
-        # trackers show it; what is saved is told where to go, see `Resume.writing`
+        # trackers show it, and the library pickles it; see `_get_output_dir`
         self.args.output_dir = f"{self.artifact.run.name}/{self.artifact.name}"
         self.start = Start.of(training.model)
 
@@ -307,6 +307,10 @@ class Durable(Trainer):
         with self.resume.writing(self, state):
             super()._save_checkpoint(model, trial)
         self.resume.rotate(self._kept_best())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where a checkpoint goes."""
+        return str(self.resume.staging(self.state.global_step))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card in a checkpoint."""

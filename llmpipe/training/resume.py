@@ -114,14 +114,17 @@ class Resume:
         ranks = self.state.ranks
         return ranks[min(self.world.rank, len(ranks) - 1)]
 
+    def staging(self, step: int) -> Path:
+        """Where the library saves to."""
+        return self.home / f".step-{step}.staging"
+
     @contextmanager
     def writing(self, trainer: Trainer, state: State) -> Iterator[None]:
-        """Have the library save into a checkpoint's staging folder, then publish that whole.
+        """Let the library save into a checkpoint's staging folder, then publish that whole.
 
         Every process writes its part; the first one publishes.
         """
         step = trainer.state.global_step
-        staging = self.home / f".step-{step}.staging"
         origin = checkpoints.Origin(
             identity=self.training.identity,
             machine=self.training.hardware.resume_key(),
@@ -132,15 +135,12 @@ class Resume:
         if state.stream and state.stream.rejected_bytes is not None:
             lines["rejected.jsonl"] = state.stream.rejected_bytes
         published = checkpoints.writing(self.home, step, origin, state.model_dump, lines)
-        output_dir = trainer.args.output_dir
-        trainer.args.output_dir = str(staging)
         with published if self.world.is_first else nullcontext():
             self.world.wait()
             yield
             self.world.wait()
             if self.world.is_first:
-                _move_up(staging / f"checkpoint-{step}")
-        trainer.args.output_dir = output_dir
+                _move_up(self.staging(step) / f"checkpoint-{step}")
 
     def rotate(self, best: Best | None) -> None:
         """Remove old checkpoints, but not the `best` one."""
