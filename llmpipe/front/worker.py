@@ -74,8 +74,11 @@ def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -
 
 
 def as_kept(outcome: Outcome, artifact: Artifact) -> Outcome:
-    """An outcome without this machine's paths."""
-    paths = MachinePaths.of(artifact)
+    """An outcome without this machine's paths; as it is where nobody can read which there are."""
+    try:
+        paths = MachinePaths.of(artifact)
+    except OSError:
+        return outcome
     hint = outcome.hint and paths.kept(outcome.hint)
     return replace(outcome, message=paths.kept(outcome.message), hint=hint)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from llmpipe import faults
 from llmpipe.errors import DONE, NUMERIC, SIGTERM, Stopped, UserError
 from llmpipe.front.launch import finish
+from llmpipe.front.worker import guarded
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.outcome import Outcome, listening
 
@@ -85,3 +87,20 @@ def test_who_dies_without_a_word_is_explained_by_the_disk_or_a_limit(tmp_path, m
     with pytest.raises(UserError, match=r"600\.0 MB of memory \(ulimit -v\)\n  less") as short:
         finish(None, 1, artifact, "less")
     assert full.value.code == short.value.code == 5
+
+
+def test_an_end_is_told_where_no_more_files_can_be_opened(tmp_path):
+    """By a worker that has opened as many as it may."""
+    (tmp_path / "plan.json").write_text("{}")
+    artifact = Artifact(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        (tmp_path / "metrics.jsonl").open("a")
+
+    try:
+        outcome = guarded(artifact, work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert outcome.code == 5 and "Too many open files" in outcome.message
