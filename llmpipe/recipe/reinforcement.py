@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from llmpipe.recipe.sections import (
     Data,
     Launch,
+    Length,
     Optim,
     Positive,
     Prompts,
@@ -141,7 +142,7 @@ class Mixture(Section):
 
     train: Annotated[list[Source], Field(min_length=1)]
     """Text or conversations, as for `sft`; they are packed, and take the template of `data`."""
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Length = 512
     """Longest sequence in tokens."""
     batch_size: Positive = 4
     """Sequences beside each optimizer step, over all processes."""

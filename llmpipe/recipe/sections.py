@@ -27,6 +27,8 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 
 Crowd = Annotated[int, Field(ge=1, le=1024)]  # of processes or threads
 
+Length = Annotated[int, Field(ge=8, le=1 << 24)]  # tokens of a sequence
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -144,7 +146,7 @@ class Templated(Prepared):
     file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Extra variables for the template, such as `enable_thinking`."""
-    max_length: Annotated[int, Field(ge=8)]
+    max_length: Length
     """Longest sequence in tokens."""
 
     @property
@@ -153,7 +155,7 @@ class Templated(Prepared):
 
 
 class Data(Templated):
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Length = 1024
     """Longest sequence in tokens. A longer conversation is cut after the last whole turn that fits
     (counted as truncated) or rejected; a longer text is split into pieces."""
     packing: bool = True
@@ -176,7 +178,7 @@ class Data(Templated):
 class Pairs(Templated):
     """Preferences: a prompt with a chosen and a rejected answer."""
 
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Length = 1024
     """Longest prompt with one of its answers, in tokens; a longer answer is cut there (counted as
     truncated), and a row whose answers are then the same, or whose prompt leaves no room, is
     rejected."""
@@ -185,7 +187,7 @@ class Pairs(Templated):
 class Prompts(Templated):
     """Prompts to answer."""
 
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Length = 512
     """Longest prompt in tokens; a longer one is rejected."""
 
 

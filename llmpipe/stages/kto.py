@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.recipe.sections import Generating, Optim, Start, Templated
+from llmpipe.recipe.sections import Generating, Length, Optim, Start, Templated
 from llmpipe.recipe.trainer import TrainerConfig
 from llmpipe.stages import CHECKPOINTS
 
@@ -54,7 +54,7 @@ TRAINER = TrainerConfig(
 class Judged(Templated):
     """Responses, each with a column `label`: true or false, 1 or 0. A preference is two of them."""
 
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Length = 1024
     """Longest prompt with its response, in tokens; a longer response is cut there (counted as
     truncated), and a row whose prompt leaves no room is rejected."""
 

@@ -18,6 +18,7 @@ from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import (
     AdamW,
     Generating,
+    Length,
     Positive,
     Preparation,
     Prepared,
@@ -43,7 +44,7 @@ class Corpus(Prepared):
     """Documents laid end to end, each with its end-of-document token, and cut into blocks without
     padding."""
 
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Length = 1024
     """Tokens of a block; the last one may be shorter."""
     packing: bool = Field(False, alias="isolate")
     """Attention does not cross from one document to the next within a block."""

@@ -8,7 +8,7 @@ import pytest
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load, load_pipeline
 from llmpipe.recipe.yaml import dump, parse
-from llmpipe.stages import schema
+from llmpipe.stages import STAGES, schema
 
 SFT = schema("sft")
 MOST = 256 << 10
@@ -92,3 +92,12 @@ def test_a_resolved_recipe_reads_as_it_was_written(tmp_path, text):
     recipe = recipe.model_copy(update={"model": text, "trainer": {text: text}})
     values, _ = parse(dump(recipe.model_dump(by_alias=True)), "recipe.yaml")
     assert values["model"] == text and values["trainer"] == {text: text}
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "eval"])
+def test_a_length_is_one_that_can_be_counted(tmp_path, stage):
+    path = tmp_path / "r.yaml"
+    for length in (2**63, 10**30, 1 << 25):
+        path.write_text(GOOD.replace("stage: sft", f"stage: {stage}"))
+        with pytest.raises(UserError, match=r"data.max_length: .*less than or equal to 16777216"):
+            load(path, schema(stage), [f"data.max_length={length}"])

@@ -64,7 +64,7 @@ class Perplexity(OnItems):
     """Negative log-likelihood per token: of texts with a sliding window, of conversations on the
     assistant's turns. Bits per byte compare models with different tokenizers: the bytes are those
     of the text that is scored, tool calls and thinking included, special tokens not."""
-    window: Annotated[int, Field(ge=2)] = 1024
+    window: Annotated[int, Field(ge=2, le=1 << 24)] = 1024
     """Most tokens that the model sees at once."""
     stride: Positive = 512
     """New tokens per window: smaller gives each more context and takes longer."""
