@@ -92,5 +92,8 @@ def test_what_is_free_is_refused_with_another_value(tmp_path):
 
 @pytest.mark.parametrize("name", ["torch_compile", "dataloader_drop_last", "fsdp", "push_to_hub"])
 def test_what_breaks_a_promise_is_refused(tmp_path, name):
-    (end,) = attempts.attempts([case("sft", name, True, "prepare")], tmp_path)
-    assert end.code == 2 and f"recipe.yaml:23: trainer.{name}: " in end.text
+    asked = case("sft", name, True, "prepare")
+    lines = asked.files["recipe.yaml"].decode().splitlines()
+    (line,) = (number for number, text in enumerate(lines, 1) if f"{name}:" in text)
+    (end,) = attempts.attempts([asked], tmp_path)
+    assert end.code == 2 and f"recipe.yaml:{line}: trainer.{name}: " in end.text
