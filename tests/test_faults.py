@@ -162,6 +162,8 @@ def test_lines_of_an_unfinished_run(made, writers, tmp_path, stage, name, hurt):
         path.write_bytes(path.read_bytes()[:-1])
     elif hurt == "a link":
         path.symlink_to(path.rename(tmp_path / "aside"))
+    elif hurt == "flipped" and not path.stat().st_size:
+        path.write_bytes(b"x")  # a stream of which no row was rejected
     else:
         damage(path, hurt)
     before = path.read_bytes() if path.exists() else b""
