@@ -49,6 +49,9 @@ WORDS = {os.strerror(number): number for number in (*FULL, *HANDLES, errno.ENOME
 PAGE = 1 << 16
 """Bytes that a disk with room takes."""
 
+PEER = ("gloo/transport", "gloo/rendezvous", "Connection closed by peer", "Connection reset by")
+"""Words of gloo about a process that it has lost; NCCL and the store have an error of their own."""
+
 
 @contextmanager
 def reading(
@@ -113,6 +116,20 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[None]:
         if fault:
             raise fault from error
         raise
+
+
+def of_peer(error: BaseException) -> UserError | None:
+    """What to say (5) where another process of the run was lost; None of anything else."""
+    if not isinstance(error, RuntimeError) or of_memory(error):
+        return None
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" not in kinds and not any(word in str(error) for word in PEER):
+        return None
+    return UserError(
+        f"another process ended, see what it says: {first_line(error)}",
+        "the same command goes on from the last checkpoint",
+        RESOURCES,
+    )
 
 
 @contextmanager

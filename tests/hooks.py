@@ -66,6 +66,44 @@ def _signal_in_step(step, number):
     _before(hosted.Durable, "training_step", action)
 
 
+def kill_now():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_step(step):
+    _signal_in_step(step, signal.SIGKILL)
+
+
+def crash_in_step(step):
+    _signal_in_step(step, signal.SIGSEGV)
+
+
+def memory_ends_in_step(step):
+    """`ulimit -v` of what there is already: the next large allocation fails."""
+    import resource
+
+    from llmpipe.training import hosted
+
+    def action(self, *_):
+        if self.state.global_step == step - 1:
+            with open("/proc/self/statm") as file:
+                taken = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
+            bytearray(1 << 30)
+
+    _before(hosted.Durable, "training_step", action)
+
+
+def bug_in_step(step):
+    from llmpipe.training import hosted
+
+    def action(self, *_):
+        if self.state.global_step == step - 1:
+            raise KeyError("forgotten")
+
+    _before(hosted.Durable, "training_step", action)
+
+
 def term_in_step(step):
     _signal_in_step(step, signal.SIGTERM)
 

@@ -174,19 +174,28 @@ class Trial:
         return self.out.read_text() if self.out.exists() else ""
 
 
-def pair(path: Path, sets=()) -> Artifact:
-    """The recipe's stage made by two ranks, as torchrun would start them, and verified.
-    llmpipe's own launching and accelerate's are tests of tests/front/test_processes.py."""
+def ranks(path: Path, sets=(), hooks=(None, None)) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of two ranks of the recipe's stage, as torchrun would start
+    them. llmpipe's own launching and accelerate's are tests of tests/front/test_processes.py."""
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    out = path.with_suffix(".out")
-    ranks = []
-    for rank in ("0", "1"):
-        environment = world | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(forked(_trial, str(path), str(out), tuple(sets), None, environment))
-    for process in ranks:
+    outs = [path.with_suffix(f".{rank}.out") for rank in (0, 1)]
+    started = []
+    for rank, hook in enumerate(hooks):
+        environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (str(path), str(outs[rank]), tuple(sets), hook, environment)
+        started.append(forked(_trial, *arguments))
+    for process in started:
         process.join(120)
-        assert process.exitcode == 0, f"exit code {process.exitcode}:\n{out.read_text()}"
+    texts = [out.read_text() if out.exists() else "" for out in outs]
+    assert all(process.exitcode is not None for process in started), "\n".join(texts)
+    return [(process.exitcode, text) for process, text in zip(started, texts, strict=True)]
+
+
+def pair(path: Path, sets=()) -> Artifact:
+    """The recipe's stage made by two ranks, and verified."""
+    for code, text in ranks(path, sets):
+        assert code == 0, f"exit code {code}:\n{text}"
     values = yaml.safe_load(path.read_text())
     artifact = Artifact(Path(values["run"]) / values.get("name", values["stage"]))
     assert artifact.verify().hardware["processes"] == 2

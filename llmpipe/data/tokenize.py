@@ -5,10 +5,8 @@ The result does not depend on how many processes there are.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import signal
-import sys
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,6 +25,7 @@ from llmpipe.data.pack import Piece
 from llmpipe.data.sources import Chunk, Origin, Row, parse
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError, first_line
 from llmpipe.faults import is_panic
+from llmpipe.ties import Tie, call_tied
 
 COUNTS = ("read", "kept", "truncated", "split", "pieces")  # rows, and for `pieces` examples
 
@@ -194,7 +193,7 @@ def _side_by_side(
     """`tokenized` in worker processes; a few chunks are under way at once."""
     # Never fork: torch, Arrow and tokenizers may hold threads by now.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (task,))
+    pool = ProcessPoolExecutor(processes, spawn, call_tied, (Tie(), _start_worker, task))
     under_way: deque[tuple[int, Chunk, Future[Batch]]] = deque()
 
     def oldest() -> Tokenized:
@@ -225,11 +224,9 @@ _worker: Worker
 
 
 def _start_worker(task: Task) -> None:
-    """Pool initializer. Ctrl-C belongs to the parent, and a worker does not outlive it."""
+    """Pool initializer. Ctrl-C belongs to the parent."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     _worker = Worker(task)
 
 

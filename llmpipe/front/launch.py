@@ -1,12 +1,13 @@
 """The process boundary: who starts whom, how signals and exit codes cross it.
 
     llmpipe sft r.yaml                           the parent: plans, locks, starts the workers
-      python -m llmpipe.front.worker prepare D   rows -> tokens, no torch, no process group
-      python -m llmpipe.front.worker train D     one process, or accelerate with several of them
+      python -m llmpipe.front.start_worker prepare D   rows -> tokens, no torch, no process group
+      python -m llmpipe.front.start_worker train D     one process, or accelerate with several
 
 Launchers swallow exit codes, so a worker says how it ended in `outcome.json` and the parent ends
-with that. A signal to the parent goes to the workers themselves, not to the launcher between, which
-would kill them after 30 s. Workers die with their parent (PR_SET_PDEATHSIG).
+with that; of several workers with the first that failed. A signal to the parent goes to the workers
+themselves, not to the launcher between, which would kill them after 30 s. Ctrl-Z stops them all.
+Workers die with their parent (`llmpipe.ties`).
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from llmpipe.errors import RESOURCES, SIGINT, SIGTERM, Stopped, UserError
+from llmpipe.errors import Stopped, UserError
 from llmpipe.faults import of_limit, of_place
 from llmpipe.front.launcher_log import Said
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.ends import clear_ends, death, read_ends, reported, verdict
 from llmpipe.run.machine import for_memory, process_count, thread_count
-from llmpipe.run.outcome import Outcome, listening
-from llmpipe.run.signals import die_with_parent
+from llmpipe.run.outcome import LAUNCH, Outcome, listening
+from llmpipe.run.signals import code_of, stopping
+from llmpipe.ties import PARENT, children, descendants, die_with_parent
 
 Action = Literal["convert", "prepare", "train"]
 
@@ -57,21 +60,37 @@ def start(
     command = [sys.executable]
     if processes > 1:
         command += launcher(processes, threads)
-    command += ["-m", "llmpipe.front.worker", action, str(artifact.path)]
+    command += ["-m", "llmpipe.front.start_worker", action, str(artifact.path)]
     if inexact:
         command.append("--inexact")
     if debug:
         command.append("--debug")
     Outcome.clear(artifact)
+    clear_ends(artifact, processes)
+    launch = new_launch()
     log = artifact.path / "log.txt"
+    remedy = for_memory(action, recipe)
     with listening() as ear:
-        variables = environment(action, threads) | ear.environment
+        variables = environment(action, threads) | ear.environment | {LAUNCH: launch}
         end = run(command, variables, log, launched=processes > 1)
-        outcome = Outcome.read(artifact) or ear.heard()
+        if processes > 1:
+            ends = read_ends(artifact, launch, processes, ear.said())
+            statuses = reported(end.log)
+            outcome = verdict(ends, statuses, remedy=remedy, stopped=bool(end.signals))
+        else:
+            outcome = Outcome.read(artifact, launch) or ear.heard()
+    if outcome is not None and processes > 1:
+        outcome.deliver(artifact, launch)
+        clear_ends(artifact, processes)
     if outcome is None and end.signals and end.status:
         # the worker had not come as far as noting how it ends
-        raise Stopped(SIGINT if end.signals[0] == signal.SIGINT else SIGTERM, "stopped")
-    finish(outcome, end.status, artifact, for_memory(action, recipe))
+        raise Stopped(code_of(end.signals[0]), "stopped")
+    finish(outcome, end.status, artifact, remedy)
+
+
+def new_launch() -> str:
+    """A word that no other launch has."""
+    return os.urandom(8).hex()
 
 
 def launcher(processes: int, threads: int) -> list[str]:
@@ -103,7 +122,7 @@ def environment(action: Action, threads: int) -> dict[str, str]:
         | library_environment(action)
         | {
             "OMP_NUM_THREADS": str(threads),
-            "LLMPIPE_PARENT": str(os.getpid()),
+            PARENT: str(os.getpid()),
         }
     )
 
@@ -131,6 +150,8 @@ class End:
     status: int
     signals: list[int]
     """What was sent to us meanwhile, and handed on."""
+    log: str
+    """What a launcher said on standard error."""
 
 
 def run(command: list[str], environment: dict[str, str], log: Path, *, launched: bool) -> End:
@@ -151,35 +172,49 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
 
         def forward(number: int, _: FrameType | None) -> None:
             signals.append(number)
-            for pid in children(process.pid) if launched else [process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            # the launcher itself before it has started any
+            workers = children(process.pid) if launched else []
+            send(number, workers or [process.pid])
 
-        with handled_by(forward):
+        with handled_by(forward, stopping()), paused_with_us(process.pid):
             status = process.wait()
-    return End(status, signals)
+    return End(status, signals, errors.text if errors else "")
 
 
 @contextlib.contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` have SIGINT and SIGTERM for a while."""
-    previous = {
-        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def paused_with_us(pid: int) -> Iterator[None]:
+    """Let Ctrl-Z stop a process and all below it as well, and what continues us continue them."""
+
+    def pause(number: int, _: FrameType | None) -> None:
+        tree = [pid, *descendants(pid)]
+        # in sessions of their own they would ignore what a terminal sends
+        send(signal.SIGSTOP, tree)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        send(signal.SIGCONT, tree)
+
+    heeded = signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN
+    with handled_by(pause, [signal.SIGTSTP] if heeded else []):
+        yield
+
+
+def send(number: int, pids: Iterable[int]) -> None:
+    """Send a signal to processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def handled_by(
+    handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]
+) -> Iterator[None]:
+    """Let `handler` have signals for a while."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
-
-
-def children(launcher: int) -> list[int]:
-    """Pids of what a launcher started; the launcher itself before it has started any."""
-    try:
-        pids = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    except OSError:
-        return [launcher]
-    return [int(pid) for pid in pids] or [launcher]
 
 
 def finish(outcome: Outcome | None, status: int, artifact: Artifact, remedy: str) -> None:
@@ -190,8 +225,7 @@ def finish(outcome: Outcome | None, status: int, artifact: Artifact, remedy: str
     if outcome is not None:
         outcome.check()
     elif status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        problem = "the worker was killed (SIGKILL), most likely for want of memory"
-        raise UserError(problem, remedy, RESOURCES)
+        raise death("the worker", status, remedy)
     elif status:
         problem = f"the worker ended with status {status}"
         silenced = of_place(artifact.path, Path(tempfile.gettempdir())) or of_limit(remedy)

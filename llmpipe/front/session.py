@@ -71,8 +71,8 @@ class Session:
             locks.enter_context(Lock(self.artifact).acquire())
             for parent in parents:
                 locks.enter_context(Lock(parent, shared=True).acquire())
-            # a worker whose parent was killed may still be at work
-            Lock(self.artifact, "write").acquire().release()
+            # a worker whose parent was killed may not have ended yet
+            Lock(self.artifact, "write").acquire(wait=5).release()
             yield
 
     def plan(self) -> Decision:

@@ -49,7 +49,8 @@ def open_terminal() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(nowhere, True)  # or a worker's first file would have that number
     sys.stdout = _output(sys.stdout, sys.__stdout__, 1)
     sys.stderr = _output(sys.stderr, sys.__stderr__, 2)
     if isinstance(sys.stdin, io.TextIOWrapper):

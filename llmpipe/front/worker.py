@@ -1,4 +1,4 @@
-"""What is started: `python -m llmpipe.front.worker ACTION FOLDER`, by `llmpipe.front.launch`.
+"""What `llmpipe.front.launch` starts, by way of `llmpipe.front.start_worker ACTION FOLDER`.
 
 ACTION is `convert` (a GGUF file -> safetensors), `prepare` (rows -> tokens) or `train`; FOLDER
 holds the recipe and the plan. However it ends, outcome.json says so; a user's mistake prints
@@ -20,7 +20,7 @@ from llmpipe import sums
 from llmpipe.data.prepared import RECORD
 from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
-from llmpipe.faults import a_bug, of_machine, remembering
+from llmpipe.faults import a_bug, of_machine, of_peer, remembering
 from llmpipe.files import sha256_file, to_write, write_whole
 from llmpipe.front.terminal import open_terminal
 from llmpipe.front.verified import verifying
@@ -30,17 +30,18 @@ from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training
 from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.context import check_lengths
+from llmpipe.run.ends import write_end
 from llmpipe.run.folders import check_folder
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.outcome import Outcome
+from llmpipe.run.outcome import LAUNCH, Outcome
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
-from llmpipe.run.signals import Signals, die_with_parent
+from llmpipe.run.signals import Signals
 from llmpipe.run.whereabouts import note
 from llmpipe.stages import prepared_by, schema, stage
 
@@ -49,27 +50,28 @@ BESIDE_WEIGHTS = 1 << 26
 
 
 def main(arguments: list[str]) -> int:
-    parent = os.environ.get("LLMPIPE_PARENT")
-    launched = "RANK" in os.environ  # the launcher in between is the parent then
-    die_with_parent(int(parent) if parent and not launched else None)
     open_terminal()
     signals = Signals().install()
     action, folder, *flags = arguments
     artifact = Artifact(Path(folder))
-    outcome = guarded(
-        artifact,
+    outcome = end_of(
         lambda: act(action, artifact, signals, inexact="--inexact" in flags),
-        debug="--debug" in flags,
+        artifact,
+        "--debug" in flags,
     )
+    signals.deferred = True  # what comes now changes nothing
+    launch = os.environ.get(LAUNCH, "")
+    if "RANK" in os.environ:  # one of several: the command decides who speaks for all
+        write_end(artifact, launch, rank(), as_kept(outcome, artifact))
+    else:
+        as_kept(outcome, artifact).deliver(artifact, launch)
     return outcome.code
 
 
 def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -> Outcome:
-    """Run `work`; its end, whatever it is, becomes outcome.json."""
+    """Run `work` alone; its end, whatever it is, becomes outcome.json."""
     outcome = end_of(work, artifact, debug)
-    # rank 0 speaks for all, but another rank may be the only one that fails
-    if rank() == 0 or (outcome.code != DONE and Outcome.read(artifact) is None):
-        as_kept(outcome, artifact).deliver(artifact)
+    as_kept(outcome, artifact).deliver(artifact)
     return outcome
 
 
@@ -94,14 +96,15 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
             traceback.print_exc()
         return Outcome.of(error)
     except Exception as error:
-        fault = of_machine(error, artifact.path)
+        lost = of_peer(error)
+        fault = lost or of_machine(error, artifact.path)
         if debug or not fault:
             traceback.print_exc()
-        if not fault:
+        if lost or not fault:
             text = MachinePaths.of(artifact).kept(traceback.format_exc())
             with suppress(OSError, UserError), to_write(artifact.path / "log.txt", "a") as log:
                 log.write(text)
-        return Outcome.of(fault or a_bug(error))
+        return Outcome.of(fault or a_bug(error), "peer" if lost else "told" if fault else "bug")
     return Outcome(code=DONE)
 
 
@@ -227,7 +230,7 @@ def train(job: Job[Recipe]) -> None:
     """
     artifact = job.artifact
     leads = rank() == 0
-    begun = time.time()
+    begun = time.monotonic()
     module = stage(job.recipe.stage)
     prepared = prepared_by(module).whole(artifact.path / RECORD)
     finish_verifying = verifying(job, prepared)
@@ -239,7 +242,7 @@ def train(job: Job[Recipe]) -> None:
         result = module.train(job, prepared)
         if not leads:
             return
-        manifest = describe(job, module.MAKES, result, time.time() - begun)
+        manifest = describe(job, module.MAKES, result, time.monotonic() - begun)
         # first: where it is missing, the adapter is not finished either
         for name in result.merged:
             commit_merged(job, name, manifest)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from llmpipe.errors import DONE, SIGINT, SIGTERM, Stopped, UserError
 from llmpipe.files import read_json, write_json
@@ -21,6 +22,12 @@ from llmpipe.run.artifact import Artifact
 
 EAR = "LLMPIPE_OUTCOME"
 """The variable that names where a worker says how it ended if it cannot write it down."""
+LAUNCH = "LLMPIPE_LAUNCH"
+"""The variable with the word by which a command knows its workers from earlier ones."""
+
+Kind = Literal["told", "bug", "peer"]
+"""Of a failure: one that somebody can mend, a bug, or that another process was lost."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -29,46 +36,59 @@ class Outcome:
     """The exit code."""
     message: str = ""
     hint: str | None = None
+    kind: Kind = "told"
 
     @classmethod
-    def of(cls, error: UserError) -> Outcome:
-        return cls(error.code, error.message, error.hint)
+    def of(cls, error: UserError, kind: Kind = "told") -> Outcome:
+        return cls(error.code, error.message, error.hint, kind)
 
     @classmethod
-    def read(cls, artifact: Artifact) -> Outcome | None:
-        """The last outcome, or None where there is none or it is damaged."""
-        return cls.of_values(read_json(_path(artifact)))
+    def read(cls, artifact: Artifact, launch: str | None = None) -> Outcome | None:
+        """The last outcome, or None where there is none, it is damaged, or of another launch than
+        the one that is asked for.
+        """
+        values = read_json(_path(artifact))
+        if not isinstance(values, dict) or launch not in (None, values.get("launch")):
+            return None
+        return cls.of_values(values)
 
     @classmethod
     def of_values(cls, values: object) -> Outcome | None:
         """The outcome that parsed JSON holds, or None."""
         if not isinstance(values, dict) or not isinstance(values.get("code"), int):
             return None
-        return cls(values["code"], str(values.get("message", "")), values.get("hint"))
+        kind: Kind = next((name for name in KINDS if name == values.get("kind")), "told")
+        return cls(values["code"], str(values.get("message", "")), values.get("hint"), kind)
 
     @classmethod
     def clear(cls, artifact: Artifact) -> None:
         """Forget how an earlier worker ended."""
         _path(artifact).unlink(missing_ok=True)
 
-    def write(self, artifact: Artifact) -> None:
-        write_json(_path(artifact), self._values())
+    def write(self, artifact: Artifact, launch: str | None = None) -> None:
+        write_json(_path(artifact), self.values() | ({"launch": launch} if launch else {}))
 
-    def deliver(self, artifact: Artifact) -> None:
+    def deliver(self, artifact: Artifact, launch: str | None = None) -> None:
         """Write it; where that is not possible, say it to the command that waits."""
         try:
-            self.write(artifact)
+            self.write(artifact, launch)
         except OSError:
-            with suppress(KeyError, OSError), open(os.environ[EAR], "a", encoding="utf-8") as ear:
-                ear.write(json.dumps(self._values()) + "\n")
+            say_to_command(self.values())
 
-    def _values(self) -> dict[str, object]:
+    def values(self) -> dict[str, object]:
+        """What JSON holds of it."""
         values = {"code": self.code, "message": self.message, "hint": self.hint}
-        return {name: value for name, value in values.items() if value not in ("", None)}
+        known = {name: value for name, value in values.items() if value not in ("", None)}
+        return known if self.kind == "told" else known | {"kind": self.kind}
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether a signal was served."""
+        return self.code in (SIGINT, SIGTERM)
 
     def check(self) -> None:
         """Raises what the worker ended with: UserError or Stopped; nothing where it is done."""
-        if self.code in (SIGINT, SIGTERM):
+        if self.was_stopped:
             raise Stopped(self.code, self.message)
         if self.code != DONE:
             raise UserError(self.message, self.hint, self.code)
@@ -81,10 +101,21 @@ class Ear:
         self.environment = {EAR: f"/proc/{os.getpid()}/fd/{descriptor}"}
         self._descriptor = descriptor
 
+    def said(self) -> list[object]:
+        """What was said, in the order in which it was."""
+        lines = os.pread(self._descriptor, 1 << 20, 0).splitlines()
+        return [json.loads(line) for line in lines]
+
     def heard(self) -> Outcome | None:
-        """The first that was said, or None."""
-        said = os.pread(self._descriptor, 1 << 20, 0).splitlines()
-        return Outcome.of_values(json.loads(said[0])) if said else None
+        """The first end that was said, or None."""
+        said = self.said()
+        return Outcome.of_values(said[0]) if said else None
+
+
+def say_to_command(values: dict[str, object]) -> None:
+    """Say something to the command that waits for this worker, if there is one, in a line."""
+    with suppress(KeyError, OSError), open(os.environ[EAR], "a", encoding="utf-8") as ear:
+        ear.write(json.dumps(values) + "\n")
 
 
 @contextmanager

@@ -130,11 +130,11 @@ class Durable(Trainer):
         return best.step if best else self.state.global_step
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of the training itself."""
+        """What the manifest says of the training itself. Collective."""
         return {
             "steps": self.state.global_step,
             "published_step": self.published_step,
-            "tokens": self.metrics_log.tokens * self.world.size,
+            "tokens": self.metrics_log.total(),
             "seconds": round(self.metrics_log.seconds, 1),
             "exact_resume": self.resume.exact,
             "legs": [asdict(leg) for leg in self.resume.legs],
@@ -184,7 +184,7 @@ class Durable(Trainer):
             self._evaluate(None, None)
             self._raise_if_stopped()
         if at_end or self.control.should_training_stop:
-            self.metrics_log.go_on(saved.ranks[0].tokens, saved.ranks[0].seconds)
+            self.metrics_log.go_on(self.resume.tokens, saved.ranks[0].seconds)
             return True
         return False
 
@@ -370,7 +370,7 @@ class _Loop(TrainerCallback):
         if trainer.resumes:
             counts = trainer.resume.rank_state
             resume.put_back(trainer, counts)
-            trainer.metrics_log.go_on(counts.tokens, counts.seconds)
+            trainer.metrics_log.go_on(trainer.resume.tokens, counts.seconds)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.order.epoch = int(state.epoch or 0)

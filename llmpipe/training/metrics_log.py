@@ -15,6 +15,7 @@ from llmpipe.files import cut_back, fsync, to_write
 from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
 from llmpipe.parallel import World
 from llmpipe.run.progress import Progress
+from llmpipe.training.rows import counted_tokens
 
 
 class MetricsLog:
@@ -28,7 +29,7 @@ class MetricsLog:
         """Trained on by this process so far."""
         self._begun = time.monotonic()
         self._logged_at = self._begun
-        self._logged_tokens = 0
+        self._logged_tokens = 0  # of all processes
         self._peak_flops = 0.0  # of all processes together; 0 where it is not known
         self._flops_per_token = 0.0
 
@@ -59,26 +60,26 @@ class MetricsLog:
             self._flops_per_token = flops_per_token(model, context)
 
     def go_on(self, tokens: int, seconds: float) -> None:
-        """Count on from what a checkpoint had."""
+        """Count on from what a checkpoint had: tokens of this process. Collective."""
         self.tokens = tokens
         self._begun -= seconds
         self._logged_at = time.monotonic()
-        self._logged_tokens = tokens
+        self._logged_tokens = self.total()
 
     def count(self, batch: dict[str, Any]) -> None:
         """Count the tokens of a batch, without its padding."""
-        if "attention_mask" in batch:
-            self.tokens += int(batch["attention_mask"].sum())
-        else:
-            self.tokens += batch["input_ids"].numel()
+        self.tokens += counted_tokens(batch)
+
+    def total(self) -> int:
+        """Tokens trained on by all processes so far. Collective."""
+        return int(self.world.totals({"tokens": self.tokens})["tokens"])
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line in the file and one on the screen."""
+        """One line in the file and one on the screen. Collective."""
+        speed = self._speed(self.total()) if "loss" in metrics else {}
         if not self.world.is_first:
             return
-        line: dict[str, Any] = {"step": step, **metrics}
-        if "loss" in metrics:
-            line |= self._speed()
+        line: dict[str, Any] = {"step": step, **metrics, **speed}
         line["memory_gb"] = round(memory_gb(), 3)
         line["seconds"] = round(self.seconds, 3)
         with to_write(self.path, "a") as file:
@@ -86,13 +87,14 @@ class MetricsLog:
         if self.progress:
             self.progress.show(line)
 
-    def _speed(self) -> dict[str, float]:
-        """Of all processes since the last line of the training's."""
+    def _speed(self, total: int) -> dict[str, float]:
+        """Of all processes, which have trained on `total` tokens, since the last line of the
+        training's.
+        """
         now = time.monotonic()
-        tokens = (self.tokens - self._logged_tokens) * self.world.size
-        rate = tokens / max(now - self._logged_at, 1e-9)
+        rate = (total - self._logged_tokens) / max(now - self._logged_at, 1e-9)
         self._logged_at = now
-        self._logged_tokens = self.tokens
+        self._logged_tokens = total
         speed = {"tokens_per_second": round(rate, 1)}
         if self._peak_flops:
             share = speed["tokens_per_second"] * self._flops_per_token / self._peak_flops

@@ -114,6 +114,12 @@ class Resume:
         ranks = self.state.ranks
         return ranks[min(self.world.rank, len(ranks) - 1)]
 
+    @property
+    def tokens(self) -> int:
+        """What this process counts on from: all is counted once, by however many processes."""
+        assert self.state is not None
+        return sum(rank.tokens for rank in self.state.ranks[self.world.rank :: self.world.size])
+
     def staging(self, step: int) -> Path:
         """Where the library saves to."""
         return self.home / f".step-{step}.staging"

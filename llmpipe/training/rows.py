@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
+from llmpipe.data.pack import IGNORED
 from llmpipe.data.stream import Stream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
@@ -76,6 +77,36 @@ def with_fillers(rows: Dataset, count: int, filler: dict[str, Any]) -> Dataset:
     filler = filler | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # where TRL adds them
     columns = {name: [filler[name]] * count for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_dict(columns, features=rows.features)])
+
+
+def counted_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a batch that TRL collated, without padding and without fillers."""
+    if batch.get("weight") == 0:  # of preferences, all of which are fillers
+        return 0
+    ids = batch["input_ids"]
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"]
+        return int((mask * ~_filled(batch, mask.sum(1) == 2)[:, None]).sum())
+    return int(ids.numel()) - _laid_fillers(batch)
+
+
+def _filled(batch: dict[str, Any], short: torch.Tensor) -> torch.Tensor:
+    """Which rows of a padded batch are fillers, bool [rows]; `short` has those of two tokens."""
+    if "labels" not in batch:
+        return torch.zeros_like(short)
+    return short & (batch["labels"] == IGNORED).all(1)
+
+
+def _laid_fillers(batch: dict[str, Any]) -> int:
+    """Tokens of fillers in a batch whose sequences lie end to end."""
+    if "position_ids" not in batch or "labels" not in batch:
+        return 0
+    starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
+    ids, learned = batch["input_ids"].flatten(), batch["labels"].flatten() != IGNORED
+    ends = torch.cat([starts[1:], starts.new_tensor([len(ids)])])
+    pairs = starts[ends - starts == 2]
+    fillers = (ids[pairs] == ids[pairs + 1]) & ~learned[pairs] & ~learned[pairs + 1]
+    return 2 * int(fillers.sum())
 
 
 class Order(Sampler):
