@@ -74,6 +74,9 @@ def test_verify_names_every_file(road):
             with damaged(run, path, how) as differs:
                 if not differs:  # an empty file has nothing to cut
                     continue
+                # what is begun is no artifact yet: its records are written anew, or fit one another
+                if how == "swapped" and path.name in ("plan.json", "prepared.json"):
+                    continue
                 tried += 1
                 code, lines = verified(run)
                 if code != 3 or not any(line.startswith(f"{path}: ") for line in lines):

@@ -270,6 +270,8 @@ def _of_plan(artifact: Artifact, plan: Plan | None) -> Iterator[str]:
         return
     recipe = artifact.path / RECIPE
     yield from _of_record(artifact)
+    if plan.recipe_file and read_written(artifact.path / PLAN) is None:
+        yield f"{PLAN}: is not as it was written"
     if plan.recipe_file and (not recipe.is_file() or sha256_file(recipe) != plan.recipe_file):
         yield f"{RECIPE}: is not what {PLAN} was written with"
 
