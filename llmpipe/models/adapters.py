@@ -47,6 +47,11 @@ class Base:
     """Of the weights that are not quantized."""
 
     @property
+    def computes_in(self) -> torch.dtype:
+        """The precision of its products."""
+        return torch.bfloat16 if self.quantization else self.dtype
+
+    @property
     def is_exact(self) -> bool:
         """Whether it was held as its files have it."""
         return self.quantization is None and self.dtype == torch.float32
@@ -161,9 +166,69 @@ def on_base(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int
 
     `seed`: of rows that the base lacks, before the adapter's take their place.
     """
+    make_fit(base, folder, tokenizer, seed)
+    return attach(base, folder)
+
+
+def make_fit(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:
+    """Give a base the vocabulary and the generation of the adapter in `folder`."""
     resize_embeddings(base, tokenizer, seed)
     take_generation(base, folder)
-    return attach(base, folder)
+
+
+def plain_layer(module: Any) -> nn.Module:
+    """A module of the base, without what PEFT has put around it."""
+    while (inside := getattr(module, "base_layer", None)) is not None:
+        module = inside
+    plain: nn.Module = getattr(module, "original_module", module)
+    return plain
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A weight of the base under an adapter."""
+
+    layer: Any
+    """The module that has it."""
+    weight: Any
+    """A parameter."""
+    is_files: bool
+    """Whether the base's files hold it: not where a part was taken out of it, nor where a whole
+    module learns in its place."""
+
+
+def frozen_weight(model: Any, name: str) -> Frozen:
+    """The weight that has this name in the base of PEFT's `model`."""
+    *path, last = name.split(".")
+    rewrites = hasattr(model, "began_with")
+    module, is_files = model.get_base_model(), True
+    for part in path:
+        module = getattr(plain_layer(module), part)
+        is_files &= not hasattr(module, "modules_to_save")
+        is_files &= not (rewrites and hasattr(module, "lora_A"))
+    layer = plain_layer(module)
+    return Frozen(layer, getattr(layer, last), is_files)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a layer is adapted."""
+
+    kind: str
+    """Which of PEFT's classes it has become."""
+    scale: float
+
+
+def adapted_layers(model: Any) -> dict[str, Update]:
+    """Layers of PEFT's model that have low-rank matrices, by name."""
+    return {
+        name: Update(
+            type(module).__name__ + (" with DoRA" if module.use_dora.get("default") else ""),
+            module.scaling["default"],
+        )
+        for name, module in model.get_base_model().named_modules()
+        if hasattr(module, "lora_A") and "default" in module.scaling
+    }
 
 
 def attach(model: PreTrainedModel, folder: Path, trainable: bool = False) -> Any:
@@ -239,17 +304,17 @@ def upcast_trained(model: Any) -> bool:
                 trained.float()
                 any_trained = True
         if isinstance(layers, nn.ModuleDict):
-            _cast_around(layers.values(), module.original_module.weight.dtype)
+            _cast_around(layers.values(), module.original_module)
     return any_trained
 
 
-def _cast_around(layers: Iterable[nn.Module], outside: torch.dtype) -> None:
-    """Let fp32 layers compute between others of the precision `outside`."""
+def _cast_around(layers: Iterable[nn.Module], original: Any) -> None:
+    """Let fp32 layers compute between others of the precision that the `original` one has."""
     for layer in layers:
         if layer._forward_hooks or layer._forward_pre_hooks:
             continue  # an earlier call was here
         if isinstance(layer, nn.Embedding):
-            layer.register_forward_hook(lambda _, args, output: output.to(outside))
+            layer.register_forward_hook(lambda _, args, output: output.to(original.weight.dtype))
         else:
             layer.register_forward_pre_hook(_cast_to_weight)
 

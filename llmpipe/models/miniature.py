@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmpipe.models.adapters import plain_layer
 from llmpipe.models.generate import isolated_rng
 
 LAYERS = 2  # at least, so that one reads what another wrote
@@ -55,10 +56,12 @@ WINDOWS = ("sliding_window", "attention_window_size", "window_size", "attention_
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
 
 
-def miniatures(model: PreTrainedModel, row: int) -> Iterator[PreTrainedModel]:
-    """Small models of the class and the configuration of `model`, on its device, in evaluation
-    mode, with the attention that it has. The first is the smallest; each of the others may compute
-    where that one does not, since other things of it are as they were.
+def miniatures(
+    model: PreTrainedModel, row: int, device: torch.device | None = None
+) -> Iterator[PreTrainedModel]:
+    """Small models of the class and the configuration of `model`, on its device or on another, in
+    evaluation mode, with the attention that it has. The first is the smallest; each of the others
+    may compute where that one does not, since other things of it are as they were.
 
     `row`: tokens that the model sees at once; a window that is shorter stays shorter than a row.
     """
@@ -71,7 +74,7 @@ def miniatures(model: PreTrainedModel, row: int) -> Iterator[PreTrainedModel]:
             config = _cut(model.config, layers, share, row)
             if _weights(model, config) > MOST:
                 break
-            small = _build(model, config)
+            small = _build(model, config, device or model.device)
             if small is not None and {_kind(layer) for layer in _layers(small)} == set(kinds):
                 yield small
 
@@ -94,7 +97,7 @@ def _kind(layer: nn.Module) -> frozenset[Any]:
 
 
 def _parts(module: nn.Module, name: str) -> Iterator[Any]:
-    module = _plain(module)
+    module = plain_layer(module)
     if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         return  # of which there are others for few bits
     switches = tuple(
@@ -105,14 +108,6 @@ def _parts(module: nn.Module, name: str) -> Iterator[Any]:
     yield re.sub(r"\d+", "*", name), type(module).__name__, switches
     for child, inside in module.named_children():
         yield from _parts(inside, f"{name}.{child}")
-
-
-def _plain(module: Any) -> nn.Module:
-    """A module without what an adapter put around it."""
-    while (inside := getattr(module, "base_layer", None)) is not None:
-        module = inside
-    plain: nn.Module = getattr(module, "original_module", module)
-    return plain
 
 
 # --- a smaller configuration ---
@@ -148,7 +143,7 @@ def _cut(config: PretrainedConfig, layers: list[int], share: float, row: int) ->
                 setattr(part, name, 0)
         part.__dict__.pop("quantization_config", None)
     for name in small.sub_configs:  # what sees or hears, and is asked nothing
-        tower = getattr(small, name, None)
+        tower: Any = getattr(small, name, None)
         if tower is not text and _number(tower, "num_hidden_layers"):
             tower.num_hidden_layers = 1
     return small
@@ -193,7 +188,9 @@ def _weights(model: PreTrainedModel, config: PretrainedConfig) -> int:
         return 0
 
 
-def _build(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel | None:
+def _build(
+    model: PreTrainedModel, config: PretrainedConfig, device: torch.device
+) -> PreTrainedModel | None:
     """A model with random weights; None where there is none of these numbers."""
     attention = model.config._attn_implementation
     try:
@@ -201,7 +198,7 @@ def _build(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel 
             small = type(model)._from_config(config, dtype=torch.float32)
             _draw(small)
         small.set_attn_implementation(attention)
-        return small.to(model.device).eval()
+        return small.to(device).eval()
     except Exception:
         return None
 

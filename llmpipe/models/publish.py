@@ -6,20 +6,40 @@ One process publishes; the others wait for it.
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
 from llmpipe.errors import Say
-from llmpipe.files import publishing
-from llmpipe.models.adapters import WEIGHTS, Base, as_published, on_base
-from llmpipe.models.pretrained import load_model, load_tokenizer
-from llmpipe.models.verify import Verified, compare_adapter, compare_model
+from llmpipe.files import publishing, write_json
+from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied, make_fit
+from llmpipe.models.mapped import Precision, borrowed, lending, load_mapped, parts_of
+from llmpipe.models.pretrained import load_tokenizer
+from llmpipe.models.verify import (
+    Verified,
+    compare_adapter,
+    compare_merged,
+    compare_model,
+    in_fp32,
+    probe_logits,
+    same_tensors,
+)
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.folders import INDEX
+from llmpipe.run.weights import tensors_in
+
+SINGLE = "model.safetensors"
+SHARD = 1 << 30
+"""Bytes of a merged model that are in memory, and in one file, at once; more where a layer is."""
 
 
 def publish_model(
@@ -68,11 +88,89 @@ def publish_adapter(
 
 def merge(base: Path, adapter: Path, folder: Path) -> None:
     """Publish the base with the adapter's update added to its weights, in fp32, to `folder`: a
-    model like any other. Raises UserError (3) as `publish_model` does.
+    model like any other. At no time is more of it in memory than a file of it.
+
+    Raises UserError (3) when what was saved says something else than the adapter on its base.
     """
     tokenizer = load_tokenizer(adapter)
-    model = load_model(base, scores=is_reward_model(adapter))
-    merged = on_base(model, adapter, tokenizer).merge_and_unload(safe_merge=True).eval()
-    merged.config.eos_token_id = tokenizer.eos_token_id
-    merged.config.pad_token_id = tokenizer.pad_token_id
-    publish_model(merged, tokenizer, folder)
+    model = load_mapped(base, scores=is_reward_model(adapter))
+    make_fit(model, adapter, tokenizer)
+    precision = in_fp32(model)
+    adapted = attach(model, adapter).eval()
+    cpu = torch.device("cpu")
+    with lending(adapted, precision, cpu):
+        expected = probe_logits(adapted, tokenizer, cpu)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with publishing(folder) as staging:
+        _save_merged(adapted, precision, staging)
+        tokenizer.save_pretrained(staging)
+        compare_merged(expected, tokenizer, staging)
+
+
+def _save_merged(adapted: Any, precision: Precision, folder: Path) -> None:
+    """Save PEFT's model merged, shard by shard, as transformers would save all of it at once."""
+    model = adapted.get_base_model()
+    work = folder / ".shard"
+    files: dict[str, list[str]] = {}
+    parameters = size = 0
+    for number, shard in enumerate(_shards(_merged_tensors(adapted, precision)), 1):
+        model.save_pretrained(work, state_dict=shard, max_shard_size=sys.maxsize)
+        same_tensors(shard, work, may_be_renamed=True)
+        name = f"{number:05}.safetensors"
+        (work / SINGLE).rename(folder / name)
+        files[name] = list(tensors_in(folder / name))
+        parameters += sum(tensor.numel() for tensor in shard.values())
+        size += sum(tensor.nbytes for tensor in shard.values())
+    shutil.rmtree(work)
+    if not is_tied(model) and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False  # one of them has learned apart from the other
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if len(files) == 1:
+        (folder / next(iter(files))).rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for name, tensors in files.items():
+        whole = f"model-{name.removesuffix('.safetensors')}-of-{len(files):05}.safetensors"
+        (folder / name).rename(folder / whole)
+        weight_map |= dict.fromkeys(tensors, whole)
+    totals = {"total_parameters": parameters, "total_size": size}
+    write_json(folder / INDEX, {"metadata": totals, "weight_map": weight_map})
+
+
+def _merged_tensors(adapted: Any, precision: Precision) -> Iterator[dict[str, Tensor]]:
+    """The tensors of PEFT's model merged, part by part; of those that share their weights one."""
+    model = adapted.get_base_model()
+    seen: dict[int, Tensor] = {}
+    for part in list(parts_of(model)):
+        with borrowed(part, precision, torch.device("cpu")):
+            plain = part.module
+            if part.whole:
+                plain = upstream.merged_part(adapted, part.module)
+            if plain is not part.module:
+                parent, _, child = part.name.rstrip(".").rpartition(".")
+                setattr(model.get_submodule(parent), child, plain)
+            saved = plain.state_dict().keys()
+            tensors = [*plain.named_parameters(recurse=part.whole)]
+            tensors += plain.named_buffers(recurse=part.whole)
+            fresh = {
+                part.name + name: tensor
+                for name, tensor in tensors
+                if name in saved and id(tensor) not in seen
+            }
+            seen |= {id(tensor): tensor for tensor in fresh.values()}
+            yield {name: tensor.detach() for name, tensor in fresh.items()}
+
+
+def _shards(parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Parts together, as many as fit a file."""
+    shard: dict[str, Tensor] = {}
+    for part in parts:
+        if shard and sum(tensor.nbytes for tensor in (shard | part).values()) > SHARD:
+            yield shard
+            shard = {}
+        shard |= part
+    yield shard

@@ -4,6 +4,11 @@ Saved tensors are whole, finite and the trained ones; reloaded, the model gives 
 probe, with the same tokenizer and template; an adapter also does when it is merged into its base;
 and generation writes several lines, and stops at the end of a turn. Whatever differs is refused
 with UserError (3), NaN and Inf with (4).
+
+Tensors are compared number by number, which needs no threshold, and tells of one wrong tensor in a
+model of any size. Logits tell of what is made of them, a scale or a layer left out; what they may
+differ by is `rounding`, of the precision, the depth and their own size. A base is held once: what
+is reloaded borrows the weights of its files, part by part (`mapped`).
 """
 
 from __future__ import annotations
@@ -18,13 +23,22 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe import upstream
 from llmpipe.data.tokenizer import SEVERAL_LINES
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.faults import reading
-from llmpipe.models.adapters import Base, as_published, load_frozen, on_base
+from llmpipe.models.adapters import (
+    Base,
+    Frozen,
+    adapted_layers,
+    as_published,
+    attach,
+    frozen_weight,
+    make_fit,
+)
 from llmpipe.models.generate import isolated_rng, render
-from llmpipe.models.hardware import release_memory
-from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of
+from llmpipe.models.mapped import Precision, lending, load_mapped
+from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of, take_generation
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
 
@@ -37,10 +51,15 @@ NEWEST = 8  # of these are the last ids of the vocabulary
 # of what a stranger draws for rows that the base lacks: another one than in training
 STRANGERS_SEED = 1
 
-# the greatest difference of a logit, of a model and the one that was reloaded
-RELOADED = 1e-5
-# of base + adapter and the merged model, both in fp32: weights are summed in another order
-MERGED = 1e-3
+AGAIN = 2
+"""Units in the last place of the largest logit that one layer may move a logit by where the same
+sums are computed once more. They are equal to the bit on a CPU."""
+
+OTHERWISE = 256
+"""The same where a sum is computed in another order, in fp32: a merged adapter's logits move by 1
+to 10 units, a wrong scale moves them by tens of thousands."""
+
+REQUANTIZED = 1e-3  # of the mean weight: codes at the edge of two are rounded either way
 
 
 @dataclass(frozen=True)
@@ -76,14 +95,14 @@ def compare_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
     _same_tokenizer(tokenizer, folder)
     trained = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     # files may have other names for some, as those of GPT-NeoX; these are compared once reloaded
-    tensors = _same_tensors(trained, folder, may_be_renamed=True)
+    tensors = same_tensors(trained, folder, may_be_renamed=True)
     reloaded = load_model(folder).to(model.device).eval()  # refuses missing and left over tensors
     for name, tensor in reloaded.state_dict().items():
         if not _equal(tensor.cpu(), trained[name]):
             _refuse(f"{name} is not the tensor that was trained")
     if reloaded.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
         _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
-    behaviour = _same_behaviour(model, reloaded, tokenizer, RELOADED)
+    behaviour = _same_behaviour(model, reloaded, tokenizer)
     return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
 
 
@@ -93,50 +112,129 @@ def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) 
     """
     _same_tokenizer(tokenizer, folder)
     trained, _ = as_published(model)
-    tensors = _same_tensors(trained, folder)
-    scores = is_reward_model(folder)
-    frozen = load_frozen(base.folder, base.quantization, base.dtype, scores=scores)
-    reloaded = on_base(frozen, folder, tokenizer, STRANGERS_SEED)
-    if not base.quantization:
-        reloaded.to(model.device)
-    # where a part of the weights was taken out of them, the sums are others once it is back in
-    tolerance = MERGED if hasattr(model, "began_with") else RELOADED
-    behaviour = _same_behaviour(model, reloaded.eval(), tokenizer, tolerance)
+    tensors = same_tensors(trained, folder)
+    reloaded, precision = _reloaded_on(model, tokenizer, folder, base)
+    _same_updates(model, reloaded)
+    logits = probe_logits(model, tokenizer)
+    with lending(reloaded, precision, model.device):
+        again = probe_logits(reloaded, tokenizer, model.device)
+    difference = _same_logits(model, logits, again, base.computes_in)
     if not base.is_exact:
-        del frozen, reloaded
-        release_memory()
-        exact = load_model(base.folder, scores=scores)
-        reloaded = on_base(exact, folder, tokenizer, STRANGERS_SEED).eval()
+        reloaded, precision = _exactly_on(folder, tokenizer, base.folder)
     # merging is compared in fp32, the precision of the published weights
-    before = probe_logits(reloaded, tokenizer).cpu()
-    after = probe_logits(reloaded.merge_and_unload(safe_merge=True), tokenizer).cpu()
-    merged_difference = float((before - after).abs().max())
-    if not merged_difference <= MERGED:
-        difference = f"differ by {merged_difference:.2e}"
-        _refuse(f"merged into its base, the adapter's logits on a probe {difference}")
+    cpu = torch.device("cpu")
+    with lending(reloaded, precision, cpu):
+        before = probe_logits(reloaded, tokenizer, cpu)
+    with lending(reloaded, precision, cpu, merged=True):
+        after = probe_logits(reloaded, tokenizer, cpu)
     quantized_difference = None
     if base.quantization:
-        quantized = probe_logits(model, tokenizer).float().cpu()
-        quantized_difference = float((quantized - after).abs().mean())
+        quantized_difference = float((logits.float().cpu() - after).abs().mean())
     return Verified(
         tensors,
-        behaviour.max_logit_difference,
-        behaviour.stops_at,
-        merged_difference,
+        difference,
+        _stops_as_saved(model.get_base_model(), tokenizer, folder),
+        _same_merged(reloaded, before, after),
         quantized_difference,
     )
 
 
-def probe_logits(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
+def compare_merged(expected: torch.Tensor, tokenizer: Tokenizer, folder: Path) -> None:
+    """Compare what was saved in `folder` of a base with an adapter in its weights. `expected`:
+    logits of the base with the adapter on it.
+    """
+    _same_tokenizer(tokenizer, folder)
+    merged = load_mapped(folder)  # refuses missing and left over tensors
+    if merged.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
+        _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
+    _same_merged(merged, expected, probe_logits(merged, tokenizer))
+    _stops_as_saved(merged, tokenizer, folder)
+
+
+def in_fp32(model: Any) -> dict[torch.nn.Parameter, torch.dtype]:
+    """All weights of a model, to be computed with in fp32."""
+    return dict.fromkeys(model.parameters(), torch.float32)
+
+
+def _exactly_on(folder: Path, tokenizer: Tokenizer, base: Path) -> tuple[Any, Precision]:
+    """The adapter in `folder` on its base as the base's files have it, in fp32."""
+    model = load_mapped(base, scores=is_reward_model(folder))
+    make_fit(model, folder, tokenizer, STRANGERS_SEED)
+    precision = in_fp32(model)
+    return attach(model, folder).eval(), precision
+
+
+def _reloaded_on(
+    trained: Any, tokenizer: Tokenizer, folder: Path, base: Base
+) -> tuple[Any, Precision]:
+    """The adapter in `folder` on its base as it was trained on: on the very weights that were
+    frozen, once each of them was seen to be what the base's files hold.
+    """
+    model = load_mapped(base.folder, scores=is_reward_model(folder))
+    rows = {name: len(weight) for name, weight in model.named_parameters() if weight.ndim}
+    make_fit(model, folder, tokenizer, STRANGERS_SEED)
+    precision = {}
+    for name, weight in list(model.named_parameters()):
+        frozen = frozen_weight(trained, name)
+        # an adapter brings new rows along: logits of their tokens show whether it does
+        in_file = slice(rows.get(name))
+        if frozen.is_files and not _is_files(frozen, weight.data[in_file], base):
+            _refuse(f"{name}: what was trained on is not the base's weight")
+        if upstream.is_quantized(frozen.layer):
+            upstream.share_quantized(model, name, frozen.layer)
+            continue
+        precision[weight] = frozen.weight.dtype
+        if frozen.is_files and rows.get(name) == len(weight):
+            weight.data = frozen.weight.data
+    upstream.as_quantized(model, trained.get_base_model())
+    return attach(model, folder).eval(), precision
+
+
+def _is_files(frozen: Frozen, saved: torch.Tensor, base: Base) -> bool:
+    """Whether a weight that was not trained is the base's, in the precision that it was held in."""
+    trained = frozen.weight.data[: len(saved)]
+    if upstream.is_quantized(frozen.layer):
+        again = upstream.quantized_again(frozen.layer, saved, base.dtype)
+        difference = (again - upstream.dequantized(frozen.layer)).abs().mean()
+        return float(difference) <= REQUANTIZED * float(again.abs().mean())
+    expected = saved.to(trained.device, base.dtype).to(trained.dtype)
+    return torch.equal(trained, expected)
+
+
+def _same_updates(trained: Any, reloaded: Any) -> None:
+    """The same layers are adapted, in the same way and on the same scale."""
+    before, after = adapted_layers(trained), adapted_layers(reloaded)
+    for name in sorted(before.keys() | after.keys()):
+        one, other = before.get(name), after.get(name)
+        if one is None or other is None:
+            _refuse(f"{name} is adapted {'in training only' if other is None else 'once saved'}")
+        if one.kind != other.kind:
+            _refuse(f"{name} is adapted in another way ({one.kind}, saved as {other.kind})")
+        if not math.isclose(one.scale, other.scale, rel_tol=1e-6):
+            _refuse(f"{name} is adapted by {one.scale:g} in training, and {other.scale:g} saved")
+
+
+def probe_logits(
+    model: Any, tokenizer: Tokenizer, device: torch.device | None = None
+) -> torch.Tensor:
     """Logits on the probe text, with the model in evaluation mode: [1, tokens, vocabulary], or
-    scores [1, 1] of a reward model.
+    scores [1, 1] of a reward model. `device`: where it computes, if not where its weights lie.
     """
     was_training = model.training
     model.eval()
     with isolated_rng(), torch.no_grad():
-        logits: torch.Tensor = model(_probe(model, tokenizer)).logits
+        logits: torch.Tensor = model(_probe(model, tokenizer).to(device or model.device)).logits
     model.train(was_training)
     return logits
+
+
+def rounding(model: Any, logits: torch.Tensor, dtype: torch.dtype, units: int) -> float:
+    """What rounding alone may make two computations of these logits differ by, in `dtype`: units in
+    the last place of the largest, in each layer anew, as in a random walk.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    largest = max(float(logits.abs().max()), 1.0)
+    return units * torch.finfo(dtype).eps * math.sqrt(depth + 1) * largest
 
 
 def _probe(model: Any, tokenizer: Tokenizer) -> torch.Tensor:
@@ -165,7 +263,7 @@ def _same_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         _refuse("the tokenizer splits a probe text differently after reloading")
 
 
-def _same_tensors(
+def same_tensors(
     trained: dict[str, torch.Tensor], folder: Path, may_be_renamed: bool = False
 ) -> int:
     """Every saved tensor is whole, finite and the trained one; returns how many there are."""
@@ -195,17 +293,50 @@ def _equal(saved: torch.Tensor, trained: torch.Tensor) -> bool:
     return torch.equal(saved, trained.to(saved.dtype))
 
 
-def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer, tolerance: float) -> Behaviour:
+def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer) -> Behaviour:
     """Equal logits on the probe, and generation that stops at every stop token alone."""
-    apart = probe_logits(model, tokenizer) - probe_logits(reloaded, tokenizer)
-    difference = float(apart.abs().max())
-    if not math.isfinite(difference) or difference > tolerance:
-        outputs = "logits" if model.can_generate() else "scores"
-        _refuse(f"{outputs} on a probe differ by {difference:.2e} after reloading")
+    logits, again = probe_logits(model, tokenizer), probe_logits(reloaded, tokenizer)
+    difference = _same_logits(model, logits, again, logits.dtype)
     if not model.can_generate():
         return Behaviour(difference)
-    stops_at = _stops_at(reloaded, tokenizer)
-    return Behaviour(difference, stops_at)
+    return Behaviour(difference, _stops_at(reloaded, tokenizer))
+
+
+def _same_logits(
+    model: Any, logits: torch.Tensor, again: torch.Tensor, dtype: torch.dtype
+) -> float:
+    """The greatest difference of logits and the reloaded model's, which is rounding."""
+    difference = float((logits - again).abs().max())
+    # where a part of the weights was taken out of them, the sums are others once it is back in
+    units = OTHERWISE if hasattr(model, "began_with") else AGAIN
+    if not difference <= rounding(model, logits, dtype, units):
+        outputs = "logits" if model.can_generate() else "scores"
+        _refuse(f"{outputs} on a probe differ by {difference:.2e} after reloading")
+    return difference
+
+
+def _same_merged(model: Any, before: torch.Tensor, after: torch.Tensor) -> float:
+    """The greatest difference of logits in fp32 of an adapter on its base, and merged into it."""
+    difference = float((before - after).abs().max())
+    if not difference <= rounding(model, before, torch.float32, OTHERWISE):
+        shown = f"differ by {difference:.2e}"
+        _refuse(f"merged into its base, the adapter's logits on a probe {shown}")
+    return difference
+
+
+def _stops_as_saved(model: Any, tokenizer: Tokenizer, folder: Path) -> int | list[int] | None:
+    """Where a model stops that generates as the folder says; None of one that does not generate."""
+    if not model.can_generate():
+        return None
+    configured = model.generation_config
+    was_training = model.training
+    take_generation(model, folder)
+    model.eval()
+    try:
+        return _stops_at(model, tokenizer)
+    finally:
+        model.generation_config = configured
+        model.train(was_training)
 
 
 def _stops_at(model: PreTrainedModel, tokenizer: Tokenizer) -> int | list[int] | None:

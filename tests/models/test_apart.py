@@ -111,7 +111,7 @@ def test_kinds_of_layers_that_follow_from_their_places():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     kinds = {miniature._kind(layer) for layer in miniature._layers(model)}
-    small = next(miniature.miniatures(model, 1024))
+    small = next(miniature.miniatures(model, 1024, torch.device("cpu")))
     assert {miniature._kind(layer) for layer in miniature._layers(small)} == kinds
     assert len(kinds) == 3 and small.config.num_hidden_layers == 3
 
