@@ -29,20 +29,20 @@ def check(ends: list[attempts.End], least: float, most: float) -> None:
     assert least <= codes.get(0, 0) / len(ends) <= most, codes
 
 
-@pytest.mark.parametrize("numbers", batches(100, 1000, 5000), ids=str)
+@pytest.mark.parametrize("numbers", batches(40, 1000, 5000), ids=str)
 def test_mutated_recipes(tmp_path, numbers):
     """As far as the first step of the training: rows are read and tokenized where that is left."""
     cases = [mutants.recipe(f"recipe {number}") for number in numbers]
     check(attempts.attempts(cases, tmp_path), 0.01, 0.6)
 
 
-@pytest.mark.parametrize("numbers", batches(50, 400, 2000), ids=str)
+@pytest.mark.parametrize("numbers", batches(25, 400, 2000), ids=str)
 def test_mutated_rows(tmp_path, numbers):
     cases = [mutant_files.rows_file(f"rows_file {number}") for number in numbers]
     check(attempts.attempts(cases, tmp_path), 0.05, 0.95)
 
 
-@pytest.mark.parametrize("numbers", batches(4, 100, 400), ids=str)
+@pytest.mark.parametrize("numbers", batches(2, 100, 400), ids=str)
 def test_nearly_valid_recipes_train(tmp_path, numbers):
     """One step, with a value or two that nobody would choose."""
     cases = [mutants.trained(f"trained {number}") for number in numbers]
