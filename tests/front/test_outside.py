@@ -101,14 +101,14 @@ def test_one_that_lost_another_says_what_that_one_says(artifact, monkeypatch):
 
 
 def test_a_rank_that_is_lost_is_said_by_the_other(tmp_path):
-    """Rank 1 has nothing to learn from any more: its own line and code, and rank 0 names them."""
+    """Rank 1 fails before it gives its gradients: its own line and code, and rank 0 names them."""
     path = life.write(tmp_path / "run", launch__processes="auto")
-    lost, failed = life.ranks(path, hooks=(None, "nan_loss_4"))
-    line = "step 4: the loss is nan; stopped before the optimizer step"
-    assert failed[0] == 4 and f"error: {line}" in failed[1], failed
-    assert lost[0] == 4 and f"error: another process ended first: {line}" in lost[1], lost
+    lost, failed = life.ranks(path, hooks=(None, "bug_in_step_4"))
+    line = "a bug: KeyError: 'forgotten'"
+    assert failed[0] == 1 and f"error: {line}" in failed[1], failed
+    assert lost[0] == 1 and f"error: another process ended first: {line}" in lost[1], lost
     outcome = Outcome.read(Artifact(tmp_path / "run" / "sft"))
-    assert (outcome.code, outcome.message) == (4, line)
+    assert (outcome.code, outcome.message) == (1, line)
 
 
 def test_tokens_are_summed_over_ranks(tmp_path):
