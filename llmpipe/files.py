@@ -49,6 +49,15 @@ def expanded(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def stamp(path: Path) -> str:
+    """What the system says of a file, or of every file below a folder: sizes, and when each was
+    written or renamed last. Where it says the same again nothing was changed in between.
+    """
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(str(file.relative_to(path)), file.lstat()) for file in files if not file.is_dir()]
+    return digest([[name, it.st_size, it.st_mtime_ns, it.st_ctime_ns] for name, it in states])
+
+
 def unreachable(path: Path) -> str | None:
     """Why nothing can be read at a path, in words; None where something lies there."""
     try:

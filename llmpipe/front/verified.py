@@ -17,7 +17,7 @@ from llmpipe.data.prepared import PreparedFolder
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.record import Record
 from llmpipe.run.job import Job
-from llmpipe.run.machine import launcher, local_rank
+from llmpipe.run.machine import launcher, local_rank, rank
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.sums import Kept, Verification
 
@@ -46,6 +46,8 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
     def finish() -> None:
         try:
             verification.finish()
+            if rank() == 0:
+                job.plan.refuse_changed_models()
             prepared.refuse_another(job.prepared)
         except UserError as error:
             _tell(path, Verdict(launcher=launcher(), problem=error.message, hint=error.hint))

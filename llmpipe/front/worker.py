@@ -139,6 +139,8 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
     values = with_values(values, plan.places)
     recipe = validate(values, where, schema(values["stage"]), str(path))
     refuse_changed(recipe, plan.asked)
+    if rank() == 0:  # on another machine a copy may have times of its own
+        plan.refuse_changed_models()
     converted = artifact.run / ".prepared"
     folders: dict[str, Path] = {}
     bases: dict[str, Path] = {}

@@ -74,6 +74,11 @@ class Plan:
         models = [model for start in self.models.values() for model in start.chain]
         return [*self.places.values(), *(str(model.place) for model in models if model.place)]
 
+    def refuse_changed_models(self) -> None:
+        """Raises UserError (3) where a model is not what was verified any more."""
+        for model in self.models.values():
+            model.refuse_changed()
+
     def write(self, folder: Path) -> None:
         """Write it down, after recipe.yaml was."""
         models = {field: model.record(folder) for field, model in self.models.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, expanded, sha256_file, table, unreachable
+from llmpipe.files import digest, expanded, sha256_file, stamp, table, unreachable
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here, is_narrow, nearest_here, portable
 from llmpipe.recipe.sections import ELSEWHERE, Recipe, is_local
@@ -58,6 +58,8 @@ class Model:
     """Where it lies now; None where it is still to be fetched."""
     parents: list[Parent] = field(default_factory=list)
     base: Model | None = None
+    stamp: str | None = None
+    """Of its folder or file before that was verified, as `files.stamp` has it."""
 
     @property
     def converts(self) -> bool:
@@ -81,6 +83,16 @@ class Model:
         yield self
         if self.base:
             yield from self.base.chain
+
+    def refuse_changed(self) -> None:
+        """Raises UserError (3) where it, or what lies under it, is not what was verified any more.
+
+        Nothing is hashed once more: that would cost what loading costs.
+        """
+        for model in self.chain:
+            if model.stamp and model.folder and _stamp_now(model.folder) != model.stamp:
+                problem = f"{model.reference}: {model.folder}: was changed since it was verified"
+                raise UserError(problem, "run the same command again", INTEGRITY)
 
     def seen_from(self, artifact: Path) -> str | None:
         """The way from an artifact to a model that lies near it and that its reference does not
@@ -109,6 +121,7 @@ class Model:
             Path(os.path.normpath(artifact / model.folder)) if model.folder else None,
             model.parents,
             cls.of_record(model.base, f"{at}.base", artifact) if model.base else None,
+            model.stamp,
         )
 
     def record(self, artifact: Path) -> dict[str, Any]:
@@ -123,6 +136,7 @@ class Model:
             record["base"] = self.base.record(artifact)
         if self.folder and self.kind != "hub":
             record["folder"] = os.path.relpath(self.folder, artifact)
+            record["stamp"] = self.stamp
         return record
 
 
@@ -136,6 +150,7 @@ class _Recorded:
     folder: str | None = None
     parents: list[Parent] = field(default_factory=list)
     base: dict[str, Any] | None = None
+    stamp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,14 @@ def resolve(reference: str, use: Use, run: Path, pinned: Identity | None = None)
     if is_artifact(path) or _is_unfinished(path):
         return _of_artifact(Artifact(path), reference, use)
     return _of_folder(path, reference, use)
+
+
+def _stamp_now(place: Path) -> str | None:
+    """The stamp of a place; None where nothing lies there any more."""
+    try:
+        return stamp(place)
+    except OSError:
+        return None
 
 
 def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
@@ -249,20 +272,22 @@ def _of_file(path: Path, reference: str, use: Use) -> Model:
     if path.suffix != ".gguf":
         problem = f"{use.field}: {reference}: a single file must be .gguf"
         raise UserError(problem, "give the folder of the model instead")
+    before = stamp(path)
     identity = {} if use.glance else {"gguf": sha256_file(path)}
-    return Model("gguf", reference, identity, path)
+    return Model("gguf", reference, identity, path, stamp=before)
 
 
 def _of_folder(path: Path, reference: str, use: Use) -> Model:
     if made := _models_in(path):
         problem = f"{use.field}: {reference}: is a run, not a model"
         raise UserError(problem, f"name an artifact of it: {', '.join(made)}")
+    before = stamp(path)
     check_folder(path, weights=use.field != "tokenizer")
     if (path / "adapter_config.json").exists():
         problem = f"{use.field}: {reference}: an adapter whose base no manifest names"
         raise UserError(problem, "merge it into its base first", INTEGRITY)
     identity = {} if use.glance else {"files": digest(table(path))}
-    return Model("folder", reference, identity, path)
+    return Model("folder", reference, identity, path, stamp=before)
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -292,6 +317,7 @@ def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Mod
     if not checkpoint.exists():
         steps = ", ".join(sorted(map(str, checkpoints.steps(parent.checkpoints)))) or "none"
         raise UserError(f"{use.field}: {reference}: no such checkpoint; there are: {steps}")
+    before = stamp(checkpoint)
     problems = [] if use.glance else checkpoints.verify(checkpoint)
     sums = checkpoints.Sums.read(checkpoint)
     if problems or sums is None:
@@ -304,7 +330,7 @@ def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Mod
     fingerprint = digest(sums.files)
     identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": fingerprint}
     parents = [Parent(f"{parent.name}@{step}", fingerprint)]
-    return Model("artifact", reference, identity, checkpoint, parents)
+    return Model("artifact", reference, identity, checkpoint, parents, stamp=before)
 
 
 def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
@@ -312,21 +338,23 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
         state = " is not finished" if parent.path.exists() else ": no such artifact in this run"
         hint = f"make it first; it would lie in {parent.path}"
         raise UserError(f"{use.field}: {reference}{state}", hint)
+    before = stamp(parent.model) if parent.model.exists() else None
     manifest = parent.manifest() if use.glance else parent.verify()
     use.check(reference, manifest.kind)
     identity: Identity = {"artifact": parent.name, "fingerprint": manifest.fingerprint}
     parents = [Parent(parent.name, manifest.fingerprint)]
     # a reward model may be an adapter, too
     if not (parent.model / "adapter_config.json").exists():
-        return Model("artifact", reference, identity, parent.model, parents)
+        return Model("artifact", reference, identity, parent.model, parents, stamp=before)
     if manifest.base is None or manifest.kind == "model":
         lacks = "base: is missing" if manifest.base is None else "kind: is model"
         problem = f"{parent.path / MANIFEST}: {lacks}, and model/ holds an adapter"
         raise UserError(problem, "make the artifact again", INTEGRITY)
     base = _base_of(parent, manifest.base, use)
     if use.keep:
-        return Model("artifact", reference, identity, parent.model, parents, base)
-    return Model("merged", reference, identity | {"merged": True}, parent.model, parents, base)
+        return Model("artifact", reference, identity, parent.model, parents, base, before)
+    identity["merged"] = True
+    return Model("merged", reference, identity, parent.model, parents, base, before)
 
 
 def ways_to(adapter: Artifact, base: Base) -> list[str]:

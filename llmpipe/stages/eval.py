@@ -279,6 +279,7 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     models = {}
     for label in recipe.models:
         at = f"models.{label}"
+        job.plan.models[at].refuse_changed()  # it may be hours ago that it was verified
         with candidate(label, job.models[at], job.bases.get(at), settings, say) as model:
             models[label] = model.describe(parent_of(label, job.plan.models))
             for task in recipe.tasks:

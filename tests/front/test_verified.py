@@ -382,6 +382,40 @@ def test_a_plan_hashes_a_file_once(tmp_path):
     assert sha256_file(path, read.append) and read == [100, 101, 101]
 
 
+CHANGED = [
+    case if case[1] == "flipped" else life.by_the_dozen(*case)
+    for case in (
+        (what, how)
+        for what in ("folder", "artifact", "base", "measured")
+        for how in ("flipped", "cut", "removed", "added", "a link")
+    )
+]
+
+
+@pytest.mark.parametrize(("what", "how"), CHANGED)
+def test_a_model_that_changes_between_plan_and_use(prepared, tmp_path, monkeypatch, what, how):
+    """It was verified when the command began; what is used is what was verified."""
+    run, folder = tmp_path / "run", shutil.copytree(life.TINY / "model", tmp_path / "model")
+    victim, model = folder / "model.safetensors", str(folder)
+    adapter = {"stage": "lora", "adapter": {"rank": 2, "alpha": 4}, "optim__steps": 1}
+    if what == "artifact":
+        shutil.copytree(prepared("merged")[0], run, ignore=shutil.ignore_patterns(".prepared"))
+        victim, model = run / "lora" / "model" / "adapter_model.safetensors", "artifact:lora"
+        adapter["adapter"] = {"continue": True}
+    elif what == "base":
+        life.command(life.write(run, model=model, name="first", **adapter))
+        model = "artifact:first"
+        adapter["adapter"] = {"continue": True}
+    path = life.write(run, model=model, name="next", **adapter)
+    if what == "measured":
+        path = evaluation(run)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"models": {"base": model}}))
+    in_the_middle(monkeypatch, lambda: hurt(victim, how, None))
+    with pytest.raises(UserError, match="was changed since it was verified") as refused:
+        life.command(path)
+    assert refused.value.code == 3
+
+
 def test_the_table_knows_itself(tmp_path):
     from llmpipe import sums
 
