@@ -22,12 +22,29 @@ LAST = {"pwd", "apikey", "auth", "authorization", "bearer", "token"}
 KEYS = {"access", "account", "api", "auth", "encryption", "private", "secret", "signing", "ssh"}
 """What a key is that opens something."""
 
-TEMPLATES = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "audio", "video"}
+TEMPLATES = set(
+    "bos eos eot eom pad unk sep cls mask image audio video vision box start stop begin end first "
+    "last next new turn role tool think special prefix suffix middle blank newline".split()
+)
 """Of what a template's variable ends in `_token`."""
 
+ABOUT = set("level policy length size count mode type kind format field column style rules".split())
+"""Words at the end of a name that only speaks of a secret."""
+
+SETTINGS = {"none", "null", "true", "false", "auto", "required", "optional", "enabled", "disabled"}
+"""Values that are none."""
+
+_MIXED = r"(?=[A-Za-z]*\d)(?=[A-Z\d]*[a-z])(?=[a-z\d]*[A-Z])[A-Za-z\d]"  # as no word is
+
 SHAPES = {
-    "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
-    "a key of an API": r"\bsk-[A-Za-z0-9_-]{20,}|\bAIza[\w-]{35}",
+    "a token of Hugging Face": (
+        # a path may be called so, in small letters
+        r"(?<![/\w])hf_[A-Za-z\d]{20,}(?!\w|[./]\w)|(?<!\w)hf_(?=[a-z\d]*[A-Z])[A-Za-z\d]{20,}"
+    ),
+    "a key of an API": (
+        # words of a name have hyphens between them
+        rf"\bsk-(?:[\w-]{{0,99}}?[-_])?(?:[A-Za-z\d]{{20,}}|{_MIXED}{{16,}})[\w-]*|\bAIza[\w-]{{35}}"
+    ),
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})",
     "a token of GitLab": r"\bglpat-[\w-]{20,}",
     "a token of Slack": r"\bxox[abeoprs]-[\w-]{10,}",
@@ -36,9 +53,15 @@ SHAPES = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*KEY-----)?",
     "an address with a password": r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)",
     "an address with a secret": (
-        r"(?i:(?<=[?&]))(?i:access_token|api_?key|auth|password|secret|sig|signature|token)=[^&\s'\"]+"
+        r"(?<=[?&])(?i:access_token|api_?key|auth|password|secret|sig|signature|token)"
+        r"=[^&\s'\"]{6,}"
     ),
-    "a header with a secret": r"\b(?i:bearer|basic) [A-Za-z0-9._~+/-]{16,}=*",
+    "a header with a secret": (
+        # a bearer, or what is basic, is most often followed by words
+        r"(?i:\bauthorization['\"]?\s?[:=]\s?['\"]?(?:bearer|basic)) [\w.~+/-]{12,}=*"
+        r"|\b(?i:bearer|basic) (?=[^\s\d]*\d)"
+        r"(?:[A-Za-z\d]{16,}|(?=[^\sa-z]*[a-z])(?=[^\sA-Z]*[A-Z])[\w.~+/-]{16,})=*"
+    ),
 }
 """What secrets look like that are well known."""
 
@@ -61,7 +84,7 @@ _SHORTEST = 8
 def is_secret_name(name: str) -> bool:
     """Whether what is called so is a secret: `api_key`, `hubToken`, `AWS_SECRET_ACCESS_KEY`."""
     words = [word.lower() for word in _WORD.findall(name)]
-    if not words:
+    if not words or words[-1] in ABOUT:
         return False
     before, last = words[-2] if len(words) > 1 else "", words[-1]
     return (
@@ -80,7 +103,9 @@ def kind_of(text: str) -> str | None:
 
 def is_secret(name: str, value: Any) -> bool:
     """Whether something of this name and value is a secret; a special token of a model is none."""
-    if not isinstance(value, str) or len(value) < 4 or re.fullmatch(r"[<\[|{].*[>\]|}]", value):
+    if not isinstance(value, str) or len(value) < 4 or value.lower() in SETTINGS:
+        return False
+    if re.fullmatch(r"[<\[|{].*[>\]|}]", value):
         return False
     return is_secret_name(name)
 
@@ -124,11 +149,15 @@ def _without_value(match: re.Match[str]) -> str:
     return f"{match['name']}{match['is'] or match['colon']}{REDACTED}{colon}"
 
 
+def _is_path(value: str) -> bool:
+    return value.startswith("/") and os.path.exists(value)
+
+
 def _of_environment() -> list[str]:
-    """The secrets that this process was given, the longest first."""
+    """The secrets that this process was given, the longest first; a path, as PWD, is none."""
     values = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and is_secret_name(name)
+        if len(value) >= _SHORTEST and is_secret_name(name) and not _is_path(value)
     }
     return sorted(values, key=len, reverse=True)

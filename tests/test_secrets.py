@@ -10,7 +10,7 @@ import yaml
 
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
-from llmpipe.secrets import REDACTED, is_secret_name, kind_of, redacted
+from llmpipe.secrets import REDACTED, is_secret_name, kind_of, redacted, secrets_in
 from llmpipe.stages import schema
 from tests import life
 from tests.front import test_processes
@@ -31,6 +31,14 @@ LOOK = {
     "address": f"https://me:{RANDOM}@example.com/x",
     "query": f"https://example.com/x?token={RANDOM}&a=1",
     "header": f"Authorization: Bearer {RANDOM}",
+    "words": f"Authorization: Bearer {RANDOM.lower()[:8]}-plain",
+    "bearer": f"bearer {RANDOM.lower()}",
+    "basic": f"-H 'Basic {RANDOM[:12]}/{RANDOM[12:]}=='",
+    "deepseek": f"sk-{'0123456789abcdef' * 2}",
+    "router": f"sk-or-v1-{'0123456789abcdef' * 4}",
+    "hyphens": f"sk-proj-a-b_{RANDOM}-c_d",
+    "letters": f"hf_{'abcdefghijklmnopq' * 2}",
+    "in a path": f"./models/hf_{RANDOM}/x",
     "pem": f"-----BEGIN RSA PRIVATE KEY-----\n{RANDOM}\n-----END RSA PRIVATE KEY-----",
 }
 NAMES = (
@@ -86,6 +94,13 @@ def test_what_is_called_so(text, kept):
     assert redacted(text) == kept
 
 
+def test_a_path_of_the_environment_is_kept(tmp_path, monkeypatch):
+    for name in ("PWD", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("DB_PWD", f"/{RANDOM}")
+    assert redacted(f"{tmp_path}/rows.jsonl /{RANDOM}") == f"{tmp_path}/rows.jsonl {REDACTED}"
+
+
 @pytest.mark.parametrize(
     "word", ["x", "a=", "a: ", "://", "?token=", "eyJ", "=", "token", "-", "hf_"]
 )
@@ -127,6 +142,55 @@ def test_a_recipe_with_what_is_called_so_is_refused(tmp_path, section, name):
     said = refused(path)
     assert f"{section.replace('__', '.')}.{name}: looks like a secret" in said
     assert "plain words" not in said
+
+
+HF = "hf_llama2converted20240101final"
+INNOCENT = [
+    {"trainer__eos_token": "<|im_end|>"},
+    {"trainer__eos_token": "im_end"},
+    {"trainer__pad_token": "<pad>"},
+    {"trainer__pad_token": "padding"},
+    {"data__chat_template_kwargs": {"token_budget": 5, "max_tokens": 3, "eos_token": "</s>"}},
+    {"data__chat_template_kwargs": {"stop_token": "STOP", "start_token": "begin", "keys": "many"}},
+    {"data__chat_template_kwargs": {"think_token": "think", "tool_token": "call", "token": None}},
+    {"data__chat_template_kwargs": {"auth": "none", "secret_level": "high", "password": False}},
+    {"data__chat_template_kwargs": {"password_policy": "strict", "secretary": "Mrs. Key"}},
+    {"data__template": "./secret-santa.jinja"},
+    {"data__template": f"./templates/{HF}.jinja"},
+    {"name": "tokens"},
+    {"name": "sk-sft-slovak-instructions-v2"},
+    {"name": "desk-classification-of-things-v2"},
+    {"run": "runs/tokens"},
+    {"run": "runs/secret/password"},
+    {"run": "runs/sk-classification-of-all-those-things-v2"},
+    {"run": "runs/2026-11-26T22:17:23-0123456789abcdef0123456789abcdef01234567"},
+    {"model": "org/key-value-7b"},
+    {"model": "org/sk-SK-LlamaInstruct-7B-chat"},
+    {"model": "org/password-classifier@" + "0123456789abcdef0123" * 2},
+    {"model": f"./models/{HF}"},
+    {"model": "/cas/sha256/" + "0f" * 32},
+    {"data__train": [{"path": "./cas/" + "a1" * 32 + ".jsonl"}]},
+    {"data__train": [{"path": "./blobs/eyJhbGciOiJIUzI1NiJ9cafe.jsonl"}]},
+    {"data__train": [{"path": "./blobs/QUtJQUlPU0ZPRE5ON0VYQU1QTDM.jsonl"}]},
+    {"data__train": [{"path": "org/secrets", "columns": {"auth_token": "prompt"}}]},
+    {"samples__prompts": ["What is a password?", "My api key: what is it?", "password: hunter2"]},
+    {"samples__prompts": ["Is a bearer responsible-for-everything?", "Basic introduction-to-c99"]},
+    {"samples__prompts": ["Explain https://example.com/login?token=abc&auth=none to me."]},
+    {"samples__prompts": ["Write BEGIN PRIVATE KEY in Morse.", "What is sk-learn?", "hf_hub"]},
+]
+
+
+@pytest.mark.parametrize("changes", INNOCENT)
+def test_what_is_innocent_is_no_secret(tmp_path, changes):
+    """It may be wrong for other reasons: no file is there, or the field is none of TRL's."""
+    path = life.write(tmp_path / "run")
+    values = life.put(yaml.safe_load(path.read_text()), changes)
+    assert list(secrets_in(values)) == []
+    path.write_text(yaml.safe_dump(values))
+    try:
+        load(path, schema("sft"))
+    except UserError as error:
+        assert "secret" not in error.message
 
 
 def test_names_of_the_recipe_and_of_rows_are_no_secrets(tmp_path):

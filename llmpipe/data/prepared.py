@@ -18,6 +18,10 @@ ANEW = "run the same command again: it is written anew"
 """What to do about the one in an artifact."""
 
 
+OF_ARTIFACT = ("data", "sums", "artifact")
+"""What only the record in an artifact says."""
+
+
 class PreparedFolder(Record):
     """What `prepare` leaves in a folder of `.prepared`; an artifact keeps it with the folder's name
     and the fingerprint of its table.
@@ -27,6 +31,8 @@ class PreparedFolder(Record):
     """Name of the folder in the run's `.prepared/`."""
     sums: str = ""
     """Fingerprint of the folder's table."""
+    artifact: str = ""
+    """Of what is made of it, the name; the folder's own record has none."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> Self:
@@ -46,6 +52,20 @@ class PreparedFolder(Record):
             raise UserError(f"{path}: missing or damaged", ANEW, INTEGRITY)
         return record
 
+    @classmethod
+    def of_artifact(cls, artifact: Path) -> Self:
+        """The record that an artifact keeps. Raises UserError (3) where it is another one's."""
+        path = artifact / RECORD
+        record = cls.whole(path)
+        if record.artifact != artifact.name:
+            problem = f"{path}: is that of {record.artifact or 'a folder in .prepared'}"
+            raise UserError(problem, ANEW, INTEGRITY)
+        return record
+
+    def of(self, artifact: Path) -> Self:
+        """The record as it is kept in an artifact."""
+        return self.model_copy(update={"artifact": artifact.name})
+
     def folder(self, cache: Path) -> Path:
         return cache / self.data
 
@@ -55,7 +75,7 @@ class PreparedFolder(Record):
 
     def refuse_another(self, cache: Path) -> None:
         """Raises UserError (3) where the folder, once it is verified, says something else."""
-        elsewhere = {"data", "sums", "mixture"}
+        elsewhere = {*OF_ARTIFACT, "mixture"}
         path = self.folder(cache) / RECORD
         made = self.whole(path).model_dump(exclude=elsewhere)
         if made != self.model_dump(exclude=elsewhere):
@@ -139,8 +159,7 @@ class PreparedRows(PreparedFolder):
         elsewhere = {
             "version",
             "key",
-            "data",
-            "sums",
+            *OF_ARTIFACT,
             "seconds",
             "tokenizer",
             "vocab_size",

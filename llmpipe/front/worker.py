@@ -222,7 +222,7 @@ def prepare(job: Job[Recipe]) -> None:
     if isinstance(job.recipe, Training) and "model" in job.models:
         check_lengths(job.recipe, job.weights, job.say)
     prepared = stage(job.recipe.stage).prepare(job)
-    prepared.to_file(job.artifact.path / RECORD)
+    prepared.of(job.artifact.path).to_file(job.artifact.path / RECORD)
 
 
 def train(job: Job[Recipe]) -> None:
@@ -234,7 +234,7 @@ def train(job: Job[Recipe]) -> None:
     leads = rank() == 0
     begun = time.monotonic()
     module = stage(job.recipe.stage)
-    prepared = prepared_by(module).whole(artifact.path / RECORD)
+    prepared = prepared_by(module).of_artifact(artifact.path)
     finish_verifying = verifying(job, prepared)
     from llmpipe import upstream
 

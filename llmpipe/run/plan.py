@@ -32,6 +32,7 @@ from llmpipe.files import (
 )
 from llmpipe.recipe.places import paths_in, portable_paths, with_values
 from llmpipe.recipe.sections import Recipe, is_local
+from llmpipe.run import checkpoints
 from llmpipe.run.artifact import PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
 from llmpipe.run.manifest import Asked
@@ -62,6 +63,8 @@ class Plan:
     """The recipe's paths that it has in full, of which `asked` holds less, by their fields."""
     recipe_file: str = ""
     """sha256 of recipe.yaml, which lies beside plan.json; an older plan does not know it."""
+    artifact: str = ""
+    """What is made, as it was called when this was written; an older plan does not know it."""
 
     @property
     def content(self) -> dict[str, str]:
@@ -85,6 +88,7 @@ class Plan:
         places = {field: os.path.relpath(path, folder) for field, path in self.places.items()}
         plan = {"identity": self.identity, "asked": self.asked, "models": models}
         plan |= {"places": places, "recipe_file": sha256_file(folder / RECIPE)}
+        plan |= {"artifact": folder.name}
         write_json(folder / PLAN, plan | {"fingerprint": fingerprint(plan)})
 
     @classmethod
@@ -109,7 +113,7 @@ class Plan:
         except ValueError as error:
             raise UserError(f"{path}: damaged: {error}", RESTORE, INTEGRITY) from None
         places = {at: os.path.abspath(folder / way) for at, way in plan.places.items()}
-        return cls(plan.identity, plan.asked, models, places, plan.recipe_file)
+        return cls(plan.identity, plan.asked, models, places, plan.recipe_file, plan.artifact)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class _Recorded:
     places: dict[str, str] = dataclass_field(default_factory=dict)
     """The ways from the artifact."""
     recipe_file: str = ""
+    artifact: str = ""
     fingerprint: str | None = None
 
 
@@ -211,8 +216,9 @@ def places_of(recipe: Recipe) -> dict[str, str]:
 def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) -> Decision:
     """Compare what is asked with what lies there.
 
-    `progress` globs what an unfinished artifact goes on from. Raises UserError (3) when another
-    recipe made the artifact, where it is not as published, or where a link lies in it.
+    `progress` is what an unfinished artifact goes on from: its checkpoints, or a file. Raises
+    UserError (3) when another recipe made the artifact, where it is not as published, or where a
+    link lies in it.
     """
     if artifact.finished:
         manifest = artifact.manifest()
@@ -222,7 +228,7 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
         plan = replace(now, identity=manifest.identity, asked=manifest.asked)
         return Decision("skip", "finished, same recipe and inputs", plan)
     artifact.refuse_links()
-    if not any(artifact.path.glob(progress)):
+    if not _is_begun(artifact, progress):
         plan = plan_of(recipe, artifact.run, accepts)
         return Decision("run", "nothing there yet", plan)
     begun = Plan.read(artifact.path)
@@ -234,6 +240,14 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     # its checkpoints know the document it was begun with, and not fields that came later
     plan = replace(now, identity=begun.identity, asked=_made_portable(recipe, begun.asked))
     return Decision("resume", "not finished, same recipe and inputs", plan)
+
+
+def _is_begun(artifact: Artifact, progress: str) -> bool:
+    """Whether anything of what a stage goes on from is there."""
+    path = artifact.path / progress
+    if path == artifact.checkpoints:  # what else lies in it is somebody's own
+        return bool(checkpoints.steps(path))
+    return path.exists()
 
 
 def _refuse_other(artifact: Artifact, recipe: Recipe, old: Asked, new: Asked, verb: str) -> None:

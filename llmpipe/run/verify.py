@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe import sums
-from llmpipe.data.prepared import RECORD
+from llmpipe.data.prepared import OF_ARTIFACT, RECORD
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import (
     Seen,
@@ -269,19 +269,26 @@ def _of_plan(artifact: Artifact, plan: Plan | None) -> Iterator[str]:
             yield f"{MANIFEST}: missing"
         return
     recipe = artifact.path / RECIPE
-    yield from _of_record(artifact)
+    fits = recipe.is_file() and sha256_file(recipe) == plan.recipe_file
+    record = read_written(artifact.path / RECORD)
+    yield from _of_record(artifact, record)
     if plan.recipe_file and read_written(artifact.path / PLAN) is None:
         yield f"{PLAN}: is not as it was written"
-    if plan.recipe_file and (not recipe.is_file() or sha256_file(recipe) != plan.recipe_file):
+    if plan.recipe_file and not fits:
         yield f"{RECIPE}: is not what {PLAN} was written with"
+    called = {PLAN: plan.artifact or None}
+    called[RECORD] = record.get("artifact") if isinstance(record, dict) else None
+    names = {name for name in called.values() if name is not None}
+    renamed = fits and len(names) == 1 and "" not in names
+    for file, name in called.items():
+        if name not in (None, ASIDE.sub("", artifact.name)) and not renamed:
+            yield f"{file}: is that of {name or 'a folder in .prepared'}"
 
 
-def _of_record(artifact: Artifact) -> Iterator[str]:
+def _of_record(artifact: Artifact, record: object) -> Iterator[str]:
     """Whether prepared.json is that of the folder that it names, as far as this is still kept."""
-    path = artifact.path / RECORD
-    if not os.path.lexists(path):
+    if not os.path.lexists(artifact.path / RECORD):
         return
-    record = read_written(path)
     if not isinstance(record, dict):
         yield f"{RECORD}: damaged"
         return
@@ -293,7 +300,8 @@ def _of_record(artifact: Artifact) -> Iterator[str]:
 
 def _of_rows(record: dict[str, Any]) -> dict[str, Any]:
     """What a record says less where its rows lie, which the artifact's alone does."""
-    return {at: value for at, value in record.items() if at not in ("data", "sums", "mixture")}
+    elsewhere = (*OF_ARTIFACT, "mixture")
+    return {at: value for at, value in record.items() if at not in elsewhere}
 
 
 def _is_made(artifact: Artifact) -> bool:

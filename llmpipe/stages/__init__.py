@@ -30,7 +30,7 @@ STAGES = {
 }
 
 # what an unfinished artifact of a stage that trains goes on from
-CHECKPOINTS = "checkpoints/step-*"
+CHECKPOINTS = "checkpoints"
 
 
 class Stage(Protocol):
@@ -47,7 +47,7 @@ class Stage(Protocol):
     MAKES: str
     """The kind of artifact that comes of it."""
     PROGRESS: str
-    """A glob of what an unfinished artifact goes on from."""
+    """What an unfinished artifact goes on from: its checkpoints, or a file."""
 
     def shapes(self, recipe: Any) -> dict[str, tuple[type, ...]]:
         """The shapes of examples that rows may have, by the path of each source's field."""

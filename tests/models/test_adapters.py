@@ -16,7 +16,7 @@ from llmpipe.recipe.sections import Adapter
 from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.run.manifest import Base
 from llmpipe.run.plan import decide
-from llmpipe.stages import schema
+from llmpipe.stages import CHECKPOINTS, schema
 from llmpipe.sums import fingerprint
 from tests import life, store
 
@@ -171,7 +171,7 @@ def test_lora_is_sft_with_an_adapter(straight):
         json.dumps(life.recipe(straight.run, name=name, optim__learning_rate=1e-2, **KINDS[name]))
     )
     made = load(path, schema("sft"))
-    assert decide(straight, made, ("model", "adapter"), "checkpoints/step-*").action == "skip"
+    assert decide(straight, made, ("model", "adapter"), CHECKPOINTS).action == "skip"
 
 
 def test_adapters_on_adapters(tmp_path):

@@ -247,6 +247,23 @@ def test_what_an_unfinished_artifact_goes_on_from(made, tmp_path):
     assert f"{run}/lora/log.txt: a link" in lines
 
 
+@pytest.mark.parametrize("name", ["plan.json", "prepared.json", "recipe.yaml"])
+def test_what_two_that_are_begun_exchanged(tmp_path, name):
+    """Each is as llmpipe wrote it, and knows whose it is; one that was renamed is no difference."""
+    run = tmp_path / "run"
+    for begun in ("one", "two"):
+        path = life.write(run, name=begun)
+        life.command(path, only_prepare=True)
+    (run / "two").rename(run / "renamed")
+    assert verified(run)[0] == 0
+    (run / "renamed").rename(run / "two")
+    assert hurt(run / "one" / name, "swapped", run / "two" / name, tmp_path / "aside")
+    code, lines = verified(run)
+    assert code == 3
+    for begun in ("one", "two"):
+        assert any(line.startswith(f"{run / begun / name}: ") for line in lines), lines
+
+
 def test_nothing_is_silent_for_long(run, monkeypatch):
     """What takes long says how far it is; each chunk of a large file counts."""
     monkeypatch.setattr(verify, "PATIENCE", 0.0)

@@ -235,17 +235,32 @@ def passed_over(straight, tmp_path, name, hurt, write=life.write):
     assert life.essence(artifact) == life.essence(straight)
 
 
+@pytest.mark.parametrize("stray", ["step-x", "step-12.bak", "step-²", "a file step-3"])
+def test_what_is_no_checkpoint_is_not_gone_on_from(tmp_path, capsys, stray):
+    """It is begun, and nothing says that it is resumed."""
+    home = tmp_path / "run" / "sft" / "checkpoints"
+    home.mkdir(parents=True)
+    if stray.startswith("a file "):
+        (home / stray.removeprefix("a file ")).write_text("mine")
+    else:
+        (home / stray).mkdir()
+    artifact = life.command(life.write(tmp_path / "run"), only_prepare=True)
+    assert artifact.path == home.parent
+    said = capsys.readouterr().out
+    assert f"{artifact.path}: run: nothing there yet" in said and "resume" not in said
+
+
 def begin_again(artifact, write=life.write):
     """Take a finished artifact back to the moment before it was published."""
     manifest = artifact.manifest()
     from llmpipe.front.worker import write_plan
     from llmpipe.recipe.check import load
     from llmpipe.run.plan import decide
-    from llmpipe.stages import schema
+    from llmpipe.stages import CHECKPOINTS, schema
 
     path = write(artifact.run)
     made = load(path, schema(manifest.stage))
-    decision = decide(artifact, made, ("model", "adapter"), "checkpoints/step-*")
+    decision = decide(artifact, made, ("model", "adapter"), CHECKPOINTS)
     assert decision.action == "skip"
     write_plan(artifact, made, decision.plan)
     assert manifest.identity == decision.plan.identity
