@@ -276,12 +276,12 @@ def _of_plan(artifact: Artifact, plan: Plan | None) -> Iterator[str]:
         yield f"{PLAN}: is not as it was written"
     if plan.recipe_file and not fits:
         yield f"{RECIPE}: is not what {PLAN} was written with"
-    called = {PLAN: plan.artifact or None}
-    called[RECORD] = record.get("artifact") if isinstance(record, dict) else None
-    names = {name for name in called.values() if name is not None}
-    renamed = fits and len(names) == 1 and "" not in names
+    called = {PLAN: plan.artifact} if plan.artifact else {}  # older ones do not know it
+    if isinstance(record, dict) and "artifact" in record:
+        called[RECORD] = str(record["artifact"])
+    renamed = fits and len(set(called.values())) == 1 and "" not in called.values()
     for file, name in called.items():
-        if name not in (None, ASIDE.sub("", artifact.name)) and not renamed:
+        if name != ASIDE.sub("", artifact.name) and not renamed:
             yield f"{file}: is that of {name or 'a folder in .prepared'}"
 
 

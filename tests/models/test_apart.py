@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmpipe import upstream
 from llmpipe.models import apart, miniature
 from llmpipe.models.hardware import Hardware
+from tests import life
 
 HARDWARE = Hardware("cpu", 1, 1, 1, 1, False, "sdpa")
 
@@ -45,6 +46,11 @@ SHAPE = {
 }
 
 
+def often(*kinds):
+    """Every architecture, and of these a test in every run of the suite."""
+    return [kind if kind in kinds else life.by_the_dozen(kind) for kind in (*KEEP, *MIX)]
+
+
 def model_of(kind, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SHAPE | (KEEP | MIX)[kind] | changes)
@@ -73,17 +79,17 @@ def ask(model):
     return apart.keeps_apart(model, ROAD, HARDWARE, said.append), said
 
 
-@pytest.mark.parametrize("kind", [*KEEP, *MIX])
+@pytest.mark.parametrize("kind", often("gemma2", "gpt_oss", "lfm2"))
 def test_each_architecture_is_told(kind):
     assert ask(model_of(kind)) == (kind in KEEP, [])
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("kind", ["llama", life.by_the_dozen("opt")])
 def test_depth_and_precision_make_no_difference(kind):
     assert ask(model_of(kind, torch.bfloat16, num_hidden_layers=70)) == (kind in KEEP, [])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral", "opt", "gpt_oss"])
+@pytest.mark.parametrize("kind", often("llama", "opt"))
 def test_the_answer_is_far_from_its_threshold(kind):
     model = model_of(kind)
     with torch.no_grad():
@@ -130,7 +136,7 @@ def test_an_adapter_or_few_bits_around_a_layer_are_no_other_kind():
     assert ask(adapted) == (True, [])
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("kind", ["opt", life.by_the_dozen("llama")])
 def test_where_none_can_be_made_the_model_itself_is_asked_and_that_is_said(monkeypatch, kind):
     monkeypatch.setattr(miniature, "MOST", 0)
     model = model_of(kind).train()

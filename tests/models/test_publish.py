@@ -108,8 +108,13 @@ def an_adapter(folder, tokenizer, options, scores=False, **how):
     return adapted.eval(), base
 
 
-@pytest.mark.parametrize("shard", [publish.SHARD, 5000])
-@pytest.mark.parametrize("name", KINDS)
+OFTEN = [("lora", 5000), ("dora", publish.SHARD), ("tokens, tied", 5000)]
+MERGES = [(name, shard) for name in KINDS for shard in (publish.SHARD, 5000)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"), [life.by_the_dozen(*it) if it not in OFTEN else it for it in MERGES]
+)
 def test_merged_part_by_part_is_what_peft_merges_at_once(tmp_path, monkeypatch, name, shard):
     kind, shape, options = KINDS[name]
     scores = shape.get("scores", False)
@@ -161,6 +166,7 @@ def published(deep, folder):
     return publish.publish_adapter(adapted, tokenizer, folder, base, lambda line: None)
 
 
+@pytest.mark.faults
 def test_depth_and_half_precision_are_no_difference(deep, tmp_path):
     verified = published(deep, tmp_path / "adapter")
     assert verified.tensors == 2 * 2 * 70 and verified.max_logit_difference == 0
@@ -194,11 +200,11 @@ def configured(**changes):
     ("hurt", "said", "code"),
     [
         (change_tensor, "is not the tensor that was trained", 3),
-        (not_a_number, "holds NaN or Inf", 4),
         (configured(lora_alpha=12.001), "is adapted by 3 in training, and 3.00025 saved", 3),
-        (configured(use_rslora=True), "is adapted by 3 in training, and 6 saved", 3),
-        (configured(target_modules=["q_proj"]), "is left over", 3),
-        (configured(use_dora=True), "lora_magnitude_vector is missing", 3),
+        life.by_the_dozen(not_a_number, "holds NaN or Inf", 4),
+        life.by_the_dozen(configured(use_rslora=True), "by 3 in training, and 6 saved", 3),
+        life.by_the_dozen(configured(target_modules=["q_proj"]), "is left over", 3),
+        life.by_the_dozen(configured(use_dora=True), "lora_magnitude_vector is missing", 3),
     ],
 )
 def test_what_was_saved_otherwise_is_found_in_70_layers_of_bf16(
@@ -217,9 +223,19 @@ def test_what_was_saved_otherwise_is_found_in_70_layers_of_bf16(
     assert refused.value.code == code and not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("how", [BF16, {"quantization": Quantization(bits=4), **BF16}, {}])
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
-def test_another_base_than_was_trained_on_is_found(tmp_path, how, name):
+FEW = {"quantization": Quantization(bits=4), **BF16}
+ATTENTION, NORM = "model.layers.1.self_attn.o_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (ATTENTION, FEW),
+        *(life.by_the_dozen(ATTENTION, how) for how in (BF16, {})),
+        *(life.by_the_dozen(NORM, how) for how in (BF16, FEW, {})),
+    ],
+)
+def test_another_base_than_was_trained_on_is_found(tmp_path, name, how):
     tokenizer = a_base(
         tmp_path / "base", "llama", **{key: how[key] for key in how if key == "dtype"}
     )
@@ -235,8 +251,15 @@ def test_another_base_than_was_trained_on_is_found(tmp_path, how, name):
     assert refused.value.code == 3
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        (4, torch.bfloat16),
+        life.by_the_dozen(4, torch.float32),
+        life.by_the_dozen(8, torch.float32),
+        life.by_the_dozen(8, torch.bfloat16),
+    ],
+)
 def test_few_bits_are_those_of_the_base(tmp_path, bits, dtype):
     tokenizer = a_base(tmp_path / "base", "llama", hidden_size=64)
     how = {"quantization": Quantization(bits=bits), "dtype": dtype}
@@ -247,7 +270,7 @@ def test_few_bits_are_those_of_the_base(tmp_path, bits, dtype):
     assert 1e-4 < verified.quantized_to_merged_difference < 1
 
 
-@pytest.mark.parametrize("part", [".layers.1.", "lm_head"])
+@pytest.mark.parametrize("part", [".layers.1.", life.by_the_dozen("lm_head")])
 def test_a_part_that_was_not_merged_is_found(tmp_path, monkeypatch, part):
     tokenizer = a_base(tmp_path / "base", "llama")
     options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
