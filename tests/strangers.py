@@ -91,10 +91,7 @@ def _deep_folders(path: Path) -> None:
 def configurations() -> Iterator[tuple[str, Attack]]:
     """config.json: keys that load code, values of other types, sizes out of proportion."""
     keys: dict[str, list[Any]] = {
-        "auto_map": [
-            {"AutoConfig": "evil.Evil"},
-            {"AutoModelForCausalLM": "other/repo--evil.Evil"},
-        ],
+        "auto_map": [["evil.Evil", None], "evil.Evil", {"AutoConfig": 3}, {"AutoConfig": [""]}],
         "custom_generate": ["other/repo"],
         "configuration_files": [["config.1.0.0.json"], ["config.../../x.json"]],
         "transformers_weights": ["../other.safetensors", "other.safetensors"],
@@ -153,6 +150,10 @@ def configurations() -> Iterator[tuple[str, Attack]]:
         for value in values:
             if (key, str(value)) not in harmless:
                 yield f"config {key} {str(value)[:30]}", edited("config.json", **{key: value})
+    for classes in ({"AutoConfig": "evil.Evil"}, {"AutoModelForCausalLM": "other/repo--evil.Evil"}):
+        for key, value in {"model_type": "evil", "architectures": ["EvilForCausalLM"]}.items():
+            attack = edited("config.json", **{"auto_map": classes, key: value})
+            yield f"config auto_map {min(classes)} {key}", attack
     for name, text in {
         "deep": DEEP,
         "deep inside": f'{{"model_type": "llama", "x": {DEEP}}}',
@@ -194,7 +195,7 @@ def folders() -> Iterator[tuple[str, Attack]]:
             yield f"{name} {what}", written(name, text)
     yield "tokens latin-1", written("added_tokens.json", b'{"\xe4": 3}')
     for key, value in {
-        "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
+        "auto_map": {"AutoTokenizer": "evil.Evil"},
         "init_inputs": ["/etc/passwd"],
         "fast_tokenizer_files": ["tokenizer.../../x.json"],
         "tokenizer_class": "../evil",
@@ -204,6 +205,12 @@ def folders() -> Iterator[tuple[str, Attack]]:
         "model_max_length": "x",
     }.items():
         yield f"tokenizer_config {key}", edited("tokenizer_config.json", **{key: value})
+    evil = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "EvilTokenizer"}
+    yield "tokenizer_config auto_map unknown", edited("tokenizer_config.json", **evil)
+    yield (
+        "generation_config auto_map",
+        edited("generation_config.json", auto_map={"a": "evil.Evil"}),
+    )
     for key, value in {
         "custom_generate": "other/repo",
         "compile_config": {"mode": "max-autotune"},

@@ -31,7 +31,7 @@ from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.context import check_lengths
 from llmpipe.run.ends import write_end
-from llmpipe.run.folders import check_folder
+from llmpipe.run.folders import check_folder, unused_code
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
@@ -192,6 +192,8 @@ def convert_one(model: Model, folder: Path, say: Say, weights: bool = True) -> P
                 sums.seal(readable)
     snapshots = readable.parent.parent if model.kind == "hub" else None  # its files are links
     check_folder(readable, snapshots, weights=weights)
+    for name in unused_code(readable):
+        say(f"{model.reference}: auto_map of {name} is not used: transformers' own classes are")
     check_tokenizer(readable / "tokenizer.json")
     if model.kind == "hub" and (readable / "adapter_config.json").exists():
         problem = f"{model.reference}: an adapter whose base no manifest names"

@@ -97,6 +97,7 @@ def load_model(
     if problem := _misfit(report):
         raise UserError(f"{folder}: the weights do not fit the model ({problem})", code=INTEGRITY)
     upstream.forget_routing(model.config)
+    vars(model.config).pop("auto_map", None)  # which was not used, nor will be where it is saved
     return model
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,12 @@ CODE = {
 }
 """Keys of transformers and PEFT that load code, fetch or open something, and what they do; of no
 effect, and so allowed, where they hold nothing."""
+
+AUTO_MAP = "auto_map"
+"""Classes that come with a model, which transformers obeys where it has none of its own or is told
+to trust them. It is never told so here: trust_remote_code is False in every call."""
+
+NO_CLASS = "convert it to a kind of models that transformers has itself, or take one of these"
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -307,12 +314,64 @@ def check(path: Path, config: Config, rules: Mapping[str, Rule], within: str = "
 
     What loads code or opens files is looked for at any depth.
     """
-    for name, value in _every(config):
+    obeyed = {name: value for name, value in config.items() if name != AUTO_MAP}
+    if config.get(AUTO_MAP):
+        _check_auto_map(path, config)
+    for name, value in _every(obeyed):
         if name in CODE and value not in (None, False, {}, []):
             raise refusal(path, f"{name}: {CODE[name]}")
     for name, rule in rules.items():
         if name in config and not rule.holds(config[name]):
             raise refusal(path, f"{within}{name}: {_shown(config[name])} is not {rule.words}")
+
+
+def _check_auto_map(path: Path, config: Config) -> None:
+    """Allow it where transformers has the classes itself, and so does not obey it."""
+    value = config[AUTO_MAP]
+    has_its_own = {"config.json": has_model, "tokenizer_config.json": has_tokenizer}.get(path.name)
+    if has_its_own is None:
+        raise refusal(path, f"{AUTO_MAP}: {CODE[AUTO_MAP]}")
+    if not has_its_own(config):
+        problem = f"{AUTO_MAP}: {CODE[AUTO_MAP]}, and transformers has no class of its own for it"
+        raise UserError(f"{path}: {problem}", NO_CLASS, INTEGRITY)
+    maps = value if isinstance(value, dict) else {"AutoTokenizer": value}
+    if not all(_is_class(name, classes) for name, classes in maps.items()):
+        raise refusal(path, f"{AUTO_MAP}: {_shown(value)} is not the names of classes")
+
+
+def _is_class(name: str, value: Any) -> bool:
+    """The class for a name, or the two of a tokenizer, of which one may be null."""
+    if name != "AutoTokenizer":
+        return is_text(value)
+    pair = isinstance(value, list) and len(value) == 2 and any(value)
+    return pair and all(map(_or(is_text), value))
+
+
+def has_model(config: Config) -> bool:
+    """Whether transformers itself has the kind of a configuration, and the classes that it
+    names."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not classes or not all(map(is_text, classes)):
+        return False
+    # a class of another name may be another model
+    kinds, names = _of_transformers()
+    kind = config.get("model_type")
+    return is_text(kind) and kind in kinds and all(name.casefold() in names for name in classes)
+
+
+def has_tokenizer(config: Config) -> bool:
+    """Whether transformers itself has the class that a tokenizer's configuration names."""
+    name = config.get("tokenizer_class")
+    return is_text(name) and name.removesuffix("Fast").casefold() in _of_transformers()[1]
+
+
+@cache
+def _of_transformers() -> tuple[frozenset[str], frozenset[str]]:
+    """Kinds of models, and names of classes in small letters; torch is not imported for them."""
+    import transformers
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+
+    return frozenset(CONFIG_MAPPING_NAMES), frozenset(map(str.casefold, dir(transformers)))
 
 
 def refusal(path: Path, why: str) -> UserError:

@@ -62,6 +62,12 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
         configs.check_model(folder / CONFIG, config, len(tensors) if own else None)
 
 
+def unused_code(folder: Path) -> list[str]:
+    """The files of a folder that may be opened whose `auto_map` nothing obeys."""
+    names = (CONFIG, "tokenizer_config.json")
+    return [name for name in names if (_object(folder / name) or {}).get(configs.AUTO_MAP)]
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model's safetensors that lie there, by name. Raises UserError (3) where one
     is damaged."""
