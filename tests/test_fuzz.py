@@ -42,7 +42,7 @@ def test_mutated_rows(tmp_path, numbers):
     check(attempts.attempts(cases, tmp_path), 0.05, 0.95)
 
 
-@pytest.mark.parametrize("numbers", batches(2, 100, 400), ids=str)
+@pytest.mark.parametrize("numbers", batches(3, 100, 400), ids=str)
 def test_nearly_valid_recipes_train(tmp_path, numbers):
     """One step, with a value or two that nobody would choose."""
     cases = [mutants.trained(f"trained {number}") for number in numbers]

@@ -362,7 +362,9 @@ def has_model(config: Config) -> bool:
 def has_tokenizer(config: Config) -> bool:
     """Whether transformers itself has the class that a tokenizer's configuration names."""
     name = config.get("tokenizer_class")
-    return is_text(name) and name.removesuffix("Fast").casefold() in _of_transformers()[1]
+    if not isinstance(name, str):
+        return False
+    return name.removesuffix("Fast").casefold() in _of_transformers()[1]
 
 
 @cache
