@@ -334,8 +334,9 @@ def _check_auto_map(path: Path, config: Config) -> None:
     if not has_its_own(config):
         problem = f"{AUTO_MAP}: {CODE[AUTO_MAP]}, and transformers has no class of its own for it"
         raise UserError(f"{path}: {problem}", NO_CLASS, INTEGRITY)
-    maps = value if isinstance(value, dict) else {"AutoTokenizer": value}
-    if not all(_is_class(name, classes) for name, classes in maps.items()):
+    has_no_name = isinstance(value, list) and has_its_own is has_tokenizer
+    maps = {"AutoTokenizer": value} if has_no_name else value
+    if not isinstance(maps, dict) or not all(_is_class(*item) for item in maps.items()):
         raise refusal(path, f"{AUTO_MAP}: {_shown(value)} is not the names of classes")
 
 
