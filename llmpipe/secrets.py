@@ -149,15 +149,16 @@ def _without_value(match: re.Match[str]) -> str:
     return f"{match['name']}{match['is'] or match['colon']}{REDACTED}{colon}"
 
 
-def _is_path(value: str) -> bool:
-    return value.startswith("/") and os.path.exists(value)
+def _is_innocent(value: str) -> bool:
+    """Whether a value of the environment is a setting, or a path as PWD has it."""
+    return value.lower() in SETTINGS or (value.startswith("/") and os.path.exists(value))
 
 
 def _of_environment() -> list[str]:
-    """The secrets that this process was given, the longest first; a path, as PWD, is none."""
+    """The secrets that this process was given, the longest first."""
     values = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and is_secret_name(name) and not _is_path(value)
+        if len(value) >= _SHORTEST and is_secret_name(name) and not _is_innocent(value)
     }
     return sorted(values, key=len, reverse=True)
