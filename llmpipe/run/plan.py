@@ -24,6 +24,7 @@ from llmpipe.files import (
     digest,
     expanded,
     hashing_once,
+    not_plain,
     read_json,
     sha256_file,
     table,
@@ -100,7 +101,11 @@ class Plan:
         path = folder / PLAN
         if not os.path.lexists(path):
             return None
+        if problem := not_plain(path):
+            raise UserError(f"{path}: {problem}", RESTORE, INTEGRITY)
         document = read_json(path)
+        if not isinstance(document, dict):
+            raise UserError(f"{path}: damaged: no JSON object", RESTORE, INTEGRITY)
         try:
             plan = record(_Recorded, document)
             if plan.fingerprint not in (None, fingerprint(document)):

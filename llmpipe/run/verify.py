@@ -253,7 +253,8 @@ def _unfinished(artifact: Artifact) -> Item:
     try:
         plan = Plan.read(artifact.path)
     except UserError as error:
-        problems.append(error.message.removeprefix(f"{artifact.path}/"))
+        problem = error.message.removeprefix(f"{artifact.path}/")
+        problems += [problem] if problem not in problems else []  # a link is known already
     else:
         problems += _of_plan(artifact, plan)
     for name in LINES:
