@@ -64,7 +64,7 @@ class TokenOptim(AdamW):
     batch_tokens: Positive
     """Tokens per optimizer step, over all processes and micro-batches: a multiple of
     `data.max_length`."""
-    tokens: Positive | None = None
+    tokens: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """Train on this many tokens instead, seeing the data as often as that takes; overrides
     `epochs`."""
     scheduler: Literal["cosine", "wsd", "linear", "constant"] = "cosine"

@@ -27,7 +27,9 @@ def test_lines_of_an_old_run_are_read_and_written_as_they_are():
 def test_results_of_an_old_run_are_read_and_written_as_they_are(tmp_path):
     Results.from_file(OLD / "results.json").to_file(tmp_path / "results.json")
     assert (tmp_path / "results.json").read_bytes() == (OLD / "results.json").read_bytes()
-    assert Results.from_file(tmp_path / "none.json") is None
+    with pytest.raises(UserError, match=r"none\.json: holds no results") as refused:
+        Results.from_file(tmp_path / "none.json")
+    assert refused.value.code == 3
 
 
 def test_numbers_of_a_library_are_a_line_of_their_own():
