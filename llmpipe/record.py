@@ -34,6 +34,14 @@ class Record(BaseModel):
             hint = "another version wrote it, or it was changed; --fresh starts anew"
             raise UserError(problem, hint, INTEGRITY) from None
 
+    @classmethod
+    def if_readable(cls, path: Path) -> Self | None:
+        """The record in a file, or None: also when another version wrote it."""
+        try:
+            return cls.from_file(path)
+        except UserError:
+            return None
+
     def to_file(self, path: Path) -> None:
         """Write it atomically; fields that were never set are left out."""
         write_json(path, self.model_dump(exclude_unset=True))

@@ -15,9 +15,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from llmpipe.errors import DONE, UserError
+from llmpipe.errors import DONE
 from llmpipe.front.launch import library_environment, new_launch
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, as_kept, end_of
@@ -26,7 +26,7 @@ from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, make_run
 from llmpipe.run.ends import clear_ends, read_ends, verdict, write_end
 from llmpipe.run.machine import rank
-from llmpipe.run.outcome import Outcome
+from llmpipe.run.outcome import LAUNCH, Outcome
 from llmpipe.run.signals import Signals
 
 PAUSE = 0.2
@@ -35,7 +35,6 @@ LAST_WORDS = 3.0
 """Seconds in which one that was lost may still say why."""
 
 Action = Literal["train", "skip"]
-R = TypeVar("R", bound=Record)
 
 
 def make_together(session: Session) -> None:
@@ -72,7 +71,7 @@ def train(session: Session, launch: str) -> None:
     """Train in this process, which the launcher made one of several."""
     artifact = session.artifact
     signals = Signals().install()
-    os.environ |= library_environment("train")
+    os.environ |= library_environment("train") | {LAUNCH: launch}
     outcome = end_of(
         lambda: act("train", artifact, signals, inexact=session.inexact),
         artifact,
@@ -146,7 +145,7 @@ def give_word(
     launch = new_launch()
     answers: dict[int, str] = {}
     while True:
-        asks = {other: _read(Ask, ask_path(artifact, other)) for other in range(1, processes)}
+        asks = {other: Ask.if_readable(ask_path(artifact, other)) for other in range(1, processes)}
         if all(ask and ask.heard == launch for ask in asks.values()):
             break
         asked = {other: ask.word for other, ask in asks.items() if ask}
@@ -168,16 +167,8 @@ def wait_for_word(
     make_run(artifact.run)
     Ask(word=mine).to_file(path)
     while True:
-        word = _read(Word, word_path(artifact))
+        word = Word.if_readable(word_path(artifact))
         if word and word.answers.get(rank) == mine:
             Ask(word=mine, heard=word.launch).to_file(path)
             return word
         sleep(PAUSE)
-
-
-def _read(kind: type[R], path: Path) -> R | None:
-    """A record in a file; None where there is none, or one of another version's."""
-    try:
-        return kind.from_file(path)
-    except UserError:
-        return None

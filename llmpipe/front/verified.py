@@ -17,7 +17,8 @@ from llmpipe.data.prepared import PreparedFolder
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.record import Record
 from llmpipe.run.job import Job
-from llmpipe.run.machine import launcher, local_rank, rank
+from llmpipe.run.machine import local_rank, rank
+from llmpipe.run.outcome import this_launch
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.sums import Kept, Verification
 
@@ -27,7 +28,7 @@ PAUSE = 0.05
 class Verdict(Record):
     """What the process that verifies tells the others of its machine."""
 
-    launcher: str
+    launch: str
     """Of which launch it is."""
     problem: str | None = None
     hint: str | None = None
@@ -50,9 +51,9 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
                 job.plan.refuse_changed_models()
             prepared.refuse_another(job.prepared)
         except UserError as error:
-            _tell(path, Verdict(launcher=launcher(), problem=error.message, hint=error.hint))
+            _tell(path, Verdict(launch=this_launch(), problem=error.message, hint=error.hint))
             raise
-        _tell(path, Verdict(launcher=launcher()))
+        _tell(path, Verdict(launch=this_launch()))
 
     return finish
 
@@ -74,8 +75,8 @@ def _tell(path: Path, verdict: Verdict) -> None:
 
 def _wait(path: Path) -> None:
     while True:
-        verdict = Verdict.from_file(path)
-        if verdict and verdict.launcher == launcher():
+        verdict = Verdict.if_readable(path)
+        if verdict and verdict.launch == this_launch():
             break
         time.sleep(PAUSE)
     if verdict.problem:

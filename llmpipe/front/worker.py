@@ -37,7 +37,7 @@ from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.outcome import LAUNCH, Outcome
+from llmpipe.run.outcome import Outcome, this_launch
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         "--debug" in flags,
     )
     signals.deferred = True  # what comes now changes nothing
-    launch = os.environ.get(LAUNCH, "")
+    launch = this_launch()
     if "RANK" in os.environ:  # one of several: the command decides who speaks for all
         write_end(artifact, launch, rank(), as_kept(outcome, artifact))
     else:

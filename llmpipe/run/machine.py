@@ -132,13 +132,3 @@ def rank() -> int:
 def local_rank() -> int:
     """Which of the processes on this machine this is."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def launcher() -> str:
-    """Pid and start time of the parent: of no other process until the machine is started anew."""
-    pid = os.getppid()
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return str(pid)
-    return f"{pid} {fields[19]}"

@@ -118,6 +118,11 @@ def say_to_command(values: dict[str, object]) -> None:
         ear.write(json.dumps(values) + "\n")
 
 
+def this_launch() -> str:
+    """The word of the launch that this worker is of."""
+    return os.environ.get(LAUNCH, "")
+
+
 @contextmanager
 def listening() -> Iterator[Ear]:
     """Be ready to hear of workers that cannot write."""

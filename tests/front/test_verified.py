@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import socket
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from llmpipe.errors import UserError
 from llmpipe.front.verified import verifying
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.manifest import Asked
+from llmpipe.run.outcome import LAUNCH
 from llmpipe.run.plan import Plan
 from llmpipe.sums import SUMS, Verification, fingerprint
 from tests import life, store
@@ -314,6 +317,7 @@ def test_one_process_of_a_machine_verifies(prepared, tmp_path, monkeypatch, whol
     if not whole:
         change_tokens(record.folder(job.prepared) / "train.arrow")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(LAUNCH, "this")
     hashed = []
     monkeypatch.setattr("llmpipe.front.verified.Verification", counting(hashed))
     for rank in ("0", "1"):
@@ -323,6 +327,28 @@ def test_one_process_of_a_machine_verifies(prepared, tmp_path, monkeypatch, whol
             finish()
         assert whole or refused.value.code == 3
     assert len(hashed) == 1
+
+
+@pytest.mark.parametrize("left", [{"launch": "earlier"}, {"launcher": "7 9"}, {"launch": 7}])
+def test_a_verdict_of_another_launch_is_not_believed(prepared, tmp_path, monkeypatch, left):
+    """Nor one of another version."""
+    run = shutil.copytree(prepared("tokens")[0], tmp_path / "run")
+    artifact = Artifact(run / "sft")
+    record = PreparedRows.whole(artifact.path / "prepared.json")
+    job = SimpleNamespace(artifact=artifact, prepared=run / ".prepared", plan=Plan("", Asked(), {}))
+    (run / ".locks").mkdir(exist_ok=True)
+    (run / ".locks" / f"sft.{socket.gethostname()}.verdict").write_text(json.dumps(left))
+    monkeypatch.setenv(LAUNCH, "this")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    wait = verifying(job, record)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    other = Thread(target=wait, daemon=True)
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    verifying(job, record)()
+    other.join(20)
+    assert not other.is_alive()
 
 
 def counting(made):
@@ -339,7 +365,7 @@ def test_two_ranks_agree(tmp_path):
     path = sft(tmp_path / "run", launch__processes=2, launch__micro_batch_size=1)
     made = life.pair(path)
     (verdict,) = (made.run / ".locks").glob("sft.*.verdict")
-    assert json.loads(verdict.read_text()).keys() == {"launcher"}
+    assert json.loads(verdict.read_text()).keys() == {"launch"}
 
 
 def test_rows_that_change_under_way_are_not_prepared(tmp_path, monkeypatch):
