@@ -22,15 +22,15 @@ PARENT = "LLMPIPE_PARENT"
 KILLED = 128 + signal.SIGKILL
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when its parent ends.
+def die_with_parent(parent: int | None = None, by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to kill this process, or to send it another signal, when its parent ends.
 
     `parent`: the pid that the parent should have; with another one it has ended already, and so
     does this process.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, by)
     if parent is not None and os.getppid() != parent:
         os._exit(KILLED)
 
@@ -51,11 +51,12 @@ def die_with_command() -> None:
 
 
 def die_with_launcher() -> None:
-    """For a command that somebody else's launcher started as one of several: end with that.
+    """For a command that somebody else's launcher started: end with that.
 
     Where torchrun is gone already, the process has been adopted by one that takes in orphans.
     """
-    die_with_parent()
+    # `accelerate launch` of one process ends at once when it is stopped, and hands nothing on
+    die_with_parent(by=signal.SIGKILL if "RANK" in os.environ else signal.SIGTERM)
     adopted = os.getppid() == 1 or _read(os.getppid(), "comm") == b"systemd\n"
     if adopted and "TORCHELASTIC_RUN_ID" in os.environ and not _launches_us(os.getppid()):
         os._exit(KILLED)

@@ -1,12 +1,15 @@
-"""`make faults`: real process trees that are killed early, or of which one rank fails.
+"""`make faults`: real process trees that are killed or stopped, or of which one rank fails.
 
 FAULTS=full: the nightly count.
 """
 
+import fcntl
 import os
+import pty
 import random
 import signal
 import subprocess
+import termios
 import time
 import uuid
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 
 from llmpipe.front.launch import free_port
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.ends import reported
 from tests import life
-from tests.front.test_processes import ACCELERATE, ENVIRONMENT, PYTHON
+from tests.front.test_processes import ACCELERATE, ENVIRONMENT, PYTHON, last_step
 
 pytestmark = pytest.mark.faults
 FULL = os.environ.get("FAULTS") == "full"
@@ -27,19 +31,26 @@ TWO = {"launch__processes": 2, "launch__micro_batch_size": 2}
 POOL = {"data__processes": 2}
 
 
+def take_terminal():
+    """Let standard input be the terminal that this session is of."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Tree:
     """A command and all that it starts, which are known by a word in their environment."""
 
-    def __init__(self, command, **variables):
+    def __init__(self, command, terminal=None, **variables):
         self.word = uuid.uuid4().hex
         self.process = subprocess.Popen(
             command,
             cwd=life.ROOT,
             env=ENVIRONMENT | {"TREE": self.word, "OMP_NUM_THREADS": "1"} | variables,
-            stdout=subprocess.PIPE,
+            stdin=terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=None if terminal is None else take_terminal,
         )
 
     def pids(self, named=""):
@@ -88,6 +99,10 @@ def sft(path, **variables):
 def outside(path, **variables):
     two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
     return Tree([*ACCELERATE, *two, "-m", "llmpipe", "sft", str(path)], **variables)
+
+
+def outside_alone(path):
+    return Tree([*ACCELERATE, "-m", "llmpipe", "sft", str(path)])
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +188,108 @@ def test_the_first_failure_is_the_one_shown(tmp_path, rank, hook, code, line):
 @pytest.mark.parametrize(("hook", "code", "line"), FAILURES)
 def test_under_an_outside_launcher_each_rank_says_its_own(tmp_path, hook, code, line):
     """And one that lost another says that; the launcher has the exit code."""
+    others = {
+        "kill_now": "",  # rank 0 is ended before it asks
+        "nan_loss_4": "error: step 4: the gradient norm is nan",
+    }
     path = life.write(tmp_path / "run", launch__processes="auto", launch__micro_batch_size=2)
     _, out = outside(path, **faulty(f"1 {hook}")).end()
     if line.startswith("error"):
         assert line in out
-    if hook != "kill_now":
-        assert "error: another process ended" in out, out
+    assert others.get(hook, "error: another process ended") in out, out
+    statuses = {"kill_now": -9, "kill_in_step_4": -9, "crash_in_step_4": -11}
+    assert statuses.get(hook, code) in reported(out).values(), out
+
+
+LONG = {"optim__steps": 60, "log__every": 1, "checkpoint__every": 1000, "evaluation": {}}
+RANKS = pytest.mark.parametrize("settings", [{}, TWO], ids=["one", "two"])
+
+
+def training(tmp_path, start, **settings):
+    """A tree that trains, and its artifact, whose one checkpoint would be the last."""
+    path = life.write(tmp_path / "run", **LONG, **settings)
+    tree, artifact = start(path), Artifact(tmp_path / "run" / "sft")
+    while last_step(artifact) < 2:
+        assert tree.process.poll() is None, tree.end()
+        time.sleep(0.02)
+    return tree, artifact
+
+
+def steps(artifact):
+    """Of which there are checkpoints."""
+    return [int(path.name.split("-")[1]) for path in (artifact.path / "checkpoints").glob("step-*")]
+
+
+def state(pid):
+    return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+@RANKS
+def test_ctrl_z_stops_every_process_and_a_continue_goes_on(tmp_path, settings):
+    tree, artifact = training(tmp_path, sft, **settings)
+    tree.process.send_signal(signal.SIGTSTP)
+    deadline = time.monotonic() + 10
+    while {state(pid) for pid in tree.pids()} != {"T"}:
+        assert time.monotonic() < deadline, tree.end()
+        time.sleep(0.02)
+    reached = last_step(artifact)
+    time.sleep(1)
+    assert last_step(artifact) == reached < LONG["optim__steps"]
+    tree.process.send_signal(signal.SIGCONT)
+    code, out = tree.end()
+    assert code == 0, out
+    assert artifact.verify() and last_step(artifact) == LONG["optim__steps"]
+
+
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+
+
+@RANKS
+@pytest.mark.parametrize("whom", ["group", "all"])
+@pytest.mark.parametrize(("number", "code"), STOPS)
+def test_one_signal_to_several_processes_leaves_a_checkpoint(
+    tmp_path, settings, whom, number, code
+):
+    """By the terminal to the command's group, or by somebody to whatever runs."""
+    tree, artifact = training(tmp_path, sft, **settings)
+    for pid in tree.pids() if whom == "all" else [-tree.process.pid]:
+        os.kill(pid, number)
+    ended, out = tree.end()
+    assert ended == code and "checkpoint written" in out, out
+    assert steps(artifact) == [last_step(artifact)]
+
+
+@RANKS
+def test_nohup(tmp_path, settings):
+    tree, artifact = training(
+        tmp_path, lambda path: Tree(["nohup", *PYTHON, "sft", str(path)]), **settings
+    )
+    os.killpg(tree.process.pid, signal.SIGHUP)
+    code, out = tree.end()
+    assert code == 0, out
+    assert artifact.verify()
+
+
+@RANKS
+def test_a_terminal_that_goes_leaves_a_checkpoint(tmp_path, settings):
+    """Which is a signal, and the end of what is printed to."""
+    ours, theirs = pty.openpty()
+    tree, artifact = training(
+        tmp_path, lambda path: Tree([*PYTHON, "sft", str(path)], theirs), **settings
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert tree.end()[0] == 143
+    assert steps(artifact) == [last_step(artifact)]
+
+
+@RANKS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_outside_launcher_that_is_stopped_leaves_a_checkpoint(tmp_path, settings, number):
+    """With one process it hands nothing on, and ends at once."""
+    start = outside if settings else outside_alone
+    tree, artifact = training(tmp_path, start, **(settings | {"launch__processes": "auto"}))
+    os.killpg(tree.process.pid, number) if number == signal.SIGINT else tree.process.terminate()
+    tree.process.wait()
+    assert tree.gone()
+    assert steps(artifact) == [last_step(artifact)]
