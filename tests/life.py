@@ -76,9 +76,18 @@ def write(run: Path, **changes) -> Path:
     return path
 
 
+def guarded(artifact, work):
+    """Run `work` alone; its end, whatever it is, becomes outcome.json."""
+    from llmpipe.front.worker import as_kept, end_of
+
+    outcome = end_of(work, artifact, debug=False)
+    as_kept(outcome, artifact).deliver(artifact)
+    return outcome
+
+
 def start_here(action, artifact, recipe, *, inexact, debug):
     """`start` without a process of its own."""
-    from llmpipe.front.worker import act, guarded
+    from llmpipe.front.worker import act
 
     signals = Signals()
     if multiprocessing.parent_process() is not None:  # a trial: signals reach it

@@ -32,7 +32,7 @@ from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import clear_ends, death, read_ends, reported, verdict
 from llmpipe.run.machine import for_memory, process_count, thread_count
-from llmpipe.run.outcome import LAUNCH, Outcome, listening
+from llmpipe.run.outcome import LAUNCH, Ear, Outcome, listening, new_launch
 from llmpipe.run.signals import code_of, stopping
 from llmpipe.ties import PARENT, children, descendants, die_with_parent
 
@@ -66,7 +66,6 @@ def start(
     if debug:
         command.append("--debug")
     Outcome.clear(artifact)
-    clear_ends(artifact, processes)
     launch = new_launch()
     log = artifact.path / "log.txt"
     remedy = for_memory(action, recipe)
@@ -74,23 +73,13 @@ def start(
         variables = environment(action, threads) | ear.environment | {LAUNCH: launch}
         end = run(command, variables, log, launched=processes > 1)
         if processes > 1:
-            ends = read_ends(artifact, launch, processes, ear.said())
-            statuses = reported(end.log)
-            outcome = verdict(ends, statuses, remedy=remedy, stopped=bool(end.signals))
+            outcome = first_failure(artifact, launch, processes, ear, end, remedy)
         else:
             outcome = Outcome.read(artifact, launch) or ear.heard()
-    if outcome is not None and processes > 1:
-        outcome.deliver(artifact, launch)
-        clear_ends(artifact, processes)
     if outcome is None and end.signals and end.status:
         # the worker had not come as far as noting how it ends
         raise Stopped(code_of(end.signals[0]), "stopped")
     finish(outcome, end.status, artifact, remedy)
-
-
-def new_launch() -> str:
-    """A word that no other launch has."""
-    return os.urandom(8).hex()
 
 
 def launcher(processes: int, threads: int) -> list[str]:
@@ -144,7 +133,7 @@ def library_environment(action: Action) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class End:
+class Exit:
     """How a process ended."""
 
     status: int
@@ -154,7 +143,19 @@ class End:
     """What a launcher said on standard error."""
 
 
-def run(command: list[str], environment: dict[str, str], log: Path, *, launched: bool) -> End:
+def first_failure(
+    artifact: Artifact, launch: str, processes: int, ear: Ear, end: Exit, remedy: str
+) -> Outcome | None:
+    """How several workers ended, which becomes outcome.json; None where nobody knows."""
+    ends = read_ends(artifact, launch, processes, ear.said())
+    outcome = verdict(ends, reported(end.log), remedy=remedy, stopped=bool(end.signals))
+    if outcome:
+        outcome.deliver(artifact, launch)
+    clear_ends(artifact, processes)
+    return outcome
+
+
+def run(command: list[str], environment: dict[str, str], log: Path, *, launched: bool) -> Exit:
     """Run a worker, or a launcher with several, and hand on to the workers what signals us."""
     parent = os.getpid()
     signals: list[int] = []
@@ -178,7 +179,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, *, launched:
 
         with handled_by(forward, stopping()), paused_with_us(process.pid):
             status = process.wait()
-    return End(status, signals, errors.text if errors else "")
+    return Exit(status, signals, errors.text if errors else "")
 
 
 @contextlib.contextmanager

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 from llmpipe.errors import DONE
-from llmpipe.front.launch import library_environment, new_launch
+from llmpipe.front.launch import library_environment
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, as_kept, end_of
 from llmpipe.recipe.sections import Training
 from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, make_run
-from llmpipe.run.ends import clear_ends, read_ends, verdict, write_end
+from llmpipe.run.ends import read_ends, verdict, write_end
 from llmpipe.run.machine import rank
-from llmpipe.run.outcome import LAUNCH, Outcome
+from llmpipe.run.outcome import LAUNCH, Outcome, new_launch
 from llmpipe.run.signals import Signals
 
 PAUSE = 0.2
@@ -56,7 +56,6 @@ def lead(session: Session) -> None:
             session.prepare(decision)
         together = works and not session.only_prepare and isinstance(session.recipe, Training)
         Outcome.clear(session.artifact)
-        clear_ends(session.artifact, world_size())
         launch = give_word(session.artifact, "train" if together else "skip", world_size())
         if session.only_prepare:
             return

@@ -68,13 +68,6 @@ def main(arguments: list[str]) -> int:
     return outcome.code
 
 
-def guarded(artifact: Artifact, work: Callable[[], None], debug: bool = False) -> Outcome:
-    """Run `work` alone; its end, whatever it is, becomes outcome.json."""
-    outcome = end_of(work, artifact, debug)
-    as_kept(outcome, artifact).deliver(artifact)
-    return outcome
-
-
 def as_kept(outcome: Outcome, artifact: Artifact) -> Outcome:
     """An outcome without this machine's paths; as it is where nobody can read which there are."""
     try:

@@ -118,6 +118,11 @@ def say_to_command(values: dict[str, object]) -> None:
         ear.write(json.dumps(values) + "\n")
 
 
+def new_launch() -> str:
+    """A word that no other launch has."""
+    return os.urandom(8).hex()
+
+
 def this_launch() -> str:
     """The word of the launch that this worker is of."""
     return os.environ.get(LAUNCH, "")

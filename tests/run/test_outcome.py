@@ -12,9 +12,9 @@ import pytest
 from llmpipe import faults
 from llmpipe.errors import DONE, NUMERIC, SIGTERM, Stopped, UserError
 from llmpipe.front.launch import finish
-from llmpipe.front.worker import guarded
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.outcome import Outcome, listening
+from tests.life import guarded
 
 
 @pytest.fixture
