@@ -1,11 +1,14 @@
 """No work ends for want of a reader, and no print ends in a traceback."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+from llmpipe.run.artifact import Artifact
 from tests import life
 
 ROWS = [
@@ -80,6 +83,35 @@ def test_a_training_goes_on_without_its_reader(run, tmp_path):
     assert done.stdout == "141\n" and "Traceback" not in done.stderr
     assert (tmp_path / "run" / "sft" / "manifest.json").exists()
     assert "model published" in (tmp_path / "run" / "sft" / "log.txt").read_text()
+
+
+AUDIENCES = {
+    "head": ("| head -2; echo ${PIPESTATUS[0]} >&2", {}, ("0", "141")),
+    "full": ("> /dev/full; echo $? >&2", {}, ("5",)),
+    "closed": (">&- <&-; echo $? >&2", {}, ("0",)),
+    "ascii": ("; echo $? >&2", {"LANG": "C", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, ("0",)),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("audience", AUDIENCES)
+def test_a_training_ends_whoever_listens(run, tmp_path, audience, processes):
+    """One rank or two, of which one prints."""
+    rest, environment, codes = AUDIENCES[audience]
+    values = yaml.safe_load(run.with_suffix(".yaml").read_text())
+    values["samples"]["prompts"] = ["学校在哪里？"]
+    recipe = json.dumps(values, ensure_ascii=False)
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
+    sets = f"--run {tmp_path}/run --set launch.processes={processes}"
+    line = f"$llmpipe sft {tmp_path}/mine.yaml {sets} {rest}"
+    done = shell(line, PYTHONUTF8="0", **environment)
+    assert done.stderr.splitlines()[-1] in codes and "Traceback" not in done.stderr, done.stderr
+    if audience == "ascii":
+        assert "before | ?????? -> " in done.stdout
+    made = Artifact(tmp_path / "run" / "sft")
+    assert made.verify().hardware["processes"] == processes
+    assert "before | 学校在哪里？ -> " in (made.path / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_full_disk_behind_standard_output_is_said(run):
