@@ -103,7 +103,8 @@ def test_killed_anywhere_in_a_pipeline(straight, tmp_path, batch):
         victim = start([*PYTHON, "run", str(pipeline(disturbed))])
         time.sleep(rng.uniform(0.2, LONGEST))
         how = rng.choice(["command", "one below", "all"])
-        ends[how] += kill(victim.pid, processes_of(disturbed), how, rng)
+        if victim.poll() is None:
+            ends[how] += kill(victim.pid, processes_of(disturbed), how, rng)
         out, _ = victim.communicate(timeout=SECONDS)  # it goes on where nothing was hit
         deadline = time.monotonic() + 5
         while processes_of(disturbed) and time.monotonic() < deadline:
