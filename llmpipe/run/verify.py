@@ -278,8 +278,8 @@ def _of_plan(artifact: Artifact, plan: Plan | None) -> Iterator[str]:
     if plan.recipe_file and not fits:
         yield f"{RECIPE}: is not what {PLAN} was written with"
     called = {PLAN: plan.artifact} if plan.artifact else {}  # older ones do not know it
-    if isinstance(record, dict) and "artifact" in record:
-        called[RECORD] = str(record["artifact"])
+    if isinstance(record, dict) and ("artifact" in record or "data" not in record):
+        called[RECORD] = str(record.get("artifact", ""))
     renamed = fits and len(set(called.values())) == 1 and "" not in called.values()
     for file, name in called.items():
         if name != ASIDE.sub("", artifact.name) and not renamed:

@@ -257,6 +257,13 @@ def test_what_two_that_are_begun_exchanged(tmp_path, name):
     (run / "two").rename(run / "renamed")
     assert verified(run)[0] == 0
     (run / "renamed").rename(run / "two")
+    if name == "prepared.json":
+        of_tokens = next((run / ".prepared").glob("*/prepared.json"))
+        one = (run / "one" / name).read_bytes()
+        (run / "one" / name).write_bytes(of_tokens.read_bytes())
+        named = f"{run / 'one' / name}: is that of a folder in .prepared"
+        assert named in verified(run)[1]
+        (run / "one" / name).write_bytes(one)
     assert hurt(run / "one" / name, "swapped", run / "two" / name, tmp_path / "aside")
     code, lines = verified(run)
     assert code == 3
