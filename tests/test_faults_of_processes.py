@@ -297,4 +297,5 @@ def test_an_outside_launcher_that_is_stopped_leaves_a_checkpoint(tmp_path, setti
     os.killpg(tree.process.pid, number) if number == signal.SIGINT else tree.process.terminate()
     tree.process.wait()
     assert tree.gone()
+    tree.end()
     assert steps(artifact) == [last_step(artifact)]
