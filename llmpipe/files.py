@@ -53,8 +53,8 @@ def stamp(path: Path) -> str:
     """What the system says of a file, or of every file below a folder: sizes, and when each was
     written or renamed last. Where it says the same again nothing was changed in between.
     """
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    states = [(str(file.relative_to(path)), file.lstat()) for file in files if not file.is_dir()]
+    files = paths_below(path) if path.is_dir() else [path]
+    states = [(str(file.relative_to(path)), file.lstat()) for file in files]
     return digest([[name, it.st_size, it.st_mtime_ns, it.st_ctime_ns] for name, it in states])
 
 
@@ -345,13 +345,40 @@ def paths_below(folder: Path, skip: AbstractSet[str] = frozenset()) -> Iterator[
 
     Top-level folders in `skip` are left out, and links to such.
     """
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in walk(folder):
         if Path(root) == folder:
             folders[:] = [name for name in folders if name not in skip]
         linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        folders.sort()
         for name in sorted([*names, *linked]):
             yield Path(root, name)
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each folder from `folder` down, in order, with the names of folders and of others in it.
+
+    `os.walk`, which calls itself for every folder in another and dies of a thousand; and as there,
+    links are not followed, nor the folders that are taken off the list.
+    """
+    waiting = [str(folder)]
+    while waiting:
+        root = waiting.pop()
+        try:
+            with os.scandir(root) as listed:
+                entries = list(listed)
+        except OSError:
+            continue
+        folders = [entry.name for entry in entries if _is_folder(entry)]
+        yield root, folders, [entry.name for entry in entries if not _is_folder(entry)]
+        paths = [os.path.join(root, name) for name in sorted(folders, reverse=True)]
+        waiting += [path for path in paths if not os.path.islink(path)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def not_plain(path: Path) -> str | None:
@@ -462,7 +489,7 @@ def _flush(folder: Path) -> None:
     for path in files_below(folder):
         path.chmod(0o666 & ~umask)  # safetensors makes its files private
         fsync(path)
-    for root, _, _ in os.walk(folder):
+    for root, _, _ in walk(folder):
         fsync(Path(root))
 
 

@@ -8,6 +8,7 @@ that lie beside data. Hidden folders are not looked into.
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import hashlib
 import os
@@ -77,12 +78,8 @@ def select(source: Rows) -> Selection:
     if os.path.isfile(path):
         notes = _of_no_use(source, path.name) + _named_to_train_on(source, split_of(path.name))
         selection = Selection([Named(path, path.name, source.path)], notes)
-    elif os.path.isdir(path):
-        tree = Tree(path, source.path)
-        tree.walk(path)
-        selection = _selected(source, tree)
     else:
-        selection = _selected(source, _matched(source.path, path))
+        selection = _selected(source, _tree(source.path, path))
     for file in selection.files:
         _check(file)
     return selection
@@ -243,6 +240,21 @@ def _equal(compressed: Path, plain: Path) -> bool:
         return digest.hexdigest() == sha256_file(plain)
     except DAMAGED:  # reading says so
         return False
+
+
+def _tree(given: str, path: Path) -> Tree:
+    """What lies below a folder, or matches a glob."""
+    try:
+        if not os.path.isdir(path):
+            return _matched(given, path)
+        tree = Tree(path, given)
+        tree.walk(path)
+    except (RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        problem = f"{given}: folders lie too deep in one another"
+        raise UserError(problem, "name the one that the files are in", DATA) from None
+    return tree
 
 
 def _matched(given: str, path: Path) -> Tree:

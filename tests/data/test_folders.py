@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from llmpipe.data.folders import select
 from llmpipe.data.readers.compressed import text_bytes
 from llmpipe.data.sources import identity_of
 from llmpipe.errors import UserError
+from llmpipe.files import stamp, table
 from llmpipe.recipe.sections import Rows, Source, is_local
 
 from .conftest import make, write
@@ -508,3 +510,28 @@ def test_saved_data_sets_side_by_side_are_told_by_their_folders(here):
     with pytest.raises(UserError, match="holds several splits"):
         select(Source(path="./e"))
     assert names(Source(path="./e", split="gold")) == ["gold/data-00000-of-00001.arrow"]
+
+
+@pytest.fixture
+def deep(here):
+    """A file below more folders than Python may call functions."""
+    for _ in range(1_500):
+        os.mkdir("d")
+        os.chdir("d")
+    touch("rows.jsonl")
+    os.chdir(here)
+    yield here
+    subprocess.run(["rm", "-rf", "d"], cwd=here, check=True)
+
+
+@pytest.mark.parametrize("path", ["d", "**/*.jsonl"])
+def test_folders_that_lie_too_deep_are_refused(deep, path):
+    with pytest.raises(UserError, match="folders lie too deep in one another"):
+        select(Source(path=f"./{path}"))
+
+
+def test_a_table_has_what_lies_deep(deep):
+    before = stamp(deep)
+    assert [Path(name).name for name in table(deep)] == ["rows.jsonl"]
+    Path("d/d/d/more.jsonl").touch()
+    assert len(table(deep)) == 2 and stamp(deep) != before
