@@ -68,7 +68,8 @@ def home(tmp_path):
 def whole(tmp_path_factory):
     """A model, and a run with a model and an adapter on it."""
     home = tmp_path_factory.mktemp("strangers")
-    shutil.copytree(life.TINY / "model", home / "model")
+    for folder in ("model", "recipes/tiny/model"):  # which the adapter's manifest names
+        shutil.copytree(life.TINY / "model", home / folder)
     run = home / "run"
     # those that tests/training/test_life.py and tests/models/test_adapters.py start from
     store.made(life.write(run))
@@ -86,8 +87,8 @@ def listing(home: Path) -> set[str]:
     return {place for place in places if not place.startswith(ours) and place not in OWN}
 
 
-def refused(whole: Path, home: Path, name: str) -> str:
-    """What the command says of an attack."""
+def tried(whole: Path, home: Path, name: str, attack: strangers.Attack) -> tuple[dict, str]:
+    """How the command ends on a folder after an attack, and what it says."""
     work = home / "work"
     shutil.copytree(whole, work, copy_function=os.link)
     for path in work.rglob("*"):  # no attack may reach what the others start from
@@ -96,7 +97,7 @@ def refused(whole: Path, home: Path, name: str) -> str:
             path.unlink()
             path.write_bytes(data)
     changes = {"model": str(work / "model"), "name": "next", "optim__steps": 1, "samples": {}}
-    changes |= ATTACKS[name](work) or {}
+    changes |= attack(work) or {}
     path = home / "recipe.yaml"
     path.write_text(json.dumps(life.recipe(work / "run", **changes)))
     before = listing(home)
@@ -108,10 +109,15 @@ def refused(whole: Path, home: Path, name: str) -> str:
         pytest.fail(f"{name}: hangs\n{path.with_suffix('.out').read_text()[-2000:]}")
     text = path.with_suffix(".out").read_text(errors="replace")
     assert path.with_suffix(".json").exists(), f"{name}: died: {process.exitcode}\n{text[-2000:]}"
-    end = json.loads(path.with_suffix(".json").read_text())
+    assert listing(home) == before, f"{name}: {sorted(listing(home) ^ before)}"
+    return json.loads(path.with_suffix(".json").read_text()), text
+
+
+def refused(whole: Path, home: Path, name: str) -> str:
+    """What the command says of an attack."""
+    end, text = tried(whole, home, name, ATTACKS[name])
     assert end["code"] in (2, 3), f"{name}: code {end['code']}\n{text[-3000:]}"
     assert "a bug" not in text and "Traceback" not in text, f"{name}:\n{text[-3000:]}"
-    assert listing(home) == before, f"{name}: {sorted(listing(home) ^ before)}"
     assert end["seconds"] < SECONDS, f"{name}: {end}"
     assert end["grown"] < MEMORY, f"{name}: {end}"
     last = text[text.rindex("error: ") :]
@@ -122,6 +128,13 @@ def refused(whole: Path, home: Path, name: str) -> str:
 def some(names: list[str]) -> list[str]:
     """Attacks of every kind."""
     return names[:: len(names) // FEW][:FEW]
+
+
+@pytest.mark.parametrize("changes", [{}, strangers.LORA], ids=["model", "adapter"])
+def test_what_nobody_attacked_is_taken(whole, home, changes):
+    """Else the attacks might be refused for another reason."""
+    end, text = tried(whole, home, "nothing", lambda _: changes)
+    assert end["code"] == 0, text[-3000:]
 
 
 @pytest.mark.parametrize("name", some(list(ATTACKS)))
