@@ -12,6 +12,7 @@ import torch
 import transformers.masking_utils
 import trl.trainer.utils
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -613,3 +614,15 @@ def test_canary_attributes_of_model_classes():
         "_keys_to_ignore_on_load_unexpected",
     ):
         assert hasattr(PreTrainedModel, name), name
+
+
+def test_debugging_ends_with_the_training():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    DebugUnderflowOverflow(model)
+    model.lm_head = copy.copy(model.lm_head)
+    with pytest.raises(KeyError):
+        model(torch.tensor([[1, 2, 3]]))
+    upstream.forget_debugging(model)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 1
+    model(torch.tensor([[1, 2, 3]]))

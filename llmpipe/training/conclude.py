@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save_file
 
+from llmpipe import upstream
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.faults import reading, remembering
@@ -90,6 +91,7 @@ def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> 
 def _publish(trainer: Trained, training: Training[sections.Training]) -> Verified:
     """Save the model, or the adapter, as `model/`, and compare what was saved."""
     model = trainer.plain_model()
+    upstream.forget_debugging(model)
     trainer.forget_optimizer()
     tokenizer, folder, say = training.tokenizer, training.artifact.model, training.say
     adapter = training.recipe.adapter
