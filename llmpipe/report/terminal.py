@@ -95,7 +95,7 @@ def _altered(problems: list[str]) -> str:
     if not problems:
         return ""
     more = f", and {len(problems) - 1:,} more: llmpipe verify" if len(problems) > 1 else ""
-    return f"altered: {problems[0]}{more}"
+    return f"altered: {problems[0]}{more}; finished"
 
 
 def measurements(results: Results) -> list[str]:

@@ -225,8 +225,9 @@ def test_what_was_altered_is_shown(run):
     (run / "eval" / "samples.jsonl").write_text("")
     (run / "eval" / "results.json").unlink()
     shown = show_run(run)
-    assert f"{run}/sft  altered: model/x: 0 bytes, recorded 1,500,000 2026-" in shown
-    assert f"{run}/eval  altered: results.json: missing, and 1 more: llmpipe verify 2026-" in shown
+    assert f"{run}/sft  altered: model/x: 0 bytes, recorded 1,500,000; finished 2026-" in shown
+    more = "and 1 more: llmpipe verify; finished 2026-"
+    assert f"{run}/eval  altered: results.json: missing, {more}" in shown
     page = write_report([run]).read_text()
     assert "model by sft, altered" in page and "2 artifacts, 0 finished" not in page
     assert "3 artifacts, 0 finished" in page
