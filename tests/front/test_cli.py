@@ -414,9 +414,10 @@ def test_a_recipe_whose_name_is_no_text(llmpipe, tmp_path, monkeypatch):
     assert code == 2 and "argument 2 is not UTF-8 text: 'r\\udcff.yaml'" in err
 
 
-def test_verify(llmpipe, tmp_path):
+def test_verify(llmpipe, capsys, tmp_path):
     """What differs is printed; how much of it, and what to do, is the error."""
     run = store.made(life.write(tmp_path / "run")).run
+    capsys.readouterr()  # what was said while it was made
     code, out, err = llmpipe("verify", run)
     assert code == 0 and "all as recorded" in out and not err
     (run / "sft" / "recipe.yaml").write_text("x")
