@@ -43,7 +43,8 @@ SHAPES = {
     ),
     "a key of an API": (
         # words of a name have hyphens between them
-        rf"\bsk-(?:[\w-]{{0,99}}?[-_])?(?:[A-Za-z\d]{{20,}}|{_MIXED}{{16,}})[\w-]*|\bAIza[\w-]{{35}}"
+        rf"\bsk-(?:[\w-]{{0,99}}?[-_])?(?:[A-Za-z\d]{{20,}}|{_MIXED}{{16,}})[\w-]*"
+        r"|\bAIza[\w-]{35}"
     ),
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})",
     "a token of GitLab": r"\bglpat-[\w-]{20,}",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmpipe.errors import Say
+from llmpipe.faults import of_memory
 from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.miniature import VOCABULARY, miniatures
@@ -79,7 +80,8 @@ def mixed_share(model: Any, road: Road) -> float | None:
     where they are one text with it.
 
     0: not at all; 1: the architecture reads no boundaries, or cannot be asked to. None: the model
-    does not compute, or one text does nothing to the next.
+    does not compute, or one text does nothing to the next. Want of memory is no verdict, and is
+    raised as it came.
     """
     ids = torch.randint(1, VOCABULARY, (sum(LENGTHS),)).tolist()
     ends = [sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))]
@@ -88,14 +90,18 @@ def mixed_share(model: Any, road: Road) -> float | None:
         apart = [road.alone(model, text) for text in texts]
         last = apart[-1]
         joined = road.alone(model, ids)[-len(last) :]
-    except Exception:  # a model whose numbers do not fit one another
+    except Exception as error:  # a model whose numbers do not fit one another
+        if of_memory(error):
+            raise
         return None
     effect = float((joined - last).abs().mean())
     if not EFFECT < effect < float("inf"):
         return None
     try:
         together = road.packed(model, texts)
-    except (ValueError, RuntimeError, TypeError, NotImplementedError):
+    except (ValueError, RuntimeError, TypeError) as error:
+        if of_memory(error):
+            raise
         return 1.0  # hybrids of attention and state spaces need kernels for it, and say so
     pairs = zip(together, apart, strict=True)
     return max(float((one - other).abs().mean()) for one, other in pairs) / effect

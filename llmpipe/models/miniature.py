@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmpipe.faults import of_memory
 from llmpipe.models.adapters import plain_layer
 from llmpipe.models.generate import isolated_rng
 
@@ -199,7 +200,9 @@ def _build(
             _draw(small)
         small.set_attn_implementation(attention)
         return small.to(device).eval()
-    except Exception:
+    except Exception as error:
+        if of_memory(error):
+            raise
         return None
 
 

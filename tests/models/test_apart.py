@@ -154,3 +154,16 @@ def test_nothing_is_drawn_from_the_generators_of_training():
     torch.manual_seed(5)
     ask(model)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("which", ["alone", "packed"])
+def test_want_of_memory_is_no_verdict(which):
+    def fails(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    def alone(_, text):
+        return torch.tensor(text).cumsum(0).float()
+
+    road = apart.Road(fails, fails if which == "alone" else alone, 64)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        apart.mixed_share(None, road)
