@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models quickstart check format test faults bench constraints clean
+.PHONY: help setup models quickstart check format test faults bench gpu constraints clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,12 @@ faults: setup ## kills, full disks, damaged files: up to an hour
 
 bench: setup ## how fast the front door opens; see benchmarks/README.md
 	$(BIN)/python benchmarks/front_door.py
+
+# With PYTHON given it is that one's libraries, and no .venv/ is made.
+GIVEN := $(filter-out file,$(origin PYTHON))
+
+gpu: $(if $(GIVEN),,setup) ## the figures of this machine's GPU, in 8 minutes; see benchmarks/README.md
+	$(if $(GIVEN),$(PYTHON),$(BIN)/python) benchmarks/gpu.py $(PARTS)
 
 constraints: ## renew constraints.txt: the newest versions that pyproject.toml admits
 	rm -rf .venv-new && $(PYTHON) -m venv .venv-new

@@ -1,0 +1,254 @@
+"""The parts that look at whole runs: every stage, resume, host reads, memory, tests."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from onecard import commands
+from onecard.bench import Bench
+from onecard.commands import ROOT, Failed, artifact_of
+from onecard.parts import PROMPT, REWARD
+from onecard.table import Row
+
+DATA = ROOT / "recipes" / "tiny"
+ROWS, PAIRS = [{"path": str(DATA / "rows.jsonl")}], [{"path": str(DATA / "pairs.jsonl")}]
+ADAPTER = {"rank": 4, "alpha": 8}
+RESUMED = {"sft": 20, "lora": 20, "dpo": 20, "ppo": 3}
+"""Stages that are stopped and go on, and the step that they are stopped after."""
+
+
+def tiny(run: Path, stage: str, **more: Any) -> dict[str, Any]:
+    """A stage on the tiny model of recipes/, whose every step is the same wherever it is cut."""
+    steps, batch = (8, 8) if stage == "ppo" else (80, 4)
+    fields = {
+        "stage": stage,
+        "run": str(run),
+        "model": str(DATA / "model"),
+        "data": {"train": PAIRS if stage in ("reward", "dpo", "kto") else ROWS, "max_length": 64},
+        "optim": {"learning_rate": 1e-3, "batch_size": batch, "steps": steps},
+        "checkpoint": {"every": 50},
+        "log": {"every": 1},
+        "launch": {"processes": 1, "threads": 1, "micro_batch_size": batch // 2},
+    }
+    if stage in ("lora", "qlora"):
+        fields["adapter"] = ADAPTER
+    if stage == "qlora":
+        fields["quantization"] = {"bits": 4}
+    if stage == "ppo":
+        fields |= {"rollout": {"max_new_tokens": 8}, "algorithm": {"epochs": 2, "minibatches": 2}}
+        fields["reward"] = [REWARD]
+    return fields | more
+
+
+def pretraining(run: Path) -> dict[str, Any]:
+    fields = tiny(run, "pretrain", tokenizer=str(DATA / "model"))
+    del fields["model"]
+    return fields | {
+        "architecture": {"kind": "llama", "layers": 2, "width": 32, "heads": 4},
+        "data": {"train": ROWS, "max_length": 32, "max_rejected": 0.2},
+        "optim": {"learning_rate": 1e-3, "batch_tokens": 128, "steps": 80},
+    }
+
+
+def evaluating(run: Path) -> dict[str, Any]:
+    models = {name: f"artifact:{name}" for name in ("sft", "lora", "ppo")}
+    scored = {"task": "generate", "data": ROWS, "score": ["exact_match"], "max_new_tokens": 8}
+    return {
+        "stage": "eval",
+        "run": str(run),
+        "models": {"base": str(DATA / "model"), **models},
+        "tasks": [{"task": "perplexity", "data": ROWS, "window": 64, "stride": 32}, scored],
+        "launch": {"threads": 1},
+    }
+
+
+def stages(bench: Bench) -> Iterator[Row]:
+    """Every stage to its end; and four that were stopped, against those that were not."""
+    straight, cut = bench.home / "runs" / "straight", bench.home / "runs" / "stopped"
+    first = [pretraining(straight)]
+    first += [tiny(straight, stage) for stage in ("sft", "lora", "qlora", "reward", "dpo", "kto")]
+    first += [tiny(straight, "ppo")]
+    judged = tiny(straight, "ppo", name="ppo-model", reward=[{"model": "artifact:reward"}])
+    second = [judged, evaluating(straight)]
+    stopped = [tiny(cut, stage) for stage in RESUMED]
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
+        cuts = [pool.submit(resumed, recipe) for recipe in stopped]
+        codes = list(pool.map(commands.finished, first))
+        codes += list(pool.map(commands.finished, second))
+        yield ended(first + second, codes)
+        ends = {recipe["stage"]: cut.result() for recipe, cut in zip(stopped, cuts, strict=True)}
+    wrong = [f"{stage}: {says}" for stage, says in ends.items() if says]
+    wrong += [
+        f"{recipe['stage']}: other bytes"
+        for recipe in stopped
+        if not ends[recipe["stage"]] and not equal(artifact_of(recipe), straight / recipe["stage"])
+    ]
+    note = f"of {len(ends)}: SIGTERM, the same command again, the bytes of a run not stopped"
+    yield Row(
+        "resume",
+        "equal",
+        own=float(len(ends) - len(wrong)),
+        note="; ".join(wrong) or note,
+        failed=bool(wrong),
+    )
+
+
+def ended(recipes: list[dict[str, Any]], codes: list[int]) -> Row:
+    """How many of the stages ended with exit code 0, and what the others said."""
+    names = [recipe.get("name", recipe["stage"]) for recipe in recipes]
+    wrong = [
+        f"{name}: exit code {code}: {commands.tail(recipe)}"
+        for name, code, recipe in zip(names, codes, recipes, strict=True)
+        if code
+    ]
+    return Row(
+        "stages",
+        "exit 0",
+        own=float(codes.count(0)),
+        note="; ".join(wrong) or f"of {len(names)}: {', '.join(names)}",
+        failed=bool(wrong),
+        details={"exit_codes": dict(zip(names, codes, strict=True))},
+    )
+
+
+def resumed(recipe: dict[str, Any]) -> str:
+    """Stop a stage half way, and run the command again; what went wrong."""
+    code = commands.stopped(recipe, RESUMED[recipe["stage"]])
+    if code != 143:
+        return f"exit code {code} after SIGTERM, not 143: {commands.tail(recipe)}"
+    code = commands.finished(recipe)
+    return f"exit code {code} when it went on: {commands.tail(recipe)}" if code else ""
+
+
+def equal(one: Path, other: Path) -> bool:
+    """Whether two artifacts published the same bytes under the same names."""
+    folders = [folder / "model" for folder in (one, other)]
+    names, others = (
+        sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        for folder in folders
+    )
+    same = (
+        folders[0].joinpath(name).read_bytes() == folders[1].joinpath(name).read_bytes()
+        for name in names
+    )
+    return bool(names) and names == others and all(same)
+
+
+def reads(bench: Bench) -> Iterator[Row]:
+    """Waits for the card, of a packed sft per optimizer step and of ppo per update."""
+    if not bench.has_card:
+        yield Row("reads", note="skipped: no card to wait for")
+        return
+    model, scale = bench.model("small"), bench.scale
+    data = {"train": [{"path": bench.rows()}], "max_length": scale.length}
+    recipe = bench.recipe("reads", "sft", model=model, data=data, optim=bench.optim())
+    yield counted("reads: sft", "per step", recipe)
+    recipe = bench.recipe(
+        "reads",
+        "ppo",
+        model=model,
+        adapter=ADAPTER,
+        reward=[REWARD],
+        data=data | {"max_length": PROMPT},
+        rollout={"max_new_tokens": 16},
+        algorithm={"epochs": 1, "minibatches": 2},
+        optim=bench.optim(batch_size=8),
+    )
+    yield counted("reads: ppo", "per update", recipe)
+
+
+def counted(name: str, unit: str, recipe: dict[str, Any]) -> Row:
+    """Of a stage that is prepared by its command and trained in a process that counts."""
+    if code := commands.finished(recipe, "prepare"):
+        raise Failed(f"llmpipe prepare: exit code {code}: {commands.tail(recipe)}")
+    out = Path(recipe["run"]) / f"{recipe['stage']}.reads.json"
+    done = subprocess.run(
+        [sys.executable, commands.HERE / "reads.py", artifact_of(recipe), "8", out],
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+        timeout=commands.LIMIT,
+    )
+    if not out.exists():
+        raise Failed(f"{name}: exit code {done.returncode}: {commands.last_line(done.stderr)}")
+    told = json.loads(out.read_text())
+    most = next(iter(told["places"]), "")
+    return Row(
+        name,
+        unit,
+        own=float(median(told["reads"][3:])),
+        note=f"most at {most}" if most else "",
+        details=told,
+    )
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Peak memory of a packed sft at its tenth step, and at the end of a longer run."""
+    scale, early = bench.scale, 10
+    recipe = bench.recipe(
+        "memory",
+        "sft",
+        model=bench.model("small"),
+        data={"train": [{"path": bench.rows()}], "max_length": scale.length, "packing": True},
+        optim=bench.optim(),
+    )
+    seen = commands.measured(recipe, scale.long_run)
+    before, after = (seen.lines[step - 1]["memory_gb"] for step in (early, scale.long_run))
+    grown = after / before - 1
+    yield Row(
+        "memory",
+        "% grown",
+        own=100 * grown,
+        gib=after,
+        note=f"from step {early} to {scale.long_run}",
+        failed=bench.has_card and grown > 0.01,
+    )
+
+
+TESTS = """
+tests/test_upstream.py
+tests/rl/test_policy_gradient.py
+tests/rl/test_ppo.py
+tests/models/test_adapters.py
+tests/models/test_apart.py
+tests/models/test_verify.py
+tests/training/test_trainer.py
+""".split()
+
+
+def tests(bench: Bench) -> Iterator[Row]:
+    """Tests of what computes, with the card visible."""
+    if not find_spec("pytest"):
+        yield Row("tests", note="skipped: this Python has no pytest")
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=commands.environment(),
+            capture_output=True,
+            text=True,
+            timeout=commands.LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"pytest: not done in {commands.LIMIT:.0f} s") from None
+    said = done.stdout.splitlines()
+    failing = [line.split()[1] for line in said if line.startswith(("FAILED ", "ERROR "))]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    yield Row(
+        "tests",
+        "passed",
+        own=float(passed[1]) if passed else 0.0,
+        note="; ".join(failing[:4]) or (said[-1] if said else ""),
+        failed=bool(done.returncode),
+        details={"failing": failing},
+    )
