@@ -10,7 +10,7 @@ them, in one order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from llmpipe.errors import UserError
 from llmpipe.run.signals import Signals
 
 T = TypeVar("T")
+
+TOGETHER = 1 << 26  # numbers that are sent at once: a quarter of a GB in fp32
 
 
 class World:
@@ -59,15 +61,29 @@ class World:
         values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
         return dict(zip(sums, self.sum(values).tolist(), strict=True))
 
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors up over processes, in place and where they are: together, up to `TOGETHER`
+        numbers of one type.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add the gradients up in place, those that are missing as zeros. DDP averages them itself;
         this is for a loop without it.
         """
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.size > 1:
-                dist.all_reduce(parameter.grad)
+            gradients.append(parameter.grad)
+        self.add_up(gradients)
 
     def gather(self, value: T) -> list[T]:
         """Every process's object, which is pickled on the way, in the order of ranks."""
@@ -98,3 +114,18 @@ class World:
         shared = value.to(self.device, copy=True)
         dist.all_reduce(shared, op=operation)
         return shared.cpu()
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type that have at most `TOGETHER` numbers together, or are one alone."""
+    bucket: list[Tensor] = []
+    numbers = 0
+    for tensor in tensors:
+        full = numbers + tensor.numel() > TOGETHER
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(tensor)
+        numbers += tensor.numel()
+    if bucket:
+        yield bucket

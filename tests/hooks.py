@@ -260,17 +260,26 @@ def ppo_term_in_save(step):
 def ppo_nan_loss(step):
     from llmpipe.rl.learner import Learner
 
-    original = Learner._step
-    Learner._step = lambda self, at, sums: original(
-        self, at, sums | {"loss/policy": float("nan")} if at == step - 1 else sums
-    )
+    def action(self, at, *_):
+        if at == step - 1:
+            gradients = self._gradients
+            self._gradients = lambda *given: gradients(*given) * float("nan")
+
+    _before(Learner, "optimizer_step", action)
 
 
 def ppo_nan_gradient(step):
     from llmpipe.rl.learner import Learner
 
-    def action(self, at, sums):
+    def action(self, at, *_):
         if at == step - 1:
-            next(iter(self.weights.values())).grad[0] = float("inf")
+            gradients = self._gradients
 
-    _before(Learner, "_step", action)
+            def broken(*given):
+                sums = gradients(*given)
+                next(iter(self.weights.values())).grad[0] = float("inf")
+                return sums
+
+            self._gradients = broken
+
+    _before(Learner, "optimizer_step", action)

@@ -30,6 +30,30 @@ class Head:
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """Which token ids could be drawn at each target."""
+
+    ids: Tensor
+    """Those of one target after the other's, int32."""
+    rows: Tensor
+    """Which target each of them is of, int64."""
+    ends: list[int]
+    """Where those of each target begin, and where the last one's end, [targets + 1]."""
+
+    def __getitem__(self, tile: slice) -> Allowed:
+        """Of some targets."""
+        ends = self.ends[tile.start : tile.stop + 1]
+        those = slice(ends[0], ends[-1])
+        return Allowed(self.ids[those], self.rows[those] - tile.start, ends)
+
+    def mask(self, vocabulary: int) -> Tensor:
+        """bool [targets, vocabulary]."""
+        targets = len(self.ends) - 1
+        flat = torch.zeros(targets * vocabulary, dtype=torch.bool, device=self.ids.device)
+        return flat.index_fill_(0, self.rows * vocabulary + self.ids, True).view(targets, -1)
+
+
 def head_of(model: Any) -> Head:
     """The head of a causal language model, as far as configurations tell of it."""
     config = model.config.get_text_config()
@@ -51,7 +75,7 @@ def log_probs(
     head: Head,
     targets: Tensor,
     temperature: float,
-    allowed: list[Tensor] | None = None,
+    allowed: Allowed | None = None,
     learns_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` and the entropy in nats of the distribution that they are
@@ -82,14 +106,11 @@ def _of_tile(
     head: Head,
     targets: Tensor,
     temperature: float,
-    allowed: list[Tensor] | None,
+    allowed: Allowed | None,
 ) -> tuple[Tensor, Tensor]:
     logits = head.logits(hidden) / temperature
     if allowed is not None:
-        mask = torch.zeros(logits.shape, dtype=torch.bool)
-        for row, ids in zip(mask, allowed, strict=True):
-            row[ids.long()] = True
-        logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
+        logits = logits.masked_fill(~allowed.mask(logits.shape[1]), -torch.inf)
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     return log_p.gather(1, targets[:, None]).squeeze(1), entropy

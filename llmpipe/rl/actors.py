@@ -13,6 +13,7 @@ end to end (`packing`), and logits exist for a tile of tokens at a time (`kernel
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -131,8 +132,9 @@ class Actors:
     def _hidden(self, model: Any, batch: Packed) -> Tensor:
         """States that the targets are predicted from, [targets, width]."""
         body = model.base_model
-        out = body(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
-        return out.last_hidden_state[0, batch.predictors]
+        ends = _ends(batch) if _takes_ends(body) else {}
+        out = body(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **ends)
+        return out.last_hidden_state[0].index_select(0, batch.predictors)
 
     def _values(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -182,3 +184,19 @@ class Actors:
         policy = self.cast.policy
         self.modules = nn.ModuleDict({"policy": self.cast.published})
         self.cast = Cast(self.cast.published, policy, policy, policy, self.cast.value)
+
+
+def _takes_ends(body: nn.Module) -> bool:
+    """Whether a model's body hands on what attention alone knows."""
+    parameters = inspect.signature(body.forward).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _ends(batch: Packed) -> dict[str, Any]:
+    """Where texts end, in transformers' words."""
+    return {
+        "cu_seq_lens_q": batch.ends,
+        "cu_seq_lens_k": batch.ends,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }

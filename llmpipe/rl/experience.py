@@ -3,7 +3,6 @@ episode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llmpipe.models.hardware import Hardware
 from llmpipe.rl.actors import Actors
-from llmpipe.rl.packing import pack_episodes
+from llmpipe.rl.packing import Text, pack, sent, texts_of
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.rollout import Episode
 
 
 @dataclass(frozen=True)
 class Experience:
-    """An episode, and what is learned from it: float32 [tokens of the response] each."""
+    """An episode, and what is learned from it: float32 [tokens of the response] each, on the
+    device."""
 
     episode: Episode
+    text: Text
     old: Tensor
     """Log-probabilities as the training pass computes them, before it changes anything."""
     values: Tensor
@@ -36,6 +37,8 @@ class Measured:
     response."""
 
     episodes: list[Episode]
+    texts: list[Text]
+    """The same on the device."""
     lengths: list[int]
     """Tokens of each response."""
     mask: Tensor
@@ -59,15 +62,12 @@ class Measured:
 
     def experiences(self, advantages: Tensor, returns: Tensor) -> list[Experience]:
         """`advantages` and `returns` [episodes, tokens], an episode at a time."""
+        table = torch.stack([self.log_probs, self.values, advantages, returns])
+        on_device = sent(table, self.texts[0].ids.device)
+        columns = zip(self.episodes, self.texts, self.lengths, strict=True)
         return [
-            Experience(
-                episode,
-                self.log_probs[i, :length],
-                self.values[i, :length],
-                advantages[i, :length],
-                returns[i, :length],
-            )
-            for i, (episode, length) in enumerate(zip(self.episodes, self.lengths, strict=True))
+            Experience(episode, text, *on_device[:, i, :length].unbind())
+            for i, (episode, text, length) in enumerate(columns)
         ]
 
 
@@ -75,42 +75,33 @@ def measure(
     actors: Actors, episodes: list[Episode], size: PassSize, hardware: Hardware
 ) -> Measured:
     """Log-probabilities, entropies and values of every response, in passes of `size`."""
-    log_probs: dict[int, Tensor] = {}
-    entropies: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
-    reference: dict[int, Tensor] = {}
+    texts = texts_of(episodes, actors.device)
+    order: list[int] = []
+    columns: list[Tensor] = []
     # one autocast for all passes: weights are cast to bf16 once
     with torch.no_grad(), hardware.autocast():
         for places in size.cut([episode.tokens for episode in episodes]):
-            chosen = [episodes[i] for i in places]
-            lengths = [len(episode.response) for episode in chosen]
-            batch = pack_episodes(chosen, actors.device)
+            batch = pack([texts[i] for i in places])
             log_p, entropy, value = actors.policy(batch)
             if value is None:
                 with actors.as_critic():
                     value = actors.values(batch)
-            log_probs |= _by_place(log_p, places, lengths)
-            entropies |= _by_place(entropy, places, lengths)
-            values |= _by_place(value, places, lengths)
-            reference |= _by_place(actors.reference(batch), places, lengths)
+            measured = (log_p, entropy, value, actors.reference(batch))
+            columns.append(torch.stack([each.float() for each in measured], dim=1))
+            order += places
     lengths = [len(episode.response) for episode in episodes]
-    columns = torch.arange(max(lengths))[None]
+    parts = torch.cat(columns).cpu().split([lengths[i] for i in order])
+    by_place = dict(zip(order, parts, strict=True))
+    rows = pad_sequence([by_place[i] for i in range(len(episodes))], batch_first=True)
+    log_probs, entropies, values, reference = rows.permute(2, 0, 1).contiguous()
     return Measured(
         episodes,
+        texts,
         lengths,
-        mask=(columns < torch.tensor(lengths)[:, None]).float(),
+        mask=(torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]).float(),
         ended=torch.tensor([float(episode.ended) for episode in episodes]),
-        log_probs=_padded(log_probs),
-        entropies=_padded(entropies),
-        values=_padded(values),
-        reference=_padded(reference),
+        log_probs=log_probs,
+        entropies=entropies,
+        values=values,
+        reference=reference,
     )
-
-
-def _by_place(packed: Tensor, places: Sequence[int], lengths: list[int]) -> dict[int, Tensor]:
-    """What was computed for texts end to end, by the places of the episodes."""
-    return dict(zip(places, packed.float().cpu().split(lengths), strict=True))
-
-
-def _padded(by_place: dict[int, Tensor]) -> Tensor:
-    return pad_sequence([by_place[i] for i in range(len(by_place))], batch_first=True)

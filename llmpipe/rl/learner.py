@@ -23,7 +23,7 @@ from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience
 from llmpipe.rl.optimizer import Schedule, make_optimizer, of_critic
-from llmpipe.rl.packing import pack_episodes, pack_rows
+from llmpipe.rl.packing import pack, pack_rows, sent
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.seeds import Shuffled, Use, generator
 from llmpipe.rl.watch import Metrics, not_finite
@@ -117,14 +117,10 @@ class Learner:
             for chosen in order.chunk(algorithm.minibatches):
                 tokens = float(lengths[chosen].sum())
                 minibatch = [by_place[i] for i in chosen.tolist() if i in by_place]
-                metrics = self._gradients(minibatch, tokens)
-                if self.mixture:
-                    optimizer_step = step * algorithm.epochs * algorithm.minibatches
-                    optimizer_step += int(sums.optimizer_steps)
-                    loss = self._mixture_gradients(self.mixture, optimizer_step)
-                    metrics["loss/mixture"] = loss * tokens
-                metrics = self.world.totals(metrics)
-                sums.add(metrics, tokens, self._step(step, metrics))
+                metrics, norms = self.optimizer_step(
+                    step, int(sums.optimizer_steps), minibatch, tokens
+                )
+                sums.add(metrics, tokens, norms)
                 moved = metrics["policy/approxkl"] / tokens
                 if algorithm.stop_kl and moved > algorithm.stop_kl:
                     return self._means(sums)
@@ -149,26 +145,56 @@ class Learner:
             "optimizer_steps": sums.optimizer_steps,
         }
 
-    def _gradients(self, minibatch: list[Experience], tokens: float) -> Metrics:
-        """Add up the gradients of a minibatch; sums over the tokens of this process.
+    def optimizer_step(
+        self, step: int, number: int, minibatch: list[Experience], tokens: float
+    ) -> tuple[Metrics, Metrics]:
+        """Learn from a minibatch; sums over its tokens in all processes, and the norms of the
+        gradients. The host reads one tensor, before anything has changed.
+
+        `number`: of the optimizer step in update `step`; `tokens`: of the minibatch in all
+        processes.
+        """
+        sums = self._gradients(minibatch, tokens)
+        names: tuple[str, ...] = WATCHED
+        if self.mixture:
+            algorithm = self.recipe.algorithm
+            before = step * algorithm.epochs * algorithm.minibatches
+            loss = self._mixture_gradients(self.mixture, before + number)
+            sums = torch.cat([sums, loss[None] * tokens])
+            names = (*WATCHED, "loss/mixture")
+        self.world.add_up([sums])
+        norms = self._clipped_norms()
+        read = torch.cat([sums, norms.to(sums.dtype)]).tolist()
+        metrics = dict(zip(names, read, strict=False))
+        by_part = dict(zip(self.clipped, read[len(names) :], strict=True))
+        for name, value in [*metrics.items(), *by_part.items()]:
+            watched = name.startswith("loss/") or name in by_part
+            if watched and not math.isfinite(value):
+                raise not_finite(step, name, value)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics, by_part
+
+    def _gradients(self, minibatch: list[Experience], tokens: float) -> Tensor:
+        """Add up the gradients of a minibatch; sums over the tokens of this process, as `WATCHED`
+        has them, float64 [watched].
 
         `tokens`: of the minibatch in all processes.
         """
-        sums = dict.fromkeys(WATCHED, 0.0)
+        sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.world.device)
         for places in self.pass_size.cut([each.episode.tokens for each in minibatch]):
             metrics = self._pass([minibatch[i] for i in places], tokens)
-            for name in sums:
-                sums[name] += float(metrics[name].detach())
+            sums += torch.stack([metrics[name].detach().double() for name in WATCHED])
         return sums
 
     def _pass(self, chosen: list[Experience], tokens: float) -> dict[str, Tensor]:
         """Add the gradients of one pass; sums over its tokens."""
         algorithm, critic = self.recipe.algorithm, self.recipe.critic
-        batch = pack_episodes([each.episode for each in chosen], self.world.device)
-        old = self._joined([each.old for each in chosen])
-        advantages = self._joined([each.advantages for each in chosen])
-        returns = self._joined([each.returns for each in chosen])
-        before = self._joined([each.values for each in chosen])
+        batch = pack([each.text for each in chosen])
+        old = torch.cat([each.old for each in chosen])
+        advantages = torch.cat([each.advantages for each in chosen])
+        returns = torch.cat([each.returns for each in chosen])
+        before = torch.cat([each.values for each in chosen])
         with self.hardware.autocast():
             log_probs, entropy, values = self.actors.policy(batch)
         loss, metrics = policy_gradient.policy_loss(log_probs, old, advantages, algorithm.clip)
@@ -191,12 +217,9 @@ class Learner:
             "policy/entropy": entropy.sum(),
         }
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).to(self.world.device)
-
-    def _mixture_gradients(self, mixture: MixedRows, optimizer_step: int) -> float:
+    def _mixture_gradients(self, mixture: MixedRows, optimizer_step: int) -> Tensor:
         """Add the gradients of the mixture's rows beside an optimizer step; this process's share of
-        their mean loss."""
+        their mean loss, float64."""
         count = mixture.recipe.batch_size
         places = range(
             optimizer_step * count + self.world.rank,
@@ -209,30 +232,22 @@ class Learner:
             pack_rows(rows[i : i + size], self.world.device) for i in range(0, len(rows), size)
         ]
         targets = torch.tensor(float(sum(len(batch.targets) for batch in batches)))
-        tokens = float(self.world.sum(targets))
-        loss = 0.0
+        tokens = sent(targets, self.world.device)
+        self.world.add_up([tokens])
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in batches:
             with self.hardware.autocast():
                 part = -self.actors.policy_of_text(batch).sum() / tokens
             (mixture.recipe.coefficient * part).backward()
-            loss += float(part.detach())
+            loss += part.detach()
         return loss
 
-    def _step(self, step: int, metrics: Metrics) -> Metrics:
-        """Sum gradients over processes, check, clip, step; the norms of the gradients.
+    def _clipped_norms(self) -> Tensor:
+        """Sum gradients over processes and clip them; their norms before it, [parts].
 
         The critic's is clipped by itself: rewards of any size would shorten the policy's steps.
         """
-        for name, value in metrics.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                raise not_finite(step, name, value)
         self.world.sum_gradients(self.weights.values())
         limit = self.recipe.optim.max_grad_norm or math.inf
-        norms = {}
-        for name, weights in self.clipped.items():
-            norms[name] = float(torch.nn.utils.clip_grad_norm_(weights, limit))
-            if not math.isfinite(norms[name]):
-                raise not_finite(step, name, norms[name])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norms
+        clip = torch.nn.utils.clip_grad_norm_
+        return torch.stack([clip(weights, limit) for weights in self.clipped.values()])

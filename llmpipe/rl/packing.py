@@ -1,16 +1,37 @@
-"""Texts end to end in one row, each with positions of its own: no padding is computed."""
+"""Texts end to end in one row, each with positions of its own: no padding is computed.
+
+The texts of an update are sent to the device once; a row is made of them there, by lengths that the
+host knows, so that nothing waits for either.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmpipe.data.pack import IGNORED
+from llmpipe.kernels.log_probs import Allowed
 from llmpipe.rl.rollout import Episode
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and a response to it, on the device."""
+
+    ids: Tensor
+    """int64 [tokens]."""
+    prompt: int
+    """Tokens of the prompt."""
+    allowed: Tensor | None
+    """Token ids that could be drawn, one place of the response after the other, int32; None where
+    all could."""
+    counts: list[int]
+    """How many of these each place has."""
 
 
 @dataclass(frozen=True)
@@ -25,43 +46,86 @@ class Packed:
     """Where each target is predicted from: the place before it, int64 [targets]."""
     targets: Tensor
     """Token ids, int64 [targets]."""
-    allowed: list[Tensor] | None
+    ends: Tensor
+    """Where each text begins, and where the last one ends, int32 [texts + 1]."""
+    longest: int
+    """Tokens of the longest text."""
+    allowed: Allowed | None
     """Which token ids could be drawn at each target; None where all could."""
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; the host waits for nothing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def texts_of(episodes: Sequence[Episode], device: torch.device) -> list[Text]:
+    """Episodes on the device, sent at once."""
+    ids = torch.tensor([i for each in episodes for i in each.prompt + each.response])
+    parts = sent(ids, device).split([each.tokens for each in episodes])
+    counts = [[len(each) for each in episode.allowed or []] for episode in episodes]
+    allowed: Sequence[Tensor | None] = [None] * len(episodes)
+    if episodes[0].allowed is not None:
+        all_ids = torch.cat([ids for each in episodes for ids in each.allowed or []])
+        allowed = sent(all_ids, device).split([sum(each) for each in counts])
+    columns = zip(parts, episodes, allowed, counts, strict=True)
+    return [Text(ids, len(each.prompt), those, many) for ids, each, those, many in columns]
+
+
+def pack(texts: Sequence[Text]) -> Packed:
+    """Texts end to end; the tokens of the responses are the targets."""
+    device = texts[0].ids.device
+    lengths = [len(text.ids) for text in texts]
+    starts = list(accumulate(lengths, initial=0))
+    places = torch.arange(starts[-1], device=device)
+    predictors = [
+        places[start + text.prompt - 1 : start + length - 1]
+        for text, start, length in zip(texts, starts, lengths, strict=False)
+    ]
+    return Packed(
+        torch.cat([text.ids for text in texts])[None],
+        torch.cat([places[:length] for length in lengths])[None],
+        torch.cat(predictors),
+        torch.cat([text.ids[text.prompt :] for text in texts]),
+        sent(torch.tensor(starts, dtype=torch.int32), device),
+        max(lengths),
+        _allowed(texts),
+    )
+
+
+def _allowed(texts: Sequence[Text]) -> Allowed | None:
+    """Of all targets."""
+    ids = [text.allowed for text in texts if text.allowed is not None]
+    if not ids:
+        return None
+    counts = [count for text in texts for count in text.counts]
+    ends = list(accumulate(counts, initial=0))
+    on_device = sent(torch.tensor(counts), ids[0].device)
+    rows = torch.repeat_interleave(on_device, output_size=ends[-1])
+    return Allowed(torch.cat(ids), rows, ends)
 
 
 def pack_episodes(episodes: Sequence[Episode], device: torch.device) -> Packed:
     """Prompts with their responses, whose tokens are the targets."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predictors: list[int] = []
-    targets: list[int] = []
-    allowed: list[Tensor] = []
-    for episode in episodes:
-        first = len(ids) + len(episode.prompt) - 1
-        ids += episode.prompt + episode.response
-        positions += range(episode.tokens)
-        predictors += range(first, first + len(episode.response))
-        targets += episode.response
-        allowed += episode.allowed or []
-    return Packed(
-        torch.tensor([ids], device=device),
-        torch.tensor([positions], device=device),
-        torch.tensor(predictors, device=device),
-        torch.tensor(targets, device=device),
-        None if episodes[0].allowed is None else allowed,
-    )
+    return pack(texts_of(episodes, device))
 
 
 def pack_rows(rows: Sequence[dict[str, Any]], device: torch.device) -> Packed:
     """Rows of sft data: their documents, whose learned tokens are the targets. Of none: nothing."""
     ids = [token for row in rows for token in row["input_ids"]]
     labels = [label for row in rows for label in row["labels"]]
-    positions = [i for row in rows for length in row["seq_lengths"] for i in range(length)]
+    lengths = [length for row in rows for length in row["seq_lengths"]]
+    positions = [i for length in lengths for i in range(length)]
     learned = [i for i, label in enumerate(labels) if label != IGNORED and positions[i]]
+    starts = list(accumulate(lengths, initial=0))
     return Packed(
-        torch.tensor([ids], device=device),
-        torch.tensor([positions], device=device),
-        torch.tensor(learned, device=device, dtype=torch.long) - 1,
-        torch.tensor([labels[i] for i in learned], device=device, dtype=torch.long),
+        sent(torch.tensor([ids]), device),
+        sent(torch.tensor([positions]), device),
+        sent(torch.tensor(learned, dtype=torch.long) - 1, device),
+        sent(torch.tensor([labels[i] for i in learned], dtype=torch.long), device),
+        sent(torch.tensor(starts, dtype=torch.int32), device),
+        max(lengths, default=0),
         None,
     )

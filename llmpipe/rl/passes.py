@@ -9,7 +9,7 @@ from llmpipe.models.hardware import Hardware
 from llmpipe.recipe.reinforcement import RolloutLaunch
 from llmpipe.run.machine import full_pass
 
-DENSE = 2048  # tokens of a pass whose mask is tokens x tokens
+EAGER = 2048  # tokens of a pass whose scores are heads x tokens x tokens
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PassSize:
         if launch.micro_batch_size != "auto":
             return cls(hardware.micro_batch_size, None)
         on_gpu = hardware.device == "cuda"
-        dense = on_gpu and hardware.attention != "flash_attention_2"
-        return cls(hardware.micro_batch_size, DENSE if dense else full_pass(on_gpu))
+        eager = on_gpu and hardware.attention == "eager"
+        return cls(hardware.micro_batch_size, EAGER if eager else full_pass(on_gpu))
 
     @property
     def words(self) -> str:

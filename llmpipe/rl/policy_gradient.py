@@ -85,7 +85,7 @@ def value_loss(
     one, summed over tokens (Huang 2024, detail 9 of PPO's)."""
     free = (values - returns) ** 2
     if clip is None:
-        return 0.5 * free.sum(), {"val/clipfrac": torch.zeros(())}
+        return 0.5 * free.sum(), {"val/clipfrac": free.new_zeros(())}
     clipped = (old + (values - old).clamp(-clip, clip) - returns) ** 2
     return 0.5 * torch.maximum(free, clipped).sum(), {"val/clipfrac": (clipped > free).sum()}
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped
+from llmpipe.models.generate import stop_tokens
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Algorithm, PPORecipe
-from llmpipe.rl import heldout, policy_gradient, state
+from llmpipe.rl import heldout, policy_gradient, state, token_step
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.build import build
 from llmpipe.rl.experience import Experience, measure
@@ -36,6 +37,7 @@ from llmpipe.rl.rewards import Rewards, Row, Scores, scored_together
 from llmpipe.rl.rollout import Episode
 from llmpipe.rl.sampling import Sampler
 from llmpipe.rl.seeds import Shuffled, Use
+from llmpipe.rl.token_step import Replay
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
@@ -120,6 +122,7 @@ class Loop:
             self.recipe.rollout,
             self.recipe.launch.rollout_batch_size,
             self.recipe.seed,
+            self._replay(),
         )
         self.steps = _updates(self.recipe, training.prepared.rows.train)
         say_if_peak_is_missed(self.recipe, self.steps, self.say)
@@ -164,6 +167,7 @@ class Loop:
             if stop:
                 raise Stopped(stop, f"stopped at step {self.state.step}, checkpoint written")
         signals.deferred = False
+        self.sampler.release()
         self.journal.close()
         self.world.wait()
         if self.recipe.mixture is None:
@@ -366,6 +370,14 @@ class Loop:
             "exact_resume": self.exact,
             "legs": [asdict(leg) for leg in self.legs],
         }
+
+    def _replay(self) -> Replay | None:
+        """What draws on a GPU."""
+        if self.hardware.device not in token_step.DEVICES:
+            return None
+        model, tokenizer = self.actors.causal, self.training.tokenizer
+        ends = stop_tokens(model, tokenizer)
+        return Replay(model, self.recipe.rollout, ends, tokenizer.pad_token_id, self.say)
 
     # --- what does not fit ---
 

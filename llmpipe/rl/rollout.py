@@ -4,11 +4,15 @@ drawn from.
 Each episode has uniform numbers of its own, and a token is where its number falls in the
 distribution's cumulative sum: a response depends neither on the batch nor on the process that it is
 drawn in, nor on what was drawn before.
+
+`draw` is the form for CPUs, and for what `token_step` cannot serve on a GPU. It reads one tensor
+from the device for each token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +23,8 @@ from llmpipe.recipe.reinforcement import Rollout
 
 # Rows whose responses are finished leave the batch once they are at least one in so many.
 FINISHED_SHARE = 8
+
+UNREAD = 16  # tokens of every row whose allowed ids are read at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,35 @@ class Episode:
         return len(self.prompt) + len(self.response)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One token for every row."""
+
+    tokens: Tensor
+    """int64 [rows]."""
+    log_probs: Tensor
+    """float32 [rows]."""
+    allowed: Tensor | None
+    """As `allowed_tokens` has it."""
+
+
+def pick(logits: Tensor, uniforms: Tensor, rollout: Rollout) -> Drawn:
+    """The token of every row that its number falls on: logits [rows, vocabulary] as the model has
+    them, numbers float64 [rows, 1]. The host reads nothing."""
+    logits = logits.float() / rollout.temperature
+    allowed = allowed_tokens(logits, rollout.top_k, rollout.top_p)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    log_probs = logits.log_softmax(-1)
+    cumulative = log_probs.double().exp().cumsum(-1)
+    place = uniforms * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, place, right=True).clamp(max=logits.shape[1] - 1)
+    # for a number that rounding put behind what could be drawn
+    likeliest = log_probs.argmax(-1, keepdim=True)
+    token = torch.where(log_probs.gather(1, token) > -torch.inf, token, likeliest)
+    return Drawn(token.squeeze(1), log_probs.gather(1, token).squeeze(1), allowed)
+
+
 def allowed_tokens(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:
     """Which tokens may be drawn, bool [rows, vocabulary]; None: all of them.
 
@@ -58,55 +93,17 @@ def allowed_tokens(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:
     return torch.zeros_like(keep).scatter_(1, ids, keep)
 
 
-@dataclass
-class _Draft:
-    """A response so far."""
-
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    allowed: list[Tensor] = field(default_factory=list)
+def allowed_ids(masks: Tensor) -> list[Tensor]:
+    """The ids that each row of bool [rows, vocabulary] allows, int32 on the CPU: two reads."""
+    counts = masks.sum(1).tolist()
+    return list(masks.nonzero()[:, 1].int().cpu().split(counts))
 
 
-@dataclass
-class _Batch:
-    """The rows that the model computes."""
-
-    episodes: Tensor
-    """Which episode each row is, int64 [rows]."""
-    going: Tensor
-    """Whether its response has not ended, bool [rows]."""
-    ids: Tensor
-    """Tokens that are not in the cache yet, int64 [rows, new tokens]."""
-    positions: Tensor
-    """Of `ids`."""
-    mask: Tensor
-    """1 for a token and 0 for padding, int64 [rows, tokens so far]."""
-    cache: DynamicCache
-
-    def advance(self, tokens: Tensor) -> None:
-        """Go on with one token a row, int64 [rows]."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        self.ids = tokens[:, None]
-        self.positions = self.mask.sum(1, keepdim=True) - 1
-
-    def keep(self, rows: Tensor) -> None:
-        """Leave only these rows, int64 [kept]."""
-        self.cache.batch_select_indices(rows)
-        self.episodes = self.episodes[rows]
-        self.mask = self.mask[rows]
-        self.going = self.going[rows]
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """One token for every row."""
-
-    tokens: Tensor
-    """int64 [rows]."""
-    log_probs: Tensor
-    """float32 [rows]."""
-    allowed: Tensor | None
-    """As `allowed_tokens` has it."""
+def left_padded(prompts: Sequence[list[int]], pad_token: int) -> Tensor:
+    """A row for each prompt, its end at the right: int64 [prompts, the longest one's tokens], on
+    the CPU."""
+    width = max(map(len, prompts))
+    return torch.tensor([[pad_token] * (width - len(prompt)) + prompt for prompt in prompts])
 
 
 def draw(
@@ -122,50 +119,73 @@ def draw(
     `uniforms`: float64 [prompts, rollout.max_new_tokens], each in [0, 1). The model is as it is:
     adapters, mode and autocast are the caller's.
     """
-    drafts = [_Draft() for _ in prompts]
+    record = _Record(len(prompts), end_tokens)
     with torch.no_grad():
-        batch = _left_padded(model, prompts, pad_token)
-        uniforms = uniforms.to(model.device)
-        ends = torch.tensor(end_tokens, device=model.device)
+        batch = _Batch.of(model, prompts, uniforms, pad_token)
         for t in range(rollout.max_new_tokens):
-            drawn = _step(model, batch, uniforms[batch.episodes, t, None], rollout)
-            _write_down(drawn, batch, drafts)
-            batch.going = batch.going & ~torch.isin(drawn.tokens, ends)
-            tokens = _without_finished(batch, drawn.tokens)
-            if tokens is None:
+            drawn = pick(_logits(model, batch), batch.uniforms[:, t, None], rollout)
+            record.add(drawn, batch.episodes)
+            batch.advance(drawn.tokens)
+            going = [row for row, i in enumerate(batch.episodes) if i not in record.finished]
+            if not going:
                 break
-            batch.advance(tokens)
-    return [
-        Episode(
-            prompt,
-            draft.tokens,
-            draft.tokens[-1] in end_tokens,
-            torch.tensor(draft.log_probs),
-            draft.allowed if rollout.is_partial else None,
+            finished = len(batch.episodes) - len(going)
+            if FINISHED_SHARE * finished >= len(batch.episodes):
+                batch.keep(going)
+        return record.episodes(prompts)
+
+
+@dataclass
+class _Batch:
+    """The rows that the model computes."""
+
+    episodes: list[int]
+    """Which episode each row is."""
+    uniforms: Tensor
+    """The rows' numbers, float64 [rows, tokens of a response]."""
+    ids: Tensor
+    """Tokens that are not in the cache yet, int64 [rows, new tokens]."""
+    positions: Tensor
+    """Of `ids`."""
+    mask: Tensor
+    """1 for a token and 0 for padding, int64 [rows, tokens so far]."""
+    cache: DynamicCache
+
+    @classmethod
+    def of(cls, model: Any, prompts: list[list[int]], uniforms: Tensor, pad_token: int) -> _Batch:
+        """All prompts, their ends at the right."""
+        device = model.device
+        ids = left_padded(prompts, pad_token)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        mask = (torch.arange(-ids.shape[1], 0) >= -lengths[:, None]).long().to(device)
+        return cls(
+            episodes=list(range(len(prompts))),
+            uniforms=uniforms.to(device),
+            ids=ids.to(device),
+            positions=(mask.cumsum(1) - 1).clamp(min=0),
+            mask=mask,
+            cache=DynamicCache(config=model.config),
         )
-        for prompt, draft in zip(prompts, drafts, strict=True)
-    ]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Go on with one token a row, int64 [rows]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.ids = tokens[:, None]
+        self.positions = self.positions[:, -1:] + 1
+
+    def keep(self, rows: list[int]) -> None:
+        """Leave only these rows."""
+        kept = torch.tensor(rows).to(self.ids.device)
+        self.cache.batch_select_indices(kept)
+        self.episodes = [self.episodes[row] for row in rows]
+        self.uniforms = self.uniforms[kept]
+        self.ids = self.ids[kept]
+        self.positions = self.positions[kept]
+        self.mask = self.mask[kept]
 
 
-def _left_padded(model: Any, prompts: list[list[int]], pad_token: int) -> _Batch:
-    """A row for each prompt, its end at the right."""
-    device = model.device
-    width = max(map(len, prompts))
-    ids = [[pad_token] * (width - len(prompt)) + prompt for prompt in prompts]
-    marks = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    mask = torch.tensor(marks, device=device)
-    return _Batch(
-        episodes=torch.arange(len(prompts), device=device),
-        going=torch.ones(len(prompts), dtype=torch.bool, device=device),
-        ids=torch.tensor(ids, device=device),
-        positions=(mask.cumsum(1) - 1).clamp(min=0),
-        mask=mask,
-        cache=DynamicCache(config=model.config),
-    )
-
-
-def _step(model: Any, batch: _Batch, uniforms: Tensor, rollout: Rollout) -> _Drawn:
-    """Draw the next token of every row by its number, float64 [rows, 1]."""
+def _logits(model: Any, batch: _Batch) -> Tensor:
+    """Of the next token of every row, [rows, vocabulary]."""
     out = model(
         input_ids=batch.ids,
         attention_mask=batch.mask,
@@ -174,44 +194,64 @@ def _step(model: Any, batch: _Batch, uniforms: Tensor, rollout: Rollout) -> _Dra
         use_cache=True,
         logits_to_keep=1,
     )
-    logits = out.logits[:, -1].float() / rollout.temperature
-    allowed = allowed_tokens(logits, rollout.top_k, rollout.top_p)
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    log_probs = logits.log_softmax(-1)
-    cumulative = log_probs.double().exp().cumsum(-1)
-    place = uniforms * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, place, right=True).clamp(max=logits.shape[1] - 1)
-    # for a number that rounding put behind what could be drawn
-    likeliest = log_probs.argmax(-1, keepdim=True)
-    token = torch.where(log_probs.gather(1, token) > -torch.inf, token, likeliest)
-    return _Drawn(token.squeeze(1), log_probs.gather(1, token).squeeze(1), allowed)
+    logits: Tensor = out.logits[:, -1]
+    return logits
 
 
-def _write_down(drawn: _Drawn, batch: _Batch, drafts: list[_Draft]) -> None:
-    """Add the drawn tokens to the responses that have not ended."""
-    tokens = drawn.tokens.tolist()
-    log_probs = drawn.log_probs.tolist()
-    allowed = None if drawn.allowed is None else drawn.allowed.cpu()
-    going = batch.going.tolist()
-    for row, episode in enumerate(batch.episodes.tolist()):
-        if going[row]:
-            draft = drafts[episode]
-            draft.tokens.append(tokens[row])
-            draft.log_probs.append(log_probs[row])
-            if allowed is not None:
-                draft.allowed.append(allowed[row].nonzero().squeeze(1).int())
+class _Record:
+    """What was drawn, token by token. Tokens are read as they are drawn, since they say whose
+    response ended; the rest where many are read at once."""
 
+    def __init__(self, count: int, end_tokens: list[int]):
+        self.finished: set[int] = set()
+        """Episodes whose last token is an end token."""
+        self._ends = set(end_tokens)
+        self._responses: list[list[int]] = [[] for _ in range(count)]
+        self._allowed: list[list[Tensor]] = [[] for _ in range(count)]
+        self._owners: list[list[int | None]] = []
+        """Whose token is in each row, None where that response had ended, for each step."""
+        self._log_probs: list[Tensor] = []
+        self._masks: list[Tensor] = []
 
-def _without_finished(batch: _Batch, tokens: Tensor) -> Tensor | None:
-    """Drop finished rows where they are many; the tokens of the others, None where all are
-    finished."""
-    rows = len(batch.going)
-    unfinished = int(batch.going.sum())
-    if not unfinished:
-        return None
-    if FINISHED_SHARE * (rows - unfinished) < rows:
-        return tokens
-    kept = batch.going.nonzero().squeeze(1)
-    batch.keep(kept)
-    return tokens[kept]
+    def add(self, drawn: Drawn, episodes: list[int]) -> None:
+        """Note a token of each row that has not ended."""
+        self._owners.append([i if i not in self.finished else None for i in episodes])
+        for owner, token in zip(self._owners[-1], drawn.tokens.tolist(), strict=True):
+            if owner is None:
+                continue
+            self._responses[owner].append(token)
+            if token in self._ends:
+                self.finished.add(owner)
+        self._log_probs.append(drawn.log_probs)
+        if drawn.allowed is not None:
+            self._masks.append(drawn.allowed)
+            if len(self._masks) == UNREAD:
+                self._read_masks()
+
+    def _read_masks(self) -> None:
+        owners = (owner for row in self._owners[-len(self._masks) :] for owner in row)
+        for owner, ids in zip(owners, allowed_ids(torch.cat(self._masks)), strict=True):
+            if owner is not None:
+                self._allowed[owner].append(ids)
+        self._masks.clear()
+
+    def episodes(self, prompts: list[list[int]]) -> list[Episode]:
+        """What was drawn, episode by episode."""
+        partial = bool(self._masks) or any(self._allowed)
+        if self._masks:
+            self._read_masks()
+        log_probs: list[list[float]] = [[] for _ in prompts]
+        owners = (owner for row in self._owners for owner in row)
+        for owner, value in zip(owners, torch.cat(self._log_probs).tolist(), strict=True):
+            if owner is not None:
+                log_probs[owner].append(value)
+        return [
+            Episode(
+                prompt,
+                self._responses[i],
+                i in self.finished,
+                torch.tensor(log_probs[i]),
+                self._allowed[i] if partial else None,
+            )
+            for i, prompt in enumerate(prompts)
+        ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from llmpipe.recipe.reinforcement import Rollout
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.rollout import Episode, draw
 from llmpipe.rl.seeds import Use, generator
+from llmpipe.rl.token_step import Replay
 
 Note = Callable[[int, int], None]  # told how many of how many responses there are
 
@@ -30,6 +32,8 @@ class Sampler:
     batch_size: int
     """Responses that are drawn at a time; no choice changes them."""
     seed: int
+    replay: Replay | None = None
+    """What draws on a GPU."""
 
     def uniforms(self, use: Use, step: int, places: Sequence[int]) -> Tensor:
         """The numbers that decide the responses at some places of a batch, float64 [places,
@@ -43,19 +47,29 @@ class Sampler:
 
     def draw(self, prompts: list[list[int]], uniforms: Tensor, note: Note) -> list[Episode]:
         """Responses to tokenized prompts, in their order."""
-        model = self.actors.causal
-        ends = stop_tokens(model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         episodes: dict[int, Episode] = {}
-        with self.actors.padded(), self.hardware.autocast():
+        begun = self.replay.rollout_begun if self.replay else nullcontext
+        with self.actors.padded(), self.hardware.autocast(), begun():
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                asked = [prompts[i] for i in batch]
-                drawn = draw(model, asked, uniforms[batch], self.rollout, ends, pad)
+                drawn = self._drawn([prompts[i] for i in batch], uniforms[batch])
                 episodes |= zip(batch, drawn, strict=True)
                 note(len(episodes), len(prompts))
         return [episodes[i] for i in range(len(prompts))]
+
+    def _drawn(self, prompts: list[list[int]], uniforms: Tensor) -> list[Episode]:
+        """A batch of responses."""
+        if self.replay:
+            return self.replay.draw(prompts, uniforms)
+        model = self.actors.causal
+        ends = stop_tokens(model, self.tokenizer)
+        return draw(model, prompts, uniforms, self.rollout, ends, self.tokenizer.pad_token_id)
+
+    def release(self) -> None:
+        """Give back the memory that drawing keeps."""
+        if self.replay:
+            self.replay.release()
 
     def text(self, episode: Episode) -> str:
         """A response as a person reads it."""

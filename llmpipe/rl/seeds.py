@@ -40,6 +40,12 @@ def generator(seed: int, use: Use, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed))
 
 
+def shuffled(count: int, numbers: torch.Generator) -> list[int]:
+    """So many places in a random order."""
+    order: list[int] = torch.randperm(count, generator=numbers).tolist()
+    return order
+
+
 class Shuffled:
     """Rows in an endless sequence of shuffled epochs, the same for a seed and a `use`."""
 
@@ -53,7 +59,6 @@ class Shuffled:
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch, i = divmod(position, len(self.rows))
         if self.epoch != epoch:
-            shuffle = generator(self.seed, self.use, epoch)
-            self.order = torch.randperm(len(self.rows), generator=shuffle).tolist()
+            self.order = shuffled(len(self.rows), generator(self.seed, self.use, epoch))
             self.epoch = epoch
         return self.rows[self.order[i]]

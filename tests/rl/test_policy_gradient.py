@@ -181,6 +181,15 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
     assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"
 
 
+def allowed(ids):
+    """As the learner has it on its device."""
+    from llmpipe.kernels.log_probs import Allowed
+
+    counts = torch.tensor([len(each) for each in ids])
+    rows = torch.repeat_interleave(counts)
+    return Allowed(torch.cat(ids).int(), rows, [0, *counts.cumsum(0).tolist()])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
     """What other devices, limited draws and an entropy bonus take is what a CPU takes otherwise,
@@ -201,7 +210,7 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
         assert one.dtype == other.dtype and (one - other).abs().max() < (
             1e-5 if precision == "fp32" else 0.03
         )
-    everything = [torch.arange(101)] * len(hidden)
+    everything = allowed([torch.arange(101)] * len(hidden))
     assert (
         log_probs(hidden, head, targets, 0.7, everything, False)[0] - found[0][0]
     ).abs().max() < 0.03
@@ -212,7 +221,7 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
         for row, ids in zip(logits, some, strict=True)
         if int(ids[0]) > 8
     ]
-    given = log_probs(hidden, head, targets, 0.7, some, False)[0]
+    given = log_probs(hidden, head, targets, 0.7, allowed(some), False)[0]
     assert given.detach()[targets > 8].tolist() == pytest.approx(expected, abs=1e-4)
     bound = (2 * (logits * 0.7 / 2).tanh() / 0.7).log_softmax(-1)
     given = log_probs(hidden, Head(layer, 1.5, 2.0), targets, 0.7, None, False)[0]
