@@ -118,7 +118,7 @@ def generate(
     check_rows(model, tokenizer, prompts)
     _fits_context(model, width, sampling)
     stops = stop_tokens(model, tokenizer)
-    # only where it stops is the model's own: with its repetition penalty nothing would be greedy
+    # only where it stops is the model's own: with its sampling or its penalties nothing is greedy
     config = GenerationConfig(
         **sampling.options(),
         eos_token_id=stops if len(stops) > 1 else stops[0],
@@ -128,7 +128,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with upstream.generating(model):
+        with upstream.generating(model), _configured_by(config, model):
             rows = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -138,6 +138,18 @@ def generate(
     finally:
         model.train(was_training)
     return [_response(tokenizer, row, stops) for row in rows[:, width:].tolist()]
+
+
+@contextmanager
+def _configured_by(config: GenerationConfig, model: Any) -> Iterator[None]:
+    """Let `config` alone decide: transformers fills what it leaves open from the model's own."""
+    holder = getattr(model, "get_base_model", lambda: model)()  # of an adapter
+    of_model = holder.generation_config
+    holder.generation_config = config
+    try:
+        yield
+    finally:
+        holder.generation_config = of_model
 
 
 def check_rows(
