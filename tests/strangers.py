@@ -218,6 +218,12 @@ def folders() -> Iterator[tuple[str, Attack]]:
         "eos_token_id": {"a": 1},
         "max_new_tokens": "x",
         "temperature": [],
+        "prompt_lookup_num_tokens": 5,
+        "penalty_alpha": 0.6,
+        "watermarking_config": {"greenlist_ratio": "x"},
+        "bad_words_ids": [["x"]],
+        "forced_eos_token_id": "x",
+        "num_beams": "x",
     }.items():
         yield f"generation_config {key}", edited("generation_config.json", **{key: value})
     for what, index in {

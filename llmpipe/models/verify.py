@@ -45,6 +45,17 @@ from llmpipe.run.context import tokens_of
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
 PROMPT_TOKENS = 8
+NOT_UNDERSTOOD = (ValueError, TypeError, ImportError)
+"""What transformers raises of a generation configuration."""
+ONE_BY_ONE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "cache_implementation": None,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""How one answer is generated token by token, whatever a saved configuration says of that."""
 LINES = "One:\n\n- two\n- three"  # few, since they are generated
 NEWEST = 8  # of these are the last ids of the vocabulary
 
@@ -397,13 +408,15 @@ def _forced(model: PreTrainedModel, tokenizer: Tokenizer, words: list[int]) -> l
     def only_allowed(_: int, ids: torch.Tensor) -> list[int]:
         return [words[min(len(ids) - size, len(words) - 1)]]
 
-    with isolated_rng(), torch.no_grad():
+    as_saved = reading("generation_config.json", "a generation configuration", *NOT_UNDERSTOOD)
+    with isolated_rng(), torch.no_grad(), as_saved:
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=len(words),
             prefix_allowed_tokens_fn=only_allowed,
             tokenizer=tokenizer,  # where the configuration stops at texts
+            **ONE_BY_ONE,
         )
     said: list[int] = output[0, size:].tolist()
     return said

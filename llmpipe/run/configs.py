@@ -71,6 +71,9 @@ MOST_EXPERTS = 32_768
 
 LABELS = 100_000
 
+MOST_STOPS = 1_000
+"""Texts at which an answer ends."""
+
 WORD = re.compile(r"[\w.-]{0,200}")
 
 MODULE = re.compile(r"[\w.]{1,200}")
@@ -239,13 +242,35 @@ ADAPTER: Mapping[str, Rule] = {
 """Of adapter_config.json. Every other key has to hold nothing: it is of a kind of adapters that
 llmpipe does not make."""
 
+ANOTHER_WAY = (
+    "assistant_early_exit cache_config constraints continuous_batching_config dola_layers "
+    "exponential_decay_length_penalty force_words_ids is_assistant max_time penalty_alpha "
+    "prompt_lookup_num_tokens sequence_bias speculation_type token_healing use_mtp "
+    "watermarking_config"
+).split()
+"""Of a generation configuration: ways to an answer that are code of the Hub, another package's, or
+not the model's alone."""
+
+NUMBERS = (
+    "temperature top_p top_k min_p top_h typical_p repetition_penalty length_penalty "
+    "guidance_scale no_repeat_ngram_size num_beams num_return_sequences max_length max_new_tokens "
+    "min_length min_new_tokens"
+).split()
+
 GENERATION: Mapping[str, Rule] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKENS),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), TOKENS),
+    **dict.fromkeys(NUMBERS, Rule(_or(is_number), "a number")),
     **dict.fromkeys(
-        ("temperature", "top_p", "top_k", "repetition_penalty", "max_length", "max_new_tokens"),
-        Rule(_or(is_number), "a number"),
+        ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"),
+        Rule(_or(_is_switch), "true or false"),
     ),
-    "do_sample": Rule(_or(_is_switch), "true or false"),
+    "bad_words_ids": Rule(_or(_lists(_lists(_is_id))), "lists of tokens' numbers"),
+    "stop_strings": Rule(_or(is_text, _lists(is_text, MOST_STOPS)), "a text, or a list of such"),
+    **dict.fromkeys(
+        ANOTHER_WAY, Rule(lambda value: not value, "null: answers are drawn one token by one")
+    ),
 }
 
 

@@ -42,8 +42,13 @@ def published(gemma, folder: Path, **generation):
     return compare_model(model, tokenizer, folder)
 
 
-def test_what_generates_as_it_should(gemma, tmp_path):
-    verified = published(gemma, tmp_path, max_length=4)
+@pytest.mark.parametrize(
+    "generation",
+    [{"max_length": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"output_scores": True}],
+)
+def test_what_generates_as_it_should(gemma, tmp_path, generation):
+    generation |= {"return_dict_in_generate": True, "cache_implementation": "quantized"}
+    verified = published(gemma, tmp_path, **generation)
     assert verified.stops_at == gemma[1].convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
 
 
@@ -61,4 +66,10 @@ def test_what_generates_as_it_should(gemma, tmp_path):
 def test_generation_that_stops_elsewhere(gemma, tmp_path, generation, said):
     with pytest.raises(UserError, match=said) as error:
         published(gemma, tmp_path, **generation)
+    assert error.value.code == 3
+
+
+def test_generation_that_transformers_refuses(gemma, tmp_path):
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read as") as error:
+        published(gemma, tmp_path, repetition_penalty=-1.0)
     assert error.value.code == 3
