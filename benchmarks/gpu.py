@@ -21,10 +21,12 @@ where it is trained, of adapters) and 12 x layers x width x context for the atte
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -41,7 +43,7 @@ from onecard.table import TITLE, Row, table
 
 PARTS = [
     Part("sft", "packed sft of 1.7 B beside TRL, and both starts", 120, parts.sft),
-    Part("pretrain", "pretraining of 1.7 B, isolated from nothing: MFU", 60, parts.pretrain),
+    Part("pretrain", "pretraining of 1.7 B in blocks of 2,048 tokens: MFU", 60, parts.pretrain),
     Part("ppo", "ppo, LoRA on 1.7 B, 64 answers x 128 tokens, a function scores", 80, parts.ppo),
     Part("lora", "packed LoRA r16 on 1.7 B beside TRL and PEFT", 80, parts.lora),
     Part("dpo", "dpo, LoRA r16 on 1.7 B, beside TRL and PEFT", 80, parts.dpo),
@@ -60,7 +62,9 @@ LIBRARIES = "torch transformers trl peft accelerate triton liger-kernel bitsandb
 def plan() -> str:
     """What each part shows, and how long it takes on an H100."""
     lines = [f"{part.name:15s}{part.seconds:4d} s  {part.shows}" for part in PARTS]
-    return "\n".join([*lines, "", "in this order; seconds are an H100's, about"])
+    return "\n".join(
+        [*lines, "", "in this order; seconds are what an H100 is allowed for it, about"]
+    )
 
 
 def output(*command: str) -> str:
@@ -125,11 +129,14 @@ class Record:
 
 
 def measure(part: Part, bench: Bench) -> Iterator[Row]:
-    """The rows of a part; one that says so where it fails."""
+    """The rows of a part; one that says so where it fails, which costs no other part its turn."""
     try:
         yield from part.run(bench)
     except Failed as failure:
         yield Row(part.name, note=str(failure), failed=True)
+    except Exception as bug:
+        traceback.print_exc()
+        yield Row(part.name, note=f"{type(bug).__name__}: {bug}", failed=True)
 
 
 @contextmanager
@@ -169,6 +176,7 @@ def main() -> int:
     if args.plan:
         print(plan())
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what was started, too
     begun = time.monotonic()
 
     def say(line: str) -> None:

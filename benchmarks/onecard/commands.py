@@ -67,7 +67,6 @@ def environment(*first: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": card,
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 

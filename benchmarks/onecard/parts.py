@@ -6,13 +6,15 @@ from statistics import mean
 from typing import Any
 
 from onecard import commands
-from onecard.bench import Bench, beside
+from onecard.bench import WARM_UP, Bench, beside
 from onecard.commands import ROOT, Seen
 from onecard.table import Row
 
 RANK = 16
 PROMPT = 384  # tokens of the longest prompt of ppo; rows ask with a quarter of their words
 REWARD = {"function": f"{ROOT}/recipes/tiny/rewards.py:brevity"}
+UPDATES = 3
+"""Of ppo that are counted, after one that is not; after two of the peer's."""
 PASSES = {"epochs": 2, "minibatches": 2}
 
 
@@ -36,7 +38,11 @@ def row_of(bench: Bench, name: str, seen: Seen) -> Row:
         own=seen.tokens_per_second(warm_up),
         mfu=seen.share_of_peak(warm_up),
         gib=seen.gib,
-        details={"tokens_per_second_by_step": steps, "first_step": seen.first_step},
+        details={
+            "tokens_per_second_by_step": steps,
+            "first_step": seen.first_step,
+            "last_line": seen.lines[-1],
+        },
     )
 
 
@@ -140,7 +146,10 @@ def dpo(bench: Bench) -> Iterator[Row]:
         own=pace * scale.batch,
         mfu=seen.share_of_peak(scale.warm_up),
         gib=seen.gib,
-        details={"tokens_per_second": seen.tokens_per_second(scale.warm_up)},
+        details={
+            "tokens_per_second": seen.tokens_per_second(scale.warm_up),
+            "last_line": seen.lines[-1],
+        },
     )
     yield row
     row = beside(row, lambda: bench.peer("dpo", model, pairs, rank=RANK), "steps_per_second")
@@ -161,19 +170,16 @@ def updates(bench: Bench, name: str, model: str, reward: dict, **more: Any) -> I
         optim=bench.optim(batch_size=scale.answers),
         **more,
     )
-    warm_up, counted = 1, 3
-    seen = commands.measured(recipe, warm_up + counted)
-    lines = seen.lines[warm_up:]
+    seen = commands.measured(recipe, 1 + UPDATES)
+    lines = seen.lines[1:]
     seconds = [scale.answers / line["episodes_per_second"] for line in lines]
     drawn = [line["rollout_share"] * s for line, s in zip(lines, seconds, strict=True)]
-    shown = ("rollout_share", "answers/tokens", "val/rollout_difference", "objective/kl")
-    details = {key: [line[key] for line in lines] for key in shown if key in lines[0]}
     yield Row(
         f"{name}: draw",
         "ms/token",
         own=1_000 * mean(drawn) / scale.answer_tokens,
         note=f"for {scale.answers} answers, with their scores",
-        details=details | {"first_update": seen.first_step},
+        details={"first_update": seen.first_step, "lines": lines},
     )
     yield Row(
         name,
@@ -206,5 +212,6 @@ def ppo_trl(bench: Bench) -> Iterator[Row]:
         "batch": scale.answers,
         "micro_batch": min(16, scale.answers // PASSES["minibatches"]),
         "answer_tokens": scale.answer_tokens,
+        "steps": WARM_UP + UPDATES,
     }
     yield beside(row, lambda: bench.peer("ppo", model, bench.rows(), **told))

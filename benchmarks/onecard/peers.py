@@ -123,6 +123,7 @@ def reinforced(told: dict, clock: Clock, out: str) -> list[float]:
     ]
     prompts = Dataset.from_dict({"input_ids": prompts})
     ranker = AutoModelForSequenceClassification.from_pretrained
+    frozen = {"dtype": torch.bfloat16 if told["bf16"] else torch.float32}
     settings = common(told, out) | {
         "gradient_accumulation_steps": told["batch"] // told["micro_batch"],
         "num_ppo_epochs": told["epochs"],
@@ -138,8 +139,8 @@ def reinforced(told: dict, clock: Clock, out: str) -> list[float]:
         args=PPOConfig(**settings),
         processing_class=tokenizer,
         model=policy(told),
-        ref_model=policy(told),
-        reward_model=ranker(told["ranker"], dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(told["model"], **frozen),
+        reward_model=ranker(told["ranker"], **frozen),
         value_model=ranker(told["ranker"], dtype=torch.float32),
         train_dataset=prompts,
         eval_dataset=prompts.select(range(2)),

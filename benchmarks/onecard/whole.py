@@ -180,12 +180,12 @@ def counted(name: str, unit: str, recipe: dict[str, Any]) -> Row:
     if not out.exists():
         raise Failed(f"{name}: exit code {done.returncode}: {commands.last_line(done.stderr)}")
     told = json.loads(out.read_text())
-    most = next(iter(told["places"]), "")
+    most = [f"{place} ({times})" for place, times in list(told["places"].items())[:3]]
     return Row(
         name,
         unit,
         own=float(median(told["reads"][3:])),
-        note=f"most at {most}" if most else "",
+        note=", ".join(most) and f"most at {', '.join(most)}",
         details=told,
     )
 
