@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -192,12 +193,16 @@ class Candidate:
             values.update(zip(batch, scored, strict=True))
         return [values[i] for i in range(len(sequences))]
 
-    def rewards(self, texts: list[list[int]]) -> list[float]:
-        """A reward model's score of each tokenized text."""
+    def rewards(self, texts: list[list[int]], tokens: int | None = None) -> list[float]:
+        """A reward model's score of each tokenized text, in batches of at most so many tokens; all
+        are read at once."""
+        if not texts:
+            return []
         check_rows(self.model, self.tokenizer, texts)
-        values: dict[int, float] = {}
-        for batch in batches([len(ids) for ids in texts], self.batch_size):
-            values.update(zip(batch, self._rewards([texts[i] for i in batch]), strict=True))
+        order = list(batches([len(ids) for ids in texts], self.batch_size, tokens))
+        scores = torch.cat([self._rewards([texts[i] for i in batch]) for batch in order]).tolist()
+        places = [i for batch in order for i in batch]
+        values: dict[int, float] = dict(zip(places, scores, strict=True))
         return [values[i] for i in range(len(texts))]
 
     def responses(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
@@ -247,8 +252,8 @@ class Candidate:
             problem = f"{self.label}: an item has {width:,} tokens, the model takes {most:,}"
             raise UserError(problem, "shorten it, or lower the window of perplexity")
 
-    def _rewards(self, texts: list[list[int]]) -> list[float]:
-        """`rewards` of one batch, padded on the right.
+    def _rewards(self, texts: list[list[int]]) -> Tensor:
+        """`rewards` of one batch, padded on the right, float32 on the model's device.
 
         Reward models read up to the last token that is no pad token, which is one before the end of
         turn where the two are the same.
@@ -263,7 +268,7 @@ class Candidate:
         )
         with torch.no_grad():
             logits = self.model(input_ids=ids, attention_mask=mask).logits
-        rewards: list[float] = logits[:, 0].float().tolist()
+        rewards: Tensor = logits[:, 0].float()
         return rewards
 
 

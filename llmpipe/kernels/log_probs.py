@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from llmpipe.kernels import cpu
 
 TILE = 256  # tokens whose logits exist at once
+TILE_ON_GPU = 2048  # where a launch costs more than a logit
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ def log_probs(
         assert scores.entropy is not None  # it was asked for
         return scores.log_probs, scores.entropy
     parts = []
-    for start in range(0, len(targets), TILE):
-        tile = slice(start, start + TILE)
+    size = TILE_ON_GPU if hidden.device.type == "cuda" else TILE
+    for start in range(0, len(targets), size):
+        tile = slice(start, start + size)
         arguments = (hidden[tile], head, targets[tile], temperature, allowed and allowed[tile])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_of_tile, *arguments, use_reentrant=False))
+            again = checkpoint(_of_tile, *arguments, use_reentrant=False, preserve_rng_state=False)
+            parts.append(again)
         else:
             parts.append(_of_tile(*arguments))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -8,7 +8,7 @@
                   is one more
 
 Either way each of the three is a `Role`, and what is computed with it is written once. Texts lie
-end to end (`packing`), and logits exist for a tile of tokens at a time (`kernels.log_probs`).
+end to end (`packing`), and logits exist for a tile of tokens at a time (`head`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from llmpipe import upstream
-from llmpipe.kernels.log_probs import head_of, log_probs
+from llmpipe.kernels.log_probs import head_of
+from llmpipe.rl.head import log_probs
 from llmpipe.rl.packing import Packed
 
 POLICY = "default"  # PEFT's name of the adapter that is learned and published

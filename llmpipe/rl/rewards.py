@@ -30,6 +30,7 @@ from llmpipe.parallel import World
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
+from llmpipe.rl.passes import PassSize
 from llmpipe.rl.shared_reward import shared_ranker
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.context import tokens_of
@@ -150,6 +151,8 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
         job.say(f"reward: {name} is one more adapter on the policy's base")
     else:
         model = load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
+    # a GPU is filled by tokens, those of like length together
+    full = PassSize.of(job.recipe.launch, hardware).tokens if hardware.device == "cuda" else None
     ranker = Candidate(
         label=name,
         folder=folder,
@@ -157,7 +160,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
         tokenizer=tokenizer,
         ranks=True,
         kwargs=template_kwargs(folder),
-        batch_size=hardware.micro_batch_size,
+        batch_size=hardware.micro_batch_size if full is None else job.recipe.optim.batch_size,
     )
     longest = tokens_of(model.config.to_dict()) or math.inf
 
@@ -171,7 +174,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
                 "lower data.max_length or rollout.max_new_tokens",
             )
         with torch.autocast(model.device.type, enabled=False):
-            return ranker.rewards(texts)
+            return ranker.rewards(texts, full)
 
     return scores
 

@@ -14,8 +14,9 @@ alone: a resumed run computes what the straight one did.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer, get_layer_types_and_kwargs
 
 from llmpipe.errors import Say
-from llmpipe.faults import of_memory
+from llmpipe.faults import first_line, of_memory
 from llmpipe.models.miniature import miniatures
 from llmpipe.recipe.reinforcement import Rollout
 from llmpipe.rl.rollout import UNREAD, Drawn, Episode, allowed_ids, draw, left_padded, pick
@@ -200,15 +201,18 @@ class TokenStep:
         masks = {}
         for kind, window in self.windows.items():
             near = past if window is None else past & (self.columns > slots[:, None] - window)
-            masks[kind] = self._as_attention_takes_it((near | own)[:, None])  # no row sees nothing
+            masks[kind] = self._added((near | own)[:, None])  # a row that saw nothing would be NaN
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _as_attention_takes_it(self, mask: Tensor) -> Tensor:
-        if self.model.config._attn_implementation != "eager":
-            return mask
+    def _added(self, mask: Tensor) -> Tensor:
+        """A mask as it is added to products, in their type: each layer would make that of it."""
+        on = mask.device.type
         dtype = self.model.get_input_embeddings().weight.dtype
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return added.masked_fill(~mask, torch.finfo(dtype).min)
+        if torch.is_autocast_enabled(on):
+            dtype = torch.get_autocast_dtype(on)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, -torch.inf
+        )
 
     # --- what the host reads ---
 
@@ -415,7 +419,10 @@ class Replay:
         elif step.graph is not None:
             step.graph.replay()
         elif step.eager_steps < EAGER_STEPS:
-            self._advance_beside(step)
+            step.eager_steps += 1
+            last = step.eager_steps == EAGER_STEPS
+            with _refusing_reads() if last else nullcontext():
+                self._advance_beside(step)
         else:
             step.graph = self._recorded(step)
             step.graph.replay()
@@ -428,7 +435,6 @@ class Replay:
         with torch.cuda.stream(self._stream):
             step.advance()
         torch.cuda.current_stream().wait_stream(self._stream)
-        step.eager_steps += 1
 
     def _recorded(self, step: TokenStep) -> torch.cuda.CUDAGraph:
         """Record a step, without computing it. Raises NoRecording where CUDA refuses."""
@@ -443,7 +449,10 @@ class Replay:
             with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 step.advance()
         except RuntimeError as error:
-            raise NoRecording(str(error).partition("\n")[0]) from error
+            # PyTorch leaves the pool taken, and would free no memory any more
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise NoRecording(first_line(error)) from error
         return graph
 
     # --- what is kept ---
@@ -481,6 +490,21 @@ class Replay:
             self.say(f"answers are drawn step by step: {kind} computes nothing with fixed slots")
             return False
         return True
+
+
+@contextmanager
+def _refusing_reads() -> Iterator[None]:
+    """Raise NoRecording where the host waits for the device: a recording would fail there, and
+    leave CUDA's generator and memory as if it still went on."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(action="ignore"):  # of a prototype that does not see all of them
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            raise NoRecording(first_line(error)) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextmanager

@@ -228,6 +228,44 @@ def test_log_probs_tile_by_tile_are_those_of_the_fused_head(precision):
     assert (given - bound.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_form_of_the_head_says_the_same(monkeypatch, cap, bias):
+    """A GPU's, by TRL, the kernel of a CPU and tiles: log-probabilities, entropies, and gradients
+    through both, with a temperature, a scale, a bias and a bound."""
+    from llmpipe.kernels import log_probs as tiles
+    from llmpipe.rl import head as heads
+
+    torch.manual_seed(1)
+    states = torch.randn(2 * tiles.TILE + 3, 16)
+    layer = torch.nn.Linear(16, 101, bias=bias)
+    head = tiles.Head(layer, 1.5, cap)
+    targets = torch.randint(101, (len(states),))
+    monkeypatch.setattr(heads, "COLUMNS", 40)  # several tiles
+    forms = {
+        "a GPU's": lambda hidden: heads.fused(hidden, head, targets, 0.7),
+        "tiles": lambda hidden: heads.log_probs(hidden, head, targets, 0.7, None, True),
+        "a CPU's": lambda hidden: heads.log_probs(hidden, head, targets, 0.7),
+    }
+    for entropy_weight in (0.0, 0.3):
+        said = {}
+        for name, form in forms.items():
+            if name == "a CPU's" and entropy_weight and cap is None and not bias:
+                continue  # whose entropy is only looked at
+            hidden = states.clone().requires_grad_()
+            layer.zero_grad()
+            log_p, entropy = form(hidden)
+            loss = (log_p * torch.linspace(-1, 1, len(targets))).sum()
+            if entropy_weight:
+                loss = loss + entropy_weight * entropy.sum()
+            loss.backward()
+            gradients = [weight.grad for weight in (hidden, *layer.parameters())]
+            said[name] = [log_p.detach(), entropy.detach(), *gradients]
+        for name, tensors in said.items():
+            for one, other in zip(said["tiles"], tensors, strict=True):
+                assert (one - other).abs().max() < 1e-5 * one.abs().max().clamp(min=1), name
+
+
 def test_signs_of_a_gamed_reward_are_said_once():
     from llmpipe.rl.watch import warn
 
