@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -483,14 +483,22 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Flush everything below a folder to the disk, readable as the user's umask says."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in files_below(folder):
-        path.chmod(0o666 & ~umask)  # safetensors makes its files private
-        fsync(path)
+    """Settle everything below a folder, and the folders themselves."""
+    settle(files_below(folder))
     for root, _, _ in walk(folder):
         fsync(Path(root))
+
+
+def settle(paths: Iterable[Path]) -> None:
+    """Flush files to the disk, to be read by whom the user's umask lets: safetensors makes private
+    ones, and what one person publishes another one goes on from.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        with contextlib.suppress(PermissionError):  # of a file that another person began
+            path.chmod(0o666 & ~umask)
+        fsync(path)
 
 
 def _replace(target: Path, new: Path) -> None:

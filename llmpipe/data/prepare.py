@@ -27,7 +27,7 @@ from llmpipe.data.make import VERSION, make
 from llmpipe.data.prepared import RECORD, PreparedRows
 from llmpipe.errors import Say
 from llmpipe.faults import writing
-from llmpipe.files import digest, files_below, fsync
+from llmpipe.files import digest, files_below, fsync, settle
 from llmpipe.recipe.sections import Prepared, science
 from llmpipe.sums import is_sealed, seal
 
@@ -121,8 +121,8 @@ def _other_runs(process: int) -> bool:
 
 def _publish(ready: PreparedRows, temporary: Path, final: Path) -> None:
     """Flush the folder, with its table written last, and give it its name."""
-    for path in (*files_below(temporary), temporary / "tokenizer"):
-        fsync(path)
+    settle(files_below(temporary))
+    fsync(temporary / "tokenizer")
     ready.to_file(temporary / RECORD)
     seal(temporary, final.name)
     try:

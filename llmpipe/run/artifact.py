@@ -32,6 +32,7 @@ from llmpipe.files import (
     read_json,
     read_written,
     remove,
+    settle,
     table,
     write_json,
 )
@@ -158,8 +159,7 @@ class Artifact:
         """Hash every file, write the manifest last: from then on the artifact is finished."""
         for leftover in self.path.glob(".*"):
             remove(leftover)
-        for path in files_below(self.path, {"checkpoints"}):
-            fsync(path)
+        settle(files_below(self.path, {"checkpoints"}))
         manifest = replace(manifest, files=table(self.path, SCRATCH | {"checkpoints"}))
         manifest = replace(manifest, fingerprint=fingerprint(manifest.document()))
         write_json(self.path / MANIFEST, manifest.document())

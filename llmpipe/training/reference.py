@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, files_below, fsync, remove
+from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import tensors_hash, upcast_trained
 from llmpipe.models.load import Setup, load_copy
 from llmpipe.recipe import sections
@@ -123,8 +123,7 @@ class _LogProbs:
     def seal(self) -> None:
         """Write the table, where they were computed just now."""
         if self.accelerator.is_main_process and not is_sealed(self.folder):
-            for path in files_below(self.folder):
-                fsync(path)
+            settle(files_below(self.folder))
             seal(self.folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe.files import settle
 from llmpipe.front import cli
 from llmpipe.run.artifact import Artifact
 from tests import disks, life
@@ -61,3 +62,23 @@ def test_a_parent_on_storage_that_is_read_only(tmp_path):
     assert process.exitcode == 0, (tmp_path / "out").read_text()
     assert (tmp_path / "report.html").exists()
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+
+
+def test_others_read_what_one_publishes(tmp_path):
+    """Checkpoints, rows and artifacts on a disk that several people share."""
+    life.command(life.write(tmp_path / "run", optim__steps=2, evaluation={}))
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.*")}
+    files = {path.name: mode for path, mode in modes.items() if path.is_file()}
+    assert {"seen.safetensors", "model.safetensors", "train.arrow", "manifest.json"} <= set(files)
+    assert {name: oct(mode) for name, mode in files.items() if mode != 0o666 & ~umask} == {}
+
+
+def test_a_file_that_another_person_began(tmp_path, monkeypatch):
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    (tmp_path / "log.txt").write_text("begun")
+    monkeypatch.setattr(Path, "chmod", refuse)
+    settle([tmp_path / "log.txt"])
