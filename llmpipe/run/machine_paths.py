@@ -50,8 +50,12 @@ class MachinePaths:
 
     @classmethod
     def of(cls, artifact: Artifact) -> MachinePaths:
-        """Of what an artifact is made from, once there is a plan."""
-        plan = Plan.read(artifact.path)
+        """Of what an artifact is made from, once there is a plan that can be read. What is wrong
+        with one is said where it is used."""
+        try:
+            plan = Plan.read(artifact.path)
+        except (UserError, OSError):
+            plan = None
         return cls(artifact.run, plan.paths if plan else [])
 
     def kept(self, text: str) -> str:

@@ -9,6 +9,7 @@ from llmpipe.errors import UserError
 from llmpipe.run import lock
 from llmpipe.run.artifact import Artifact, make_run
 from llmpipe.run.lock import Lock
+from tests import life
 
 
 @pytest.mark.parametrize("run", ["/proc/run", "/sys/run", "file/run", "file", "n" * 300, "nul\0"])
@@ -42,3 +43,17 @@ def test_a_parent_that_is_only_read_may_be_somebody_elses(tmp_path, monkeypatch)
         with Lock(artifact, shared=True).acquire():
             pass
     assert not (artifact.run / ".locks").exists()
+
+
+@pytest.mark.parametrize("plan", ["{", "a link"])
+def test_one_that_is_busy_is_said_to_be_whatever_its_plan_is(tmp_path, plan):
+    """A mistake is told with the paths of its plan, which may be damaged itself."""
+    artifact = Artifact(tmp_path / "run" / "sft")
+    artifact.path.mkdir(parents=True)
+    if plan == "a link":
+        (artifact.path / "plan.json").symlink_to(life.TINY / "rows.jsonl")
+    else:
+        (artifact.path / "plan.json").write_text(plan)
+    with Lock(artifact).acquire(), pytest.raises(UserError, match="busy: pid") as busy:
+        life.command(life.write(artifact.run))
+    assert busy.value.code == 75

@@ -14,6 +14,7 @@ from llmpipe.errors import DONE, NUMERIC, SIGTERM, Stopped, UserError
 from llmpipe.front.launch import finish
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.outcome import Outcome, listening
+from llmpipe.ties import PARENT
 from tests.life import guarded
 
 
@@ -71,6 +72,23 @@ def test_who_cannot_write_it_down_says_it_to_who_waits(tmp_path, monkeypatch):
         monkeypatch.setenv(*ear.environment.popitem())
         Outcome(3, "later").deliver(nowhere)
         assert ear.heard() == Outcome(5, "full", "make room")
+
+
+@pytest.mark.parametrize("plan", ["{", "a folder"])
+def test_a_worker_says_how_it_ended_whatever_its_plan_is(artifact, plan):
+    """The command has written it just now, and something has damaged it since."""
+    path = artifact.path / "plan.json"
+    if plan == "a folder":
+        path.mkdir()
+    else:
+        path.write_text(plan)
+    command = [sys.executable, "-m", "llmpipe.front.start_worker", "prepare", str(artifact.path)]
+    here = os.environ | {PARENT: str(os.getpid())}
+    worker = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
+    outcome = Outcome.read(artifact)
+    assert (worker.returncode, outcome and outcome.code) == (3, 3), worker.stderr
+    assert "plan.json: damaged: no JSON object" in outcome.message
+    assert "Traceback" not in worker.stderr
 
 
 def test_who_dies_without_a_word_is_explained_by_the_disk_or_a_limit(tmp_path, monkeypatch):
