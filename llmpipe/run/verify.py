@@ -11,6 +11,7 @@ one that is at work.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -47,6 +48,9 @@ PATIENCE = 2.0
 
 PARTS = (MANIFEST, RECIPE, PLAN, "model", "checkpoints")
 """By any of these a folder is an artifact, whatever it has lost."""
+
+WRITTEN = ("model", "checkpoints", "results.json", "samples.jsonl")
+"""What a stage leaves once its plan is written down: by these it was finished that has none."""
 
 LINES = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "rejected.jsonl")
 """What an unfinished artifact writes line by line, and goes on from."""
@@ -154,12 +158,23 @@ def _artifacts_at(path: Path) -> tuple[bool, list[Artifact]]:
 
 
 def _is_artifact(folder: Path) -> bool:
-    return folder.is_dir() and any(os.path.lexists(folder / part) for part in PARTS)
+    """Whether a folder is an artifact, or may be one that cannot be looked into."""
+    if not folder.is_dir():
+        return False
+    return not _is_open(folder) or any(os.path.lexists(folder / part) for part in PARTS)
+
+
+def _is_open(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def _items(artifact: Artifact) -> Iterator[Item]:
     """An artifact, and its checkpoints."""
     identity = None
+    if not _is_open(artifact.path):
+        problem = f"{MANIFEST}: cannot be read: {os.strerror(errno.EACCES)}"
+        yield Item(artifact.path, "not to be looked into", problems=(problem,))
+        return
     if artifact.finished:
         yield (item := _finished(artifact))
         manifest = _manifest(artifact) if item.compare else None
@@ -175,8 +190,8 @@ def _items(artifact: Artifact) -> Iterator[Item]:
 def _finished(artifact: Artifact) -> Item:
     try:
         manifest = artifact.manifest()
-    except UserError as error:
-        problem = error.message.removeprefix(f"{artifact.path}/")
+    except (UserError, OSError) as error:
+        problem = _problem(error, artifact, MANIFEST)
         return Item(artifact.path, "finished", problems=(problem,))
     elsewhere = ASIDE.sub("", artifact.name) != manifest.name  # renamed, or another one's manifest
     called = f", which calls itself {manifest.name}" if elsewhere else ""
@@ -190,11 +205,18 @@ def _finished(artifact: Artifact) -> Item:
     )
 
 
+def _problem(error: UserError | OSError, artifact: Artifact, name: str) -> str:
+    """What is wrong with a file of an artifact that cannot be read."""
+    if isinstance(error, OSError):
+        return f"{name}: cannot be read: {error.strerror}"
+    return error.message.removeprefix(f"{artifact.path}/")
+
+
 def _manifest(artifact: Artifact) -> Manifest | None:
     """The manifest of an artifact, where it has one that is whole."""
     try:
         return artifact.manifest() if artifact.finished else None
-    except UserError:
+    except (UserError, OSError):
         return None
 
 
@@ -252,8 +274,8 @@ def _unfinished(artifact: Artifact) -> Item:
     ]
     try:
         plan = Plan.read(artifact.path)
-    except UserError as error:
-        problem = error.message.removeprefix(f"{artifact.path}/")
+    except (UserError, OSError) as error:
+        problem = _problem(error, artifact, PLAN)
         problems += [problem] if problem not in problems else []  # a link is known already
     else:
         problems += _of_plan(artifact, plan)
@@ -308,7 +330,7 @@ def _of_rows(record: dict[str, Any]) -> dict[str, Any]:
 def _is_made(artifact: Artifact) -> bool:
     """Whether an artifact without a plan was finished once, and is not a model that is merged."""
     if os.path.lexists(artifact.path / RECIPE):
-        return artifact.model.exists() or artifact.checkpoints.exists()
+        return any(os.path.lexists(artifact.path / part) for part in WRITTEN)
     base = Artifact(artifact.run / artifact.name.removesuffix("-merged"))
     return base == artifact or base.finished
 
@@ -317,7 +339,7 @@ def _plan(artifact: Artifact) -> Plan | None:
     """The plan of an artifact, where it has one that is whole."""
     try:
         return Plan.read(artifact.path)
-    except UserError:
+    except (UserError, OSError):
         return None
 
 
@@ -335,7 +357,7 @@ def _of_lines(path: Path) -> Iterator[str]:
 def _kept(cache: Path, made: list[Artifact]) -> Iterator[Item]:
     """What `.prepared` holds with a table, which must be the one that an artifact goes on with."""
     named = {}
-    for artifact in made:
+    for artifact in filter(lambda artifact: _is_open(artifact.path), made):
         record = read_json(artifact.path / RECORD)
         for part in (record, record.get("mixture") if isinstance(record, dict) else None):
             if isinstance(part, dict) and part.get("sums"):
@@ -373,6 +395,8 @@ def _strays(run: Path | None, made: list[Artifact]) -> Iterator[Path]:
             if not sums.is_sealed(path) and path.name != ".locks":
                 yield path
     for artifact in made:
+        if not _is_open(artifact.path):
+            continue
         home = artifact.checkpoints
         names = sorted(os.listdir(home)) if home.is_dir() else []
         steps = {f"step-{step}" for step in checkpoints.steps(home)}

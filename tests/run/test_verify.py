@@ -1,5 +1,6 @@
 """`llmpipe verify`: every file of a run that is in a table, damaged in every way, is named."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmpipe import files
 from llmpipe.errors import UserError
 from llmpipe.files import table, write_json
 from llmpipe.run import verify
@@ -280,3 +282,43 @@ def test_nothing_is_silent_for_long(run, monkeypatch):
         len(notes) > 20
         and notes[-1] == f"hashed {notes[-1].split(' of ')[1]} of " + notes[-1].split(" of ")[1]
     )
+
+
+def test_an_evaluation_that_lost_its_manifest(run):
+    """It has neither a model nor checkpoints."""
+    home = run / "eval"
+    home.mkdir()
+    for name in ("recipe.yaml", "results.json", "samples.jsonl", "log.txt"):
+        (home / name).write_text("stage: eval")
+    code, lines = verified(run)
+    assert code == 3
+    assert f"{home}/manifest.json: missing" in lines
+
+
+def test_an_artifact_that_nobody_may_look_into(run, monkeypatch):
+    """Root may look into all, so the refusal is played."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sft")
+    code, lines = verified(run)
+    assert code == 3
+    assert f"{run}/sft/manifest.json: cannot be read: Permission denied" in lines
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_sector_that_cannot_be_read(run, monkeypatch, name):
+    """What else there is, is verified."""
+    if name == "plan.json":
+        (run / "sft" / "manifest.json").rename(run / "sft" / name)
+    model = run / "other"
+    shutil.copytree(run / "sft", model)
+    (model / "recipe.yaml").write_text("changed")
+
+    def read(path, read_text=files.read_text):
+        if path == run / "sft" / name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(files, "read_text", read)
+    code, lines = verified(run)
+    assert code == 3
+    assert f"{run}/sft/{name}: cannot be read: Input/output error" in lines
+    assert any(line.startswith(f"{run}/other/") for line in lines)
