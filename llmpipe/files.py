@@ -31,6 +31,10 @@ CHUNK = 1 << 23
 Seen = Callable[[int], None]
 """Is told of bytes that were hashed, some at a time."""
 
+ADDED = "not in the manifest"
+UNREADABLE = "cannot be read"
+"""What is said of a file that is not as it was recorded, but is not damaged either."""
+
 LARGEST = 64 << 20
 """Bytes of a JSON file that is read."""
 
@@ -434,7 +438,7 @@ def differences(
         if problem := not_plain(path):
             problems.append(f"{name}: {problem}")
         elif name not in skip:
-            problems.append(f"{name}: not in the manifest")
+            problems.append(f"{name}: {ADDED}")
     return problems
 
 
@@ -454,7 +458,7 @@ def difference(
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"{UNREADABLE}: {error.strerror}"
     if sha256 != entry.sha256:
         return f"sha256 {sha256[:12]}, recorded {entry.sha256[:12]}"
     return None

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 from llmpipe.files import (
+    ADDED,
+    UNREADABLE,
     Seen,
     difference,
     differences,
@@ -188,6 +190,10 @@ class Artifact:
 
 def _not_as_published(lines: list[str]) -> UserError:
     hint = "the artifact is not what was published; restore it, or make it again with --fresh"
+    if all(line.endswith(ADDED) for line in lines):
+        hint = "the artifact is not what was published; remove what was added to it"
+    if all(UNREADABLE in line for line in lines):
+        hint = "see whose it is, and that you may read it"
     return UserError("\n".join(lines), hint, INTEGRITY)
 
 

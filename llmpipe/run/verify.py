@@ -39,6 +39,7 @@ from llmpipe.files import (
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import ASIDE, MANIFEST, PLAN, Artifact
+from llmpipe.run.identity import short
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.plan import RECIPE, Plan
 from llmpipe.sums import SUMS, Kept
@@ -236,7 +237,7 @@ def _of_parents(artifact: Artifact, manifest: Manifest) -> Iterator[str]:
         if now and now != recorded:
             noted = f"was made from {reference} {str(recorded)[:12]}"
             yield (
-                f"{MANIFEST}: {noted}, which is {now[:12]} now: "
+                f"{MANIFEST}: {noted}, which is {short(now)} now: "
                 "made anew, or its manifest was written by somebody else"
             )
 

@@ -45,7 +45,9 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     try:
         return _tensors(path)
     except (OSError, ValueError, struct.error) as error:
-        problem = (isinstance(error, OSError) and unreachable(path)) or str(error)
+        problem = str(error)
+        if isinstance(error, OSError):
+            problem = unreachable(path) or f"cannot be read: {error.strerror}"
         hint = "fetch it again, or restore it from a copy"
         raise UserError(
             f"{path}: is no whole safetensors file: {problem}", hint, INTEGRITY

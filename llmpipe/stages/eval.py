@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import RECORD, PreparedFolder
-from llmpipe.errors import NUMERIC, Mistake, Say, UserError, near
+from llmpipe.errors import INTEGRITY, NUMERIC, Mistake, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems
 from llmpipe.evaluation.tasks import AnyTask
 from llmpipe.files import digest, publishing
@@ -224,7 +224,8 @@ def _without_room(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
         try:
             check_answers({field: tokens}, {name: root for name, root in roots.items() if root})
         except UserError as error:
-            yield Mistake(field, error)
+            if error.code != INTEGRITY:  # of a damaged model, which is said of the model itself
+                yield Mistake(field, error)
 
 
 # --- prepare --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from llmpipe.errors import UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import load_pipeline
 from llmpipe.stages import schema
@@ -561,3 +562,23 @@ def test_nothing_heavy_is_imported_and_the_answer_comes_at_once(here):
         [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "2 [] True\n", done.stderr
+
+
+def test_a_damaged_model_is_said_of_itself_alone(tmp_path, monkeypatch):
+    """And not of the answers that would have to fit into its context."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY / "model", "cut")
+    os.truncate("cut/model.safetensors", 1000)
+    Path("p.yaml").write_text(
+        "run: run\nstages:\n"
+        + EVAL.replace(f"base: {TINY}/model", "base: ./cut")
+        .replace("artifact:sft", f"{TINY}/model")
+        .partition("    gate:")[0]
+    )
+    asked = load_pipeline(Path("p.yaml"), schema, [])
+    with pytest.raises(UserError) as refused:
+        ahead.check(asked.stages, pipeline=asked)
+    lines = str(refused.value).split("\n")
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("p.yaml:5: models.base: cut/model.safetensors: is no whole safeten")
+    assert refused.value.code == 3

@@ -322,3 +322,23 @@ def test_a_sector_that_cannot_be_read(run, monkeypatch, name):
     assert code == 3
     assert f"{run}/sft/{name}: cannot be read: Input/output error" in lines
     assert any(line.startswith(f"{run}/other/") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("add", "code", "hint"),
+    [
+        (lambda home: (home / ".DS_Store").write_text("x"), 3, "remove what was added"),
+        (lambda home: (home / "log.txt").unlink(), 0, ""),
+        (lambda home: (home / "recipe.yaml").unlink(), 3, "restore it"),
+    ],
+    ids=["added", "not part of it", "lost"],
+)
+def test_the_remedy_is_of_what_is_wrong(run, add, code, hint):
+    add(run / "sft")
+    if not code:
+        Artifact(run / "sft").verify()
+        return
+    with pytest.raises(UserError) as refused:
+        Artifact(run / "sft").verify()
+    assert refused.value.code == code
+    assert hint in str(refused.value.hint)
