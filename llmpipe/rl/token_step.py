@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ DEVICES = {"cuda"}  # where launches cost more than they compute; a CPU computes
 
 LEAST_SLOTS = 64
 LEAST_ROWS = 4
-EAGER_STEPS = 2  # real tokens; libraries set themselves up in them, which a recording may not hold
+EAGER_STEPS = 2  # before a recording, which may not hold what libraries do when first called
 KEPT_SHARE = 8  # what is kept between rollouts is at most one part in so many of the GPU's memory
 AGREEMENT = 0.02  # nats, in a miniature: rounding is a thousandth, another architecture a tenth
 
@@ -117,7 +117,7 @@ class TokenStep:
         self.windows = dict(windows)
         self.cache = Cache(layers=[Slots(slots) for _ in windows])
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.eager_steps = 0
+        """What `advance` does, once it is recorded."""
         device, tokens = model.device, rollout.max_new_tokens
         self.ends = torch.tensor(end_tokens, dtype=torch.long, device=device)
         self.columns = torch.arange(slots, device=device)
@@ -164,8 +164,15 @@ class TokenStep:
         positions = (slots - self.first[:, None]).clamp(min=0)
         self._draw(padded.to(self.ids.device), positions, slots)
 
+    def next(self) -> None:
+        """Draw the next token of every row, by the recording where there is one."""
+        if self.graph is None:
+            self.advance()
+        else:
+            self.graph.replay()
+
     def advance(self) -> None:
-        """Draw the next token of every row."""
+        """Draw the next token of every row, one kernel after the other."""
         self._draw(self.ids, self.positions, self.slot)
         self.slot.add_(1)
         self.positions.add_(1)
@@ -230,12 +237,7 @@ class TokenStep:
         return [flat[i : i + rows] for i in range(0, len(flat), rows)]
 
 
-def respond(
-    step: TokenStep,
-    prompts: list[list[int]],
-    end_tokens: list[int],
-    advance: Callable[[TokenStep], None],
-) -> list[Episode]:
+def respond(step: TokenStep, prompts: list[list[int]], end_tokens: list[int]) -> list[Episode]:
     """Go on from the first tokens to the end of every response."""
     most = step.rollout.max_new_tokens
     allowed: list[list[Tensor]] = []
@@ -246,7 +248,7 @@ def respond(
             unread = 0
             if not step.is_going():
                 break
-        advance(step)
+        step.next()
         drawn += 1
         unread += 1
     allowed += step.read_allowed(unread)
@@ -400,7 +402,17 @@ class Replay:
         tokens = max(map(len, prompts)) + self.rollout.max_new_tokens
         step = self._step(len(prompts), tokens)
         step.begin(prompts, uniforms, self.pad_token)
-        return respond(step, prompts, self.end_tokens, self._advance)
+        if step.graph is None and self._records:
+            step.graph = self._recorded(step)
+            # once more: every response is replayed, whenever its step was recorded
+            step.begin(prompts, uniforms, self.pad_token)
+        return respond(step, prompts, self.end_tokens)
+
+    @property
+    def _records(self) -> bool:
+        """Whether steps are recorded, before which a few are drawn that need room."""
+        long = self.rollout.max_new_tokens > EAGER_STEPS + 1
+        return self.model.device.type == "cuda" and long
 
     def _step(self, rows: int, tokens: int) -> TokenStep:
         """The step for a batch of so many rows, of so many tokens with their prompts."""
@@ -412,34 +424,18 @@ class Replay:
         self.steps[size] = step
         return step
 
-    def _advance(self, step: TokenStep) -> None:
-        """Draw the next token of every row: replayed on a GPU once it is recorded."""
-        if self.model.device.type != "cuda":
-            step.advance()
-        elif step.graph is not None:
-            step.graph.replay()
-        elif step.eager_steps < EAGER_STEPS:
-            step.eager_steps += 1
-            last = step.eager_steps == EAGER_STEPS
-            with _refusing_reads() if last else nullcontext():
-                self._advance_beside(step)
-        else:
-            step.graph = self._recorded(step)
-            step.graph.replay()
-
-    def _advance_beside(self, step: TokenStep) -> None:
-        """Draw on the stream that the recording will be made on, as CUDA asks for."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            step.advance()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
     def _recorded(self, step: TokenStep) -> torch.cuda.CUDAGraph:
-        """Record a step, without computing it. Raises NoRecording where CUDA refuses."""
+        """Draw a few tokens and record how. Raises NoRecording where CUDA refuses."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # the recording's own, as CUDA asks for
+            for _ in range(EAGER_STEPS - 1):
+                step.advance()
+            with _refusing_reads():
+                step.advance()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         recording = torch.cuda.graph(
             graph, self._pool, self._stream, capture_error_mode="thread_local"
@@ -527,7 +523,7 @@ def slots_differ(model: Any) -> float | None:
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 step = TokenStep(small, len(prompts), LEAST_SLOTS, how, [])
                 step.begin(prompts, numbers, 0)
-                drawn = respond(step, prompts, [], TokenStep.advance)
+                drawn = respond(step, prompts, [])
                 differences = [_difference(small, episode) for episode in drawn]
         except Exception as error:  # whatever a class does with masks and caches it does not know
             if of_memory(error):
