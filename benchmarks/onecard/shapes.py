@@ -65,6 +65,10 @@ class Scale:
     answers: int
     """Of an update of ppo."""
     answer_tokens: int
+    stages: tuple[str, ...]
+    """That are run to their end, on a tiny model."""
+    resumed: tuple[str, ...]
+    """Those of them that are stopped in a second run, and go on."""
     long_run: int
     """Steps of the part that watches the memory."""
 
@@ -86,6 +90,8 @@ FULL = Scale(
     peer_steps=4,
     answers=64,
     answer_tokens=128,
+    stages=("pretrain", "sft", "lora", "qlora", "reward", "dpo", "kto", "ppo", "ppo-model", "eval"),
+    resumed=("sft", "lora", "dpo", "ppo"),
     long_run=50,
 )
 
@@ -105,5 +111,7 @@ TINY = Scale(
     peer_steps=2,
     answers=8,
     answer_tokens=8,
+    stages=("sft", "reward", "ppo", "ppo-model", "eval"),
+    resumed=("sft", "ppo"),
     long_run=12,
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,6 @@ from onecard.table import Row
 DATA = ROOT / "recipes" / "tiny"
 ROWS, PAIRS = [{"path": str(DATA / "rows.jsonl")}], [{"path": str(DATA / "pairs.jsonl")}]
 ADAPTER = {"rank": 4, "alpha": 8}
-RESUMED = {"sft": 20, "lora": 20, "dpo": 20, "ppo": 3}
-"""Stages that are stopped and go on, and the step that they are stopped after."""
 
 
 def tiny(run: Path, stage: str, **more: Any) -> dict[str, Any]:
@@ -58,8 +57,13 @@ def pretraining(run: Path) -> dict[str, Any]:
     }
 
 
+def judged(run: Path) -> dict[str, Any]:
+    """ppo by the reward model that its run has made."""
+    return tiny(run, "ppo", name="ppo-model", reward=[{"model": "artifact:reward"}])
+
+
 def evaluating(run: Path) -> dict[str, Any]:
-    models = {name: f"artifact:{name}" for name in ("sft", "lora", "ppo")}
+    models = {name: f"artifact:{name}" for name in ("sft", "ppo")}
     scored = {"task": "generate", "data": ROWS, "score": ["exact_match"], "max_new_tokens": 8}
     return {
         "stage": "eval",
@@ -73,12 +77,18 @@ def evaluating(run: Path) -> dict[str, Any]:
 def stages(bench: Bench) -> Iterator[Row]:
     """Every stage to its end; and four that were stopped, against those that were not."""
     straight, cut = bench.home / "runs" / "straight", bench.home / "runs" / "stopped"
-    first = [pretraining(straight)]
-    first += [tiny(straight, stage) for stage in ("sft", "lora", "qlora", "reward", "dpo", "kto")]
-    first += [tiny(straight, "ppo")]
-    judged = tiny(straight, "ppo", name="ppo-model", reward=[{"model": "artifact:reward"}])
-    second = [judged, evaluating(straight)]
-    stopped = [tiny(cut, stage) for stage in RESUMED]
+    for run in (straight, cut):
+        shutil.rmtree(run, ignore_errors=True)
+    special = {"pretrain": pretraining, "ppo-model": judged, "eval": evaluating}
+    later = ("ppo-model", "eval")
+    names = bench.scale.stages
+    first = [
+        special[name](straight) if name in special else tiny(straight, name)
+        for name in names
+        if name not in later
+    ]
+    second = [special[name](straight) for name in names if name in later]
+    stopped = [tiny(cut, stage) for stage in bench.scale.resumed]
     with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
         cuts = [pool.submit(resumed, recipe) for recipe in stopped]
         codes = list(pool.map(commands.finished, first))
@@ -121,7 +131,7 @@ def ended(recipes: list[dict[str, Any]], codes: list[int]) -> Row:
 
 def resumed(recipe: dict[str, Any]) -> str:
     """Stop a stage half way, and run the command again; what went wrong."""
-    code = commands.stopped(recipe, RESUMED[recipe["stage"]])
+    code = commands.stopped(recipe, 3 if recipe["stage"] == "ppo" else 20)
     if code != 143:
         return f"exit code {code} after SIGTERM, not 143: {commands.tail(recipe)}"
     code = commands.finished(recipe)
