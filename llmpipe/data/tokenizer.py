@@ -124,7 +124,7 @@ class Tokenizer:
             if (after := self.backend.token_to_id(token.content)) != number:
                 problem = f"{token.content} is token {number} of its config"
                 raise UserError(
-                    f"tokenizer.json of the model lacks tokens: {problem}, and would be {after}",
+                    f"{folder / 'tokenizer.json'}: lacks tokens: {problem}, and would be {after}",
                     _rewrite(folder),
                     INTEGRITY,
                 )
@@ -264,7 +264,7 @@ def _listed(folder: Path, config: dict[str, Any]) -> dict[int, tokenizers.AddedT
             token = tokenizers.AddedToken(text, special=is_special, normalized=not is_special)
             tokens[int(number)] = token
     except (AttributeError, TypeError, ValueError) as error:
-        problem = f"the added tokens of the model's tokenizer cannot be read: {error}"
+        problem = f"{folder}: the added tokens of the model's tokenizer cannot be read: {error}"
         raise UserError(problem, code=INTEGRITY) from None
     return tokens
 
@@ -287,7 +287,7 @@ def _content(value: Any) -> str | None:
 
 def _without_tokenizer(folder: Path) -> UserError:
     others = [name for name in OTHER_FILES if (folder / name).exists()]
-    problem = "the model folder has no tokenizer.json"
+    problem = f"{folder}: the model folder has no tokenizer.json"
     if not others:
         return UserError(problem, code=INTEGRITY)
     return UserError(f"{problem}, only {', '.join(others)}", _rewrite(folder), INTEGRITY)

@@ -178,8 +178,9 @@ def test_tokens_of_added_tokens_json(tmp_path):
 @pytest.mark.parametrize("wrong", [[1], {"a": 1}, {"x": {"content": "y"}}, {"1": {"text": "y"}}])
 def test_added_tokens_that_cannot_be_read(tmp_path, wrong):
     model = folder(tmp_path / "m", config={"added_tokens_decoder": wrong})
-    with pytest.raises(UserError, match="added tokens of the model's tokenizer cannot be read"):
+    with pytest.raises(UserError, match="added tokens of the model's tokenizer cannot be") as error:
         Tokenizer(model)
+    assert error.value.message.startswith(f"{model}: ")
 
 
 @pytest.mark.parametrize(
@@ -284,6 +285,7 @@ def test_no_tokenizer_json(tmp_path, names):
         tmp_path.joinpath(name).write_text("x")
     with pytest.raises(UserError, match=r"no tokenizer\.json") as error:
         Tokenizer(tmp_path)
+    assert error.value.message.startswith(f"{tmp_path}: ")
     assert error.value.code == 3
     if names:
         assert names[-1] in str(error.value) and "save_pretrained" in error.value.hint
