@@ -19,6 +19,7 @@ from typing import NamedTuple
 from llmpipe.data import cards
 from llmpipe.data.readers import KNOWN, READERS, File
 from llmpipe.data.readers.compressed import DAMAGED, is_compressed, open_bytes, suffix_of
+from llmpipe.data.readers.row import state_of
 from llmpipe.data.splits import Division, Split, listed, named, split_of
 from llmpipe.errors import DATA, UserError, near
 from llmpipe.faults import misread
@@ -88,7 +89,8 @@ def select(source: Rows) -> Selection:
 def hashed(file: Named) -> File:
     path, name, shown = file
     try:
-        return File(name, shown, path, path.stat().st_size, sha256_file(path))
+        state = state_of(path)
+        return File(name, shown, path, path.stat().st_size, sha256_file(path), state)
     except OSError as error:
         raise misread(error, shown, code=DATA) from None
 

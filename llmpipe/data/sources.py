@@ -17,6 +17,7 @@ from llmpipe.data.layout import Layout, Rule, formats_of, layout_of
 from llmpipe.data.readers import File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
+from llmpipe.data.readers.row import state_of
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import expanded
 from llmpipe.recipe.sections import Rows, is_local, science
@@ -39,6 +40,7 @@ CHUNK_ROWS = 256
 CHUNK_BYTES = 256 << 10
 WHOLE = 16 << 20
 BY_LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+AGAIN = "run the same command again"
 SAMPLE = 20  # rows that decide the format
 
 
@@ -118,14 +120,26 @@ class Origin:
         self.shown = [file.shown for file in self.files] or [source.path]
 
     def _refuse_changed(self, pinned: dict[str, str]) -> None:
-        """Raises UserError (3) for a file that is not the one a plan was made with."""
-        for file in self.files:
-            planned = {
-                content for key, content in pinned.items() if key.partition(":")[2] == file.name
-            }
-            if planned and file.sha256 not in planned:
-                problem = f"{file.shown}: was changed since the command began"
-                raise UserError(problem, "run the same command again", INTEGRITY)
+        """Raises UserError (3) where the files are not those that a plan was made with."""
+        planned: dict[str, list[str]] = {}
+        for key, content in pinned.items():
+            field, colon, _ = key.partition(":")
+            if colon:
+                planned.setdefault(field, []).append(content)
+        # a file may be called otherwise now
+        if not planned or [file.sha256 for file in self.files] in planned.values():
+            return
+        known = {content for contents in planned.values() for content in contents}
+        others = [file.shown for file in self.files if file.sha256 not in known]
+        problem = f"{', '.join(others) or self.source.path}: was changed since the command began"
+        raise UserError(problem, AGAIN, INTEGRITY)
+
+    def refuse_written(self, number: int) -> None:
+        """Raises UserError (3) where a file was written to since it was hashed."""
+        file = self.files[number] if self.files else None
+        if file and file.state and state_of(file.path) != file.state:
+            problem = f"{file.shown}: was changed while its rows were read"
+            raise UserError(problem, AGAIN, INTEGRITY)
 
     def identity(self) -> dict[str, Any]:
         """See `identity_of`."""
@@ -185,7 +199,9 @@ def _readings(origin: Origin) -> Iterator[Reading]:
 
 
 def _chunks(origin: Origin) -> Iterator[Chunk]:
-    """The rows of a source in order, in chunks of bounded size. Raises UserError."""
+    """The rows of a source in order, in chunks of bounded size. Raises UserError, also where a file
+    is not the one any more that was hashed.
+    """
     readings = enumerate(_readings(origin))
     every = ((file, row, size) for file, reading in readings for row, size in reading)
     rows: list[Row] = []
@@ -194,6 +210,7 @@ def _chunks(origin: Origin) -> Iterator[Chunk]:
     for file, row, size in islice(every, origin.source.limit):
         full = len(rows) >= CHUNK_ROWS or total >= CHUNK_BYTES
         if rows and (full or file != file_of_rows):
+            origin.refuse_written(file_of_rows)
             yield Chunk(file_of_rows, rows, total)
             rows = []
             total = 0
@@ -201,4 +218,5 @@ def _chunks(origin: Origin) -> Iterator[Chunk]:
         total += size
         file_of_rows = file
     if rows:
+        origin.refuse_written(file_of_rows)
         yield Chunk(file_of_rows, rows, total)

@@ -1,6 +1,7 @@
 """What lies in `.prepared` is used as it was made, or not at all: every file of it, hurt in every
 way, before a command and in the middle of one."""
 
+import gzip
 import json
 import os
 import re
@@ -12,10 +13,14 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
+from llmpipe.data.examples import Document
 from llmpipe.data.prepared import PreparedRows
+from llmpipe.data.sources import Origin
 from llmpipe.errors import UserError
 from llmpipe.front.verified import verifying
+from llmpipe.recipe.sections import Rows
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.manifest import Asked
 from llmpipe.run.outcome import LAUNCH
@@ -381,6 +386,69 @@ def test_rows_that_change_under_way_are_not_prepared(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"rows\.jsonl: was changed since the command") as refused:
         life.command(path)
     assert refused.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda rows: shutil.copy(rows / "a.jsonl", rows / "c.jsonl"), r"/rows: was changed"),
+        (lambda rows: (rows / "b.jsonl").unlink(), r"/rows: was changed"),
+        (
+            lambda rows: (rows / "b.jsonl").write_text('{"text": "x"}'),
+            r"rows/b\.jsonl: was changed",
+        ),
+        (lambda rows: swap(rows / "a.jsonl", rows / "b.jsonl"), r"/rows: was changed"),
+    ],
+    ids=["added", "removed", "another", "swapped"],
+)
+def test_a_folder_of_rows_that_changes_under_way(tmp_path, monkeypatch, change, named):
+    lines = (life.TINY / "rows.jsonl").read_text().splitlines(keepends=True)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text("".join(lines[:40]))
+    (rows / "b.jsonl").write_text("".join(lines[40:]))
+    path, start = sft(tmp_path / "run", data__train=[{"path": str(rows)}]), life.start_here
+
+    def started(action, *arguments, **options):
+        change(rows)
+        start(action, *arguments, **options)
+
+    monkeypatch.setattr(life, "start_here", started)
+    with pytest.raises(UserError, match=named) as refused:
+        life.command(path)
+    assert refused.value.code == 3
+    assert not list((tmp_path / "run" / ".prepared").glob("*/train.arrow"))
+
+
+def swap(one, other):
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["rows.jsonl", "rows.parquet", "rows.csv.gz"])
+def test_rows_that_are_written_to_while_they_are_read(tmp_path, file):
+    """Reading them may take hours, in which nobody hashes them again."""
+    path = tmp_path / file
+    texts = [f"Text number {i} of many." for i in range(2000)]
+    if file.endswith("jsonl"):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif file.endswith("parquet"):
+        Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    else:
+        path.write_bytes(gzip.compress("\n".join(["text", *texts]).encode()))
+    source = Rows(path=str(path))
+    before = Origin(source, {})
+    before.open((Document,))
+    assert sum(len(chunk.rows) for chunk in before.chunks) == len(texts)
+    origin = Origin(source, {})
+    origin.open((Document,))
+    next(origin.chunks)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"t", b"T", 1))
+    with pytest.raises(UserError, match=rf"{file}: was changed while its rows were read") as error:
+        list(origin.chunks)
+    assert error.value.code == 3
 
 
 def test_a_template_that_changes_under_way_is_not_used(tmp_path, monkeypatch):

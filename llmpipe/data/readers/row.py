@@ -32,11 +32,25 @@ class File:
     path: Path
     bytes: int
     sha256: str
+    state: tuple[int, ...] | None = None
+    """Of it before it was hashed, see `state_of`; None where it was not."""
 
     @property
     def text_bytes(self) -> int:
         """Of its rows; of a compressed file an estimate."""
         return text_bytes(self.path, self.bytes)
+
+
+def state_of(path: Path) -> tuple[int, ...] | None:
+    """Which file lies at a path, its size and when it was written; None where none does.
+
+    Another one where a single byte was written: what is read for hours is not hashed again.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Row(NamedTuple):
