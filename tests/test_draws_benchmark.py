@@ -1,0 +1,23 @@
+"""benchmarks/draw.py runs, on every side there is."""
+
+import runpy
+import sys
+
+import pytest
+
+from llmpipe.rl import token_step
+from tests import life
+
+
+@pytest.mark.parametrize("devices", [{"cuda"}, {"cuda", "cpu"}])
+def test_answers_are_drawn_beside_generate(monkeypatch, capsys, devices):
+    monkeypatch.setattr(token_step, "DEVICES", devices)
+    arguments = "--tokens 3 --answers 5 --pairs 1 --top-p 0.9 --lora"
+    monkeypatch.setattr(
+        sys, "argv", ["draw.py", "--model", str(life.TINY / "model"), *arguments.split()]
+    )
+    runpy.run_path(str(life.TINY.parents[1] / "benchmarks" / "draw.py"), run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    sides = [line.split()[0] for line in said if "ms a token step" in line]
+    expected = ["generate", "replayed", "draw"] if "cpu" in devices else ["generate", "draw"]
+    assert sides[: len(expected)] == expected
