@@ -32,9 +32,9 @@ from llmpipe.files import (
     write_json,
 )
 from llmpipe.recipe.places import paths_in, portable_paths, with_values
-from llmpipe.recipe.sections import Recipe, is_local
+from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run import checkpoints
-from llmpipe.run.artifact import PLAN, Artifact
+from llmpipe.run.artifact import MANIFEST, PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
 from llmpipe.run.manifest import Asked
 from llmpipe.run.reference import Kinds, Model, Use, resolve
@@ -231,7 +231,9 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
         _refuse_other(artifact, recipe, manifest.asked, now.asked, "was made")
         artifact.verify(SMALL)
         plan = replace(now, identity=manifest.identity, asked=manifest.asked)
-        return Decision("skip", "finished, same recipe and inputs", plan)
+        return Decision(
+            "skip", f"finished, same recipe and inputs{_beside(artifact, recipe)}", plan
+        )
     artifact.refuse_links()
     if not _is_begun(artifact, progress):
         plan = plan_of(recipe, artifact.run, accepts)
@@ -245,6 +247,22 @@ def decide(artifact: Artifact, recipe: Recipe, accepts: Accepts, progress: str) 
     # its checkpoints know the document it was begun with, and not fields that came later
     plan = replace(now, identity=begun.identity, asked=_made_portable(recipe, begun.asked))
     return Decision("resume", "not finished, same recipe and inputs", plan)
+
+
+def _beside(artifact: Artifact, recipe: Recipe) -> str:
+    """What to say of a merged model that was published beside an adapter: that it is gone, if it
+    is. Raises UserError (3) where it is not as published.
+    """
+    if not isinstance(recipe, Training) or not recipe.adapter or not recipe.adapter.merge:
+        return ""
+    merged = artifact.merged
+    if not os.path.lexists(merged.path):
+        return f"; {merged.path} is gone, and --fresh makes both again"
+    if not merged.finished:
+        problem = f"{merged.path / MANIFEST}: missing"
+        raise UserError(problem, f"restore it, or remove {merged.path}", INTEGRITY)
+    merged.verify(SMALL)
+    return ""
 
 
 def _is_begun(artifact: Artifact, progress: str) -> bool:

@@ -286,6 +286,32 @@ def test_fresh_takes_the_merged_model_along(tmp_path):
     assert Artifact(run / "lora-merged").verify().merged_from == "lora"
 
 
+def test_what_became_of_the_merged_model_is_said(tmp_path, capsys):
+    """The same command, once there is nothing more to do for the adapter itself."""
+    path = write(
+        tmp_path / "run",
+        adapter={"rank": 4, "alpha": 8, "merge": True},
+        optim__steps=1,
+        evaluation={},
+    )
+    merged = life.command(path).merged
+    life.command(path)
+    assert "skip: finished, same recipe and inputs\n" in capsys.readouterr().out
+    config = (merged.model / "config.json").read_text()
+    for hurt, named in (
+        (lambda: (merged.model / "config.json").write_text(config + " "), "model/config.json: "),
+        (lambda: (merged.path / "manifest.json").unlink(), "manifest.json: missing"),
+    ):
+        hurt()
+        with pytest.raises(UserError) as refused:
+            life.command(path)
+        assert refused.value.code == 3
+        assert str(refused.value).startswith(f"{merged.path}/{named}")
+    shutil.rmtree(merged.path)
+    life.command(path)
+    assert f"same recipe and inputs; {merged.path} is gone" in capsys.readouterr().out
+
+
 def publish_wrongly(adapter, hurt):
     """As if the adapter had been published with a tensor `missing`, or `renamed`."""
     from safetensors.torch import load_file, save_file
