@@ -387,10 +387,10 @@ def _checkpoint(path: Path, identity: str | None) -> Item:
 
 def _strays(run: Path | None, made: list[Artifact]) -> Iterator[Path]:
     """What llmpipe did not write, left when it was killed, or wrote when it had no tables."""
-    known = {artifact.path for artifact in made}
+    known = {artifact.name for artifact in made}
     if run:
         for name in sorted(os.listdir(run)):
-            if run / name not in known and not UNRECORDED.fullmatch(name):
+            if name not in known and not UNRECORDED.fullmatch(name):
                 yield run / name
         for path in sorted((run / ".prepared").glob("*")):
             if not sums.is_sealed(path) and path.name != ".locks":

@@ -120,6 +120,16 @@ def test_each_difference_has_a_line_and_the_rest_is_looked_at(run):
         assert any(line.startswith(named) for line in lines), named
 
 
+@pytest.mark.parametrize(("folder", "named"), [(".", "."), ("sft", ".."), ("sft", ".")])
+def test_from_within(run, monkeypatch, folder, named):
+    """What is verified is not said to be in no table, by whatever way."""
+    monkeypatch.chdir(run / folder)
+    code, lines = verified(Path(named))
+    assert code == 0
+    assert not [line for line in lines if "in no table" in line]
+    assert sum("model by sft: " in line for line in lines) == 1
+
+
 def test_what_is_in_no_table_is_said(run):
     for stray in ("notes.txt", "sft/checkpoints/step-12.bak", "sft/checkpoints/step-x"):
         (run / stray).write_text("x")
