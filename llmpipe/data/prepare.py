@@ -107,7 +107,8 @@ def _say_if_unsealed(cache: Path, say: Say) -> None:
 def _remove_remains(cache: Path, key: str) -> None:
     """Remove what a process that was killed has left."""
     for remains in cache.glob(f".{key}.*"):
-        if not _other_runs(int(remains.suffix[1:])):
+        pid = remains.suffix[1:]
+        if pid.isdecimal() and not _other_runs(int(pid)):
             shutil.rmtree(remains, ignore_errors=True)
 
 

@@ -533,3 +533,15 @@ def test_the_table_knows_itself(tmp_path):
     (folder / SUMS).unlink()
     os.mkfifo(folder / SUMS)
     assert sums.verify(folder) == ["sums.json: no file, but a pipe or a device"]
+
+
+def test_what_is_somebodys_own_beside_the_rows_stays(tmp_path):
+    """Though it is called nearly as what a killed process leaves, which goes."""
+    path = sft(tmp_path / "run", optim__steps=1, evaluation={})
+    made = life.command(path)
+    (kept,) = [path for path in (made.run / ".prepared").glob("*") if len(path.name) == 64]
+    copy, left = (kept.with_name(f".{kept.name}.{end}") for end in ("bak", "999999999"))
+    shutil.copytree(kept, copy)
+    kept.rename(left)
+    life.command(path, fresh=True)
+    assert kept.is_dir() and copy.is_dir() and not left.exists()
