@@ -50,6 +50,10 @@ def test_the_plan_needs_neither_a_card_nor_torch(tmp_path, measuring):
     assert listed[:3] == ["sft", "pretrain", "ppo"]  # a run that is cut has the most important
 
 
+def test_the_tests_that_a_card_runs_are_there(measuring):
+    assert [name for name in measuring.whole.TESTS if not (ROOT / name).is_file()] == []
+
+
 def test_a_part_that_is_not_there_is_named():
     done = run("sftt")
     assert done.returncode == 2 and "no part sftt" in done.stderr

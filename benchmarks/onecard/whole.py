@@ -226,11 +226,12 @@ def memory(bench: Bench) -> Iterator[Row]:
 TESTS = """
 tests/test_upstream.py
 tests/rl/test_policy_gradient.py
-tests/rl/test_ppo.py
-tests/models/test_adapters.py
+tests/rl/test_optimizer.py
+tests/rl/test_token_step.py
+tests/rl/test_learner.py
 tests/models/test_apart.py
+tests/models/test_generate.py
 tests/models/test_verify.py
-tests/training/test_trainer.py
 """.split()
 
 
