@@ -393,8 +393,7 @@ class Replay:
         self.steps.clear()
         self.weights = None
         self._pool = None
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     # --- a batch ---
 
@@ -428,6 +427,7 @@ class Replay:
         """Draw a few tokens and record how. Raises NoRecording where CUDA refuses."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once
+        if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):  # the recording's own, as CUDA asks for
@@ -446,7 +446,7 @@ class Replay:
                 step.advance()
         except RuntimeError as error:
             # PyTorch leaves the pool taken, and would free no memory any more
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             raise NoRecording(first_line(error)) from error
         return graph
@@ -456,16 +456,17 @@ class Replay:
     def _keep_what_is_small(self, keep_weights: bool = False) -> None:
         """Drop the steps that were used longest ago, and the weights with the last of them, until
         what is left is small beside the device's memory."""
-        if self.model.device.type != "cuda" or self.weights is None:
+        most = room(self.model.device)
+        if most is None or self.weights is None:
             return
-        _, total = torch.cuda.mem_get_info()
         size = sum(step.bytes for step in self.steps.values()) + self.weights.bytes
-        if size <= total // KEPT_SHARE:
+        if size <= most:
             return
-        while self.steps and size > total // KEPT_SHARE:
+        while self.steps and size > most:
             size -= self.steps.pop(next(iter(self.steps))).bytes
-        if not self.steps and not keep_weights:
-            self.weights = None
+        if not self.steps:
+            self._pool = None  # what no recording holds may not be taken again
+            self.weights = self.weights if keep_weights else None
         torch.cuda.empty_cache()
 
     # --- whom it serves ---
@@ -486,6 +487,14 @@ class Replay:
             self.say(f"answers are drawn step by step: {kind} computes nothing with fixed slots")
             return False
         return True
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that may be kept on a GPU; None where nobody waits for them."""
+    if device.type != "cuda":
+        return None
+    _, total = torch.cuda.mem_get_info(device)
+    return total // KEPT_SHARE
 
 
 @contextmanager

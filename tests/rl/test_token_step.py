@@ -174,6 +174,30 @@ def test_what_is_kept_follows_the_weights():
         assert not replay.steps and replay.weights is None
 
 
+def test_memory_goes_to_the_learner_where_much_would_be_kept(monkeypatch):
+    """The steps that were used longest ago go first, the weights with the last."""
+    model, rollout = model_of("llama"), ROLLOUTS["cool"]
+    replay = Replay(model, rollout, ENDS, 0, pytest.fail)
+
+    def drawn(*sizes):
+        half = torch.autocast(DEVICE, torch.bfloat16)
+        with half, upstream.generating(model), replay.rollout_begun():
+            for size in sizes:
+                assert len(replay.draw(PROMPTS[:size], numbers(rollout)[:size])) == size
+        return [rows for rows, _ in replay.steps]
+
+    assert drawn(5, 2, 5) == [4, 6]
+    (small, large), weights = replay.steps.values(), replay.weights
+    assert small.bytes < large.bytes and weights.bytes
+    monkeypatch.setattr(token_step, "room", lambda device: large.bytes + weights.bytes)
+    assert drawn(5) == [6] and replay.steps[6, 64] is large and replay.weights is weights
+    assert drawn(2, 5) == [6]
+    monkeypatch.setattr(token_step, "room", lambda device: weights.bytes)
+    assert drawn(2, 5) == [] and replay.weights is None
+    monkeypatch.undo()
+    assert drawn(2) == [4]
+
+
 def test_a_step_reads_nothing_and_stops_once_all_have_ended(monkeypatch):
     model, rollout = model_of("llama"), Rollout(max_new_tokens=90, top_k=20)
     ends, advanced, advance = list(range(40)), [], TokenStep.advance
