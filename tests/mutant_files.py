@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from tests import mutants
 from tests.attempts import Case
-from tests.mutants import hurt, mutate, parent_of, paths
+from tests.mutants import hurt, mutate, odd_value, parent_of, paths
 
 TEXTS = [f"What is {i} + {i}? Well, it is {i * 2}, or so they say." for i in range(1, 13)]
 TURNS = [
@@ -139,10 +139,10 @@ def _broken_texts(count: int) -> pa.Array:
     return pa.StringArray.from_buffers(count, values.buffers()[1], values.buffers()[2])
 
 
-def _wrong_dictionary(count: int) -> pa.Array:
-    """Indices into a dictionary that has no such entries."""
-    indices = pa.array([7] * count, pa.int32())
-    return pa.DictionaryArray.from_arrays(indices, pa.array(["a"]), safe=False)
+def _dictionary(index: int, count: int) -> pa.Array:
+    """A column of one entry of a dictionary of five, which is wrong from 5 on."""
+    indices = pa.array([index] * count, pa.int32())
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list("abcde")), safe=False)
 
 
 def _nested(count: int, depth: int) -> pa.Array:
@@ -157,7 +157,7 @@ def _column(count: int, rng: random.Random) -> pa.Array:
     moment = datetime(2026, 11, 26)
     makers = [
         lambda: _broken_texts(count),
-        lambda: _wrong_dictionary(count),
+        lambda: _dictionary(7, count),
         lambda: _nested(count, rng.choice([3, 60, 300])),
         lambda: pa.array(range(count), pa.uint64()),
         lambda: pa.array([1.5, float("nan")] * (count // 2 + 1))[:count],
@@ -210,12 +210,25 @@ def _table(rows: list[dict[str, Any]], rng: random.Random) -> pa.Table:
 
 
 def _parquet(rows: list[dict[str, Any]], rng: random.Random) -> bytes:
+    table = _table(rows, rng)
+    wrong, right = (pa.chunked_array([_dictionary(at, len(rows))]) for at in (7, 4))
+    places = [i for i, column in enumerate(table.columns) if column.equals(wrong)]
+    for at in places:
+        table = table.set_column(at, table.field(at), right)
     out = io.BytesIO()
     try:
-        pa.parquet.write_table(_table(rows, rng), out, row_group_size=rng.choice([3, 1000]))
+        pa.parquet.write_table(table, out, row_group_size=rng.choice([3, 1000]))
     except (pa.ArrowException, ValueError):  # what parquet has no type for
         pa.parquet.write_table(pa.table({"text": TEXTS}), out)
-    return out.getvalue()
+    return _with_wrong_entries(out.getvalue()) if places else out.getvalue()
+
+
+def _with_wrong_entries(data: bytes) -> bytes:
+    """A parquet file with 7 for each 4 of a dictionary: its writer would look up what 7 is, which
+    lies behind the dictionary in memory."""
+    for count in (3, 12):  # rows of a group: three bits an index, and a run of them
+        data = data.replace(bytes([1, 3, count * 2, 4]), bytes([1, 3, count * 2, 7]))
+    return data
 
 
 def _arrow(rows: list[dict[str, Any]], rng: random.Random) -> bytes:
@@ -244,20 +257,8 @@ WRITERS = {
 }
 
 
-def _with_arrow(codec: str):
-    def compress(data: bytes) -> bytes:
-        out = io.BytesIO()
-        with pa.CompressedOutputStream(out, codec) as stream:
-            stream.write(data)
-            stream.flush()
-            stream.close()
-        return out.getvalue() if not out.closed else b""
-
-    return compress
-
-
 PACKERS = {
-    "gz": gzip.compress,
+    "gz": lambda data: gzip.compress(data, mtime=0),
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": lambda data: bytes(pa.compress(data, "zstd", asbytes=True)),
@@ -271,7 +272,7 @@ def _alter(rows: list[dict[str, Any]], rng: random.Random) -> str:
     row = rows[number]
     if rng.random() < 0.6 and (places := paths(row)):
         path = rng.choice(places)
-        odd = rng.choice(ODD)
+        odd = odd_value(ODD, rng)
         parent_of(row, path)[path[-1]] = odd
         return f"row {number}: {'.'.join(map(str, path))} = {odd!r:.40}"
     return f"row {number}: {mutate(row, rng)}"

@@ -5,6 +5,7 @@ Three kinds: values of another type or size in the right place, which are mostly
 sometimes valid; keys that are gone, moved or misspelt; and text that is hurt.
 """
 
+import copy
 import json
 import random
 import string
@@ -103,6 +104,11 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
     return schema(values["stage"]).model_validate(values).model_dump(by_alias=True)
 
 
+def odd_value(odd: list[Any], rng: random.Random) -> Any:
+    """One of these, which belongs to the mutant alone: what is mutated next may be inside it."""
+    return copy.deepcopy(rng.choice(odd))
+
+
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The place of every value below one."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -150,7 +156,7 @@ def mutate(values: Any, rng: random.Random) -> str:
         ["odd", "odd", "near", "near", "near", "drop", "rename", "copy", "key", "add"]
     ):
         case "odd":
-            parent[key] = odd = rng.choice(ODD)
+            parent[key] = odd = odd_value(ODD, rng)
             return f"{where} = {odd!r:.40}"
         case "near":
             parent[key] = near = near_value(parent[key], rng)
@@ -169,12 +175,12 @@ def mutate(values: Any, rng: random.Random) -> str:
             parent[key] = json.loads(json.dumps(parent_of(values, other)[other[-1]]))
             return f"{where} = what {'.'.join(map(str, other))} is"
         case "add" if isinstance(parent, dict):
-            parent[rng.choice(["trainer", "seed", "name", "format", "columns", "weight", "x"])] = (
-                odd := rng.choice(ODD)
-            )
+            odd = odd_value(ODD, rng)
+            name = rng.choice(["trainer", "seed", "name", "format", "columns", "weight", "x"])
+            parent[name] = odd
             return f"beside {where}: {odd!r:.40}"
         case _:
-            fields = {key: rng.choice(ODD) for key in ("trainer", "seed", "name", "adapter")}
+            fields = {key: odd_value(ODD, rng) for key in ("trainer", "seed", "name", "adapter")}
             name = rng.choice(list(fields))
             if isinstance(values, dict):
                 values[name] = fields[name]

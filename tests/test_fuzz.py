@@ -29,6 +29,15 @@ def check(ends: list[attempts.End], least: float, most: float) -> None:
     assert least <= codes.get(0, 0) / len(ends) <= most, codes
 
 
+@pytest.mark.parametrize("mutant", [mutants.recipe, mutants.trained, mutant_files.rows_file])
+def test_a_mutant_is_decided_by_its_number_alone(mutant):
+    """Whatever was made before it: what two share, the first would change for the second."""
+    numbers = range(100)
+    first = {number: mutant(f"case {number}") for number in numbers}
+    for number in reversed(numbers):
+        assert mutant(f"case {number}") == first[number], number
+
+
 @pytest.mark.parametrize("numbers", batches(40, 1000, 5000), ids=str)
 def test_mutated_recipes(tmp_path, numbers):
     """As far as the first step of the training: rows are read and tokenized where that is left."""
