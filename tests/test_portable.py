@@ -294,6 +294,26 @@ def test_a_base_is_found_where_it_was_beside_the_run_or_where_it_was_seen_last(
         base(alone)
 
 
+def test_a_base_that_was_named_from_the_current_folder_is_found_from_another(tmp_path, monkeypatch):
+    home = begin(tmp_path, monkeypatch)
+    monkeypatch.chdir(home)
+    recipe = recipes(home)["lora"] | {"model": "./tiny/model", "run": "runs/x"}
+    artifact = Artifact(home / "runs" / "x" / "lora")
+    life.command(write(home, recipe))
+    assert artifact.manifest().base.reference == "./tiny/model"
+    use = Use("chat", ("adapter",))
+    monkeypatch.chdir(tmp_path)
+    assert resolve(str(artifact.path), use, Path()).base.folder == home / "tiny" / "model"
+    (tmp_path / "tiny").mkdir()  # another one of that name is none
+    shutil.copytree(home / "tiny" / "model", tmp_path / "tiny" / "model")
+    (tmp_path / "tiny" / "model" / "generation_config.json").write_text("{}")
+    assert resolve(str(artifact.path), use, Path()).base.folder == home / "tiny" / "model"
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "tiny")
+    with pytest.raises(UserError, match=r"base of lora: \./tiny/model: no such file or folder"):
+        resolve(str(artifact.path), use, Path())
+
+
 def test_one_that_holds_paths_in_full_is_skipped_and_started_from(
     lora, tmp_path, monkeypatch, capsys
 ):

@@ -26,7 +26,7 @@ from llmpipe.front.terminal import open_terminal
 from llmpipe.front.verified import verifying
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.places import portable_paths, with_values
-from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training
+from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.context import check_lengths
@@ -117,7 +117,7 @@ def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
     write_whole(artifact.path / "recipe.yaml", text.encode())
     plan.write(artifact.path)
     for model in (each for start in plan.models.values() for each in start.chain):
-        if model.place and model.reference.startswith(ELSEWHERE):
+        if model.place and is_local(model.reference):
             note(model.identity, model.place)
 
 

@@ -360,9 +360,9 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
 def ways_to(adapter: Artifact, base: Base) -> list[str]:
     """References by which an adapter's base may be meant here, the likeliest last.
 
-    One that names a path in full, or no more than its name, leads nowhere once things were moved:
-    then the base is looked for where it was, seen from the adapter, beside the run, and where this
-    machine saw it last.
+    One that names a path in full, or no more than its name, leads nowhere once things were moved,
+    and one from the current folder leads nowhere from another: then the base is looked for where it
+    was, seen from the adapter, beside the run, and where this machine saw it last.
     """
     reference = base.reference
     if base.kind == "hub" or not is_local(reference):
@@ -373,7 +373,7 @@ def ways_to(adapter: Artifact, base: Base) -> list[str]:
         places.append(str(folder.parent if base.kind == "artifact" else folder))
     ways = [os.path.abspath(place) for place in places if place and os.path.exists(place)]
     leads = not reference.startswith(ELSEWHERE)
-    moved = os.path.isabs(reference) and not os.path.exists(reference)
+    moved = not os.path.exists(expanded(reference))
     return [*ways, reference] if leads and not (ways and moved) else ways
 
 
