@@ -326,7 +326,10 @@ def _refuse_broken_text(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             problem = f"argument {number} is not UTF-8 text: {argument!r}"
-            raise UserError(problem, "rename the file, or type the argument anew") from None
+            hint = "rename the file, or type the argument anew"
+            if sys.getfilesystemencoding() != "utf-8":
+                hint = "this terminal is set to another encoding: PYTHONUTF8=1 llmpipe ..."
+            raise UserError(problem, hint) from None
 
 
 def main() -> None:

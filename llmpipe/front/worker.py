@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from llmpipe import sums
@@ -21,7 +22,7 @@ from llmpipe.data.prepared import RECORD
 from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, of_peer, remembering
-from llmpipe.files import sha256_file, to_write, write_whole
+from llmpipe.files import to_write, write_whole
 from llmpipe.front.terminal import open_terminal
 from llmpipe.front.verified import verifying
 from llmpipe.recipe.check import validate
@@ -125,10 +126,11 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
     """The job that a folder holds: its resolved recipe and its plan."""
     path = artifact.path / "recipe.yaml"
     plan = Plan.read(artifact.path)
-    if plan is None or sha256_file(path) != plan.recipe_file:
+    text = path.read_bytes()  # once: what is hashed is what is read
+    if plan is None or sha256(text).hexdigest() != plan.recipe_file:
         problem = f"{path}: is not the one that this command wrote"
         raise UserError(problem, "run the same command again: it is written anew", INTEGRITY)
-    values, where = parse(path.read_text(encoding="utf-8"), str(path))
+    values, where = parse(text.decode(), str(path))
     values = with_values(values, plan.places)
     recipe = validate(values, where, schema(values["stage"]), str(path))
     refuse_changed(recipe, plan.asked)

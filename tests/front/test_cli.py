@@ -407,6 +407,23 @@ def test_arguments_that_are_wrong(llmpipe, tmp_path, monkeypatch, arguments, wor
     assert re.search(words, err), err
 
 
+def test_a_name_that_the_terminals_encoding_cannot_hold(tmp_path):
+    (tmp_path / "食谱.yaml").write_text("stage: sft")
+    code = "from llmpipe.front.cli import main; main()"
+    command = [sys.executable, "-c", code, "sft", "食谱.yaml"]
+    plain = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for encoding, said in (("0", "PYTHONUTF8=1 llmpipe"), ("1", "required, but missing")):
+        ended = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=plain | {"PYTHONUTF8": encoding},
+            capture_output=True,
+            check=False,
+        )
+        assert ended.returncode == 2
+        assert said in ended.stderr.decode(errors="replace")
+
+
 def test_a_recipe_whose_name_is_no_text(llmpipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r\udcff.yaml").write_text(PIPE)
