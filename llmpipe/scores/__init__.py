@@ -15,7 +15,7 @@ import math
 from llmpipe.scores.overlap import rouge
 from llmpipe.scores.verifiers import VERIFIERS
 
-VERSION = 2
+VERSION = 3
 """Of what scores mean: lines of an evaluation that was begun under another one are not gone on
 from."""
 
