@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from llmpipe import upstream
 from llmpipe.recipe.reinforcement import Rollout
+from llmpipe.rl.replay import DEVICES, Replay
 from llmpipe.rl.rollout import draw, left_padded
-from llmpipe.rl.token_step import DEVICES, Replay
 
 SHAPES = {
     "135m": {

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from llmpipe.rl import token_step
+from llmpipe.rl import replay
 from tests import life
 
 
 @pytest.mark.parametrize("devices", [{"cuda"}, {"cuda", "cpu"}])
 def test_answers_are_drawn_beside_generate(monkeypatch, capsys, devices):
-    monkeypatch.setattr(token_step, "DEVICES", devices)
+    monkeypatch.setattr(replay, "DEVICES", devices)
     arguments = "--tokens 3 --answers 5 --pairs 1 --top-p 0.9 --lora"
     monkeypatch.setattr(
         sys, "argv", ["draw.py", "--model", str(life.TINY / "model"), *arguments.split()]

@@ -27,7 +27,7 @@ from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Algorithm, PPORecipe
-from llmpipe.rl import heldout, policy_gradient, state, token_step
+from llmpipe.rl import heldout, policy_gradient, replay, state
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.build import build
 from llmpipe.rl.experience import Experience, measure
@@ -37,7 +37,6 @@ from llmpipe.rl.rewards import Rewards, Row, Scores, scored_together
 from llmpipe.rl.rollout import Episode
 from llmpipe.rl.sampling import Sampler
 from llmpipe.rl.seeds import Shuffled, Use
-from llmpipe.rl.token_step import Replay
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
@@ -371,13 +370,13 @@ class Loop:
             "legs": [asdict(leg) for leg in self.legs],
         }
 
-    def _replay(self) -> Replay | None:
+    def _replay(self) -> replay.Replay | None:
         """What draws on a GPU."""
-        if self.hardware.device not in token_step.DEVICES:
+        if self.hardware.device not in replay.DEVICES:
             return None
         model, tokenizer = self.actors.causal, self.training.tokenizer
         ends = stop_tokens(model, tokenizer)
-        return Replay(model, self.recipe.rollout, ends, tokenizer.pad_token_id, self.say)
+        return replay.Replay(model, self.recipe.rollout, ends, tokenizer.pad_token_id, self.say)
 
     # --- what does not fit ---
 

@@ -5,7 +5,7 @@ Each episode has uniform numbers of its own, and a token is where its number fal
 distribution's cumulative sum: a response depends neither on the batch nor on the process that it is
 drawn in, nor on what was drawn before.
 
-`draw` is the form for CPUs, and for what `token_step` cannot serve on a GPU. It reads one tensor
+`draw` is the form for CPUs, and for what `replay` cannot serve on a GPU. It reads one tensor
 from the device for each token.
 """
 

@@ -14,9 +14,9 @@ from llmpipe.models.generate import stop_tokens
 from llmpipe.models.hardware import Hardware
 from llmpipe.recipe.reinforcement import Rollout
 from llmpipe.rl.actors import Actors
+from llmpipe.rl.replay import Replay
 from llmpipe.rl.rollout import Episode, draw
 from llmpipe.rl.seeds import Use, generator
-from llmpipe.rl.token_step import Replay
 
 Note = Callable[[int, int], None]  # told how many of how many responses there are
 

@@ -18,9 +18,12 @@ from transformers import (
 
 from llmpipe import upstream
 from llmpipe.recipe.reinforcement import Rollout
+from llmpipe.rl import replay as replays
 from llmpipe.rl import token_step
+from llmpipe.rl.replay import NoRecording, Replay, rounded_up
 from llmpipe.rl.rollout import draw
-from llmpipe.rl.token_step import NoRecording, Replay, RoundedWeights, TokenStep, rounded_up
+from llmpipe.rl.rounded import RoundedWeights
+from llmpipe.rl.token_step import TokenStep
 from tests.rl.reads import counted
 
 SIZE = {
@@ -93,7 +96,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls = []
         self.replayed = 0
-        for _ in range(token_step.EAGER_STEPS):
+        for _ in range(replays.EAGER_STEPS):
             step.advance()
         with self:
             step.advance()
@@ -231,10 +234,10 @@ def test_memory_goes_to_the_learner_where_much_would_be_kept(monkeypatch):
     assert drawn(5, 2, 5) == [4, 6]
     (small, large), weights = replay.steps.values(), replay.weights
     assert small.bytes < large.bytes and weights.bytes
-    monkeypatch.setattr(token_step, "room", lambda device: large.bytes + weights.bytes)
+    monkeypatch.setattr(replays, "room", lambda device: large.bytes + weights.bytes)
     assert drawn(5) == [6] and replay.steps[6, 64] is large and replay.weights is weights
     assert drawn(2, 5) == [6]
-    monkeypatch.setattr(token_step, "room", lambda device: weights.bytes)
+    monkeypatch.setattr(replays, "room", lambda device: weights.bytes)
     assert drawn(2, 5) == [] and replay.weights is None
     monkeypatch.undo()
     assert drawn(2) == [4]
@@ -300,7 +303,7 @@ def test_what_cannot_be_served_is_drawn_step_by_step(monkeypatch):
         "dynamic RoPE": LlamaConfig(**GROUPED, rope_parameters=dynamic),
         "fixed slots": LlamaConfig(**GROUPED),
     }
-    monkeypatch.setattr(token_step, "slots_differ", lambda model: 0.3)
+    monkeypatch.setattr(replays, "slots_differ", lambda model: 0.3)
     for words, config in configs.items():
         said = []
         model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
@@ -320,7 +323,7 @@ def test_a_miniature_tells_whether_slots_say_the_same(monkeypatch):
     monkeypatch.setattr(
         token_step, "layer_windows", lambda model: [("sliding_attention", None)] * 2
     )
-    assert token_step.slots_differ(model) > token_step.AGREEMENT, "without its window"
+    assert token_step.slots_differ(model) > replays.AGREEMENT, "without its window"
 
 
 def test_where_nothing_is_recorded_the_same_is_drawn(monkeypatch):
@@ -352,7 +355,7 @@ def test_a_training_draws_with_it(tmp_path, monkeypatch, how):
     released = []
     lines = []
     for devices in ({"cuda"}, {"cpu"}):
-        monkeypatch.setattr(token_step, "DEVICES", devices)
+        monkeypatch.setattr(replays, "DEVICES", devices)
         monkeypatch.setattr(Replay, "release", lambda self: released.append(len(self.steps)))
         rollout = {"max_new_tokens": 12, "top_p": 0.9}
         path = write(tmp_path / min(devices), **HOW[how], rollout=rollout, optim__steps=3)
