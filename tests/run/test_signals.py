@@ -11,9 +11,14 @@ from llmpipe.run.signals import Signals
 
 @pytest.fixture
 def clock():
-    """Seconds that a test sets; the signals' handlers are put back after it."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Seconds that a test sets; the signals have the handlers of a command from a terminal, though
+    the tests may run under nohup, and what they had is put back."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield [100.0]
     for number, handler in before.items():
         signal.signal(number, handler)
