@@ -168,13 +168,15 @@ def fsync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, also after a power cut.
 
-    Dataclasses in `value` become objects.
+    Dataclasses in `value` become objects; half a surrogate pair, as a file of rows may hold,
+    becomes a question mark.
     """
     write_whole(path, _as_json(value).encode())
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=asdict) + "\n"
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=asdict) + "\n"
+    return text.encode(errors="replace").decode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -60,11 +60,18 @@ def text_of(value: Any, name: str, *, may_be_empty: bool = False) -> str:
         raise Rejected("empty text", name)
     if "\x00" in value:
         raise Rejected("NUL character", name)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Rejected("broken Unicode", f"{name} holds half a surrogate pair") from None
+    if not is_text(value):
+        raise Rejected("broken Unicode", f"{name} holds half a surrogate pair")
     return value
+
+
+def is_text(text: str) -> bool:
+    """Whether a string holds no half of a surrogate pair, which no file of UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def optional_text(values: Values, name: str) -> str:
@@ -92,7 +99,8 @@ def optional_number(values: Values, name: str) -> float | None:
 
 def strict_json(text: str) -> Any:
     """The value of a JSON text. Raises Rejected for a name twice in one object, of whose values one
-    would be lost, and for NaN and Infinity; ValueError and RecursionError for what is none."""
+    would be lost, a name that is no text, NaN and Infinity; ValueError and RecursionError for what
+    is none."""
     return _DECODER.decode(text)
 
 
@@ -102,6 +110,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in columns if names.count(name) > 1)
         raise Rejected("two values", f"for '{twice}' in one object")
+    if not all(map(str.isascii, columns)) and not is_text("".join(columns)):
+        raise Rejected("broken Unicode", "a name in an object holds half a surrogate pair")
     return columns
 
 

@@ -96,7 +96,8 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
             traceback.print_exc()
         if lost or not fault:
             text = MachinePaths.of(artifact).kept(traceback.format_exc())
-            with suppress(OSError, UserError), to_write(artifact.path / "log.txt", "a") as log:
+            path = artifact.path / "log.txt"
+            with suppress(OSError, UserError), to_write(path, "a", errors="replace") as log:
                 log.write(text)
         return Outcome.of(fault or a_bug(error), "peer" if lost else "told" if fault else "bug")
     return Outcome(code=DONE)

@@ -33,6 +33,14 @@ LINES = {
     "NUL": (GOOD.encode()[:30] + b"\0" + GOOD.encode()[30:], "NUL character"),
     "escaped NUL": (messages(USER, ("assistant", "a\0b")), "NUL character"),
     "half a surrogate pair": (messages(USER, ("assistant", "\ud83d")), "broken Unicode"),
+    "half a surrogate pair in the name of a column": (
+        GOOD[:-1] + r', "\ud83d": 1}',
+        "broken Unicode",
+    ),
+    "half a surrogate pair in a name": (
+        r'{"messages": [{"role": "user", "content": "x", "\ud83d": 1}]}',
+        "broken Unicode",
+    ),
     "a name twice": (
         '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
         "two values",
@@ -162,6 +170,7 @@ def test_byte_order_mark_is_no_mistake(here, smol):
             r"d\.csv:1: two columns are called 'text', number 1 and 3",
         ),
         ("d.csv", b"\n\ntext,text\na,b\n", r"d\.csv:3: two columns"),
+        ("d.csv", b"prompt,completion,\xf6\na,b,c\n", r"d\.csv:1: the header is not UTF-8"),
         ("d.csv", b"prompt;completion\na;b\n", "one column with semicolons, not commas"),
         ("d.csv", b"prompt\tcompletion\na\tb\n", "one column with tabs, not commas"),
         ("d.tsv", b"prompt,completion\na,b\n", "one column with commas, not tabs"),

@@ -40,6 +40,11 @@ def test_what_is_written_is_read_again(artifact, outcome, written):
     assert Outcome.read(artifact) == outcome
 
 
+def test_what_no_file_can_hold_is_read_as_a_question_mark(artifact):
+    Outcome(2, "half a \ud83d pair").write(artifact)
+    assert Outcome.read(artifact) == Outcome(2, "half a ? pair")
+
+
 def test_what_it_raises():
     Outcome(DONE).check()
     with pytest.raises(Stopped) as stopped:

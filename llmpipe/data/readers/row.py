@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from llmpipe.data.fields import strict_json
+from llmpipe.data.fields import is_text, strict_json
 from llmpipe.data.formats import Rejected
 from llmpipe.data.readers.compressed import open_bytes, text_bytes
 from llmpipe.errors import UserError
@@ -95,7 +95,11 @@ def if_utf8(text: str, payload: bytes | dict[str, Any]) -> Payload:
 
 
 def check_names(names: list[str], where: str) -> None:
-    """Raises UserError where two columns have one name, as only one of them would be read."""
+    """Raises UserError where two columns have one name, as only one of them would be read, and
+    where a name is not UTF-8, as no record could hold it."""
+    if not all(map(is_text, names)):
+        problem = f"{where}: the header is not UTF-8"
+        raise UserError(problem, "save the file as UTF-8")
     numbers: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if name and numbers.setdefault(name, number) != number:
