@@ -103,9 +103,9 @@ def command(path: Path, sets=(), **options) -> Artifact:
 
     original, launch.start = launch.start, start_here
     try:
-        made = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
-        cli.make(made, **options)
-        return Artifact(Path(made.run) / made.artifact)
+        asked = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
+        cli.make(asked, **options)
+        return Artifact(Path(asked.recipe.run) / asked.recipe.artifact)
     finally:
         launch.start = original
 

@@ -17,17 +17,21 @@ def refuse_empty_sources(data: Prepared, intakes: Sequence[Intake]) -> None:
     for number, intake in enumerate(intakes[begin:], begin):
         if not intake.counts["kept"]:
             purpose = "train" if number < len(data.train) else "evaluate"
-            raise none_usable(intake, purpose)
+            raise none_usable(data, intake, purpose)
 
 
-def none_usable(intake: Intake, purpose: str) -> UserError:
+def none_usable(data: Prepared, intake: Intake, purpose: str) -> UserError:
     """Of a source whose every row was rejected, with the first of them."""
     shown, read = intake.origin.source.path, intake.counts["read"]
     reasons = ", ".join(f"{rows:,} {why}" for why, rows in intake.rejected.most_common())
     problem = f"{shown}: no row is left to {purpose} on: of {read:,} none can be used: {reasons}"
-    return UserError(
-        f"{problem}\n{intake.first_rejected}", "mend its rows, or take the source out of the recipe"
-    )
+    hint = f"mend its rows, {longer(data, intake.longest)}or take the source out of the recipe"
+    return UserError(f"{problem}\n{intake.first_rejected}", hint)
+
+
+def longer(data: Prepared, longest: int) -> str:
+    """What to do about rows that are too long, the longest with so many tokens; 0: about none."""
+    return f"raise {data.length_field} to {longest} for the longest, " if longest else ""
 
 
 def refuse_untrained_sources(

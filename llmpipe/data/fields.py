@@ -22,13 +22,15 @@ class Values(dict[str, Any]):
 class Rejected(Exception):
     """A row that cannot be used.
 
-    `reason` is what the manifest counts by, `detail` says more about this row.
+    `reason` is what the manifest counts by, `detail` says more about this row; `tokens`: of all of
+    it, where more than these do not fit.
     """
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
+    def __init__(self, reason: str, detail: str = "", tokens: int = 0):
+        super().__init__(reason, detail, tokens)
         self.reason = reason
         self.detail = detail
+        self.tokens = tokens
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -34,6 +34,12 @@ BESIDE = frozenset(
 DOCUMENTS = ("readme", "license", "licence", "notice", "changelog", "citation", "copying")
 PLAIN = (*DOCUMENTS, "makefile", "dockerfile", "_success")
 OTHERS = {"config.json", "requirements.txt", "robots.txt"}
+# of a model and its tokenizer
+OF_MODELS = {
+    *("generation_config.json", "adapter_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "model.safetensors.index.json"),
+}
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 LFS = b"version https://git-lfs"
 HUB_CACHE = {"blobs", "refs", "snapshots"}
@@ -216,7 +222,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 def _is_document(name: str) -> bool:
     """Whether a file of a known suffix is none of rows."""
     name = name.lower()
-    return name in cards.RECORDS or name in OTHERS or name.split(".")[0] in DOCUMENTS
+    return name in cards.RECORDS | OTHERS | OF_MODELS or name.split(".")[0] in DOCUMENTS
 
 
 def _is_beside(name: str, suffix: str) -> bool:

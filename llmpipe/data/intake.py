@@ -50,7 +50,7 @@ class RejectedLine(NamedTuple):
 def rejected_lines(origin: Origin, file: int, rejected: list[RejectedRow]) -> list[RejectedLine]:
     """Rejected rows of the source's file with this number."""
     name = origin.files[file].name if origin.files else origin.name
-    return [RejectedLine(name, *row) for row in rejected]
+    return [RejectedLine(name, row.row, row.reason, row.detail) for row in rejected]
 
 
 class Seen(NamedTuple):
@@ -81,6 +81,8 @@ class Intake:
         """Rows by the reason they were rejected for."""
         self.first_rejected = ""
         """Its file, row and reason, once there is one."""
+        self.longest = 0
+        """Tokens of the longest row that was rejected for its length."""
         self.noted: Counter[str] = Counter()
         """Kept rows by a sentence on what was done with them."""
         self.kept: set[str] = set()
@@ -98,6 +100,7 @@ class Intake:
         """Add a chunk of the source and what it became."""
         self.counts.update(batch.counts)
         self.rejected.update(row.reason for row in batch.rejected)
+        self.longest = max([self.longest, *(row.tokens for row in batch.rejected)])
         if batch.rejected and not self.first_rejected:
             first = rejected_lines(self.origin, chunk.file, batch.rejected[:1])[0]
             self.first_rejected = f"{self.origin.shown[chunk.file]}:{first.in_words()}"
@@ -182,6 +185,8 @@ class Totals:
     split: int
     pieces: int
     rejected: Counter[str]
+    longest: int
+    """Tokens of the longest row that was rejected for its length."""
 
     @classmethod
     def of(cls, intakes: list[Intake]) -> Self:
@@ -190,7 +195,8 @@ class Totals:
         for intake in intakes:
             counts.update(intake.counts)
             rejected.update(intake.rejected)
-        return cls(**{name: counts[name] for name in COUNTS}, rejected=rejected)
+        longest = max(intake.longest for intake in intakes)
+        return cls(**{name: counts[name] for name in COUNTS}, rejected=rejected, longest=longest)
 
 
 def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Intake:

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmpipe.data import sources, template
-from llmpipe.data.empty import none_held_out, refuse_empty_sources, refuse_untrained_sources
+from llmpipe.data.empty import longer, none_held_out, refuse_empty_sources, refuse_untrained_sources
 from llmpipe.data.encode import Encoding
 from llmpipe.data.intake import Intake, Totals, open_source, rejected_lines
 from llmpipe.data.kinds import Kind
@@ -173,7 +173,8 @@ def _unusable(data: Prepared, totals: Totals, folder: Path, first_rejected: list
         lines.append("...")
     relative = os.path.relpath(kept)
     shown = kept if relative.startswith("..") else relative
-    hint = f"all are listed in {shown}; mend them, or raise data.max_rejected"
+    remedies = f"mend them, {longer(data, totals.longest)}or raise data.max_rejected"
+    hint = f"all are listed in {shown}; {remedies}"
     nothing_learned = not totals.kept and set(totals.rejected) <= NOTHING_LEARNED
     return UserError("\n".join(lines), hint, NUMERIC if nothing_learned else DATA)
 

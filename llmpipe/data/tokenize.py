@@ -55,6 +55,7 @@ class RejectedRow(NamedTuple):
     row: int
     reason: str
     detail: str
+    tokens: int
 
 
 class Place(NamedTuple):
@@ -124,7 +125,7 @@ class Worker:
                 example = converted.example
                 encoded = self.kind.encode(self.encoder, example, converted.others)
             except Rejected as error:
-                rejected.append(RejectedRow(number, error.reason, error.detail))
+                rejected.append(RejectedRow(number, error.reason, error.detail, error.tokens))
                 continue
             except BaseException as error:
                 if not is_panic(error):

@@ -26,6 +26,7 @@ from llmpipe.stages import STAGES
 from llmpipe.ties import die_with_launcher
 
 if TYPE_CHECKING:
+    from llmpipe.recipe.check import Located
     from llmpipe.recipe.sections import Recipe
 
 app = typer.Typer(
@@ -74,8 +75,8 @@ def read_recipe(
     *,
     fresh: bool = False,
     only_prepare: bool = False,
-) -> "Recipe":
-    """The recipe of stage `name`, and what can be known ahead is right: a file, or
+) -> "Located":
+    """The recipe of stage `name` with its lines, and what can be known ahead is right: a file, or
     recipes/NAME.yaml where none is named."""
     from llmpipe.recipe.check import locate
     from llmpipe.stages import schema
@@ -90,7 +91,7 @@ def read_recipe(
     from llmpipe.front import ahead  # not for a recipe that is not valid
 
     ahead.check([located], fresh=fresh, only_prepare=only_prepare)
-    return located.recipe
+    return located
 
 
 def overrides(sets: list[str] | None, run: str | None) -> list[str]:
@@ -102,7 +103,7 @@ def overrides(sets: list[str] | None, run: str | None) -> list[str]:
 
 
 def make(
-    recipe: "Recipe",
+    located: "Located",
     *,
     fresh: bool = False,
     inexact: bool = False,
@@ -110,14 +111,15 @@ def make(
     only_prepare: bool = False,
 ) -> None:
     """Make one artifact, alone or as one of an outside launcher's processes."""
+    from llmpipe.front.lines import with_lines
     from llmpipe.front.session import Session
     from llmpipe.run.machine import outside
     from llmpipe.run.machine_paths import said_in_full
 
     refuse_no_folder()
     gc.enable()
-    session = Session(recipe, say, fresh, inexact, debug, only_prepare)
-    with said_in_full(session.artifact):
+    session = Session(located.recipe, say, fresh, inexact, debug, only_prepare)
+    with with_lines(located), said_in_full(session.artifact):
         if outside():
             from llmpipe.front.outside import make_together
 
@@ -163,10 +165,11 @@ def run_pipeline(
 
     asked = load_pipeline(pipeline, schema, overrides(sets, run))
     ahead.check(asked.stages, fresh=fresh, pipeline=asked)
-    recipes = [located.recipe for located in asked.stages if located]
-    for i, recipe in enumerate(recipes, 1):
-        say(f"stage {i} of {len(recipes)}: {recipe.stage} -> {artifact_of(recipe).path}")
-        make(recipe, fresh=fresh, inexact=inexact_resume, debug=debug)
+    stages = [located for located in asked.stages if located]
+    for i, located in enumerate(stages, 1):
+        recipe = located.recipe
+        say(f"stage {i} of {len(stages)}: {recipe.stage} -> {artifact_of(recipe).path}")
+        make(located, fresh=fresh, inexact=inexact_resume, debug=debug)
 
 
 @app.command()
@@ -197,7 +200,7 @@ def prepare(
     asked = read_recipe(name, recipe, run, sets, only_prepare=True)
     make(asked, debug=debug, only_prepare=True)
     if show_rows:
-        _show_rows(asked, show_rows)
+        _show_rows(asked.recipe, show_rows)
 
 
 def _show_rows(recipe: "Recipe", count: int) -> None:

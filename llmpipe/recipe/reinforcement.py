@@ -4,7 +4,7 @@ for the room `rl`."""
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -136,6 +136,12 @@ class Algorithm(Section):
     """Keep scores within plus and minus this."""
 
 
+class Mixed(Data):
+    """Rows of a mixture, as `sft` has them."""
+
+    length_field: ClassVar[str] = "mixture.max_length"
+
+
 class Mixture(Section):
     """PPO-ptx (Ouyang 2022, equation 2): what the policy must not forget is learned beside the
     reward."""
@@ -149,13 +155,13 @@ class Mixture(Section):
     coefficient: Annotated[float, Field(gt=0)] = 1.0
     """Weight of their loss, nats per token, beside the policy's."""
 
-    def data(self, beside: Prompts) -> Data:
-        """Its rows as `sft` has them, with all else as `beside` has it."""
+    def data(self, beside: Prompts) -> Mixed:
+        """Its rows, with all else as `beside` has it."""
         same = {
             name: getattr(beside, name)
             for name in ("template", "chat_template_kwargs", "max_rejected", "processes")
         }
-        return Data(train=self.train, max_length=self.max_length, **same)
+        return Mixed(train=self.train, max_length=self.max_length, **same)
 
 
 class Updates(Optim):

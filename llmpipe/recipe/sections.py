@@ -123,6 +123,8 @@ class Preparation:
 class Prepared(Section):
     """What every kind of training data has."""
 
+    length_field: ClassVar[str] = "data.max_length"
+    """Where a recipe says how long a sequence may be."""
     train: Annotated[list[Source], Field(min_length=1)]
     """The sources to train on."""
     eval: Holdout = Field(default_factory=Holdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.prepare import prepare
 from llmpipe.errors import UserError
+from llmpipe.recipe.reinforcement import Mixture
 from llmpipe.recipe.sections import Data, Pairs, Prompts
 
 from .conftest import make, talk, write
@@ -63,6 +65,37 @@ def test_a_source_of_which_no_row_is_left(here, base, name, purpose):
     first, second = refused.value.message.split("\n")
     assert first.startswith(f"./bad.jsonl: no row is left to {purpose} on: of {len(bad)}")
     assert second.startswith("./bad.jsonl:1: ") and refused.value.code == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("most", [0.0, 1.0])
+def test_how_long_rows_are_that_are_all_too_long(here, base, name, most):
+    """With the number that takes all of them, none of them cut."""
+    kind, section, good, _ = KINDS[name]
+    longer = [{key: _longer(value) for key, value in row.items()} for row in good]
+    write(Path("good.jsonl"), [*longer, longer[0]])
+    fields = {"train": [{"path": "./good.jsonl"}], "max_rejected": most}
+    with pytest.raises(UserError, match="too long") as refused:
+        prepared(base, kind, section, **fields, max_length=8)
+    number = int(re.search(r"raise data\.max_length to (\d+) for", refused.value.hint)[1])
+    rows = prepared(base, kind, section, **fields, max_length=number).rows
+    assert rows.rejected == rows.truncated == 0
+
+
+def _longer(value):
+    """A text, or the texts of turns, of more than eight tokens."""
+    if isinstance(value, list):
+        return [{**turn, "content": _longer(turn["content"])} for turn in value]
+    return f"{value} {'and so on ' * 5}" if isinstance(value, str) else value
+
+
+def test_rows_of_a_mixture_have_a_length_of_their_own(here, base):
+    write(Path("d.jsonl"), TALKS)
+    mixture = Mixture.model_validate({"train": [{"path": "./d.jsonl"}], "max_length": 8})
+    beside = Prompts.model_validate({"train": [{"path": "./d.jsonl"}], "template": "chatml"})
+    with pytest.raises(UserError, match="too long") as refused:
+        prepare(mixture.data(beside), ROWS, base, Path("cache"), seed=0, say=print)
+    assert "raise mixture.max_length to" in refused.value.hint
 
 
 def test_a_limit_may_leave_bad_rows_alone(here, base):

@@ -21,6 +21,7 @@ from llmpipe.data.sources import identity_of
 from llmpipe.errors import UserError
 from llmpipe.files import stamp, table
 from llmpipe.recipe.sections import Rows, Source, is_local
+from tests import life
 
 from .conftest import make, write
 
@@ -241,6 +242,18 @@ def test_the_hubs_cache_is_named(here):
         select(Source(path="./d"))
     assert "d/snapshots/c0ffee" in error.value.hint
     assert names(Source(path="./d/snapshots/c0ffee")) == ["a.jsonl"]
+
+
+def test_what_a_model_is_made_of_is_no_data(here):
+    """Though it is JSON and text."""
+    for path in (life.TINY / "model").iterdir():
+        touch(f"m/{path.name}")
+    touch("m/special_tokens_map.json", "m/merges.txt", "m/model.safetensors.index.json")
+    with pytest.raises(UserError, match=r"m: no data files in this folder; there is .*config"):
+        select(Source(path="./m"))
+    touch("m/rows.jsonl")
+    assert names(Source(path="./m")) == ["rows.jsonl"]
+    assert "generation_config.json, merges.txt" in notes("./m")
 
 
 # --- splits by names ---

@@ -78,7 +78,7 @@ def judged(encoder: Encoder, prompt: Text, response: Text, tools: Tools, label: 
     most = encoder.max_length
     if begin >= most:
         detail = f"the prompt has {begin:,} tokens, {most:,} fit with a response"
-        raise Rejected("too long", detail)
+        raise Rejected("too long", detail, len(ids))
     learned = np.array(ids[begin:most], np.int32)
     if not len(learned):
         raise Rejected("nothing to learn", "the response has no token of its own")

@@ -37,7 +37,7 @@ def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encode
     most = encoder.max_length
     if begin >= most:
         detail = f"the prompt has {begin:,} tokens, {most:,} fit with an answer"
-        raise Rejected("too long", detail)
+        raise Rejected("too long", detail, max(len(chosen.ids), len(rejected.ids)))
     better = np.array(chosen.ids[begin:most], np.int32)
     worse = np.array(rejected.ids[begin:most], np.int32)
     truncated = max(len(chosen.ids), len(rejected.ids)) > most

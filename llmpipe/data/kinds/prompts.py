@@ -50,7 +50,7 @@ def encode(
     ids = encoder.prompt(prompt, tools)
     if len(ids) > encoder.max_length:
         detail = f"the prompt has {len(ids):,} tokens, {encoder.max_length:,} fit"
-        raise Rejected("too long", detail)
+        raise Rejected("too long", detail, len(ids))
     if not ids:
         raise Rejected("empty text", "the prompt has no token")
     row: dict[str, Any] = {

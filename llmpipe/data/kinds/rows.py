@@ -46,7 +46,8 @@ def _completion(encoder: Encoder, example: Completion) -> Encoded:
     """As TRL does: learned is from where the tokens of the prompt and of both together differ."""
     ids = _ended(encoder, example.prompt + example.completion.removesuffix(encoder.text_eos))
     if len(ids) > encoder.max_length:
-        raise Rejected("too long", f"{len(ids):,} tokens, {encoder.max_length:,} fit")
+        detail = f"{len(ids):,} tokens, {encoder.max_length:,} fit"
+        raise Rejected("too long", detail, len(ids))
     labels = ids.copy()
     if not encoder.learn_all:
         begin = len(encoder.bos)
@@ -80,8 +81,8 @@ def _conversation(encoder: Encoder, example: Conversation) -> Encoded:
     if total > encoder.max_length:
         total = max((stop for stop in stops if stop <= encoder.max_length), default=0)
     if not total:
-        detail = f"no assistant turn ends within {encoder.max_length:,}"
-        raise Rejected("too long", f"{len(numbers):,} tokens, and {detail}")
+        detail = f"and no assistant turn ends within {encoder.max_length:,}"
+        raise Rejected("too long", f"{len(numbers):,} tokens, {detail}", len(numbers))
     ids = np.array(numbers[:total], np.int32)
     labels = ids.copy() if encoder.learn_all else np.full(total, IGNORED, np.int32)
     for start, stop in spoken:
