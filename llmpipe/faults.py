@@ -35,6 +35,12 @@ REFUSED = (
 NO_MEMORY = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
 """Words of libraries whose allocation failed."""
 
+ASKED = re.compile(r"\b(?:m|re)alloc of size (\d+)")
+"""How Arrow says of how many bytes."""
+
+DENSEST = 1000
+"""Bytes that each of a compressed file may stand for: text that says something has ten or less."""
+
 MEMORY = (
     "lower launch.micro_batch_size or data.max_length, or set launch.activation_checkpointing: true"
 )
@@ -83,17 +89,27 @@ def misread(
     form: str | None = None,
     hint: str | None = None,
     code: int = INTEGRITY,
+    size: int | None = None,
 ) -> UserError:
     """What to say of an error that came of reading somebody's file, see `reading`.
 
-    Raises the error itself where memory was short: who knows the moment knows the remedy.
+    `size`: its bytes. Raises the error itself where memory was short, but for a length that no such
+    file can hold: who knows the moment knows the remedy.
     """
     if of_memory(error):
-        raise error
+        asked = ASKED.search(str(error))
+        if size is None or not asked or int(asked[1]) <= max(size * DENSEST, 1 << 31):
+            raise error
+        why = f"a length of {int(asked[1]):,} bytes, in a file of {size:,}"
+        return UserError(f"{path}: cannot be read{_as(form)}: {why}", hint, code)
     if fault := _of_reading(error, path):
         return fault
     why = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"{path}: cannot be read{f' as {form}' if form else ''}: {why}", hint, code)
+    return UserError(f"{path}: cannot be read{_as(form)}: {why}", hint, code)
+
+
+def _as(form: str | None) -> str:
+    return f" as {form}" if form else ""
 
 
 def is_panic(error: BaseException) -> bool:

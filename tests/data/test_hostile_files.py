@@ -180,6 +180,24 @@ def save(table: pa.Table, name: str) -> Path:
 TABLES = ["d.parquet", "d.arrow", "stream.arrow", "d.feather"]
 
 
+def test_a_length_that_no_such_file_can_hold_is_no_want_of_memory(here, base):
+    """Arrow allocates what a compressed column says that it will be."""
+    text = "Well, it is so. " * 1000
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile("d.arrow", "wb") as sink:
+        table = pa.table({"text": [text]})
+        with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+            writer.write_table(table)
+    data = Path("d.arrow").read_bytes()
+    at = data.rindex(len(text).to_bytes(8, "little"))  # behind where the text begins and ends
+    Path("d.arrow").write_bytes(data[:at] + (1 << 50).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(
+        UserError, match=r"d\.arrow:1: cannot be read as Arrow: a length of 1,12"
+    ) as it:
+        make(base, "./d.arrow")
+    assert it.value.code == 2
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_a_text_that_is_not_utf_8_costs_its_row_alone(here, base, name):
     texts = broken_texts(b"Hello", b"sch\xf6n", b"there")

@@ -45,4 +45,5 @@ def read(file: File) -> Reading:
             for number, columns in enumerate(rows_of(table.schema, batches, file.shown), 1):
                 yield Row(number, columns), size
     except broken() as error:
-        raise misread(error, f"{file.shown}:{number + 1}", "Arrow", code=DATA) from None
+        where = f"{file.shown}:{number + 1}"
+        raise misread(error, where, "Arrow", code=DATA, size=file.bytes) from None

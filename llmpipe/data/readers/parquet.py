@@ -19,4 +19,5 @@ def read(file: File) -> Reading:
             for number, columns in enumerate(rows_of(table.schema_arrow, batches, file.shown), 1):
                 yield Row(number, columns), size
     except broken() as error:
-        raise misread(error, f"{file.shown}:{number + 1}", "parquet", code=DATA) from None
+        where = f"{file.shown}:{number + 1}"
+        raise misread(error, where, "parquet", code=DATA, size=file.bytes) from None
