@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llmpipe.errors import UserError
 from llmpipe.files import expanded
 from llmpipe.recipe.check import Located
 from llmpipe.recipe.sections import Recipe
-from llmpipe.recipe.yaml import dotted
 
 LONGEST = 60  # characters of a value that is shown
 
@@ -35,22 +35,24 @@ def with_lines(located: Located) -> Iterator[None]:
 
 
 def lines_of(text: str, located: Located) -> list[str]:
-    """`file:line: field: value` of what a text is about; the line of the section where the recipe
-    leaves a field to its default."""
+    """`file:line: field: value` of what a text is about, or the `--set` that gave it; the line of
+    the section where the recipe leaves a field to its default."""
     values = located.recipe.model_dump(by_alias=True)
-    written = {dotted(loc) for loc in located.where}
-    fields = [*_sources(text, located.recipe), *_FIELD.findall(text)]
+    written = located.recipe.model_dump(by_alias=True, exclude_unset=True)
+    fields = dict.fromkeys([*_sources(text, located.recipe), *_FIELD.findall(text)])
     lines = []
-    for field in dict.fromkeys(fields):
-        try:
-            value = _at(values, field)
-        except (LookupError, TypeError, ValueError):
-            continue  # it only looks like a field
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-        shown = f"{shown[:LONGEST]}..." if len(shown) > LONGEST else shown
-        default = "" if field in written else " unless set"
-        lines.append(f"{located.line(field)}: {field}: {shown}{default}")
+    for field in filter(partial(_holds, values), fields):
+        line = located.line(field)
+        if not line.startswith(f"--set {field}="):
+            default = "" if _holds(written, field) else " unless set"
+            line += f": {field}: {_short(_at(values, field))}{default}"
+        lines.append(line)
     return lines
+
+
+def _short(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{shown[:LONGEST]}..." if len(shown) > LONGEST else shown
 
 
 def _sources(text: str, recipe: Recipe) -> Iterator[str]:
@@ -63,6 +65,15 @@ def _sources(text: str, recipe: Recipe) -> Iterator[str]:
         places = "|".join(map(re.escape, spelled))
         if spelled and re.search(rf"(?:^|[\s'(])(?:{places})(?:[:/,\s')]|$)", text):
             yield field
+
+
+def _holds(values: Any, field: str) -> bool:
+    """Whether there is such a field, and it does not only look like one."""
+    try:
+        _at(values, field)
+    except (LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _at(values: Any, field: str) -> Any:

@@ -1,6 +1,7 @@
 """A mistake that a stage finds while it works is shown with the lines of the recipe it is about."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,10 @@ def test_fields_and_files_that_a_mistake_names(located, text, lines):
 
 
 def test_what_was_given_beside_the_file(located):
-    assert lines_of("optim.steps is small", located) == ["--set optim.steps=3: optim.steps: 3"]
+    assert lines_of("optim.steps is small", located) == ["--set optim.steps=3"]
+    again = locate(Path(located.file), schema("sft"), ["data.eval={holdout: 0.5}"])
+    line = "--set data.eval={holdout: 0.5}: data.eval.holdout: 0.5"
+    assert lines_of("lower data.eval.holdout", again) == [line]
 
 
 def test_the_mistake_itself_stays_as_it_is(located):
