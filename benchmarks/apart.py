@@ -116,10 +116,14 @@ def as_before(small: Any) -> float | None:
 
 
 def packed(model: Any, texts: Sequence[list[int]]) -> list[torch.Tensor]:
+    lengths = [len(text) for text in texts]
     ids = torch.tensor([[i for text in texts for i in text]])
-    places = torch.tensor([[i for text in texts for i in range(len(text))]])
-    logits = model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
-    return list(logits.float().split([len(text) for text in texts]))
+    places = torch.tensor([[i for length in lengths for i in range(length)]])
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    said = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    said |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    logits = model(input_ids=ids, position_ids=places, use_cache=False, **said).logits[0]
+    return list(logits.float().split(lengths))
 
 
 def alone(model: Any, text: list[int]) -> torch.Tensor:

@@ -21,7 +21,9 @@ from llmpipe import upstream
 from llmpipe.errors import UserError
 from llmpipe.kernels import cpu
 from llmpipe.models.pretrained import load_model
-from llmpipe.upstream import DOCUMENTS, LogProbs
+from llmpipe.training.laid import EndToEnd
+from llmpipe.upstream.attention import DOCUMENTS
+from llmpipe.upstream.head import LogProbs, read_predictors
 from tests import life
 
 LENGTHS = (5, 1, 9, 17)
@@ -175,6 +177,24 @@ def test_head_equals_trls(padding_free, items, monkeypatch):
     torch.testing.assert_close(grads(fast), grads(plain), atol=1e-5, rtol=1e-4)
 
 
+def test_head_of_a_batch_that_says_where_it_learns():
+    """What no device is asked: the same numbers, of the places that learn alone, in any shape."""
+    plain, fast = pair()
+    plain_batch = batch(padding_free=True)
+    trl.trainer.utils.add_fused_lm_head(plain, outputs=OUTPUTS)
+    trl.trainer.utils.add_fused_lm_head(fast, outputs=OUTPUTS)
+    read_predictors(fast, ("entropy", "is_top1"))
+    shaped = EndToEnd(lambda _: dict(plain_batch), pad_token_id=0, longest=32, tokens=64)([])
+    expected = plain(**plain_batch, fused_lm_head=True, use_cache=False)
+    scored = fast(**shaped, fused_lm_head=True, use_cache=False)
+    learned = expected.label_mask
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(scored[name], expected[name][learned], atol=1e-5, rtol=1e-5)
+    expected.log_probs.sum().backward()
+    scored.log_probs.sum().backward()
+    torch.testing.assert_close(grads(fast), grads(plain), atol=2e-5, rtol=1e-4)
+
+
 def call(function, hidden, weight, targets, outputs=OUTPUTS, bias=None):
     return function.apply(hidden, weight, bias, targets, 1.0, 64, None, 1.0, outputs)
 
@@ -234,11 +254,10 @@ def test_saved_config_names_no_attention(tmp_path):
     assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def test_other_devices_and_other_attentions_are_left_alone():
+def test_heads_of_other_devices_and_other_attentions_are_left_alone():
     before = trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction
     model = tiny()
     upstream.speed_up(model, device_type="cuda")
-    assert model.config._attn_implementation == "sdpa"
     assert (trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction) == before
     model.set_attn_implementation("eager")
     upstream.speed_up(model, device_type="cpu")

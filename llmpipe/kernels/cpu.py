@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmpipe.kernels.apart import Weighing, band
+
 TILE = 256
 """Tokens that are multiplied with the head at once."""
 
@@ -20,33 +22,62 @@ CACHED = 3 << 18
 
 
 def attend_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], how: Weighing
 ) -> Tensor:
     """Causal attention within each document of one packed row.
 
     query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim]; `lengths` of the
-    documents add up to the tokens; `scaling` of the products is 1 / sqrt(dim) unless given. Returns
-    [1, tokens, heads, dim] in the type of `value`.
+    documents add up to the tokens. Returns [1, tokens, heads, dim] in the type of `value`.
     """
     # fp32 also under autocast: the backward pass of PyTorch's CPU kernel takes 2.8 ms in fp32 and
     # 9.1 ms in bf16 at 150 tokens, and the same at 1,000. `split`, not slices: a slice's gradient
     # is a row of zeros for each document.
     queries, keys, values = (tensor.float().split(lengths, dim=2) for tensor in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
+    attend = _attend if how.cap is None else _attend_bounded
     with torch.autocast("cpu", enabled=False):
-        attended = [
-            scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
-            )
-            for q, k, v in zip(queries, keys, values, strict=True)
-        ]
+        attended = [attend(q, k, v, how) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous().to(value.dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, how: Weighing) -> Tensor:
+    """One document's."""
+    tokens = query.shape[2]
+    slides = how.slides(tokens)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=band(tokens, how.window, query.device) if slides else None,
+        dropout_p=how.dropout,
+        scale=how.scaling,
+        is_causal=not slides,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_bounded(query: Tensor, key: Tensor, value: Tensor, how: Weighing) -> Tensor:
+    """One document's, with bounded products."""
+    return bounded(query, key, value, band(query.shape[2], how.window, query.device), how)
+
+
+def bounded(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, how: Weighing
+) -> Tensor:
+    """Attention whose products are bounded, softly.
+
+    query [batch, heads, queries, dim], key and value [batch, kv_heads, keys, dim]; `seen`: bool,
+    which key a query sees, of a shape that fits [batch, heads, queries, keys]; None: all. Returns
+    [batch, heads, queries, dim].
+    """
+    assert how.cap is not None
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scaling = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+    products = how.cap * torch.tanh(query @ key.transpose(2, 3) * scaling / how.cap)
+    if seen is not None:
+        products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
+    weights = products.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return torch.dropout(weights, how.dropout, train=True) @ value
 
 
 # --- log-probabilities ---

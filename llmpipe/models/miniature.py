@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmpipe.faults import of_memory
 from llmpipe.models.adapters import plain_layer
 from llmpipe.models.generate import isolated_rng
+from llmpipe.upstream.attention import read_ends
 
 LAYERS = 2  # at least, so that one reads what another wrote
 VOCABULARY = 64
@@ -199,6 +200,7 @@ def _build(
             small = type(model)._from_config(config, dtype=torch.float32)
             _draw(small)
         small.set_attn_implementation(attention)
+        read_ends(small)
         return small.to(device).eval()
     except Exception as error:
         if of_memory(error):

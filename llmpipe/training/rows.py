@@ -81,7 +81,7 @@ def with_fillers(rows: Dataset, count: int, filler: dict[str, Any]) -> Dataset:
 
 def counted_tokens(batch: dict[str, Any]) -> int:
     """Tokens of a batch that TRL collated, without padding and without fillers."""
-    if batch.get("weight") == 0:  # of preferences, all of which are fillers
+    if batch.get("examples") == 0:  # of preferences, all of which are fillers
         return 0
     ids = batch["input_ids"]
     if "attention_mask" in batch:

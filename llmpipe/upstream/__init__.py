@@ -1,17 +1,13 @@
 """Overrides of TRL, transformers, PEFT and bitsandbytes internals that are not a trainer's methods
 (`training`). `tests/test_upstream.py` fails when one of any of them moves.
 
-On CPU an SFT step loses most of its time in two places, and both are mended by `speed_up` without
-changing the result:
+Three things make a step fast without changing its result, and `speed_up` sets two of them:
 
-- the head: TRL projects every position to the vocabulary unless the device runs Triton, folds the
-  logits in a dozen fp32 passes and multiplies the gradients in fp32. `kernels.cpu.log_probs` scores
-  only the positions that have a label, and its forward pass leaves the gradients behind;
-- attention: a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask, and
-  d1^2+d2^2+d3^2 document by document, as `kernels.cpu.attend_documents` does it.
-
-On CUDA both have better answers upstream (Triton kernels, flash-attention's varlen path), and
-nothing is changed.
+- attention (`attention`): a packed row [d1 d2 d3] costs (d1+d2+d3)^2 under one dense block mask,
+  and d1^2+d2^2+d3^2 document by document, as `kernels` do it on a CPU and on a GPU;
+- the head (`head`): on a CPU, TRL folds the logits in a dozen fp32 passes and multiplies the
+  gradients in fp32. `kernels.cpu.log_probs` leaves the gradients behind in its forward pass;
+- compiled layers (`layers`), on a GPU, where the third of a step goes into norms and activations.
 """
 
 from __future__ import annotations
@@ -26,161 +22,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.debug_utils import DebugUnderflowOverflow
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.kernels import ChunkedLogProbFunction
 
-from llmpipe.kernels import cpu
+from llmpipe.upstream.attention import attend_by_document, fits
+from llmpipe.upstream.head import score_labels
+from llmpipe.upstream.layers import compile_layers, forget_compiled, interpreted
 
 if TYPE_CHECKING:  # it imports bitsandbytes, which `silence` has to precede
     from transformers import Trainer
 
-DOCUMENTS = "llmpipe_documents"
-"""The `attn_implementation` of attention document by document."""
+__all__ = ["compile_layers", "fits"]  # beside what is defined here
 
-
-# --- speed on a CPU ---
+# --- speed ---
 
 
 def speed_up(model: PreTrainedModel, *, device_type: str) -> None:
-    """On CPU: `model`'s sdpa document by document, and TRL's fused head through `LogProbs`.
-    Elsewhere nothing.
+    """`model` document by document, where its attention allows that, and TRL's head fast on a CPU.
 
-    Call before training. A model that was loaded with another attention (or knows no sdpa) keeps
-    it. The saved configuration names no attention, so nothing of this is left in the artifact.
+    Call before training. The saved configuration names no attention, so nothing of this is left in
+    an artifact.
     """
-    if device_type != "cpu":
-        return
-    import trl.trainer.utils  # here, since it imports bitsandbytes, which `silence` has to precede
-
-    AttentionInterface.register(DOCUMENTS, documents_attention)
-    AttentionMaskInterface.register(DOCUMENTS, documents_mask)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(DOCUMENTS)
-    trl.trainer.utils._use_triton = _scores_labels_only
-    trl.trainer.utils._ChunkedLogProbFunction = LogProbs
-
-
-def _scores_labels_only(device: torch.device) -> bool:
-    """In place of TRL's `_use_triton`, which decides whether only positions with a label count."""
-    return device.type in ("cpu", "cuda", "xpu")
-
-
-class LogProbs:
-    """`trl.kernels.ChunkedLogProbFunction` on CPU: the same arguments and outputs, fewer passes.
-
-    What the kernel does not know (biases, soft caps, scales, the sum of squares) stays TRL's.
-    """
-
-    @staticmethod
-    def apply(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
-    ) -> tuple[Tensor | None, ...]:
-        """hidden [tokens, width], weight [vocabulary, width], targets [tokens]; `options`:
-        temperature, chunk size, soft cap, scale, and the names of the outputs.
-
-        Returns log-probabilities, entropy, sum of squares, mean logits, whether it is the
-        likeliest: [tokens] each, or None where it is not among the outputs.
-        """
-        temperature, _, softcap, scale, outputs = options
-        plain = bias is None and softcap is None and scale == temperature == 1.0
-        if hidden.device.type != "cpu" or not plain or "log_sum_sq_probs" in outputs:
-            return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
-        scores = cpu.log_probs(hidden, weight, targets, outputs)
-        return scores.log_probs, scores.entropy, None, scores.mean_logits, scores.is_top1
-
-
-def documents_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Tensor],
-    attention_mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor | None:
-    """What stands for the mask in `documents_attention`; called as `sdpa_mask` is.
-
-    Returns None (plain causal), the documents' lengths of a packed row as int64 [documents], or
-    sdpa's bool [batch, 1, q_length, kv_length] where neither is enough: left padding, a cache, a
-    sliding window, bidirectional blocks.
-    """
-    local_size = options.get("local_size")
-    looks_far = local_size is None or local_size >= q_length
-    may_be_causal = options.get("allow_is_causal_skip", True)  # not so where a row is packed
-    if q_length == kv_length and looks_far and not options.get("use_vmap", False):
-        if attention_mask is not None and may_be_causal and _padded_right(attention_mask):
-            return None  # no real token comes after the padding, so causal order hides it
-        if attention_mask is None and not may_be_causal and options["batch_size"] == 1:
-            lengths = _document_lengths(mask_function, q_length, options.get("device", "cpu"))
-            if lengths is not None:
-                return lengths
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **options,
-    )
-
-
-def _padded_right(attention_mask: Tensor) -> bool:
-    """Whether no row of a bool mask [batch, tokens] begins again after padding."""
-    return not bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any())
-
-
-def _document_lengths(
-    mask_function: Callable[..., Tensor], tokens: int, device: torch.device | str
-) -> Tensor | None:
-    """Lengths of the documents of a packed row, int64 [documents]; None where a token sees the one
-    that comes after it. `mask_function(batch, head, query, key)` says which tokens see which.
-    """
-    later = torch.arange(1, tokens, device=device)
-    zero = torch.zeros_like(later)
-    if mask_function(zero, zero, later - 1, later).any():
-        return None
-    sees_the_one_before = mask_function(zero, zero, later, later - 1)
-    starts = (~sees_the_one_before).nonzero().flatten() + 1
-    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), tokens)]).diff()
-
-
-def documents_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each document of one packed row; all else goes to transformers' sdpa.
-
-    query [batch, heads, tokens, dim], key and value [batch, kv_heads, tokens, dim], attention_mask
-    from `documents_mask`. Returns [batch, tokens, heads, dim] and None (no weights). Raises
-    ValueError for what is more than attention between queries and keys.
-    """
-    if attention_mask is None or attention_mask.ndim != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if options.get("softcap") is not None or options.get("position_bias") is not None:
-        raise ValueError(
-            "attention by document knows no soft cap and no position bias: load the model with "
-            "`eager`"
-        )
-    attended = cpu.attend_documents(
-        query,
-        key,
-        value,
-        attention_mask.tolist(),
-        dropout=options.get("dropout", 0.0),
-        scaling=options.get("scaling"),
-    )
-    return attended, None
+    attend_by_document(model)
+    score_labels(device_type)
 
 
 # --- attention and routing: in training, and as a model is read ---
@@ -195,6 +60,7 @@ def supported_attention(model: type[PreTrainedModel] | PreTrainedModel, preferre
     flash = getattr(model, "_supports_flash_attn", True)
     supports = {
         "flash_attention_2": flash and (not kernels or "flash_attention_2" in kernels),
+        "flex_attention": getattr(model, "_supports_flex_attn", False),
         "sdpa": getattr(model, "_supports_sdpa", True),
     }
     return next(name for name in (preferred, "sdpa", "eager") if supports.get(name, True))
@@ -203,10 +69,11 @@ def supported_attention(model: type[PreTrainedModel] | PreTrainedModel, preferre
 def as_loaded(model: PreTrainedModel) -> None:
     """Leave what only training computes with.
 
-    That is an attention that may run in half precision alone, and the routing that a mixture of
-    experts returns, by TRL's order in the configuration: with it a cached step of generation
-    breaks.
+    That is an attention that may run in half precision alone, layers that are compiled for the
+    shapes of training, and the routing that a mixture of experts returns, by TRL's order in the
+    configuration: with it a cached step of generation breaks.
     """
+    forget_compiled(model)
     model.set_attn_implementation(supported_attention(model, "sdpa"))
     forget_routing(model.config)
 
@@ -238,14 +105,28 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     text = model.config.get_text_config()
     attention = model.config._attn_implementation
     returns_routing = getattr(text, "output_router_logits", False)
-    as_loaded(model)
-    try:
-        with contiguous_head(model):
+    with interpreted(model), contiguous_head(model), _without_sorting():
+        as_loaded(model)
+        try:
             yield
+        finally:
+            model.set_attn_implementation(attention)
+            if returns_routing:
+                text.output_router_logits = True
+
+
+@contextmanager
+def _without_sorting() -> Iterator[None]:
+    """Write to places of a tensor as they come: no two are the same, so that sorting them first, as
+    PyTorch does where it is asked to be deterministic, changes nothing but the time.
+    """
+    asked = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch._C._set_deterministic_algorithms(False)
+    try:
+        yield
     finally:
-        model.set_attn_implementation(attention)
-        if returns_routing:
-            text.output_router_logits = True
+        torch._C._set_deterministic_algorithms(asked, warn_only=warns)
 
 
 @contextmanager
