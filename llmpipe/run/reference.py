@@ -362,15 +362,18 @@ def ways_to(adapter: Artifact, base: Base) -> list[str]:
 
     One that names a path in full, or no more than its name, leads nowhere once things were moved,
     and one from the current folder leads nowhere from another: then the base is looked for where it
-    was, seen from the adapter, beside the run, and where this machine saw it last.
+    was, seen from the adapter, beside the run, and where this machine saw it last. Not in that last
+    place where something lies where it was: who changed it there has to know.
     """
     reference = base.reference
     if base.kind == "hub" or not is_local(reference):
         return [reference]
-    places = [noted(base.identity), str(_beside(adapter, reference))]
+    places = [str(_beside(adapter, reference))]
     if base.folder and base.kind in ("folder", "artifact"):
         folder = Path(os.path.normpath(adapter.path / base.folder))
         places.append(str(folder.parent if base.kind == "artifact" else folder))
+    if not os.path.exists(places[-1]) and (seen := noted(base.identity)):
+        places.insert(0, seen)
     ways = [os.path.abspath(place) for place in places if place and os.path.exists(place)]
     leads = not reference.startswith(ELSEWHERE)
     moved = not os.path.exists(expanded(reference))

@@ -16,6 +16,7 @@ from llmpipe.recipe.sections import Adapter
 from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.run.manifest import Base
 from llmpipe.run.plan import decide
+from llmpipe.run.whereabouts import note
 from llmpipe.stages import CHECKPOINTS, schema
 from llmpipe.sums import fingerprint
 from tests import life, store
@@ -339,10 +340,13 @@ def other_weights(folder):
 
 @pytest.mark.parametrize("hurt", ["weights", "tokenizer", "missing", "renamed"])
 def test_another_base_is_refused(tmp_path, hurt):
-    """R12: exit 3, both values shown; a wrong adapter file as well."""
+    """R12: exit 3, both values shown; a wrong adapter file as well. That this machine has seen the
+    same base elsewhere is no excuse.
+    """
     shutil.copytree(life.TINY / "model", tmp_path / "base")
     path = write(tmp_path / "run", model=str(tmp_path / "base"), optim__steps=1, evaluation={})
     adapter = life.command(path)
+    note(adapter.manifest().base.identity, life.TINY / "model")
     if hurt == "weights":
         other_weights(tmp_path / "base")
     elif hurt == "tokenizer":
