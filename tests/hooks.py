@@ -142,9 +142,11 @@ def term_in_prepare():
 
 
 def nan_loss(step):
-    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+    from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
-    for trainer in (SFTTrainer, RewardTrainer, DPOTrainer, KTOTrainer):
+    from llmpipe.training.supervised import SupervisedTrainer
+
+    for trainer in (SupervisedTrainer, RewardTrainer, DPOTrainer, KTOTrainer):
 
         def compute_loss(self, model, inputs, *args, original=trainer.compute_loss, **kwargs):
             loss = original(self, model, inputs, *args, **kwargs)

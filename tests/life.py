@@ -28,6 +28,7 @@ WALL_CLOCK = (
     "episodes_per_second",
     "rollout_share",
     "share_of_peak",
+    "compilations",
     "memory_gb",
     "seconds",
 )

@@ -66,6 +66,7 @@ def load_frozen(
     dtype: torch.dtype,
     attention: str = "sdpa",
     scores: bool = False,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A base to train an adapter on, as a reward model where it `scores`.
 
@@ -73,7 +74,7 @@ def load_frozen(
     bits, with norms and embeddings in fp32. Raises UserError as `load_model` does.
     """
     if quantization is None:
-        return load_model(folder, attention, dtype, scores=scores)
+        return load_model(folder, attention, dtype, scores=scores, device=device)
     from peft import prepare_model_for_kbit_training
 
     if quantization.bits == 8:
@@ -85,7 +86,7 @@ def load_frozen(
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = load_model(folder, attention, dtype, config, scores)
+    model = load_model(folder, attention, dtype, config, scores, device)
     upstream.keep_unpacked(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

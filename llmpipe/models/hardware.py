@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
-from llmpipe.models.pretrained import model_class
+from llmpipe.models.pretrained import configuration, model_class
 from llmpipe.parallel import World
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
@@ -70,7 +70,14 @@ class Hardware:
     """Whether arithmetic is in bf16; weights that are trained are fp32 either way."""
     attention: str
     """The `attn_implementation` that models are loaded with."""
+    compiles: bool = False
+    """Whether the layers of what is trained are compiled."""
     reasons: Reasons = Reasons()
+
+    @property
+    def place(self) -> str:
+        """Where models are loaded to."""
+        return self.device if self.device == "cpu" else f"{self.device}:{machine.local_rank()}"
 
     def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
         """Of weights that are not trained.
@@ -90,6 +97,8 @@ class Hardware:
         """What must be equal for a resumed run to be bitwise the straight one."""
         settings = self._settings()
         del settings["accumulation"]
+        if not self.compiles:  # as older versions wrote it
+            del settings["compiles"]
         return settings
 
     def _settings(self) -> dict[str, Any]:
@@ -106,11 +115,31 @@ def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
     machine or a batch cannot give.
     """
     keep_imports()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(machine.local_rank())  # before anything is loaded, to this very one
     host = detect(recipe.launch)
-    hardware = decide(recipe, host, model_class(folder) if folder else None)
+    if folder:
+        config = configuration(folder)
+        known = model_class(folder, config=config)
+        loaded = upstream.supported_attention(known, "sdpa")
+        hardware = decide(recipe, host, known, upstream.fits(known, config, loaded))
+    else:
+        hardware = decide(recipe, host, None)
     torch.set_num_threads(hardware.threads)
+    if hardware.device == "cuda":
+        _make_exact()
     announce(hardware, recipe, say)
     return hardware
+
+
+def _make_exact() -> None:
+    """Let a GPU compute the same bits each time, where it has a way to.
+
+    What stays fp32 beside bf16 stays so: it is small, and tensor cores would round it to 19 bits.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def detect(launch: Launch) -> Host:
@@ -128,14 +157,21 @@ def detect(launch: Launch) -> Host:
     )
 
 
-def decide(recipe: Training, host: Host, model: type[PreTrainedModel] | None) -> Hardware:
+def decide(
+    recipe: Training, host: Host, model: type[PreTrainedModel] | None, by_document: bool = True
+) -> Hardware:
     """Precision, attention and micro-batch of a recipe on a host, for the class of a model or any.
+
+    `by_document`: whether `upstream` knows how such a model attends to each document by itself.
 
     Raises UserError when a GPU has not the precision that the recipe asks for, and when
     `optim.batch_size` does not divide by processes and micro-batches.
     """
     bf16, precision_reason = _precision(recipe.optim.precision, host)
-    attention, attention_reason = _attention(host, recipe.packs, model)
+    attention, attention_reason = _attention(host, recipe.packs, bf16, model, by_document)
+    compiles = recipe.launch.compile
+    if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
+        compiles = host.device == "cuda" and by_document and recipe.stage != "ppo"
     micro_batch_size = machine.micro_batch_size(recipe, host.processes, host.device == "cuda")
     return Hardware(
         device=host.device,
@@ -145,6 +181,7 @@ def decide(recipe: Training, host: Host, model: type[PreTrainedModel] | None) ->
         accumulation=recipe.batch_size // (micro_batch_size * host.processes),
         bf16=bf16,
         attention=attention,
+        compiles=compiles,
         reasons=Reasons(precision_reason, attention_reason),
     )
 
@@ -160,21 +197,21 @@ def _precision(asked: str, host: Host) -> tuple[bool, str]:
     return asked == "bf16", "the recipe asks for it"
 
 
-def _attention(host: Host, packed: bool, model: type[PreTrainedModel] | None) -> tuple[str, str]:
+def _attention(
+    host: Host, packed: bool, bf16: bool, model: type[PreTrainedModel] | None, by_document: bool
+) -> tuple[str, str]:
     """The `attn_implementation` to load a model with for training, and why."""
-    name = "sdpa"
-    reason = "PyTorch's scaled dot product attention; a packed row gets one dense block mask"
-    if host.device == "cpu":
-        reason = "on CPU sdpa, which then runs document by document instead of under one dense mask"
-    elif packed and host.has_flash_attention:
-        name = "flash_attention_2"
-        reason = "flash-attention's varlen kernel keeps packed documents apart without a mask"
-    if model is None:
-        return name, reason
-    supported = upstream.supported_attention(model, name)
-    if supported != name:
-        reason = f"{model.__name__} has no {name}"
-    return supported, reason
+    if by_document:
+        return "sdpa", "document by document: no token is masked that could be left out"
+    if host.device == "cuda" and packed and model is not None:
+        for name, possible, reason in (
+            ("flash_attention_2", host.has_flash_attention and bf16, "it needs no mask"),
+            ("flex_attention", True, "its mask has blocks of tokens"),
+        ):
+            if possible and upstream.supported_attention(model, name) == name:
+                return name, f"{model.__name__} attends by more than documents, and {reason}"
+    name = "sdpa" if model is None else upstream.supported_attention(model, "sdpa")
+    return name, "with one dense mask of tokens x tokens over a row"
 
 
 def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
@@ -187,6 +224,8 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     arithmetic = "bf16 arithmetic" if hardware.bf16 else "fp32"
     say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
+    if hardware.compiles:
+        say("compile: layers are compiled at the first step, once: some tens of seconds")
     if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import
         say("kernels: the package is installed, and not used: no native code of the Hub is fetched")
     optimizer = recipe.optim.optimizer

@@ -112,10 +112,19 @@ def load_copy(setup: Setup[Training]) -> PreTrainedModel:
     and what a critic begins as. It does not know the recipe's stop tokens, since it generates
     nothing.
     """
-    model = load_model(setup.job.model, setup.hardware.attention)
+    hardware = setup.hardware
+    model = load_model(setup.job.model, hardware.attention, device=hardware.place)
     resize_embeddings(model, setup.tokenizer)
-    upstream.speed_up(model, device_type=setup.hardware.device)
+    speed_up(model, setup)
     return model
+
+
+def speed_up(model: PreTrainedModel, setup: Setup[Training]) -> None:
+    """Make a model fast on this hardware, without a change of what it computes."""
+    upstream.speed_up(model, device_type=setup.hardware.device)
+    if setup.hardware.compiles:
+        # rows that are packed come in one shape
+        upstream.compile_layers(model, dynamic=not setup.recipe.packs)
 
 
 def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:
@@ -130,17 +139,18 @@ def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: boo
         raise UserError(problem, "set eos_token in its config")
     dtype = torch.bfloat16 if bf16 else torch.float32  # not cast later: positions are fp32
     scores = base is not None and is_reward_model(folder)
-    model = load_model(base or folder, dtype=dtype, scores=scores)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(base or folder, dtype=dtype, scores=scores, device=device)
     model.config.pad_token_id = tokenizer.pad_token_id
     if base:
         model = adapters.on_base(model, folder, tokenizer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
 
 def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel:
     torch.manual_seed(setup.recipe.seed)  # of a new head
-    model = load_model(setup.job.model, setup.hardware.attention, scores=scores)
+    hardware = setup.hardware
+    model = load_model(setup.job.model, hardware.attention, scores=scores, device=hardware.place)
     _resize(model, setup)
     return _made_ready(model, setup)
 
@@ -156,7 +166,12 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
     dtype = setup.hardware.frozen_dtype(adapter)
     torch.manual_seed(recipe.seed)  # of a new head
     model = adapters.load_frozen(
-        setup.job.weights, recipe.quantization, dtype, setup.hardware.attention, scores
+        setup.job.weights,
+        recipe.quantization,
+        dtype,
+        setup.hardware.attention,
+        scores,
+        setup.hardware.place,
     )
     made = _resize(model, setup)
     _made_ready(model, setup)
@@ -207,7 +222,7 @@ def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedMod
         generation.top_k = None
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    upstream.speed_up(model, device_type=setup.hardware.device)
+    speed_up(model, setup)
     parameters = f"{model.num_parameters() / 1e6:,.1f} M parameters"
     setup.say(f"model: {type(model).__name__}, {parameters}")
     return model

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -40,16 +41,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def model_class(folder: Path, scores: bool = False) -> type[PreTrainedModel]:
-    """The class that transformers has for the model in `folder`, as a causal language model or,
-    with `scores`, as a reward model. Raises UserError (2) when it has none.
-    """
+def configuration(folder: Path) -> PretrainedConfig:
+    """Of the model in `folder`. Raises UserError (2, 3) for what transformers cannot read."""
     with reading(folder / "config.json", "a configuration", Exception, code=DATA):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     kind = type(config)
     if hidden := next((name for name in vars(config) if callable(getattr(kind, name, None))), None):
         problem = f"{hidden}: stands in the place of a function of transformers'"
         raise UserError(f"{folder / 'config.json'}: {problem}", code=INTEGRITY)
+    return config
+
+
+def model_class(
+    folder: Path, scores: bool = False, config: PretrainedConfig | None = None
+) -> type[PreTrainedModel]:
+    """The class that transformers has for the model in `folder`, as a causal language model or,
+    with `scores`, as a reward model. Raises UserError (2) when it has none.
+
+    `config`: that of the folder, where it was read.
+    """
+    config = config or configuration(folder)
     classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
     known = classes.get(type(config), None)
     if known is None:
@@ -65,12 +76,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantization: Any = None,
     scores: bool = False,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A model from safetensors: a reward model where the folder holds one or where it `scores`,
     else a causal language model. A causal model that `scores` gets a head with random weights.
 
-    `quantization`: a configuration of transformers'. Raises UserError (2) when transformers cannot
-    read the folder, (3) when a tensor is missing or left over.
+    `quantization`: a configuration of transformers'; `device`: where it is loaded to. Raises
+    UserError (2) when transformers cannot read the folder, (3) when a tensor is missing or left
+    over.
     """
     is_ranker = is_reward_model(folder)
     new_head = scores and not is_ranker
@@ -88,6 +101,7 @@ def load_model(
             **({"num_labels": 1} if scores else {}),
             dtype=dtype,
             quantization_config=quantization,
+            device_map=None if device == "cpu" else device,
             attn_implementation=upstream.supported_attention(known, attention),
             use_safetensors=True,
             trust_remote_code=False,

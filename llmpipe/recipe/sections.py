@@ -350,6 +350,9 @@ class Launch(Machine):
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
+    on a GPU, but not in ppo, where it takes some minutes."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.models.apart import Road, keeps_apart
-from llmpipe.models.load import Setup, load_copy, load_policy
+from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
@@ -151,10 +150,10 @@ def _ranker_of_policys_shape(setup: Setup[PPORecipe], causal: Any) -> Any:
     job, hardware, start = setup.job, setup.hardware, setup.recipe.critic.start
     at = next((at for at in job.models if at.startswith("reward.")), None)
     if at and at not in job.bases and start in ("auto", "reward"):
-        ranker = load_model(job.models[at], hardware.attention)
+        ranker = load_model(job.models[at], hardware.attention, device=hardware.place)
         same_shape = _shapes(ranker) == _shapes(causal)
         if same_shape and _vocabulary(job.models[at]) == setup.tokenizer.get_vocab():
-            upstream.speed_up(ranker, device_type=hardware.device)
+            speed_up(ranker, setup)
             return ranker
     if start == "reward":
         raise UserError(

@@ -56,6 +56,7 @@ def _surroundings(training: Training[sections.Hosted]) -> dict[str, Any]:
         "average_tokens_across_devices": True,
         "bf16": hardware.bf16,
         "use_cpu": hardware.device == "cpu",
+        "accelerator_config": {"non_blocking": hardware.device == "cuda"},
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_steps": recipe.log.every,

@@ -12,6 +12,9 @@ from torch import Tensor
 from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.training.hosted import Durable
 
+OF_TRAINING = ("labels", "tokens", "predictors")
+"""What a batch has beside what a model reads."""
+
 
 def keeps_documents_apart(trainer: Durable, row: int) -> bool:
     """Whether a document in a row of so many tokens is read as if it were alone.
@@ -22,9 +25,10 @@ def keeps_documents_apart(trainer: Durable, row: int) -> bool:
 
     def packed(model: Any, documents: Sequence[list[int]]) -> list[Tensor]:
         batch = trainer._prepare_inputs(trainer.data_collator([_row(ids) for ids in documents]))
-        batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits[0].float()
-        return list(logits.split([len(ids) for ids in documents]))
+        asked = {name: batch[name] for name in batch if name not in OF_TRAINING}
+        logits = model(**asked, use_cache=False).logits[0].float()
+        lengths = [len(ids) for ids in documents]
+        return list(logits[: sum(lengths)].split(lengths))
 
     def alone(model: Any, document: list[int]) -> Tensor:
         ids = torch.tensor([document], device=model.device)

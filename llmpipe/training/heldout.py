@@ -87,7 +87,7 @@ class HeldOut:
                     raise Interrupted
                 for name, pair in self._sums(start).items():
                     totals[name] = totals[name] + pair if name in totals else pair
-        means = self.world.sum(torch.stack(list(totals.values())))
+        means = self.world.sum(torch.stack(list(totals.values())).cpu())
         return {
             f"eval_{name}": float(value / count)
             for name, (value, count) in zip(totals, means, strict=True)
@@ -100,14 +100,13 @@ class HeldOut:
         size = self.trainer.args.per_device_eval_batch_size
         first = start + self.world.rank * size
         mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
-        batch = self.trainer._prepare_inputs(self.trainer.data_collator(mine or [rows[0]]))
+        batch = self.trainer.data_collator(mine or [rows[0]])
+        del batch["tokens"]  # which are counted of the training
+        batch = self.trainer._prepare_inputs(batch)
         # autocast by hand: before training, Accelerate has not put it around the model yet
         with self.hardware.autocast():
             measured = self.measure(self.trainer, batch)
-        return {
-            name: torch.tensor([float(value), float(count)], dtype=torch.float64) * bool(mine)
-            for name, (value, count) in measured.items()
-        }
+        return {name: _pair(value, count) * bool(mine) for name, (value, count) in measured.items()}
 
     def note(self, loss: float, step: int) -> bool:
         """Remember the loss of a step; whether it is the lowest so far."""
@@ -122,3 +121,10 @@ class HeldOut:
         """Go on from what a checkpoint had."""
         self.best = Best(*best) if best else None
         self.worse = worse
+
+
+def _pair(value: Tensor | float, count: Tensor | int) -> Tensor:
+    """float64 [value, count], where they are computed: nobody waits for them before the end."""
+    device = next((x.device for x in (value, count) if isinstance(x, Tensor)), None)
+    pair = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in (value, count)]
+    return torch.stack(pair)

@@ -26,8 +26,9 @@ from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure, without_effect
+from llmpipe.training.laid import Counted
 from llmpipe.training.metrics_log import MetricsLog
-from llmpipe.training.resume import Resume, State
+from llmpipe.training.resume import Resume, State, as_numbers
 from llmpipe.training.rows import Order, with_fillers
 from llmpipe.training.schedule import (
     make_scheduler,
@@ -35,12 +36,14 @@ from llmpipe.training.schedule import (
     say_if_peak_is_missed,
 )
 from llmpipe.training.training import Training
+from llmpipe.upstream.layers import left_as_written
 
 
 class Durable(Trainer):
     """Mixed in before one of TRL's trainers; see the module's docstring."""
 
     train_dataset: Any  # a Dataset or a Stream
+    data_collator: Any  # what the library was given, counted
 
     def __init__(self, training: Training[sections.Hosted], measure: Measure, **arguments: Any):
         """`measure`: what is said of held-out rows; `arguments`: those of TRL's trainer."""
@@ -73,6 +76,10 @@ class Durable(Trainer):
         self.resume = Resume(training, self.world)
         self.metrics_log.cut(self.resume.state.metrics_bytes if self.resume.state else 0)
         self._even_out_batches()
+        self.library_collator = self.data_collator
+        self.data_collator = Counted(self.library_collator)
+        self.left_as_written = left_as_written()
+        self._step_loss: torch.Tensor | float = 0.0  # the sum of its micro-batches'
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
 
@@ -210,18 +217,32 @@ class Durable(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Also count tokens, and stop before a loss that is no number reaches the optimizer."""
-        self.metrics_log.count(inputs)
+        """Also count tokens, and keep the loss for the one look at it before the optimizer's step:
+        a device that is asked nothing before has the next micro-batch to compute meanwhile.
+        """
+        self.metrics_log.count(inputs.pop("tokens"))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise self._not_finite("loss", loss)
+        self._step_loss = self._step_loss + loss
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(float(norm)):
-            raise self._not_finite("gradient norm", norm)
-        return norm
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The norm of the gradients. Raises UserError (4) where it or the loss is no number, and
+        the optimizer sees none of it.
+        """
+        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm), device=self.args.device)
+        loss = torch.as_tensor(self._step_loss, device=norm.device)
+        self._step_loss = 0.0
+        read: list[float] = torch.stack([loss.float(), norm.float()]).tolist()
+        for quantity, value in zip(("loss", "gradient norm"), read, strict=True):
+            if not math.isfinite(value):
+                raise self._not_finite(quantity, value)
+        return read[1]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the library does it, with averages that are numbers by then."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update(as_numbers(self._metrics[mode]))
+        super().log(logs, start_time)
 
     def _not_finite(self, quantity: str, value: Any) -> UserError:
         step = self.state.global_step + 1
@@ -377,6 +398,11 @@ class _Loop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        if trainer.hardware.compiles and (count := left_as_written()) > trainer.left_as_written:
+            trainer.left_as_written = count
+            trainer.say(
+                f"compile: {count} functions of its layers are computed as they are written"
+            )
         last = step >= state.max_steps
         every = trainer.recipe.evaluation.every
         due = last or bool(every and step % every == 0)

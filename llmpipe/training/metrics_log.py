@@ -15,7 +15,7 @@ from llmpipe.files import cut_back, fsync, to_write
 from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
 from llmpipe.parallel import World
 from llmpipe.run.progress import Progress
-from llmpipe.training.rows import counted_tokens
+from llmpipe.upstream.layers import compilations
 
 
 class MetricsLog:
@@ -66,9 +66,9 @@ class MetricsLog:
         self._logged_at = time.monotonic()
         self._logged_tokens = self.total()
 
-    def count(self, batch: dict[str, Any]) -> None:
-        """Count the tokens of a batch, without its padding."""
-        self.tokens += counted_tokens(batch)
+    def count(self, tokens: int) -> None:
+        """Count the tokens of a batch."""
+        self.tokens += tokens
 
     def total(self) -> int:
         """Tokens trained on by all processes so far. Collective."""
@@ -80,6 +80,8 @@ class MetricsLog:
         if not self.world.is_first:
             return
         line: dict[str, Any] = {"step": step, **metrics, **speed}
+        if graphs := compilations():  # which should stop growing after the first steps
+            line["compilations"] = graphs
         line["memory_gb"] = round(memory_gb(), 3)
         line["seconds"] = round(self.seconds, 3)
         with to_write(self.path, "a") as file:

@@ -8,10 +8,12 @@ lie in llmpipe.json, with llmpipe's own counters.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
@@ -164,12 +166,22 @@ def _move_up(folder: Path) -> None:
     folder.rmdir()
 
 
+def as_numbers(averages: Mapping[str, Sequence[Tensor | float]]) -> dict[str, list[float]]:
+    """What a trainer takes means of, {metric: values}, in one look at the device."""
+    waiting = [value for values in averages.values() for value in values if torch.is_tensor(value)]
+    read = iter(torch.stack(waiting).tolist() if waiting else ())
+    return {
+        name: [next(read) if torch.is_tensor(value) else value for value in values]
+        for name, values in averages.items()
+    }
+
+
 def counted(trainer: Trainer, tokens: int, seconds: float) -> RankState:
     """What this process has counted, where the library keeps it."""
     return RankState(
         loss_sum=float(trainer._tr_loss),
         last_logged=trainer._globalstep_last_logged,
-        averages={name: list(values) for name, values in trainer._metrics["train"].items()},
+        averages=as_numbers(trainer._metrics["train"]),
         train_tokens=trainer._total_train_tokens,
         tokens=tokens,
         seconds=seconds,

@@ -4,20 +4,82 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from llmpipe.errors import UserError
 from llmpipe.recipe import sections
 from llmpipe.training.arguments import arguments
 from llmpipe.training.crosstalk import keeps_documents_apart
-from llmpipe.training.heldout import Batch, Sum
+from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
+from llmpipe.training.laid import EndToEnd
 from llmpipe.training.rows import stand_in
 from llmpipe.training.training import Training
+from llmpipe.upstream.attention import DOCUMENTS
+from llmpipe.upstream.head import read_predictors
 
 
 class SupervisedTrainer(Durable, SFTTrainer):
     """TRL's SFTTrainer, durable."""
+
+    def __init__(self, training: Training[sections.Hosted], measure: Measure, **arguments: Any):
+        super().__init__(training, measure, **arguments)
+        if training.hardware.device == "cuda" or training.hardware.compiles:
+            self._leave_the_device_alone(training)
+
+    def _leave_the_device_alone(self, training: Training[sections.Hosted]) -> None:
+        """Give it batches that it need not be asked about."""
+        model = training.model
+        if model.config._attn_implementation != DOCUMENTS:
+            return
+        longest = training.preparation.max_length
+        packed = training.hardware.compiles and training.preparation.packing
+        tokens = longest * training.hardware.micro_batch_size if packed else 1
+        pad = training.tokenizer.pad_token_id
+        self.data_collator = EndToEnd(self.data_collator, pad, longest, tokens)
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        read_predictors(causal, ("entropy", "is_top1"))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss of plain next-token prediction, and what it watches, as tensors: TRL reads
+        seven numbers a micro-batch, and a device computes nothing while it is waited for.
+        """
+        if return_outputs or num_items_in_batch is None or not self._predicts_plainly():
+            inputs.pop("predictors", None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        self._watch(outputs)
+        loss = -outputs.log_probs.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # DDP takes the mean of gradients; the items are those of all processes
+        return loss * self.accelerator.num_processes
+
+    def _predicts_plainly(self) -> bool:
+        smooths = self.label_smoother is not None or self.compute_loss_func is not None
+        return self.args.loss_type == "nll" and not smooths and not self.aux_loss_enabled
+
+    @torch.no_grad()
+    def _watch(self, outputs: Any) -> None:
+        """Note entropy and accuracy of a micro-batch of all processes."""
+        seen = (outputs.label_mask, outputs.entropy, outputs.is_top1)
+        sums = self.accelerator.reduce(torch.stack([value.sum().double() for value in seen]))
+        entropy, accuracy = (sums[1:] / sums[0].clamp(min=1)).float()
+        averages = self._metrics["train" if self.model.training else "eval"]
+        averages["entropy"].append(entropy)
+        averages["mean_token_accuracy"].append(accuracy)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the tokens of all processes. Collective."""
+        if self.model.training:
+            self._metrics["train"]["num_tokens"] = [self.metrics_log.total()]
+        super().log(logs, start_time)
 
 
 def nats(trainer: Any, batch: Batch) -> dict[str, Sum]:
@@ -34,9 +96,10 @@ def supervised_trainer(training: Training[sections.Hosted]) -> SupervisedTrainer
     that are not packed are padded then.
     """
     packed = training.preparation.packing
-    hardware = training.hardware
     # unpacked rows too are laid end to end instead of padded, where attention keeps them apart free
-    padding_free = packed or hardware.device == "cpu" or hardware.attention != "sdpa"
+    attention = training.model.config._attn_implementation
+    free = attention in (DOCUMENTS, "flash_attention_2") or training.hardware.device == "cpu"
+    padding_free = packed or free
     configuration = arguments(
         SFTConfig,
         training,
@@ -59,5 +122,5 @@ def supervised_trainer(training: Training[sections.Hosted]) -> SupervisedTrainer
         if packed:
             raise UserError(f"data: {problem}", f"set data.{training.kind.packing_field}: false")
         training.say(f"data: rows are padded: {problem}")
-        trainer.data_collator.padding_free = False
+        trainer.library_collator.padding_free = False
     return trainer

@@ -24,6 +24,15 @@ class OldModel:
     """Of the days before flash-attention and sdpa."""
 
     _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_sdpa = False
+
+
+class Sinking:
+    """It attends by more than documents, as flash-attention knows, and a compiler's attention."""
+
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_sdpa = False
 
 
@@ -38,13 +47,44 @@ def test_an_attention_is_chosen_for_every_device_with_a_reason(tmp_path):
             for flash in (True, False):
                 host = replace(LAPTOP, device=device, has_flash_attention=flash)
                 hardware = decide(asked, host, None)
-                assert hardware.attention in ("sdpa", "flash_attention_2")
-                assert hardware.reasons.attention
+                assert hardware.attention == "sdpa" and hardware.reasons.attention
     packed = recipe(tmp_path, data__packing=True)
-    assert decide(packed, LAPTOP, None).attention == "sdpa"
-    assert decide(packed, GPUS, None).attention == "flash_attention_2"
-    old = decide(packed, GPUS, OldModel)
-    assert old.attention == "eager" and old.reasons.attention == "OldModel has no flash_attention_2"
+    old = decide(packed, GPUS, OldModel, by_document=False)
+    assert old.attention == "eager" and "one dense mask" in old.reasons.attention
+
+
+@pytest.mark.parametrize(
+    ("changes", "host", "attention"),
+    [
+        ({}, GPUS, "flash_attention_2"),
+        ({"optim__precision": "fp32"}, GPUS, "flex_attention"),  # flash-attention has none
+        ({}, replace(GPUS, has_flash_attention=False), "flex_attention"),
+        ({"data__packing": False}, GPUS, "eager"),
+        ({}, LAPTOP, "eager"),
+    ],
+)
+def test_an_attention_for_what_attends_by_more_than_documents(tmp_path, changes, host, attention):
+    asked = recipe(tmp_path, **{"data__packing": True, "optim__precision": "bf16"} | changes)
+    assert decide(asked, host, Sinking, by_document=False).attention == attention
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "by_document", "compiles"),
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        (True, "cpu", True, True),
+        (False, "cuda", True, False),
+    ],
+)
+def test_when_layers_are_compiled(tmp_path, asked, device, by_document, compiles):
+    host = replace(GPUS, device=device)
+    hardware = decide(recipe(tmp_path, launch__compile=asked), host, OldModel, by_document)
+    assert hardware.compiles is compiles
+    said = []
+    announce(hardware, recipe(tmp_path), said.append)
+    assert any(line.startswith("compile:") for line in said) is compiles
 
 
 @pytest.mark.parametrize(
@@ -119,6 +159,7 @@ def test_reasons_are_no_part_of_what_is_recorded():
         "attention": "sdpa",
     }
     assert hardware.resume_key() == key
+    assert replace(hardware, compiles=True).resume_key() == key | {"compiles": True}
     described = hardware.describe()
     assert described.pop("device_name")
-    assert described == {**key, "accumulation": 3}
+    assert described == {**key, "accumulation": 3, "compiles": False}

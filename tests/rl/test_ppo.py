@@ -708,24 +708,21 @@ def test_other_architectures(tmp_path, kind):
 
 
 def test_models_whose_answers_would_mix_are_refused(tmp_path):
-    """OPT keeps rows apart by padding alone: laid end to end they would see one another."""
+    """Falcon keeps rows apart by padding alone: laid end to end they would see one another."""
     import torch
-    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+    from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
     torch.manual_seed(0)
-    config = OPTConfig(
+    config = FalconConfig(
         vocab_size=512,
         hidden_size=32,
-        ffn_dim=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        init_std=0.3,
+        initializer_range=0.3,
     )
-    OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    FalconForCausalLM(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(life.TINY / "model").save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="does not know how OPTForCausalLM keeps answers apart"):
+    with pytest.raises(UserError, match="does not know how FalconForCausalLM keeps answers apart"):
         life.command(write(tmp_path / "run", model=str(tmp_path / "model")))
     with pytest.raises(UserError, match="neither embeddings nor head"):
         life.command(

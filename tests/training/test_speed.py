@@ -1,0 +1,145 @@
+"""What makes training fast and must not change it: compiled layers, batches in few shapes, and a
+device that is asked for a number once a step.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llmpipe import upstream
+from llmpipe.kernels import apart
+from llmpipe.run.artifact import Artifact
+from llmpipe.training.hosted import Durable
+from llmpipe.upstream import layers
+from tests import life
+from tests.rl.reads import counted
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None, reason="layers for a CPU are compiled by g++ or clang++"
+)
+
+
+def metric(artifact, name):
+    lines = (artifact.path / "metrics.jsonl").read_text().splitlines()
+    return [line[name] for line in map(json.loads, lines) if name in line]
+
+
+LORA = {"stage": "lora", "adapter__rank": 4}
+
+
+@pytest.mark.parametrize(
+    "of_stage",
+    [{"data__packing": True}, {"data__packing": False}, LORA | {"data__packing": True}],
+    ids=["packed", "unpacked", "lora"],
+)
+@pytest.mark.faults
+@needs_compiler
+def test_compiled_layers_learn_the_same_and_resume_to_the_bit(tmp_path, of_stage):
+    def recipe(name, **changes):
+        changes |= of_stage | {"optim__steps": 6, "log__every": 1}
+        return life.write(tmp_path / name, **changes)
+
+    stage = of_stage.get("stage", "sft")
+
+    plain = life.command(recipe("plain"))
+    straight = life.Trial(recipe("straight", launch__compile=True))
+    assert straight.wait() == 0, straight.text()
+    compiled = Artifact(tmp_path / "straight" / stage)
+    assert metric(compiled, "loss") == pytest.approx(metric(plain, "loss"), abs=1e-4)
+    counts = metric(compiled, "compilations")
+    assert counts[-1] == counts[1]  # nothing is compiled after the first steps
+    assert "compile: layers are compiled" in straight.text()
+
+    path = recipe("killed", launch__compile=True)
+    assert life.Trial(path, hook="kill_after_checkpoint_3").wait() != 0
+    again = life.Trial(path)
+    assert again.wait() == 0, again.text()
+    resumed = Artifact(tmp_path / "killed" / stage)
+    assert life.essence(resumed) == life.essence(compiled)
+    assert resumed.manifest().training.exact_resume
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["dpo", "reward", "ppo"])
+@needs_compiler
+def test_other_stages_compile_too(tmp_path, stage):
+    written = (life.TINY / f"{stage}.yaml").read_text()
+    here = written.replace("artifact:sft", str(life.TINY / "model"))
+    here = here.replace("./recipes/tiny", str(life.TINY))
+    for name, value in (("plain", "false"), ("compiled", "true")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(here.replace("runs/tiny", str(tmp_path / name)))
+        life.command(path, [f"launch.compile={value}", "optim.steps=3", "log.every=1"])
+    plain, compiled = (Artifact(tmp_path / name / stage) for name in ("plain", "compiled"))
+    assert metric(compiled, "loss") == pytest.approx(metric(plain, "loss"), abs=1e-4)
+
+
+def test_traced_layers_learn_the_same(tmp_path, monkeypatch):
+    """All of a compilation but the machine code, which takes a minute on a CPU."""
+    compile_layer = GradientCheckpointingLayer.compile
+    monkeypatch.setattr(
+        GradientCheckpointingLayer,
+        "compile",
+        lambda layer, dynamic: compile_layer(layer, backend="aot_eager", dynamic=dynamic),
+    )
+    changes = {"data__packing": True, "optim__steps": 4, "log__every": 1}
+    plain = life.command(life.write(tmp_path / "plain", **changes))
+    traced = life.command(life.write(tmp_path / "traced", **changes, launch__compile=True))
+    assert metric(traced, "loss") == pytest.approx(metric(plain, "loss"), abs=1e-5)
+    counts = metric(traced, "compilations")
+    assert 0 < counts[-1] == counts[1]
+
+
+def test_what_cannot_be_compiled_is_computed_as_it_is_written():
+    @torch.library.custom_op("llmpipe_tests::unknown", mutates_args=())
+    def unknown(value: torch.Tensor) -> torch.Tensor:
+        return value + 1
+
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, value):
+            return unknown(value) * 2  # of whose shape a compiler is told nothing
+
+    layer = Layer()
+    assert layers.compile_layers(layer, dynamic=False) == 1
+    before = layers.left_as_written()
+    assert layer(torch.ones(2)).tolist() == [4, 4]
+    count = layers.left_as_written()
+    assert count > before
+    with layers.interpreted(layer):
+        assert layer(torch.ones(3)).tolist() == [4, 4, 4]
+    layers.forget_compiled(layer)
+    assert layer(torch.ones(3)).tolist() == [4, 4, 4]
+    assert layers.left_as_written() == count
+
+
+def test_a_step_of_sft_reads_the_device_once(tmp_path, monkeypatch):
+    """As on a GPU: attention of rows in a padded batch, and scores by the library's head, where the
+    batch says that there are labels.
+    """
+    monkeypatch.setattr(upstream, "compile_layers", lambda *_, **__: 0)
+    monkeypatch.setattr(upstream, "score_labels", lambda *_: None)
+
+    def in_a_batch(query, key, value, ends, how):
+        return apart.attend_documents(query, key, value, ends, 64, how)
+
+    monkeypatch.setattr(upstream.attention, "_on_the_host", in_a_batch)
+    read = []
+
+    def watched(function):
+        def inside(*arguments, **options):
+            with counted() as names:
+                result = function(*arguments, **options)
+            read.extend(names)
+            return result
+
+        return inside
+
+    for name in ("training_step", "_get_grad_norm"):
+        monkeypatch.setattr(Durable, name, watched(getattr(Durable, name)))
+    changes = {"data__packing": True, "optim__steps": 4, "launch__compile": True}
+    life.command(life.write(tmp_path / "run", **changes))
+    assert read == ["tolist"] * 4
