@@ -9,13 +9,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen3Config,
 )
+from transformers.models.mllama import MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from llmpipe import upstream
 from llmpipe.kernels import apart, cpu, cuda
@@ -101,6 +108,55 @@ def test_plain_and_padded_batches_are_as_they_were(kind):
         seen = how.get("attention_mask", torch.ones_like(ids)).bool()
         expected, response = (model(ids, **how, use_cache=False).logits for model in (plain, fast))
         torch.testing.assert_close(response[seen], expected[seen], atol=2e-5, rtol=1e-5)
+
+
+BACK = [
+    GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, pad_token_id=0),
+    OPTConfig(**SIZE, ffn_dim=48, word_embed_proj_dim=32),
+]
+BOTH_WAYS = [
+    BertConfig(**SIZE),
+    DogeConfig(**SIZE),
+    Gemma3TextConfig(**SIZE, **GROUPED, use_bidirectional_attention=True),
+]
+
+
+@pytest.mark.parametrize("config", [*BACK, *BOTH_WAYS], ids=lambda config: config.model_type)
+def test_reward_models_score_padded_rows_as_they_did(config):
+    """Those that look both ways, or weigh by their own masks, are left as they are."""
+    torch.manual_seed(0)
+    config.num_labels = 1
+    plain = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    plain.eval()
+    fast = copy.deepcopy(plain)
+    upstream.speed_up(fast, device_type="cpu")
+    assert (fast.config._attn_implementation == DOCUMENTS) == (config in BACK)
+    ids = torch.randint(3, 64, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = ids[1, 12:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    kinds = [{"token_type_ids": mask}] if config.model_type in ("bert", "gpt2") else []
+    for more in ({}, *kinds):
+        scores, expected = (model(**batch, **more).logits for model in (fast, plain))
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_body_without_a_name_keeps_its_mask():
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = MllamaTextConfig(
+        **SIZE, num_key_value_heads=2, cross_attention_layers=[], rope_parameters=rope
+    )
+    plain = MllamaForCausalLM._from_config(text, attn_implementation="sdpa").eval()
+    fast = copy.deepcopy(plain)
+    upstream.speed_up(fast, device_type="cpu")
+    ids = torch.randint(3, 64, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    expected, response = (
+        model(ids, attention_mask=mask, use_cache=False).logits for model in (plain, fast)
+    )
+    torch.testing.assert_close(response[mask == 1], expected[mask == 1], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", [Weighing(), Weighing(scaling=0.3), Weighing(window=4)])

@@ -32,13 +32,15 @@ KNOWN = {"full_attention", "sliding_attention"}
 
 
 def attend_by_document(model: PreTrainedModel) -> None:
-    """Let `model` attend document by document, where `fits` says that it can.
+    """Let `model` attend document by document, where `fits` says that it can, and where it has
+    attention that looks back alone: BERT's looks both ways, Doge's chooses by its mask.
 
     The saved configuration names no attention, so nothing of this is left in an artifact.
     """
     AttentionInterface.register(DOCUMENTS, documents_attention)
     AttentionMaskInterface.register(DOCUMENTS, documents_mask)
-    if fits(type(model), model.config, model.config._attn_implementation):
+    looks_back = any(getattr(module, "is_causal", False) for module in model.modules())
+    if looks_back and fits(type(model), model.config, model.config._attn_implementation):
         model.set_attn_implementation(DOCUMENTS)
         read_ends(model)
 
@@ -60,9 +62,12 @@ def read_ends(model: PreTrainedModel) -> None:
     """Let the body of `model` make no mask where it is known where documents end: where the batch
     says so, and in a padded batch, whose rows it then lays end to end.
     """
+    body = model.base_model
+    if body is model:  # Mllama's text, whose body has no name
+        return
     if model.config._attn_implementation == DOCUMENTS:
-        model.base_model.register_forward_pre_hook(_lay_out, with_kwargs=True)
-        model.base_model.register_forward_hook(_pad_again)
+        body.register_forward_pre_hook(_lay_out, with_kwargs=True)
+        body.register_forward_hook(_pad_again)
 
 
 def _lay_out(body: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -112,7 +117,9 @@ def _is_padded(body: Any, ids: Tensor, options: dict[str, Any]) -> bool:
     asked = any(options.get(name) or getattr(text, name, None) for name in more)
     caches = options.get("use_cache") is not False
     plain = isinstance(mask, Tensor) and mask.shape == ids.shape
-    return plain and not asked and not caches and options.get("inputs_embeds") is None
+    beside = ("inputs_embeds", "token_type_ids")
+    alone = all(options.get(name) is None for name in beside)
+    return plain and alone and not asked and not caches
 
 
 def _pad_again(body: Any, _: Any, out: Any) -> Any:
