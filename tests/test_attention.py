@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -159,14 +160,24 @@ def test_a_body_without_a_name_keeps_its_mask():
     torch.testing.assert_close(response[mask == 1], expected[mask == 1], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("empty", [2, 16], ids=["in a padded batch", "under a mask"])
 @pytest.mark.parametrize("how", [Weighing(), Weighing(scaling=0.3), Weighing(window=4)])
-def test_documents_in_a_padded_batch_and_one_by_one(how):
+def test_documents_together_and_one_by_one(how, empty, monkeypatch):
     """Also with documents of no tokens, as rows are filled with."""
+    computed = []
+    monkeypatch.setattr(
+        apart,
+        "scaled_dot_product_attention",
+        lambda query, *rest, **more: (
+            computed.append(query.shape) or scaled_dot_product_attention(query, *rest, **more)
+        ),
+    )
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 20, 8, requires_grad=True) for heads in (4, 2, 2))
-    ends = torch.tensor([0, 7, 8, 8, 20, 20, 20], dtype=torch.int32)
+    ends = torch.tensor([0, 7, 8, 8, 20, *[20] * empty], dtype=torch.int32)
     one = cpu.attend_documents(query, key, value, [7, 1, 12], how)
-    other = apart.attend_documents(query, key, value, ends, 16, how)
+    other = apart.attend_documents(query, key, value, ends, 13, how)
+    assert computed == ([(6, 4, 13, 8)] if empty == 2 else [(1, 4, 20, 8)])
     torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
     weights = torch.randn_like(one)
     grads = [
@@ -187,7 +198,8 @@ def test_what_the_kernel_for_rows_is_asked(monkeypatch):
     monkeypatch.setattr(cuda, "attend_rows", attend_rows)
     monkeypatch.setattr(cuda, "_is_recent", lambda device: True)
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 20, 8).bfloat16() for heads in (4, 2, 2))
+    query, key, value = (torch.randn(1, heads, 20, 8) for heads in (4, 2, 2))
+    value = value.bfloat16()  # beside what a rotation in fp32 made of the others
     ends = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
     for how in (Weighing(), Weighing(scaling=0.3, window=4)):
         expected = apart.attend_documents(query, key, value, ends, 16, how)

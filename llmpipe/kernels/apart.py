@@ -1,5 +1,6 @@
-"""Attention within each of several documents in one row, as a padded batch of them: on any device,
-in any precision, with dropout or a window, and without a word to the host.
+"""Attention within each of several documents in one row, as a padded batch of them, or under one
+mask where that would be mostly padding: on any device, in any precision, with dropout or a window,
+and without a word to the host.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+MOSTLY_PADDING = 4
+"""Times the tokens of a row: what more a padded batch of its documents has is not computed."""
 
 
 class Weighing(NamedTuple):
@@ -39,10 +43,14 @@ def attend_documents(
 
     query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim]; `ends` int64 or int32
     [documents + 1]: where each begins, and where the last one ends; none has more than `longest`
-    tokens. Returns [1, tokens, heads, dim] in the type of `value`. Memory: documents x longest.
+    tokens. Returns [1, tokens, heads, dim] in the type of `value`. Memory: documents x longest, or
+    tokens x tokens where the former is more than `MOSTLY_PADDING` times the tokens.
     """
     starts, lasts = ends[:-1].long(), ends[1:].long()
     tokens = torch.arange(query.shape[2], device=query.device)
+    document = torch.searchsorted(lasts, tokens, right=True)
+    if len(starts) * longest > MOSTLY_PADDING * len(tokens):
+        return _under_a_mask(query, key, value, document, how)
     columns = torch.arange(longest, device=query.device)
     # what lies behind a document is computed with and never read: causal order hides it before
     places = (starts[:, None] + columns).clamp(max=len(tokens) - 1)
@@ -57,8 +65,25 @@ def attend_documents(
         dropout_p=how.dropout,
         scale=how.scaling,
     )
-    document = torch.searchsorted(lasts, tokens, right=True)
     return attended.transpose(1, 2)[document, tokens - starts[document]][None]
+
+
+def _under_a_mask(
+    query: Tensor, key: Tensor, value: Tensor, document: Tensor, how: Weighing
+) -> Tensor:
+    """The same, of the row as it is; `document`: which one each token is of, int64 [tokens]."""
+    heads, tokens = query.shape[1:3]
+    seen = band(tokens, how.window, query.device) & (document[:, None] == document)
+    keys, values = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    attended = scaled_dot_product_attention(
+        query.to(value.dtype),
+        keys.to(value.dtype),
+        values,
+        attn_mask=seen,
+        dropout_p=how.dropout,
+        scale=how.scaling,
+    )
+    return attended.transpose(1, 2)
 
 
 def _batched(tensor: Tensor, places: Tensor, heads: int) -> Tensor:

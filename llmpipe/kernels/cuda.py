@@ -27,7 +27,7 @@ def attend_documents(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if how.dropout or not _fits(query, value):
         return apart.attend_documents(query, key, value, ends, longest, how)
-    rows = [tensor[0].transpose(0, 1) for tensor in (query.to(value.dtype), key, value)]
+    rows = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]
     back = -1 if how.window is None else how.window - 1  # beside the token itself
     return attend_rows(*rows, ends, longest, how.scaling, back)[0][None]
 
