@@ -49,6 +49,9 @@ class EndToEnd:
     longest: int
     """Tokens of a document at most."""
     tokens: int = 1
+    balances: bool = False
+    """Whether an `attention_mask` says which tokens are real, for the balance of experts: attention
+    itself goes by the ends."""
 
     def __call__(self, rows: list[Any]) -> Batch:
         batch = self.collate(rows)
@@ -64,6 +67,8 @@ class EndToEnd:
         ends = self._ends(batch["cu_seq_lens_q"], real + filled)
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends
         batch["max_length_q"] = batch["max_length_k"] = self.longest
+        if self.balances:
+            batch["attention_mask"] = (torch.arange(real + filled) < real).long()[None]
         batch["predictors"] = (batch["labels"][0, 1:] != IGNORED).nonzero().flatten()
         return batch
 

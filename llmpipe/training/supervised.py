@@ -38,7 +38,8 @@ class SupervisedTrainer(Durable, SFTTrainer):
         packed = training.hardware.compiles and training.preparation.packing
         tokens = longest * training.hardware.micro_batch_size if packed else 1
         pad = training.tokenizer.pad_token_id
-        self.data_collator = EndToEnd(self.data_collator, pad, longest, tokens)
+        balances = self.aux_loss_enabled
+        self.data_collator = EndToEnd(self.data_collator, pad, longest, tokens, balances)
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         read_predictors(causal, ("entropy", "is_top1"))
 

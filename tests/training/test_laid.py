@@ -1,8 +1,11 @@
 """Batches whose rows lie end to end: the same rows in few shapes, and all that is asked of them."""
 
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
 
+from llmpipe import upstream
 from llmpipe.training.laid import FEWEST, Counted, EndToEnd
 
 
@@ -47,6 +50,36 @@ def test_what_predicts_is_what_learns():
         place - 1 for place in range(1, 128) if labels[place] != -100
     ]
     assert not set(batch["cu_seq_lens_q"].tolist()) & set((batch["predictors"] + 1).tolist())
+
+
+def test_experts_are_balanced_by_what_is_real():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.5,
+        output_router_logits=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    upstream.speed_up(model, device_type="cpu")
+    add_fused_lm_head(model, outputs=("entropy",))
+    batches = (
+        collated([5, 30, 1, 17]),
+        collated([5, 30, 1, 17], longest=32, tokens=128, balances=True),
+    )
+    losses = []
+    for batch in batches:
+        asked = {name: batch[name] for name in batch if name not in ("tokens", "predictors")}
+        out = model(**asked, fused_lm_head=True)
+        losses.append(torch.stack([out.log_probs.sum(), out.aux_loss]))
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_shapes_are_few():
