@@ -263,7 +263,7 @@ def run_llmpipe(args, folder: Path, callback):
     from llmpipe.front.worker import open_job
     from llmpipe.run.artifact import Artifact
     from llmpipe.run.signals import Signals
-    from llmpipe.stages import stage
+    from llmpipe.stages import prepared_by, stage
     from llmpipe.training import hosted
 
     fit, seen = hosted.Durable.fit, []
@@ -277,7 +277,7 @@ def run_llmpipe(args, folder: Path, callback):
     job = open_job(Artifact(folder), Signals())
     with contextlib.redirect_stdout(sys.stderr):
         module = stage(job.recipe.stage)
-        module.train(job, module.PREPARED.from_file(folder / "prepared.json"))
+        module.train(job, prepared_by(module).of_artifact(folder))
     return seen[0]
 
 
@@ -321,9 +321,9 @@ def measure(args) -> dict:
                 args, rows, AutoTokenizer.from_pretrained(args.model), clock, out
             )
         else:
-            shutil.copytree(home / ("packed" if args.packing else "unpacked"), Path(out, "sft"))
+            shutil.copytree(folder, Path(out, folder.name))
             Path(out, ".prepared").symlink_to(home / ".prepared")
-            trainer = run_llmpipe(args, Path(out, "sft"), clock)
+            trainer = run_llmpipe(args, Path(out, folder.name), clock)
     history = [step for step in trainer.state.log_history if "loss" in step]
     seconds, cpu = (end - start for start, end in zip(clock.start, clock.end, strict=True))
     return {
