@@ -523,8 +523,14 @@ def _replace(target: Path, new: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove what lies at a path, if anything: a folder with all in it; of a link, the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove what lies at a path, if anything: a folder with all in it, however deep; of a link,
+    the link.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    for root, folders, names in reversed(list(walk(path))):
+        inside = [os.path.join(root, name) for name in [*folders, *names]]
+        for link_or_file in filter(os.path.lexists, inside):  # folders are gone by now
+            os.unlink(link_or_file)
+        os.rmdir(root)
