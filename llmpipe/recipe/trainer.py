@@ -97,8 +97,8 @@ OWNED: dict[str, str | None] = {
 }
 
 _COMPILED = (
-    "rows of every length would be compiled for anew, minutes of each, and a resumed run would not "
-    "end in the same bytes"
+    "launch.compile compiles the layers; a whole model would be compiled anew for rows of every "
+    "length, and a resumed run would not end in the same bytes"
 )
 _WORKERS = "rows lie prepared in memory: workers would have nothing to do, and read a stream twice"
 _LAUNCH = "llmpipe starts the processes itself"
