@@ -266,3 +266,42 @@ def test_a_warning_is_not_enough_for_the_backward_pass():
             assert asked() == (enabled, warns)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for rows runs on a GPU")
+@pytest.mark.parametrize(
+    ("heads", "shared", "width", "how"),
+    [
+        (8, 8, 64, Weighing()),
+        (8, 2, 128, Weighing()),
+        (8, 2, 64, Weighing(window=100)),
+        (4, 4, 64, Weighing(scaling=0.2)),
+    ],
+)
+def test_the_kernel_for_rows_itself(heads, shared, width, how):
+    """Beside fp32, and twice: the same bits, since PyTorch is asked for them."""
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 700, 701, 701, 1500, 2048, 2048], dtype=torch.int32, device="cuda")
+    tensors = [
+        torch.randn(1, count, 2048, width, device="cuda", requires_grad=True)
+        for count in (heads, shared, shared)
+    ]
+    expected = apart.attend_documents(*tensors, ends, 1024, how)
+    weights = torch.randn_like(expected)
+    grads = torch.autograd.grad((expected * weights).sum(), tensors)
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = []
+        for _ in range(2):
+            attended = cuda.attend_documents(*half, ends, 1024, how)
+            runs.append(torch.autograd.grad((attended.float() * weights).sum(), half))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert apart_by(attended, expected) < 1e-2
+    assert all(apart_by(one, other) < 1e-2 for one, other in zip(runs[0], grads, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def apart_by(one, other):
+    return float((one.float() - other).norm() / other.norm())

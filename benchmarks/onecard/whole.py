@@ -224,6 +224,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 TESTS = """
+tests/test_attention.py
 tests/test_upstream.py
 tests/rl/test_policy_gradient.py
 tests/rl/test_optimizer.py
