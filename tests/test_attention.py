@@ -102,13 +102,24 @@ def test_plain_and_padded_batches_are_as_they_were(kind):
     if kind != "gemma2":
         fast.set_attn_implementation("sdpa")
     upstream.speed_up(fast, device_type="cpu")
+    rows = []
+    embeddings = fast.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
     ids = torch.randint(3, 64, (2, 20))
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
+    weights = torch.randn(2, 20, 64)
     for how in ({}, {"attention_mask": mask}, {"attention_mask": mask.flip(1)}):
-        seen = how.get("attention_mask", torch.ones_like(ids)).bool()
+        seen = how.get("attention_mask", torch.ones_like(ids))
         expected, response = (model(ids, **how, use_cache=False).logits for model in (plain, fast))
-        torch.testing.assert_close(response[seen], expected[seen], atol=2e-5, rtol=1e-5)
+        real = seen.bool()
+        torch.testing.assert_close(response[real], expected[real], atol=2e-5, rtol=1e-5)
+        for logits, model in ((expected, plain), (response, fast)):
+            model.zero_grad()
+            (logits * weights * seen[..., None]).sum().backward()
+        for (name, one), other in zip(plain.named_parameters(), fast.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, atol=2e-4, rtol=1e-4, msg=name)
+    assert rows == [(2, 20), (1, 32), (1, 32)]  # no layer sees padding
 
 
 BACK = [
