@@ -30,6 +30,7 @@ from llmpipe.models.pretrained import (
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.job import Job
+from llmpipe.upstream.attention import DOCUMENTS
 
 if TYPE_CHECKING:
     from llmpipe.stages.pretrain import Architecture
@@ -123,8 +124,10 @@ def speed_up(model: PreTrainedModel, setup: Setup[Training]) -> None:
     """Make a model fast on this hardware, without a change of what it computes."""
     upstream.speed_up(model, device_type=setup.hardware.device)
     if setup.hardware.compiles:
-        # rows that are packed come in one shape
-        upstream.compile_layers(model, dynamic=not setup.recipe.packs)
+        packed = setup.recipe.data.preparation.packing
+        # such rows come in one shape, see `training.laid`
+        few = packed and model.config._attn_implementation == DOCUMENTS
+        upstream.compile_layers(model, dynamic=not few)
 
 
 def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:

@@ -4,14 +4,19 @@ device that is asked for a number once a step.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe import upstream
 from llmpipe.kernels import apart
+from llmpipe.models.load import speed_up
+from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
+from llmpipe.stages import schema
 from llmpipe.training.hosted import Durable
 from llmpipe.upstream import layers
 from tests import life
@@ -105,6 +110,29 @@ def test_traced_layers_learn_the_same(tmp_path, monkeypatch, again):
     # before, in and after the steps; afterwards recomputed layers are asked for a gradient as well
     evaluated, *learned, _ = metric(traced, "compilations")
     assert evaluated < learned[0] == learned[-1] and layers.left_as_written() == left
+
+
+def test_layers_are_compiled_for_each_shape_where_these_are_few(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(upstream, "compile_layers", lambda _, dynamic: asked.append(dynamic))
+    packed = life.write(tmp_path / "packed", data__packing=True)
+    padded = life.write(tmp_path / "padded", data__packing=False)
+    recipes = {
+        "packed": load(packed, schema("sft")),
+        "padded": load(padded, schema("sft")),
+        "ppo": load(life.TINY / "ppo.yaml", schema("ppo")),  # whose passes have any length
+    }
+    hardware = SimpleNamespace(device="cpu", compiles=True)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    dynamic = {}
+    for name, recipe in recipes.items():
+        for attention in ("sdpa", "eager"):
+            model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+            speed_up(model, SimpleNamespace(hardware=hardware, recipe=recipe))
+            dynamic[name, attention] = asked.pop()
+    assert [each for each, is_dynamic in dynamic.items() if not is_dynamic] == [("packed", "sdpa")]
 
 
 def test_what_cannot_be_compiled_is_computed_as_it_is_written():
