@@ -352,7 +352,7 @@ class Launch(Machine):
     `optim.batch_size`."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
-    on a GPU, but not in ppo, where it takes some minutes."""
+    on a GPU, but not in ppo, which has five forms of each layer to compile."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

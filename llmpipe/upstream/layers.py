@@ -23,9 +23,9 @@ def compile_layers(model: nn.Module, *, dynamic: bool) -> int:
     """Let the layers of `model` be compiled when they are first called; returns how many there are.
 
     `dynamic`: once for all numbers of tokens; else once for each, and a little faster. What is
-    compiled depends on the shape alone and not on what came before, nor is it chosen by its time,
-    so that a resumed training computes the same bits. What the compiler does not know is computed
-    as it is written, see `left_as_written`.
+    compiled is not chosen by its time, and else depends on the shape alone, so that a resumed
+    training computes the same bits; where it is `dynamic`, a compiler may take the first shape for
+    the usual one. What it does not know is computed as it is written, see `left_as_written`.
     """
     torch._dynamo.config.recompile_limit = MOST
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST
