@@ -316,3 +316,12 @@ def test_the_kernel_for_rows_itself(heads, shared, width, how):
 
 def apart_by(one, other):
     return float((one.float() - other).norm() / other.norm())
+
+
+def test_bounded_products_on_a_gpu_are_another_kernels():
+    """flash-attention's or a compiler's, which know them, and not one document after the other."""
+    model = AutoModelForCausalLM.from_config(KINDS["gemma2"], attn_implementation="eager")
+    upstream.speed_up(model, device_type="cuda")
+    assert model.config._attn_implementation == "eager"
+    assert upstream.fits(type(model), model.config, "eager", "cpu")
+    assert not upstream.fits(type(model), model.config, "eager", "cuda")

@@ -122,7 +122,8 @@ def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
         config = configuration(folder)
         known = model_class(folder, config=config)
         loaded = upstream.supported_attention(known, "sdpa")
-        hardware = decide(recipe, host, known, upstream.fits(known, config, loaded))
+        by_document = upstream.fits(known, config, loaded, host.device)
+        hardware = decide(recipe, host, known, by_document)
     else:
         hardware = decide(recipe, host, None)
     torch.set_num_threads(hardware.threads)

@@ -44,7 +44,7 @@ def speed_up(model: PreTrainedModel, *, device_type: str) -> None:
     Call before training. The saved configuration names no attention, so nothing of this is left in
     an artifact.
     """
-    attend_by_document(model)
+    attend_by_document(model, device_type)
     score_labels(device_type)
 
 

@@ -31,7 +31,7 @@ KNOWN = {"full_attention", "sliding_attention"}
 """Kinds of layers whose attention is all that the ends of documents decide."""
 
 
-def attend_by_document(model: PreTrainedModel) -> None:
+def attend_by_document(model: PreTrainedModel, device_type: str) -> None:
     """Let `model` attend document by document, where `fits` says that it can, and where it has
     attention that looks back alone: BERT's looks both ways, Doge's chooses by its mask.
 
@@ -40,17 +40,23 @@ def attend_by_document(model: PreTrainedModel) -> None:
     AttentionInterface.register(DOCUMENTS, documents_attention)
     AttentionMaskInterface.register(DOCUMENTS, documents_mask)
     looks_back = any(getattr(module, "is_causal", False) for module in model.modules())
-    if looks_back and fits(type(model), model.config, model.config._attn_implementation):
+    attention = model.config._attn_implementation
+    if looks_back and fits(type(model), model.config, attention, device_type):
         model.set_attn_implementation(DOCUMENTS)
         read_ends(model)
 
 
-def fits(model: type[PreTrainedModel], config: PretrainedConfig, attention: str) -> bool:
+def fits(
+    model: type[PreTrainedModel], config: PretrainedConfig, attention: str, device_type: str
+) -> bool:
     """Whether a model of this class, loaded with some `attention`, attends as
-    `documents_attention` can: to a document, or to a window of it.
+    `documents_attention` can: to a document, or to a window of it. Bounded products (Gemma 2) are
+    computed document by document on a CPU alone.
     """
     text = config.get_text_config()
     bounds = getattr(text, "attn_logit_softcapping", None)  # then the class knows no sdpa
+    if bounds and device_type != "cpu":
+        return False
     loaded = attention == "sdpa" or (attention == "eager" and bounds and not model._supports_sdpa)
     kinds = set(getattr(text, "layer_types", None) or KNOWN)
     in_chunks = getattr(text, "attention_chunk_size", None)
