@@ -385,6 +385,14 @@ def _beside(adapter: Artifact, reference: str) -> Path:
     return adapter.run.parent / os.path.basename(reference.rstrip("/"))
 
 
+def _names_another_kind(base: Base) -> bool:
+    """Whether a base is a folder and its reference a GGUF file's, or the other way round."""
+    named = base.reference.endswith(".gguf")
+    if base.kind == "gguf":
+        return not named
+    return base.kind == "folder" and named and not (base.folder or "").endswith(".gguf")
+
+
 def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     """The very model that an adapter was trained on.
 
@@ -398,6 +406,9 @@ def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     keep = trained_on.kind != "merged"
     base_use = Use(field, TRAINED, keep, use.glance, use.below + 1)
     reference = portable(trained_on.reference)
+    if _names_another_kind(trained_on):
+        problem = f"{adapter.path / MANIFEST}: base: a {trained_on.kind} is not called {reference}"
+        raise UserError(problem, "make the artifact again", INTEGRITY)
     ways = ways_to(adapter, trained_on)
     if not ways and trained_on.kind == "gguf":
         read_already = Model("gguf", reference, trained_on.identity, None)

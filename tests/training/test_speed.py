@@ -80,11 +80,13 @@ def test_other_stages_compile_too(tmp_path, stage):
     written = (life.TINY / f"{stage}.yaml").read_text()
     here = written.replace("artifact:sft", str(life.TINY / "model"))
     here = here.replace("./recipes/tiny", str(life.TINY))
+    made = []
     for name, value in (("plain", "false"), ("compiled", "true")):
         path = tmp_path / f"{name}.yaml"
         path.write_text(here.replace("runs/tiny", str(tmp_path / name)))
-        life.command(path, [f"launch.compile={value}", "optim.steps=3", "log.every=1"])
-    plain, compiled = (Artifact(tmp_path / name / stage) for name in ("plain", "compiled"))
+        sets = [f"launch.compile={value}", "optim.steps=3", "log.every=1"]
+        made.append(life.command(path, sets))
+    plain, compiled = made
     assert metric(compiled, "loss") == pytest.approx(metric(plain, "loss"), abs=1e-4)
 
 
