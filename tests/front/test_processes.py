@@ -150,7 +150,7 @@ def test_codes_of_failures(tmp_path, processes):
             "llmpipe",
             "sft",
         ],
-        [*ACCELERATE, "-m", "llmpipe", "sft"],
+        life.by_the_dozen([*ACCELERATE, "-m", "llmpipe", "sft"]),
     ],
     ids=["checkout", "checkout-two", "module"],
 )
@@ -182,6 +182,7 @@ def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
     assert code == 2 and f"does not shard models yet ({how})" in out and "Traceback" not in out
 
 
+@pytest.mark.faults
 def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
     """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the
     other has no part."""

@@ -59,6 +59,7 @@ def test_a_terminal_that_cannot_show_it_shows_something_else(run, encoding, comm
         assert "?" in done.stdout  # in place of the curve
 
 
+@pytest.mark.faults
 def test_a_training_in_ascii_says_its_samples(run, tmp_path):
     """Which a worker prints, in a process of its own; the log has them as they are."""
     line = f"$llmpipe sft {run}.yaml --run {tmp_path}/run"
