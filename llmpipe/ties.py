@@ -8,7 +8,6 @@ on Linux nothing is tied.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -30,6 +29,8 @@ def die_with_parent(parent: int | None = None, by: signal.Signals = signal.SIGKI
     """
     if sys.platform != "linux":
         return
+    import ctypes  # here: help and mistakes are answered without it
+
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, by)
     if parent is not None and os.getppid() != parent:
         os._exit(KILLED)

@@ -23,7 +23,6 @@ from llmpipe.errors import SIGINT, Stopped, UserError, near
 from llmpipe.faults import a_bug, of_machine, refuse_no_folder
 from llmpipe.front.terminal import exit_code, open_terminal
 from llmpipe.stages import STAGES
-from llmpipe.ties import die_with_launcher
 
 if TYPE_CHECKING:
     from llmpipe.recipe.check import Located
@@ -338,6 +337,8 @@ def _refuse_broken_text(arguments: list[str]) -> None:
 def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
     if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        from llmpipe.ties import die_with_launcher
+
         die_with_launcher()
     # collections during the imports take a tenth of the front door's time; `make` turns them on
     gc.disable()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from llmpipe.errors import UserError
 from llmpipe.files import SMALL, Table, in_bytes
 from llmpipe.report.curves import curves_of
-from llmpipe.run import checkpoints
 from llmpipe.run.artifact import Artifact, artifacts
 
 if TYPE_CHECKING:
@@ -81,10 +80,11 @@ def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
         except UserError as error:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
         return _altered(artifact.differences(manifest, most=SMALL)) or "finished", manifest
-    steps = checkpoints.steps(artifact.checkpoints)
-    at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
+    from llmpipe.run import checkpoints
     from llmpipe.run.outcome import Outcome
 
+    steps = checkpoints.steps(artifact.checkpoints)
+    at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
     outcome = Outcome.read(artifact)
     end = f"; last ended with: {outcome.message}" if outcome and outcome.message else ""
     return f"not finished, {at}{end}", None
