@@ -12,8 +12,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from llmpipe.kernels import log_probs as tiles
 from llmpipe.kernels.log_probs import Allowed, Head
-
-COLUMNS = 32_768  # of the vocabulary in a tile of TRL's: as its trainers have it
+from llmpipe.upstream.head import CHUNK
 
 
 def log_probs(
@@ -34,6 +33,6 @@ def fused(hidden: Tensor, head: Head, targets: Tensor, temperature: float) -> tu
     """By TRL's kernel, on any device; gradients flow through the entropy as well, where it is
     learned from."""
     weight, bias = head.linear.weight, head.linear.bias
-    options = (temperature, COLUMNS, head.cap, head.scale, ("entropy",))
+    options = (temperature, CHUNK, head.cap, head.scale, ("entropy",))
     scores, entropy, *_ = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
     return scores, entropy
