@@ -241,7 +241,7 @@ def test_every_form_of_the_head_says_the_same(monkeypatch, cap, bias):
     layer = torch.nn.Linear(16, 101, bias=bias)
     head = tiles.Head(layer, 1.5, cap)
     targets = torch.randint(101, (len(states),))
-    monkeypatch.setattr(heads, "COLUMNS", 40)  # several tiles
+    monkeypatch.setattr(heads, "CHUNK", 40)  # several tiles
     forms = {
         "a GPU's": lambda hidden: heads.fused(hidden, head, targets, 0.7),
         "tiles": lambda hidden: heads.log_probs(hidden, head, targets, 0.7, None, True),
