@@ -114,7 +114,7 @@ class Rollout(Section):
 
 
 class Algorithm(Section):
-    epochs: Positive = 4
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 4
     """Passes over each rollout."""
     minibatches: Positive = 4
     """Optimizer steps per pass."""
