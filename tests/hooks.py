@@ -285,3 +285,26 @@ def ppo_nan_gradient(step):
             self._gradients = broken
 
     _before(Learner, "optimizer_step", action)
+
+
+def short_of_memory(most):
+    """A machine on which no more than `most` sequences are passed at once; 0: where none is
+    missed."""
+    import torch
+
+    from llmpipe.training import memory
+
+    memory.DEVICES = {"cpu"}
+    passed = memory._pass
+
+    def too_much(trainer):
+        passed(trainer)
+        if most and trainer.hardware.micro_batch_size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    memory._pass = too_much
+
+
+def killed_when_short(most):
+    short_of_memory(most)
+    kill_after_checkpoint(3)

@@ -11,9 +11,11 @@ import gc
 import os
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,6 +76,11 @@ class Hardware:
     """Whether the layers of what is trained are compiled."""
     reasons: Reasons = Reasons()
 
+    def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
+        """The same with so many sequences a forward pass; `batch_size`: of an optimizer step."""
+        accumulation = batch_size // (micro_batch_size * self.processes)
+        return replace(self, micro_batch_size=micro_batch_size, accumulation=accumulation)
+
     @property
     def place(self) -> str:
         """Where models are loaded to."""
@@ -107,11 +114,17 @@ class Hardware:
         return settings
 
 
-def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def choose(
+    recipe: Training, say: Say, folder: Path | None = None, before: Mapping[str, Any] = NOTHING
+) -> Hardware:
     """Look, decide, and say what was decided. Sets torch's threads.
 
     `folder`: of the model that is trained, or of its base, which decides what attention is
-    possible. Called once all is imported. Raises UserError when the recipe asks for what this
+    possible; `before`: settings of a checkpoint that may be gone on from, by which `auto` is
+    decided again. Called once all is imported. Raises UserError when the recipe asks for what this
     machine or a batch cannot give.
     """
     keep_imports()
@@ -123,9 +136,9 @@ def choose(recipe: Training, say: Say, folder: Path | None = None) -> Hardware:
         known = model_class(folder, config=config)
         loaded = upstream.supported_attention(known, "sdpa")
         by_document = upstream.fits(known, config, loaded, host.device)
-        hardware = decide(recipe, host, known, by_document)
+        hardware = decide(recipe, host, known, by_document, before)
     else:
-        hardware = decide(recipe, host, None)
+        hardware = decide(recipe, host, None, before=before)
     torch.set_num_threads(hardware.threads)
     if hardware.device == "cuda":
         _make_exact()
@@ -159,11 +172,16 @@ def detect(launch: Launch) -> Host:
 
 
 def decide(
-    recipe: Training, host: Host, model: type[PreTrainedModel] | None, by_document: bool = True
+    recipe: Training,
+    host: Host,
+    model: type[PreTrainedModel] | None,
+    by_document: bool = True,
+    before: Mapping[str, Any] = NOTHING,
 ) -> Hardware:
     """Precision, attention and micro-batch of a recipe on a host, for the class of a model or any.
 
-    `by_document`: whether `upstream` knows how such a model attends to each document by itself.
+    `by_document`: whether `upstream` knows how such a model attends to each document by itself;
+    `before`: as in `choose`.
 
     Raises UserError when a GPU has not the precision that the recipe asks for, and when
     `optim.batch_size` does not divide by processes and micro-batches.
@@ -173,7 +191,7 @@ def decide(
     compiles = recipe.launch.compile
     if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
         compiles = host.device == "cuda" and by_document and recipe.stage != "ppo"
-    micro_batch_size = machine.micro_batch_size(recipe, host.processes, host.device == "cuda")
+    micro_batch_size = _micro_batch_size(recipe, host, before)
     return Hardware(
         device=host.device,
         processes=host.processes,
@@ -185,6 +203,17 @@ def decide(
         compiles=compiles,
         reasons=Reasons(precision_reason, attention_reason),
     )
+
+
+def _micro_batch_size(recipe: Training, host: Host, before: Mapping[str, Any]) -> int:
+    """Sequences per process and forward pass; `auto` is what a checkpoint was written with, which
+    is bitwise gone on from with that alone.
+    """
+    size = machine.micro_batch_size(recipe, host.processes, host.device == "cuda")
+    kept = before.get("micro_batch_size")
+    if recipe.launch.micro_batch_size != "auto" or not isinstance(kept, int) or kept < 1:
+        return size
+    return size if recipe.batch_size % (kept * host.processes) else kept
 
 
 def _precision(asked: str, host: Host) -> tuple[bool, str]:

@@ -28,6 +28,7 @@ from llmpipe.models.pretrained import (
     rows_of,
 )
 from llmpipe.recipe.sections import Adapter, Training
+from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.job import Job
 from llmpipe.upstream.attention import DOCUMENTS
@@ -64,7 +65,9 @@ class Setup(Generic[R_co]):
 
 def set_up(job: Job[R_co], prepared: PreparedRows) -> Setup[R_co]:
     """Decide the hardware, say so, and load the tokenizer. Raises UserError as `choose` does."""
-    hardware = choose(job.recipe, job.say, job.weights if "model" in job.models else None)
+    weights = job.weights if "model" in job.models else None
+    before = checkpoints.settings(job.artifact.checkpoints)
+    hardware = choose(job.recipe, job.say, weights, before)
     tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
     return Setup(job, prepared, hardware, tokenizer)
 

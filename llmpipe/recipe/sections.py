@@ -493,6 +493,11 @@ class Training(Recipe):
         return False
 
     @property
+    def least_micro_batch(self) -> int:
+        """Sequences that a forward pass needs."""
+        return 1
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps, where the recipe says how many."""
         return self.optim.steps

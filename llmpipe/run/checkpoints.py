@@ -112,6 +112,16 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
 
+def settings(checkpoints: Path) -> Mapping[str, Any]:
+    """The machine's settings that the newest checkpoint was written with, as far as its table says;
+    nothing where there is none.
+    """
+    for step in reversed(steps(checkpoints)):
+        if sums := Sums.read(folder(checkpoints, step)):
+            return sums.origin.machine
+    return {}
+
+
 @contextmanager
 def writing(
     checkpoints: Path,

@@ -171,6 +171,7 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
 
     from llmpipe.data.kinds.pairs import PAIRS
     from llmpipe.models.load import load_policy, set_up
+    from llmpipe.run.machine import micro_batch_size
     from llmpipe.training import reference
     from llmpipe.training.arguments import arguments
     from llmpipe.training.conclude import conclude
@@ -182,6 +183,8 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     setup = set_up(job, prepared)
     _refuse_micro_batches(recipe, setup.hardware.accumulation * setup.hardware.processes)
     training = Training(setup, PAIRS, load_policy(setup))
+    hardware = setup.hardware
+    by_rule = micro_batch_size(recipe, hardware.processes, hardware.device == "cuda")
     configuration = arguments(
         DPOConfig,
         training,
@@ -191,6 +194,7 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
         loss_weights=list(recipe.weights.values()),
         label_smoothing=recipe.label_smoothing,
         precompute_ref_log_probs=recipe.precompute,
+        precompute_ref_batch_size=by_rule,  # not by memory: they are kept, and read again
         disable_dropout=True,
     )
     trainer = PolicyTrainer(

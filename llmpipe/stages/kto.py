@@ -90,6 +90,10 @@ class Schema(Generating):
             raise ValueError("objective: kto needs two rows or more in a pass; see launch")
         return self
 
+    @property
+    def least_micro_batch(self) -> int:
+        return 2 if self.objective == "kto" else 1
+
 
 def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
     from llmpipe.data.kinds.labels import LABELS

@@ -20,16 +20,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
-from llmpipe.models.hardware import release_memory
+from llmpipe.models.hardware import Hardware, release_memory
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure, without_effect
 from llmpipe.training.laid import Counted
+from llmpipe.training.memory import fit_memory
 from llmpipe.training.metrics_log import MetricsLog
 from llmpipe.training.resume import Resume, State, as_numbers
-from llmpipe.training.rows import Order, with_fillers
+from llmpipe.training.rows import Order, longest, with_fillers
 from llmpipe.training.schedule import (
     make_scheduler,
     refuse_another_schedule,
@@ -49,7 +50,6 @@ class Durable(Trainer):
         """`measure`: what is said of held-out rows; `arguments`: those of TRL's trainer."""
         self.training = training
         self.artifact = training.artifact
-        self.hardware = training.hardware
         self.recipe = training.recipe
         self.say = training.say
         self.signals = training.job.signals
@@ -75,6 +75,7 @@ class Durable(Trainer):
         self.held_out = HeldOut(self, measure, self.hardware, self.world, self.stop_asked)
         self.resume = Resume(training, self.world)
         self.metrics_log.cut(self.resume.state.metrics_bytes if self.resume.state else 0)
+        self._rows = self.train_dataset
         self._even_out_batches()
         self.library_collator = self.data_collator
         self.data_collator = Counted(self.library_collator)
@@ -86,7 +87,7 @@ class Durable(Trainer):
     def _even_out_batches(self) -> None:
         """Set the rows and their order, with fillers where processes would have other numbers."""
         stream = self.training.stream
-        rows = stream or self.train_dataset
+        rows = stream or self._rows
         count = len(rows)
         together = self.hardware.micro_batch_size * self.world.size
         fillers = -count % together if self.world.size > 1 else 0
@@ -96,6 +97,29 @@ class Durable(Trainer):
             assert filler is not None  # every kind that TRL trains on has one
             rows = with_fillers(rows, fillers, filler(self.processing_class.pad_token_id))
         self.train_dataset = rows
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.training.hardware
+
+    def cut(self, micro_batch_size: int) -> None:
+        """Take so many sequences a forward pass, as if there had never been another number; before
+        the first one.
+        """
+        self.training.cut(micro_batch_size)
+        self.args.per_device_train_batch_size = micro_batch_size
+        self.args.per_device_eval_batch_size = micro_batch_size
+        self.args.gradient_accumulation_steps = self.hardware.accumulation
+        self._train_batch_size = self.args.train_batch_size
+        self._even_out_batches()
+
+    def longest_rows(self, count: int) -> list[dict[str, Any]]:
+        """The longest of the rows, before fillers: as many as a forward pass takes."""
+        if self.training.stream is None:
+            return longest(self._rows, count)
+        block = [self.processing_class.pad_token_id] * self.training.preparation.max_length
+        row = {"input_ids": block, "labels": block, "seq_lengths": [len(block)]}
+        return [row] * count
 
     # --- what a stage asks of it; see `training.Trained` ---
 
@@ -111,10 +135,10 @@ class Durable(Trainer):
         NaN or Inf.
         """
         self.signals.deferred = True
-        if self.resumes:
-            done = self._go_on()
-        else:
-            done = False
+        done = self.resumes and self._go_on()
+        if not done:
+            fit_memory(self)
+        if not self.resumes:
             self._evaluate_at_first()
         if not done:
             checkpoint = self.resume.checkpoint

@@ -58,6 +58,7 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
 
     def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
         super().__init__(training, measure, **arguments)
+        self.step_divergence = torch.zeros(1, device=self.args.device)
         self.divergences = HeldOut(self, divergence, self.hardware, self.world, self.stop_asked)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

@@ -59,7 +59,7 @@ class Referenced(Trainer):
             str(self.args.device),
             torch.get_num_threads(),
             torch.__version__,
-            self.args.per_device_train_batch_size,
+            self.args.precompute_ref_batch_size,
             self.args.world_size,
             self.model.config._attn_implementation,
         ]

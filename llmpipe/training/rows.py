@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
@@ -68,6 +70,14 @@ def stand_in(packed: bool) -> Dataset:
     if packed:
         row["seq_lengths"] = [2]
     return Dataset.from_list([row])
+
+
+def longest(rows: Dataset, count: int) -> list[dict[str, Any]]:
+    """The rows with the most tokens in all of their columns, again where there are fewer."""
+    columns = [name for name in rows.column_names if name.endswith("ids")]
+    lengths = sum(pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns)
+    places = np.argsort(-lengths, kind="stable")[:count].tolist()
+    return [rows[places[i % len(places)]] for i in range(count)]
 
 
 def with_fillers(rows: Dataset, count: int, filler: dict[str, Any]) -> Dataset:

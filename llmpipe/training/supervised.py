@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class SupervisedTrainer(Durable, SFTTrainer):
         self.data_collator = EndToEnd(self.data_collator, pad, longest, tokens, balances)
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         read_predictors(causal, ("entropy", "is_top1"))
+
+    def cut(self, micro_batch_size: int) -> None:
+        """With rows of as many tokens."""
+        before = self.hardware.micro_batch_size
+        super().cut(micro_batch_size)
+        laid = self.data_collator
+        if isinstance(laid, EndToEnd) and laid.tokens > 1:
+            tokens = laid.tokens // before * micro_batch_size
+            self.data_collator = replace(laid, tokens=tokens)
 
     def compute_loss(
         self,

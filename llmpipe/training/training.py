@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from llmpipe.training import rows
 R_co = TypeVar("R_co", bound=sections.Training, covariant=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training(Generic[R_co]):
     """One training, once there are tokens and a model: all that its parts share."""
 
@@ -82,6 +82,11 @@ class Training(Generic[R_co]):
         if self.prepared.mixture:
             digests.append(self.prepared.mixture.content_digest)
         return ":".join(digests)
+
+    def cut(self, micro_batch_size: int) -> None:
+        """Take so many sequences a forward pass."""
+        hardware = self.hardware.cut(self.recipe.batch_size, micro_batch_size)
+        self.setup = replace(self.setup, hardware=hardware)
 
     def train_rows(self) -> Dataset:
         return rows.dataset(self.folder / "train.arrow")

@@ -427,6 +427,16 @@ def gathering_scalars(accelerator: Accelerator) -> Iterator[None]:
         del accelerator.gather  # the method is seen again
 
 
+@contextmanager
+def alone(accelerator: Accelerator) -> Iterator[None]:
+    """Let a trainer compute as if there was no other process, and so wait for none."""
+    accelerator.gather = accelerator.reduce = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.reduce  # the methods are seen again
+
+
 def preference_loss(
     library: type[Trainer], trainer: Any, forward: Callable[..., Any], batch: dict[str, Any]
 ) -> Tensor:

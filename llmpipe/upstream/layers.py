@@ -38,6 +38,11 @@ def compile_layers(model: nn.Module, *, dynamic: bool) -> int:
     return len(layers)
 
 
+def compile_anew() -> None:
+    """Forget what layers were compiled for so far; they are compiled when they are called again."""
+    torch._dynamo.reset()
+
+
 def compilations() -> int:
     """Graphs that this process has compiled so far."""
     return int(counters["stats"]["unique_graphs"])
