@@ -20,9 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from llmpipe import upstream
-from llmpipe.recipe.reinforcement import Rollout
-from llmpipe.rl.replay import DEVICES, Replay
-from llmpipe.rl.rollout import draw, left_padded
+from llmpipe.models.drawing.draw import Sampling, draw, left_padded
+from llmpipe.models.drawing.replay import DEVICES, Replay
 
 SHAPES = {
     "135m": {
@@ -80,7 +79,7 @@ def sides(args, model) -> dict[str, Callable[[], None]]:
     lengths = [8 + place * 7 % args.prompt for place in range(args.answers)]
     prompts = [torch.randint(5, vocabulary, (n,), generator=numbers).tolist() for n in lengths]
     luck = torch.rand(args.answers, args.tokens, generator=numbers, dtype=torch.float64)
-    how = Rollout(max_new_tokens=args.tokens, top_p=args.top_p)
+    how = Sampling(args.tokens, temperature=1.0, top_p=args.top_p)
     ids = left_padded(prompts, 0)
     mask = (torch.arange(-ids.shape[1], 0) >= -torch.tensor(lengths)[:, None]).long()
     ids, mask = ids.to(model.device), mask.to(model.device)

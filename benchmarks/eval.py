@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from llmpipe import upstream
-from llmpipe.models.generate import Sampling, generate, render
+from llmpipe.models.drawing.draw import Sampling
+from llmpipe.models.generate import generate, render
 from llmpipe.models.pretrained import load_model, load_tokenizer
 
 

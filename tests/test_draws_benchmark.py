@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llmpipe.rl import replay
+from llmpipe.models.drawing import replay
 from tests import life
 
 

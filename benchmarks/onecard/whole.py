@@ -228,7 +228,7 @@ tests/test_attention.py
 tests/test_upstream.py
 tests/rl/test_policy_gradient.py
 tests/rl/test_optimizer.py
-tests/rl/test_token_step.py
+tests/models/drawing/test_token_step.py
 tests/rl/test_learner.py
 tests/models/test_apart.py
 tests/models/test_generate.py

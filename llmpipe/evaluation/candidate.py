@@ -29,10 +29,13 @@ from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Settings
 from llmpipe.evaluation.task import Answer, Ask, Marked, Tools
-from llmpipe.models.generate import Response, Sampling, check_rows, generate, isolated_rng, render
+from llmpipe.models.drawing.draw import Sampling
+from llmpipe.models.drawing.replay import Replay
+from llmpipe.models.generate import Response, check_rows, generate, render, replayed
 from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
+from llmpipe.models.rng import isolated_rng
 from llmpipe.recipe.sections import Preparation
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 from llmpipe.run.context import tokens_of
@@ -66,6 +69,9 @@ class Candidate:
     kwargs: dict[str, Any]
     """`chat_template_kwargs` it was trained with."""
     batch_size: int
+    say: Say
+    replay: Replay | None = None
+    """What draws greedy answers on a GPU, of the sampling that was asked for last."""
 
     def describe(self, parent: str | None) -> MeasuredModel:
         """What results.json says of it; `parent`: which of the others it was made from."""
@@ -208,11 +214,22 @@ class Candidate:
     def responses(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Response]:
         """A response to each tokenized prompt, drawn from `seed`."""
         responses: list[Response] = []
+        if self.replay is None or self.replay.sampling != sampling:
+            self.forget_recorded()
+            self.replay = replayed(self.model, self.tokenizer, sampling, self.say)
         with isolated_rng(seed):
             for start in range(0, len(prompts), self.batch_size):
                 batch = prompts[start : start + self.batch_size]
-                responses += generate(self.model, self.tokenizer, batch, sampling)
+                responses += generate(
+                    self.model, self.tokenizer, batch, sampling, replay=self.replay
+                )
         return responses
+
+    def forget_recorded(self) -> None:
+        """Give back the memory that drawing keeps."""
+        if self.replay:
+            self.replay.release()
+        self.replay = None
 
     def _log_probs(self, sequences: list[Marked]) -> list[LogProb]:
         """`log_probs` of one batch."""
@@ -318,10 +335,12 @@ def candidate(
         ranks=is_reward_model(folder),
         kwargs=template_kwargs(folder),
         batch_size=settings.batch_size,
+        say=say,
     )
     try:
         yield loaded
     finally:
+        loaded.forget_recorded()
         # the caller still holds `loaded` while the next one is loaded
         loaded.model = model = None
         release_memory()

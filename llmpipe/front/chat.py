@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmpipe.errors import Say, UserError
 from llmpipe.front.worker import convert_one
-from llmpipe.models.generate import Sampling, generate, render
+from llmpipe.models.drawing.draw import Sampling
+from llmpipe.models.generate import generate, render
 from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer

@@ -290,7 +290,7 @@ def chat(
 
     upstream.silence()
     from llmpipe.front import chat as conversation
-    from llmpipe.models.generate import Sampling
+    from llmpipe.models.drawing.draw import Sampling
 
     voices = conversation.open_voices(models, resolved, say)
     conversation.chat(voices, Sampling(max_new_tokens, temperature), seed)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llmpipe.errors import Say
 from llmpipe.faults import of_memory
-from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.miniature import VOCABULARY, miniatures
+from llmpipe.models.rng import isolated_rng
 
 TOLERANCE = 1e-4
 """Of what a text before it does to another, where the two are one; in fp32."""

@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import upstream
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template import bounded
-from llmpipe.errors import UserError
+from llmpipe.errors import Say, UserError
+from llmpipe.models.drawing import replay as replays
+from llmpipe.models.drawing.draw import Sampling, draw
+from llmpipe.models.drawing.replay import Replay
+from llmpipe.models.drawing.token_step import layer_windows
 from llmpipe.run.context import tokens_of
-
-
-@contextmanager
-def isolated_rng(seed: int = 0) -> Iterator[None]:
-    """Run with fresh generators; those of Python, NumPy and torch come out as they went in."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a response is drawn; temperature 0 is greedy, top_k 0 is no limit."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """In the words of transformers' GenerationConfig."""
-        if self.temperature:
-            return {"do_sample": True, **asdict(self)}
-        return {"max_new_tokens": self.max_new_tokens}
 
 
 @dataclass(frozen=True)
@@ -108,15 +80,104 @@ def generate(
     prompts: list[list[int]],
     sampling: Sampling,
     streamer: Any = None,
+    replay: Replay | None = None,
 ) -> list[Response]:
     """Responses to prompts, each a list of token ids, in one batch and in the prompts' order.
+
+    Greedy ones are drawn as `ppo` draws, by `replay` where there is one (of `replayed`): rows that
+    have ended are not computed any further, and no token is another one. What samples is
+    transformers', whose numbers depend on the whole batch.
 
     The model is left in the mode it was in. Raises UserError (2) when the longest prompt and the
     new tokens exceed the model's context.
     """
-    width = max(map(len, prompts))
     check_rows(model, tokenizer, prompts)
-    _fits_context(model, width, sampling)
+    _fits_context(model, max(map(len, prompts)), sampling)
+    was_training = model.training
+    model.eval()
+    try:
+        with upstream.generating(model):
+            if streamer is None and _draws(model, sampling):
+                rows = _greedy(model, tokenizer, prompts, sampling, replay)
+            else:
+                rows = _generated(model, tokenizer, prompts, sampling, streamer)
+    finally:
+        model.train(was_training)
+    stops = stop_tokens(model, tokenizer)
+    return [_response(tokenizer, row, stops) for row in rows]
+
+
+def replayed(
+    model: PreTrainedModel, tokenizer: Tokenizer, sampling: Sampling, say: Say
+) -> Replay | None:
+    """What keeps the recorded steps of batch after batch, to be handed to `generate`; None where
+    nothing would be recorded."""
+    if model.device.type not in replays.DEVICES or not _draws(model, sampling):
+        return None
+    ends = stop_tokens(model, tokenizer)
+    return Replay(_causal(model), sampling, ends, tokenizer.pad_token_id, say)
+
+
+# --- greedy, token by token ---
+
+STANDARD = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample")
+"""What `generate` does for every architecture that does not override it."""
+
+INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+
+
+def _draws(model: Any, sampling: Sampling) -> bool:
+    """Whether a response is greedy, and an architecture is given by `draw` what `generate` gives
+    it."""
+    causal = _causal(model)
+    kind = type(causal)
+    standard = all(getattr(kind, name) is getattr(GenerationMixin, name) for name in STANDARD)
+    text = causal.config.get_text_config(decoder=True)
+    rope = str(getattr(text, "rope_parameters", None))
+    return (
+        not sampling.temperature
+        and standard
+        and set(signature(kind.forward).parameters) >= INPUTS
+        and layer_windows(causal) is not None
+        # positions that follow from the longest text of a batch
+        and "dynamic" not in rope
+        and "longrope" not in rope
+    )
+
+
+def _causal(model: Any) -> Any:
+    """A model as transformers knows it; its layers hold the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _greedy(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    replay: Replay | None,
+) -> list[list[int]]:
+    """The responses' tokens, up to those that end them."""
+    unused = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.float64)
+    if replay:
+        with replay.rollout_begun():
+            return [episode.response for episode in replay.draw(prompts, unused)]
+    ends, pad = stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    drawn = draw(_causal(model), prompts, unused, sampling, ends, pad)
+    return [episode.response for episode in drawn]
+
+
+# --- by transformers ---
+
+
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    streamer: Any,
+) -> list[list[int]]:
+    """The responses' tokens, and padding behind those that end them."""
     stops = stop_tokens(model, tokenizer)
     # only where it stops is the model's own: with its sampling or its penalties nothing is greedy
     config = GenerationConfig(
@@ -124,26 +185,23 @@ def generate(
         eos_token_id=stops if len(stops) > 1 else stops[0],
         pad_token_id=tokenizer.pad_token_id,
     )
+    width = max(map(len, prompts))
     input_ids, attention_mask = _left_padded(prompts, width, tokenizer.pad_token_id, model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with upstream.generating(model), _configured_by(config, model):
-            rows = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=config,
-                streamer=streamer,
-            )
-    finally:
-        model.train(was_training)
-    return [_response(tokenizer, row, stops) for row in rows[:, width:].tolist()]
+    with _configured_by(config, model):
+        rows = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            streamer=streamer,
+        )
+    tokens: list[list[int]] = rows[:, width:].tolist()
+    return tokens
 
 
 @contextmanager
 def _configured_by(config: GenerationConfig, model: Any) -> Iterator[None]:
     """Let `config` alone decide: transformers fills what it leaves open from the model's own."""
-    holder = getattr(model, "get_base_model", lambda: model)()  # of an adapter
+    holder = _causal(model)
     of_model = holder.generation_config
     holder.generation_config = config
     try:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmpipe.faults import of_memory
 from llmpipe.models.adapters import plain_layer
-from llmpipe.models.generate import isolated_rng
+from llmpipe.models.rng import isolated_rng
 from llmpipe.upstream.attention import read_ends
 
 LAYERS = 2  # at least, so that one reads what another wrote

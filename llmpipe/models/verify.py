@@ -36,9 +36,10 @@ from llmpipe.models.adapters import (
     frozen_weight,
     make_fit,
 )
-from llmpipe.models.generate import isolated_rng, render
+from llmpipe.models.generate import render
 from llmpipe.models.mapped import Precision, lending, load_mapped
 from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of, take_generation
+from llmpipe.models.rng import isolated_rng
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
 

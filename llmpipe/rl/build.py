@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.models.apart import Road, keeps_apart
+from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
 from llmpipe.rl.packing import pack_episodes
-from llmpipe.rl.rollout import Episode
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.machine import full_pass
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.packing import Text, pack, sent, texts_of
 from llmpipe.rl.passes import PassSize
-from llmpipe.rl.rollout import Episode
 
 
 @dataclass(frozen=True)

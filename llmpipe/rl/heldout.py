@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from llmpipe.models.drawing.draw import Episode
 from llmpipe.parallel import World
 from llmpipe.rl.rewards import Rewards, scored_together
-from llmpipe.rl.rollout import Episode
 from llmpipe.rl.sampling import Note, Sampler
 from llmpipe.rl.seeds import Use
 from llmpipe.rl.watch import Metrics

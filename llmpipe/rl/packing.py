@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmpipe.data.pack import IGNORED
 from llmpipe.kernels.log_probs import Allowed
-from llmpipe.rl.rollout import Episode
+from llmpipe.models.drawing.draw import Episode
 
 
 @dataclass(frozen=True)

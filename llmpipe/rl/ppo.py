@@ -21,21 +21,22 @@ from torch import Tensor
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped
+from llmpipe.models.drawing import replay
+from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.generate import stop_tokens
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Algorithm, PPORecipe
-from llmpipe.rl import heldout, policy_gradient, replay, state
+from llmpipe.rl import heldout, policy_gradient, state
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.build import build
 from llmpipe.rl.experience import Experience, measure
 from llmpipe.rl.journal import Journal, Shown
 from llmpipe.rl.learner import Learner
 from llmpipe.rl.rewards import Rewards, Row, Scores, scored_together
-from llmpipe.rl.rollout import Episode
-from llmpipe.rl.sampling import Sampler
+from llmpipe.rl.sampling import Sampler, sampling_of
 from llmpipe.rl.seeds import Shuffled, Use
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
@@ -376,7 +377,9 @@ class Loop:
             return None
         model, tokenizer = self.actors.causal, self.training.tokenizer
         ends = stop_tokens(model, tokenizer)
-        return replay.Replay(model, self.recipe.rollout, ends, tokenizer.pad_token_id, self.say)
+        return replay.Replay(
+            model, sampling_of(self.recipe.rollout), ends, tokenizer.pad_token_id, self.say
+        )
 
     # --- what does not fit ---
 

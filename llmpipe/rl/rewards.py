@@ -161,6 +161,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
         ranks=True,
         kwargs=template_kwargs(folder),
         batch_size=hardware.micro_batch_size if full is None else job.recipe.optim.batch_size,
+        say=job.say,
     )
     longest = tokens_of(model.config.to_dict()) or math.inf
 

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.models.drawing.draw import Episode, Sampling, draw
+from llmpipe.models.drawing.replay import Replay
 from llmpipe.models.generate import stop_tokens
 from llmpipe.models.hardware import Hardware
 from llmpipe.recipe.reinforcement import Rollout
 from llmpipe.rl.actors import Actors
-from llmpipe.rl.replay import Replay
-from llmpipe.rl.rollout import Episode, draw
 from llmpipe.rl.seeds import Use, generator
+
+
+def sampling_of(rollout: Rollout) -> Sampling:
+    """How the recipe has responses drawn."""
+    return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
 
 Note = Callable[[int, int], None]  # told how many of how many responses there are
 
@@ -64,7 +70,8 @@ class Sampler:
             return self.replay.draw(prompts, uniforms)
         model = self.actors.causal
         ends = stop_tokens(model, self.tokenizer)
-        return draw(model, prompts, uniforms, self.rollout, ends, self.tokenizer.pad_token_id)
+        sampling, pad = sampling_of(self.rollout), self.tokenizer.pad_token_id
+        return draw(model, prompts, uniforms, sampling, ends, pad)
 
     def release(self) -> None:
         """Give back the memory that drawing keeps."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from llmpipe.models.generate import isolated_rng
 from llmpipe.models.hardware import Hardware
+from llmpipe.models.rng import isolated_rng
 from llmpipe.parallel import World
 from llmpipe.recipe.sections import Evaluation
 

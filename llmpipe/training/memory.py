@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmpipe import upstream
-from llmpipe.models.generate import isolated_rng
+from llmpipe.models.rng import isolated_rng
 from llmpipe.run.machine import smaller_micro_batches
 from llmpipe.upstream.layers import compile_anew
 

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.faults import reading
 from llmpipe.files import write_whole
-from llmpipe.models.generate import Sampling, generate, isolated_rng, render
+from llmpipe.models.drawing.draw import Sampling
+from llmpipe.models.generate import generate, render
+from llmpipe.models.rng import isolated_rng
 from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Trained
 

@@ -11,7 +11,7 @@ from llmpipe.errors import UserError
 from llmpipe.evaluation.candidate import Candidate
 from llmpipe.evaluation.task import Ask, Marked, Place
 from llmpipe.evaluation.tasks.preference import Pair, Preference
-from llmpipe.models.generate import Sampling
+from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.recipe.sections import Rows
 
@@ -23,7 +23,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town"
 @pytest.fixture(scope="module")
 def tiny() -> Candidate:
     tokenizer = load_tokenizer(TINY)
-    return Candidate("tiny", TINY, None, tokenizer, ranks=False, kwargs={}, batch_size=1)
+    return Candidate("tiny", TINY, None, tokenizer, ranks=False, kwargs={}, batch_size=1, say=print)
 
 
 def asked(*contents: str, **more) -> Ask:

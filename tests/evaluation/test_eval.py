@@ -349,6 +349,32 @@ def test_answers_do_not_depend_on_the_batch(run, tmp_path):
     assert said[1] == said[7] == said[32] and len(said[1]) == 144
 
 
+def test_answers_are_those_of_a_gpu(run, monkeypatch):
+    """With the steps that a GPU records, kept from batch to batch, given back for other lengths and
+    other models."""
+    from llmpipe.models.drawing import replay as replays
+
+    tasks = [
+        {
+            "name": name,
+            "task": "generate",
+            "data": ROWS,
+            "score": ["exact_match"],
+            "max_new_tokens": n,
+        }
+        for name, n in (("short", 5), ("long", 12))
+    ]
+    said, released = {}, []
+    for how, devices in (("one by one", set()), ("recorded", {"cpu", "cuda"})):
+        monkeypatch.setattr(replays, "DEVICES", devices)
+        monkeypatch.setattr(replays.Replay, "release", lambda self: released.append(self.steps))
+        small = {"threads": 1, "batch_size": 32}
+        artifact = life.command(write(run, tasks, name=f"draws-{len(devices)}", launch=small))
+        said[how] = [(x["model"], x["task"], x["item"], x["answers"]) for x in lines(artifact)]
+    assert said["one by one"] == said["recorded"] and len(said["recorded"]) == 288
+    assert len(released) == 4 and all(released), "two lengths, two models"
+
+
 def test_a_model_compared_with_itself_does_not_differ(run):
     tasks = [
         {"task": "generate", "data": ROWS, "score": ["exact_match", "chrf"], "max_new_tokens": 4},
@@ -645,7 +671,8 @@ def test_a_frozen_head_gets_whole_rows():
 
     from llmpipe.evaluation.candidate import Candidate
     from llmpipe.evaluation.task import Marked
-    from llmpipe.models.generate import Sampling, generate
+    from llmpipe.models.drawing.draw import Sampling
+    from llmpipe.models.generate import generate
 
     model, tokenizer = (
         kind.from_pretrained(life.TINY / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
@@ -653,7 +680,7 @@ def test_a_frozen_head_gets_whole_rows():
     model.requires_grad_(False)
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _, given, out: seen.append(given[0]))
-    made = Candidate("it", life.TINY / "model", model, tokenizer, False, {}, 4)
+    made = Candidate("it", life.TINY / "model", model, tokenizer, False, {}, 4, print)
     made.log_probs([Marked.after([5, 6, 7, 8, 9, 10], 4), Marked.after([5, 6, 7], 2)])
     generate(model, tokenizer, [[5, 6], [7]], Sampling(3))
     assert len(seen) > 1 and all(len(rows) == 2 and rows.is_contiguous() for rows in seen)

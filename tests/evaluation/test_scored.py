@@ -33,7 +33,9 @@ def model(tmp_path_factory):
     source = files("llmpipe.data.template").joinpath("chatml.jinja")
     (folder / "chat_template.jinja").write_text(source.read_text())
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Candidate("it", folder, loaded, AutoTokenizer.from_pretrained(folder), False, {}, 4)
+    return Candidate(
+        "it", folder, loaded, AutoTokenizer.from_pretrained(folder), False, {}, 4, print
+    )
 
 
 def assistant(content, **more):

@@ -127,7 +127,7 @@ class Generate(OnItems):
         )
 
     def score_batch(self, model: Candidate, batch: list[Prompt], seed: int) -> list[Scored]:
-        from llmpipe.models.generate import Sampling
+        from llmpipe.models.drawing.draw import Sampling
 
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
         prompts = [model.prompt(item.ask, item.tools, item.at) for item in batch]

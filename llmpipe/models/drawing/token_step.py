@@ -5,7 +5,7 @@ step's number, the slot and the positions are tensors that the step itself moves
 recorded once and replayed (`replay`): the host looks every `UNREAD` tokens whether a response is
 still going, and what is drawn behind an end token is thrown away.
 
-A response is what `rollout.draw` gives with the same numbers.
+A response is what `draw` gives with the same numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, get_layer_types_and_kwargs
 
 from llmpipe.faults import of_memory
+from llmpipe.models.drawing.draw import (
+    UNREAD,
+    Drawn,
+    Episode,
+    Sampling,
+    allowed_ids,
+    left_padded,
+    pick,
+)
 from llmpipe.models.miniature import miniatures
-from llmpipe.recipe.reinforcement import Rollout
-from llmpipe.rl.rollout import UNREAD, Drawn, Episode, allowed_ids, left_padded, pick
 
 # --- the cache ---
 
@@ -78,17 +85,19 @@ def layer_windows(model: Any) -> list[tuple[str, int | None]] | None:
 class TokenStep:
     """The next token of every row, as work on tensors that stay where they are."""
 
-    def __init__(self, model: Any, rows: int, slots: int, rollout: Rollout, end_tokens: list[int]):
+    def __init__(
+        self, model: Any, rows: int, slots: int, sampling: Sampling, end_tokens: list[int]
+    ):
         """`rows` responses at a time, of `slots` tokens with their prompts."""
         windows = layer_windows(model)
         assert windows is not None  # it was asked before
         self.model = model
-        self.rollout = rollout
+        self.sampling = sampling
         self.windows = dict(windows)
         self.cache = Cache(layers=[Slots(slots) for _ in windows])
         self.graph: torch.cuda.CUDAGraph | None = None
         """What `advance` does, once it is recorded."""
-        device, tokens = model.device, rollout.max_new_tokens
+        device, tokens = model.device, sampling.max_new_tokens
         self.ends = torch.tensor(end_tokens, dtype=torch.long, device=device)
         self.columns = torch.arange(slots, device=device)
         self.uniforms = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
@@ -157,7 +166,7 @@ class TokenStep:
             logits_to_keep=1,
         )
         numbers = self.uniforms.index_select(1, self.number)
-        self._write_down(pick(out.logits[:, -1], numbers, self.rollout))
+        self._write_down(pick(out.logits[:, -1], numbers, self.sampling))
 
     def _write_down(self, drawn: Drawn) -> None:
         self.tokens.index_copy_(1, self.number, drawn.tokens[:, None])
@@ -209,7 +218,7 @@ class TokenStep:
 
 def respond(step: TokenStep, prompts: list[list[int]], end_tokens: list[int]) -> list[Episode]:
     """Go on from the first tokens to the end of every response."""
-    most = step.rollout.max_new_tokens
+    most = step.sampling.max_new_tokens
     allowed: list[list[Tensor]] = []
     drawn = unread = 1
     while drawn < most:
@@ -239,7 +248,7 @@ def slots_differ(model: Any) -> float | None:
     """The greatest difference, in nats, between what a miniature of `model` says of tokens as they
     are drawn, and of the whole texts by a plain forward pass; None where none computes."""
     prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5], [8]]
-    how = Rollout(max_new_tokens=6)
+    how = Sampling(6, temperature=1.0)
     numbers = torch.linspace(0.05, 0.95, 18, dtype=torch.float64).reshape(3, 6)
     device = model.device.type
     for small in miniatures(model, row=sys.maxsize):  # where windows are shorter than the texts

@@ -12,19 +12,33 @@ from the device for each token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from llmpipe.recipe.reinforcement import Rollout
-
 # Rows whose responses are finished leave the batch once they are at least one in so many.
 FINISHED_SHARE = 8
 
 UNREAD = 16  # tokens of every row whose allowed ids are read at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is drawn; temperature 0 is greedy, top_k 0 is no limit."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """In the words of transformers' GenerationConfig."""
+        if self.temperature:
+            return {"do_sample": True, **asdict(self)}
+        return {"max_new_tokens": self.max_new_tokens}
 
 
 @dataclass(frozen=True)
@@ -58,11 +72,15 @@ class Drawn:
     """As `allowed_tokens` has it."""
 
 
-def pick(logits: Tensor, uniforms: Tensor, rollout: Rollout) -> Drawn:
-    """The token of every row that its number falls on: logits [rows, vocabulary] as the model has
-    them, numbers float64 [rows, 1]. The host reads nothing."""
-    logits = logits.float() / rollout.temperature
-    allowed = allowed_tokens(logits, rollout.top_k, rollout.top_p)
+def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Drawn:
+    """The token of every row that its number falls on, or the likeliest: logits [rows, vocabulary]
+    as the model has them, numbers float64 [rows, 1]. The host reads nothing."""
+    logits = logits.float()
+    if not sampling.temperature:
+        likeliest = logits.argmax(-1)
+        return Drawn(likeliest, torch.zeros_like(likeliest, dtype=torch.float32), None)
+    logits = logits / sampling.temperature
+    allowed = allowed_tokens(logits, sampling.top_k, sampling.top_p)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     log_probs = logits.log_softmax(-1)
@@ -110,20 +128,20 @@ def draw(
     model: Any,
     prompts: list[list[int]],
     uniforms: Tensor,
-    rollout: Rollout,
+    sampling: Sampling,
     end_tokens: list[int],
     pad_token: int,
 ) -> list[Episode]:
     """Responses to tokenized prompts, in their order.
 
-    `uniforms`: float64 [prompts, rollout.max_new_tokens], each in [0, 1). The model is as it is:
+    `uniforms`: float64 [prompts, sampling.max_new_tokens], each in [0, 1). The model is as it is:
     adapters, mode and autocast are the caller's.
     """
     record = _Record(len(prompts), end_tokens)
     with torch.no_grad():
         batch = _Batch.of(model, prompts, uniforms, pad_token)
-        for t in range(rollout.max_new_tokens):
-            drawn = pick(_logits(model, batch), batch.uniforms[:, t, None], rollout)
+        for t in range(sampling.max_new_tokens):
+            drawn = pick(_logits(model, batch), batch.uniforms[:, t, None], sampling)
             record.add(drawn, batch.episodes)
             batch.advance(drawn.tokens)
             going = [row for row, i in enumerate(batch.episodes) if i not in record.finished]

@@ -17,13 +17,12 @@ from transformers import (
 )
 
 from llmpipe import upstream
-from llmpipe.recipe.reinforcement import Rollout
-from llmpipe.rl import replay as replays
-from llmpipe.rl import token_step
-from llmpipe.rl.replay import NoRecording, Replay, rounded_up
-from llmpipe.rl.rollout import draw
-from llmpipe.rl.rounded import RoundedWeights
-from llmpipe.rl.token_step import TokenStep
+from llmpipe.models.drawing import replay as replays
+from llmpipe.models.drawing import token_step
+from llmpipe.models.drawing.draw import Sampling, draw
+from llmpipe.models.drawing.replay import NoRecording, Replay, rounded_up
+from llmpipe.models.drawing.rounded import RoundedWeights
+from llmpipe.models.drawing.token_step import TokenStep
 from tests.rl.reads import counted
 
 SIZE = {
@@ -48,10 +47,11 @@ CONFIGS = {
         **GROUPED, sliding_window=8, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
     ),
 }
-ROLLOUTS = {
-    "plain": Rollout(max_new_tokens=37),
-    "cool": Rollout(max_new_tokens=5, temperature=0.6),
-    "partial": Rollout(max_new_tokens=35, top_k=9, top_p=0.9, temperature=1.3),
+SAMPLINGS = {
+    "plain": Sampling(37, temperature=1.0),
+    "cool": Sampling(5, temperature=0.6),
+    "partial": Sampling(35, top_k=9, top_p=0.9, temperature=1.3),
+    "greedy": Sampling(36),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where steps are recorded, or are not
 CLOSE = 1e-4 if DEVICE == "cuda" else 1e-5
@@ -71,17 +71,17 @@ def model_of(kind, adapted=False):
     return model.to(DEVICE)
 
 
-def numbers(rollout, seed=0):
+def numbers(sampling, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(PROMPTS), rollout.max_new_tokens)
+    shape = (len(PROMPTS), sampling.max_new_tokens)
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
-def drawn_both_ways(model, rollout, replay, bf16=False):
+def drawn_both_ways(model, sampling, replay, bf16=False):
     """By `draw`, and by the step."""
-    luck = numbers(rollout)
+    luck = numbers(sampling)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16), upstream.generating(model):
-        expected = draw(model, PROMPTS, luck, rollout, ENDS, 0)
+        expected = draw(model, PROMPTS, luck, sampling, ENDS, 0)
         with replay.rollout_begun():
             return expected, replay.draw(PROMPTS, luck)
 
@@ -135,21 +135,21 @@ def same(expected, drawn, most=CLOSE):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("how", ROLLOUTS)
+@pytest.mark.parametrize("how", SAMPLINGS)
 def test_the_step_draws_what_draw_draws(kind, how):
     """Unequal prompts, some responses that end early, windows shorter than the texts."""
     said = []
-    model, rollout = model_of(kind), ROLLOUTS[how]
-    replay = Replay(model, rollout, ENDS, 0, said.append)
-    expected, drawn = drawn_both_ways(model, rollout, replay)
+    model, sampling = model_of(kind), SAMPLINGS[how]
+    replay = Replay(model, sampling, ENDS, 0, said.append)
+    expected, drawn = drawn_both_ways(model, sampling, replay)
     assert replay.serves and not said
     same(expected, drawn)
-    assert any(episode.ended for episode in drawn) or how == "cool"
+    assert any(episode.ended for episode in drawn) or how in ("cool", "greedy")
 
 
 def test_adapters_are_computed_beside_the_base():
-    model, rollout = model_of("llama", adapted=True), ROLLOUTS["partial"]
-    same(*drawn_both_ways(model, rollout, Replay(model, rollout, ENDS, 0, pytest.fail)))
+    model, sampling = model_of("llama", adapted=True), SAMPLINGS["partial"]
+    same(*drawn_both_ways(model, sampling, Replay(model, sampling, ENDS, 0, pytest.fail)))
 
 
 def as_said(model, drawn):
@@ -167,9 +167,9 @@ def as_said(model, drawn):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_in_half_precision_it_draws_from_what_the_model_says(adapted):
     """Rounding moves a token now and then, and not what is said of it."""
-    model, rollout = model_of("llama", adapted), ROLLOUTS["plain"]
-    replay = Replay(model, rollout, ENDS, 0, pytest.fail)
-    _, drawn = drawn_both_ways(model, rollout, replay, bf16=True)
+    model, sampling = model_of("llama", adapted), SAMPLINGS["plain"]
+    replay = Replay(model, sampling, ENDS, 0, pytest.fail)
+    _, drawn = drawn_both_ways(model, sampling, replay, bf16=True)
     as_said(model, drawn)
     (step,) = replay.steps.values()
     assert {layer.keys.dtype for layer in step.cache.layers} == {torch.bfloat16}
@@ -200,16 +200,16 @@ def test_what_is_recorded_follows_the_weights(recorded):
     """A recording is used again from rollout to rollout; what an optimizer moves in place is seen,
     rounded or not."""
     for bf16 in (False, True):
-        model, rollout = model_of("qwen3"), ROLLOUTS["plain"]
-        replay = Replay(model, rollout, ENDS, 0, pytest.fail)
-        drawn_both_ways(model, rollout, replay, bf16)
+        model, sampling = model_of("qwen3"), SAMPLINGS["plain"]
+        replay = Replay(model, sampling, ENDS, 0, pytest.fail)
+        drawn_both_ways(model, sampling, replay, bf16)
         (step,) = replay.steps.values()
         graph = step.graph
         assert graph is not None
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1.2)
-        expected, drawn = drawn_both_ways(model, rollout, replay, bf16)
+        expected, drawn = drawn_both_ways(model, sampling, replay, bf16)
         assert list(replay.steps.values()) == [step] and step.graph is graph
         if bf16:
             as_said(model, drawn)
@@ -221,14 +221,14 @@ def test_what_is_recorded_follows_the_weights(recorded):
 
 def test_memory_goes_to_the_learner_where_much_would_be_kept(monkeypatch):
     """The steps that were used longest ago go first, the weights with the last."""
-    model, rollout = model_of("llama"), ROLLOUTS["cool"]
-    replay = Replay(model, rollout, ENDS, 0, pytest.fail)
+    model, sampling = model_of("llama"), SAMPLINGS["cool"]
+    replay = Replay(model, sampling, ENDS, 0, pytest.fail)
 
     def drawn(*sizes):
         half = torch.autocast(DEVICE, torch.bfloat16)
         with half, upstream.generating(model), replay.rollout_begun():
             for size in sizes:
-                assert len(replay.draw(PROMPTS[:size], numbers(rollout)[:size])) == size
+                assert len(replay.draw(PROMPTS[:size], numbers(sampling)[:size])) == size
         return [rows for rows, _ in replay.steps]
 
     assert drawn(5, 2, 5) == [4, 6]
@@ -244,7 +244,7 @@ def test_memory_goes_to_the_learner_where_much_would_be_kept(monkeypatch):
 
 
 def test_a_step_reads_nothing_and_stops_once_all_have_ended(monkeypatch):
-    model, rollout = model_of("llama"), Rollout(max_new_tokens=90, top_k=20)
+    model, sampling = model_of("llama"), Sampling(90, temperature=1.0, top_k=20)
     ends, advanced, advance = list(range(40)), [], TokenStep.advance
 
     def spied(step):
@@ -254,8 +254,8 @@ def test_a_step_reads_nothing_and_stops_once_all_have_ended(monkeypatch):
 
     monkeypatch.setattr(TokenStep, "advance", spied)
     with torch.no_grad(), upstream.generating(model):
-        step = TokenStep(model, len(PROMPTS), 128, rollout, ends)
-        step.begin(PROMPTS, numbers(rollout), 0)
+        step = TokenStep(model, len(PROMPTS), 128, sampling, ends)
+        step.begin(PROMPTS, numbers(sampling), 0)
         drawn = token_step.respond(step, PROMPTS, ends)
     assert not any(advanced)
     assert max(len(episode.response) for episode in drawn) <= token_step.UNREAD
@@ -263,15 +263,15 @@ def test_a_step_reads_nothing_and_stops_once_all_have_ended(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("how", ["plain", "partial"])
+@pytest.mark.parametrize("how", ["plain", "partial", "greedy"])
 def test_a_step_can_be_recorded(recorded, kind, how):
     """Nothing in it is decided in Python by what came before. Every response is replayed from its
     second token on, also the first batch's."""
-    model, rollout = model_of(kind, adapted=kind == "llama"), ROLLOUTS[how]
-    replay = Replay(model, rollout, ENDS, 0, pytest.fail)
+    model, sampling = model_of(kind, adapted=kind == "llama"), SAMPLINGS[how]
+    replay = Replay(model, sampling, ENDS, 0, pytest.fail)
     counts = []
     for _ in range(2):
-        expected, drawn = drawn_both_ways(model, rollout, replay)
+        expected, drawn = drawn_both_ways(model, sampling, replay)
         same(expected, drawn)
         (step,) = replay.steps.values()
         counts.append(getattr(step.graph, "replayed", None))
@@ -282,10 +282,10 @@ def test_a_step_can_be_recorded(recorded, kind, how):
 
 def test_a_token_of_draw_reads_one_tensor():
     for how in ("plain", "partial"):
-        model, rollout = model_of("llama"), ROLLOUTS[how]
-        steps = rollout.max_new_tokens
+        model, sampling = model_of("llama"), SAMPLINGS[how]
+        steps = sampling.max_new_tokens
         with upstream.generating(model), counted() as reads:
-            drawn = draw(model, PROMPTS, numbers(rollout), rollout, [], 0)
+            drawn = draw(model, PROMPTS, numbers(sampling), sampling, [], 0)
         assert all(len(episode.response) == steps for episode in drawn)
         # transformers asks its mask whether there is padding
         reads = [name for name in reads if name != "_local_scalar_dense"]
@@ -295,7 +295,7 @@ def test_a_token_of_draw_reads_one_tensor():
 
 def test_what_cannot_be_served_is_drawn_step_by_step(monkeypatch):
     """Said once: what has no attention, dynamic RoPE, and what says something else in slots."""
-    rollout = ROLLOUTS["cool"]
+    sampling = SAMPLINGS["cool"]
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     mamba = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
     configs = {
@@ -307,13 +307,13 @@ def test_what_cannot_be_served_is_drawn_step_by_step(monkeypatch):
     for words, config in configs.items():
         said = []
         model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
-        replay = Replay(model, rollout, ENDS, 0, said.append)
+        replay = Replay(model, sampling, ENDS, 0, said.append)
         if words == "not every layer":
             with replay.rollout_begun():
                 assert not replay.serves
         else:
             for _ in range(2):
-                same(*drawn_both_ways(model, rollout, replay))
+                same(*drawn_both_ways(model, sampling, replay))
         assert len(said) == 1 and words in said[0]
 
 
@@ -333,10 +333,10 @@ def test_where_nothing_is_recorded_the_same_is_drawn(monkeypatch):
     monkeypatch.setattr(Replay, "_records", True)
     monkeypatch.setattr(Replay, "_recorded", refused)
     said = []
-    model, rollout = model_of("llama"), ROLLOUTS["plain"]
-    replay = Replay(model, rollout, ENDS, 0, said.append)
+    model, sampling = model_of("llama"), SAMPLINGS["plain"]
+    replay = Replay(model, sampling, ENDS, 0, said.append)
     for _ in range(2):
-        same(*drawn_both_ways(model, rollout, replay), 1e-9)
+        same(*drawn_both_ways(model, sampling, replay), 1e-9)
     assert len(said) == 1 and "not permitted" in said[0]
 
 

@@ -1,7 +1,7 @@
 """Draw responses on a GPU with token steps that CUDA records once and replays.
 
 A step of a decoder is a thousand small kernels, whose launches cost more than they compute; a
-replay launches all of them at once. Whatever cannot be recorded is drawn by `rollout.draw`, which a
+replay launches all of them at once. Whatever cannot be recorded is drawn by `draw`, which a
 line says.
 
 Shapes are a function of the batch alone: a resumed run computes what the straight one did.
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from llmpipe.errors import Say
 from llmpipe.faults import first_line
-from llmpipe.recipe.reinforcement import Rollout
-from llmpipe.rl.rollout import Episode, draw
-from llmpipe.rl.rounded import RoundedWeights
-from llmpipe.rl.token_step import TokenStep, layer_windows, respond, slots_differ
+from llmpipe.models.drawing.draw import Episode, Sampling, draw
+from llmpipe.models.drawing.rounded import RoundedWeights
+from llmpipe.models.drawing.token_step import TokenStep, layer_windows, respond, slots_differ
 
 DEVICES = {"cuda"}  # where launches cost more than they compute; a CPU computes the empty slots
 
@@ -56,10 +55,10 @@ class Replay:
     """
 
     def __init__(
-        self, model: Any, rollout: Rollout, end_tokens: list[int], pad_token: int, say: Say
+        self, model: Any, sampling: Sampling, end_tokens: list[int], pad_token: int, say: Say
     ):
         self.model = model
-        self.rollout = rollout
+        self.sampling = sampling
         self.end_tokens = end_tokens
         self.pad_token = pad_token
         self.say = say
@@ -88,7 +87,7 @@ class Replay:
         self._keep_what_is_small()
 
     def draw(self, prompts: list[list[int]], uniforms: Tensor) -> list[Episode]:
-        """Responses to tokenized prompts, in their order; `uniforms` as `rollout.draw` has them."""
+        """Responses to tokenized prompts, in their order; `uniforms` as `draw` has them."""
         if self.serves:
             try:
                 with torch.no_grad():
@@ -98,7 +97,7 @@ class Replay:
                 self.serves = False
                 self.release()
         ends, pad = self.end_tokens, self.pad_token
-        return draw(self.model, prompts, uniforms, self.rollout, ends, pad)
+        return draw(self.model, prompts, uniforms, self.sampling, ends, pad)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -110,7 +109,7 @@ class Replay:
     # --- a batch ---
 
     def _drawn(self, prompts: list[list[int]], uniforms: Tensor) -> list[Episode]:
-        tokens = max(map(len, prompts)) + self.rollout.max_new_tokens
+        tokens = max(map(len, prompts)) + self.sampling.max_new_tokens
         step = self._step(len(prompts), tokens)
         step.begin(prompts, uniforms, self.pad_token)
         if step.graph is None and self._records:
@@ -122,7 +121,7 @@ class Replay:
     @property
     def _records(self) -> bool:
         """Whether steps are recorded, before which a few are drawn that need room."""
-        long = self.rollout.max_new_tokens > EAGER_STEPS + 1
+        long = self.sampling.max_new_tokens > EAGER_STEPS + 1
         return self.model.device.type == "cuda" and long
 
     def _step(self, rows: int, tokens: int) -> TokenStep:
@@ -131,7 +130,7 @@ class Replay:
         step = self.steps.pop(size, None)
         if step is None:
             self._keep_what_is_small(keep_weights=True)
-            step = TokenStep(self.model, *size, self.rollout, self.end_tokens)
+            step = TokenStep(self.model, *size, self.sampling, self.end_tokens)
         self.steps[size] = step
         return step
 
