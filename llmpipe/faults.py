@@ -42,7 +42,7 @@ DENSEST = 1000
 """Bytes that each of a compressed file may stand for: text that says something has ten or less."""
 
 MEMORY = (
-    "lower launch.micro_batch_size or data.max_length, or set launch.activation_checkpointing: true"
+    "lower launch.micro_batch_size or data.max_length, or set launch.activation_checkpointing: full"
 )
 """What to do of want of memory in training."""
 

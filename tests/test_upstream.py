@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -541,6 +542,131 @@ def test_canary_activation_checkpointing():
     upstream.recompute(model, True)
     modes = {module.training for module in model.model.layers}
     assert modes == {True} and not model.training and not model.model.layers[0].mlp.training
+
+
+def products_and_memory(kind):
+    """Matrix products and attentions of a step, bytes that its forward pass keeps, and its
+    gradients, by what is computed again.
+    """
+    from torch.profiler import profile
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.counts = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.counts[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    model = tiny().train()
+    if kind != "none":
+        upstream.checkpoint_layers(model, kind)
+    ids = torch.arange(64)[None] % model.config.vocab_size
+    with Counting() as counting:
+        with profile(profile_memory=True) as watched:
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    kept = sum(event.self_cpu_memory_usage for event in watched.events())
+    attended = counting.counts["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    products = sum(counting.counts[f"aten::{name}"] for name in ("mm", "addmm", "bmm"))
+    gradients = [weight.grad for weight in model.parameters()]
+    return products, attended, kept, [loss.detach(), *gradients]
+
+
+def test_selective_checkpointing_keeps_products_and_attention():
+    products, attended, kept, learned = zip(
+        *map(products_and_memory, ("none", "selective", "full")), strict=True
+    )
+    assert products[0] == products[1] < products[2]
+    assert attended[0] == attended[1] and attended[2] == 2 * attended[0]
+    assert kept[0] > 1.2 * kept[1] > 1.2 * kept[2]
+    for changed in learned[1:]:
+        for one, other in zip(learned[0], changed, strict=True):
+            assert torch.equal(one, other)
+
+
+def compiled_backward(kind):
+    """Matrix products in the backward graph of a compiled layer, and the gradients."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    counts = Counter()
+
+    def count(graph, _):
+        counts.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        bw_compiler=count,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    model = tiny().train()
+    if kind != "none":
+        upstream.checkpoint_layers(model, kind)
+    for layer in model.model.layers[:1]:
+        layer.compile(backend=backend, dynamic=False)
+    ids = torch.arange(64)[None] % model.config.vocab_size
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return counts["aten.mm.default"], [weight.grad for weight in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own tracing
+def test_compiled_layers_checkpoint_selectively_too():
+    kinds = ("none", "selective", "full")
+    products, learned = zip(*map(compiled_backward, kinds), strict=True)
+    assert 0 < products[0] == products[1] < products[2]
+    for changed in learned[1:]:
+        for one, other in zip(learned[0], changed, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_what_selective_checkpointing_keeps():
+    """Nothing that writes to what it was given, and nothing that drops at random: what is drawn
+    after it would be other numbers.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    from llmpipe.kernels import cuda
+    from llmpipe.upstream.checkpointing import KEPT, policy
+
+    aten = torch.ops.aten
+    one = torch.ones(1, 1, 1, 8)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu.default
+    kept = {
+        name: policy(None, operation, *arguments) is CheckpointPolicy.MUST_SAVE
+        for name, operation, arguments in (
+            ("product", aten.mm.default, (one, one)),
+            ("product into", aten.mm.out, (one, one)),
+            ("activation", aten.silu.default, (one,)),
+            ("attention", flash, (one, one, one)),
+            ("attention that drops", flash, (one, one, one, 0.1)),
+            ("rows", cuda.attend_rows._opoverload, ()),
+            ("blocks", torch.ops.higher_order.flex_attention, ()),
+        )
+    }
+    assert [name for name, is_kept in kept.items() if is_kept] == [
+        *("product", "attention", "rows", "blocks")
+    ]
+    names = [name.split("::")[1] for name in KEPT if name.startswith("aten::")]
+    assert all(hasattr(aten, name) for name in names), "of this PyTorch"
+
+
+def test_another_kind_of_checkpointing_takes_the_place_of_the_first():
+    from llmpipe.upstream.checkpointing import contexts
+
+    model = tiny().train()
+    functions = []
+    for kind in ("selective", "full", "selective"):
+        upstream.checkpoint_layers(model, kind)
+        functions.append(model.model.layers[0]._gradient_checkpointing_func)
+    assert [each.keywords.get("context_fn") for each in functions] == [*(contexts, None, contexts)]
+    model.activation_checkpointing_disable()
+    model.activation_checkpointing_enable({"use_reentrant": False})  # as TRL does
+    assert model.model.layers[0]._gradient_checkpointing_func.keywords["context_fn"]
 
 
 def dropping(kind):

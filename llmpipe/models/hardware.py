@@ -74,6 +74,8 @@ class Hardware:
     """The `attn_implementation` that models are loaded with."""
     compiles: bool = False
     """Whether the layers of what is trained are compiled."""
+    activation_checkpointing: str = "none"
+    """Which activations are computed again in the backward pass: none, selective, full."""
     reasons: Reasons = Reasons()
 
     def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
@@ -104,8 +106,8 @@ class Hardware:
         """What must be equal for a resumed run to be bitwise the straight one."""
         settings = self._settings()
         del settings["accumulation"]
-        if not self.compiles:  # as older versions wrote it
-            del settings["compiles"]
+        if not self.compiles:  # then what is computed again is what it was, bit by bit
+            del settings["compiles"], settings["activation_checkpointing"]
         return settings
 
     def _settings(self) -> dict[str, Any]:
@@ -201,6 +203,7 @@ def decide(
         bf16=bf16,
         attention=attention,
         compiles=compiles,
+        activation_checkpointing=_checkpointing(recipe, before),
         reasons=Reasons(precision_reason, attention_reason),
     )
 
@@ -214,6 +217,16 @@ def _micro_batch_size(recipe: Training, host: Host, before: Mapping[str, Any]) -
     if recipe.launch.micro_batch_size != "auto" or not isinstance(kept, int) or kept < 1:
         return size
     return size if recipe.batch_size % (kept * host.processes) else kept
+
+
+def _checkpointing(recipe: Training, before: Mapping[str, Any]) -> str:
+    """Which activations are computed again; where `auto` has not looked at memory yet, none."""
+    asked, kept = recipe.launch.checkpointing, before.get("activation_checkpointing")
+    if asked != "auto":
+        return asked
+    if kept is True:  # as ppo writes it
+        return "full"
+    return kept if isinstance(kept, str) else "none"
 
 
 def _precision(asked: str, host: Host) -> tuple[bool, str]:

@@ -353,8 +353,16 @@ class Launch(Machine):
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
     on a GPU, but not in ppo, which has five forms of each layer to compile."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] | bool = "auto"
+    """What the backward pass computes again instead of keeping it: nothing; all but matrix products
+    and attention (`selective`); all of every layer (`full`), which takes a third more time. `auto`
+    is `none` on a CPU, and on a GPU where that fits. `true` is `full`, `false` is `none`."""
+
+    @property
+    def checkpointing(self) -> str:
+        """`activation_checkpointing` in a word."""
+        asked = self.activation_checkpointing
+        return ("full" if asked else "none") if isinstance(asked, bool) else asked
 
 
 def reference(text: str) -> str:
@@ -547,6 +555,12 @@ class Hosted(Training):
         scheduler = getattr(self.optim, "scheduler", None)
         if "lr_scheduler_kwargs" in self.trainer and scheduler != "cosine":
             raise ValueError(f"trainer.lr_scheduler_kwargs is of cosine, not of {scheduler}")
+        options = self.trainer.get("gradient_checkpointing_kwargs", {})
+        if self.launch.checkpointing == "selective" and options.get("use_reentrant"):
+            raise ValueError(
+                "trainer.gradient_checkpointing_kwargs: use_reentrant: true computes whole layers "
+                "again; set launch.activation_checkpointing: full"
+            )
         if "optim" in self.trainer and self.optim.optimizer != "adamw":
             raise ValueError("trainer.optim and optim.optimizer name two optimizers; take one")
         return self

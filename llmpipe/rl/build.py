@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.models.apart import Road, keeps_apart
@@ -51,9 +52,10 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     value = _value_head(causal.config.get_text_config().hidden_size, recipe.seed)
     beginning = _Beginning(setup, policy, causal, value)
     cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
-    recomputes = recipe.launch.activation_checkpointing
+    checkpointing = hardware.activation_checkpointing
+    recomputes = checkpointing != "none"
     if recomputes:
-        _checkpoint_activations(cast)
+        _checkpoint_activations(cast, checkpointing)
     drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
     actors = Actors(cast, drawn, recomputes=recomputes)
     actors.modules.to(hardware.device)
@@ -181,10 +183,10 @@ def _learn_body_only(model: Any) -> None:
     model.base_model.requires_grad_(True)
 
 
-def _checkpoint_activations(cast: Cast) -> None:
-    cast.policy.model.activation_checkpointing_enable({"use_reentrant": False})
+def _checkpoint_activations(cast: Cast, kind: str) -> None:
+    upstream.checkpoint_layers(cast.policy.model, kind)
     if cast.critic.model is not cast.policy.model:
-        cast.critic.model.activation_checkpointing_enable({"use_reentrant": False})
+        upstream.checkpoint_layers(cast.critic.model, kind)
 
 
 # --- what is refused ---

@@ -339,10 +339,11 @@ class Loop:
 
     def _machine(self) -> dict[str, Any]:
         """Settings that have to be equal for a resumed run to be the straight one."""
-        launch = self.recipe.launch
+        kind = self.hardware.activation_checkpointing
         machine = self.hardware.resume_key() | {
-            "rollout_batch_size": launch.rollout_batch_size,
-            "activation_checkpointing": launch.activation_checkpointing,
+            "rollout_batch_size": self.recipe.launch.rollout_batch_size,
+            # as older versions wrote it
+            "activation_checkpointing": {"none": False, "full": True}.get(kind, kind),
         }
         if self.learner.pass_size.tokens:
             machine["micro_batch_size"] = f"auto ({self.learner.pass_size.words})"

@@ -52,7 +52,7 @@ def _surroundings(training: Training[sections.Hosted]) -> dict[str, Any]:
         "per_device_train_batch_size": hardware.micro_batch_size,
         "per_device_eval_batch_size": hardware.micro_batch_size,
         "gradient_accumulation_steps": hardware.accumulation,
-        "gradient_checkpointing": recipe.launch.activation_checkpointing,
+        "gradient_checkpointing": hardware.activation_checkpointing != "none",
         "average_tokens_across_devices": True,
         "bf16": hardware.bf16,
         "use_cpu": hardware.device == "cpu",

@@ -16,8 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from llmpipe import upstream
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import Hardware, release_memory
@@ -55,6 +57,7 @@ class Durable(Trainer):
         self.signals = training.job.signals
         self.stop_code = 0
         weights = _trained_weights(training.model)
+        upstream.as_asked(self._layered, self.hardware.activation_checkpointing)
         try:
             super().__init__(model=training.model, processing_class=training.tokenizer, **arguments)
         except ValueError as error:
@@ -112,6 +115,12 @@ class Durable(Trainer):
         self.args.gradient_accumulation_steps = self.hardware.accumulation
         self._train_batch_size = self.args.train_batch_size
         self._even_out_batches()
+
+    @property
+    def _layered(self) -> PreTrainedModel:
+        """What is trained, without an adapter's wrapper."""
+        model = self.training.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def longest_rows(self, count: int) -> list[dict[str, Any]]:
         """The longest of the rows, before fillers: as many as a forward pass takes."""

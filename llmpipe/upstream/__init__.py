@@ -27,13 +27,14 @@ from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe.upstream.attention import attend_by_document, fits
+from llmpipe.upstream.checkpointing import as_asked, checkpoint_layers
 from llmpipe.upstream.head import score_labels
 from llmpipe.upstream.layers import compile_layers, forget_compiled, interpreted
 
 if TYPE_CHECKING:  # it imports bitsandbytes, which `silence` has to precede
     from transformers import Trainer
 
-__all__ = ["compile_layers", "fits"]  # beside what is defined here
+__all__ = ["as_asked", "checkpoint_layers", "compile_layers", "fits"]  # beside what is defined here
 
 # --- speed ---
 
@@ -361,6 +362,8 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "transformers.modeling_utils": "will be initialized from a multivariate normal distribution",
     # of a text that is then cut into windows, by the length that is the tokenizer's own
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+    # what is written in place is not among what selective checkpointing keeps
+    "torch._higher_order_ops.wrap": "Detected that context_fn is passed to torch.utils.checkpoint",
     # of micro-batches of one, which cost nothing where documents are attended one by one
     "trl.trainer.sft_trainer": (
         "You are using a per_device_train_batch_size of 1 with padding-free training"

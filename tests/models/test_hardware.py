@@ -159,7 +159,40 @@ def test_reasons_are_no_part_of_what_is_recorded():
         "attention": "sdpa",
     }
     assert hardware.resume_key() == key
-    assert replace(hardware, compiles=True).resume_key() == key | {"compiles": True}
+    compiled = {"compiles": True, "activation_checkpointing": "none"}
+    assert replace(hardware, compiles=True).resume_key() == key | compiled
     described = hardware.describe()
     assert described.pop("device_name")
-    assert described == {**key, "accumulation": 3, "compiles": False}
+    assert described == {**key, **compiled, "accumulation": 3, "compiles": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "kind"),
+    [
+        ("auto", {}, "none"),
+        ("auto", {"activation_checkpointing": "selective"}, "selective"),
+        ("auto", {"activation_checkpointing": True}, "full"),  # as ppo writes it
+        ("auto", {"activation_checkpointing": False}, "none"),
+        ("none", {"activation_checkpointing": "selective"}, "none"),
+        (True, {}, "full"),
+        (False, {}, "none"),
+        ("selective", {}, "selective"),
+    ],
+)
+def test_which_activations_are_computed_again(tmp_path, asked, before, kind):
+    recipe_ = recipe(tmp_path, launch__activation_checkpointing=asked)
+    assert decide(recipe_, LAPTOP, None, before=before).activation_checkpointing == kind
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "size"),
+    [
+        ("auto", {"micro_batch_size": 2}, 2),
+        ("auto", {"micro_batch_size": 3}, 4),  # which does not divide a step
+        ("auto", {"micro_batch_size": "auto (8,192 tokens)"}, 4),  # ppo's
+        (1, {"micro_batch_size": 2}, 1),
+    ],
+)
+def test_a_checkpoint_says_how_a_batch_was_cut(tmp_path, asked, before, size):
+    changes = {"optim__batch_size": 4, "launch__micro_batch_size": asked}
+    assert decide(recipe(tmp_path, **changes), LAPTOP, None, before=before).micro_batch_size == size

@@ -728,6 +728,28 @@ def test_the_policy_and_the_reference_begin_as_the_parent(parents, tmp_path, mon
     assert max(abs(a - b) for a, b in zip(plain["parent"], plain["untuned"], strict=True)) > 0.5
 
 
+@pytest.mark.parametrize("how", ["full", life.by_the_dozen("lora")])
+def test_activation_checkpointing_changes_nothing(tmp_path, how):
+    """Bit by bit; TRL turns it off for the reference, and on again."""
+    kinds = ("none", "selective", "full")
+    made = [
+        life.command(
+            write(
+                tmp_path / kind,
+                "dpo",
+                **HOW[how],
+                optim__steps=3,
+                launch__activation_checkpointing=kind,
+            )
+        )
+        for kind in kinds
+    ]
+    essences = [life.essence(artifact) for artifact in made]
+    assert essences[0] == essences[1] == essences[2]
+    used = [artifact.manifest().hardware["activation_checkpointing"] for artifact in made]
+    assert tuple(used) == kinds
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_what_a_layer_drops_in_its_own_code_stays_in(tmp_path, recomputes):
     """OPT's layers do; the first loss is ln 2 only where policy and parent say the same."""

@@ -91,7 +91,7 @@ def test_other_stages_compile_too(tmp_path, stage):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own tracing, which fails
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("again", ["none", "selective", "full"])
 def test_traced_layers_learn_the_same(tmp_path, monkeypatch, again):
     """All of a compilation but the machine code, which takes a minute on a CPU; with attention as
     on a GPU, which a compiler sees through."""

@@ -8,10 +8,11 @@ import random
 import pytest
 import yaml
 
+from llmpipe.errors import UserError
 from llmpipe.recipe.sections import Hosted
 from llmpipe.recipe.trainer import FREE, OF_BITSANDBYTES, OWNED, REFUSED
 from llmpipe.stages import STAGES, schema
-from tests import attempts, mutants
+from tests import attempts, life, mutants
 
 HOSTED = [name for name in STAGES if issubclass(schema(name), Hosted)]
 VALUES = {
@@ -61,6 +62,15 @@ def case(stage, name, value, until=""):
     return attempts.Case(
         title, [stage, "recipe.yaml"], files, until=until, culprit=f"trainer|{name}"
     )
+
+
+def test_reentrant_checkpointing_keeps_no_products(tmp_path):
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    path = life.write(
+        tmp_path / "run", trainer=options, launch__activation_checkpointing="selective"
+    )
+    with pytest.raises(UserError, match="use_reentrant: true computes whole layers again"):
+        life.command(path)
 
 
 def free_of(stage: str) -> list[str]:

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests import life
 
@@ -154,13 +153,21 @@ def test_two_processes_are_the_same_trajectory(tmp_path):
     assert (probe_logits(two) - probe_logits(one)).abs().max() < 1e-4
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path):
+ADAPTER = {"stage": "lora", "adapter": {"rank": 4, "alpha": 8, "dropout": 0.5}}
+
+
+@pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["sft", "lora"])
+def test_activation_checkpointing_changes_nothing(tmp_path, changes):
+    """Bit by bit, also where something is dropped at random; true is `full`, false `none`."""
+    kinds = (False, "auto", "none", "selective", "full", True)
+    same = {"optim__steps": 4, "log__every": 1} | changes
     made = [
         life.command(
-            life.write(tmp_path / f"run{on}", optim__steps=4, launch__activation_checkpointing=on)
+            life.write(tmp_path / f"run{i}", **same, launch__activation_checkpointing=kind)
         )
-        for on in (False, True)
+        for i, kind in enumerate(kinds)
     ]
-    weights = [load_file(artifact.model / "model.safetensors") for artifact in made]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-5)
+    essences = [life.essence(artifact) for artifact in made]
+    assert all(essence == essences[0] for essence in essences)
+    used = [artifact.manifest().hardware["activation_checkpointing"] for artifact in made]
+    assert used == ["none", "none", "none", "selective", "full", "full"]
