@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import sys
 
 
 def __getattr__(name):
@@ -237,6 +238,16 @@ def ppo_kill_after(step):
         "save",
         lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.state.step == step else None,
     )
+
+
+def ppo_vllm_kill_after(step):
+    """Where a double for vLLM draws, and sleeps."""
+    from llmpipe.rl.rollout import vllm
+    from tests.rl.rollout import fake
+
+    sys.modules["vllm"] = fake.module()
+    vllm.SLEEPS = {"cpu"}
+    ppo_kill_after(step)
 
 
 def ppo_term_in(step):

@@ -41,6 +41,7 @@ EXTRAS = {
     "rouge_score": "llmpipe[eval]",
     "sacrebleu": "llmpipe[eval]",
     "lm_eval": "llmpipe[harness]",
+    "vllm": "llmpipe[vllm]",
 }
 """What to install for a module, where that is not called as the module is."""
 

@@ -306,11 +306,13 @@ def _device_name(device: str) -> str:
 COMPUTING = "torch transformers trl peft accelerate tokenizers numpy".split()
 """Libraries that another version of may compute other bits with."""
 
+COMPUTING_TOO = {"bitsandbytes", "vllm"}  # where the recipe asks for them
+
 
 def platform_of(recipe: Training, hardware: Hardware, world: World) -> Platform:
     """On what all processes of a run compute: names of devices, and versions."""
     devices = sorted(set(world.gather(_device_name(hardware.device))))
-    names = [*COMPUTING, *(name for _, name in recipe.packages() if name == "bitsandbytes")]
+    names = [*COMPUTING, *(name for _, name in recipe.packages() if name in COMPUTING_TOO)]
     if hardware.attention == "flash_attention_2":
         names.append("flash_attn")
     versions = {name: installed(name) or "none" for name in dict.fromkeys(names)}

@@ -95,6 +95,10 @@ class Critic(Section):
 class Rollout(Section):
     """How answers are drawn."""
 
+    engine: Literal["local", "vllm"] = "local"
+    """What draws: `local` is the policy itself. `vllm` is a copy of it in vLLM, on the same GPU and
+    in one process, which is given the weights before each rollout and held to what the policy says
+    of a probe. The two round differently, and so draw different answers."""
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

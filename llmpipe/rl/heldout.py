@@ -10,7 +10,7 @@ from llmpipe.models.drawing.draw import Episode
 from llmpipe.parallel import World
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.sampling import Note, Sampler
-from llmpipe.rl.seeds import Use
+from llmpipe.rl.seeds import Place, Use
 from llmpipe.rl.watch import Metrics
 
 
@@ -27,7 +27,8 @@ def evaluate(
     rows = [json.loads(held_out[i]["row"]) for i in places]
     episodes: list[Episode] = []
     if places:
-        episodes = sampler.draw(prompts, sampler.uniforms(Use.HELD_OUT, 0, places), note)
+        own = [Place(Use.HELD_OUT, 0, i) for i in places]
+        episodes = sampler.draw(prompts, own, note)
     responses = [sampler.text(episode) for episode in episodes]
     scores = scored_together(rewards, rows, responses, world)
     sums = {

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import Stopped
-from llmpipe.models.drawing import replay
-from llmpipe.models.drawing.draw import Episode
-from llmpipe.models.generate import stop_tokens
+from llmpipe.errors import Stopped, UserError
+from llmpipe.models.drawing.draw import Episode, Sampling
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
@@ -36,8 +34,11 @@ from llmpipe.rl.experience import Experience, measure
 from llmpipe.rl.journal import Journal, Shown
 from llmpipe.rl.learner import Learner
 from llmpipe.rl.rewards import Rewards, Row, Scores, scored_together
-from llmpipe.rl.sampling import Sampler, sampling_of
-from llmpipe.rl.seeds import Shuffled, Use
+from llmpipe.rl.rollout.engine import Engine, Terms
+from llmpipe.rl.rollout.local import Local
+from llmpipe.rl.rollout.vllm import PROBES, VLLM
+from llmpipe.rl.sampling import Sampler
+from llmpipe.rl.seeds import Place, Shuffled, Use
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, RolloutSums, not_finite, warn
 from llmpipe.run import checkpoints
@@ -115,15 +116,7 @@ class Loop:
         self.prompts = Shuffled(training.train_rows(), self.recipe.seed, Use.ORDER)
         self.held_out = training.eval_rows()
         self._refuse_too_long()
-        self.sampler = Sampler(
-            actors,
-            training.tokenizer,
-            self.hardware,
-            self.recipe.rollout,
-            self.recipe.launch.rollout_batch_size,
-            self.recipe.seed,
-            self._replay(),
-        )
+        self.sampler = Sampler(self._engine(), training.tokenizer)
         self.steps = _updates(self.recipe, training.prepared.rows.train)
         say_if_peak_is_missed(self.recipe, self.steps, self.say)
         mixture = _mixture_rows(training)
@@ -167,7 +160,7 @@ class Loop:
             if stop:
                 raise Stopped(stop, f"stopped at step {self.state.step}, checkpoint written")
         signals.deferred = False
-        self.sampler.release()
+        self.sampler.engine.release()
         self.journal.close()
         self.world.wait()
         if self.recipe.mixture is None:
@@ -208,9 +201,9 @@ class Loop:
         size = self.recipe.optim.batch_size
         places = list(range(self.world.rank, size, self.world.size))
         asked = [self.prompts[self.state.step * size + place] for place in places]
-        uniforms = self.sampler.uniforms(Use.DRAW, self.state.step, places)
         prompts = [row["prompt_ids"] for row in asked]
-        episodes = self.sampler.draw(prompts, uniforms, self._note_answers)
+        numbers = [Place(Use.DRAW, self.state.step, place) for place in places]
+        episodes = self.sampler.draw(prompts, numbers, self._note_answers)
         responses = [self.sampler.text(episode) for episode in episodes]
         return Batch(places, [json.loads(row["row"]) for row in asked], episodes, responses)
 
@@ -372,25 +365,42 @@ class Loop:
             "legs": [asdict(leg) for leg in self.legs],
         }
 
-    def _replay(self) -> replay.Replay | None:
-        """What draws on a GPU."""
-        if self.hardware.device not in replay.DEVICES:
-            return None
-        model, tokenizer = self.actors.causal, self.training.tokenizer
-        ends = stop_tokens(model, tokenizer)
-        return replay.Replay(
-            model, sampling_of(self.recipe.rollout), ends, tokenizer.pad_token_id, self.say
+    def _engine(self) -> Engine:
+        """What draws."""
+        rollout, recipe = self.recipe.rollout, self.recipe
+        terms = Terms(
+            self.actors,
+            self.training.tokenizer,
+            self.hardware,
+            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
+            recipe.launch.rollout_batch_size,
+            recipe.seed,
+            self.say,
         )
+        if rollout.engine == "local":
+            return Local(terms)
+        if self.world.size > 1:
+            problem = f"rollout.engine: vllm draws in one process, and there are {self.world.size}"
+            raise UserError(problem, "set launch.processes: 1")
+        probe = [
+            self.prompts.rows[i]["prompt_ids"] for i in range(min(PROBES, len(self.prompts.rows)))
+        ]
+        return VLLM(terms, probe, self._longest_prompt())
 
     # --- what does not fit ---
 
     def _refuse_too_long(self) -> None:
         """Refuse prompts that leave no room for a response of the model's context."""
-        prompt = self.training.prepared.lengths.max
-        if self.held_out is not None:
-            prompt = max(prompt, *map(len, self.held_out["prompt_ids"]))
         response = self.recipe.rollout.max_new_tokens
-        refuse_rollouts(tokens_of(self.actors.causal.config.to_dict()), prompt, response)
+        context = tokens_of(self.actors.causal.config.to_dict())
+        refuse_rollouts(context, self._longest_prompt(), response)
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest one."""
+        longest = self.training.prepared.lengths.max
+        if self.held_out is not None:
+            longest = max(longest, *map(len, self.held_out["prompt_ids"]))
+        return longest
 
 
 def _updates(recipe: PPORecipe, prompts: int) -> int:

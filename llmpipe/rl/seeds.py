@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +28,31 @@ class Use(IntEnum):
     """The tokens of a response to a held-out prompt."""
     MIXTURE = 4
     """The order of the rows that are mixed in."""
+    PROBE = 5
+    """The tokens that two engines are compared by."""
 
 
-def generator(seed: int, use: Use, *place: int) -> torch.Generator:
-    """A generator of its own for each seed, use and place: an update, an episode of it.
+class Place(NamedTuple):
+    """Whose random numbers."""
+
+    use: Use
+    update: int
+    episode: int
+
+
+def number(seed: int, use: Use, *place: int) -> int:
+    """A seed of its own for each seed, use and place, of 64 bits.
 
     NumPy's SeedSequence mixes them, which is made for this (O'Neill 2015).
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(use, *place))
     (mixed,) = sequence.generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed))
+    return int(mixed)
+
+
+def generator(seed: int, use: Use, *place: int) -> torch.Generator:
+    """A generator of its own for each seed, use and place: an update, an episode of it."""
+    return torch.Generator().manual_seed(number(seed, use, *place))
 
 
 def shuffled(count: int, numbers: torch.Generator) -> list[int]:

@@ -67,6 +67,28 @@ class Schema(PPORecipe):
             raise ValueError("adapter.embeddings: ppo trains no embeddings")
         return self
 
+    @model_validator(mode="after")
+    def _vllm_can(self) -> Schema:
+        if self.rollout.engine != "vllm":
+            return self
+        if self.rollout.is_partial:
+            raise ValueError(
+                "rollout.engine: vllm does not say which tokens top_k and top_p left to draw from, "
+                "and what is learned would be of another distribution: "
+                "take top_k 0 and top_p 1, or the engine local"
+            )
+        if self.quantization:
+            raise ValueError(
+                "rollout.engine: vllm is given merged weights, and those of a quantized model "
+                "would be rounded anew at each update: take the engine local"
+            )
+        if self.launch.processes not in ("auto", 1):
+            raise ValueError(
+                f"rollout.engine: vllm draws in one process, and launch.processes is "
+                f"{self.launch.processes}"
+            )
+        return self
+
     @property
     def longest(self) -> int:
         answered = self.data.max_length + self.rollout.max_new_tokens
@@ -89,6 +111,8 @@ class Schema(PPORecipe):
         for i, source in enumerate(self.reward):
             package = VERIFIERS[source.verifier].package if source.verifier else None
             named += [(f"reward.{i}.verifier", package)] if package else []
+        if self.rollout.engine == "vllm":
+            named.append(("rollout.engine", "vllm"))
         return named
 
     def files(self) -> dict[str, str]:

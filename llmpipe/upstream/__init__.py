@@ -290,6 +290,16 @@ def merged_part(adapted: Any, part: nn.Module) -> nn.Module:
     return merged
 
 
+def as_saved(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names, and in the parts, that `save_pretrained` writes them in; of a layer
+    at least, since some are made of several.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return saved
+
+
 @contextmanager
 def using_adapter(model: nn.Module, adapter: str | None, otherwise: str) -> Iterator[None]:
     """Compute with one of the adapters of `model`, PEFT's, or with none, and `otherwise` after it.

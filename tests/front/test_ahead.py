@@ -1,5 +1,6 @@
 """What can be known ahead is known before the first stage starts: every problem, with its line."""
 
+import json
 import os
 import re
 import shutil
@@ -496,6 +497,23 @@ def test_one_stage_is_looked_at_before_its_rows_are_prepared(llmpipe, here):
     for words in ("./modle: no such", "mlflow is not", "'chatml'", "optim.batch_size (3) must be"):
         assert words in err
     assert len(err.splitlines()) == 4 and err.count(f"{path}:") == 4
+
+
+def test_an_engine_that_is_not_installed_is_named_without_torch(here):
+    """With the line of the field, what to install, and exit code 2."""
+    from tests.rl.test_ppo import write
+
+    path = write(here / "run", rollout={"engine": "vllm", "max_new_tokens": 12})
+    text = json.dumps(json.loads(path.read_text()), indent=1)
+    path.write_text(text)
+    line = text[: text.index('"engine"')].count("\n") + 1
+    code = "import sys\nfrom llmpipe.front.cli import main\ntry:\n    main()\nfinally:\n"
+    code += "    print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "ppo", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    what = "rollout.engine: vllm is not installed; pip install 'llmpipe[vllm]'"
+    assert done.stderr.strip().endswith(f"{path}:{line}: {what}")
 
 
 def test_prepare_needs_no_tracker(llmpipe, here):
