@@ -166,7 +166,7 @@ def _code(until: str) -> int:
             raise _Enough
         life.start_here(action, *arguments, **options)
 
-    launch.start = start
+    launch.start, launch.begun_early = start, life.nobody_early
     try:
         cli.main()
     except SystemExit as ended:

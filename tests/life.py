@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def guarded(artifact, work):
     return outcome
 
 
-def start_here(action, artifact, recipe, *, inexact, debug):
+def start_here(action, artifact, recipe, *, inexact, debug, early=None):
     """`start` without a process of its own."""
     from llmpipe.front.worker import act
 
@@ -97,18 +98,24 @@ def start_here(action, artifact, recipe, *, inexact, debug):
     guarded(artifact, lambda: act(action, artifact, signals, inexact=inexact)).check()
 
 
+def nobody_early(*_, **__):
+    """`begun_early` where workers run here."""
+    return nullcontext()
+
+
 def command(path: Path, sets=(), **options) -> Artifact:
     """Run the recipe's stage to its end in this process; raises what the command would have
     printed."""
     from llmpipe.front import cli
 
-    original, launch.start = launch.start, start_here
+    originals = launch.start, launch.begun_early
+    launch.start, launch.begun_early = start_here, nobody_early
     try:
         asked = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
         cli.make(asked, **options)
         return Artifact(Path(asked.recipe.run) / asked.recipe.artifact)
     finally:
-        launch.start = original
+        launch.start, launch.begun_early = originals
 
 
 def essence(artifact: Artifact) -> dict:

@@ -30,6 +30,8 @@ EARLY = 20
 """Seconds of a busy machine in which two ranks import, connect and begin to train."""
 TWO = {"launch__processes": 2, "launch__micro_batch_size": 2}
 POOL = {"data__processes": 2}
+PREPARES, TRAINS = "start_worker\0prepare", "start_worker\0train"
+"""In the command lines of workers."""
 
 
 class Tree:
@@ -123,7 +125,8 @@ KILLS = [
     ("two", "command"),
     ("two", "accelerate.commands.launch"),
     ("pool", "command"),
-    ("pool", "start_worker"),
+    ("pool", PREPARES),
+    ("pool", TRAINS),
 ]
 
 
@@ -145,9 +148,11 @@ def test_an_early_kill_leaves_nobody(straight, tmp_path, settings, victim, trial
         os.kill(pid, signal.SIGSTOP)
         said = Outcome.read(Artifact(tmp_path / "run" / "sft"))
         os.kill(pid, signal.SIGKILL)
-        # a worker that has said that it is done is not missed: its command goes on
-        assert (victim == "start_worker" and said) or tree.gone()
-    tree.end()
+        # a worker that has said that it is done is not missed: its command goes on; as it does with
+        # another one in place of one that waits for work
+        assert (victim in (PREPARES, TRAINS) and said) or victim == TRAINS or tree.gone()
+    ended, out = tree.end()
+    assert victim != TRAINS or ended in (0, 5), out
     code, out = sft(path).end()
     assert code == 0, out
     assert life.essence(Artifact(tmp_path / "run" / "sft")) == straight[settings]
@@ -229,14 +234,19 @@ def state(pid):
     return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
 
 
-@RANKS
-def test_ctrl_z_stops_every_process_and_a_continue_goes_on(tmp_path, settings):
-    tree, artifact = training(tmp_path, sft, **settings)
+def stop_all(tree):
+    """Ctrl-Z, and that all of a tree stand still."""
     tree.process.send_signal(signal.SIGTSTP)
     deadline = time.monotonic() + 10
     while {state(pid) for pid in tree.pids()} != {"T"}:
         assert time.monotonic() < deadline, tree.end()
         time.sleep(0.02)
+
+
+@RANKS
+def test_ctrl_z_stops_every_process_and_a_continue_goes_on(tmp_path, settings):
+    tree, artifact = training(tmp_path, sft, **settings)
+    stop_all(tree)
     reached = last_step(artifact)
     time.sleep(1)
     assert last_step(artifact) == reached < LONG["optim__steps"]
@@ -244,6 +254,32 @@ def test_ctrl_z_stops_every_process_and_a_continue_goes_on(tmp_path, settings):
     code, out = tree.end()
     assert code == 0, out
     assert artifact.verify() and last_step(artifact) == LONG["optim__steps"]
+
+
+def test_ctrl_z_stops_one_that_waits_for_work_as_well(tmp_path):
+    path = life.write(tmp_path / "run", optim__steps=2, evaluation={})
+    tree = sft(path)
+    tree.wait_for(TRAINS)
+    stop_all(tree)
+    tree.process.send_signal(signal.SIGCONT)
+    code, out = tree.end()
+    assert code == 0, out
+
+
+@pytest.mark.parametrize("whom", ["group", "all"])
+@pytest.mark.parametrize("worker", [PREPARES, TRAINS])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_there_is_work_leaves_nobody(tmp_path, worker, whom, number, code):
+    """And no traceback of a worker that has begun nothing."""
+    path = life.write(tmp_path / "run", optim__steps=2, evaluation={})
+    tree = sft(path)
+    tree.wait_for(worker)
+    for pid in tree.pids() if whom == "all" else [-tree.process.pid]:
+        os.kill(pid, number)
+    ended, out = tree.end()
+    # before it prepares, the command itself ends by what ends any process
+    assert ended in (code, -number) and "Traceback" not in out, out
+    assert tree.gone()
 
 
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]

@@ -123,6 +123,7 @@ def test_commands_run_in_their_order(checkout, monkeypatch, capsys):
     folder, environment = checkout
     monkeypatch.chdir(folder)
     monkeypatch.setattr(launch, "start", life.start_here)
+    monkeypatch.setattr(launch, "begun_early", life.nobody_early)
     for line in TYPED:
         if line in IN_A_SHELL or (SHELL.search(line) and "llmpipe" not in line):
             typed(line, folder, environment)

@@ -348,7 +348,9 @@ def main() -> None:
         sys.exit(exit_code())
     try:
         _refuse_broken_text(sys.argv)
-        app(standalone_mode=False)
+        # typer takes a KeyboardInterrupt for itself, and returns its code
+        if app(standalone_mode=False) == SIGINT:
+            raise KeyboardInterrupt
     except UserError as error:
         _refuse(error)
     except Stopped as stop:

@@ -4,6 +4,9 @@
       python -m llmpipe.front.start_worker prepare D   rows -> tokens, no torch, no process group
       python -m llmpipe.front.start_worker train D     one process, or accelerate with several
 
+The one that trains is started first, and imports its libraries until there is work for it
+(`early`).
+
 Launchers swallow exit codes, so a worker says how it ended in `outcome.json` and the parent ends
 with that; of several workers with the first that failed. A signal to the parent goes to the workers
 themselves, not to the launcher between, which would kill them after 30 s. Ctrl-Z stops them all.
@@ -12,7 +15,6 @@ Workers die with their parent (`llmpipe.ties`).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,13 +30,14 @@ from typing import Literal
 
 from llmpipe.errors import Stopped, UserError
 from llmpipe.faults import of_limit, of_place
+from llmpipe.front.early import Work, coming, libraries
 from llmpipe.front.launcher_log import Said
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import clear_ends, death, read_ends, reported, verdict
 from llmpipe.run.machine import for_memory, process_count, thread_count
 from llmpipe.run.outcome import LAUNCH, Ear, Outcome, listening, new_launch
-from llmpipe.run.signals import code_of, stopping
+from llmpipe.run.signals import code_of, hold, stopping
 from llmpipe.ties import PARENT, children, descendants, die_with_parent
 
 Action = Literal["convert", "prepare", "train"]
@@ -52,9 +56,61 @@ LAUNCHER_VARIABLES = (
 
 
 def start(
-    action: Action, artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool
+    action: Action,
+    artifact: Artifact,
+    recipe: Recipe,
+    *,
+    inexact: bool,
+    debug: bool,
+    early: Worker | None = None,
 ) -> None:
-    """Run one worker action to its end. Raises what it ended with: UserError or Stopped."""
+    """Run one worker action to its end. Raises what it ended with: UserError or Stopped.
+
+    `early`: one that waits for this action, see `begun_early`; where it has ended, another one is
+    started.
+    """
+    Outcome.clear(artifact)
+    waits = early is not None and early.process.poll() is None
+    ready = nullcontext(early) if waits else begun(action, artifact, recipe, inexact, debug)
+    with ready as worker:
+        assert worker is not None
+        end = run(worker)
+        remedy = for_memory(action, recipe)
+        if worker.processes > 1:
+            outcome = first_failure(artifact, worker, end, remedy)
+        else:
+            outcome = Outcome.read(artifact, worker.launch) or worker.ear.heard()
+    if outcome is None and end.signals and end.status:
+        # the worker had not come as far as noting how it ends
+        raise Stopped(code_of(end.signals[0]), "stopped")
+    finish(outcome, end.status, artifact, remedy)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker that was started, or a launcher with several."""
+
+    process: subprocess.Popen[bytes]
+    launch: str
+    """The word by which its outcome is known."""
+    processes: int
+    ear: Ear
+    errors: Said | None
+    """Where a launcher's standard error goes: it prints a traceback for every worker that fails."""
+    work: Work | None = None
+    """What one waits for that was begun early."""
+
+
+@contextmanager
+def begun(
+    action: Action,
+    artifact: Artifact,
+    recipe: Recipe,
+    inexact: bool,
+    debug: bool,
+    work: Work | None = None,
+) -> Iterator[Worker]:
+    """Start a worker; one that has not ended by then is killed."""
     processes = process_count(recipe) if action == "train" else 1
     threads = thread_count(recipe.launch, processes)
     command = [sys.executable]
@@ -65,21 +121,54 @@ def start(
         command.append("--inexact")
     if debug:
         command.append("--debug")
-    Outcome.clear(artifact)
-    launch = new_launch()
-    log = artifact.path / "log.txt"
-    remedy = for_memory(action, recipe)
+    if work:
+        command.append(work.flag)
+    launch, parent = new_launch(), os.getpid()
+    errors = Said(artifact) if processes > 1 else None
+
+    def begin() -> None:
+        die_with_parent(parent)
+        if processes == 1:  # a launcher and its workers hold nothing back
+            hold()
+
     with listening() as ear:
-        variables = environment(action, threads) | ear.environment | {LAUNCH: launch}
-        end = run(command, variables, log, launched=processes > 1)
-        if processes > 1:
-            outcome = first_failure(artifact, launch, processes, ear, end, remedy)
-        else:
-            outcome = Outcome.read(artifact, launch) or ear.heard()
-    if outcome is None and end.signals and end.status:
-        # the worker had not come as far as noting how it ends
-        raise Stopped(code_of(end.signals[0]), "stopped")
-    finish(outcome, end.status, artifact, remedy)
+        process = subprocess.Popen(
+            command,
+            env=environment(action, threads) | ear.environment | {LAUNCH: launch},
+            stderr=errors.fileno() if errors else None,
+            process_group=0,
+            preexec_fn=begin,
+            pass_fds=[work.descriptor] if work else (),
+        )
+        try:
+            if errors:
+                errors.begin()
+            yield Worker(process, launch, processes, ear, errors, work)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def begun_early(
+    artifact: Artifact, recipe: Recipe, *, inexact: bool, debug: bool
+) -> Iterator[Worker | None]:
+    """Start the worker that is to train while it has no work yet: it imports the libraries.
+
+    None where a launcher is to start several, or this machine takes no process more.
+    """
+    if process_count(recipe) > 1:
+        yield None
+        return
+    with paused_with_us(), ExitStack() as stack:
+        try:
+            work = stack.enter_context(coming(libraries(recipe)))
+            train = begun("train", artifact, recipe, inexact, debug, work)
+            worker: Worker | None = stack.enter_context(train)
+        except (OSError, subprocess.SubprocessError):
+            worker = None  # whether it is in the way of the work will be seen
+        yield worker
 
 
 def launcher(processes: int, threads: int) -> list[str]:
@@ -143,51 +232,40 @@ class Exit:
     """What a launcher said on standard error."""
 
 
-def first_failure(
-    artifact: Artifact, launch: str, processes: int, ear: Ear, end: Exit, remedy: str
-) -> Outcome | None:
+def first_failure(artifact: Artifact, worker: Worker, end: Exit, remedy: str) -> Outcome | None:
     """How several workers ended, which becomes outcome.json; None where nobody knows."""
-    ends = read_ends(artifact, launch, processes, ear.said())
+    ends = read_ends(artifact, worker.launch, worker.processes, worker.ear.said())
     outcome = verdict(ends, reported(end.log), remedy=remedy, stopped=bool(end.signals))
     if outcome:
-        outcome.deliver(artifact, launch)
-    clear_ends(artifact, processes)
+        outcome.deliver(artifact, worker.launch)
+    clear_ends(artifact, worker.processes)
     return outcome
 
 
-def run(command: list[str], environment: dict[str, str], log: Path, *, launched: bool) -> Exit:
-    """Run a worker, or a launcher with several, and hand on to the workers what signals us."""
-    parent = os.getpid()
+def run(worker: Worker) -> Exit:
+    """Let a worker do its work, and hand on to it, or to all of a launcher's, what signals us."""
+    pid = worker.process.pid
     signals: list[int] = []
-    # a launcher prints a traceback of its own for every worker that fails
-    with Said(Artifact(log.parent)) if launched else contextlib.nullcontext() as errors:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stderr=errors.fileno() if errors else None,
-            process_group=0,
-            preexec_fn=lambda: die_with_parent(parent),
-        )
-        if errors:
-            errors.begin()
 
-        def forward(number: int, _: FrameType | None) -> None:
-            signals.append(number)
-            # the launcher itself before it has started any
-            workers = children(process.pid) if launched else []
-            send(number, workers or [process.pid])
+    def forward(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        # the launcher itself before it has started any
+        workers = children(pid) if worker.processes > 1 else []
+        send(number, workers or [pid])
 
-        with handled_by(forward, stopping()), paused_with_us(process.pid):
-            status = process.wait()
-    return Exit(status, signals, errors.text if errors else "")
+    with worker.errors or nullcontext(), handled_by(forward, stopping()), paused_with_us():
+        if worker.work:
+            worker.work.begin()
+        status = worker.process.wait()
+    return Exit(status, signals, worker.errors.text if worker.errors else "")
 
 
-@contextlib.contextmanager
-def paused_with_us(pid: int) -> Iterator[None]:
-    """Let Ctrl-Z stop a process and all below it as well, and what continues us continue them."""
+@contextmanager
+def paused_with_us() -> Iterator[None]:
+    """Let Ctrl-Z stop all processes below this one as well, and what continues us continue them."""
 
     def pause(number: int, _: FrameType | None) -> None:
-        tree = [pid, *descendants(pid)]
+        tree = descendants(os.getpid())
         # in sessions of their own they would ignore what a terminal sends
         send(signal.SIGSTOP, tree)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -201,11 +279,11 @@ def paused_with_us(pid: int) -> Iterator[None]:
 def send(number: int, pids: Iterable[int]) -> None:
     """Send a signal to processes, of which some may have ended."""
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-@contextlib.contextmanager
+@contextmanager
 def handled_by(
     handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]
 ) -> Iterator[None]:

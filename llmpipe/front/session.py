@@ -8,7 +8,7 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from llmpipe.errors import Say
@@ -49,15 +49,22 @@ class Session:
 
     def make(self) -> None:
         """Raises what the command ends with: UserError or Stopped."""
-        with self.locked():
+        with self.locked(), self.early() as early:
             decision = self.plan()
             if decision.action != "skip":
                 self.prepare(decision)
             if self.only_prepare:
                 return
             if decision.action != "skip":
-                self.start("train")
+                self.start("train", early)
             self.judge()
+
+    def early(self) -> AbstractContextManager[launch.Worker | None]:
+        """The worker that is to train, where there will be work for it, as far as one can see."""
+        if self.only_prepare or (self.artifact.finished and not self.fresh):
+            return nullcontext()
+        how = {"inexact": self.inexact, "debug": self.debug}
+        return launch.begun_early(self.artifact, self.recipe, **how)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -99,11 +106,12 @@ class Session:
             self.start("convert")
         self.start("prepare")
 
-    def start(self, action: launch.Action) -> None:
+    def start(self, action: launch.Action, early: launch.Worker | None = None) -> None:
         """Run a worker to its end."""
         if action == "train" and (note := idle_gpus(self.recipe)):
             self.say(note)
-        launch.start(action, self.artifact, self.recipe, inexact=self.inexact, debug=self.debug)
+        how = {"inexact": self.inexact, "debug": self.debug}
+        launch.start(action, self.artifact, self.recipe, **how, early=early)
 
     def judge(self) -> None:
         """Hold what was made against the recipe's conditions, where the stage has such."""

@@ -11,6 +11,7 @@ from llmpipe.ties import die_with_command
 
 if __name__ == "__main__":
     die_with_command()
+    from llmpipe.front.early import wait_for_work
     from llmpipe.front.worker import main
 
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(wait_for_work(sys.argv[1:])))

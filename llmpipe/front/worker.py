@@ -42,7 +42,7 @@ from llmpipe.run.outcome import Outcome, this_launch
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
-from llmpipe.run.signals import Signals
+from llmpipe.run.signals import Signals, heed
 from llmpipe.run.whereabouts import note
 from llmpipe.stages import prepared_by, schema, stage
 
@@ -55,11 +55,12 @@ def main(arguments: list[str]) -> int:
     signals = Signals().install()
     action, folder, *flags = arguments
     artifact = Artifact(Path(folder))
-    outcome = end_of(
-        lambda: act(action, artifact, signals, inexact="--inexact" in flags),
-        artifact,
-        "--debug" in flags,
-    )
+
+    def work() -> None:
+        heed()
+        act(action, artifact, signals, inexact="--inexact" in flags)
+
+    outcome = end_of(work, artifact, "--debug" in flags)
     signals.deferred = True  # what comes now changes nothing
     launch = this_launch()
     if "RANK" in os.environ:  # one of several: the command decides who speaks for all

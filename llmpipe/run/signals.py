@@ -26,6 +26,18 @@ def code_of(number: int) -> int:
     return SIGINT if number == signal.SIGINT else SIGTERM
 
 
+def hold() -> None:
+    """Let what stops a run wait in this process, and in those that it starts, until `heed`: Python
+    is not ready for a signal while it starts.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping())
+
+
+def heed() -> None:
+    """Serve what came meanwhile, and what comes."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping())
+
+
 class Signals:
     """A signal ends the process at once, or, where `deferred`, at the end of a step.
 

@@ -12,6 +12,7 @@ from tests import life
 def llmpipe(monkeypatch, capsys):
     """`llmpipe ARGS` in this process: (exit code, standard output, standard error)."""
     monkeypatch.setattr(launch, "start", life.start_here)
+    monkeypatch.setattr(launch, "begun_early", life.nobody_early)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["llmpipe", *map(str, arguments)])

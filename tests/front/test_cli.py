@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from llmpipe.front import cli
 from llmpipe.run.artifact import Artifact
 from tests import life, store, test_secrets
 
@@ -443,3 +444,11 @@ def test_verify(llmpipe, capsys, tmp_path):
     assert f"{run}/sft/recipe.yaml: 1 bytes, recorded" in out
     assert err.startswith(f"error: {run}: 1 difference in ")
     assert llmpipe("verify", run / "nothing")[0] == 2
+
+
+def test_ctrl_c_before_any_work_is_told_by_the_code(llmpipe, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make", interrupted)
+    assert llmpipe("sft", life.write(tmp_path / "run"))[0] == 130
