@@ -771,3 +771,22 @@ def test_debugging_ends_with_the_training():
     upstream.forget_debugging(model)
     assert sum(len(module._forward_hooks) for module in model.modules()) == 1
     model(torch.tensor([[1, 2, 3]]))
+
+
+def test_a_compiler_for_a_gpu_does_not_ask_what_the_processor_knows(monkeypatch):
+    from torch._inductor import config, cpu_vec_isa
+
+    def build(*_):
+        raise AssertionError("a program was compiled and run")
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", build)
+    asks = cpu_vec_isa.VecAVX2()
+    with pytest.raises(AssertionError):
+        bool(asks)
+    model = tiny()
+    with config.patch({"deterministic": False, "cpp.vec_isa_ok": None}):
+        upstream.compile_layers(model, dynamic=True)
+        assert config.cpp.vec_isa_ok is None  # whose kernels are for this very processor
+        monkeypatch.setattr(type(next(model.parameters())), "is_cuda", True, raising=False)
+        upstream.compile_layers(model, dynamic=True)
+        assert bool(asks)

@@ -8,7 +8,6 @@ configuration with its stop tokens.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import warnings
 from collections.abc import Iterable
@@ -333,16 +332,6 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of tensors and their names."""
-    sha256 = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha256.update(name.encode())
-        sha256.update(tensor.flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
 
 
 def as_published(model: Any) -> tuple[dict[str, torch.Tensor], Any]:
