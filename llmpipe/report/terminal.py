@@ -80,10 +80,9 @@ def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
         except UserError as error:
             return f"DAMAGED: {error.message.replace(f'{artifact.path}/', '')}", None
         return _altered(artifact.differences(manifest, most=SMALL)) or "finished", manifest
-    from llmpipe.run import checkpoints
     from llmpipe.run.outcome import Outcome
 
-    steps = checkpoints.steps(artifact.checkpoints)
+    steps = artifact.steps
     at = f"checkpoint at step {max(steps):,}" if steps else "no checkpoint yet"
     outcome = Outcome.read(artifact)
     end = f"; last ended with: {outcome.message}" if outcome and outcome.message else ""

@@ -51,7 +51,16 @@ PLAN = "plan.json"
 SCRATCH = {PLAN, "prepared.json", "outcome.json", "log.txt", MANIFEST}
 """In an artifact, but not part of it."""
 
+CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+"""A published one; anything else that lies beside it is somebody's own."""
+
 ASIDE = re.compile(r"\.old-(\d+)$")
+
+
+def steps_of(checkpoints: Path) -> list[int]:
+    """Steps of the published checkpoints in a folder, oldest first."""
+    names = [path.name for path in checkpoints.glob("step-*") if path.is_dir()]
+    return sorted(int(match[1]) for name in names if (match := CHECKPOINT.fullmatch(name)))
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,11 @@ class Artifact:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of its published checkpoints, oldest first."""
+        return steps_of(self.checkpoints)
 
     @property
     def merged(self) -> Artifact:

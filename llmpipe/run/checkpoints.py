@@ -10,7 +10,6 @@ library goes on, for a job that was moved has no choice; the result is then call
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from llmpipe.files import (
     table,
     write_json,
 )
+from llmpipe.run.artifact import steps_of
 from llmpipe.run.manifest import Leg, Platform
 from llmpipe.sums import SUMS, fingerprint
 from llmpipe.typed import record
@@ -42,9 +42,6 @@ STATE = "llmpipe.json"
 
 UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
-
-NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-"""Of a published checkpoint; anything else that lies beside it is somebody's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +103,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def steps(checkpoints: Path) -> list[int]:
-    """Steps of the published checkpoints, oldest first."""
-    names = [path.name for path in checkpoints.glob("step-*") if path.is_dir()]
-    return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
-
-
 def settings(checkpoints: Path) -> Mapping[str, Any]:
     """The machine's settings that the newest checkpoint was written with, as far as its table says;
     nothing where there is none.
     """
-    for step in reversed(steps(checkpoints)):
+    for step in reversed(steps_of(checkpoints)):
         if sums := Sums.read(folder(checkpoints, step)):
             return sums.origin.machine
     return {}
@@ -192,7 +183,7 @@ def _beginning(path: Path, size: int) -> FileEntry:
 
 def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
     """Remove all but the newest `keep` checkpoints and those in `also`."""
-    for step in steps(checkpoints)[:-keep]:
+    for step in steps_of(checkpoints)[:-keep]:
         if step not in also:
             path = folder(checkpoints, step)
             doomed = path.with_name(f".{path.name}.old")
@@ -217,7 +208,7 @@ def pick(
     of lines are not those of any.
     """
     without_lines = None
-    for step in reversed(steps(checkpoints)):
+    for step in reversed(steps_of(checkpoints)):
         path = folder(checkpoints, step)
         if problems := verify(path):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")

@@ -33,7 +33,6 @@ from llmpipe.files import (
 )
 from llmpipe.recipe.places import paths_in, portable_paths, with_values
 from llmpipe.recipe.sections import Recipe, Training, is_local
-from llmpipe.run import checkpoints
 from llmpipe.run.artifact import MANIFEST, PLAN, Artifact
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
 from llmpipe.run.manifest import Asked
@@ -269,7 +268,7 @@ def _is_begun(artifact: Artifact, progress: str) -> bool:
     """Whether anything of what a stage goes on from is there."""
     path = artifact.path / progress
     if path == artifact.checkpoints:  # what else lies in it is somebody's own
-        return bool(checkpoints.steps(path))
+        return bool(artifact.steps)
     return path.exists()
 
 

@@ -315,7 +315,7 @@ def _of_hub(reference: str, use: Use, pinned: Identity | None) -> Model:
 def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Model:
     checkpoint = checkpoints.folder(parent.checkpoints, int(step))
     if not checkpoint.exists():
-        steps = ", ".join(sorted(map(str, checkpoints.steps(parent.checkpoints)))) or "none"
+        steps = ", ".join(sorted(map(str, parent.steps))) or "none"
         raise UserError(f"{use.field}: {reference}: no such checkpoint; there are: {steps}")
     before = stamp(checkpoint)
     problems = [] if use.glance else checkpoints.verify(checkpoint)

@@ -184,7 +184,7 @@ def _items(artifact: Artifact) -> Iterator[Item]:
         yield _unfinished(artifact)
         plan = _plan(artifact)
         identity = plan.identity if plan else None
-    for step in checkpoints.steps(artifact.checkpoints):
+    for step in artifact.steps:
         yield _checkpoint(checkpoints.folder(artifact.checkpoints, step), identity)
 
 
@@ -282,7 +282,7 @@ def _unfinished(artifact: Artifact) -> Item:
         problems += _of_plan(artifact, plan)
     for name in LINES:
         problems += _of_lines(artifact.path / name)
-    for step in checkpoints.steps(artifact.checkpoints)[-1:]:
+    for step in artifact.steps[-1:]:
         problems += checkpoints.verify_lines(checkpoints.folder(artifact.checkpoints, step))
     return Item(artifact.path, "not finished", problems=tuple(problems))
 
@@ -400,5 +400,5 @@ def _strays(run: Path | None, made: list[Artifact]) -> Iterator[Path]:
             continue
         home = artifact.checkpoints
         names = sorted(os.listdir(home)) if home.is_dir() else []
-        steps = {f"step-{step}" for step in checkpoints.steps(home)}
+        steps = {f"step-{step}" for step in artifact.steps}
         yield from (home / name for name in names if name not in steps)
