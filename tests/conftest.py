@@ -13,6 +13,10 @@ os.environ |= {
     "LLMPIPE_DOCSTRINGS": "1",  # the tests read them; a command reads them for `schema` alone
 }
 os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+if "LLMPIPE_TESTS_WITH_GPU" not in os.environ:
+    # Tests compare the bits that a CPU computes, time what it does, and have doubles for GPUs: with
+    # a real one they would try something else. `make gpu PARTS=tests` runs those that are for it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

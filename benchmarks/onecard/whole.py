@@ -246,7 +246,7 @@ def tests(bench: Bench) -> Iterator[Row]:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=commands.environment(),
+            env=commands.environment() | {"LLMPIPE_TESTS_WITH_GPU": "1"},
             capture_output=True,
             text=True,
             timeout=commands.LIMIT,
