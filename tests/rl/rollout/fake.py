@@ -28,13 +28,14 @@ OPTIONS = set(
     "model load_format skip_tokenizer_init generation_config logprobs_mode dtype seed "
     "max_model_len max_num_seqs enable_prefix_caching enable_sleep_mode trust_remote_code".split()
 )
+MEMORY = {"kv_cache_memory_bytes", "gpu_memory_utilization"}  # where there is a GPU
 
 
 class LLM:
     made: list = []
 
     def __init__(self, **options):
-        assert options.keys() == OPTIONS
+        assert options.keys() == OPTIONS | (MEMORY if torch.cuda.is_available() else set())
         self.options = asked = SimpleNamespace(**options)
         assert asked.load_format == "dummy" and asked.skip_tokenizer_init
         assert asked.logprobs_mode == "processed_logprobs"

@@ -14,6 +14,7 @@ from llmpipe.rl.actors import Actors, Cast, Distribution, Role
 from llmpipe.rl.rollout import vllm
 from llmpipe.rl.rollout.engine import Terms
 from llmpipe.rl.rollout.weights import weights_of
+from llmpipe.rl.seeds import Place, Use
 from tests import life
 from tests.rl.rollout import fake
 from tests.rl.test_ppo import HOW, updates, write
@@ -59,6 +60,37 @@ def test_the_same_seed_draws_the_same_however_it_is_asked(tmp_path, monkeypatch)
     )
     another = write(tmp_path / "c", rollout=ROLLOUT, optim__steps=2, seed=7)
     assert life.essence(life.command(another))["metrics"] != one["metrics"]
+
+
+def test_a_response_is_its_places_alone(monkeypatch):
+    """Whatever is asked beside it, and in which order; another place draws another one."""
+    fake.installed(monkeypatch)
+    engine = vllm.VLLM(terms_of(tiny()), [[5]], 3)
+    places = [Place(Use.DRAW, 0, 0), Place(Use.DRAW, 0, 1), Place(Use.DRAW, 1, 0)]
+    places += [Place(Use.HELD_OUT, 0, 0)]
+    with engine.begun():
+        drawn = engine.draw([[5, 6]] * 4, places)
+        again = engine.draw([[9], [5, 6]], [places[1], places[2]])
+    assert len({tuple(episode.response) for episode in drawn}) == 4
+    assert again[1].response == drawn[2].response
+    assert torch.equal(again[1].log_probs, drawn[2].log_probs)
+
+
+def test_the_cache_has_room_for_what_is_drawn_at_a_time(monkeypatch):
+    """Beside a policy that learns: never more than half of what is free."""
+    engine = object.__new__(vllm.VLLM)
+    engine.terms = terms_of(tiny())  # 4 answers at a time, in fp32
+    config, total = engine.terms.actors.causal.config, 80 << 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for free in (40 << 30, 1 << 20):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, total))
+        room = engine._memory(100)
+        width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+        asked = 4 * (7 + 1) * 16 * 2 * config.num_hidden_layers * width * 4
+        assert room["kv_cache_memory_bytes"] == min(asked, free // 2)
+        spare = room["gpu_memory_utilization"] * total - room["kv_cache_memory_bytes"]
+        assert 2 << 30 < spare < 3 << 30
 
 
 @pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ["lora"])])
