@@ -75,6 +75,7 @@ class VLLM:
             self.llm = self._begun(tokens)
         self.asleep = False
         self._sleep()
+        terms.say("answers: drawn by vLLM, which is given the weights before each rollout")
 
     def _begun(self, tokens: int) -> Any:
         """vLLM with a model of the policy's shape, for texts of so many tokens."""

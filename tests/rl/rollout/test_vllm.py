@@ -29,7 +29,7 @@ def sleeps(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["full", "lora"])
-def test_a_training_draws_with_it(tmp_path, monkeypatch, sleeps, how):
+def test_a_training_draws_with_it(tmp_path, monkeypatch, capsys, sleeps, how):
     """Weights are pushed before each rollout and each evaluation, and what it says of its answers
     is what the policy says."""
     made = fake.installed(monkeypatch)
@@ -37,6 +37,7 @@ def test_a_training_draws_with_it(tmp_path, monkeypatch, sleeps, how):
     path = write(tmp_path / "run", **HOW[how], **changes, rollout=ROLLOUT, optim__steps=3)
     artifact = life.command(path)
     [engine] = made
+    assert capsys.readouterr().out.count("answers: drawn by vLLM") == 1
     rollouts = 3 + 2  # an evaluation before and one after
     assert set(engine.pushed.values()) == {rollouts} and engine.asleep
     held_out = engine.answered[1]
@@ -83,7 +84,7 @@ def test_the_cache_has_room_for_what_is_drawn_at_a_time(monkeypatch):
     config, total = engine.terms.actors.causal.config, 80 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    for free in (40 << 30, 1 << 20):
+    for free in (40 << 30, 1 << 14):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, total))
         room = engine._memory(100)
         width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
