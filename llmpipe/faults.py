@@ -32,7 +32,10 @@ REFUSED = (
 )
 """What it says of a place in which this user cannot write."""
 
-NO_MEMORY = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
+NO_MEMORY = (
+    *("can't allocate memory", "out of memory", "DefaultCPUAllocator"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 """Words of libraries whose allocation failed."""
 
 ASKED = re.compile(r"\b(?:m|re)alloc of size (\d+)")

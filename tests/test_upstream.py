@@ -538,6 +538,7 @@ def test_canary_activation_checkpointing():
 
     source = inspect.getsource(GradientCheckpointingLayer)
     assert "if self.gradient_checkpointing and self.training" in source
+    assert "forward_with_checkpointing" in source, "inside the hooks of a layer"
     model = tiny().eval()
     upstream.recompute(model, True)
     modes = {module.training for module in model.model.layers}
@@ -674,6 +675,8 @@ def dropping(kind):
     from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
 
     torch.manual_seed(0)
+    if kind == "llama":
+        return tiny()
     if kind == "opt":
         config = OPTConfig(
             vocab_size=64,
@@ -696,7 +699,7 @@ def dropping(kind):
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("kind", ["opt", "falcon"])
+@pytest.mark.parametrize("kind", ["opt", "falcon", "llama"])
 def test_layers_that_recompute_drop_nothing(kind):
     """As they would in training mode, and would again, otherwise, in the backward pass."""
     model = dropping(kind).eval()
@@ -707,9 +710,14 @@ def test_layers_that_recompute_drop_nothing(kind):
     model.zero_grad()
     model.activation_checkpointing_enable({"use_reentrant": False})
     upstream.recompute(model, True)
+    passes = Counter()
+    products = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for product in products:
+        product.register_forward_hook(lambda module, *_: passes.update([module]))
     recomputed = model(ids, labels=ids, use_cache=False)
     assert torch.equal(recomputed.logits, plain.logits)
     recomputed.loss.backward()
+    assert sorted(set(passes.values())) == [1, 2], "the head once, what is in layers again"
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(weight.grad, gradient)
     upstream.recompute(model, False)

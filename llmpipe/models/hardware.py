@@ -260,7 +260,8 @@ def _attention(
 def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     """Say what was decided and why."""
     line = f"hardware: {hardware.processes} x {hardware.device}, {hardware.threads} threads each"
-    if recipe.stage != "ppo":  # whose passes are cut by tokens; it says so itself
+    cut_later = hardware.device == "cuda" and recipe.launch.micro_batch_size == "auto"
+    if recipe.stage != "ppo" and not cut_later:  # who says so itself
         parts = (hardware.micro_batch_size, hardware.accumulation, hardware.processes)
         line += "; batch {} = {} x {} accumulated x {}".format(recipe.batch_size, *parts)
     say(line)

@@ -17,13 +17,15 @@ class Optimizer(NamedTuple):
     """`optim` of transformers' TrainingArguments; None leaves it as it is."""
     in_bitsandbytes: str | None
     """The class in `bitsandbytes.optim`; None is PyTorch's AdamW."""
+    moments: int
+    """Bytes of a device that the moments of a number take."""
     paged: bool = False
     """Whether moments move to the CPU's memory when a GPU is full."""
 
 
 OPTIMIZERS: dict[OptimizerName, Optimizer] = {
-    "adamw": Optimizer(None, None),
-    "adamw_8bit": Optimizer("adamw_bnb_8bit", "AdamW8bit"),
-    "paged_adamw": Optimizer("paged_adamw_32bit", "PagedAdamW", paged=True),
-    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", "PagedAdamW8bit", paged=True),
+    "adamw": Optimizer(None, None, 8),
+    "adamw_8bit": Optimizer("adamw_bnb_8bit", "AdamW8bit", 2),
+    "paged_adamw": Optimizer("paged_adamw_32bit", "PagedAdamW", 0, paged=True),
+    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", "PagedAdamW8bit", 0, paged=True),
 }

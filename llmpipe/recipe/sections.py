@@ -349,7 +349,8 @@ class Launch(Machine):
     `optim.batch_size`; one on a CPU."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
-    `optim.batch_size`."""
+    `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,
+    by a pass over the longest rows before the first step."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
     on a GPU, but not in ppo, which has five forms of each layer to compile."""

@@ -94,15 +94,11 @@ def _fitting_micro_batch(recipe: Training, share: int, on_gpu: bool) -> int:
     return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
-def smaller_micro_batches(recipe: Training, processes: int, size: int) -> list[int]:
-    """Sizes that a micro-batch may have instead of `size` where memory is short, the largest first:
-    half of it or less, without another optimizer step.
-    """
+def micro_batch_sizes(recipe: Training, processes: int) -> list[int]:
+    """Sizes that a micro-batch may have without another optimizer step, the smallest first."""
     share = recipe.batch_size // processes
-    if recipe.launch.micro_batch_size != "auto" or recipe.is_whole:
-        return []
-    sizes = range(size // 2, recipe.least_micro_batch - 1, -1)
-    return [each for each in sizes if share % each == 0]
+    least = share if recipe.is_whole else min(recipe.least_micro_batch, share)
+    return [size for size in range(least, share + 1) if share % size == 0]
 
 
 def for_memory(action: str, recipe: Recipe) -> str:

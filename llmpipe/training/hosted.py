@@ -57,7 +57,7 @@ class Durable(Trainer):
         self.signals = training.job.signals
         self.stop_code = 0
         weights = _trained_weights(training.model)
-        upstream.as_asked(self._layered, self.hardware.activation_checkpointing)
+        upstream.as_asked(self.layered, self.hardware.activation_checkpointing)
         try:
             super().__init__(model=training.model, processing_class=training.tokenizer, **arguments)
         except ValueError as error:
@@ -116,8 +116,17 @@ class Durable(Trainer):
         self._train_batch_size = self.args.train_batch_size
         self._even_out_batches()
 
+    def compute_again(self, kind: str) -> None:
+        """Let the backward pass compute activations again, `selective` or `full`, where it did not;
+        before the first one.
+        """
+        self.training.compute_again(kind)
+        self.args.activation_checkpointing = self.args.gradient_checkpointing = True
+        options = self.args.activation_checkpointing_kwargs or {}
+        upstream.checkpoint_layers(self.layered, kind, **options)
+
     @property
-    def _layered(self) -> PreTrainedModel:
+    def layered(self) -> PreTrainedModel:
         """What is trained, without an adapter's wrapper."""
         model = self.training.model
         return model.get_base_model() if isinstance(model, PeftModel) else model

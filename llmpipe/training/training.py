@@ -88,6 +88,11 @@ class Training(Generic[R_co]):
         hardware = self.hardware.cut(self.recipe.batch_size, micro_batch_size)
         self.setup = replace(self.setup, hardware=hardware)
 
+    def compute_again(self, kind: str) -> None:
+        """Compute activations of this kind again in the backward pass."""
+        hardware = replace(self.hardware, activation_checkpointing=kind)
+        self.setup = replace(self.setup, hardware=hardware)
+
     def train_rows(self) -> Dataset:
         return rows.dataset(self.folder / "train.arrow")
 

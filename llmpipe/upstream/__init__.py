@@ -13,10 +13,13 @@ Three things make a step fast without changing its result, and `speed_up` sets t
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -327,21 +330,60 @@ def recompute(model: nn.Module, on: bool) -> None:
     again in the backward pass; transformers asks their training mode, and a model may have to be in
     evaluation mode. Some layers (OPT's, Falcon's) ask it for their dropout, too, which stays off.
     """
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = on
-            if on and not hasattr(module, "asked_to_train"):
-                module.register_forward_pre_hook(_without_dropout)
-                module.register_forward_hook(_as_asked, always_call=True)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+            code: Any = type(layer)
+            if on and _drops(code):
+                _hold_still(layer)
+
+
+@cache
+def _drops(layer: type[nn.Module]) -> bool:
+    """Whether the code of a layer itself asks its training mode."""
+    classes = layer.__mro__[: layer.__mro__.index(GradientCheckpointingLayer)]
+    return any("self.training" in inspect.getsource(each) for each in classes)
+
+
+def _hold_still(layer: Any) -> None:
+    """Let a layer be in evaluation mode in its own code, each time that this is run."""
+    if not hasattr(layer, "asked_to_train"):
+        layer.register_forward_pre_hook(_without_dropout)
+        layer.register_forward_hook(_as_asked, always_call=True)
+        layer.asked_to_train = layer.training
+    checkpointing = getattr(layer, "_gradient_checkpointing_func", None)
+    if checkpointing and not isinstance(checkpointing, _Still):
+        layer._gradient_checkpointing_func = _Still(layer, checkpointing)
 
 
 def _without_dropout(layer: Any, _: Any) -> None:
     layer.asked_to_train = layer.training
-    layer.training = False
+    layer.training = layer.training and layer.gradient_checkpointing  # see `_Still`
 
 
 def _as_asked(layer: Any, *_: Any) -> None:
     layer.training = layer.asked_to_train
+
+
+@dataclass
+class _Still:
+    """The checkpointing of a layer, which it is asked for in training mode, with its code in
+    evaluation mode.
+    """
+
+    layer: Any
+    checkpointing: Callable[..., Any]
+
+    def __call__(self, forward: Callable[..., Any], *arguments: Any) -> Any:
+        return self.checkpointing(partial(self._still, forward), *arguments)
+
+    def _still(self, forward: Callable[..., Any], *arguments: Any) -> Any:
+        training = self.layer.training
+        self.layer.training = False
+        try:
+            return forward(*arguments)
+        finally:
+            self.layer.training = training
 
 
 def without_dropout(model: nn.Module, but: str, recomputes: bool) -> None:

@@ -116,6 +116,8 @@ def test_accumulation_makes_up_the_batch(tmp_path):
     said = []
     announce(hardware, asked, said.append)
     assert said[0] == "hardware: 2 x cuda, 8 threads each; batch 8 = 2 x 2 accumulated x 2"
+    announce(hardware, recipe(tmp_path, launch__micro_batch_size="auto"), said.append)
+    assert "hardware: 2 x cuda, 8 threads each" in said, "by memory, which is not known yet"
 
 
 def test_kernels_of_the_hub_are_left_alone_and_it_is_said(tmp_path, monkeypatch):
