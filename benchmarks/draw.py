@@ -7,7 +7,8 @@ What counts is a pair's ratio of answers' tokens per second: the sides alternate
 each that is left out, and printed as `first`, since a GPU records its token step in it. Nothing
 ends early, so that both draw as many tokens; `generate` samples, and keeps the logits that
 log-probabilities are made of, which PPO needs. `--shape`: random weights of SmolLM2's. On a GPU
-`draw`, the form for CPUs, is shown as well.
+`draw`, the form for CPUs, is shown as well. `--greedy`: the likeliest tokens, as eval asks for
+them, and how many answers each side has in common with `generate`.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def policy(args, device: str):
     return model.to(device).eval()
 
 
-def timed(call: Callable[[], None]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Seconds until all is computed."""
     begun = time.perf_counter()
     call()
@@ -72,40 +73,44 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def sides(args, model) -> dict[str, Callable[[], None]]:
+def sides(args, model) -> dict[str, Callable[[], list[list[int]]]]:
     """What draws, by its name."""
     vocabulary = model.config.vocab_size
     numbers = torch.Generator().manual_seed(0)
     lengths = [8 + place * 7 % args.prompt for place in range(args.answers)]
     prompts = [torch.randint(5, vocabulary, (n,), generator=numbers).tolist() for n in lengths]
     luck = torch.rand(args.answers, args.tokens, generator=numbers, dtype=torch.float64)
-    how = Sampling(args.tokens, temperature=1.0, top_p=args.top_p)
+    how = Sampling(args.tokens, temperature=float(not args.greedy), top_p=args.top_p)
     ids = left_padded(prompts, 0)
     mask = (torch.arange(-ids.shape[1], 0) >= -torch.tensor(lengths)[:, None]).long()
     ids, mask = ids.to(model.device), mask.to(model.device)
+    sampled = {"do_sample": True, "top_k": 0, "top_p": args.top_p, "output_logits": True}
     sampling = GenerationConfig(
-        do_sample=True,
         max_new_tokens=args.tokens,
-        top_k=0,
-        top_p=args.top_p,
         pad_token_id=0,
         eos_token_id=None,
-        output_logits=True,
         return_dict_in_generate=True,
+        **({"do_sample": False} if args.greedy else sampled),
     )
     replay = Replay(model, how, [], 0, print)
 
     @torch.no_grad()
-    def generated() -> None:
+    def generated() -> list[list[int]]:
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
-        drawn = out.sequences[:, -args.tokens :, None]
-        torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, drawn).tolist()
+        drawn = out.sequences[:, -args.tokens :]
+        if not args.greedy:
+            logits = torch.stack(out.logits, 1).float()
+            logits.log_softmax(-1).gather(2, drawn[..., None]).tolist()
+        return drawn.tolist()
 
-    def replayed() -> None:
+    def replayed() -> list[list[int]]:
         with replay.rollout_begun():
-            replay.draw(prompts, luck)
+            return [episode.response for episode in replay.draw(prompts, luck)]
 
-    plain = {"draw": lambda: draw(model, prompts, luck, how, [], 0)}
+    def plainly() -> list[list[int]]:
+        return [episode.response for episode in draw(model, prompts, luck, how, [], 0)]
+
+    plain = {"draw": plainly}
     if model.device.type in DEVICES:
         return {"generate": generated, "replayed": replayed, **plain}
     return {"generate": generated, **plain}
@@ -123,6 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
     parser.add_argument("--prompt", type=int, default=48, help="prompts differ by so many tokens")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--pairs", type=int, default=4)
     args = parser.parse_args()
     upstream.silence()
@@ -136,6 +142,7 @@ def main() -> None:
         for _ in range(args.pairs):
             for name, call in calls.items():
                 seconds[name].append(timed(call))
+        answers = {name: call() for name, call in calls.items()} if args.greedy else {}
     for name, times in seconds.items():
         ratios = [beside / own for beside, own in zip(seconds["generate"], times, strict=True)]
         step = statistics.median(times) / args.tokens
@@ -143,6 +150,9 @@ def main() -> None:
             f"{name:9s} {1000 * step:7.2f} ms a token step, {args.answers / step:9,.0f} tok/s, "
             f"{statistics.median(ratios):.2f} of generate (first {first[name]:.2f} s)"
         )
+    for name, said in answers.items():
+        same = sum(map(list.__eq__, said, answers["generate"]))
+        print(f"{name:9s} {same} of {args.answers} answers are those of generate")
     if device == "cuda":
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -10,9 +10,10 @@ from tests import life
 
 
 @pytest.mark.parametrize("devices", [{"cuda"}, {"cuda", "cpu"}])
-def test_answers_are_drawn_beside_generate(monkeypatch, capsys, devices):
+@pytest.mark.parametrize("how", ["--top-p 0.9", "--greedy"])
+def test_answers_are_drawn_beside_generate(monkeypatch, capsys, devices, how):
     monkeypatch.setattr(replay, "DEVICES", devices)
-    arguments = "--tokens 3 --answers 5 --pairs 1 --top-p 0.9 --lora"
+    arguments = f"--tokens 3 --answers 5 --pairs 1 --lora {how}"
     monkeypatch.setattr(
         sys, "argv", ["draw.py", "--model", str(life.TINY / "model"), *arguments.split()]
     )
@@ -21,3 +22,5 @@ def test_answers_are_drawn_beside_generate(monkeypatch, capsys, devices):
     sides = [line.split()[0] for line in said if "ms a token step" in line]
     expected = ["generate", "replayed", "draw"] if "cpu" in devices else ["generate", "draw"]
     assert sides[: len(expected)] == expected
+    same = sum("5 of 5 answers are those of generate" in line for line in said)
+    assert same == (len(expected) if how == "--greedy" else 0)

@@ -30,7 +30,7 @@ from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.rng import isolated_rng
 from tests import life
 
-DEVICE = "cpu"  # where the steps of a GPU are computed one by one
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where steps are recorded, or are not
 
 OWN = {
     "samples": {"do_sample": True, "temperature": 5.0, "top_k": 0},
@@ -117,12 +117,12 @@ LEFT = {
 """What is answered by transformers' own `generate`."""
 
 
-def of(config, tokenizer):
+def of(config, device="cpu"):
     """A random model that ends some of its answers early."""
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = [*range(3, 512, 7)]
-    return model
+    return model.to(device)
 
 
 def both_ways(monkeypatch, model, tokenizer, sampling, **options):
@@ -144,7 +144,7 @@ def both_ways(monkeypatch, model, tokenizer, sampling, **options):
 @pytest.mark.parametrize("sampling", [Sampling(40), Sampling(12, 0.9, 0.8, 50)], ids=str)
 def test_answers_are_those_of_transformers(monkeypatch, tiny, kind, sampling):
     tokenizer = tiny[1]
-    model = of((DRAWN | LEFT)[kind](), tokenizer)
+    model = of((DRAWN | LEFT)[kind]())
     ours, expected, drawn = both_ways(monkeypatch, model, tokenizer, sampling)
     assert ours == expected and drawn == (kind in DRAWN and not sampling.temperature)
     if kind in DRAWN and drawn:
@@ -155,7 +155,7 @@ def test_answers_are_those_of_transformers(monkeypatch, tiny, kind, sampling):
 def test_a_gpu_gives_the_same_answers(monkeypatch, tiny, kind):
     """With slots, as they are recorded there, batch after batch."""
     tokenizer, sampling = tiny[1], Sampling(40)
-    model = of(DRAWN[kind](), tokenizer)
+    model = of(DRAWN[kind](), DEVICE)
     assert (replayed(model, tokenizer, sampling, pytest.fail) is None) == (DEVICE == "cpu")
     monkeypatch.setattr(replays, "DEVICES", {DEVICE})
     replay = replayed(model, tokenizer, sampling, pytest.fail)
@@ -167,7 +167,7 @@ def test_a_gpu_gives_the_same_answers(monkeypatch, tiny, kind):
 
 
 def test_so_it_does_under_an_adapter(monkeypatch, tiny):
-    model, tokenizer = of(DRAWN["llama"](), tiny[1]), tiny[1]
+    model, tokenizer = of(DRAWN["llama"](), DEVICE), tiny[1]
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     with warnings.catch_warnings(action="ignore"):  # PEFT asks transformers under an old name
         adapted = get_peft_model(model, lora).train()
