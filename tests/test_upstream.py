@@ -7,6 +7,7 @@ import logging
 import shutil
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from llmpipe import upstream
 from llmpipe.errors import UserError
 from llmpipe.kernels import cpu
 from llmpipe.models.pretrained import load_model
+from llmpipe.training import policy, preferences
 from llmpipe.training.laid import EndToEnd
+from llmpipe.upstream import later
 from llmpipe.upstream.attention import DOCUMENTS
 from llmpipe.upstream.head import LogProbs, read_predictors
 from tests import life
@@ -422,22 +425,76 @@ def test_canary_durable_trainers():
         assert "self._total_train_tokens = 0" in source
 
 
-def test_gathering_scalars():
-    """What is one number a process is gathered; a metric per pair is left alone; then all again."""
+class TwoProcesses:
+    """What an accelerator of two processes that have the same gathers."""
 
-    class Accelerator:
-        def gather(self, tensor):
-            return tensor.repeat(2)
+    def gather(self, tensor):
+        return torch.stack([tensor, tensor]) if tensor.ndim == 0 else tensor.repeat(2)
 
-        def gather_for_metrics(self, tensor):
-            return self.gather(tensor)
+    def gather_for_metrics(self, tensor):
+        assert isinstance(tensor, torch.Tensor)
+        return self.gather(tensor)
 
-    accelerator, pairs = Accelerator(), torch.ones(3)
-    with upstream.gathering_scalars(accelerator):
-        assert accelerator.gather_for_metrics(torch.tensor(1.0)).tolist() == [1, 1]
-        assert accelerator.gather(pairs) is pairs
+
+@pytest.mark.parametrize("even", [True, False])
+def test_what_is_gathered_is_read_later(even):
+    """A metric per pair is left alone where processes have other numbers of them."""
+    accelerator, pairs = TwoProcesses(), torch.ones(3)
+    with later.reading_later(accelerator, even=even):
+        assert accelerator.gather_for_metrics(torch.tensor(1.0)).value.tolist() == [1, 1]
+        assert accelerator.gather(pairs).value.shape == (6 if even else 3,)
+        assert accelerator.gather_for_metrics(later.Later(pairs)).value.sum() == 3 * (1 + even)
     assert accelerator.gather(pairs).shape == (6,)
     assert not vars(accelerator)
+
+
+def test_who_is_alone_stays_alone():
+    accelerator = TwoProcesses()
+    with upstream.alone(accelerator):
+        with later.reading_later(accelerator, even=True):
+            assert accelerator.gather(torch.ones(3)).value.shape == (3,)
+        assert accelerator.gather(torch.ones(3)).shape == (3,)
+    assert accelerator.gather(torch.ones(3)).shape == (6,)
+
+
+def test_numbers_of_later_are_those_of_now():
+    """In the arithmetic of TRL's metrics, with the precision that it has there."""
+    value, mask = torch.rand(4, 3), torch.tensor([[1, 0, 1], [0, 1, 1]]).bool()
+    late = later.Later(value)
+    chosen, rejected = late[:, -3:].chunk(2, dim=0)
+    theirs = value[:2][mask].sum().item() / mask.sum().item()
+    ours = chosen[mask].sum().item() / later.Later(mask.sum()).item()
+    assert ours.value.dtype == torch.float64
+    assert ours.value.item() == pytest.approx(theirs, rel=1e-7)
+    ratio = (value.sum() / mask.sum()).item()
+    assert (late.sum() / later.Later(mask.sum())).item().value.item() == ratio
+    assert rejected.max().item().value.item() == value[2:].max().item()
+    assert (late.min().value, late.mean().value) == (value.min(), value.mean())
+    assert (7 + later.Later(torch.tensor(5)) // 2).value == 9
+    nothing = later.Later(torch.tensor(0))
+    assert nothing > 0 and (nothing / nothing).value == 0
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_metrics_read_later_are_trls(tmp_path, monkeypatch, stage):
+    """And what is learned is the same to the bit."""
+    written = (life.TINY / f"{stage}.yaml").read_text().replace("artifact:sft", "MODEL")
+    written = written.replace("./recipes/tiny", str(life.TINY))
+    written = written.replace("MODEL", str(life.TINY / "model"))
+    sets = ["optim.steps=4", "log.every=2", "launch.micro_batch_size=4"]
+
+    def made(name):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(written.replace("runs/tiny", str(tmp_path / name)))
+        return life.essence(life.command(path, sets))
+
+    ours = made("ours")
+    monkeypatch.setattr(preferences, "reading_later", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(policy, "with_later_logits", lambda model: model)
+    theirs = made("theirs")
+    assert ours["files"] == theirs["files"]
+    for mine, trls in zip(ours["metrics"], theirs["metrics"], strict=True):
+        assert mine == pytest.approx(trls, rel=1e-6)
 
 
 def test_canary_noise():

@@ -45,19 +45,26 @@ class Collator:
             for mask, row in zip(batch[f"{prefix}completion_mask"], used, strict=True):
                 leave_out(mask, row["prompt_ids"], row[f"{prefix}completion_context"])
         batch["label"] = batch["label"] == GOOD
-        return {**batch, "examples": len(real)}
+        good = int(batch["label"].sum())
+        return {**batch, "examples": len(real), "judged": (good, len(used) - good)}
 
 
 class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
-    """TRL's KTOTrainer, durable, whose reference is the parent."""
+    """TRL's KTOTrainer, durable, whose reference is the parent.
 
+    TRL parts good from bad rows by looking at the device; here it is not asked.
+    """
+
+    watched = ("entropy", "mean_logits")
     step_divergence: Tensor
-    """z of the step, float32 [1]."""
+    """z of the step, float32 [1]; 0 before the first one."""
     held_out_divergence = 0.0
     """z of the held-out rows, in nats."""
 
     def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
         super().__init__(training, measure, **arguments)
+        if training.hardware.device == "cuda" or training.hardware.compiles:
+            self._tell_targets(training.hardware.autocast)
         self.step_divergence = torch.zeros(1, device=self.args.device)
         self.divergences = HeldOut(self, divergence, self.hardware, self.world, self.stop_asked)
 
@@ -66,29 +73,74 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self.calculate_KL and batches:
             self.step_divergence = self._mean_divergence(batches)
+        judged = torch.tensor([batch["judged"] for batch in batches])
+        for batch, (good, bad) in zip(batches, self.world.sum(judged).tolist(), strict=True):
+            batch["judged"] = (good, bad)
         return batches, items
 
     @torch.no_grad()
     def _mean_divergence(self, batches: list[Batch]) -> Tensor:
         """z over the rows of all processes; fillers weigh nothing."""
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in batches:
             with self.hardware.autocast():
-                ratios = self.log_ratios(self._prepare_inputs(batch), "KL_")
+                ratios = self.log_ratios(self._prepare_inputs(batch), "KL_").double()
             if batch["weight"]:
-                total += torch.tensor([float(ratios.double().sum()), float(len(ratios))])
-        value, count = self.world.sum(total)
-        return (value / count).to(self.args.device, torch.float32)[None]
+                total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        value, count = self.accelerator.reduce(total, "sum")
+        return (value / count).float()[None]
 
-    def _compute_kl_logps(self, model: Any, batch: Batch) -> Tensor | None:
-        """What TRL subtracts from one another: z is known already, so the reference gives 0.
+    def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
+        """The mean of a micro-batch, in place of TRL's."""
+        good = inputs["label"].bool()
+        z = torch.zeros(1, device=self.args.device)
+        if self.calculate_KL:
+            z = self.step_divergence.clamp(min=0)
+        routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = scored(model, inputs, "", **routing)
+        policy = outputs.log_probs.sum(1)
+        with torch.no_grad(), self._reference() as reference:
+            parent = log_probs(reference, inputs, "")
+        ratios = policy - parent
+        loss = losses_of(ratios, good, self, z).mean()
+        averages = self._metrics["train"]
+        averages["kl"].append(z[0])
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            averages["aux_loss"].append(self.accelerator.reduce(outputs.aux_loss.detach(), "mean"))
+        self._watch(outputs, ratios, inputs)
+        return loss
 
-        TRL asks for the reference's part, and for that alone, without a gradient.
-        """
-        if not self.calculate_KL:
-            return None
-        of_policy = torch.is_grad_enabled()
-        return self.step_divergence if of_policy else torch.zeros_like(self.step_divergence)
+    @torch.no_grad()
+    def _watch(self, outputs: Any, ratios: Tensor, inputs: Batch) -> None:
+        """Note what TRL notes of a micro-batch of all processes, by its names."""
+        mask = inputs["completion_mask"][:, 1:]
+        good = inputs["label"].bool()
+        kinds = {"chosen": good, "rejected": ~good}
+        sums = {"entropy": (outputs.entropy * mask).sum(), "tokens": mask.sum()}
+        sums["num_tokens"] = inputs["attention_mask"].sum()
+        for kind, rows in kinds.items():
+            of_kind = mask * rows[:, None]
+            sums[f"tokens/{kind}"] = of_kind.sum()
+            sums[f"logits/{kind}"] = (outputs.mean_logits * of_kind).sum()
+            sums[f"rewards/{kind}"] = self.beta * ratios.where(rows, 0).sum()
+            sums[f"logps/{kind}"] = outputs.log_probs.sum(1).where(rows, 0).sum()
+        together = torch.stack([value.double() for value in sums.values()])
+        total = dict(zip(sums, self.accelerator.reduce(together, "sum"), strict=True))
+
+        averages = self._metrics["train"]
+        averages["entropy"].append(total["entropy"] / total["tokens"].clamp(min=1))
+        self._total_train_tokens = self._total_train_tokens + total["num_tokens"]
+        averages["num_tokens"] = [self._total_train_tokens]
+        for kind, count in zip(kinds, inputs["judged"], strict=True):
+            if count:
+                tokens = total[f"tokens/{kind}"].clamp(min=1)
+                averages[f"logits/{kind}"].append(total[f"logits/{kind}"] / tokens)
+                averages[f"rewards/{kind}"].append(total[f"rewards/{kind}"] / count)
+                averages[f"logps/{kind}"].append(total[f"logps/{kind}"] / count)
+        if all(inputs["judged"]):
+            margin = averages["rewards/chosen"][-1] - averages["rewards/rejected"][-1]
+            averages["rewards/margins"].append(margin)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Durable.evaluate`, once z of the held-out rows is known."""
@@ -120,18 +172,25 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
             yield self.model
 
 
-def log_probs(model: Any, batch: Batch, prefix: str) -> Tensor:
-    """Of whole responses, in nats, float32 [rows]."""
+def scored(model: Any, batch: Batch, prefix: str, **options: Any) -> Any:
+    """TRL's outputs of whole responses: [rows, tokens - 1] each, 0 where nothing is learned."""
     ids = batch[f"{prefix}input_ids"]
-    labels = ids.masked_fill(batch[f"{prefix}completion_mask"] == 0, -100)
-    outputs = model(
+    if f"{prefix}targets" in batch:
+        options["targets"] = batch[f"{prefix}targets"]
+    return model(
         input_ids=ids,
         attention_mask=batch[f"{prefix}attention_mask"],
-        labels=labels,
+        labels=ids.masked_fill(batch[f"{prefix}completion_mask"] == 0, -100),
         fused_lm_head=True,
         use_cache=False,
+        **options,
     )
-    return outputs.log_probs.sum(1)
+
+
+def log_probs(model: Any, batch: Batch, prefix: str) -> Tensor:
+    """Of whole responses, in nats, float32 [rows]."""
+    of_tokens: Tensor = scored(model, batch, prefix).log_probs
+    return of_tokens.sum(1)
 
 
 def divergence(trainer: JudgedTrainer, batch: Batch) -> dict[str, Sum]:
@@ -145,7 +204,7 @@ def judgement(trainer: JudgedTrainer, batch: Batch) -> dict[str, Sum]:
     good = batch["label"].bool()
     bad = ~good
     ratios = trainer.log_ratios(batch)
-    losses = losses_of(ratios, good, trainer)
+    losses = losses_of(ratios, good, trainer, trainer.held_out_divergence)
     rewards = trainer.beta * ratios
     count = len(ratios)
     tokens = batch["completion_mask"][:, 1:].sum()
@@ -158,14 +217,13 @@ def judgement(trainer: JudgedTrainer, batch: Batch) -> dict[str, Sum]:
     }
 
 
-def losses_of(ratios: Tensor, good: Tensor, trainer: JudgedTrainer) -> Tensor:
+def losses_of(ratios: Tensor, good: Tensor, trainer: JudgedTrainer, z: Tensor | float) -> Tensor:
     """KTO's loss of each response (eq. 7), or its unpaired relative APO-zero (D'Oosterlinck 2024).
 
-    `ratios`: float32 [rows]; `good`: bool [rows].
+    `ratios`: float32 [rows]; `good`: bool [rows]; `z`: in nats, of the objective `kto`.
     """
     beta = trainer.beta
     if trainer.loss_type == "kto":
-        z = trainer.held_out_divergence
         liked = 1 - sigmoid(beta * (ratios - z))
         disliked = 1 - sigmoid(beta * (z - ratios))
     else:

@@ -79,3 +79,21 @@ class EndToEnd:
         fewest = max(FEWEST, 1 << max(tokens // SHORT - 1, 0).bit_length())
         count = max(fewest, 1 << len(ends).bit_length())
         return pad(ends, (0, count - len(ends)), value=tokens)
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """A collator of padded responses, with the places of what is learned, so that no device is
+    asked for them: `targets`, int64 [targets], among the tokens of all rows but their first ones.
+    """
+
+    collate: Collate
+
+    def __call__(self, rows: list[Any]) -> Batch:
+        batch = self.collate(rows)
+        masks = [name for name in batch if name.endswith("completion_mask")]
+        targets = {
+            name.replace("completion_mask", "targets"): batch[name][:, 1:].flatten().nonzero()[:, 0]
+            for name in masks
+        }
+        return {**batch, **targets}

@@ -8,10 +8,12 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from llmpipe import upstream
-from llmpipe.training.heldout import Batch, Sum
+from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs
 from llmpipe.training.reference import Referenced
+from llmpipe.training.training import Training
+from llmpipe.upstream.later import with_later_logits
 
 # times the reference's log-probability of chosen responses: below that something is wrong
 COLLAPSED = 1.5
@@ -36,6 +38,16 @@ class Collator:
 class PolicyTrainer(Durable, Preferences, Referenced, DPOTrainer):
     """TRL's DPOTrainer, durable, whose reference is the parent."""
 
+    watched = ("entropy", "mean_logits", "is_top1")
+
+    def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
+        super().__init__(training, measure, **arguments)
+        if training.hardware.device == "cuda" or training.hardware.compiles:
+            self._tell_targets(training.hardware.autocast)
+
+    def _compute_loss(self, model: Any, *args: Any) -> Any:
+        return super()._compute_loss(with_later_logits(model), *args)
+
 
 def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
     """The objective on held-out pairs, and how far the policy is from the reference: Rafailov 2023,
@@ -43,7 +55,9 @@ def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
     """
     inputs = {name: value for name, value in batch.items() if name not in ("examples", "margin")}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    told = {name: inputs[name] for name in ("targets",) if name in inputs}
     outputs = trainer.model(
+        **told,
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         labels=labels,

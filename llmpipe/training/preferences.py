@@ -8,10 +8,12 @@ which a collator counts in `examples`. None is cut or dropped here.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 
@@ -19,6 +21,9 @@ from llmpipe import upstream
 from llmpipe.errors import UserError
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
+from llmpipe.training.laid import Targeted
+from llmpipe.upstream.head import read_targets
+from llmpipe.upstream.later import now, reading_later
 
 DROPOUT = "lora_dropout.default"  # of the adapter that is trained
 
@@ -43,8 +48,14 @@ def leave_out(mask: Tensor, prompt: list[int], context: list[int]) -> None:
 class Preferences(Trainer):
     """Mixed in between `Durable` and one of TRL's trainers of preferences."""
 
+    aux_loss_enabled: bool
+    ref_model: Any
+    watched: tuple[str, ...]
+    """What is noted of each token that is learned, of TRL's outputs of its head."""
     recipe: sections.Hosted
     world: World
+    data_collator: Any
+    _total_train_tokens: Any  # by TRL's count, a tensor once a step was computed
     _even = True  # whether every micro-batch of this step is full, in all processes
 
     def __init__(self, **arguments: Any):
@@ -56,6 +67,22 @@ class Preferences(Trainer):
             raise UserError(f"{self.recipe.stage}: TRL refuses: {reason}") from error
         if self.recipe.adapter and self.recipe.adapter.dropout:
             self._drop_out(self.recipe.adapter.dropout)
+
+    def _tell_targets(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Give a device padded responses of which it need not be asked what is learned.
+
+        `autocast`: what the reference computes in.
+        """
+        if self.aux_loss_enabled:
+            return
+        self.data_collator = Targeted(self.data_collator)
+        model: Any = self.model
+        more = ("log_sum_sq_probs",) if getattr(self, "use_weighting", False) else ()
+        policy = model.get_base_model() if isinstance(model, PeftModel) else model
+        read_targets(policy, (*self.watched, *more))
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            read_targets(reference, (), autocast)
 
     def _drop_out(self, share: float) -> None:
         """Dropout of the trained adapter alone: a reference is no random function."""
@@ -89,7 +116,7 @@ class Preferences(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self._hold_still()
         weight = inputs.pop("weight", 1.0)
-        # TRL gathers a metric per example; processes with other numbers of them would not meet
-        gathering = nullcontext() if self._even else upstream.gathering_scalars(self.accelerator)
-        with gathering:
-            return super().compute_loss(model, inputs, *args, **kwargs) * weight
+        with reading_later(self.accelerator, even=self._even):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._total_train_tokens = now(self._total_train_tokens)
+        return loss * weight

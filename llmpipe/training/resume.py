@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from llmpipe.data.stream import Position
@@ -28,6 +28,7 @@ from llmpipe.run.manifest import Leg
 from llmpipe.training.heldout import Best
 from llmpipe.training.samples import samples_size
 from llmpipe.training.training import Training
+from llmpipe.upstream.later import now
 
 
 class RankState(Record):
@@ -166,13 +167,14 @@ def _move_up(folder: Path) -> None:
     folder.rmdir()
 
 
-def as_numbers(averages: Mapping[str, Sequence[Tensor | float]]) -> dict[str, list[float]]:
+def as_numbers(averages: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]:
     """What a trainer takes means of, {metric: values}, in one look at the device."""
-    waiting = [value for values in averages.values() for value in values if torch.is_tensor(value)]
-    read = iter(torch.stack(waiting).tolist() if waiting else ())
+    values = {name: [now(value) for value in of_name] for name, of_name in averages.items()}
+    waiting = [value for of_name in values.values() for value in of_name if torch.is_tensor(value)]
+    read = iter(torch.stack([value.double() for value in waiting]).tolist() if waiting else ())
     return {
-        name: [next(read) if torch.is_tensor(value) else value for value in values]
-        for name, values in averages.items()
+        name: [next(read) if torch.is_tensor(value) else value for value in of_name]
+        for name, of_name in values.items()
     }
 
 
@@ -182,7 +184,7 @@ def counted(trainer: Trainer, tokens: int, seconds: float) -> RankState:
         loss_sum=float(trainer._tr_loss),
         last_logged=trainer._globalstep_last_logged,
         averages=as_numbers(trainer._metrics["train"]),
-        train_tokens=trainer._total_train_tokens,
+        train_tokens=int(trainer._total_train_tokens),
         tokens=tokens,
         seconds=seconds,
     )

@@ -32,6 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llmpipe.upstream.attention import attend_by_document, fits
 from llmpipe.upstream.checkpointing import as_asked, checkpoint_layers
 from llmpipe.upstream.head import score_labels
+from llmpipe.upstream.later import instead, reading_later, with_later_logits
 from llmpipe.upstream.layers import compile_layers, forget_compiled, interpreted
 
 if TYPE_CHECKING:  # it imports bitsandbytes, which `silence` has to precede
@@ -468,28 +469,14 @@ def _without(words: str) -> Callable[[logging.LogRecord], bool]:
 
 
 @contextmanager
-def gathering_scalars(accelerator: Accelerator) -> Iterator[None]:
-    """Keep TRL's trainers of preferences from gathering a metric per pair over processes.
-
-    `gather` wants tensors of one shape, and processes with other numbers of pairs would not meet.
-    What is one number a process is gathered as ever.
-    """
-    gather = accelerator.gather
-    accelerator.gather = lambda tensor: gather(tensor) if tensor.ndim == 0 else tensor
-    try:
-        yield
-    finally:
-        del accelerator.gather  # the method is seen again
-
-
-@contextmanager
 def alone(accelerator: Accelerator) -> Iterator[None]:
     """Let a trainer compute as if there was no other process, and so wait for none."""
-    accelerator.gather = accelerator.reduce = lambda tensor, *_, **__: tensor
-    try:
+
+    def same(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+        return tensor
+
+    with instead(accelerator, gather=same, reduce=same):
         yield
-    finally:
-        del accelerator.gather, accelerator.reduce  # the methods are seen again
 
 
 def preference_loss(
@@ -504,8 +491,8 @@ def preference_loss(
     precomputed = trainer.precompute_ref_logps
     trainer.precompute_ref_logps = True  # so that the batch's are read
     try:
-        with gathering_scalars(trainer.accelerator):
-            return library.compute_loss(trainer, forward, batch)
+        with reading_later(trainer.accelerator, even=False):
+            return library.compute_loss(trainer, with_later_logits(forward), batch)
     finally:
         trainer.precompute_ref_logps = precomputed
         trainer._metrics["eval"].clear()

@@ -4,6 +4,8 @@ without a word to the host on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -90,13 +92,75 @@ def _scored(
     assert fused_lm_head  # nothing else is asked of a batch that has `predictors`
     hidden = model.base_model(*args, **kwargs).last_hidden_state[0].index_select(0, predictors)
     targets = labels[0].index_select(0, predictors + 1)
+    log_probs, *more = _scores(model, hidden, targets, outputs)
+    return FusedCausalLMOutput(
+        log_probs=log_probs,
+        label_mask=torch.ones_like(targets, dtype=torch.bool),
+        **dict(zip(OPTIONAL_OUTPUTS, more, strict=True)),
+    )
+
+
+def _scores(
+    model: Any, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...]
+) -> tuple[Tensor | None, ...]:
+    """Log-probabilities of targets, [targets], and TRL's other outputs in their order."""
     head = head_of(model)
     linear = head.linear
     bias = getattr(linear, "bias", None)
-    scores = ChunkedLogProbFunction.apply(
+    scores: tuple[Tensor | None, ...] = ChunkedLogProbFunction.apply(
         hidden, linear.weight, bias, targets, 1.0, CHUNK, head.cap, head.scale, outputs
     )
-    log_probs, more = scores[0], dict(zip(OPTIONAL_OUTPUTS, scores[1:], strict=True))
+    return scores
+
+
+def read_targets(
+    model: Any,
+    outputs: tuple[str, ...],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Let TRL's fused head of `model`, a causal one, also take `targets`, int64 [targets]: the
+    places of what is learned in a padded batch, among the tokens of all rows but their first ones.
+
+    `outputs`: what is said of each beside its log-probability; `autocast`: what a pass runs in
+    where Accelerate was given the model before.
+    """
+    fused = model.forward
+
+    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return fused(*args, **kwargs)
+        with autocast():
+            return _scored_in_place(self, targets, outputs, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _scored_in_place(
+    model: Any,
+    targets: Tensor,
+    outputs: tuple[str, ...],
+    *args: Any,
+    labels: Tensor,
+    fused_lm_head: bool,
+    **kwargs: Any,
+) -> Any:
+    """TRL's output of a padded batch, [rows, tokens - 1] each, 0 where nothing is learned."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    assert fused_lm_head  # nothing else is asked of a batch that has `targets`
+    states = model.base_model(*args, **kwargs).last_hidden_state
+    labels = labels[:, 1:]
+    before = targets + targets // labels.shape[1]  # its predictor, among the tokens of all rows
+    hidden = states.flatten(0, 1).index_select(0, before)
+    scores = _scores(model, hidden, labels.flatten().index_select(0, targets), outputs)
+    spread = [
+        None
+        if score is None
+        else score.new_zeros(labels.numel()).index_copy(0, targets, score).view(labels.shape)
+        for score in scores
+    ]
     return FusedCausalLMOutput(
-        log_probs=log_probs, label_mask=torch.ones_like(targets, dtype=torch.bool), **more
+        log_probs=spread[0],
+        label_mask=labels != -100,
+        **dict(zip(OPTIONAL_OUTPUTS, spread[1:], strict=True)),
     )

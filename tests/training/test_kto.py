@@ -91,11 +91,16 @@ def test_an_adapter_that_goes_on_is_its_own_reference(tmp_path):
     assert first["eval_loss"] == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["kto", "apo_zero_unpaired"])
-def test_the_loss_is_trls(tmp_path, monkeypatch, objective):
-    """On one batch, with weights and a policy that has moved: what we say of held-out rows, and
-    what TRL learns from."""
+@pytest.mark.parametrize(
+    ("objective", "divergence"), [("kto", 0.3), ("kto", -2.0), ("apo_zero_unpaired", 0.3)]
+)
+def test_the_loss_is_trls(tmp_path, monkeypatch, objective, divergence):
+    """On one batch, with weights and a policy that has moved: what we say of held-out rows, what
+    we learn from, and what is noted of it."""
+    from trl import KTOTrainer
+
     from llmpipe.training.judged import JudgedTrainer, losses_of
+    from llmpipe.training.resume import as_numbers
 
     compared = []
     trained = JudgedTrainer.fit
@@ -104,21 +109,33 @@ def test_the_loss_is_trls(tmp_path, monkeypatch, objective):
         final = trained(trainer)
         trainer.model.train()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-        rows = {name: value for name, value in batch.items() if name != "examples"}
-        if objective == "kto":
-            trainer.held_out_divergence = 0.3
-            trainer.step_divergence = torch.tensor([0.3])
-        theirs = trainer._compute_loss(trainer.model, rows, return_outputs=False)
-        ours = losses_of(trainer.log_ratios(batch), batch["label"], trainer).mean()
-        compared.append((ours.item(), theirs.item()))
+        rows = {name: value for name, value in batch.items() if name not in ("examples", "judged")}
+        z = trainer.step_divergence = torch.tensor([divergence])
+        trainer._metrics["train"].clear()
+        learned = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+        noted = as_numbers(trainer._metrics["train"])
+        trainer._metrics["train"].clear()
+        trainer._total_train_tokens = 0
+        monkeypatch.setattr(
+            KTOTrainer, "_compute_kl_logps", lambda *_: z if torch.is_grad_enabled() else 0 * z
+        )
+        theirs = KTOTrainer._compute_loss(trainer, trainer.model, rows, return_outputs=False)
+        numbers = dict(trainer._metrics["train"])
+        del noted["num_tokens"], numbers["num_tokens"]  # which are summed over the training
+        assert noted.keys() == numbers.keys() and "rewards/margins" in noted
+        for name, values in numbers.items():
+            assert noted[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+        least = max(0.0, divergence)
+        said = losses_of(trainer.log_ratios(batch), batch["label"], trainer, least).mean()
+        compared.append((said.item(), learned.item(), theirs.item()))
         return final
 
     monkeypatch.setattr(JudgedTrainer, "fit", fit)
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     life.command(write(tmp_path / "run", "kto", objective=objective, **weights))
-    ((ours, theirs),) = compared
-    assert ours == pytest.approx(theirs, abs=1e-6)
-    assert ours != pytest.approx(0.5, abs=1e-3), "the policy is its parent still"
+    ((said, learned, theirs),) = compared
+    assert [said, learned] == pytest.approx([theirs, theirs], abs=1e-6)
+    assert said != pytest.approx(0.5, abs=1e-3), "the policy is its parent still"
 
 
 @pytest.mark.faults

@@ -18,6 +18,7 @@ from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
 from llmpipe.training.hosted import Durable
+from llmpipe.training.judged import JudgedTrainer
 from llmpipe.upstream import layers
 from tests import life
 from tests.rl.reads import counted
@@ -159,13 +160,12 @@ def test_what_cannot_be_compiled_is_computed_as_it_is_written():
     assert layers.left_as_written() == count
 
 
-def test_a_step_of_sft_reads_the_device_once(tmp_path, monkeypatch):
-    """As on a GPU: attention of rows in a padded batch, and scores by the library's head, where the
-    batch says that there are labels.
+def read_in_steps(path, monkeypatch, sets=()):
+    """What the host reads in the steps of a recipe, by name. As on a GPU: attention of rows in a
+    padded batch, and scores by the library's head, where the batch says that there are labels.
     """
     monkeypatch.setattr(upstream, "compile_layers", lambda *_, **__: 0)
     monkeypatch.setattr(upstream, "score_labels", lambda *_: None)
-
     monkeypatch.setattr(upstream.attention, "_on_the_host", in_a_batch)
     read = []
 
@@ -178,8 +178,45 @@ def test_a_step_of_sft_reads_the_device_once(tmp_path, monkeypatch):
 
         return inside
 
-    for name in ("training_step", "_get_grad_norm"):
-        monkeypatch.setattr(Durable, name, watched(getattr(Durable, name)))
+    steps = [(Durable, "training_step"), (Durable, "_get_grad_norm")]
+    for owner, name in [*steps, (JudgedTrainer, "_mean_divergence")]:
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    life.command(path, sets)
+    return read
+
+
+@pytest.mark.parametrize("of_stage", [{}, LORA], ids=["sft", "lora"])
+def test_a_step_of_sft_reads_the_device_once(tmp_path, monkeypatch, of_stage):
     changes = {"data__packing": True, "optim__steps": 4, "launch__compile": True}
-    life.command(life.write(tmp_path / "run", **changes))
-    assert read == ["tolist"] * 4
+    path = life.write(tmp_path / "run", **changes, **of_stage)
+    assert read_in_steps(path, monkeypatch) == ["tolist"] * 4
+
+
+@pytest.mark.parametrize("adapter", [[], ["adapter.rank=4"]], ids=["full", "adapter"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "reward"])
+def test_a_step_of_preferences_reads_the_device_once(tmp_path, monkeypatch, stage, adapter):
+    """However many micro-batches it has."""
+    written = (life.TINY / f"{stage}.yaml").read_text()
+    here = written.replace("artifact:sft", str(life.TINY / "model"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        here.replace("./recipes/tiny", str(life.TINY)).replace("runs/tiny", str(tmp_path / "run"))
+    )
+    sets = ["optim.steps=4", "log.every=1", "launch.micro_batch_size=4", "launch.compile=true"]
+    assert read_in_steps(path, monkeypatch, [*sets, *adapter]) == ["tolist"] * 4
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_targets_that_the_host_knows_are_learned_the_same(tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(upstream, "compile_layers", lambda *_, **__: 0)
+    written = (life.TINY / f"{stage}.yaml").read_text()
+    here = written.replace("artifact:sft", str(life.TINY / "model"))
+    here = here.replace("./recipes/tiny", str(life.TINY))
+    lines = []
+    for name, value in (("plain", "false"), ("told", "true")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(here.replace("runs/tiny", str(tmp_path / name)))
+        sets = ["optim.steps=3", "log.every=1", f"launch.compile={value}"]
+        lines.append(life.essence(life.command(path, sets))["metrics"])
+    for told, plain in zip(*lines, strict=True):
+        assert told == pytest.approx(plain, rel=1e-4, abs=1e-5)
