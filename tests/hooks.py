@@ -336,3 +336,27 @@ def short_of_memory(most):
 def killed_when_short(most):
     short_of_memory(most)
     kill_after_checkpoint(3)
+
+
+def ppo_short_of_memory(most):
+    """A machine whose memory is enough for passes of so many tokens."""
+    import torch
+
+    from llmpipe.rl import fitting
+    from llmpipe.rl.learner import Learner
+
+    fitting.DEVICES = {"cpu"}
+    passed = Learner._pass
+
+    def too_much(self, chosen, tokens):
+        metrics = passed(self, chosen, tokens)
+        if sum(each.episode.tokens for each in chosen) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return metrics
+
+    Learner._pass = too_much
+
+
+def ppo_killed_when_short(most):
+    ppo_short_of_memory(most)
+    ppo_kill_after(2)

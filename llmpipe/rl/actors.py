@@ -72,11 +72,10 @@ class Distribution:
 class Actors:
     """What learns, and what it is held to. Log-probabilities and values are float32 [targets]."""
 
-    def __init__(self, cast: Cast, distribution: Distribution, *, recomputes: bool):
-        """`recomputes`: layers compute their activations again in the backward pass."""
+    def __init__(self, cast: Cast, distribution: Distribution):
         self.cast = cast
         self.distribution = distribution
-        self.recomputes = recomputes
+        self.recomputes = False  # whether layers do, their activations, in the backward pass
         self.adapted = cast.published is not cast.policy.model
         # the names are those of a checkpoint's tensors
         parts = {"policy": cast.published}
@@ -164,6 +163,14 @@ class Actors:
                 yield
         finally:
             self.recompute(self.recomputes)
+
+    def compute_again(self, kind: str) -> None:
+        """Let the layers of what learns compute activations again, `selective` or `full`."""
+        learning = {id(role.model): role.model for role in (self.cast.policy, self.cast.critic)}
+        for model in learning.values():
+            upstream.checkpoint_layers(model, kind)
+        self.recomputes = True
+        self.recompute(True)
 
     def recompute(self, on: bool) -> None:
         """Whether layers compute their activations again in the backward pass."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import read_json
 from llmpipe.models.apart import Road, keeps_apart
@@ -52,16 +51,13 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     value = _value_head(causal.config.get_text_config().hidden_size, recipe.seed)
     beginning = _Beginning(setup, policy, causal, value)
     cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
-    checkpointing = hardware.activation_checkpointing
-    recomputes = checkpointing != "none"
-    if recomputes:
-        _checkpoint_activations(cast, checkpointing)
     drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
-    actors = Actors(cast, drawn, recomputes=recomputes)
+    actors = Actors(cast, drawn)
     actors.modules.to(hardware.device)
     actors.modules.eval()
     _refuse_mixing(actors, setup)
-    actors.recompute(recomputes)
+    if hardware.activation_checkpointing != "none":
+        actors.compute_again(hardware.activation_checkpointing)
     return actors
 
 
@@ -183,12 +179,6 @@ def _learn_body_only(model: Any) -> None:
     model.base_model.requires_grad_(True)
 
 
-def _checkpoint_activations(cast: Cast, kind: str) -> None:
-    upstream.checkpoint_layers(cast.policy.model, kind)
-    if cast.critic.model is not cast.policy.model:
-        upstream.checkpoint_layers(cast.critic.model, kind)
-
-
 # --- what is refused ---
 
 
@@ -243,4 +233,4 @@ def _alone_on_stage(model: Any, drawn: Distribution) -> Actors:
     """A model that plays every part."""
     role = Role(model)
     value = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
-    return Actors(Cast(model, role, role, role, value), drawn, recomputes=False)
+    return Actors(Cast(model, role, role, role, value), drawn)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import Mixture, PPORecipe
@@ -23,7 +24,7 @@ from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience
 from llmpipe.rl.optimizer import Schedule, make_optimizer, of_critic
-from llmpipe.rl.packing import pack, pack_rows, sent
+from llmpipe.rl.packing import pack, pack_rows, sent, texts_of
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.seeds import Shuffled, Use, generator
 from llmpipe.rl.watch import Metrics, not_finite
@@ -125,6 +126,15 @@ class Learner:
                 if algorithm.stop_kl and moved > algorithm.stop_kl:
                     return self._means(sums)
         return self._means(sums)
+
+    def attempt(self, episode: Episode) -> None:
+        """Fill a pass with an episode, as often as there is room for it, and add its gradients."""
+        size = self.pass_size
+        count = max(1, size.tokens // episode.tokens) if size.tokens else size.episodes
+        anything = torch.ones(len(episode.response), device=self.world.device)
+        texts = texts_of([episode] * count, self.world.device)
+        chosen = [Experience(episode, text, *[anything] * 4) for text in texts]
+        self._pass(chosen, 1.0)
 
     def _lengths(self, by_place: dict[int, Experience]) -> Tensor:
         """Tokens of every response in the batch of all processes, float32 [batch]."""

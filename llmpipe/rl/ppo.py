@@ -22,7 +22,7 @@ from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
 from llmpipe.models.drawing.draw import Episode, Sampling
-from llmpipe.models.hardware import platform_of, release_memory
+from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
@@ -31,8 +31,10 @@ from llmpipe.rl import heldout, policy_gradient, state
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.build import build
 from llmpipe.rl.experience import Experience, measure
+from llmpipe.rl.fitting import fit_passes
 from llmpipe.rl.journal import Journal, Shown
 from llmpipe.rl.learner import Learner
+from llmpipe.rl.passes import PassSize
 from llmpipe.rl.rewards import Rewards, Row, Scores, scored_together
 from llmpipe.rl.rollout.engine import Engine, Terms
 from llmpipe.rl.rollout.local import Local
@@ -109,7 +111,6 @@ class Loop:
         self.rewards = rewards
         self.recipe = training.recipe
         self.artifact = training.artifact
-        self.hardware = training.hardware
         self.say = training.say
         self.accelerator = world.accelerator
         self.start = Start.of(training.model)
@@ -122,6 +123,8 @@ class Loop:
         mixture = _mixture_rows(training)
         self.learner = Learner(actors, self.recipe, self.hardware, world, self.steps, mixture)
         self.state = state.State.begin(self.recipe.reference)
+        before = checkpoints.settings(self.artifact.checkpoints).get("micro_batch_size")
+        self.learner.pass_size = PassSize.of(self.recipe.launch, self.hardware, before)
         self.journal = Journal(self.artifact, world, self.say)
         self.say(
             f"update: {self.recipe.optim.batch_size} episodes, "
@@ -132,6 +135,15 @@ class Loop:
         self.resumes = False
         self.exact = True
         self._go_on_from_checkpoint()
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.training.hardware
+
+    def compute_again(self, kind: str) -> None:
+        """Let the backward pass compute activations again, `selective` or `full`."""
+        self.training.compute_again(kind)
+        self.actors.compute_again(kind)
 
     # --- the loop ---
 
@@ -173,6 +185,8 @@ class Loop:
         size = self.recipe.optim.batch_size
         rate = self.learner.schedule.set_rate(self.state.step)
         batch = self._draw()
+        if not self.state.step:  # what drawing holds is in memory now
+            fit_passes(self, self._longest_prompt())
         scores = scored_together(self.rewards, batch.rows, batch.responses, self.world)
         experiences, metrics = self.judge(batch.episodes, torch.tensor(scores.total))
         judged = time.monotonic()
@@ -338,8 +352,7 @@ class Loop:
             # as older versions wrote it
             "activation_checkpointing": {"none": False, "full": True}.get(kind, kind),
         }
-        if self.learner.pass_size.tokens:
-            machine["micro_batch_size"] = f"auto ({self.learner.pass_size.words})"
+        machine["micro_batch_size"] = self.learner.pass_size.in_checkpoint
         return machine
 
     # --- what publishing and samples ask of a trainer ---

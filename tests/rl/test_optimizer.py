@@ -37,7 +37,7 @@ def actors():
     critic.base_model.requires_grad_(True)
     value = torch.nn.Linear(policy.config.hidden_size, 1)
     cast = Cast(policy, Role(policy), Role(critic), Role(policy), value)
-    return Actors(cast, Distribution(1.0, learns_entropy=False), recomputes=False)
+    return Actors(cast, Distribution(1.0, learns_entropy=False))
 
 
 def trainer(tmp_path, model, **arguments):

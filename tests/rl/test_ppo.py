@@ -5,14 +5,16 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
-from tests import life, store
+from tests import hooks, life, store
 
 ROWS = life.TINY / "rows.jsonl"
 HOW = {
@@ -108,6 +110,107 @@ def test_passes_are_filled():
     assert tokens == [[1024, 8192, 2048], [None] * 3]
 
 
+def test_half_a_pass():
+    from llmpipe.rl.passes import PassSize
+
+    size = PassSize(4, 1024)
+    half = size.halved(300)
+    assert half == PassSize(4, 512) and half.halved(300) is None, "which holds one of them"
+    assert PassSize(4, None).halved(300) is None, "the recipe says how many"
+    launch, hardware = SimpleNamespace(micro_batch_size="auto"), SimpleNamespace(micro_batch_size=4)
+    assert PassSize.of(launch, hardware, half.in_checkpoint) == half
+    assert PassSize(4, None).in_checkpoint == 4
+
+
+AUTO = {"launch__micro_batch_size": "auto", "optim__steps": 4}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """`short(most)`: memory for passes of so many tokens."""
+    from llmpipe.rl import fitting
+    from llmpipe.rl.learner import Learner
+
+    monkeypatch.setattr(fitting, "DEVICES", fitting.DEVICES)
+    monkeypatch.setattr(Learner, "_pass", Learner._pass)
+    return hooks.ppo_short_of_memory
+
+
+def said(artifact):
+    lines = (artifact / "log.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith("memory:")]
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_passes_that_do_not_fit_are_cut_without_a_trace(tmp_path, monkeypatch, short, how):
+    """As if the run had begun with smaller ones, and a resumed run goes on with these."""
+    from llmpipe.rl import passes
+
+    changes = {name: value for name, value in HOW[how].items() if not name.startswith("launch")}
+    with monkeypatch.context() as context:
+        context.setattr(passes, "full_pass", lambda on_gpu: 256)
+        straight = life.command(write(tmp_path / "straight", **changes | AUTO))
+    path = write(tmp_path / "killed", **changes | AUTO)
+    assert life.Trial(path, hook="ppo_killed_when_short_256").wait() == -signal.SIGKILL
+    resumed = life.command(path)
+    assert resumed.manifest().training.exact_resume
+    short(256)
+    made = life.command(write(tmp_path / "cut", **changes | AUTO))
+    assert said(made.path) == [
+        f"memory: passes of {2 * n:,} tokens do not fit; trying {n} tokens" for n in (512, 256)
+    ]
+    for artifact in (resumed, made):
+        assert life.essence(artifact) == life.essence(straight)
+        rollouts = [(each.path / "rollouts.jsonl").read_text() for each in (artifact, straight)]
+        assert rollouts[0] == rollouts[1]
+
+
+def test_an_episode_that_does_not_fit(tmp_path, short):
+    """Then activations are computed again, and after that it is out of memory."""
+    short(1)
+    with pytest.raises(UserError, match=r"out of memory: CUDA out of memory") as refused:
+        life.command(write(tmp_path / "run", **AUTO))
+    assert refused.value.code == 5
+    assert [line.split("trying ")[1] for line in said(tmp_path / "run" / "ppo")][-2:] == [
+        *("activation_checkpointing: selective", "activation_checkpointing: full")
+    ]
+
+
+def test_what_not_one_episode_fits_without(tmp_path, monkeypatch):
+    """Is computed again."""
+    from llmpipe.rl import fitting
+    from llmpipe.rl.learner import Learner
+    from llmpipe.upstream import checkpointing
+
+    passed, contexts, computed = Learner._pass, checkpointing.contexts, []
+
+    def too_much(self, chosen, tokens):
+        before = len(computed)
+        metrics = passed(self, chosen, tokens)
+        if len(computed) == before:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return metrics
+
+    changes = AUTO | {"optim__steps": 2}
+    plain = life.command(write(tmp_path / "plain", **changes | {"launch__micro_batch_size": 1}))
+    monkeypatch.setattr(checkpointing, "contexts", lambda: computed.append(1) or contexts())
+    monkeypatch.setattr(fitting, "DEVICES", {"cpu"})
+    monkeypatch.setattr(Learner, "_pass", too_much)
+    made = life.command(write(tmp_path / "run", **changes | {"launch__micro_batch_size": 1}))
+    assert made.manifest().hardware["activation_checkpointing"] == "selective"
+    assert life.essence(made) == life.essence(plain)
+    assert said(made.path) == [
+        "memory: not one episode fits; trying activation_checkpointing: selective"
+    ]
+
+
+def test_processes_agree_on_their_passes(tmp_path):
+    path = write(tmp_path / "run", **AUTO | {"launch__processes": "auto", "optim__steps": 2})
+    ends = life.ranks(path, hooks=("ppo_short_of_memory_99999", "ppo_short_of_memory_256"))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert said(tmp_path / "run" / "ppo")[-1].endswith("trying 256 tokens")
+
+
 def updates(artifact):
     return [line for line in metrics(artifact) if "loss" in line]
 
@@ -119,7 +222,6 @@ WORDS = [f"w{i}" for i in range(28)]
 
 def bandit(folder, seed):
     """A model that says one of a few dozen words, and rewards for them."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -161,7 +263,6 @@ def bandit(folder, seed):
 def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
     """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq.
     4)."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     folder, beta = tmp_path / "bandit", 0.7
@@ -375,7 +476,6 @@ def scored(monkeypatch):
 
 def as_by(model, tokenizer, scored):
     """What was scored is what a reward model gives the plain text, up to the end of the turn."""
-    import torch
 
     for rows, answers, scores in scored:
         for row, answer, score in zip(rows, answers, scores, strict=True):
@@ -641,7 +741,6 @@ def test_the_auto_micro_batch_counts_answers_and_the_mixture(tmp_path):
 
 def test_a_critic_begins_as_the_parents_adapter(parents, monkeypatch):
     """Where the policy goes on with an adapter, so does what predicts its return."""
-    import torch
 
     from llmpipe.rl import ppo
 
@@ -687,7 +786,6 @@ def test_a_signal_before_a_due_evaluation(tmp_path):
 @pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
 def test_other_architectures(tmp_path, kind):
     """Learned positions; a head that a file has under another name (Pythia's)."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
@@ -710,7 +808,6 @@ def test_other_architectures(tmp_path, kind):
 
 def test_models_whose_answers_would_mix_are_refused(tmp_path):
     """Falcon keeps rows apart by padding alone: laid end to end they would see one another."""
-    import torch
     from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
     torch.manual_seed(0)
@@ -861,7 +958,6 @@ def test_a_changed_reward_function_is_another_artifact(tmp_path):
 def test_a_mixture_is_learned_beside(tmp_path, how):
     """PPO-ptx: its first loss is plain transformers' of the same rows, and it falls although no
     score asks for it."""
-    import torch
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 

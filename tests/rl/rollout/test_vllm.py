@@ -186,7 +186,7 @@ def actors_of(causal, published=None):
     role = Role(causal)
     value = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1)
     cast = Cast(published or causal, role, role, role, value)
-    return Actors(cast, Distribution(1.0, False), recomputes=False)
+    return Actors(cast, Distribution(1.0, False))
 
 
 def terms_of(model):
