@@ -321,7 +321,7 @@ def short_of_memory(most):
 
     from llmpipe.training import memory
 
-    memory.DEVICES = {"cpu"}
+    memory.DEVICES = {"cpu", "cuda"}
     memory.GAUGE = Plenty()
     passed = memory._pass
 
@@ -345,7 +345,7 @@ def ppo_short_of_memory(most):
     from llmpipe.rl import fitting
     from llmpipe.rl.learner import Learner
 
-    fitting.DEVICES = {"cpu"}
+    fitting.DEVICES = {"cpu", "cuda"}
     passed = Learner._pass
 
     def too_much(self, chosen, tokens):

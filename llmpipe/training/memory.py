@@ -181,17 +181,17 @@ class Fitting:
 
     def _settled(self) -> Taken:
         """Pass the longest rows until a size fits, and is the largest that does; what it took."""
-        grown_from: tuple[int, Taken] | None = None
+        fitted = 0
         while True:
             taken = self._try()
             if taken.peak <= self.room:
                 larger = self._largest(taken)
-                if grown_from or larger <= self.size:
+                if larger <= self.size:
                     return taken
-                grown_from = (self.size, taken)
+                fitted = self.size
                 self._cut(larger)
-            elif grown_from:
-                self._cut(grown_from[0])
+            elif fitted:
+                self._cut(fitted)
                 return self._try()
             elif not self._shrink(taken):
                 return taken

@@ -194,7 +194,7 @@ def test_what_not_one_episode_fits_without(tmp_path, monkeypatch):
     changes = AUTO | {"optim__steps": 2}
     plain = life.command(write(tmp_path / "plain", **changes | {"launch__micro_batch_size": 1}))
     monkeypatch.setattr(checkpointing, "contexts", lambda: computed.append(1) or contexts())
-    monkeypatch.setattr(fitting, "DEVICES", {"cpu"})
+    monkeypatch.setattr(fitting, "DEVICES", {"cpu", "cuda"})
     monkeypatch.setattr(Learner, "_pass", too_much)
     made = life.command(write(tmp_path / "run", **changes | {"launch__micro_batch_size": 1}))
     assert made.manifest().hardware["activation_checkpointing"] == "selective"

@@ -202,7 +202,7 @@ class Device:
         self._room = room
         self.costs = costs
         self.passed = []
-        monkeypatch.setattr(memory, "DEVICES", {"cpu"})
+        monkeypatch.setattr(memory, "DEVICES", {"cpu", "cuda"})
         monkeypatch.setattr(memory, "GAUGE", self)
         monkeypatch.setattr(memory, "_pass", self._pass)
 
@@ -264,6 +264,19 @@ def test_a_forecast_that_was_too_low_is_taken_back(tmp_path, monkeypatch, goes):
     assert device.passed == (back[:2] if goes == "on" else back)
     assert anew == ([2] if goes == "on" else [2, 8])
     assert made.manifest().hardware["micro_batch_size"] == device.passed[-1][0]
+
+
+def test_what_did_not_fit_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "of_a_pass", lambda *_: 0.0)
+    device = Device(8e9, {}, monkeypatch)
+
+    class Steep(dict):
+        def __getitem__(self, kind):
+            return 2e9 if device.passed[-1][0] == 8 else 1e8
+
+    device.costs = Steep()
+    life.command(sft(tmp_path / "run", **AUTO))
+    assert device.passed == [(8, "none"), (4, "none")]
 
 
 @pytest.mark.parametrize(
