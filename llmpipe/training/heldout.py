@@ -102,11 +102,28 @@ class HeldOut:
         mine = [rows[i] for i in range(first, min(first + size, len(rows)))]
         batch = self.trainer.data_collator(mine or [rows[0]])
         del batch["tokens"]  # which are counted of the training
-        batch = self.trainer._prepare_inputs(batch)
+        sums = self._measured(self._moved(batch))
+        return {name: pair * bool(mine) for name, pair in sums.items()}
+
+    def _moved(self, batch: Batch) -> Batch:
+        """A batch on the device, which is not waited for: it may be at work on the one before."""
+        device = self.trainer.args.device
+        if device.type != "cuda":
+            prepared: Batch = self.trainer._prepare_inputs(batch)
+            return prepared
+        return {
+            name: value.pin_memory().to(device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in batch.items()
+        }
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        """float64 [value, count] of every metric on a batch."""
         # autocast by hand: before training, Accelerate has not put it around the model yet
         with self.hardware.autocast():
             measured = self.measure(self.trainer, batch)
-        return {name: _pair(value, count) * bool(mine) for name, (value, count) in measured.items()}
+        return {name: _pair(value, count) for name, (value, count) in measured.items()}
 
     def note(self, loss: float, step: int) -> bool:
         """Remember the loss of a step; whether it is the lowest so far."""

@@ -211,8 +211,8 @@ def judgement(trainer: JudgedTrainer, batch: Batch) -> dict[str, Sum]:
     return {
         "loss": (losses.sum(), count),
         "rewards/accuracies": (((rewards > 0) == good).sum(), count),
-        "rewards/chosen": (rewards[good].sum(), int(good.sum())),
-        "rewards/rejected": (rewards[bad].sum(), int(bad.sum())),
+        "rewards/chosen": (rewards.where(good, 0).sum(), good.sum()),
+        "rewards/rejected": (rewards.where(bad, 0).sum(), bad.sum()),
         "log_ratio_per_token": (ratios.sum(), tokens),
     }
 

@@ -32,7 +32,7 @@ def compile_layers(model: nn.Module, *, dynamic: bool) -> int:
     torch._dynamo.config.suppress_errors = True
     torch._logging.set_logs(dynamo=logging.ERROR)  # which tells of each, with a traceback
     torch._inductor.config.deterministic = True
-    if next(model.parameters()).is_cuda:
+    if any(parameter.is_cuda for parameter in model.parameters()):
         # no kernel is for the CPU: what its compiler knows is found out in 5 to 15 s, in each run
         torch._inductor.config.cpp.vec_isa_ok = True
     layers = list(_layers(model))

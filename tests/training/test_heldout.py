@@ -1,9 +1,12 @@
 """`keep_best` and `patience` do what they are asked for, or it is said that they cannot."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from llmpipe.recipe.sections import Evaluation
-from llmpipe.training.heldout import without_effect
+from llmpipe.training.heldout import HeldOut, without_effect
 from tests import life
 
 
@@ -34,3 +37,23 @@ def test_a_recipe_that_evaluates_too_late_is_told(tmp_path, capsys):
     evaluation = {"every": 50, "keep_best": True}
     life.command(life.write(tmp_path / "run", optim__steps=2, evaluation=evaluation))
     assert "evaluation.keep_best has the last step alone" in capsys.readouterr().out
+
+
+def test_a_gpu_is_not_waited_for_while_it_is_given_a_batch():
+    """A copy from memory that is not pinned waits for what the device has to do before it."""
+
+    class Noted(torch.Tensor):
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            assert self.pinned and non_blocking
+            return str(device)
+
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cuda", 0)))
+    held_out = HeldOut(trainer, None, None, None, None)
+    batch = {"input_ids": torch.ones(2).as_subclass(Noted), "max_length_q": 7}
+    assert held_out._moved(batch) == {"input_ids": "cuda:0", "max_length_q": 7}

@@ -17,6 +17,7 @@ from llmpipe.models.load import speed_up
 from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
+from llmpipe.training.heldout import HeldOut
 from llmpipe.training.hosted import Durable
 from llmpipe.training.judged import JudgedTrainer
 from llmpipe.upstream import layers
@@ -161,8 +162,10 @@ def test_what_cannot_be_compiled_is_computed_as_it_is_written():
 
 
 def read_in_steps(path, monkeypatch, sets=()):
-    """What the host reads in the steps of a recipe, by name. As on a GPU: attention of rows in a
-    padded batch, and scores by the library's head, where the batch says that there are labels.
+    """What the host reads in the steps of a recipe, and of its held-out rows, by name.
+
+    As on a GPU: attention of rows in a padded batch, and scores by the library's head, where the
+    batch says that there are labels.
     """
     monkeypatch.setattr(upstream, "compile_layers", lambda *_, **__: 0)
     monkeypatch.setattr(upstream, "score_labels", lambda *_: None)
@@ -179,7 +182,8 @@ def read_in_steps(path, monkeypatch, sets=()):
         return inside
 
     steps = [(Durable, "training_step"), (Durable, "_get_grad_norm")]
-    for owner, name in [*steps, (JudgedTrainer, "_mean_divergence")]:
+    beside = [(JudgedTrainer, "_mean_divergence"), (HeldOut, "_measured")]
+    for owner, name in [*steps, *beside]:
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     life.command(path, sets)
     return read
