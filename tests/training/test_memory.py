@@ -372,3 +372,17 @@ def test_every_architecture_is_estimated(name):
     hardware = Hardware("cuda", 1, 1, 4, 1, True, "sdpa")
     sizes = [of_a_pass(model, hardware, kind, 100) for kind in ("none", "selective", "full")]
     assert sizes[0] > sizes[1] > sizes[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "room"),
+    [
+        (83e9, 1.5e9, 0.9 * 85e9),  # nobody else is there: the same on every day
+        (70e9, 14e9, 0.9 * 85e9),  # nor where PyTorch holds what it can use again
+        (10e9, 2e9, 0.95 * 12e9),
+    ],
+)
+def test_what_a_gpu_has_room_for(monkeypatch, free, reserved, room):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 85e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    assert memory.Gauge().room() == pytest.approx(room)
