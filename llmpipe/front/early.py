@@ -8,6 +8,7 @@ to then it has read nothing of the run, written nothing and locked nothing.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from llmpipe.recipe.sections import Recipe, Training
+from llmpipe.run.signals import heed, hold, stopping
 
 FLAG = "--early="
 
@@ -60,6 +62,9 @@ def coming(module: str) -> Iterator[Work]:
 def wait_for_work(arguments: list[str]) -> list[str]:
     """For a worker: import what its flag says, and wait; returns the other arguments.
 
+    What stops a run ends it at once meanwhile: there is nothing to be finished, and imports take
+    long. From then on it waits until `heed`, as in every worker.
+
     Where the import fails, this process begins anew without the flag: a library that was imported
     by half says other things of itself the second time.
     """
@@ -67,9 +72,13 @@ def wait_for_work(arguments: list[str]) -> list[str]:
     if flag is None:
         return arguments
     descriptor, _, module = flag.removeprefix(FLAG).partition(":")
+    for number in stopping():
+        signal.signal(number, signal.SIG_DFL)
+    heed()
     imported = _imported(module)
     if not os.read(int(descriptor), 1):
         os._exit(0)
+    hold()
     os.close(int(descriptor))
     if not imported:
         anew = [argument for argument in sys.orig_argv if argument != flag]

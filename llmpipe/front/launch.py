@@ -67,10 +67,12 @@ def start(
     """Run one worker action to its end. Raises what it ended with: UserError or Stopped.
 
     `early`: one that waits for this action, see `begun_early`; where it has ended, another one is
-    started.
+    started, unless somebody stopped it.
     """
     Outcome.clear(artifact)
-    waits = early is not None and early.process.poll() is None
+    status = early.process.poll() if early else None
+    refuse_stopped(status or 0, [])
+    waits = early is not None and status is None
     ready = nullcontext(early) if waits else begun(action, artifact, recipe, inexact, debug)
     with ready as worker:
         assert worker is not None
@@ -80,10 +82,13 @@ def start(
             outcome = first_failure(artifact, worker, end, remedy)
         else:
             outcome = Outcome.read(artifact, worker.launch) or worker.ear.heard()
-    if outcome is None and end.signals and end.status:
-        # the worker had not come as far as noting how it ends
-        raise Stopped(code_of(end.signals[0]), "stopped")
+    if outcome is None:
+        # the worker may not have come as far as noting how it ends
+        refuse_stopped(end.status, end.signals)
     finish(outcome, end.status, artifact, remedy)
+    if end.signals:
+        # it was done already, but what would follow is not
+        raise Stopped(code_of(end.signals[0]), "stopped")
 
 
 @dataclass(frozen=True)
@@ -294,6 +299,16 @@ def handled_by(
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+def refuse_stopped(status: int, signals: list[int]) -> None:
+    """Raise Stopped where a worker failed for what was sent to us, or to itself.
+
+    `status`: what it ended with, the negative number of a signal that it did not serve.
+    """
+    number = signals[0] if signals else -status
+    if status and number in stopping():
+        raise Stopped(code_of(number), "stopped")
 
 
 def finish(outcome: Outcome | None, status: int, artifact: Artifact, remedy: str) -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from llmpipe.errors import Stopped, UserError
 from llmpipe.front import early, launch
 from llmpipe.recipe.check import load
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.outcome import Outcome
 from llmpipe.stages import schema
 from tests import life
 
@@ -178,4 +181,44 @@ def test_what_signals_it_before_it_works_is_served_then(asked, number, code):
         with pytest.raises(Stopped) as ended:
             launch.start("train", artifact, recipe, **how, early=worker)
         assert ended.value.code == code
-        assert worker.process.returncode == code
+        assert worker.process.wait() == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_does_not_import_to_the_end_once_it_is_stopped(worker, tmp_path, number):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(50)\n")
+    coming, process, _ = worker("slow")
+    coming.begin()
+    os.kill(process.pid, number)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (-number, "")
+
+
+def test_what_signals_it_between_its_imports_and_its_work_waits(worker, tmp_path):
+    """Nobody would catch it then."""
+    (tmp_path / "last.py").write_text(
+        "import os, signal\n"
+        "close = os.close\n"
+        "os.close = lambda of: (close(of), os.kill(os.getpid(), signal.SIGTERM))\n"
+    )
+    coming, process, _ = worker("last")
+    coming.begin()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "works train here without\n")
+
+
+def test_a_command_that_is_stopped_begins_nothing_more(asked, monkeypatch):
+    """Although what it had begun was done, and took no notice any more."""
+    artifact, recipe = asked
+    artifact.path.mkdir(parents=True)
+    worker = SimpleNamespace(processes=1, launch="this one")
+
+    def run(_):
+        Outcome(code=0).write(artifact, worker.launch)
+        return launch.Exit(0, [signal.SIGTERM], "")
+
+    monkeypatch.setattr(launch, "begun", lambda *_: nullcontext(worker))
+    monkeypatch.setattr(launch, "run", run)
+    with pytest.raises(Stopped) as ended:
+        launch.start("prepare", artifact, recipe, inexact=False, debug=False)
+    assert ended.value.code == 143
