@@ -10,8 +10,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    _CachingTorchDispatchMode,
+    _is_compiling,
+    _VersionWrapper,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -63,7 +68,35 @@ def as_asked(model: PreTrainedModel, kind: str) -> None:
 
 def contexts() -> Any:
     """What a layer's passes, forward and once more, are computed in."""
-    return create_selective_checkpoint_contexts(policy)
+    _, again = create_selective_checkpoint_contexts(policy)
+    return Keeping(policy, again.storage), again
+
+
+class Keeping(_CachingTorchDispatchMode):
+    """torch's, in which a layer may also write to what is kept of it (`scores /= scale`): that gets
+    a memory apart first. torch itself stops at the backward pass, or, where it was a view that was
+    written to, computes other gradients without a word.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if _writes(func) and not _is_compiling(func, args, options):
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.is_write:
+                    given = args[place] if place < len(args) else options.get(argument.name)
+                    self._set_apart({_memory(each) for each in tree_iter(given)} - {None})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _set_apart(self, memories: set[int | None]) -> None:
+        """Copy what is kept in memories that are about to be written to."""
+        for kept in tree_iter([*self.storage.values()]):
+            if isinstance(kept, _VersionWrapper) and _memory(kept.val) in memories:
+                vars(kept).update(vars(_VersionWrapper(kept.val.clone())))
+
+
+def _memory(value: Any) -> int | None:
+    """Where the numbers of a tensor lie; None of anything else."""
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
 
 
 def policy(_: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
