@@ -44,6 +44,10 @@ UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 
 
+UNSAID = {"activation_checkpointing": "none"}
+"""Settings that older checkpoints do not say, as they were unless a recipe asked for others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """Of what training a checkpoint is."""
@@ -221,7 +225,7 @@ def pick(
         assert sums is not None
         if sums.origin.identity != identity:
             raise UserError(f"{path}: is of another recipe", "--fresh starts anew", INTEGRITY)
-        before = sums.origin.machine
+        before = UNSAID | dict(sums.origin.machine)
         changed = [name for name, value in machine.items() if before.get(name) != value]
         if changed and not inexact:
             raise _other_machine(path, before, machine, changed)

@@ -77,6 +77,15 @@ def test_other_settings_refuse_before_platforms_are_compared(tmp_path):
         checkpoints.pick(tmp_path, "a", {"threads": 2}, SISTER, pytest.fail)
 
 
+def test_what_an_older_checkpoint_was_computed_with_is_known(tmp_path):
+    """It knows nothing of a choice that is newer; where layers are compiled, that decides bits."""
+    write(tmp_path, 3, [Leg(after=0, platform=HERE)])
+    now = {"threads": 1, "activation_checkpointing": "none"}
+    assert checkpoints.pick(tmp_path, "a", now, HERE, pytest.fail).exact
+    with pytest.raises(UserError, match="activation_checkpointing none there, full now"):
+        checkpoints.pick(tmp_path, "a", now | {"activation_checkpointing": "full"}, HERE, print)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("stage", "hook"), [("sft", "kill_after_checkpoint_2"), ("ppo", "ppo_kill_after_2")]
