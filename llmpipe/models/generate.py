@@ -182,7 +182,7 @@ def _generated(
     # only where it stops is the model's own: with its sampling or its penalties nothing is greedy
     config = GenerationConfig(
         **sampling.options(),
-        eos_token_id=stops if len(stops) > 1 else stops[0],
+        eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     width = max(map(len, prompts))
@@ -230,10 +230,13 @@ def check_rows(
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a response of the model's; the tokenizer's end token where it names none."""
+    """The ids that end a response of the model's; the tokenizer's end token where it names none,
+    and none where that has none either."""
     ids = model.generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
     return ids if isinstance(ids, list) else [ids]
 
 

@@ -166,6 +166,19 @@ def test_a_gpu_gives_the_same_answers(monkeypatch, tiny, kind):
     assert replay.serves and len(replay.steps) == 1
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_a_model_that_never_ends_is_answered_to_the_limit(monkeypatch, tiny, records):
+    model, tokenizer = of(DRAWN["llama"]()), copy.deepcopy(tiny[1])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    monkeypatch.setattr(replays, "DEVICES", {"cpu"} if records else set())
+    replay = replayed(model, tokenizer, Sampling(20), pytest.fail)
+    assert (replay is not None) == records
+    ours, expected, drawn = both_ways(monkeypatch, model, tokenizer, Sampling(20), replay=replay)
+    assert ours == expected and drawn
+    assert {(response.tokens, response.ended) for response in ours} == {(20, False)}
+
+
 def test_so_it_does_under_an_adapter(monkeypatch, tiny):
     model, tokenizer = of(DRAWN["llama"](), DEVICE), tiny[1]
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
