@@ -73,10 +73,14 @@ def stand_in(packed: bool) -> Dataset:
 
 
 def longest(rows: Dataset, count: int) -> list[dict[str, Any]]:
-    """The rows with the most tokens in all of their columns, again where there are fewer."""
-    columns = [name for name in rows.column_names if name.endswith("ids")]
-    lengths = sum(pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns)
-    places = np.argsort(-lengths, kind="stable")[:count].tolist()
+    """The rows of the longest sequences, again where there are fewer. A prompt is in one sequence
+    with each of its responses, and a batch as wide as the longest one; mismatched responses of kto
+    take no memory of a backward pass.
+    """
+    names = [name for name in rows.column_names if name.endswith("ids") and name[:3] != "KL_"]
+    lengths = {name: pc.list_value_length(rows.data.column(name)).to_numpy() for name in names}
+    widths = lengths.pop("prompt_ids", 0) + np.max([*lengths.values()], axis=0)
+    places = np.argsort(-widths, kind="stable")[:count].tolist()
     return [rows[places[i % len(places)]] for i in range(count)]
 
 

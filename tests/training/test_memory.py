@@ -15,6 +15,7 @@ from llmpipe.models.hardware import Hardware
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import micro_batch_sizes
 from llmpipe.training import hosted, memory
+from llmpipe.training.rows import longest
 from tests import hooks, life, store
 from tests.training import test_preference, test_pretrain
 
@@ -175,6 +176,26 @@ def test_processes_agree(tmp_path):
     made = Artifact(tmp_path / "cut" / "sft")
     assert made.manifest().hardware["micro_batch_size"] == 2
     assert life.essence(made) == life.essence(straight)
+
+
+def rows_of(**lengths):
+    """Rows of so many tokens in each of their columns."""
+    columns = {name: [[1] * length for length in each] for name, each in lengths.items()}
+    return Dataset.from_dict(columns | {"place": range(len(next(iter(lengths.values()))))})
+
+
+@pytest.mark.parametrize(
+    ("rows", "places"),
+    [
+        # a batch is as wide as one response, whatever the other one is
+        (rows_of(prompt_ids=[5, 5, 9], chosen_ids=[9, 20, 1], rejected_ids=[19, 1, 2]), [1, 0]),
+        (rows_of(prompt_ids=[5, 5], completion_ids=[9, 8], KL_completion_ids=[2, 90]), [0, 1]),
+        (rows_of(input_ids=[3, 7, 7], labels=[3, 7, 7]), [1, 2]),
+        (rows_of(input_ids=[3]), [0, 0]),
+    ],
+)
+def test_the_longest_rows_are_those_that_take_most(rows, places):
+    assert [row["place"] for row in longest(rows, 2)] == places
 
 
 def test_which_sizes_there_are(tmp_path):
