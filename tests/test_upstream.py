@@ -677,6 +677,20 @@ def test_layers_may_write_to_what_is_kept(kind):
     assert all(torch.equal(one.grad, other.grad) for one, other in pairs if one.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_by_blocks_is_kept_where_layers_may_write():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from llmpipe.upstream.checkpointing import contexts
+
+    keeping, again = contexts()
+    states = torch.randn(1, 1, 128, 16)
+    with keeping:
+        attended = flex_attention(states, states, states)
+    with again:
+        assert torch.equal(flex_attention(torch.zeros_like(states), states, states), attended)
+
+
 def compiled_backward(kind):
     """Matrix products in the backward graph of a compiled layer, and the gradients."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition

@@ -78,6 +78,8 @@ class Keeping(_CachingTorchDispatchMode):
     written to, computes other gradients without a word.
     """
 
+    supports_higher_order_operators = True  # flex_attention asks for torch's very class, or this
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         if _writes(func) and not _is_compiling(func, args, options):
