@@ -1,22 +1,44 @@
 """How a model is spread over processes, and what these tell each other.
 
-Today every process holds the whole model: one process alone, or several under
-DistributedDataParallel, which Accelerate puts around it. Nothing else in llmpipe calls
-`torch.distributed`, so whatever comes after DDP has one place to go.
+Every process holds the whole model (one process alone, or several under DistributedDataParallel,
+which Accelerate puts around it), or a part of each weight, of its gradient and its moments: FSDP2,
+which transformers puts on a model while it loads it (`Spread`). Nothing else in llmpipe calls
+`torch.distributed` or knows of DTensors.
 
-All methods of `World` that speak to the other processes are collective: every process has to call
-them, in one order.
+A weight in parts is whole while its layer computes, and the last one stays whole until the backward
+pass. Where none comes, this is the trap of the room: who asks for the parameters then is given
+plain tensors, and an optimizer of these trains what nobody reads. So what only looks at a model
+does it in `looking`, and `refuse_whole` stands before the optimizer.
+
+What speaks to the other processes is collective: every process has to call it, in one order. All of
+`World` is that, and of a model in parts every pass, `whole_tensors`, `save` and the loads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe.errors import UserError
 from llmpipe.run.signals import Signals
@@ -129,3 +151,143 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         numbers += tensor.numel()
     if bucket:
         yield bucket
+
+
+# --- a model in parts ---
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over how many processes a model is loaded, and whether its arithmetic is in bf16: weights are
+    then sent and computed with in bf16, and gradients added up in fp32.
+    """
+
+    processes: int
+    bf16: bool
+
+    def at_load(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`, by which each process reads its part and no more."""
+        config = DistributedConfig(fsdp_size=self.processes, fsdp_mixed_precision=self.bf16)
+        return {"distributed_config": config}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of each weight."""
+    return isinstance(model, FSDPModule)
+
+
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model as it is when all of it is held."""
+    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+
+
+def refuse_uncut(model: nn.Module) -> None:
+    """Raise UserError (2) where a model is in parts, but not layer by layer: all of it would be
+    whole at once.
+    """
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not layers or not all(map(is_sharded, (model, *layers))):
+        kind = plain_class(model).__name__
+        problem = f"launch.strategy: fsdp: transformers does not know the layers of {kind}"
+        raise UserError(problem, "set launch.strategy: ddp")
+
+
+def refuse_whole(model: nn.Module) -> None:
+    """Raise UserError (2) where a weight that learns is whole: the optimizer would train a copy of
+    it.
+    """
+    learned = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    names = [name for name, weight in learned if not isinstance(weight, DTensor)]
+    if names or not learned:
+        shown = ", ".join(names[:3]) or "there is no weight"
+        problem = f"launch.strategy: fsdp: {len(names)} weights are not in parts: {shown}"
+        raise UserError(problem, "set launch.strategy: ddp")
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave every weight in parts, as it is between two steps."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+            # a fused head is read and never runs; what waits for it would skip the next gathering
+            unit._get_fsdp_state()._modules_to_run_forward.clear()
+
+
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Around passes that no backward pass follows; of any model."""
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
+def whole(tensor: T) -> T:
+    """A tensor of which each process has a part, as one; anything else as it is. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of one that is not in parts."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds of a model, tensor by tensor, on the CPU; of those that share their weights
+    one. Collective: every process iterates to the end.
+    """
+    saved = model.state_dict().keys()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in saved:
+            yield name, whole(tensor.detach()).cpu()
+
+
+# --- its checkpoints: one file of safetensors for each process ---
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by ranks
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Save weights and moments, each process its part. Raises the error of the first that fails."""
+    reshard(model)
+    tensors = _weights(model) | _tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _failing_as_one():
+        dcp.save(tensors, storage_writer=writer)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load what `save` has saved of a model, in any number of processes, into its weights."""
+    reshard(model)
+    _load(folder, _weights(model))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `save` has saved of an optimizer: its moments, not its rates."""
+    reshard(model)
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    tensors = _tensors(state)
+    _load(folder, tensors)
+    set_optimizer_state_dict(model, optimizer, {**state, **tensors}, options=FLAT)
+
+
+def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with _failing_as_one():
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _failing_as_one() -> Iterator[None]:
+    """Raise what a process has met, in place of the table of all that have met something."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

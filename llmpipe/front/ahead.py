@@ -28,7 +28,13 @@ from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.context import mistakes_in_lengths, of_folder
 from llmpipe.run.folders import check_folder, tensors_of
-from llmpipe.run.machine import gpus, micro_batch_size, outside, process_count
+from llmpipe.run.machine import (
+    gpus,
+    micro_batch_size,
+    on_several_machines,
+    outside,
+    process_count,
+)
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
 from llmpipe.run.reference import Use
@@ -302,6 +308,31 @@ def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
         micro_batch_size(recipe, processes, gpus() > 0)
     except UserError as error:
         yield Mistake("optim.batch_size", error)
+    if launch.strategy == "fsdp":
+        for problem, remedy in _against_sharding(recipe, processes):
+            yield Mistake("launch.strategy", UserError(f"fsdp: {problem}", remedy))
+
+
+def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
+    """Why a model cannot be spread over processes in a recipe, and what to do."""
+    launch, whole = recipe.launch, "set launch.strategy: ddp"
+    if recipe.stage != "sft":
+        yield f"there for sft of all weights, not for {recipe.stage} yet", whole
+    if recipe.adapter:
+        yield "there for sft of all weights, not for an adapter yet", whole
+    if recipe.optim.optimizer != "adamw":
+        yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
+    if getattr(recipe, "trainer", None):
+        yield "no field of `trainer:` is tried with it", "remove `trainer:`"
+    if launch.compile is True:
+        yield "layers in parts are not compiled", "set launch.compile: auto"
+    if launch.micro_batch_size == "auto" or launch.checkpointing == "auto":
+        remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
+        yield "what fits in memory is not measured with it yet", remedy
+    if processes < 2:
+        yield f"{processes} process has nobody to share a model with", "set launch.processes"
+    if on_several_machines():
+        yield "the processes are on several machines", "start all of them on one"
 
 
 # --- the Hub --------------------------------------------------------------------------------------

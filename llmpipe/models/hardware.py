@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import configuration, model_class
-from llmpipe.parallel import World
+from llmpipe.parallel import Spread, World
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine
@@ -76,6 +76,8 @@ class Hardware:
     """Whether the layers of what is trained are compiled."""
     activation_checkpointing: str = "none"
     """Which activations are computed again in the backward pass: none, selective, full."""
+    sharded: bool = False
+    """Whether each process holds a part of what is trained, and not all of it."""
     reasons: Reasons = Reasons()
 
     def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
@@ -87,6 +89,11 @@ class Hardware:
     def place(self) -> str:
         """Where models are loaded to."""
         return self.device if self.device == "cpu" else f"{self.device}:{machine.local_rank()}"
+
+    @property
+    def spread(self) -> Spread | None:
+        """How a model is loaded that is sharded; None where each process holds all of it."""
+        return Spread(self.processes, self.bf16) if self.sharded else None
 
     def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
         """Of weights that are not trained.
@@ -113,6 +120,8 @@ class Hardware:
     def _settings(self) -> dict[str, Any]:
         settings = asdict(self)
         del settings["reasons"]
+        if not self.sharded:  # as older versions have written it
+            del settings["sharded"]
         return settings
 
 
@@ -190,9 +199,10 @@ def decide(
     """
     bf16, precision_reason = _precision(recipe.optim.precision, host)
     attention, attention_reason = _attention(host, recipe.packs, bf16, model, by_document)
-    compiles = recipe.launch.compile
+    compiles, sharded = recipe.launch.compile, recipe.launch.strategy == "fsdp"
     if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
-        compiles = host.device == "cuda" and by_document and recipe.stage != "ppo"
+        able = by_document and recipe.stage != "ppo" and not sharded
+        compiles = host.device == "cuda" and able
     micro_batch_size = _micro_batch_size(recipe, host, before)
     return Hardware(
         device=host.device,
@@ -204,6 +214,7 @@ def decide(
         attention=attention,
         compiles=compiles,
         activation_checkpointing=_checkpointing(recipe, before),
+        sharded=sharded,
         reasons=Reasons(precision_reason, attention_reason),
     )
 
@@ -268,6 +279,9 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     arithmetic = "bf16 arithmetic" if hardware.bf16 else "fp32"
     say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
+    if hardware.sharded:
+        share = f"each of {hardware.processes} processes holds a part of the model"
+        say(f"strategy: fsdp: {share}, of its gradients and its moments")
     if hardware.compiles:
         say("compile: layers are compiled at the first step, once: some tens of seconds")
     if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import

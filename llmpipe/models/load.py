@@ -156,7 +156,13 @@ def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: boo
 def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel:
     torch.manual_seed(setup.recipe.seed)  # of a new head
     hardware = setup.hardware
-    model = load_model(setup.job.model, hardware.attention, scores=scores, device=hardware.place)
+    model = load_model(
+        setup.job.model,
+        hardware.attention,
+        scores=scores,
+        device=hardware.place,
+        spread=hardware.spread,
+    )
     _resize(model, setup)
     return _made_ready(model, setup)
 
@@ -205,11 +211,24 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
 def _resize(model: PreTrainedModel, setup: Setup[Training]) -> range:
     """Give every token a row; returns the ids of the rows that were made."""
     tokens = rows_of(setup.tokenizer)
+    if setup.hardware.sharded:
+        _refuse_new_rows(model, tokens)
     rows = resize_embeddings(model, setup.tokenizer)
     if tokens > rows:
         change = f"{rows} -> {tokens} rows, new ones drawn from the distribution of the old"
         setup.say(f"embeddings: {change}")
     return range(rows, tokens)
+
+
+def _refuse_new_rows(model: PreTrainedModel, tokens: int) -> None:
+    """Raise UserError (2) where a model that is sharded lacks rows for so many tokens."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if tokens > rows:
+        raise UserError(
+            f"launch.strategy: fsdp: the tokenizer needs {tokens:,} rows of embeddings, the model "
+            f"has {rows:,}, and what is sharded does not grow",
+            "set launch.strategy: ddp, or a data.template without new tokens",
+        )
 
 
 def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmpipe.parallel import part_of
+
 LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 UNIT = 2.0**-24
@@ -54,7 +56,10 @@ def _is_low_rank(name: str) -> bool:
 
 
 def _sum(name: str, weight: Tensor, in_units: bool) -> int:
-    """A sum of a tensor's bits; of what is no update of low rank, or `in_units`, in whole units."""
+    """A sum of a tensor's bits; of what is no update of low rank, or `in_units`, in whole units. Of
+    one that is sharded: of this process's part.
+    """
+    weight = part_of(weight)
     if _is_low_rank(name) and not in_units:
         return _sum_of_bits(weight)
     parts = weight.detach().flatten().split(AT_ONCE)

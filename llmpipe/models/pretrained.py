@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
+from llmpipe.parallel import Spread, refuse_uncut
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import tensors_of
 
@@ -77,13 +78,14 @@ def load_model(
     quantization: Any = None,
     scores: bool = False,
     device: str = "cpu",
+    spread: Spread | None = None,
 ) -> PreTrainedModel:
     """A model from safetensors: a reward model where the folder holds one or where it `scores`,
     else a causal language model. A causal model that `scores` gets a head with random weights.
 
-    `quantization`: a configuration of transformers'; `device`: where it is loaded to. Raises
-    UserError (2) when transformers cannot read the folder, (3) when a tensor is missing or left
-    over.
+    `quantization`: a configuration of transformers'; `device`: where it is loaded to; `spread`:
+    over which processes, each of which reads its part. Raises UserError (2) when transformers
+    cannot read the folder or spread the model, (3) when a tensor is missing or left over.
     """
     is_ranker = is_reward_model(folder)
     new_head = scores and not is_ranker
@@ -107,9 +109,12 @@ def load_model(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **(spread.at_load() if spread else {}),
         )
     if problem := _misfit(report):
         raise UserError(f"{folder}: the weights do not fit the model ({problem})", code=INTEGRITY)
+    if spread:
+        refuse_uncut(model)
     upstream.forget_routing(model.config)
     vars(model.config).pop("auto_map", None)  # which was not used, nor will be where it is saved
     return model

@@ -6,9 +6,13 @@ One process publishes; the others wait for it.
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,12 @@ from llmpipe.models.verify import (
     compare_adapter,
     compare_merged,
     compare_model,
+    compare_sharded,
     in_fp32,
     probe_logits,
     same_tensors,
 )
+from llmpipe.parallel import Spread, World, plain_class, reshard, whole_tensors
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import INDEX
 from llmpipe.run.weights import tensors_in
@@ -57,6 +63,37 @@ def publish_model(
     if say:
         difference = f"{verified.max_logit_difference:.1e}"
         say(f"verified: {verified.tensors} tensors, logits differ by {difference} after reloading")
+    return verified
+
+
+def publish_sharded(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    world: World,
+    spread: Spread,
+    say: Say,
+) -> Verified:
+    """Save a model that is in parts as any other one is saved, and compare what was saved once it
+    is loaded in parts again; at no time is more of it whole than a file of it. Collective.
+
+    Raises UserError (3) as `publish_model` does, in every process.
+    """
+    upstream.as_loaded(model)
+    reshard(model)
+    with publishing(folder) if world.is_first else nullcontext() as staging:
+        place = Path(world.gather(str(staging))[0])
+        parts = _layers(whole_tensors(model))
+        if world.is_first:
+            _save_parts(_described(model), parts, place)
+            tokenizer.save_pretrained(place)
+        else:
+            for _ in parts:
+                pass
+        world.wait()
+        verified = compare_sharded(model, tokenizer, place, world, spread)
+    difference = f"{verified.max_logit_difference:.1e}"
+    say(f"verified: {verified.tensors} tensors, logits differ by {difference} after reloading")
     return verified
 
 
@@ -108,13 +145,55 @@ def merge(base: Path, adapter: Path, folder: Path) -> None:
         compare_merged(expected, tokenizer, staging)
 
 
+def _described(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without weights, of the kind and the configuration of one that is in parts: as what
+    is saved of that is called by transformers.
+    """
+    kind: Any = plain_class(model)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("distributed_config", None)  # of this run, not of the model
+    with torch.device("meta"):
+        described: PreTrainedModel = kind(config)
+    if model.can_generate():
+        described.generation_config = model.generation_config
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:  # by which its files were read
+        described._weight_conversions = conversions
+    return described
+
+
+LAYER = re.compile(r".*?\.\d+\.")
+
+
+def _layers(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors, layer by layer: some names of files stand for parts of several."""
+
+    def layer(named: tuple[str, Tensor]) -> str:
+        inside = LAYER.match(named[0])
+        return inside[0] if inside else named[0]
+
+    for _, together in groupby(tensors, key=layer):
+        yield dict(together)
+
+
 def _save_merged(adapted: Any, precision: Precision, folder: Path) -> None:
-    """Save PEFT's model merged, shard by shard, as transformers would save all of it at once."""
+    """Save PEFT's model merged."""
     model = adapted.get_base_model()
+    _save_parts(model, _merged_tensors(adapted, precision), folder)
+    if not is_tied(model) and model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False  # one of them has learned apart from the other
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _save_parts(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
+    """Save the tensors of a model, shard by shard, as transformers would save all of it at once."""
     work = folder / ".shard"
     files: dict[str, list[str]] = {}
     parameters = size = 0
-    for number, shard in enumerate(_shards(_merged_tensors(adapted, precision)), 1):
+    for number, shard in enumerate(_shards(parts), 1):
         model.save_pretrained(work, state_dict=shard, max_shard_size=sys.maxsize)
         same_tensors(shard, work, may_be_renamed=True)
         name = f"{number:05}.safetensors"
@@ -123,9 +202,6 @@ def _save_merged(adapted: Any, precision: Precision, folder: Path) -> None:
         parameters += sum(tensor.numel() for tensor in shard.values())
         size += sum(tensor.nbytes for tensor in shard.values())
     shutil.rmtree(work)
-    if not is_tied(model) and model.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = False  # one of them has learned apart from the other
-    model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

@@ -40,8 +40,10 @@ from llmpipe.models.generate import render
 from llmpipe.models.mapped import Precision, lending, load_mapped
 from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of, take_generation
 from llmpipe.models.rng import isolated_rng
+from llmpipe.parallel import Spread, World, looking, part_of
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
+from llmpipe.run.weights import tensors_in
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
@@ -116,6 +118,38 @@ def compare_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
         _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
     behaviour = _same_behaviour(model, reloaded, tokenizer)
     return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
+
+
+def compare_sharded(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, world: World, spread: Spread
+) -> Verified:
+    """Compare a model that is in parts with what was saved of it in `folder`, which each process
+    reads its part of. Collective; what one process refuses all of them do.
+    """
+    again: PreTrainedModel | None = None
+    refused = None
+    try:
+        _same_tokenizer(tokenizer, folder)
+        again = load_model(folder, device=str(model.device), spread=spread).eval()
+        _same_parts(model, again)
+        if again.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
+            _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
+    except UserError as error:
+        refused = error
+    world.agree(refused)
+    assert again is not None
+    tensors = sum(len(tensors_in(path)) for path in folder.glob("*.safetensors"))
+    with looking(model), looking(again):
+        behaviour = _same_behaviour(model, again, tokenizer)
+    return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
+
+
+def _same_parts(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    """What this process holds of a model is what it holds of the reloaded one, bit by bit."""
+    trained = dict(model.state_dict())
+    for name, tensor in reloaded.state_dict().items():
+        if not torch.equal(part_of(tensor), part_of(trained[name])):
+            _refuse(f"{name} is not the tensor that was trained")
 
 
 def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) -> Verified:

@@ -347,13 +347,17 @@ class Launch(Machine):
     processes: Crowd | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or fewer where more do not divide
     `optim.batch_size`; one on a CPU."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes hold a model: all of it in each (`ddp`), or a part of its weights,
+    gradients and moments in each (`fsdp`), which is there for sft of all weights. `auto` is `ddp`:
+    `fsdp` is asked for by name."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,
     by a pass over the longest rows before the first step."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
-    on a GPU, but not in ppo, which has five forms of each layer to compile."""
+    on a GPU, but not in ppo, which has five forms of each layer to compile, nor with `fsdp`."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | bool = "auto"
     """What the backward pass computes again instead of keeping it: nothing; all but matrix products
     and attention (`selective`); all of every layer (`full`), which takes a third more time. `auto`

@@ -40,6 +40,10 @@ from llmpipe.typed import record
 STATE = "llmpipe.json"
 """What the trainer underneath does not keep."""
 
+SHARDED = "sharded"
+"""The folder with the parts of a model, and of its optimizer, that processes share: one file each,
+of safetensors, by `torch.distributed.checkpoint`."""
+
 UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 

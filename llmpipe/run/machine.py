@@ -124,9 +124,10 @@ def outside() -> bool:
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            instead = ", and set launch.strategy: fsdp" if name == "FSDP" else ""
             raise UserError(
-                f"accelerate: llmpipe does not shard models yet ({name})",
-                "launch with --multi_gpu alone",
+                f"accelerate: llmpipe does not let a launcher shard models ({name})",
+                f"launch with --multi_gpu alone{instead}",
             )
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
@@ -134,6 +135,12 @@ def outside() -> bool:
 def rank() -> int:
     """Which of the processes this is; 0 speaks for all."""
     return int(os.environ.get("RANK", "0"))
+
+
+def on_several_machines() -> bool:
+    """Whether an outside launcher has started processes on other machines, too."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", size) != size
 
 
 def local_rank() -> int:

@@ -326,6 +326,9 @@ def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Mod
     if (checkpoint / "adapter_config.json").exists():
         problem = f"{use.field}: {reference} is a checkpoint of an adapter"
         raise UserError(problem, f"take {ARTIFACT}{parent.name}", INTEGRITY)
+    if (checkpoint / checkpoints.SHARDED).exists():
+        problem = f"{use.field}: {reference} is a checkpoint in parts (launch.strategy: fsdp)"
+        raise UserError(problem, f"take {ARTIFACT}{parent.name}", INTEGRITY)
     use.check(reference, "reward-model" if is_reward_model(checkpoint) else "model")
     fingerprint = digest(sums.files)
     identity = {"artifact": parent.name, "checkpoint": int(step), "fingerprint": fingerprint}

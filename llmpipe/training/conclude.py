@@ -15,8 +15,9 @@ from llmpipe.errors import NUMERIC, UserError
 from llmpipe.faults import reading, remembering
 from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
-from llmpipe.models.publish import merge, publish_adapter, publish_model
+from llmpipe.models.publish import merge, publish_adapter, publish_model, publish_sharded
 from llmpipe.models.verify import Verified
+from llmpipe.parallel import World, is_sharded
 from llmpipe.recipe import sections
 from llmpipe.run.made import Made
 from llmpipe.run.reference import Model
@@ -46,7 +47,7 @@ def conclude(
         result.kind = "adapter"  # one that scores stays a reward model
     trainer.accelerator.wait_for_everyone()
     with remembering(PUBLISHED_LATER):
-        if writes:
+        if writes or is_sharded(trainer.plain_model()):
             result.verified = _publish(trainer, training).record()
         trainer.accelerator.wait_for_everyone()
         if writes and adapter and adapter.merge:
@@ -64,7 +65,8 @@ def conclude(
 
 def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> None:
     """Raise UserError (4), in every process, when not one weight is another than before."""
-    if trainer.start.moved(trainer.plain_model()):
+    moved = trainer.start.moved(trainer.plain_model())
+    if World(trainer.accelerator).greatest(moved):  # of parts of a model, some may rest
         return
     steps, optim = trainer.facts()["steps"], training.recipe.optim
     start = training.recipe.model or "the weights that were drawn"
@@ -89,12 +91,16 @@ def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> 
 
 
 def _publish(trainer: Trained, training: Training[sections.Training]) -> Verified:
-    """Save the model, or the adapter, as `model/`, and compare what was saved."""
+    """Save the model, or the adapter, as `model/`, and compare what was saved. Collective where the
+    model is sharded.
+    """
     model = trainer.plain_model()
     upstream.forget_debugging(model)
     trainer.forget_optimizer()
     tokenizer, folder, say = training.tokenizer, training.artifact.model, training.say
-    adapter = training.recipe.adapter
+    adapter, spread = training.recipe.adapter, training.hardware.spread
+    if spread:
+        return publish_sharded(model, tokenizer, folder, World(trainer.accelerator), spread, say)
     if adapter is None:
         return publish_model(model, tokenizer, folder, say)
     trained_on = _true_base(training)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import Hardware, release_memory
 from llmpipe.models.moved import Start
-from llmpipe.parallel import World
+from llmpipe.parallel import World, looking, refuse_whole, whole
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure, without_effect
@@ -65,10 +66,8 @@ class Durable(Trainer):
                 raise
             hint = "remove from `trainer:` what does not fit this model"
             raise UserError(f"trainer: {first_line(error)}", hint) from error
-        # TRL rounds a QLoRA adapter to bf16; master weights stay fp32
-        for name, parameter in training.model.named_parameters():
-            if name in weights:
-                parameter.data = weights[name].to(parameter.device)
+        if not self.hardware.sharded:
+            _put_back(weights, training.model)
         # trackers show it, and the library pickles it; see `_get_output_dir`
         self.args.output_dir = f"{self.artifact.run.name}/{self.artifact.name}"
         self.start = Start.of(training.model)
@@ -271,7 +270,8 @@ class Durable(Trainer):
         """The norm of the gradients. Raises UserError (4) where it or the loss is no number, and
         the optimizer sees none of it.
         """
-        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm), device=self.args.device)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
+        norm = torch.as_tensor(norm, device=self.args.device)
         loss = torch.as_tensor(self._step_loss, device=norm.device)
         self._step_loss = 0.0
         read: list[float] = torch.stack([loss.float(), norm.float()]).tolist()
@@ -307,8 +307,39 @@ class Durable(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, of weights that are all sharded where the recipe asks for that."""
+        if self.hardware.sharded:
+            refuse_whole(self.training.model)
+        return super().create_optimizer(model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.hardware.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        resume.save_parts(
+            Path(output_dir), self.training.model, self._plain_optimizer(), self.lr_scheduler
+        )
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without Accelerate's wrapper."""
+        wrapper: Any = self.optimizer
+        plain: torch.optim.Optimizer = wrapper.optimizer
+        return plain
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.hardware.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        resume.load_weights(Path(resume_from_checkpoint), self.training.model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.hardware.sharded and checkpoint is not None:
+            resume.load_rest(
+                Path(checkpoint), self.training.model, self._plain_optimizer(), self.lr_scheduler
+            )
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             refuse_another_schedule(self.lr_scheduler, checkpoint)
 
@@ -320,7 +351,8 @@ class Durable(Trainer):
         Raises Interrupted when a signal has asked to stop, and UserError (4) on NaN or Inf.
         """
         with _evaluation_mode(self.model):
-            metrics = self.held_out.metrics()
+            with looking(self.training.model):
+                metrics = self.held_out.metrics()
             if "eval_loss" not in metrics:
                 problem = "the held-out rows teach nothing: there is no token or pair to measure"
                 raise UserError(problem, "give others in data.eval", NUMERIC)
@@ -371,6 +403,11 @@ class Durable(Trainer):
             super()._save_checkpoint(model, trial)
         self.resume.rotate(self._kept_best())
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model in a checkpoint; one that is sharded is saved together with its optimizer."""
+        if not self.hardware.sharded:
+            super().save_model(output_dir, _internal_call)
+
     def _get_output_dir(self, trial: Any) -> str:
         """Where a checkpoint goes."""
         return str(self.resume.staging(self.state.global_step))
@@ -405,6 +442,13 @@ class Durable(Trainer):
 
 def _trained_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _put_back(weights: dict[str, torch.Tensor], model: Any) -> None:
+    """TRL rounds a QLoRA adapter to bf16; master weights stay fp32."""
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name].to(parameter.device)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from llmpipe.files import write_whole
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.rng import isolated_rng
+from llmpipe.parallel import is_sharded, looking
 from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Trained
 
@@ -20,14 +21,20 @@ When = Literal["before", "after"]
 
 
 def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
-    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers stay."""
-    if not trainer.is_world_process_zero():
+    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers stay. Collective
+    where the model is sharded.
+    """
+    writes = trainer.is_world_process_zero()
+    if not writes and not is_sharded(trainer.plain_model()):
+        return
+    if when == "before" and trainer.resumes:
+        return
+    answers = _answers(trainer, tokenizer, when)
+    if not writes:
         return
     path = trainer.artifact.path / "samples.jsonl"
     before = [line for line in _read(path) if line["when"] == "before"] if when == "after" else []
-    if when == "before" and trainer.resumes:
-        return
-    lines = before + _answers(trainer, tokenizer, when)
+    lines = before + answers
     if when == "after":
         for line in lines:
             cut = "" if line["ended"] else " (cut)"
@@ -55,10 +62,11 @@ def _answers(trainer: Trained, tokenizer: Tokenizer, when: When) -> list[dict[st
     prompts = trainer.recipe.samples.prompts
     if not prompts:
         return []
-    with isolated_rng():
+    model = trainer.plain_model()
+    with isolated_rng(), looking(model):
         batch = [_encode(trainer, tokenizer, prompt) for prompt in prompts]
         sampling = Sampling(trainer.recipe.samples.max_new_tokens)
-        responses = generate(trainer.plain_model(), tokenizer, batch, sampling)
+        responses = generate(model, tokenizer, batch, sampling)
     pairs = zip(prompts, responses, strict=True)
     return [{"when": when, "prompt": prompt, **response.record()} for prompt, response in pairs]
 

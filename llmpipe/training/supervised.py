@@ -10,6 +10,7 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from llmpipe.errors import UserError
+from llmpipe.parallel import looking
 from llmpipe.recipe import sections
 from llmpipe.training.arguments import arguments
 from llmpipe.training.crosstalk import keeps_documents_apart
@@ -127,7 +128,9 @@ def supervised_trainer(training: Training[sections.Hosted]) -> SupervisedTrainer
         eval_dataset=training.eval_rows(),
     )
     row = training.preparation.max_length
-    if padding_free and not keeps_documents_apart(trainer, row):
+    with looking(training.model):
+        apart = not padding_free or keeps_documents_apart(trainer, row)
+    if not apart:
         kind = trainer.model.config.model_type
         problem = f"{kind} does not keep documents of one row apart"
         if packed:

@@ -176,10 +176,11 @@ def test_outside_launchers(tmp_path, straight, command):
 
 @pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED"])
 def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
-    """Obeyed or refused, never ignored."""
+    """Obeyed or refused, never ignored; and what there is instead is named."""
     monkeypatch.setitem(ENVIRONMENT, f"ACCELERATE_USE_{how}", "true")
     code, out = run([*PYTHON, "sft", str(life.write(tmp_path / "run"))])
-    assert code == 2 and f"does not shard models yet ({how})" in out and "Traceback" not in out
+    assert code == 2 and f"does not let a launcher shard models ({how})" in out
+    assert ("launch.strategy: fsdp" in out) == (how == "FSDP") and "Traceback" not in out
 
 
 @pytest.mark.faults
