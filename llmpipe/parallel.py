@@ -176,20 +176,38 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def plain_class(model: nn.Module) -> type[nn.Module]:
-    """The class of a model as it is when all of it is held."""
-    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+def plain_class(module: nn.Module) -> Any:
+    """The class of a module as it is where all of it is held."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
 
 
 def refuse_uncut(model: nn.Module) -> None:
-    """Raise UserError (2) where a model is in parts, but not layer by layer: all of it would be
-    whole at once.
+    """Raise UserError (2) where a model is not in parts layer by layer, so that all of it would be
+    whole at once; or where PyTorch would compute with an old copy of what two modules share.
     """
     layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     if not layers or not all(map(is_sharded, (model, *layers))):
         kind = plain_class(model).__name__
         problem = f"launch.strategy: fsdp: transformers does not know the layers of {kind}"
         raise UserError(problem, "set launch.strategy: ddp")
+    seen: set[int] = set()
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if id(weight) in seen and isinstance(weight, DTensor):
+            _refuse_uneven(name, weight)
+        seen.add(id(weight))
+
+
+def _refuse_uneven(name: str, tied: DTensor) -> None:
+    """Parts of one length are a view of the weight to both of its modules. Of unequal ones FSDP2
+    makes a longer copy, a second time for the second module, and the first one's is never trained.
+    """
+    rows, processes = tied.shape[0], tied.device_mesh.size()
+    if rows % processes:
+        raise UserError(
+            f"launch.strategy: fsdp: {name} is tied to another weight, and its {rows:,} rows do "
+            f"not divide by {processes} processes",
+            "set launch.processes to a number that divides them, or launch.strategy: ddp",
+        )
 
 
 def refuse_whole(model: nn.Module) -> None:

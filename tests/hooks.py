@@ -186,6 +186,56 @@ def disk_full_at(step):
     Trainer._save_optimizer_and_scheduler = save
 
 
+def never_in_parts_again():
+    """What only looked at a model in parts leaves its last weights whole."""
+    from llmpipe import parallel
+
+    parallel.reshard = lambda model: None
+
+
+def disk_full_in_parts(step):
+    """When a process has begun to write its part of a model."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def action(self, *_):
+        if f"step-{step}." in str(self.path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    _before(HuggingFaceStorageWriter, "write_data", action)
+
+
+def kill_in_stream():
+    """When some of what is published has been gathered."""
+    from llmpipe.models import publish
+
+    original = publish.whole_tensors
+
+    def whole_tensors(model):
+        for number, named in enumerate(original(model)):
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield named
+
+    publish.whole_tensors = whole_tensors
+
+
+def another_part():
+    """What one process reads of a published model is not what it has."""
+    from llmpipe.models import verify
+
+    original = verify.load_model
+
+    def load_model(*arguments, **options):
+        import torch
+
+        model = original(*arguments, **options)
+        with torch.no_grad():
+            next(model.parameters()).to_local()[0] += 1e-3
+        return model
+
+    verify.load_model = load_model
+
+
 def _after_batches(count, act):
     """Do `act` instead of keeping a batch of an evaluation, after `count` were kept."""
     from llmpipe.evaluation.book import Book

@@ -144,7 +144,12 @@ _server.set_forkserver_preload(["tests.warm"])
 
 
 def _trial(
-    path: str, out: str, sets: tuple[str, ...], hook: str | None, rank: dict[str, str] | None = None
+    path: str,
+    out: str,
+    sets: tuple[str, ...],
+    hook: str | None,
+    rank: dict[str, str] | None = None,
+    inexact: bool = False,
 ) -> None:
     os.environ |= rank or {}
     sys.stdout = sys.stderr = os.fdopen(
@@ -157,7 +162,7 @@ def _trial(
 
         getattr(tests.hooks, hook)()
     try:
-        command(Path(path), sets)
+        command(Path(path), sets, inexact=inexact)
     except UserError as error:
         print(f"error: {error}")
         os._exit(error.code)
@@ -191,16 +196,18 @@ class Trial:
         return self.out.read_text() if self.out.exists() else ""
 
 
-def ranks(path: Path, sets=(), hooks=(None, None)) -> list[tuple[int, str]]:
-    """(exit code, what was printed) of two ranks of the recipe's stage, as torchrun would start
-    them. llmpipe's own launching and accelerate's are tests of tests/front/test_processes.py."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+def ranks(path: Path, sets=(), hooks=(None, None), inexact=False) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of two ranks of the recipe's stage, or as many as there are
+    `hooks`, as torchrun would start them. llmpipe's own launching and accelerate's are tests of
+    tests/front/test_processes.py."""
+    size = str(len(hooks))
+    world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    outs = [path.with_suffix(f".{rank}.out") for rank in (0, 1)]
+    outs = [path.with_suffix(f".{rank}.out") for rank in range(len(hooks))]
     started = []
     for rank, hook in enumerate(hooks):
         environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = (str(path), str(outs[rank]), tuple(sets), hook, environment)
+        arguments = (str(path), str(outs[rank]), tuple(sets), hook, environment, inexact)
         started.append(forked(_trial, *arguments))
     for process in started:
         process.join(120)

@@ -27,6 +27,7 @@ from llmpipe.models.pretrained import (
     resize_embeddings,
     rows_of,
 )
+from llmpipe.parallel import plain_class
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
@@ -249,5 +250,5 @@ def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedMod
     model.config.pad_token_id = tokenizer.pad_token_id
     speed_up(model, setup)
     parameters = f"{model.num_parameters() / 1e6:,.1f} M parameters"
-    setup.say(f"model: {type(model).__name__}, {parameters}")
+    setup.say(f"model: {plain_class(model).__name__}, {parameters}")
     return model

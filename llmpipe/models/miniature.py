@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmpipe.faults import of_memory
 from llmpipe.models.adapters import plain_layer
 from llmpipe.models.rng import isolated_rng
+from llmpipe.parallel import plain_class
 from llmpipe.upstream.attention import read_ends
 
 LAYERS = 2  # at least, so that one reads what another wrote
@@ -107,7 +108,7 @@ def _parts(module: nn.Module, name: str) -> Iterator[Any]:
         for key, value in sorted(vars(module).items())
         if key[0] != "_" and key != "training" and isinstance(value, bool | str | None)
     )
-    yield re.sub(r"\d+", "*", name), type(module).__name__, switches
+    yield re.sub(r"\d+", "*", name), plain_class(module).__name__, switches
     for child, inside in module.named_children():
         yield from _parts(inside, f"{name}.{child}")
 
@@ -144,6 +145,7 @@ def _cut(config: PretrainedConfig, layers: list[int], share: float, row: int) ->
             if getattr(part, name, None) is not None:
                 setattr(part, name, 0)
         part.__dict__.pop("quantization_config", None)
+        part.__dict__.pop("distributed_config", None)
     for name in small.sub_configs:  # what sees or hears, and is asked nothing
         tower: Any = getattr(small, name, None)
         if tower is not text and _number(tower, "num_hidden_layers"):
@@ -185,7 +187,7 @@ def _weights(model: PreTrainedModel, config: PretrainedConfig) -> int:
     """How many weights such a model would have; 0 where there is none of these numbers."""
     try:
         with torch.device("meta"):
-            return type(model)._from_config(copy.deepcopy(config)).num_parameters()
+            return plain_class(model)._from_config(copy.deepcopy(config)).num_parameters()
     except Exception:  # whatever a class thinks of numbers that do not fit one another
         return 0
 
@@ -197,7 +199,7 @@ def _build(
     attention = model.config._attn_implementation
     try:
         with isolated_rng():
-            small = type(model)._from_config(config, dtype=torch.float32)
+            small = plain_class(model)._from_config(config, dtype=torch.float32)
             _draw(small)
         small.set_attn_implementation(attention)
         read_ends(small)

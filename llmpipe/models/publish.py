@@ -149,7 +149,7 @@ def _described(model: PreTrainedModel) -> PreTrainedModel:
     """A model without weights, of the kind and the configuration of one that is in parts: as what
     is saved of that is called by transformers.
     """
-    kind: Any = plain_class(model)
+    kind = plain_class(model)
     config = copy.deepcopy(model.config)
     vars(config).pop("distributed_config", None)  # of this run, not of the model
     with torch.device("meta"):
