@@ -9,7 +9,13 @@ import signal
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 from llmpipe.errors import UserError
 from llmpipe.front import ahead
@@ -112,6 +118,31 @@ def test_a_head_of_its_own(tmp_path):
     changes = {**PACKED, "model": untied(tmp_path)}
     parts = life.pair(write(tmp_path / "parts", **changes))
     assert "lm_head.weight" in weights(parts)
+    assert_alike(parts, life.pair(write(tmp_path / "whole", "ddp", **changes)))
+
+
+@pytest.mark.faults
+def test_experts_that_files_hold_one_by_one(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=rows(),
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    folder = model_folder(tmp_path / "model", AutoModelForCausalLM.from_config(config))
+    changes = {**PACKED, "model": str(folder), "optim__steps": 4}
+    parts = life.pair(write(tmp_path / "parts", **changes))
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in weights(parts)
     assert_alike(parts, life.pair(write(tmp_path / "whole", "ddp", **changes)))
 
 
