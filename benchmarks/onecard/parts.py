@@ -50,6 +50,7 @@ def supervised(bench: Bench, name: str, stage: str, packing: bool, **more: Any) 
     """A stage that learns from conversations, every token of them on both sides."""
     scale, model = bench.scale, bench.model("large")
     batch = scale.batch if packing else scale.unpacked_batch
+    micro_batch = scale.micro_batch if packing else batch // 4  # of both, for their memory
     data = {"train": [{"path": bench.rows()}], "max_length": scale.length}
     recipe = bench.recipe(
         name,
@@ -57,6 +58,7 @@ def supervised(bench: Bench, name: str, stage: str, packing: bool, **more: Any) 
         model=model,
         data=data | {"packing": packing, "loss": "all"},
         optim=bench.optim(batch_size=batch),
+        launch={"micro_batch_size": micro_batch},
         **more,
     )
     row = row_of(bench, name, bench.watch(recipe))
@@ -64,7 +66,7 @@ def supervised(bench: Bench, name: str, stage: str, packing: bool, **more: Any) 
     told = {
         "packing": packing,
         "batch": batch,
-        "micro_batch": scale.micro_batch if packing else batch // 4,
+        "micro_batch": micro_batch,
         "rank": more.get("adapter", {}).get("rank"),
         "bits": more.get("quantization", {}).get("bits"),
     }
@@ -119,6 +121,7 @@ def pretrain(bench: Bench) -> Iterator[Row]:
         },
         data={"train": [{"path": bench.rows("texts")}], "max_length": scale.length},
         optim=optim,
+        launch={"micro_batch_size": scale.micro_batch},
     )
     row = row_of(bench, "pretrain", bench.watch(recipe))
     if bench.peak_flops:

@@ -55,7 +55,7 @@ class Scale:
     """Sequences of an optimizer step."""
     unpacked_batch: int
     micro_batch: int
-    """Sequences per forward pass of the peer; llmpipe chooses for itself."""
+    """Sequences per forward pass; in dpo and ppo that of the peer, and llmpipe chooses."""
     warm_up: int
     """Steps of llmpipe's that are not counted: kernels are chosen and compiled in them."""
     steps: int

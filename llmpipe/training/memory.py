@@ -190,9 +190,10 @@ class Fitting:
                     return taken
                 fitted = self.size
                 self._cut(larger)
-            elif fitted:
+            elif fitted:  # what had grown is too large after all
+                self.sizes = [size for size in self.sizes if size <= fitted]
                 self._cut(fitted)
-                return self._try()
+                fitted = 0
             elif not self._shrink(taken):
                 return taken
 

@@ -287,6 +287,19 @@ def test_a_forecast_that_was_too_low_is_taken_back(tmp_path, monkeypatch, goes):
     assert made.manifest().hardware["micro_batch_size"] == device.passed[-1][0]
 
 
+def test_what_fits_no_more_is_cut_again(tmp_path, monkeypatch):
+    """Another process took memory, since a size had fitted that is gone back to."""
+    monkeypatch.setattr(memory, "of_a_pass", lambda model, hardware, kind, tokens: 4e9 * tokens)
+    row = longest_row(tmp_path)
+    device = Device(8.5 * row, {}, monkeypatch)
+    costs = iter([row, 2 * row, 5 * row, row])
+    monkeypatch.setattr(Device, "costs", property(lambda _: {"none": next(costs)}), raising=False)
+    made = life.command(sft(tmp_path / "run", **AUTO))
+    assert device.passed == [(2, "none"), (8, "none"), (2, "none"), (1, "none")]
+    assert made.manifest().hardware["micro_batch_size"] == 1
+    assert said(made.path)[-1].startswith("memory: batch 8 = 1 x 8 accumulated x 1; ")
+
+
 def test_what_did_not_fit_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "of_a_pass", lambda *_: 0.0)
     device = Device(8e9, {}, monkeypatch)
