@@ -87,6 +87,7 @@ def wait_for_work(arguments: list[str]) -> list[str]:
 
 
 def _imported(module: str) -> bool:
+    """Whether an import went well; what failed is met again, and said, by the process anew."""
     try:
         from llmpipe import upstream
 
