@@ -1,6 +1,9 @@
 """The optimizers: forms of AdamW by their names in a recipe, and what the libraries call them.
 
 A new one is its name in `OptimizerName` and its line in `OPTIMIZERS`.
+
+None has moments in bf16. Of a second moment that forgets a thousandth a step, rounding to 8 bits
+keeps what it was: 1.0 after 5,000 steps where fp32 has 0.255. Blocks of 8 bits have a scale each.
 """
 
 from __future__ import annotations

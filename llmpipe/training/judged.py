@@ -22,6 +22,7 @@ from trl.trainer.utils import use_adapter
 from llmpipe.data.kinds.labels import FILLER, GOOD
 from llmpipe.training.heldout import Batch, HeldOut, Measure, Sum
 from llmpipe.training.hosted import Durable
+from llmpipe.training.laid import told
 from llmpipe.training.preferences import Preferences, leave_out
 from llmpipe.training.reference import Referenced
 from llmpipe.training.training import Training
@@ -175,14 +176,13 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
 def scored(model: Any, batch: Batch, prefix: str, **options: Any) -> Any:
     """TRL's outputs of whole responses: [rows, tokens - 1] each, 0 where nothing is learned."""
     ids = batch[f"{prefix}input_ids"]
-    if f"{prefix}targets" in batch:
-        options["targets"] = batch[f"{prefix}targets"]
     return model(
         input_ids=ids,
         attention_mask=batch[f"{prefix}attention_mask"],
         labels=ids.masked_fill(batch[f"{prefix}completion_mask"] == 0, -100),
         fused_lm_head=True,
         use_cache=False,
+        **told(batch, prefix),
         **options,
     )
 

@@ -82,18 +82,30 @@ class EndToEnd:
 
 
 @dataclass(frozen=True)
-class Targeted:
-    """A collator of padded responses, with the places of what is learned, so that no device is
-    asked for them: `targets`, int64 [targets], among the tokens of all rows but their first ones.
+class Placed:
+    """A collator of padded rows, with places that no device is asked for then, int64 [tokens].
+
+    `real_tokens`, for each `attention_mask`: of what is no padding, among the tokens of all rows.
+    `targets`, for each `completion_mask`: of what is learned, among all tokens but rows' first.
     """
 
     collate: Collate
 
     def __call__(self, rows: list[Any]) -> Batch:
         batch = self.collate(rows)
-        masks = [name for name in batch if name.endswith("completion_mask")]
-        targets = {
-            name.replace("completion_mask", "targets"): batch[name][:, 1:].flatten().nonzero()[:, 0]
-            for name in masks
-        }
-        return {**batch, **targets}
+        for name in list(batch):
+            if name.endswith("attention_mask"):
+                batch[name.replace("attention_mask", "real_tokens")] = _places(batch[name])
+            elif name.endswith("completion_mask"):
+                batch[name.replace("completion_mask", "targets")] = _places(batch[name][:, 1:])
+        return batch
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero()[:, 0]
+
+
+def told(batch: Batch, prefix: str = "") -> Batch:
+    """What `Placed` has put into a batch, as a pass takes it."""
+    names = ("real_tokens", "targets")
+    return {name: batch[prefix + name] for name in names if prefix + name in batch}

@@ -10,6 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from llmpipe import upstream
 from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
+from llmpipe.training.laid import told
 from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs
 from llmpipe.training.reference import Referenced
 from llmpipe.training.training import Training
@@ -55,9 +56,8 @@ def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
     """
     inputs = {name: value for name, value in batch.items() if name not in ("examples", "margin")}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    told = {name: inputs[name] for name in ("targets",) if name in inputs}
     outputs = trainer.model(
-        **told,
+        **told(inputs),
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         labels=labels,

@@ -21,7 +21,8 @@ from llmpipe import upstream
 from llmpipe.errors import UserError
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
-from llmpipe.training.laid import Targeted
+from llmpipe.training.laid import Placed
+from llmpipe.upstream.attention import read_real_tokens
 from llmpipe.upstream.head import read_targets
 from llmpipe.upstream.later import now, reading_later
 
@@ -75,14 +76,23 @@ class Preferences(Trainer):
         """
         if self.aux_loss_enabled:
             return
-        self.data_collator = Targeted(self.data_collator)
-        model: Any = self.model
         more = ("log_sum_sq_probs",) if getattr(self, "use_weighting", False) else ()
-        policy = model.get_base_model() if isinstance(model, PeftModel) else model
-        read_targets(policy, (*self.watched, *more))
+        read_targets(self._policy(), (*self.watched, *more))
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             read_targets(reference, (), autocast)
+            read_real_tokens(reference)
+        self._tell_places()
+
+    def _tell_places(self) -> None:
+        """Give a device padded rows of which it need not be asked what is padding."""
+        self.data_collator = Placed(self.data_collator)
+        read_real_tokens(self._policy())
+
+    def _policy(self) -> Any:
+        """What learns, without an adapter's wrapper."""
+        model: Any = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _drop_out(self, share: float) -> None:
         """Dropout of the trained adapter alone: a reference is no random function."""

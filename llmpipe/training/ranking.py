@@ -15,9 +15,11 @@ from trl import RewardTrainer
 from trl.trainer.utils import pad
 
 from llmpipe.evaluation.statistics import RESAMPLES, bootstrapped, wilson
-from llmpipe.training.heldout import Batch, Sum
+from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
+from llmpipe.training.laid import told
 from llmpipe.training.preferences import Pair, Preferences, real_pairs
+from llmpipe.training.training import Training
 
 BUCKETS = 4  # of calibration
 SCORED = 1000  # pairs at most
@@ -25,6 +27,11 @@ SCORED = 1000  # pairs at most
 
 class RankingTrainer(Durable, Preferences, RewardTrainer):
     """TRL's RewardTrainer, durable."""
+
+    def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
+        super().__init__(training, measure, **arguments)
+        if training.hardware.device == "cuda" or training.hardware.compiles:
+            self._tell_places()
 
 
 class Collator:
@@ -59,6 +66,7 @@ def _scores(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     outputs = trainer.model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
+        **told(batch),
         use_cache=False,
     )
     chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)

@@ -8,6 +8,7 @@ no layer computes padding. Of all else the mask says what is seen: see `document
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,9 +77,23 @@ def read_ends(model: PreTrainedModel) -> None:
         body.register_forward_hook(_pad_again)
 
 
+def read_real_tokens(model: PreTrainedModel) -> None:
+    """Let a pass of `model` also take `real_tokens`, int64 [tokens]: the places of what is no
+    padding among the tokens of all rows. The host knows them, and a device is not asked.
+    """
+    plain, body = model.forward, model.base_model
+
+    def forward(self: Any, *args: Any, real_tokens: Tensor | None = None, **kwargs: Any) -> Any:
+        body.real_tokens = real_tokens
+        return plain(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
 def _lay_out(body: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The arguments of a body's forward pass, without a mask where none is needed."""
     body.places = None
+    places = vars(body).pop("real_tokens", None)
     if body.config._attn_implementation != DOCUMENTS:
         return arguments, options
     ends = options.get("cu_seq_lens_q")
@@ -89,7 +104,8 @@ def _lay_out(body: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
     if len(arguments) > 1 or ids is None or not _is_padded(body, ids, options):
         return arguments, options
     mask = options["attention_mask"].bool()
-    places = mask.flatten().nonzero().flatten()
+    if places is None:
+        places = mask.flatten().nonzero().flatten()
     body.places = (places, mask.shape)
     positions = options.get("position_ids")
     if positions is None:

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # what attends on a CPU, where lengths are read for nothing; a GPU attends without a mask
-ON_A_CPU = {"documents_mask", "documents_attention", "attend_documents", "_lay_out"}
+ON_A_CPU = {"documents_mask", "documents_attention", "attend_documents"}
 ON_ANY = {"shuffled"}  # what is on the CPU everywhere
 METHODS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 OPERATORS = {

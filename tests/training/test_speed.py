@@ -210,8 +210,8 @@ def test_a_step_of_preferences_reads_the_device_once(tmp_path, monkeypatch, stag
     assert read_in_steps(path, monkeypatch, [*sets, *adapter]) == ["tolist"] * 4
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_targets_that_the_host_knows_are_learned_the_same(tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize("stage", ["dpo", "kto", "reward"])
+def test_places_that_the_host_knows_are_learned_the_same(tmp_path, monkeypatch, stage):
     monkeypatch.setattr(upstream, "compile_layers", lambda *_, **__: 0)
     written = (life.TINY / f"{stage}.yaml").read_text()
     here = written.replace("artifact:sft", str(life.TINY / "model"))
