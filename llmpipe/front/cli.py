@@ -296,6 +296,14 @@ def chat(
     conversation.chat(voices, Sampling(max_new_tokens, temperature), seed)
 
 
+@app.command()
+def doctor() -> None:
+    """What this machine has, what llmpipe would choose on it, and why."""
+    from llmpipe.front.doctor import examine
+
+    examine(say)
+
+
 @app.command("schema")
 def show_schema(
     name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))],

@@ -10,9 +10,11 @@ import errno
 import io
 import os
 import sys
+from functools import cached_property
 from typing import TextIO
 
 from llmpipe.errors import DONE, RESOURCES
+from llmpipe.screen import LINE, is_terminal
 
 READER_GONE = 141
 """The exit code of who wrote to a pipe that nobody reads any more: 128 + SIGPIPE."""
@@ -21,9 +23,22 @@ _lost: list[OSError] = []
 
 
 class Output(io.TextIOWrapper):
-    """Standard output or error, from the first failure on without effect."""
+    """Standard output or error, from the first failure on without effect; on a terminal what is
+    written makes the line that moves make way."""
+
+    @cached_property
+    def _is_terminal(self) -> bool:
+        return is_terminal(self)
 
     def write(self, text: str) -> int:
+        if not self._is_terminal:
+            return self._write(text)
+        with LINE.aside(self.fileno(), text):
+            written = self._write(text)
+            self.flush()  # before the line is drawn again
+        return written
+
+    def _write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:

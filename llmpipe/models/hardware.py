@@ -197,7 +197,7 @@ def decide(
     Raises UserError when a GPU has not the precision that the recipe asks for, and when
     `optim.batch_size` does not divide by processes and micro-batches.
     """
-    bf16, precision_reason = _precision(recipe.optim.precision, host)
+    bf16, precision_reason = precision(recipe.optim.precision, host)
     attention, attention_reason = _attention(host, recipe.packs, bf16, model, by_document)
     compiles, sharded = recipe.launch.compile, recipe.launch.strategy == "fsdp"
     if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
@@ -240,7 +240,7 @@ def _checkpointing(recipe: Training, before: Mapping[str, Any]) -> str:
     return kept if isinstance(kept, str) else "none"
 
 
-def _precision(asked: str, host: Host) -> tuple[bool, str]:
+def precision(asked: str, host: Host) -> tuple[bool, str]:
     """Whether arithmetic is in bf16, and why."""
     if asked == "auto":
         support = "it" if host.has_bf16 else "no fast bf16"
