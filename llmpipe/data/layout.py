@@ -170,9 +170,20 @@ def _format_of(present: list[Names], every: Names, rule: Rule, where: str) -> st
     _check_mapping(every, rule, where, all_of_it=True)
     fits = "no format fits" if rule.format == "auto" else f"format {rule.format} does not fit"
     needed = "; ".join(f"{it.name}: {', '.join(it.required)}" for it in candidates)
-    example = "Map yours with columns, such as {frage: instruction, antwort: output}"
     problem = f"{where}: {fits} the columns {listed_columns(every)}"
-    raise UserError(problem, f"needed are {needed}. {example}")
+    raise UserError(problem, f"needed are {needed}. {_example(every, candidates)}")
+
+
+def _example(columns: Names, candidates: list[Format]) -> str:
+    """How these columns might be mapped to a format that has no more."""
+    named = [name for name in columns if name.isidentifier()]
+    fitting = [it for it in candidates if len(it.required) <= len(named)]
+    usual = [it for it in fitting if it.name == "alpaca"] or fitting
+    if not usual:
+        return "Map yours with columns"
+    pairs = zip(named, usual[0].required, strict=False)
+    mapping = ", ".join(f"{yours[:40]}: {theirs}" for yours, theirs in pairs)
+    return f"Map yours with columns, such as {{{mapping}}}"
 
 
 def _check_mapping(columns: Names, rule: Rule, where: str, all_of_it: bool = False) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Row",
     "check_first_rows",
     "files_of",
+    "first_rows",
     "hub_key",
     "hub_revision",
     "identity_of",
@@ -157,11 +158,11 @@ class Origin:
         if first is None:
             raise UserError(f"{source.path}: has no rows")
         self.chunks = chain([first], chunks)
-        self.sample = self._parsed(first)
+        self.sample = self.parsed(first)
         rule = Rule(source.format, tuple(source.columns.items()), shapes)
         self.layout = layout_of(self.sample, rule, source.path)
 
-    def _parsed(self, chunk: Chunk) -> list[dict[str, Any]]:
+    def parsed(self, chunk: Chunk) -> list[dict[str, Any]]:
         """The first rows of a chunk, less those that cannot be read."""
         rows: list[dict[str, Any]] = []
         errors: list[str] = []
@@ -189,6 +190,13 @@ def check_first_rows(source: Rows, shapes: tuple[type, ...]) -> None:
     if layout.shape not in shapes:
         problem = f"{source.path}: format {layout.format} does not fit this stage"
         raise UserError(problem, f"it takes {', '.join(formats_of(shapes))}")
+
+
+def first_rows(source: Rows) -> list[dict[str, Any]]:
+    """The first rows of a source that can be parsed, whatever their columns. Raises UserError."""
+    origin = Origin(source, {}, glance=True)
+    first = next(_chunks(origin), None)
+    return origin.parsed(first) if first else []
 
 
 def _readings(origin: Origin) -> Iterator[Reading]:

@@ -182,9 +182,11 @@ def prepare(
     debug: DebugOption = False,
 ) -> None:
     """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
+    from llmpipe.recipe.check import refuse_foreign
     from llmpipe.recipe.yaml import read
 
     values, where = read(recipe)
+    refuse_foreign(values, recipe)
     if not isinstance(values, dict):
         raise UserError(f"{recipe}:1: a recipe is a mapping of keys to values")
     if "stages" in values:
@@ -317,16 +319,51 @@ def show_schema(
 
 @app.command()
 def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write; made if it is not there.")
-    ],
+    what: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="ROWS or DIR",
+            help="Rows to learn from: a file, a folder or a glob; or a folder to begin in.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="What to start from.")
+    ] = None,
+    foreign: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="YAML", help="A config of Axolotl or LLaMA-Factory."),
+    ] = None,
 ) -> None:
-    """Write a starter recipe with comments, and a few rows to try it on."""
-    from llmpipe.report.starter import write_starter
+    """Write a recipe: for rows, for another tool's config, or to begin with."""
+    if foreign:
+        if what or model:
+            raise UserError("init: --from says it all", "set other fields in what is written")
+        from llmpipe.front.foreign import translate
 
-    for path in write_starter(folder):
-        print(f"wrote {path}")
-    print(f"next: cd {folder} && llmpipe sft sft.yaml")
+        translate(foreign, say)
+    elif what is None:
+        raise UserError("init: of what?", "llmpipe init ROWS --model MODEL, or llmpipe init DIR")
+    elif model or _holds_rows(str(what)):
+        from llmpipe.front.proposal import MODEL, propose
+
+        propose(str(what), model or MODEL, say)
+    else:
+        from llmpipe.report.starter import write_starter
+
+        for path in write_starter(what):
+            print(f"wrote {path}")
+        print(f"next: cd {what} && llmpipe sft sft.yaml")
+
+
+def _holds_rows(path: str) -> bool:
+    """Whether a path names rows, and not a folder to write a starter to."""
+    from llmpipe.recipe.sections import LOCAL_SUFFIXES
+
+    if path.lower().endswith(LOCAL_SUFFIXES) or "*" in path:
+        return True
+    folder = Path(path)
+    files = folder.iterdir() if folder.is_dir() else iter([folder] if folder.exists() else [])
+    return any(file.name.lower().endswith(LOCAL_SUFFIXES) for file in files)
 
 
 def _refuse_broken_text(arguments: list[str]) -> None:

@@ -34,6 +34,14 @@ MORE = "more may be wrong; mend these first"
 
 LONGEST = 1000  # characters of one
 
+AXOLOTL, LLAMA_FACTORY = "Axolotl", "LLaMA-Factory"
+
+SIGNS: dict[str, tuple[str, set[str]]] = {
+    AXOLOTL: ("base_model", {"datasets", "sequence_len", "micro_batch_size", "num_epochs"}),
+    LLAMA_FACTORY: ("model_name_or_path", {"finetuning_type", "cutoff_len", "dataset", "template"}),
+}
+"""By which keys a config of another tool is known: by one, and one of several."""
+
 SchemaOf = Callable[[str], type[Recipe]]  # the recipe class of a stage, by its name
 
 
@@ -74,12 +82,27 @@ def locate(path: Path, schema: type[Recipe], sets: list[str] | None = None) -> L
     """Read, override and validate one recipe file, and keep the lines."""
     values, where = read(path)
     if isinstance(values, dict):
+        refuse_foreign(values, path)
         if "stages" in values and "stages" not in schema.model_fields:
             problem = f"{where[('stages',)]}: this is a pipeline of several stages"
             raise UserError(problem, f"use `llmpipe run {path}`")
         apply_sets(values, where, sets or [])
         _refuse_other_stage(values, where, schema, path)
     return Located(validate(values, where, schema, str(path)), where, str(path))
+
+
+def tool_of(values: Any) -> str | None:
+    """Which other tool's config this is; None of a recipe, and where nobody knows."""
+    keys = set(values) if isinstance(values, dict) else set()
+    known = (tool for tool, (sign, others) in SIGNS.items() if sign in keys and others & keys)
+    return next(known, None)
+
+
+def refuse_foreign(values: Any, path: Path) -> None:
+    """Raise UserError for another tool's config: every key would be wrong."""
+    if tool := tool_of(values):
+        problem = f"{path}:1: this is a config of {tool}, and no recipe"
+        raise UserError(problem, f"`llmpipe init --from {path}` writes a recipe of it")
 
 
 def _refuse_other_stage(
@@ -128,6 +151,7 @@ def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -
 
 def _refuse_no_pipeline(values: Any, path: Path) -> None:
     """Raise UserError where there is no list of stages."""
+    refuse_foreign(values, path)
     stages = values.get("stages") if isinstance(values, dict) else None
     if isinstance(stages, list) and len(stages) > STAGES_AT_MOST:
         raise UserError(f"{path}:1: a pipeline has at most {STAGES_AT_MOST} stages", "divide it")
