@@ -57,6 +57,11 @@ class World:
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
 
+    @classmethod
+    def of(cls, device: str) -> World:
+        """All processes that were started together, on CPUs or on a GPU each."""
+        return cls(Accelerator(cpu=device == "cpu"))
+
     @property
     def is_first(self) -> bool:
         """Whether this is the process that writes files and prints."""
@@ -123,6 +128,18 @@ class World:
         first = next((each for each in self.gather(told) if each), None)
         if first:
             raise UserError(*first)
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Around what each process does alone: raise in all of them what the first by rank of them
+        has met, a user's mistake.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as met:
+            error = met
+        self.agree(error)
 
     def stop_code(self, signals: Signals) -> int:
         """The exit code of a signal that any process was sent, 0 for none; the same in all

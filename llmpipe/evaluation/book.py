@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import cut_back, digest, to_write, write_whole
 from llmpipe.record import Record
+
+if TYPE_CHECKING:
+    from llmpipe.parallel import World
 
 Score = float | list[float]  # a value, or [numerator, denominator] of a ratio of sums
 
@@ -108,20 +111,29 @@ class Book:
     """samples.jsonl: a line per item and model, appended batch by batch.
 
     What is behind the last whole batch, as a kill leaves it, is dropped. Beside it lies, until the
-    artifact is finished, what the file should hold: a size and a sha256 for every batch.
+    artifact is finished, what the file should hold: a size and a sha256 for every batch. All
+    processes have the lines, and the first one alone the file.
     """
 
-    def __init__(self, path: Path, settings: Settings, evaluation: str, say: Say):
-        """`evaluation`: its identity.
+    def __init__(self, path: Path, settings: Settings, evaluation: str, say: Say, world: World):
+        """`evaluation`: its identity. Collective.
 
         Raises UserError (3) where the file was begun with other settings, or is not what was
         written.
         """
         self.path = path
+        self.world = world
         self.lines: dict[Key, Line] = {}
         self._sums = path.with_name(f".{path.name}.sums")
         self._bytes = 0
         self._sha256 = sha256()
+        with world.as_one():
+            if world.is_first:
+                self._open(settings, evaluation, say)
+        self.lines = world.gather(self.lines)[0]
+
+    def _open(self, settings: Settings, evaluation: str, say: Say) -> None:
+        path = self.path
         _refuse_other_settings(path, settings)
         begin = digest([evaluation, settings.model_dump()])
         if path.exists() and not self._sums.exists():
@@ -159,13 +171,19 @@ class Book:
         return UserError(f"{self.path}: {why}", hint, INTEGRITY)
 
     def add(self, lines: list[Line]) -> None:
+        """Keep what each process has scored. Collective."""
+        every = [line for of_one in self.world.gather(lines) for line in of_one]
+        if every and self.world.is_first:
+            self._append(every)
+        self.lines |= {line.key: line for line in every}
+
+    def _append(self, lines: list[Line]) -> None:
         data = "".join(line.text() for line in lines).encode()
         with to_write(self.path, "ab") as file:
             file.write(data)
         self._bytes += len(data)
         self._sha256.update(data)
         self._note(self._bytes, self._sha256.hexdigest())
-        self.lines |= {line.key: line for line in lines}
 
     def _note(self, size: int, known: str) -> None:
         """Keep what the file holds from now on."""
@@ -180,7 +198,7 @@ class Book:
         return all((task, model, item) in self.lines for item in items)
 
     def close(self, tasks: list[str], models: list[str]) -> None:
-        """Write the lines in a fixed order, each item of a model once."""
+        """Write the lines in a fixed order, each item of a model once; in the first process."""
 
         def order(line: Line) -> tuple[int, int, tuple[int, str]]:
             return tasks.index(line.task), models.index(line.model), line.order

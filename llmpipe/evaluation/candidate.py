@@ -36,6 +36,7 @@ from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.rng import isolated_rng
+from llmpipe.parallel import World
 from llmpipe.recipe.sections import Preparation
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 from llmpipe.run.context import tokens_of
@@ -319,11 +320,12 @@ def settings_of(precision: str, batch_size: int) -> Settings:
 
 @contextmanager
 def candidate(
-    label: str, folder: Path, base: Path | None, settings: Settings, say: Say
+    label: str, folder: Path, base: Path | None, settings: Settings, world: World, say: Say
 ) -> Iterator[Candidate]:
     """Load a model for measuring; its memory is free again afterwards."""
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, base, tokenizer, bf16=settings.precision == "bf16")
+    bf16 = settings.precision == "bf16"
+    model = load_any(folder, base, tokenizer, bf16=bf16, alone=world.size == 1)
     say(f"{label}: {model.num_parameters() / 1e6:,.1f} M parameters, {settings.precision}")
     if not tokenizer.chat_template:
         say(f"{label}: has no chat template: it sees prompts as bare text")

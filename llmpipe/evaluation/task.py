@@ -173,9 +173,8 @@ class OnItems(Task):
         return [self.item_type.model_validate(json.loads(line)) for line in lines if line]
 
     def measure(self, model: Candidate, items: list[Any], book: Book, seed: int, say: Say) -> None:
-        """Score in batches that do not depend on what is scored already.
-
-        So an evaluation that was killed and started again ends with the same numbers.
+        """Score in batches that depend neither on what is scored already nor on how many processes
+        share them. So an evaluation ends with the same numbers, killed or not, anywhere.
         """
         missing = [
             batch
@@ -186,17 +185,15 @@ class OnItems(Task):
         done = 0
         begun = time.monotonic()
         progress = Progress(say)
-        for batch in missing:
-            scored = self.score_batch(model, batch, seed)
-            book.add(
-                [
-                    Line(
-                        self.label, model.label, item.id, item.at, one.shown, one.scores, one.corpus
-                    )
-                    for item, one in zip(batch, scored, strict=True)
-                ]
-            )
-            done += len(batch)
+        world = book.world
+        for start in range(0, len(missing), world.size):
+            together = missing[start : start + world.size]  # like long: they are sorted
+            lines: list[Line] = []
+            with world.as_one():
+                if world.rank < len(together):
+                    lines = self._scored(model, together[world.rank], seed)
+            book.add(lines)
+            done += sum(map(len, together))
             rate = done / (time.monotonic() - begun)
             eta = duration((total - done) / rate)
             progress.note(
@@ -206,6 +203,14 @@ class OnItems(Task):
         if total:
             taken = duration(time.monotonic() - begun)
             say(f"{model.label} on {self.label}: {total:,} items in {taken}")
+
+    def _scored(self, model: Candidate, batch: list[Any], seed: int) -> list[Line]:
+        """A line for each item of a batch."""
+        scored = self.score_batch(model, batch, seed)
+        return [
+            Line(self.label, model.label, item.id, item.at, one.shown, one.scores, one.corpus)
+            for item, one in zip(batch, scored, strict=True)
+        ]
 
 
 def _batches(items: list[Item], size: int) -> list[list[Item]]:

@@ -99,8 +99,10 @@ def mistakes(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     yield from _in_rows(recipe, outlook)
     yield from _in_files(recipe)
     yield from _in_packages(recipe, outlook)
+    if outlook.works and not outlook.finished and not outside():
+        yield from _in_processes(recipe)
     if isinstance(recipe, Training) and not outlook.finished:
-        yield from _in_launch(recipe, outlook)
+        yield from _in_launch(recipe)
         yield from _in_start(recipe, outlook)
     module = stage(recipe.stage)
     if isinstance(module, Foreseeing):
@@ -292,18 +294,22 @@ def _in_start(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
             yield Mistake("adapter.targets", error)
 
 
-def _in_launch(recipe: Training, outlook: Outlook) -> Iterator[Mistake]:
-    launch = recipe.launch
-    assert isinstance(launch, Launch)
-    processes = process_count(recipe)
-    if outlook.works and not outside() and 0 < gpus() < processes:
+def _in_processes(recipe: Recipe) -> Iterator[Mistake]:
+    """More processes than this machine is made for."""
+    processes, cores = process_count(recipe), len(os.sched_getaffinity(0))
+    if 0 < gpus() < processes:
         count = f"{gpus()} GPU{'s' * (gpus() > 1)}"
         error = UserError(f"{processes} processes, and this machine has {count}", "auto is as many")
         yield Mistake("launch.processes", error)
-    cores = len(os.sched_getaffinity(0))
-    if outlook.works and not outside() and not gpus() and processes > PER_CORE * cores:
+    if not gpus() and processes > PER_CORE * cores:
         problem = f"{processes} processes, and this machine has {cores} cores and no GPU"
         yield Mistake("launch.processes", UserError(problem, "auto is 1 there"))
+
+
+def _in_launch(recipe: Training) -> Iterator[Mistake]:
+    launch = recipe.launch
+    assert isinstance(launch, Launch)
+    processes = process_count(recipe)
     try:
         micro_batch_size(recipe, processes, gpus() > 0)
     except UserError as error:

@@ -105,7 +105,7 @@ def _fitting(sampling: Sampling, prompt: int, context: int) -> Sampling:
 def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
     """`folder`: of a model, or of an adapter on `base`."""
     tokenizer = load_tokenizer(folder)
-    model = load_any(folder, base, tokenizer, bf16=has_bf16())
+    model = load_any(folder, base, tokenizer, bf16=has_bf16(), alone=True)
     return Voice(label, model, tokenizer, template_kwargs(folder))
 
 

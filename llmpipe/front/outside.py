@@ -21,7 +21,6 @@ from llmpipe.errors import DONE
 from llmpipe.front.launch import library_environment
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, as_kept, end_of
-from llmpipe.recipe.sections import Training
 from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, make_run
 from llmpipe.run.ends import read_ends, verdict, write_end
@@ -54,15 +53,13 @@ def lead(session: Session) -> None:
         works = decision.action != "skip"
         if works:
             session.prepare(decision)
-        together = works and not session.only_prepare and isinstance(session.recipe, Training)
+        together = works and not session.only_prepare
         Outcome.clear(session.artifact)
         launch = give_word(session.artifact, "train" if together else "skip", world_size())
         if session.only_prepare:
             return
         if together:
             train(session, launch)
-        elif works:  # a stage that does not train, in a process of its own
-            session.start("train")
         session.judge()
 
 

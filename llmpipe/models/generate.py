@@ -112,7 +112,9 @@ def replayed(
 ) -> Replay | None:
     """What keeps the recorded steps of batch after batch, to be handed to `generate`; None where
     nothing would be recorded."""
-    if model.device.type not in replays.DEVICES or not _draws(model, sampling):
+    devices = set(getattr(_causal(model), "hf_device_map", {}).values())
+    records = model.device.type in replays.DEVICES and len(devices) < 2
+    if not records or not _draws(model, sampling):
         return None
     ends = stop_tokens(model, tokenizer)
     return Replay(_causal(model), sampling, ends, tokenizer.pad_token_id, say)

@@ -139,8 +139,7 @@ def choose(
     machine or a batch cannot give.
     """
     keep_imports()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(machine.local_rank())  # before anything is loaded, to this very one
+    take_device()
     host = detect(recipe.launch)
     if folder:
         config = configuration(folder)
@@ -155,6 +154,12 @@ def choose(
         _make_exact()
     announce(hardware, recipe, say)
     return hardware
+
+
+def take_device() -> None:
+    """Let `cuda` be this process's GPU, where there are any; before anything is loaded to it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(machine.local_rank())
 
 
 def _make_exact() -> None:

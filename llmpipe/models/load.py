@@ -8,6 +8,7 @@ two give all weights to train in fp32, or an adapter on a frozen model where the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,6 +32,7 @@ from llmpipe.parallel import plain_class
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.folders import tensors_of
 from llmpipe.run.job import Job
 from llmpipe.upstream.attention import DOCUMENTS
 
@@ -134,10 +136,18 @@ def speed_up(model: PreTrainedModel, setup: Setup[Training]) -> None:
         upstream.compile_layers(model, dynamic=not few)
 
 
-def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: bool) -> Any:
+def load_any(
+    folder: Path,
+    base: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    bf16: bool,
+    alone: bool = False,
+) -> Any:
     """A model to look at, alone or as adapter on its `base`, in evaluation mode, on the GPU where
-    there is one. Gives a tokenizer without a pad token its end token for one; raises UserError (2)
-    when it has neither.
+    there is one. One that this GPU does not hold lies on all of them, layer by layer, where this
+    process is `alone` with them. Gives a tokenizer without a pad token its end token for one;
+    raises UserError (2) when it has neither.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -146,12 +156,26 @@ def load_any(folder: Path, base: Path | None, tokenizer: Tokenizer, *, bf16: boo
         raise UserError(problem, "set eos_token in its config")
     dtype = torch.bfloat16 if bf16 else torch.float32  # not cast later: positions are fp32
     scores = base is not None and is_reward_model(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _place(base or folder, dtype, alone)
     model = load_model(base or folder, dtype=dtype, scores=scores, device=device)
     model.config.pad_token_id = tokenizer.pad_token_id
     if base:
         model = adapters.on_base(model, folder, tokenizer)
-    return model.to(device).eval()
+    return (model if device == SPREAD else model.to(device)).eval()
+
+
+SPREAD = "auto"
+"""Accelerate's word for layers on one GPU after the other, as far as its memory goes."""
+
+
+def _place(folder: Path, dtype: torch.dtype, alone: bool) -> str:
+    """Where a model to look at is loaded to."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors_of(folder).values())
+    free, _ = torch.cuda.mem_get_info()
+    fits = numbers * dtype.itemsize < free
+    return SPREAD if alone and not fits and torch.cuda.device_count() > 1 else "cuda"
 
 
 def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel:

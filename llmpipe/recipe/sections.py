@@ -339,6 +339,8 @@ class Log(Section):
 
 
 class Machine(Section):
+    processes: Crowd | Literal["auto"] = "auto"
+    """Processes that do the work; `auto` is one per GPU, and one on a CPU."""
     threads: Crowd | Literal["auto"] = "auto"
     """CPU threads per process; `auto` divides the cores."""
 

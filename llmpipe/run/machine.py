@@ -21,14 +21,15 @@ def gpus() -> int:
 
 
 def process_count(recipe: Recipe) -> int:
-    """Processes that train: as the outside launcher or the recipe has it, or as many of the GPUs as
-    divide the batch, so that the machine never decides what a step is."""
-    if not isinstance(recipe, Training):
-        return 1
+    """Processes that do a stage's work: as the outside launcher or the recipe has it; else one per
+    GPU, of those that train as many as divide the batch, so that the machine never decides what a
+    step is."""
     if outside():
         return int(os.environ.get("WORLD_SIZE", "1"))
     if isinstance(recipe.launch.processes, int):
         return recipe.launch.processes
+    if not isinstance(recipe, Training):
+        return max(1, gpus())
     divide = (count for count in range(gpus(), 1, -1) if _divides(recipe, count))
     return 1 if recipe.is_whole else next(divide, 1)
 
@@ -108,7 +109,8 @@ def for_memory(action: str, recipe: Recipe) -> str:
     if action == "convert":
         return "it takes the whole model in fp32, once: do it on a machine with more memory"
     if not isinstance(recipe, Training):
-        return "lower launch.batch_size; the same command goes on from what is scored"
+        remedy = "lower launch.batch_size, or set launch.processes: 1, which has all GPUs"
+        return f"{remedy}; the same command goes on from what is scored"
     return f"{MEMORY}; the same command goes on from the last checkpoint"
 
 

@@ -21,6 +21,7 @@ from llmpipe.evaluation.task import Item, OnItems
 from llmpipe.evaluation.tasks import AnyTask
 from llmpipe.files import digest, publishing
 from llmpipe.recipe.sections import (
+    Crowd,
     Machine,
     Name,
     Positive,
@@ -71,6 +72,10 @@ class Gate(Section):
 
 
 class Machines(Machine):
+    processes: Crowd | Literal["auto"] = "auto"
+    """Processes that measure, each its share of the items, with the same numbers as one alone;
+    `auto` is one per GPU, and one on a CPU. With `1` a model that no GPU holds alone lies on all of
+    them, layer by layer."""
     batch_size: Positive = 32
     """Prompts answered, or sequences scored, at once."""
 
@@ -268,26 +273,32 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     from llmpipe import upstream
     from llmpipe.evaluation.book import Book
     from llmpipe.evaluation.candidate import candidate, settings_of
-    from llmpipe.models.hardware import keep_imports
+    from llmpipe.models.hardware import keep_imports, take_device
+    from llmpipe.parallel import World
     from llmpipe.report.terminal import measurements
 
     upstream.silence()
     keep_imports()
     recipe, artifact, say = job.recipe, job.artifact, job.say
+    take_device()
     settings = settings_of(recipe.precision, recipe.launch.batch_size)
-    book = Book(artifact.path / "samples.jsonl", settings, job.plan.identity, say)
+    world = World.of(settings.device)
+    book = Book(artifact.path / "samples.jsonl", settings, job.plan.identity, say, world)
     items = items_by_task(job, prepared)
     models = {}
     for label in recipe.models:
         at = f"models.{label}"
         job.plan.models[at].refuse_changed()  # it may be hours ago that it was verified
-        with candidate(label, job.models[at], job.bases.get(at), settings, say) as model:
+        folders = (job.models[at], job.bases.get(at))
+        with candidate(label, *folders, settings, world, say) as model:
             models[label] = model.describe(parent_of(label, job.plan.models))
             for task in recipe.tasks:
                 if model.ranks and not task.for_reward_models:
                     say(f"{label} on {task.label}: a reward model has no part in {task.task}")
                     continue
                 task.measure(model, items.get(task.label, []), book, recipe.seed, say)
+    if not world.is_first:
+        return Made(final={})
     book.close([task.label for task in recipe.tasks], list(models))
     results = Results(models, results_by_task(recipe, prepared, book))
     results.to_file(artifact.path / "results.json")

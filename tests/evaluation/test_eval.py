@@ -548,6 +548,51 @@ def test_a_killed_evaluation_ends_as_an_unbroken_one(run, tasks, evaluated, tmp_
     assert batches == 2 * (1 + 9 + 9 + 1 + 1 + 1) - 3 - 1, "only what was missing is scored"
 
 
+def shared(run, folder):
+    """A copy of a run, for an evaluation of its own."""
+    for name in ("sft", ".prepared"):
+        shutil.copytree(run / name, folder / "run" / name)
+    return folder / "run"
+
+
+TWO = {"threads": 1, "batch_size": 8, "processes": 2}
+
+
+def test_two_processes_measure_what_one_does(run, tasks, evaluated, tmp_path):
+    trial = life.Trial(write(shared(run, tmp_path), tasks, launch=TWO))
+    assert trial.wait() == 0, trial.text()
+    again = Artifact(tmp_path / "run" / "eval")
+    assert set(again.verify().files) == set(evaluated.verify().files)
+    for name in ("results.json", "samples.jsonl"):
+        assert (again.path / name).read_text() == (evaluated.path / name).read_text()
+
+
+@pytest.mark.faults
+def test_one_process_goes_on_from_what_two_have_scored(run, tasks, evaluated, tmp_path):
+    copy = shared(run, tmp_path)
+    trial = life.Trial(write(copy, tasks, launch=TWO), hook="kill_after_three_batches")
+    assert trial.wait() not in (0, 1), trial.text()
+    assert "Traceback" not in trial.text()
+    trial = life.Trial(write(copy, tasks), hook="count_batches")
+    assert trial.wait() == 0, trial.text()
+    for name in ("results.json", "samples.jsonl"):
+        text = (copy / "eval" / name).read_text()
+        assert text == (evaluated.path / name).read_text()
+    batches = int(trial.text().rpartition("batches scored: ")[2].split()[0])
+    assert batches < 2 * (1 + 9 + 9 + 1 + 1 + 1)
+
+
+@pytest.mark.faults
+def test_an_item_that_one_of_two_processes_refuses_ends_both(run, tmp_path):
+    """By its row, and not by the other process that waits."""
+    rows = [{"prompt": "a" * size, "completion": "b"} for size in (40, 9000, 30)]
+    task = {"task": "perplexity", "data": jsonl(tmp_path / "rows.jsonl", rows), "window": 10000}
+    path = write(shared(run, tmp_path), [task], launch=TWO | {"batch_size": 1})
+    trial = life.Trial(path)
+    assert trial.wait() == 2, trial.text()
+    assert "Traceback" not in trial.text() and "the model takes" in trial.text()
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [

@@ -12,6 +12,7 @@ from llmpipe.evaluation.tasks.choice import Choice
 from llmpipe.evaluation.tasks.generate import Generate
 from llmpipe.evaluation.tasks.perplexity import Perplexity
 from llmpipe.evaluation.tasks.preference import Preference
+from llmpipe.parallel import World
 from llmpipe.run.results import Cell, Results
 
 OLD = Path(__file__).parent.parent / "fixtures" / "run-0.1" / "run" / "eval"
@@ -47,9 +48,8 @@ def test_a_difference_is_one_where_its_interval_leaves_zero_out():
 
 def opened(folder, evaluation="a", said=None, **settings):
     changed = SETTINGS.model_copy(update=settings)
-    return Book(
-        folder / "samples.jsonl", changed, evaluation, ([] if said is None else said).append
-    )
+    say = ([] if said is None else said).append
+    return Book(folder / "samples.jsonl", changed, evaluation, say, World.of("cpu"))
 
 
 def scored(folder, batches=3):

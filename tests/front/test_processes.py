@@ -185,8 +185,7 @@ def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
 
 @pytest.mark.faults
 def test_a_stage_that_does_not_train_under_an_outside_launcher(tmp_path):
-    """Two ranks of `accelerate launch llmpipe eval`: rank 0 measures in a process of its own, the
-    other has no part."""
+    """Two ranks of `accelerate launch llmpipe eval` share the items."""
     models = {"base": str(life.TINY / "model")}
     tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl"), "limit": 4}]}]
     values = {

@@ -51,7 +51,10 @@ class Harness(Task):
         return {"folder": self.folder} if self.folder else {}
 
     def measure(self, model: Candidate, items: list[Item], book: Book, seed: int, say: Say) -> None:
-        """Score all of it at once: the harness has its own items, and cannot go on from a part."""
+        """Score all of it at once: the harness has its own items, and cannot go on from a part.
+
+        Of several processes each scores all of it, and the first one's lines are kept.
+        """
         if book.holds(self.label, model.label, [REPORTED]):
             return
         results = self._evaluate(model, seed)
@@ -61,7 +64,7 @@ class Harness(Task):
             for sample in results["samples"].get(name, [])
         ]
         reported = Line(self.label, model.label, REPORTED, reported=self._reported(results))
-        book.add([*lines, reported])
+        book.add([*lines, reported] if book.world.is_first else [])
         say(f"{model.label} on {self.label}: {len(lines):,} items")
 
     def _evaluate(self, model: Candidate, seed: int) -> dict[str, Any]:
