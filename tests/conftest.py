@@ -4,6 +4,7 @@ it."""
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -17,6 +18,10 @@ if "LLMPIPE_TESTS_WITH_GPU" not in os.environ:
     # Tests compare the bits that a CPU computes, time what it does, and have doubles for GPUs: with
     # a real one they would try something else. `make gpu PARTS=tests` runs those that are for it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# how long an example takes is the machine's affair, which may have other work
+settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("anywhere")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -426,7 +426,7 @@ def test_fuzz_mutations(tmp_path):
         check_fuzzed(tmp_path / "r.yaml", mutate(rng.choice(seeds), rng))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=200))
 def test_fuzz_text(tmp_path_factory, text):
     check_fuzzed(tmp_path_factory.getbasetemp() / "h.yaml", text.encode("utf-8", "replace"))
@@ -441,7 +441,7 @@ YAML_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(SFT.model_fields)), YAML_VALUES))
 def test_fuzz_values(tmp_path_factory, values):
     import yaml

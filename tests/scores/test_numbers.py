@@ -474,7 +474,7 @@ def written(draw):
     return draw(AROUND).format(text), value
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(written())
 def test_a_number_is_read_as_it_was_written(way):
     text, value = way
@@ -484,7 +484,7 @@ def test_a_number_is_read_as_it_was_written(way):
     assert score("number", text, [other]) == score("number", other, [text]) == {"number": 0.0}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="0123456789.,-−/ ^e×{}\\$%_*'√:#\n½²１x万(", max_size=40))
 def test_any_text_is_read(text):
     number_in(text)
