@@ -59,10 +59,23 @@ def check(
     only_prepare: bool = False,
     pipeline: Pipeline | None = None,
 ) -> None:
+    """`look`, and make the run directories. Raises UserError (5) where that cannot be done."""
+    look(stages, fresh=fresh, only_prepare=only_prepare, pipeline=pipeline)
+    for located in filter(None, stages):
+        make_run(artifact_of(located.recipe).run)
+
+
+def look(
+    stages: Sequence[Located | None],
+    *,
+    fresh: bool = False,
+    only_prepare: bool = False,
+    pipeline: Pipeline | None = None,
+) -> None:
     """Raise one UserError with every problem of every stage, each with its `file:line`.
 
     `stages`: None stands for one of a pipeline that is no valid recipe, which is among the
-    pipeline's own problems. Raises UserError (5) where a run directory cannot be made.
+    pipeline's own problems.
     """
     located = {number: one for number, one in enumerate(stages, 1) if one}
     coming = [Coming(number, one.recipe, kind_made(one.recipe)) for number, one in located.items()]
@@ -82,8 +95,6 @@ def check(
         if this.number > 1:  # the first one reads its rows at once
             problems += _lines(_in_first_rows(this.recipe, outlook), located[this.number])
     _raise(problems)
-    for this in coming:
-        make_run(this.artifact.run)
 
 
 def kind_made(recipe: Recipe) -> str:

@@ -306,6 +306,47 @@ def doctor() -> None:
     examine(say)
 
 
+@app.command()
+def submit(  # noqa: PLR0913  # each is an option of the command
+    recipe: Annotated[Path, typer.Argument(help="The recipe of a stage, or a pipeline.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="SYSTEM", help="slurm, sky, kubeflow or docker.")
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each; 0 for its CPUs.")] = 1,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What the system itself is told; repeatable."),
+    ] = None,
+    run: RunOption = None,
+    sets: SetOption = None,
+    inexact_resume: InexactOption = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Submit it, too.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """A run as a readable file for SLURM, SkyPilot, Kubeflow or docker; submitted with --yes."""
+    import shlex
+
+    from llmpipe.front.submit import job, render, send
+
+    system = job.system_of(to)
+    options = render.read_options(option or [])
+    arguments = [word for text in sets or [] for word in ("--set", text)]
+    arguments += ["--run", run] if run is not None else []
+    arguments += ["--inexact-resume"] if inexact_resume else []
+    asked = job.Asked(recipe, system, nodes, gpus, overrides(sets, run), arguments)
+    what = job.job_of(asked)
+    made_by = f"llmpipe {shlex.join(word for word in sys.argv[1:] if word != '--yes')}"
+    text = render.render(system, what, options, made_by)
+    print(text, end="", flush=True)
+    command = shlex.join(send.command_of(system, what))
+    if yes:
+        print(f"# {command}", file=sys.stderr, flush=True)
+        send.send(system, what, text)
+    else:
+        print(f"# nothing was submitted; --yes does: {command}", file=sys.stderr)
+
+
 @app.command("schema")
 def show_schema(
     name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))],
