@@ -16,7 +16,7 @@ What speaks to the other processes is collective: every process has to call it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -103,14 +104,20 @@ class World:
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add the gradients up in place, those that are missing as zeros. DDP averages them itself;
-        this is for a loop without it.
+        this is for a loop without it. Those in parts were added up on the way, see `add_gradients`.
         """
         gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+            if not is_part(parameter):
+                gradients.append(parameter.grad)
         self.add_up(gradients)
+
+    def evened(self, passes: Sequence[T]) -> list[T | None]:
+        """Passes of this process, and None behind them until every process has as many."""
+        missing = int(self.greatest(len(passes))) - len(passes)
+        return [*passes, *[None] * missing]
 
     def gather(self, value: T) -> list[T]:
         """Every process's object, which is pickled on the way, in the order of ranks."""
@@ -257,6 +264,79 @@ def looking(model: nn.Module) -> Iterator[None]:
         reshard(model)
 
 
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Have all of a model in each process meanwhile, so that they compute without one another, and
+    without gradients, as often as each likes; of any model. Collective at its beginning.
+    """
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    if units:
+        units[0]._get_fsdp_state()._lazy_init()  # the first one is the root, which knows the rest
+    kept = [
+        (group, group.post_forward_mesh_info)
+        for unit in units
+        for group in unit._get_fsdp_state()._fsdp_param_groups
+    ]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        reshard(model)
+        for group, place in kept:
+            group.post_forward_mesh_info = place
+
+
+def within(model: nn.Module, work: Callable[[], T]) -> T:
+    """What `work` gives, as if it were a forward pass of `model`: it may compute with the body, and
+    with the head's weight as a matrix; of any model.
+    """
+    if not is_sharded(model):
+        return work()
+    if "within" not in vars(model):
+        vars(model)["within"] = _done
+        register_fsdp_forward_method(model, "within")
+    result: T = model.within(work)
+    return result
+
+
+def _done(work: Callable[[], T]) -> T:
+    return work()
+
+
+def add_gradients(model: nn.Module) -> None:
+    """Let the gradients of a model in parts be added up over processes, which FSDP2 would average;
+    of any model.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # no other factor is known to gloo
+
+
+def clipped_norm(weights: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Clip the gradients of weights, in parts or not, to a norm of `most` together; their norm
+    before it. Collective; no process reads the device.
+    """
+    parts = [weight for weight in weights if is_part(weight)]
+    if not parts:
+        return clip_grad_norm_(weights, most)
+    rest = [weight for weight in weights if not is_part(weight)]
+    norms = [get_total_norm([w.grad for w in some if w.grad is not None]) for some in (parts, rest)]
+    norm = torch.stack([whole(each).to(weights[0].device) for each in norms]).norm()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as PyTorch has it
+    for weight in weights:
+        if weight.grad is not None:
+            part_of(weight.grad).mul_(factor)
+    return norm
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: T) -> T:
     """A tensor of which each process has a part, as one; anything else as it is. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -285,7 +365,12 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by r
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Save weights and moments, each process its part. Raises the error of the first that fails."""
     reshard(model)
-    tensors = _weights(model) | _tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
+    moments = _tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
+    save_tensors(folder, _weights(model) | moments)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Save tensors by names, of those in parts each process its part. Raises as `save` does."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _failing_as_one():
         dcp.save(tensors, storage_writer=writer)
@@ -294,7 +379,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load what `save` has saved of a model, in any number of processes, into its weights."""
     reshard(model)
-    _load(folder, _weights(model))
+    load_tensors(folder, _weights(model))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -302,11 +387,12 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     reshard(model)
     state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors = _tensors(state)
-    _load(folder, tensors)
+    load_tensors(folder, tensors)
     set_optimizer_state_dict(model, optimizer, {**state, **tensors}, options=FLAT)
 
 
-def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Load what was saved by these names into these very tensors."""
     with _failing_as_one():
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 

@@ -410,3 +410,31 @@ def ppo_short_of_memory(most):
 def ppo_killed_when_short(most):
     ppo_short_of_memory(most)
     ppo_kill_after(2)
+
+
+def ppo_whole_before_the_optimizer():
+    """What looks at a model before the first step does not put it back."""
+    from llmpipe.rl import ppo
+
+    def action(actors, *_):
+        for unit in actors.causal.modules():
+            if hasattr(unit, "unshard"):
+                unit.unshard()
+
+    _before(ppo, "Learner", action)
+
+
+def ppo_counted_reads():
+    """Say what the host reads in each optimizer step."""
+    from llmpipe.rl.learner import Learner
+    from tests.rl.reads import counted
+
+    step = Learner.optimizer_step
+
+    def counting(self, *arguments):
+        with counted() as reads:
+            out = step(self, *arguments)
+        print(f"reads: {reads}")
+        return out
+
+    Learner.optimizer_step = counting

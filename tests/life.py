@@ -196,24 +196,30 @@ class Trial:
         return self.out.read_text() if self.out.exists() else ""
 
 
-def ranks(path: Path, sets=(), hooks=(None, None), inexact=False) -> list[tuple[int, str]]:
-    """(exit code, what was printed) of two ranks of the recipe's stage, or as many as there are
-    `hooks`, as torchrun would start them. llmpipe's own launching and accelerate's are tests of
-    tests/front/test_processes.py."""
+def started(path: Path, sets=(), hooks=(None, None), inexact=False) -> list:
+    """Two ranks of the recipe's stage, or as many as there are `hooks`, as torchrun would start
+    them. llmpipe's own launching and accelerate's are tests of tests/front/test_processes.py."""
     size = str(len(hooks))
     world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     outs = [path.with_suffix(f".{rank}.out") for rank in range(len(hooks))]
-    started = []
+    processes = []
     for rank, hook in enumerate(hooks):
         environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         arguments = (str(path), str(outs[rank]), tuple(sets), hook, environment, inexact)
-        started.append(forked(_trial, *arguments))
-    for process in started:
+        processes.append(forked(_trial, *arguments))
+    return processes
+
+
+def ranks(path: Path, sets=(), hooks=(None, None), inexact=False) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of the ranks that `started` starts."""
+    outs = [path.with_suffix(f".{rank}.out") for rank in range(len(hooks))]
+    processes = started(path, sets, hooks, inexact)
+    for process in processes:
         process.join(120)
     texts = [out.read_text() if out.exists() else "" for out in outs]
-    assert all(process.exitcode is not None for process in started), "\n".join(texts)
-    return [(process.exitcode, text) for process, text in zip(started, texts, strict=True)]
+    assert all(process.exitcode is not None for process in processes), "\n".join(texts)
+    return [(process.exitcode, text) for process, text in zip(processes, texts, strict=True)]
 
 
 def pair(path: Path, sets=()) -> Artifact:

@@ -23,6 +23,7 @@ from llmpipe.files import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here
+from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
@@ -333,10 +334,12 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
 def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
     """Why a model cannot be spread over processes in a recipe, and what to do."""
     launch, whole = recipe.launch, "set launch.strategy: ddp"
-    if recipe.stage != "sft":
-        yield f"there for sft of all weights, not for {recipe.stage} yet", whole
+    if recipe.stage not in ("sft", "ppo"):
+        yield f"there for sft and ppo of all weights, not for {recipe.stage} yet", whole
     if recipe.adapter:
-        yield "there for sft of all weights, not for an adapter yet", whole
+        yield "there for sft and ppo of all weights, not for an adapter yet", whole
+    if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
+        yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"
     if recipe.optim.optimizer != "adamw":
         yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
     if getattr(recipe, "trainer", None):

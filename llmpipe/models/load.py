@@ -28,7 +28,7 @@ from llmpipe.models.pretrained import (
     resize_embeddings,
     rows_of,
 )
-from llmpipe.parallel import plain_class
+from llmpipe.parallel import Spread, plain_class
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
@@ -120,8 +120,11 @@ def load_copy(setup: Setup[Training]) -> PreTrainedModel:
     nothing.
     """
     hardware = setup.hardware
-    model = load_model(setup.job.model, hardware.attention, device=hardware.place)
-    resize_embeddings(model, setup.tokenizer)
+    model = load_model(
+        setup.job.model, hardware.attention, device=hardware.place, spread=hardware.spread
+    )
+    if not hardware.sharded:  # which does not grow, and was refused where it would have to
+        resize_embeddings(model, setup.tokenizer)
     speed_up(model, setup)
     return model
 
@@ -143,11 +146,12 @@ def load_any(
     *,
     bf16: bool,
     alone: bool = False,
+    spread: Spread | None = None,
 ) -> Any:
     """A model to look at, alone or as adapter on its `base`, in evaluation mode, on the GPU where
-    there is one. One that this GPU does not hold lies on all of them, layer by layer, where this
-    process is `alone` with them. Gives a tokenizer without a pad token its end token for one;
-    raises UserError (2) when it has neither.
+    there is one; `spread`: over which processes. One that this GPU does not hold lies on all of
+    them, layer by layer, where this process is `alone` with them. Gives a tokenizer without a pad
+    token its end token for one; raises UserError (2) when it has neither.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -157,11 +161,11 @@ def load_any(
     dtype = torch.bfloat16 if bf16 else torch.float32  # not cast later: positions are fp32
     scores = base is not None and is_reward_model(folder)
     device = _place(base or folder, dtype, alone)
-    model = load_model(base or folder, dtype=dtype, scores=scores, device=device)
+    model = load_model(base or folder, dtype=dtype, scores=scores, device=device, spread=spread)
     model.config.pad_token_id = tokenizer.pad_token_id
     if base:
         model = adapters.on_base(model, folder, tokenizer)
-    return (model if device == SPREAD else model.to(device)).eval()
+    return (model if spread or device == SPREAD else model.to(device)).eval()
 
 
 SPREAD = "auto"

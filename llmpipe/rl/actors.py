@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llmpipe import upstream
 from llmpipe.kernels.log_probs import head_of
+from llmpipe.parallel import within
 from llmpipe.rl.head import log_probs
 from llmpipe.rl.packing import Packed
 
@@ -98,6 +99,9 @@ class Actors:
     def policy(self, batch: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
         """The policy's log-probabilities, its entropies in nats, and the values where they come
         from the same pass."""
+        return within(self.causal, lambda: self._policy(batch))
+
+    def _policy(self, batch: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden = self._hidden(self.causal, batch)
         log_p, entropy = log_probs(
             hidden,
@@ -112,22 +116,24 @@ class Actors:
     def policy_of_text(self, batch: Packed) -> Tensor:
         """The policy's log-probabilities of text that it did not draw: temperature 1, and every
         token of the vocabulary."""
-        hidden = self._hidden(self.causal, batch)
-        return log_probs(hidden, head_of(self.causal), batch.targets, 1.0)[0]
+        return within(self.causal, lambda: self._of_text(self.causal, batch, 1.0))
 
     def values(self, batch: Packed) -> Tensor:
         """The critic's values V(s_t), s_t the text before a target; to be called in `as_critic`."""
-        return self._values(self._hidden(self.cast.critic.model, batch))
+        model = self.cast.critic.model
+        return within(model, lambda: self._values(self._hidden(model, batch)))
 
     def reference(self, batch: Packed) -> Tensor:
         """The reference's log-probabilities, over the whole vocabulary: what no token was drawn
         from counts as well."""
-        role = self.cast.reference
-        with torch.no_grad():
-            with self.using(role.adapter):
-                hidden = self._hidden(role.model, batch)
-            head = head_of(role.model)
-            return log_probs(hidden, head, batch.targets, self.distribution.temperature)[0]
+        role, temperature = self.cast.reference, self.distribution.temperature
+        with torch.no_grad(), self.using(role.adapter):
+            return within(role.model, lambda: self._of_text(role.model, batch, temperature))
+
+    def _of_text(self, model: Any, batch: Packed, temperature: float) -> Tensor:
+        """Log-probabilities over the whole vocabulary."""
+        hidden = self._hidden(model, batch)
+        return log_probs(hidden, head_of(model), batch.targets, temperature)[0]
 
     def _hidden(self, model: Any, batch: Packed) -> Tensor:
         """States that the targets are predicted from, [targets, width]."""

@@ -16,6 +16,7 @@ from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.parallel import looking, whole
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
 from llmpipe.rl.packing import pack_episodes
@@ -53,9 +54,13 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
     drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
     actors = Actors(cast, drawn)
-    actors.modules.to(hardware.device)
+    if hardware.sharded:  # parts lie where they were loaded to
+        beginning.value.to(hardware.place)
+    else:
+        actors.modules.to(hardware.device)
     actors.modules.eval()
-    _refuse_mixing(actors, setup)
+    with looking(actors.modules):
+        _refuse_mixing(actors, setup)
     if hardware.activation_checkpointing != "none":
         actors.compute_again(hardware.activation_checkpointing)
     return actors
@@ -121,7 +126,7 @@ def _with_all_weights(beginning: _Beginning) -> Cast:
         critic, words = policy, "a head on the policy"
     elif ranker := _ranker_of_policys_shape(setup, beginning.causal):
         critic, words = Role(ranker), "a model of its own, from the reward model"
-        beginning.value.weight.data.copy_(ranker.score.weight.data)
+        beginning.value.weight.data.copy_(whole(ranker.score.weight.data))
     else:
         critic, words = Role(load_copy(setup)), "a model of its own"
     if critic is not policy:
@@ -132,10 +137,10 @@ def _with_all_weights(beginning: _Beginning) -> Cast:
 
 def _frozen_copy(setup: Setup[PPORecipe]) -> Any:
     """The parent once more. In bf16 its products' weights are kept so: autocast would round them
-    for every product, and keeps nothing of what is frozen."""
+    for every product, and keeps nothing of what is frozen. Those in parts are sent so."""
     model = load_copy(setup)
     model.requires_grad_(False)
-    if setup.hardware.bf16:
+    if setup.hardware.bf16 and not setup.hardware.sharded:
         for layer in model.base_model.modules():
             if isinstance(layer, nn.Linear):
                 layer.to(torch.bfloat16)
@@ -148,7 +153,9 @@ def _ranker_of_policys_shape(setup: Setup[PPORecipe], causal: Any) -> Any:
     job, hardware, start = setup.job, setup.hardware, setup.recipe.critic.start
     at = next((at for at in job.models if at.startswith("reward.")), None)
     if at and at not in job.bases and start in ("auto", "reward"):
-        ranker = load_model(job.models[at], hardware.attention, device=hardware.place)
+        ranker = load_model(
+            job.models[at], hardware.attention, device=hardware.place, spread=hardware.spread
+        )
         same_shape = _shapes(ranker) == _shapes(causal)
         if same_shape and _vocabulary(job.models[at]) == setup.tokenizer.get_vocab():
             speed_up(ranker, setup)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
+from llmpipe.parallel import World, looking
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.packing import Text, pack, sent, texts_of
 from llmpipe.rl.passes import PassSize
@@ -72,23 +73,28 @@ class Measured:
 
 
 def measure(
-    actors: Actors, episodes: list[Episode], size: PassSize, hardware: Hardware
+    actors: Actors, episodes: list[Episode], size: PassSize, hardware: Hardware, world: World
 ) -> Measured:
-    """Log-probabilities, entropies and values of every response, in passes of `size`."""
+    """Log-probabilities, entropies and values of every response, in passes of `size`.
+
+    Collective where models are in parts: what a process says once more is thrown away.
+    """
     texts = texts_of(episodes, actors.device)
     order: list[int] = []
     columns: list[Tensor] = []
+    passes = size.cut([episode.tokens for episode in episodes])
     # one autocast for all passes: weights are cast to bf16 once
-    with torch.no_grad(), hardware.autocast():
-        for places in size.cut([episode.tokens for episode in episodes]):
-            batch = pack([texts[i] for i in places])
+    with torch.no_grad(), looking(actors.modules), hardware.autocast():
+        for places in world.evened(passes) if hardware.sharded else passes:
+            batch = pack([texts[i] for i in places or passes[0]])
             log_p, entropy, value = actors.policy(batch)
             if value is None:
                 with actors.as_critic():
                     value = actors.values(batch)
             measured = (log_p, entropy, value, actors.reference(batch))
-            columns.append(torch.stack([each.float() for each in measured], dim=1))
-            order += places
+            if places:
+                columns.append(torch.stack([each.float() for each in measured], dim=1))
+                order += places
     lengths = [len(episode.response) for episode in episodes]
     parts = torch.cat(columns).cpu().split([lengths[i] for i in order])
     by_place = dict(zip(order, parts, strict=True))

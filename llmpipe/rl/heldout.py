@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from llmpipe.models.drawing.draw import Episode
 from llmpipe.parallel import World
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.sampling import Note, Sampler
@@ -25,10 +24,8 @@ def evaluate(
     places = list(range(world.rank, len(held_out), world.size))
     prompts = [held_out[i]["prompt_ids"] for i in places]
     rows = [json.loads(held_out[i]["row"]) for i in places]
-    episodes: list[Episode] = []
-    if places:
-        own = [Place(Use.HELD_OUT, 0, i) for i in places]
-        episodes = sampler.draw(prompts, own, note)
+    numbers = [Place(Use.HELD_OUT, 0, i) for i in places]
+    episodes = sampler.draw(prompts, numbers, note)
     responses = [sampler.text(episode) for episode in episodes]
     scores = scored_together(rewards, rows, responses, world)
     sums = {

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import World
+from llmpipe.parallel import World, add_gradients, clipped_norm, is_part, refuse_whole
 from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
@@ -38,6 +39,9 @@ WATCHED = (
     "val/ratio",
     "val/clipfrac",
 )
+
+FILLER = {"input_ids": [0, 0], "labels": [IGNORED, 0], "seq_lengths": [2]}
+"""A row of sft data, to be learned with no weight."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +103,28 @@ class Learner:
             norm: [w for name, w in self.weights.items() if of_critic(name) == critic]
             for norm, critic in (("grad_norm", False), ("val/grad_norm", True))
         }
+        if hardware.sharded and not actors.adapted:
+            for role in (actors.cast.policy, actors.cast.critic):
+                refuse_whole(role.model)
+                add_gradients(role.model)
         self.optimizer = make_optimizer(actors, recipe)
         self.schedule = Schedule.of(self.optimizer, recipe, steps)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether what learns is in parts."""
+        return any(map(is_part, self.weights.values()))
 
     def learn(self, step: int, experiences: list[Experience], places: list[int]) -> Metrics:
         """The passes over a rollout; means over its tokens.
 
-        `places`: of the experiences in the batch of all processes.
+        `places`: of the experiences in the batch of all processes, of which each process has every
+        `world.size`-th.
         """
         algorithm = self.recipe.algorithm
         size = self.recipe.optim.batch_size
         by_place = dict(zip(places, experiences, strict=True))
-        lengths = self._lengths(by_place)
+        lengths, whole = self._lengths(by_place)
         sums = _Sums()
         for epoch in range(algorithm.epochs):
             shuffle = generator(self.recipe.seed, Use.SHUFFLE, step, epoch)
@@ -118,8 +132,9 @@ class Learner:
             for chosen in order.chunk(algorithm.minibatches):
                 tokens = float(lengths[chosen].sum())
                 minibatch = [by_place[i] for i in chosen.tolist() if i in by_place]
+                passes = self._most_passes(chosen, whole) if self.hardware.sharded else 0
                 metrics, norms = self.optimizer_step(
-                    step, int(sums.optimizer_steps), minibatch, tokens
+                    step, int(sums.optimizer_steps), minibatch, tokens, passes
                 )
                 sums.add(metrics, tokens, norms)
                 moved = metrics["policy/approxkl"] / tokens
@@ -137,11 +152,21 @@ class Learner:
         self._pass(chosen, 1.0)
 
     def _lengths(self, by_place: dict[int, Experience]) -> Tensor:
-        """Tokens of every response in the batch of all processes, float32 [batch]."""
-        lengths = torch.zeros(self.recipe.optim.batch_size)
+        """Tokens of every response in the batch of all processes, and with its prompt, float32
+        [2, batch]."""
+        lengths = torch.zeros(2, self.recipe.optim.batch_size)
         for place, experience in by_place.items():
-            lengths[place] = len(experience.episode.response)
+            episode = experience.episode
+            lengths[:, place] = torch.tensor([len(episode.response), episode.tokens])
         return self.world.sum(lengths)
+
+    def _most_passes(self, chosen: Tensor, lengths: Tensor) -> int:
+        """How many passes a minibatch takes in the process that has most of it. Nobody is asked:
+        each knows the `lengths` [batch] of all.
+        """
+        size = self.world.size
+        shares = [chosen[chosen % size == rank] for rank in range(size)]
+        return max(len(self.pass_size.cut(lengths[share].tolist())) for share in shares)
 
     def _means(self, sums: _Sums) -> Metrics:
         means = {name: value / sums.tokens for name, value in sums.metrics.items()}
@@ -156,15 +181,15 @@ class Learner:
         }
 
     def optimizer_step(
-        self, step: int, number: int, minibatch: list[Experience], tokens: float
+        self, step: int, number: int, minibatch: list[Experience], tokens: float, passes: int
     ) -> tuple[Metrics, Metrics]:
         """Learn from a minibatch; sums over its tokens in all processes, and the norms of the
         gradients. The host reads one tensor, before anything has changed.
 
         `number`: of the optimizer step in update `step`; `tokens`: of the minibatch in all
-        processes.
+        processes; `passes`: at least so many, since models in parts compute together.
         """
-        sums = self._gradients(minibatch, tokens)
+        sums = self._gradients(minibatch, tokens, passes)
         names: tuple[str, ...] = WATCHED
         if self.mixture:
             algorithm = self.recipe.algorithm
@@ -185,17 +210,28 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics, by_part
 
-    def _gradients(self, minibatch: list[Experience], tokens: float) -> Tensor:
+    def _gradients(self, minibatch: list[Experience], tokens: float, least: int) -> Tensor:
         """Add up the gradients of a minibatch; sums over the tokens of this process, as `WATCHED`
         has them, float64 [watched].
 
-        `tokens`: of the minibatch in all processes.
+        `tokens`: of the minibatch in all processes; `least`: passes that are made.
         """
         sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.world.device)
-        for places in self.pass_size.cut([each.episode.tokens for each in minibatch]):
+        passes = self.pass_size.cut([each.episode.tokens for each in minibatch])
+        for places in passes:
             metrics = self._pass([minibatch[i] for i in places], tokens)
             sums += torch.stack([metrics[name].detach().double() for name in WATCHED])
+        for _ in range(len(passes), least):
+            self._pass([self._filler()], math.inf)  # of which nothing is learned
         return sums
+
+    def _filler(self) -> Experience:
+        """An episode of one token."""
+        device = self.world.device
+        episode = Episode([0], [0], True, torch.zeros(1), None)
+        return Experience(
+            episode, texts_of([episode], device)[0], *[torch.zeros(1, device=device)] * 4
+        )
 
     def _pass(self, chosen: list[Experience], tokens: float) -> dict[str, Tensor]:
         """Add the gradients of one pass; sums over its tokens."""
@@ -245,9 +281,12 @@ class Learner:
         tokens = sent(targets, self.world.device)
         self.world.add_up([tokens])
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
+        most = -(-count // self.world.size)  # of the first process's
+        missing = -(-most // size) - len(batches) if self.hardware.sharded else 0
+        fillers = [(pack_rows([FILLER], self.world.device), math.inf)] * missing
+        for batch, of in [*((batch, tokens) for batch in batches), *fillers]:
             with self.hardware.autocast():
-                part = -self.actors.policy_of_text(batch).sum() / tokens
+                part = -self.actors.policy_of_text(batch).sum() / of
             (mixture.recipe.coefficient * part).backward()
             loss += part.detach()
         return loss
@@ -259,5 +298,4 @@ class Learner:
         """
         self.world.sum_gradients(self.weights.values())
         limit = self.recipe.optim.max_grad_norm or math.inf
-        clip = torch.nn.utils.clip_grad_norm_
-        return torch.stack([clip(weights, limit) for weights in self.clipped.values()])
+        return torch.stack([clipped_norm(weights, limit) for weights in self.clipped.values()])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from llmpipe.parallel import is_part
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import CRITIC, Actors
@@ -41,21 +42,22 @@ def make_optimizer(actors: Actors, recipe: PPORecipe) -> Any:
 
 def _groups(actors: Actors, recipe: PPORecipe) -> list[dict[str, Any]]:
     """What learns, by its learning rate and by whether it decays: norms and biases do not, as in
-    every other stage."""
+    every other stage. What is in parts and what is not take no step together."""
     optim = recipe.optim
     # the method is a function of its argument alone: it reads nothing of a trainer
     decaying = set(Trainer.get_decay_parameter_names(None, actors.modules))
     rates = {False: optim.learning_rate, True: recipe.critic.learning_rate or optim.learning_rate}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, weight in actors.learned().items():
-        groups.setdefault((of_critic(name), name in decaying), []).append(weight)
+        kind = (of_critic(name), name in decaying, is_part(weight))
+        groups.setdefault(kind, []).append(weight)
     return [
         {
             "params": weights,
             "lr": rates[critic],
             "weight_decay": optim.weight_decay if decays else 0.0,
         }
-        for (critic, decays), weights in groups.items()
+        for (critic, decays, _), weights in groups.items()
     ]
 
 

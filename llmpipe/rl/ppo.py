@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.run.manifest import Leg
 from llmpipe.training.conclude import conclude
+from llmpipe.training.resume import refuse_another_strategy
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples, samples_size
 from llmpipe.training.schedule import say_if_peak_is_missed
@@ -226,7 +229,7 @@ class Loop:
         worth watching in all processes."""
         recipe, algorithm = self.recipe, self.recipe.algorithm
         coefficient = self.state.coefficient.value
-        measured = measure(self.actors, episodes, self.learner.pass_size, self.hardware)
+        measured = measure(self.actors, episodes, self.learner.pass_size, self.hardware, self.world)
         mask = measured.mask
         raw_scores = scores + recipe.rollout.unfinished * (1 - measured.ended)
         self.state.sameness.add(
@@ -302,29 +305,40 @@ class Loop:
     # --- checkpoints ---
 
     def save(self) -> None:
-        """A checkpoint. Rank 0 has it all."""
-        if self.world.is_first:
-            home = self.artifact.checkpoints
-            self.journal.note(f"saving step {self.state.step}")
-            sizes = self.journal.sizes()
-            seconds = self.journal.seconds
-            record = state.record(self.state, self.learner, seconds, list(sizes.values()))
-            lines = sizes | samples_size(self.artifact)
-            origin = checkpoints.Origin(
-                identity=self.training.identity,
-                machine=self._machine(),
-                exact=self.exact,
-                legs=self.legs,
-            )
-            written = checkpoints.writing(home, self.state.step, origin, record.model_dump, lines)
-            with written as staging:
+        """A checkpoint. Rank 0 writes it, but for the other processes' parts of models."""
+        with self._checkpoint() if self.world.is_first else nullcontext() as staging:
+            if self.learner.is_sharded:
+                state.save_tensors(self.learner, Path(self.world.gather(str(staging))[0]))
+                self.world.wait()
+            elif staging:
                 state.save_tensors(self.learner, staging)
-            checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
         self.world.wait()
+
+    @contextmanager
+    def _checkpoint(self) -> Iterator[Path]:
+        """The folder of one, published on leaving."""
+        home = self.artifact.checkpoints
+        self.journal.note(f"saving step {self.state.step}")
+        sizes = self.journal.sizes()
+        seconds = self.journal.seconds
+        record = state.record(self.state, self.learner, seconds, list(sizes.values()))
+        lines = sizes | samples_size(self.artifact)
+        origin = checkpoints.Origin(
+            identity=self.training.identity,
+            machine=self._machine(),
+            exact=self.exact,
+            legs=self.legs,
+        )
+        with checkpoints.writing(
+            home, self.state.step, origin, record.model_dump, lines
+        ) as staging:
+            yield staging
+        checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
 
     def _go_on_from_checkpoint(self) -> None:
         """Go on from the newest checkpoint, where there is one, or begin anew."""
         job = self.training.job
+        refuse_another_strategy(job.artifact.checkpoints, sharded=self.hardware.sharded)
         platform = platform_of(self.recipe, self.hardware, self.world)
         self.legs = [Leg(after=0, platform=platform)]
         picked = checkpoints.pick(

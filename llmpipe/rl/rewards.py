@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from llmpipe.files import expanded
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.parallel import World
+from llmpipe.parallel import World, gathered
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.passes import PassSize
-from llmpipe.rl.shared_reward import shared_ranker
+from llmpipe.rl.shared_reward import SharedRanker, shared_ranker
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.context import tokens_of
 from llmpipe.run.job import Job
@@ -69,10 +70,13 @@ class Rewards:
     ):
         columns = {name for source in prepared.sources for name in source.kept_columns}
         self.sources: list[Source] = []
+        self.models: list[Any] = []
+        """Those that score."""
         for i, section in enumerate(job.recipe.reward):
             if section.model:
                 name = job.plan.models[f"reward.{i}.model"].reference
-                call = _of_model(job, i, name, hardware, actors)
+                call, model = _of_model(job, i, name, hardware, actors)
+                self.models.append(model)
             elif section.function:
                 name = portable(section.function)
                 call = _of_function(section.function, columns)
@@ -103,14 +107,17 @@ def scored_together(
     rewards: Rewards, rows: list[Row], responses: list[str], world: World
 ) -> Scores:
     """Scores of this process's responses. What one process raises, all do: none may wait for
-    another."""
+    another. Reward models that are in parts are whole meanwhile, as a policy that draws."""
     scores = Scores([], {})
     error = None
-    try:
-        if rows:
-            scores = rewards(rows, responses)
-    except UserError as problem:
-        error = problem
+    with ExitStack() as whole:
+        for model in rewards.models:
+            whole.enter_context(gathered(model))
+        try:
+            if rows:
+                scores = rewards(rows, responses)
+        except UserError as problem:
+            error = problem
     world.agree(error)
     return scores
 
@@ -141,8 +148,10 @@ def _shortened(text: str | list[dict[str, Any]]) -> str:
 # --- reward models ---
 
 
-def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors: Actors) -> Score:
-    """The reward model that the recipe has as its source `i`."""
+def _of_model(
+    job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors: Actors
+) -> tuple[Score, Any]:
+    """The reward model that the recipe has as its source `i`, and what its weights lie in."""
     at = f"reward.{i}.model"
     folder = job.models[at]
     tokenizer = load_tokenizer(folder)
@@ -150,7 +159,13 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
     if model:
         job.say(f"reward: {name} is one more adapter on the policy's base")
     else:
-        model = load_any(folder, job.bases.get(at), tokenizer, bf16=hardware.bf16)
+        base = job.bases.get(at)
+        if base and hardware.sharded:
+            problem = (
+                f"launch.strategy: fsdp: {at}: {name} is an adapter, and not on the policy's base"
+            )
+            raise UserError(problem, "merge it (adapter.merge: true) and take NAME-merged")
+        model = load_any(folder, base, tokenizer, bf16=hardware.bf16, spread=hardware.spread)
     # a GPU is filled by tokens, those of like length together
     full = PassSize.of(job.recipe.launch, hardware).tokens if hardware.device == "cuda" else None
     ranker = Candidate(
@@ -177,7 +192,7 @@ def _of_model(job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors
         with torch.autocast(model.device.type, enabled=False):
             return ranker.rewards(texts, full)
 
-    return scores
+    return scores, model.actors.causal if isinstance(model, SharedRanker) else model
 
 
 def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:

@@ -16,6 +16,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import rows_of
+from llmpipe.parallel import within
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.run.job import Job
@@ -44,9 +45,10 @@ class SharedRanker:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Scores [texts, 1] of texts that are padded on the right, as `logits`."""
-        body = self.actors.causal.base_model
+        model = self.actors.causal
+        asked = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with self.actors.padded(), self.actors.using(self.adapter):
-            out = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            out = within(model, lambda: model.base_model(**asked))
         hidden = out.last_hidden_state
         # as transformers reads it, where pad ends turns as well
         places = torch.arange(input_ids.shape[1], device=hidden.device)

@@ -1,7 +1,7 @@
 """The state of a training between two updates, and how a checkpoint holds it.
 
 Nothing random has a state (`seeds`): what goes on is the weights that learn, the optimizer's
-moments, and what was counted. Rank 0 has it all.
+moments, and what was counted. Rank 0 has it all, but of models in parts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmpipe import parallel
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.files import read_json
@@ -90,9 +92,13 @@ def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> 
 
 
 def save_tensors(learner: Learner, folder: Path) -> None:
-    """Weights and moments, as two files of `folder`."""
+    """Weights and moments, as two files of `folder`. Collective where they are in parts: each
+    process saves its part."""
     learned = {name: weight.detach() for name, weight in learner.weights.items()}
     moments = tensors_of(learner.optimizer.state_dict()["state"])
+    if learner.is_sharded:
+        parallel.save_tensors(folder / checkpoints.SHARDED, _together(learned, moments))
+        return
     save_file(_unshared(learned), folder / LEARNED)
     save_file(_unshared(moments), folder / OPTIMIZER)
 
@@ -113,9 +119,12 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     kept = StateRecord.from_file(folder / checkpoints.STATE)
     assert kept is not None  # it was read before
     with reading(folder, "a checkpoint"):
-        learned, moments = load_file(folder / LEARNED), load_file(folder / OPTIMIZER)
-    for name, tensor in learned.items():
-        learner.weights[name].data.copy_(tensor)
+        if learner.is_sharded:
+            moments = _load_parts(folder, learner, kept.optimizer)
+        else:
+            learned, moments = load_file(folder / LEARNED), load_file(folder / OPTIMIZER)
+            for name, tensor in learned.items():
+                learner.weights[name].data.copy_(tensor)
     optimizer = with_tensors(kept.optimizer, moments)
     by_number = {int(number): values for number, values in optimizer.items()}
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
@@ -128,6 +137,25 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     state.warned = kept.warned
     state.sameness = kept.sameness
     return kept
+
+
+def _together(learned: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names in `checkpoints.SHARDED`; those of moments begin with a slash."""
+    return {f"learned/{name}": tensor for name, tensor in learned.items()} | moments
+
+
+def _load_parts(folder: Path, learner: Learner, optimizer: Any) -> dict[str, Tensor]:
+    """Load this process's part of weights, in place, and of the moments, which are returned."""
+    groups = learner.optimizer.param_groups
+    weights = [weight for group in groups for weight in group["params"]]
+    moments = {
+        values["tensor"]: torch.zeros(()) if name == "step" else torch.zeros_like(weights[int(n)])
+        for n, state in optimizer.items()
+        for name, values in state.items()
+    }
+    learned = {name: weight.detach() for name, weight in learner.weights.items()}
+    parallel.load_tensors(folder / checkpoints.SHARDED, _together(learned, moments))
+    return moments
 
 
 def without_tensors(value: Any, path: str = "") -> Any:

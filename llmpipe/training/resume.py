@@ -82,7 +82,7 @@ class Resume:
         self.training = training
         self.world = world
         self.home = training.artifact.checkpoints
-        _refuse_another_strategy(self.home, sharded=training.hardware.sharded)
+        refuse_another_strategy(self.home, sharded=training.hardware.sharded)
         platform = platform_of(training.recipe, training.hardware, world)
         picked = checkpoints.pick(
             self.home,
@@ -166,7 +166,7 @@ class Resume:
         self.world.wait()
 
 
-def _refuse_another_strategy(home: Path, *, sharded: bool) -> None:
+def refuse_another_strategy(home: Path, *, sharded: bool) -> None:
     """Raise UserError (3) where what there is to go on from was saved whole, and the model is in
     parts now, or the other way round.
     """

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmpipe.parallel import plain_class
 from llmpipe.upstream.attention import attend_by_document, fits
 from llmpipe.upstream.checkpointing import as_asked, checkpoint_layers
 from llmpipe.upstream.head import score_labels
@@ -334,7 +335,7 @@ def recompute(model: nn.Module, on: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = on
-            code: Any = type(layer)
+            code = plain_class(layer)
             if on and _drops(code):
                 _hold_still(layer)
 

@@ -288,7 +288,7 @@ def test_a_disk_that_fills_up_under_one_part(tmp_path, straight, hooks):
 
 
 REFUSED = {
-    "there for sft of all weights, not for reward": {"stage": "reward", "samples": None},
+    "of all weights, not for reward yet": {"stage": "reward", "samples": None},
     "not for an adapter yet": {"adapter": {}},
     "adamw_8bit does not know parts": {"optim__optimizer": "adamw_8bit"},
     "paged_adamw does not know parts": {"optim__optimizer": "paged_adamw"},

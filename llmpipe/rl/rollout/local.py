@@ -1,4 +1,9 @@
-"""The policy itself draws: with recorded steps on a GPU, token by token on a CPU."""
+"""The policy itself draws: with recorded steps on a GPU, token by token on a CPU.
+
+One that is in parts is whole in every process meanwhile: gathered once a rollout and not for every
+token, and each process is done when its answers are. Its weights lie elsewhere each time, so that
+nothing is recorded.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from torch import Tensor
 from llmpipe.models.drawing import replay as replays
 from llmpipe.models.drawing.draw import Episode, draw
 from llmpipe.models.drawing.replay import Replay
+from llmpipe.parallel import gathered, is_sharded
 from llmpipe.rl.rollout.engine import Terms
 from llmpipe.rl.seeds import Place, generator
 
@@ -22,14 +28,15 @@ class Local:
         self.terms = terms
         self.batch_size = terms.batch_size
         self.replay: Replay | None = None
-        if terms.hardware.device in replays.DEVICES:
+        if terms.hardware.device in replays.DEVICES and not is_sharded(terms.actors.causal):
             pad = terms.tokenizer.pad_token_id
             self.replay = Replay(terms.actors.causal, terms.sampling, terms.ends, pad, terms.say)
 
     @contextmanager
     def begun(self) -> Iterator[None]:
         begun = self.replay.rollout_begun if self.replay else nullcontext
-        with self.terms.actors.padded(), self.terms.hardware.autocast(), begun():
+        actors = self.terms.actors
+        with actors.padded(), gathered(actors.causal), self.terms.hardware.autocast(), begun():
             yield
 
     def draw(self, prompts: list[list[int]], places: list[Place]) -> list[Episode]:

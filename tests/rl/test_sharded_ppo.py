@@ -1,0 +1,300 @@
+"""`launch.strategy: fsdp` in ppo: policy, critic and reference in parts, on two gloo processes and
+against two whole ones."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from llmpipe.errors import UserError
+from llmpipe.front import ahead
+from llmpipe.recipe.check import locate
+from llmpipe.run import checkpoints
+from llmpipe.stages import schema
+from tests import life
+from tests.rl import test_ppo
+from tests.training.test_sharded import model_folder, untied, weights
+
+SETTINGS = {
+    "launch__processes": "auto",
+    "launch__micro_batch_size": 1,
+    "launch__activation_checkpointing": "none",
+    "optim__steps": 3,
+    "data__eval": {"holdout": 0.1},
+    "samples": {"prompts": ["What is 2 + 2?"], "max_new_tokens": 4},
+}
+UNEVEN = {  # a rank without a row of a mixture, of a minibatch, or of what is held out
+    "mixture": test_ppo.MIXTURE | {"batch_size": 1},
+    "algorithm": {"epochs": 1, "minibatches": 4},
+    "data__eval": {"sources": [{"path": str(test_ppo.ROWS), "limit": 1}]},
+}
+NEAR = ("loss", "grad_norm", "val/grad_norm", "objective/kl", "objective/scores", "eval_score")
+
+
+def write(run, strategy="fsdp", **changes):
+    run.parent.mkdir(exist_ok=True)
+    return test_ppo.write(run, **(SETTINGS | changes), launch__strategy=strategy)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_alike(one, other, adrift=1e-5):
+    """Losses to 1e-5, weights to 1e-4, the same answers and the very same files."""
+    for mine, theirs in zip(*map(test_ppo.metrics, (one, other)), strict=True):
+        for name in NEAR:
+            near = pytest.approx(theirs.get(name, 0), abs=adrift, rel=adrift)
+            assert mine.get(name, 0) == near, (name, mine, theirs)
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-4, rtol=0), name
+    for name in ("samples.jsonl", "rollouts.jsonl"):
+        for mine, theirs in zip(*(read(each.path / name) for each in (one, other)), strict=True):
+            score = pytest.approx(theirs.pop("score", 0), abs=1e-5)  # of a model, within rounding
+            assert mine.pop("score", 0) == score and mine == theirs
+    assert {p.name for p in one.model.iterdir()} == {p.name for p in other.model.iterdir()}
+    configs = [json.loads((each.model / "config.json").read_text()) for each in (one, other)]
+    assert configs[0] == configs[1]
+
+
+def both(tmp_path, **changes):
+    """The same in parts and whole."""
+    return [life.pair(write(tmp_path / name, name, **changes)) for name in ("fsdp", "ddp")]
+
+
+def ranker(tmp_path):
+    """A reward model of the policy's shape, with random weights."""
+    config = LlamaConfig.from_pretrained(life.TINY / "model", num_labels=1)
+    torch.manual_seed(1)
+    return str(
+        model_folder(tmp_path / "ranker", AutoModelForSequenceClassification.from_config(config))
+    )
+
+
+def test_two_processes_in_parts_are_two_whole_ones(tmp_path):
+    parts, whole = both(tmp_path)
+    assert parts.manifest().hardware["sharded"] is True
+    assert_alike(parts, whole)
+
+
+CASES = {
+    "trunk": {
+        "critic": {"start": "trunk"},
+        "algorithm__entropy": 0.01,
+        "rollout": {"max_new_tokens": 12, "top_k": 20},
+        "launch__activation_checkpointing": "selective",
+    },
+    "uneven": UNEVEN | {"launch__activation_checkpointing": "full"},
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_critic_and_of_rows(tmp_path, case):
+    assert_alike(*both(tmp_path, model=untied(tmp_path), **CASES[case]))
+
+
+@pytest.mark.faults
+def test_a_reward_model_in_parts(tmp_path):
+    """The critic begins as that one."""
+    sources = [{"model": ranker(tmp_path)}, {"function": f"{tmp_path}/rewards.py:letters"}]
+    parts, whole = both(tmp_path, reward=sources)
+    assert (
+        "critic: a model of its own, from the reward model" in (parts.path / "log.txt").read_text()
+    )
+    assert_alike(parts, whole)
+
+
+@pytest.mark.faults
+def test_an_optimizer_step_reads_one_tensor(tmp_path):
+    path = write(tmp_path / "run", **UNEVEN | {"optim__steps": 1})
+    for code, text in life.ranks(path, hooks=("ppo_counted_reads",) * 2):
+        seen = [line for line in text.splitlines() if line.startswith("reads:")]
+        assert code == 0 and seen == ["reads: ['tolist']"] * 4, text
+
+
+@pytest.mark.faults
+def test_arithmetic_in_bf16(tmp_path):
+    """What is rounded is not what autocast rounds, and other answers are drawn soon."""
+    made = both(tmp_path, optim__precision="bf16", optim__steps=1)
+    for mine, theirs in zip(*map(test_ppo.updates, made), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=5e-2)
+    assert {tensor.dtype for tensor in weights(made[0]).values()} == {torch.float32}
+
+
+# --- stopped and gone on with ---
+
+LONG = {
+    "optim__steps": 4,
+    "optim__batch_size": 4,
+    "checkpoint__every": 1,
+    "rollout": {"max_new_tokens": 6},
+    "evaluation": {"every": 2},
+    "algorithm__normalize_scores": True,
+    "reference__target": 1.0,
+    **UNEVEN,
+}
+SEED = 20261127
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody stops, and its seconds."""
+    path = write(tmp_path_factory.mktemp("straight") / "run", **LONG)
+    begun = time.monotonic()
+    return life.pair(path), time.monotonic() - begun
+
+
+def essence(artifact):
+    return life.essence(artifact) | {"rollouts": (artifact.path / "rollouts.jsonl").read_text()}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("hooks", "codes"),
+    [
+        ((None, "ppo_term_in_3"), {143}),
+        (("ppo_term_in_save_2", None), {143}),
+        ((None, "ppo_kill_after_2"), {-signal.SIGKILL, 1, 5}),
+        (("ppo_kill_after_4", None), {-signal.SIGKILL, 1, 5}),
+        (("kill_in_stream", None), {-signal.SIGKILL, 1, 5}),
+        ((None, "kill_in_stream"), {-signal.SIGKILL, 1, 5}),
+        (("disk_full_in_parts_2", None), {5}),
+    ],
+)
+def test_a_stop_leaves_no_trace(tmp_path, straight, hooks, codes):
+    """Also one in the middle of publishing, which no other rank waits for."""
+    path = write(tmp_path / "run", **LONG)
+    begun = time.monotonic()
+    ends = life.ranks(path, hooks=hooks)
+    assert time.monotonic() - begun < 60 + straight[1]
+    assert {code for code, _ in ends} <= codes, ends
+    resumed = life.pair(path)
+    assert "resuming from step-" in path.with_suffix(".0.out").read_text()
+    assert resumed.manifest().training.exact_resume
+    assert essence(resumed) == essence(straight[0])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_anywhere(tmp_path, straight, number):
+    """Thirty times, one process or both, and gone on with: what is made is what a run makes that
+    nobody stops."""
+    rng = random.Random(f"{SEED} {number}")
+    stops, runs = 0, [write(tmp_path / "run-0", **LONG)]
+    while stops < 30:
+        processes = life.started(runs[-1])
+        time.sleep(rng.uniform(0.2, straight[1]))
+        chosen = rng.choice([processes[:1], processes[1:], processes])
+        hit = [process for process in chosen if process.is_alive()]
+        for process in hit:
+            process.kill() if number == signal.SIGKILL else process.terminate()
+        stops += bool(hit)
+        codes = {ended(process, processes) for process in processes}
+        assert codes <= {0, 1, 5, 143, -signal.SIGKILL, -signal.SIGTERM}, codes
+        if codes == {0}:
+            runs.append(write(tmp_path / f"run-{len(runs)}", **LONG))
+    for path in runs:
+        made = life.pair(path)
+        assert made.manifest().training.exact_resume
+        assert essence(made) == essence(straight[0])
+        assert not list(made.path.glob(".*"))
+
+
+def ended(process, processes):
+    """The exit code of a rank. As llmpipe's launcher does, the others are ended where one is gone;
+    but they have 30 seconds to notice themselves."""
+    deadline = time.monotonic() + 60
+    while process.exitcode is None:
+        process.join(0.1)
+        if any(each.exitcode for each in processes) and time.monotonic() > deadline - 30:
+            process.terminate()
+            process.join(5)
+            process.kill()
+        assert time.monotonic() < deadline, "a rank hangs"
+    return process.exitcode
+
+
+@pytest.mark.faults
+def test_checkpoints_lie_in_parts_and_hold_what_learns(straight):
+    step = straight[0].checkpoints / "step-4"
+    parts = sorted((step / checkpoints.SHARDED).iterdir())
+    assert [path.name for path in parts] == [
+        f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)
+    ]
+    sizes = [path.stat().st_size for path in parts]
+    assert max(sizes) < 0.6 * sum(sizes)
+    learned = 2 * sum(tensor.nbytes for tensor in weights(straight[0]).values())
+    assert 2.9 * learned < sum(sizes) < 3.2 * learned, "weights and moments, and no reference"
+    assert not checkpoints.verify(step)
+
+
+@pytest.mark.faults
+def test_another_number_of_processes_goes_on_where_that_is_allowed(tmp_path):
+    """Three, by which no width divides, then two, then three: other sums, and the same training
+    within rounding."""
+    settings = {"optim__batch_size": 6, "model": untied(tmp_path), "optim__steps": 4}
+    straight = life.pair(write(tmp_path / "straight", **settings))
+    path = write(tmp_path / "run", **settings)
+    three = (None, None, None)
+    for hooks in (("ppo_term_in_2", *three[1:]), ("ppo_term_in_3", None)):
+        assert {code for code, _ in life.ranks(path, hooks=hooks, inexact=True)} == {143}
+    for code, text in life.ranks(path, hooks=three):
+        assert code == 3 and "processes 2 there, 3 now" in text, text
+    for code, text in life.ranks(path, hooks=three, inexact=True):
+        assert code == 0, text
+    resumed = type(straight)(tmp_path / "run" / "ppo")
+    assert not resumed.verify().training.exact_resume
+    assert_alike(resumed, straight, 1e-4)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("one", "other"), [("fsdp", "ddp"), ("ddp", "fsdp")])
+def test_another_strategy_does_not_go_on(tmp_path, one, other):
+    stopped = life.ranks(write(tmp_path / "run", one), hooks=(None, "ppo_term_in_2"))
+    assert {code for code, _ in stopped} == {143}, stopped
+    for code, text in life.ranks(write(tmp_path / "run", other), inexact=True):
+        assert code == 3 and f"were written with launch.strategy: {one}" in text, text
+
+
+# --- what is refused, or goes wrong ---
+
+
+@pytest.mark.faults
+def test_what_one_process_raises_all_do(tmp_path):
+    """A reward that fails in one rank alone, where the others wait for what it scores."""
+    (tmp_path / "odd.py").write_text(
+        "import os\ndef odd(prompts, completions, **columns):\n"
+        "    return [1.0] * (len(prompts) - int(os.environ['RANK']))\n"
+    )
+    sources = [{"function": f"{tmp_path}/odd.py:odd"}, {"model": ranker(tmp_path)}]
+    for code, text in life.ranks(write(tmp_path / "run", reward=sources)):
+        assert code == 2 and "gave" in text and "scores for" in text, text
+
+
+@pytest.mark.faults
+def test_weights_that_stayed_whole_are_no_training(tmp_path):
+    path = write(tmp_path / "run")
+    for code, text in life.ranks(path, hooks=("ppo_whole_before_the_optimizer",) * 2):
+        assert code == 2 and "weights are not in parts" in text, text
+
+
+def test_what_is_not_obeyed_is_refused(tmp_path):
+    changes = {"launch__processes": 2, "launch__micro_batch_size": "auto"}
+    path = write(tmp_path / "run", **changes, rollout={"engine": "vllm"})
+    values = json.loads(path.read_text())
+    values["launch"]["processes"] = "auto"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError) as refused:
+        ahead.check([locate(path, schema("ppo"))])
+    text = str(refused.value)
+    assert "fsdp: rollout.engine: vllm draws in one process" in text
+    assert "fsdp: what fits in memory is not measured" in text
