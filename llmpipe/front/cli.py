@@ -364,7 +364,7 @@ def init(
         Path | None,
         typer.Argument(
             metavar="ROWS or DIR",
-            help="Rows to learn from: a file, a folder or a glob; or a folder to begin in.",
+            help="Rows to learn from, with --model also a folder of them; or a folder to begin in.",
         ),
     ] = None,
     model: Annotated[
@@ -384,7 +384,7 @@ def init(
         translate(foreign, say)
     elif what is None:
         raise UserError("init: of what?", "llmpipe init ROWS --model MODEL, or llmpipe init DIR")
-    elif model or _holds_rows(str(what)):
+    elif model or _names_rows(str(what)):
         from llmpipe.front.proposal import MODEL, propose
 
         propose(str(what), model or MODEL, say)
@@ -396,15 +396,11 @@ def init(
         print(f"next: cd {what} && llmpipe sft sft.yaml")
 
 
-def _holds_rows(path: str) -> bool:
-    """Whether a path names rows, and not a folder to write a starter to."""
+def _names_rows(path: str) -> bool:
+    """Whether a path names rows, and no folder to write a starter to."""
     from llmpipe.recipe.sections import LOCAL_SUFFIXES
 
-    if path.lower().endswith(LOCAL_SUFFIXES) or "*" in path:
-        return True
-    folder = Path(path)
-    files = folder.iterdir() if folder.is_dir() else iter([folder] if folder.exists() else [])
-    return any(file.name.lower().endswith(LOCAL_SUFFIXES) for file in files)
+    return os.path.isfile(path) or "*" in path or path.lower().endswith(LOCAL_SUFFIXES)
 
 
 def _refuse_broken_text(arguments: list[str]) -> None:
