@@ -93,7 +93,8 @@ class Line:
         began = self._begin(stream)
 
         def say(text: str) -> None:
-            self._texts[depth] = (text, time.monotonic())
+            if depth < len(self._texts):  # or it is over
+                self._texts[depth] = (text, time.monotonic())
 
         try:
             yield say
@@ -169,6 +170,11 @@ def _write(descriptor: int, text: str, encoding: str = "utf-8") -> bool:
         os.write(descriptor, text.encode(encoding, errors="replace"))
         return True
     return False
+
+
+def is_shown() -> bool:
+    """Whether there is a terminal to draw on."""
+    return _stream() is not None
 
 
 LINE = Line()

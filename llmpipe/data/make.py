@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
+from llmpipe import screen
 from llmpipe.data import sources, template
 from llmpipe.data.empty import longer, none_held_out, refuse_empty_sources, refuse_untrained_sources
 from llmpipe.data.encode import Encoding
@@ -35,7 +35,7 @@ from llmpipe.data.spool import Division, Spool, held_out_cut
 from llmpipe.data.tokenize import Task, pieces_of, tokenized
 from llmpipe.data.write import Writer
 from llmpipe.errors import DATA, NUMERIC, Say, UserError
-from llmpipe.files import digest
+from llmpipe.files import digest, in_bytes
 from llmpipe.recipe.sections import Prepared
 
 VERSION = 10  # of what is made; another one is made anew
@@ -136,8 +136,9 @@ def _tokenize(
     in_words: list[str] = []
     size = sum(intake.bytes for intake in intakes)
     batches = tokenized([intake.origin for intake in intakes], task, processes)
+    done = 0
     with (
-        tqdm(total=size, desc="data", unit="B", unit_scale=True, leave=False, disable=None) as bar,
+        screen.doing("reading rows") as tell,
         rejected.open("w", encoding="utf-8") as lines,
         spool,
         contextlib.closing(batches),
@@ -150,7 +151,9 @@ def _tokenize(
                 if len(in_words) < SHOWN:
                     in_words.append(f"{intake.origin.shown[chunk.file]}:{line.in_words()}")
             spool.add(source, batch.pieces)
-            bar.update(chunk.bytes)
+            done += chunk.bytes
+            share = f"{in_bytes(done)} of {in_bytes(size)}" if size else in_bytes(done)
+            tell(f"reading rows: {share}")
     return in_words
 
 

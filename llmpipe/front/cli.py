@@ -18,7 +18,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
-from llmpipe import __version__
+from llmpipe import __version__, screen
 from llmpipe.errors import SIGINT, Stopped, UserError, near
 from llmpipe.faults import a_bug, of_machine, refuse_no_folder
 from llmpipe.front.terminal import exit_code, open_terminal
@@ -37,6 +37,8 @@ app = typer.Typer(
 )
 
 KNOWN_STAGES = f"there are: {', '.join(STAGES)}"
+
+LOOKING = "looking at what the recipe names"
 
 RecipeFile = Annotated[
     Path | None,
@@ -89,7 +91,8 @@ def read_recipe(
     located = locate(path, schema(name), overrides(sets, run))
     from llmpipe.front import ahead  # not for a recipe that is not valid
 
-    ahead.check([located], fresh=fresh, only_prepare=only_prepare)
+    with screen.doing(LOOKING):
+        ahead.check([located], fresh=fresh, only_prepare=only_prepare)
     return located
 
 
@@ -163,7 +166,8 @@ def run_pipeline(
     from llmpipe.stages import schema
 
     asked = load_pipeline(pipeline, schema, overrides(sets, run))
-    ahead.check(asked.stages, fresh=fresh, pipeline=asked)
+    with screen.doing(LOOKING):
+        ahead.check(asked.stages, fresh=fresh, pipeline=asked)
     stages = [located for located in asked.stages if located]
     for i, located in enumerate(stages, 1):
         recipe = located.recipe
@@ -218,7 +222,7 @@ def _show_rows(recipe: "Recipe", count: int) -> None:
     prepared = PreparedRows.whole(artifact.path / "prepared.json")
     for kept in prepared.kept(artifact.run / ".prepared"):
         check(kept)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = screen.has_colours(sys.stdout)
     for line in show_rows(prepared, artifact.run / ".prepared", count, colour):
         say(line)
 
@@ -240,7 +244,13 @@ def verify(
     """Hash every file of a run: artifacts, checkpoints and prepared data are what was recorded."""
     from llmpipe.run.verify import verify_run
 
-    verify_run(run, say, lambda line: print(line, file=sys.stderr, flush=True))
+    with screen.doing("hashing") as show:
+        aside = show if screen.is_shown() else _aside
+        verify_run(run, say, aside)
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -257,7 +267,9 @@ def report(
 
     if len(runs) > 2:
         raise UserError("report takes one run, or two to compare")
-    print(f"wrote {write_report(runs, out)}")
+    with screen.doing("drawing the page"):
+        page = write_report(runs, out)
+    print(f"wrote {page}")
 
 
 @app.command()
@@ -286,15 +298,18 @@ def chat(
     # a folder needs no ./ here
     named = [str(Path(name).absolute()) if os.path.exists(name) else name for name in models]
     use = Use("chat", ("model", "adapter"))
-    resolved = [resolve(name, use, Path()) for name in named]
+    with screen.doing("verifying the model"):
+        resolved = [resolve(name, use, Path()) for name in named]
 
-    from llmpipe import upstream
+    with screen.doing("importing the libraries"):
+        from llmpipe import upstream
 
-    upstream.silence()
-    from llmpipe.front import chat as conversation
-    from llmpipe.models.drawing.draw import Sampling
+        upstream.silence()
+        from llmpipe.front import chat as conversation
+        from llmpipe.models.drawing.draw import Sampling
 
-    voices = conversation.open_voices(models, resolved, say)
+    with screen.doing("loading"):
+        voices = conversation.open_voices(models, resolved, say)
     conversation.chat(voices, Sampling(max_new_tokens, temperature), seed)
 
 
@@ -462,6 +477,6 @@ def _refuse(error: UserError) -> NoReturn:
     if "--debug" in sys.argv:
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
     # several problems stand on lines of their own, each with its file
-    start = "" if "\n" in error.message else "error: "
+    start = "" if "\n" in error.message else screen.coloured("error: ", screen.RED, sys.stderr)
     print(redacted(f"{start}{error}"), file=sys.stderr, flush=True)
     sys.exit(error.code)

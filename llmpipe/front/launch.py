@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from llmpipe import screen
 from llmpipe.errors import Stopped, UserError
 from llmpipe.faults import of_limit, of_place
 from llmpipe.front.early import Work, coming, libraries
@@ -39,6 +41,9 @@ from llmpipe.run.machine import for_memory, process_count, thread_count
 from llmpipe.run.outcome import LAUNCH, Ear, Outcome, listening, new_launch
 from llmpipe.run.signals import code_of, hold, stopping
 from llmpipe.ties import PARENT, children, descendants, die_with_parent
+
+PAUSE = 0.05
+"""Seconds between two looks at whether a worker has begun."""
 
 Action = Literal["convert", "prepare", "train"]
 
@@ -261,8 +266,18 @@ def run(worker: Worker) -> Exit:
     with worker.errors or nullcontext(), handled_by(forward, stopping()), paused_with_us():
         if worker.work:
             worker.work.begin()
+        if screen.is_shown():
+            show_start(worker)
         status = worker.process.wait()
     return Exit(status, signals, worker.errors.text if worker.errors else "")
+
+
+def show_start(worker: Worker) -> None:
+    """Show on a terminal that libraries are imported, until a worker speaks for itself."""
+    count = f" in {worker.processes} processes" if worker.processes > 1 else ""
+    with screen.doing(f"importing the libraries{count}"):
+        while worker.process.poll() is None and not worker.ear.has_begun:
+            time.sleep(PAUSE)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from llmpipe import screen
 from llmpipe.errors import Say
 from llmpipe.faults import writing
 from llmpipe.front import launch
@@ -82,6 +83,7 @@ class Session:
             Lock(self.artifact, "write").acquire(wait=5).release()
             yield
 
+    @screen.doing("verifying models, rows and what lies there")
     def plan(self) -> Decision:
         """Decide what there is to do, and say so; with `fresh` nothing lies there any more."""
         recipe, artifact, accepts = self.recipe, self.artifact, self.stage.ACCEPTS

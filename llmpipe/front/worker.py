@@ -17,7 +17,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from llmpipe import sums
+from llmpipe import screen, sums
 from llmpipe.data.prepared import RECORD
 from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
@@ -38,7 +38,7 @@ from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.outcome import Outcome, this_launch
+from llmpipe.run.outcome import Outcome, say_begun, this_launch
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
@@ -48,6 +48,14 @@ from llmpipe.stages import prepared_by, schema, stage
 
 BESIDE_WEIGHTS = 1 << 26
 """Bytes of a model's files that are looked into before it is used; larger ones are its weights."""
+
+
+DOING = {
+    "convert": "making models readable",
+    "prepare": "preparing rows",
+    "train": "importing the libraries, verifying what was prepared",
+}
+"""What a terminal shows of an action, until it says more."""
 
 
 def main(arguments: list[str]) -> int:
@@ -105,10 +113,13 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
 
 
 def act(action: str, artifact: Artifact, signals: Signals, *, inexact: bool = False) -> None:
-    job = open_job(artifact, signals, inexact=inexact)
-    actions = {"convert": convert, "prepare": prepare, "train": train}
-    with remembering(for_memory(action, job.recipe)):
-        actions[action](job)
+    if rank() == 0:
+        say_begun()
+    with screen.doing(DOING[action]):
+        job = open_job(artifact, signals, inexact=inexact)
+        actions = {"convert": convert, "prepare": prepare, "train": train}
+        with remembering(for_memory(action, job.recipe)):
+            actions[action](job)
 
 
 def write_plan(artifact: Artifact, recipe: Recipe, plan: Plan) -> None:
@@ -206,7 +217,8 @@ def write_readable(model: Model, base: Path | None, folder: Path, say: Say) -> N
     assert model.folder is not None
     if model.kind == "gguf":
         say(f"{model.reference}: reading GGUF, once for this run")
-        convert_gguf(model.folder, folder)
+        with screen.doing(f"reading {model.folder.name}"):
+            convert_gguf(model.folder, folder)
     else:
         assert base is not None and model.base is not None
         check_folder(model.folder)
@@ -239,7 +251,8 @@ def train(job: Job[Recipe]) -> None:
 
     upstream.silence()
     finish_verifying()
-    with Lock(artifact, "write").acquire(wait=10) if leads else nullcontext():
+    alone = Lock(artifact, "write").acquire(wait=10) if leads else nullcontext()
+    with screen.doing("getting ready"), alone:
         result = module.train(job, prepared)
         if not leads:
             return

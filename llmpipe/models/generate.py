@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
+from llmpipe import screen, upstream
 from llmpipe.data.formats import Rejected
 from llmpipe.data.template import bounded
 from llmpipe.errors import Say, UserError
@@ -96,7 +96,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with upstream.generating(model):
+        answering = f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
+        shown = screen.doing(answering) if streamer is None else nullcontext()
+        with upstream.generating(model), shown:
             if streamer is None and _draws(model, sampling):
                 rows = _greedy(model, tokenizer, prompts, sampling, replay)
             else:

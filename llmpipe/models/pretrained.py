@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
+from llmpipe import screen, upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.parallel import Spread, refuse_uncut
@@ -71,6 +71,7 @@ def model_class(
     return known
 
 
+@screen.doing("loading a model")
 def load_model(
     folder: Path,
     attention: str = "sdpa",

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
+from llmpipe import screen, upstream
 from llmpipe.errors import Say
 from llmpipe.files import publishing, write_json
 from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied, make_fit
@@ -43,11 +43,13 @@ from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import INDEX
 from llmpipe.run.weights import tensors_in
 
+SAVING = "saving the model, and comparing what was saved"
 SINGLE = "model.safetensors"
 SHARD = 1 << 30
 """Bytes of a merged model that are in memory, and in one file, at once; more where a layer is."""
 
 
+@screen.doing(SAVING)
 def publish_model(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, say: Say | None = None
 ) -> Verified:
@@ -66,6 +68,7 @@ def publish_model(
     return verified
 
 
+@screen.doing(SAVING)
 def publish_sharded(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -97,6 +100,7 @@ def publish_sharded(
     return verified
 
 
+@screen.doing(SAVING)
 def publish_adapter(
     model: Any, tokenizer: Tokenizer, folder: Path, base: Base, say: Say
 ) -> Verified:
@@ -123,6 +127,7 @@ def publish_adapter(
     return verified
 
 
+@screen.doing("merging the adapter into its base")
 def merge(base: Path, adapter: Path, folder: Path) -> None:
     """Publish the base with the adapter's update added to its weights, in fp32, to `folder`: a
     model like any other. At no time is more of it in memory than a file of it.

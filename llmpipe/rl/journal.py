@@ -52,6 +52,14 @@ class Journal:
         if self.progress:
             self.progress.note(text)
 
+    def at(self, step: int, metrics: Metrics) -> None:
+        """Show on a terminal that an update is done."""
+        if self.progress:
+            score, kl = metrics["objective/scores"], metrics["objective/kl"]
+            speed = f"{metrics['tokens_per_second']:,.0f} tok/s"
+            memory = f"{memory_gb():.1f} GB"
+            self.progress.at(step, [f"score {score:.3f}", f"KL {kl:.2f}", speed, memory])
+
     def begin(self, step: int, steps: int) -> None:
         if self.progress:
             self.progress.begin(step, steps)

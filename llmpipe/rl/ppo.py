@@ -190,9 +190,11 @@ class Loop:
         batch = self._draw()
         if not self.state.step:  # what drawing holds is in memory now
             fit_passes(self, self._longest_prompt())
+        self._note("scoring answers")
         scores = scored_together(self.rewards, batch.rows, batch.responses, self.world)
         experiences, metrics = self.judge(batch.episodes, torch.tensor(scores.total))
         judged = time.monotonic()
+        self._note("learning from them")
         metrics |= self.learner.learn(self.state.step, experiences, batch.places)
         self.state.step += 1
         totals = self.world.totals(_by_source(scores) | {"tokens": batch.tokens})
@@ -208,6 +210,7 @@ class Loop:
             "coefficient": self.state.coefficient.value,
         }
         self.state.coefficient.adapt(metrics["objective/kl"], size)
+        self.journal.at(self.state.step, metrics)
         if self._due(self.recipe.log.every):
             self.journal.show(self.state.step, batch.shown(scores))
         self._warn(metrics)
@@ -293,7 +296,11 @@ class Loop:
         return final
 
     def _note_answers(self, drawn: int, count: int) -> None:
-        self.journal.note(f"step {self.state.step + 1}: {drawn}/{count} answers")
+        self._note(f"{drawn:,} of {count:,} answers drawn")
+
+    def _note(self, what: str) -> None:
+        """Show on a terminal what the next update is at."""
+        self.journal.note(f"step {self.state.step + 1}/{self.steps}: {what}")
 
     def _warn(self, metrics: Metrics) -> None:
         self.state.first = self.state.first or metrics

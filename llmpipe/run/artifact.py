@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpipe import screen
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 from llmpipe.files import (
     ADDED,
@@ -171,6 +172,7 @@ class Artifact:
             raise _not_as_published([f"{path}: {problem}"])
         return path if entry else None
 
+    @screen.doing("hashing what is published")
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash every file, write the manifest last: from then on the artifact is finished."""
         for leftover in self.path.glob(".*"):

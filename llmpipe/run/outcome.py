@@ -25,6 +25,9 @@ EAR = "LLMPIPE_OUTCOME"
 LAUNCH = "LLMPIPE_LAUNCH"
 """The variable with the word by which a command knows its workers from earlier ones."""
 
+BEGUN: dict[str, object] = {"begun": True}
+"""What a worker says when it begins."""
+
 Kind = Literal["told", "bug", "peer"]
 """Of a failure: one that somebody can mend, a bug, or that another process was lost."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -102,7 +105,15 @@ class Ear:
         self._descriptor = descriptor
 
     def said(self) -> list[object]:
-        """What was said, in the order in which it was."""
+        """What was said of ends, in the order in which it was."""
+        return [value for value in self._lines() if value != BEGUN]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a worker has said that it is at work."""
+        return sys.platform != "linux" or BEGUN in self._lines()
+
+    def _lines(self) -> list[object]:
         lines = os.pread(self._descriptor, 1 << 20, 0).splitlines()
         return [json.loads(line) for line in lines]
 
@@ -116,6 +127,11 @@ def say_to_command(values: dict[str, object]) -> None:
     """Say something to the command that waits for this worker, if there is one, in a line."""
     with suppress(KeyError, OSError), open(os.environ[EAR], "a", encoding="utf-8") as ear:
         ear.write(json.dumps(values) + "\n")
+
+
+def say_begun() -> None:
+    """Tell the command that its worker is at work, and speaks for itself."""
+    say_to_command(BEGUN)
 
 
 def new_launch() -> str:

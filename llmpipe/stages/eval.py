@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe import screen
 from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import INTEGRITY, NUMERIC, Mistake, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems
@@ -300,7 +301,9 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     if not world.is_first:
         return Made(final={})
     book.close([task.label for task in recipe.tasks], list(models))
-    results = Results(models, results_by_task(recipe, prepared, book))
+    with screen.doing("putting intervals to the numbers"):
+        tasks = results_by_task(recipe, prepared, book)
+    results = Results(models, tasks)
     results.to_file(artifact.path / "results.json")
     for line in measurements(results):
         say(line)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from llmpipe import screen
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.rng import isolated_rng
 from llmpipe.parallel import World
@@ -81,10 +82,12 @@ class HeldOut:
         """
         totals: dict[str, Tensor] = {}
         together = self.world.size * self.trainer.args.per_device_eval_batch_size
-        with isolated_rng(), torch.no_grad():
-            for start in range(0, len(self.trainer.eval_dataset), together):
+        count = len(self.trainer.eval_dataset)
+        with isolated_rng(), torch.no_grad(), screen.doing("measuring held-out rows") as say:
+            for start in range(0, count, together):
                 if self.stop_asked():
                     raise Interrupted
+                say(f"measuring held-out rows: {start:,} of {count:,}")
                 for name, pair in self._sums(start).items():
                     totals[name] = totals[name] + pair if name in totals else pair
         means = self.world.sum(torch.stack(list(totals.values())).cpu())

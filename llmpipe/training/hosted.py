@@ -83,6 +83,7 @@ class Durable(Trainer):
         self.data_collator = Counted(self.library_collator)
         self.left_as_written = left_as_written()
         self._step_loss: torch.Tensor | float = 0.0  # the sum of its micro-batches'
+        self._last_loss = math.nan  # of this process's share of the last step
         self.remove_callback(PrinterCallback)
         self.add_callback(_Loop(self))
 
@@ -278,6 +279,7 @@ class Durable(Trainer):
         for quantity, value in zip(("loss", "gradient norm"), read, strict=True):
             if not math.isfinite(value):
                 raise self._not_finite(quantity, value)
+        self._last_loss = read[0]
         return read[1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -402,6 +404,7 @@ class Durable(Trainer):
         with self.resume.writing(self, state):
             super()._save_checkpoint(model, trial)
         self.resume.rotate(self._kept_best())
+        self.show_step()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model in a checkpoint; one that is sharded is saved together with its optimizer."""
@@ -432,6 +435,11 @@ class Durable(Trainer):
             stream=stream.position(step * self.recipe.batch_size) if stream else None,
             finished=self.control.should_training_stop and not self.stop_code,
         )
+
+    def show_step(self) -> None:
+        """Let a terminal see that a step is done."""
+        rate = float(self._get_learning_rate())
+        self.metrics_log.at(self.state.global_step, self._last_loss, rate)
 
     def stop_asked(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
@@ -484,6 +492,7 @@ class _Loop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        trainer.show_step()
         if trainer.hardware.compiles and (count := left_as_written()) > trainer.left_as_written:
             trainer.left_as_written = count
             trainer.say(

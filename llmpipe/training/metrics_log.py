@@ -30,6 +30,7 @@ class MetricsLog:
         self._begun = time.monotonic()
         self._logged_at = self._begun
         self._logged_tokens = 0  # of all processes
+        self._shown_speed = 0.0  # tokens a second, on a terminal
         self._peak_flops = 0.0  # of all processes together; 0 where it is not known
         self._flops_per_token = 0.0
 
@@ -102,6 +103,16 @@ class MetricsLog:
             share = speed["tokens_per_second"] * self._flops_per_token / self._peak_flops
             speed["share_of_peak"] = round(share, 4)
         return speed
+
+    def at(self, step: int, loss: float, rate: float) -> None:
+        """Show on a terminal that a step is done."""
+        if self.progress:
+            seconds = max(time.monotonic() - self._logged_at, 1e-9)
+            tokens = self.world.size * self.tokens - self._logged_tokens  # about: others have more
+            if tokens > 0:  # since the last line of the log
+                self._shown_speed = tokens / seconds
+            speed, memory = f"{self._shown_speed:,.0f} tok/s", f"{memory_gb():.1f} GB"
+            self.progress.at(step, [f"loss {loss:.4f}", f"lr {rate:.1e}", speed, memory])
 
     def note(self, text: str) -> None:
         """Show on a terminal what goes on between two lines."""

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from trl import RewardTrainer
 from trl.trainer.utils import pad
 
+from llmpipe import screen
 from llmpipe.evaluation.statistics import RESAMPLES, bootstrapped, wilson
 from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
@@ -87,6 +88,7 @@ def ranking(trainer: Any, batch: Batch) -> dict[str, Sum]:
     }
 
 
+@screen.doing("scoring pairs")
 def score(trainer: RankingTrainer, rows: Dataset, most: int = SCORED) -> np.ndarray:
     """Scores of `most` pairs, evenly spread over the rows, or of all; every process has them all.
 
