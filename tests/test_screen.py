@@ -3,6 +3,7 @@
 import os
 import pty
 import sys
+import time
 
 from llmpipe import screen
 
@@ -23,12 +24,13 @@ print("end")
 
 
 def in_terminal(code, **environment):
-    """What Python writes to a terminal of 80 columns, each as it came."""
+    """What Python writes to a terminal of 80 columns; the longest silence is `longest`."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update({"TERM": "xterm", "COLUMNS": "80"} | environment)
         os.execv(sys.executable, [sys.executable, "-c", code])
     said = b""
+    in_terminal.longest, last = 0.0, time.monotonic()
     while True:
         try:
             read = os.read(terminal, 4096)
@@ -37,6 +39,8 @@ def in_terminal(code, **environment):
         if not read:
             break
         said += read
+        now = time.monotonic()
+        in_terminal.longest, last = max(in_terminal.longest, now - last), now
     assert os.waitpid(pid, 0)[1] == 0, said.decode()
     os.close(terminal)
     return said.decode()

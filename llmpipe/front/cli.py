@@ -33,16 +33,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="The whole road of making a language model, one verified stage after the other.",
 )
 
 KNOWN_STAGES = f"there are: {', '.join(STAGES)}"
 
+SHELLS = ("bash", "zsh", "fish")
+
+COMPLETING = "_LLMPIPE_COMPLETE"
+"""The variable by which a shell asks how a word may go on."""
+
 LOOKING = "looking at what the recipe names"
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[RECIPE]", help="The recipe; recipes/STAGE.yaml if not given."),
+    typer.Argument(metavar="RECIPE", help="The recipe; recipes/STAGE.yaml if not given."),
 ]
 RunOption = Annotated[
     str | None, typer.Option("--run", metavar="DIR", help="Run directory, instead of the recipe's.")
@@ -130,6 +136,27 @@ def make(
             session.make()
 
 
+def _stages_like(begun: str) -> list[str]:
+    """Stages whose names begin so."""
+    return [name for name in STAGES if name.startswith(begun)]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"llmpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options of no command."""
+
+
 def _add_stage(name: str, story: str) -> None:
     def command(
         recipe: RecipeFile = None,
@@ -158,8 +185,10 @@ def run_pipeline(
     inexact_resume: InexactOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make the stages of a pipeline in order; finished ones are skipped, an interrupted one is
-    resumed."""
+    """The stages of a pipeline in order; finished ones are skipped.
+
+    An interrupted one is resumed.
+    """
     from llmpipe.front import ahead
     from llmpipe.recipe.check import load_pipeline
     from llmpipe.run.artifact import artifact_of
@@ -185,7 +214,7 @@ def prepare(
     ] = 0,
     debug: DebugOption = False,
 ) -> None:
-    """Only the data: rows to tokens, on a cheap machine, before the GPUs are rented."""
+    """Only the data: rows to tokens, before GPUs are rented."""
     from llmpipe.recipe.check import refuse_foreign
     from llmpipe.recipe.yaml import read
 
@@ -231,7 +260,7 @@ def _show_rows(recipe: "Recipe", count: int) -> None:
 def show(
     run: Annotated[Path, typer.Argument(help="A run directory, or one artifact of it.")],
 ) -> None:
-    """Stages of a run: status, parents, rows, steps, loss, size, time."""
+    """Stages of a run: status, parents, rows, steps, loss, time."""
     from llmpipe.report.terminal import show_run
 
     print(show_run(run))
@@ -241,7 +270,10 @@ def show(
 def verify(
     run: Annotated[Path, typer.Argument(help="A run directory, or one artifact of it.")],
 ) -> None:
-    """Hash every file of a run: artifacts, checkpoints and prepared data are what was recorded."""
+    """Hash every file of a run: is it what was recorded?
+
+    Artifacts, checkpoints and prepared data are held against their tables; nothing is written.
+    """
     from llmpipe.run.verify import verify_run
 
     with screen.doing("hashing") as show:
@@ -262,7 +294,10 @@ def report(
         Path | None, typer.Option("--out", metavar="FILE", help="Where to; RUN/report.html.")
     ] = None,
 ) -> None:
-    """One self-contained HTML page: lineage, curves, data, evaluations, samples side by side."""
+    """One HTML page of a run: curves, data, evaluations, samples.
+
+    It is self-contained; given two runs, it compares them.
+    """
     from llmpipe.report.page import write_report
 
     if len(runs) > 2:
@@ -315,7 +350,7 @@ def chat(
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, what llmpipe would choose on it, and why."""
+    """This machine: what is here, what would be chosen, and why."""
     from llmpipe.front.doctor import examine
 
     examine(say)
@@ -339,7 +374,10 @@ def submit(  # noqa: PLR0913  # each is an option of the command
     yes: Annotated[bool, typer.Option("--yes", help="Submit it, too.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """A run as a readable file for SLURM, SkyPilot, Kubeflow or docker; submitted with --yes."""
+    """A run as a file for SLURM, SkyPilot, Kubeflow or docker.
+
+    It is there to be read; with --yes it is submitted, too.
+    """
     import shlex
 
     from llmpipe.front.submit import job, render, send
@@ -362,9 +400,29 @@ def submit(  # noqa: PLR0913  # each is an option of the command
         print(f"# nothing was submitted; --yes does: {command}", file=sys.stderr)
 
 
+@app.command()
+def completion(
+    shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+) -> None:
+    """Print what lets a shell complete the words of commands.
+
+    For bash: `eval "$(llmpipe completion bash)"` in ~/.bashrc; for zsh the same with zsh, in
+    ~/.zshrc behind compinit; for fish: llmpipe completion fish | source.
+    """
+    if shell not in SHELLS:
+        problem = f"completion: {shell}: no such shell{near(shell, SHELLS)}"
+        raise UserError(problem, f"there are: {', '.join(SHELLS)}")
+    from typer.completion import get_completion_script
+
+    print(get_completion_script(prog_name="llmpipe", complete_var=COMPLETING, shell=shell))
+
+
 @app.command("schema")
 def show_schema(
-    name: Annotated[str, typer.Argument(metavar="STAGE", help=", ".join(STAGES))],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help=", ".join(STAGES), autocompletion=_stages_like),
+    ],
 ) -> None:
     """JSON Schema of a stage's recipe, for completion in an editor."""
     os.environ["LLMPIPE_DOCSTRINGS"] = "1"
@@ -390,7 +448,7 @@ def init(
         typer.Option("--from", metavar="YAML", help="A config of Axolotl or LLaMA-Factory."),
     ] = None,
 ) -> None:
-    """Write a recipe: for rows, for another tool's config, or to begin with."""
+    """Write a recipe: for rows, another tool's config, or to begin."""
     if foreign:
         if what or model:
             raise UserError("init: --from says it all", "set other fields in what is written")
@@ -440,13 +498,14 @@ def main() -> None:
     # collections during the imports take a tenth of the front door's time; `make` turns them on
     gc.disable()
     open_terminal()
-    if "--version" in sys.argv[1:2]:
-        print(f"llmpipe {__version__}")
-        sys.exit(exit_code())
+    if COMPLETING in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     try:
         _refuse_broken_text(sys.argv)
         # typer takes a KeyboardInterrupt for itself, and returns its code
-        if app(standalone_mode=False) == SIGINT:
+        if app(prog_name="llmpipe", standalone_mode=False) == SIGINT:
             raise KeyboardInterrupt
     except UserError as error:
         _refuse(error)

@@ -125,3 +125,23 @@ def test_a_mistake_is_told_on_whatever_there_is(tmp_path):
     done = shell(f"$llmpipe sft {tmp_path}/é.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 2 and "/?.yaml: no such recipe" in done.stderr
     assert shell(f"$llmpipe sft {tmp_path}/x.yaml 2>&-").returncode == 2
+
+
+@pytest.mark.faults
+def test_nothing_is_silent_on_a_terminal(tmp_path):
+    """Three seconds are meant; a machine that does other things gets more."""
+    from tests.test_screen import in_terminal
+
+    code = (
+        "import sys; sys.argv = ['llmpipe', 'sft', 'recipes/tiny/sft.yaml', '--run', "
+        f"{str(tmp_path / 'run')!r}]; from llmpipe.front.cli import main; main()"
+    )
+    said = in_terminal(code, NO_COLOR="1", PYTHONPATH=str(life.ROOT))
+    assert in_terminal.longest < 12
+    live = [text for text in said.split("\r\033[K") if "\n" not in text]
+    for shown in ("importing the libraries", "loading a model", "answering 3 prompts", "ETA"):
+        assert any(shown in text for text in live), shown
+    assert "\033[2m" not in said
+    lines = (tmp_path / "run" / "sft" / "log.txt").read_text(encoding="utf-8").splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 9 and max(map(len, steps)) < 80
