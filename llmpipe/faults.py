@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmpipe.errors import INTEGRITY, RESOURCES, Stopped, UserError, first_line
+from llmpipe.errors import INTEGRITY, LOST, RESOURCES, Stopped, UserError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a system says of a disk that takes no more."""
@@ -138,7 +138,7 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[None]:
 
 
 def of_peer(error: BaseException) -> UserError | None:
-    """What to say (5) where another process of the run was lost; None of anything else."""
+    """What to say (75) where another process of the run was lost; None of anything else."""
     if not isinstance(error, RuntimeError) or of_memory(error):
         return None
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -147,7 +147,7 @@ def of_peer(error: BaseException) -> UserError | None:
     return UserError(
         f"another process ended, see what it says: {first_line(error)}",
         "the same command goes on from the last checkpoint",
-        RESOURCES,
+        LOST,
     )
 
 

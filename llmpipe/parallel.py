@@ -16,9 +16,15 @@ What speaks to the other processes is collective: every process has to call it, 
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +33,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import PrefixStore
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -42,11 +49,66 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe.errors import UserError
+from llmpipe.peers import meet
+from llmpipe.run.machine import on_several_machines, rank, world_size
 from llmpipe.run.signals import Signals
 
 T = TypeVar("T")
 
 TOGETHER = 1 << 26  # numbers that are sent at once: a quarter of a GB in fp32
+
+STEP = timedelta(minutes=30)
+"""What a collective of a step may take: then one has come that others did not come to."""
+ALONE = timedelta(days=7)
+"""What one process may do alone, where others wait for it: hashing, publishing, rewards."""
+
+
+def join(device: str) -> None:
+    """Make one group of the processes of this launch, where there are several. Collective.
+
+    Libraries take a group that is there. Made by themselves it would have, on CPUs, a timeout that
+    cannot be set.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        return
+    peers = meet()
+    name = interface_to(os.environ["MASTER_ADDR"]) if on_several_machines() else None
+    if name and name != "lo":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    peers.gather("here", "")  # some may still have verified what others had not to
+    store = PrefixStore("group", peers.store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=STEP
+    )
+    patient()
+
+
+@cache
+def patient() -> dist.ProcessGroup:
+    """All processes, on CPUs and with patience. It sees at once when one of them has died."""
+    return dist.new_group(backend="gloo", timeout=ALONE)
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which a host is reached: gloo takes the one that this machine's own
+    name stands for, which is often none that others reach. None where that is not known.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            ours = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                asked = struct.pack("256s", name.encode())
+                with suppress(OSError):  # one without an address
+                    if fcntl.ioctl(probe, SIOCGIFADDR, asked)[20:24] == ours:
+                        return name
+    except OSError:
+        return None
+    return None
+
+
+SIOCGIFADDR = 0x8915  # netdevice(7): the address of an interface
 
 
 class World:
@@ -61,6 +123,7 @@ class World:
     @classmethod
     def of(cls, device: str) -> World:
         """All processes that were started together, on CPUs or on a GPU each."""
+        join(device)
         return cls(Accelerator(cpu=device == "cpu"))
 
     @property
@@ -69,8 +132,9 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
-        self.accelerator.wait_for_everyone()
+        """Return when every process has come here, however long one of them works alone."""
+        if self.size > 1:
+            dist.barrier(patient())
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over processes of a tensor of any shape; on the CPU where there are several
@@ -124,7 +188,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, patient())
         return values
 
     def agree(self, error: UserError | None) -> None:

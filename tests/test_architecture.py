@@ -24,7 +24,7 @@ FLOORS = [
     {"sums"},
     {"data"},
     {"run"},
-    {"kernels", "parallel", "report", "upstream"},
+    {"kernels", "parallel", "peers", "report", "upstream"},
     {"models"},
     {"evaluation"},
     {"training"},
@@ -37,6 +37,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH = {
     "kernels",
     "parallel",
+    "peers",
     "upstream",
     "models",
     "evaluation",

@@ -32,7 +32,6 @@ from llmpipe.run.folders import check_folder, tensors_of
 from llmpipe.run.machine import (
     gpus,
     micro_batch_size,
-    on_several_machines,
     outside,
     process_count,
 )
@@ -351,8 +350,6 @@ def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, s
         yield "what fits in memory is not measured with it yet", remedy
     if processes < 2:
         yield f"{processes} process has nobody to share a model with", "set launch.processes"
-    if on_several_machines():
-        yield "the processes are on several machines", "start all of them on one"
 
 
 # --- the Hub --------------------------------------------------------------------------------------

@@ -491,6 +491,10 @@ def _refuse_broken_text(arguments: list[str]) -> None:
 
 def main() -> None:
     """The console script: run the app, catch what a user can mend, set the exit code."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        from llmpipe.run.slurm import under_srun
+
+        under_srun()
     if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         from llmpipe.ties import die_with_launcher
 

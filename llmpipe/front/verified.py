@@ -7,7 +7,6 @@ its verdict in a file, since a collective would time out where there is much to 
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from llmpipe.data.prepared import PreparedFolder
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.record import Record
 from llmpipe.run.job import Job
-from llmpipe.run.machine import local_rank, rank
+from llmpipe.run.machine import local_rank, machine_rank, rank
 from llmpipe.run.outcome import this_launch
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.sums import Kept, Verification
@@ -38,7 +37,7 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
     """Begin to verify what `job` keeps and `prepared` names; what is returned waits for the end,
     and raises UserError (3) where something is not as it was made.
     """
-    path = job.artifact.run / ".locks" / f"{job.artifact.name}.{socket.gethostname()}.verdict"
+    path = job.artifact.run / ".locks" / f"{job.artifact.name}.{machine_rank()}.verdict"
     if local_rank() > 0:
         return lambda: _wait(path)
     verification = Verification([*prepared.kept(job.prepared), *converted(job)])

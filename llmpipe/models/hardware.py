@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import configuration, model_class
-from llmpipe.parallel import Spread, World
+from llmpipe.parallel import Spread, World, join
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine
@@ -141,6 +141,7 @@ def choose(
     keep_imports()
     take_device()
     host = detect(recipe.launch)
+    join(host.device)
     if folder:
         config = configuration(folder)
         known = model_class(folder, config=config)
@@ -176,12 +177,12 @@ def detect(launch: Launch) -> Host:
     """What there is; how many processes and threads were asked for decides the share of this
     one.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = machine.world_size()
     threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
     return Host(
         device="cuda" if torch.cuda.is_available() else "cpu",
         processes=processes,
-        threads=threads or machine.thread_count(launch, processes),
+        threads=threads or machine.thread_count(launch, machine.local_world_size()),
         has_bf16=has_bf16(),
         has_flash_attention=is_flash_attn_2_available(),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from llmpipe.errors import DONE, RESOURCES, UserError
 from llmpipe.files import read_json, write_json
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.machine import on_several_machines
 from llmpipe.run.outcome import Outcome, say_to_command
 
 GO_ON = "the same command goes on from the last checkpoint"
@@ -31,14 +32,15 @@ class End:
 
     rank: int
     at: float
-    """When, in seconds of a clock that the processes of a machine share."""
+    """When, in seconds of a clock that all processes share."""
     outcome: Outcome
 
 
 def write_end(artifact: Artifact, launch: str, rank: int, outcome: Outcome) -> None:
     """Say how this process ended, of those that `launch` started."""
-    # not the time of day, which may be set meanwhile
-    values = {"launch": launch, "rank": rank, "at": time.monotonic(), **outcome.values()}
+    # the time of day may be set meanwhile, and is all that several machines share
+    at = time.time() if on_several_machines() else time.monotonic()
+    values = {"launch": launch, "rank": rank, "at": at, **outcome.values()}
     try:
         write_json(_path(artifact, rank), values)
     except OSError:

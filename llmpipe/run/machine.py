@@ -25,7 +25,7 @@ def process_count(recipe: Recipe) -> int:
     GPU, of those that train as many as divide the batch, so that the machine never decides what a
     step is."""
     if outside():
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return world_size()
     if isinstance(recipe.launch.processes, int):
         return recipe.launch.processes
     if not isinstance(recipe, Training):
@@ -131,6 +131,9 @@ def outside() -> bool:
                 f"accelerate: llmpipe does not let a launcher shard models ({name})",
                 f"launch with --multi_gpu alone{instead}",
             )
+    if "RANK" not in os.environ and _is_one_of_several_cpus():
+        problem = "accelerate launch --cpu does not tell its processes of one another"
+        raise UserError(problem, "launch with --multi_gpu, which runs on CPUs, too, or torchrun")
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -139,12 +142,32 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def on_several_machines() -> bool:
     """Whether an outside launcher has started processes on other machines, too."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return os.environ.get("LOCAL_WORLD_SIZE", size) != size
+    return local_world_size() != world_size()
+
+
+def machine_rank() -> str:
+    """Which of the machines this is, as its launcher counts them from 0."""
+    return os.environ.get("GROUP_RANK", "0")
 
 
 def local_rank() -> int:
     """Which of the processes on this machine this is."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _is_one_of_several_cpus() -> bool:
+    """Whether `accelerate launch --cpu` has several processes, which all would be the first one."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    return on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ

@@ -45,11 +45,12 @@ def conclude(
     result = Made(final, training=facts, hardware=training.hardware.describe())
     if adapter and trainer.plain_model().can_generate():
         result.kind = "adapter"  # one that scores stays a reward model
-    trainer.accelerator.wait_for_everyone()
+    world = World(trainer.accelerator)
+    world.wait()
     with remembering(PUBLISHED_LATER):
         if writes or is_sharded(trainer.plain_model()):
             result.verified = _publish(trainer, training).record()
-        trainer.accelerator.wait_for_everyone()
+        world.wait()
         if writes and adapter and adapter.merge:
             result.merged = [_merge(training)]
 

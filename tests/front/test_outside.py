@@ -1,14 +1,12 @@
 """Under an outside launcher the processes of one launch find one another, and nobody else."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import write_json
 from llmpipe.front import outside
-from llmpipe.front.outside import Ask, Word
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import write_end
 from llmpipe.run.outcome import Outcome
@@ -19,14 +17,6 @@ from tests import life
 def artifact(tmp_path):
     (tmp_path / ".locks").mkdir()
     return Artifact(tmp_path / "sft")
-
-
-class Waited(Exception):
-    """It would wait on."""
-
-
-def once(seconds):
-    raise Waited
 
 
 def soon():
@@ -40,53 +30,66 @@ def soon():
     return sleep
 
 
-def together(artifact, processes, action="train"):
-    """(rank 0's launch, what the others were told), of as many threads as processes."""
-    with ThreadPoolExecutor(processes) as pool:
-        others = [
-            pool.submit(outside.wait_for_word, artifact, rank, soon())
-            for rank in range(1, processes)
-        ]
-        first = pool.submit(outside.give_word, artifact, action, processes, soon())
-        return first.result(), [other.result() for other in others]
+def test_what_rank_0_writes_is_seen_or_not(artifact, monkeypatch):
+    """Two folders that have one name on two machines, or one that both have."""
+    monkeypatch.setenv("RANK", "1")
+    outside._look_path(artifact, 0).write_text("this")
+    assert outside.sees(artifact, "this", soon())
+    waits = []
+    assert not outside.sees(artifact, "another launch", waits.append)
+    assert sum(waits) == pytest.approx(outside.SIGHT)
+    left = [path.name for path in (artifact.run / ".locks").iterdir()]
+    assert left == ["sft.0.look"]
 
 
-def leave_another_launch(artifact):
-    """What killed processes of another launch left, of which rank 1 had heard rank 0."""
-    old = Word(launch="old", action="skip", answers={1: "one", 2: "two"})
-    old.to_file(outside.word_path(artifact))
-    Ask(word="one", heard="old").to_file(outside.ask_path(artifact, 1))
-    Ask(word="two").to_file(outside.ask_path(artifact, 2))
+class Told:
+    """Other processes, in their words."""
+
+    launch = "this"
+
+    def __init__(self, **answers):
+        self.answers = answers
+        self.said = {}
+
+    def turn(self):
+        return "this.1"
+
+    def say(self, key, text):
+        self.said[key] = text
+
+    def hear(self, key):
+        return self.answers[key.rpartition("/")[2]]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5])
-def test_all_hear_the_word_of_their_launch(artifact, processes):
-    leave_another_launch(artifact)
-    launch, words = together(artifact, processes)
-    assert [(word.launch, word.action) for word in words] == [(launch, "train")] * (processes - 1)
-    again, words = together(artifact, processes, "skip")
-    assert again != launch and {word.action for word in words} <= {"skip"}
-    if processes == 5:
-        assert not list((artifact.run / ".locks").iterdir())
+@pytest.mark.parametrize(("answer", "refused"), [("yes", False), ("no", True)])
+def test_a_run_directory_that_another_machine_does_not_see_is_refused(
+    artifact, monkeypatch, answer, refused
+):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    peers = Told(**{"1": "yes", "2": answer})
+    with pytest.raises(UserError) if refused else nullcontext() as error:
+        outside.refuse_unshared(artifact, outside.Turn(peers))
+    assert peers.said == {"this.1/word/1": "look 0"}
+    assert not list((artifact.run / ".locks").iterdir())
+    if refused:
+        assert error.value.code == 2 and "rank 2 on another machine" in error.value.message
 
 
-def test_a_word_of_another_launch_is_never_believed(artifact):
-    leave_another_launch(artifact)
-    with pytest.raises(Waited):
-        outside.wait_for_word(artifact, 1, once)
+def test_one_machine_is_not_asked_what_it_sees(artifact, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    peers = Told()
+    outside.refuse_unshared(artifact, outside.Turn(peers))
+    assert peers.said == {}
 
 
-def test_rank_0_does_not_go_on_before_all_have_heard(artifact):
-    leave_another_launch(artifact)
-    with pytest.raises(Waited):
-        outside.give_word(artifact, "train", 3, once)
-
-
-def test_the_word_of_an_older_version_is_none(artifact):
-    old = {"action": "train", "host": "here", "parent": "1 1", "time": time.time()}
-    write_json(outside.word_path(artifact), old)
-    _, words = together(artifact, 2)
-    assert words[0].action == "train"
+def test_others_end_as_rank_0_does_and_it_alone_says_why(tmp_path):
+    """Before there is anything to train: here a model that is another one than before."""
+    path = life.write(tmp_path / "run", launch__processes="auto", optim__steps=1)
+    life.pair(path)
+    first, second = life.ranks(path, ["optim.learning_rate=1e-2"])
+    assert first[0] == second[0] == 3, (first, second)
+    assert "learning_rate" in first[1] and second[1] == ""
 
 
 def test_one_that_lost_another_says_what_that_one_says(artifact, monkeypatch):

@@ -320,13 +320,6 @@ def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
     assert f"recipe.yaml:{number}: launch.strategy: fsdp: " in text and words.strip() in text
 
 
-def test_processes_on_several_machines_are_refused(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="the processes are on several machines"):
-        ahead.check([locate(write(tmp_path / "run"), schema("sft"))])
-
-
 @pytest.mark.faults
 def test_tied_weights_that_do_not_divide_are_refused(tmp_path):
     """FSDP2 would compute with a head that never learns (512 rows, three processes): a published

@@ -1,0 +1,122 @@
+"""Processes of one launch find one another, and nobody else, and miss one that is gone."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+from torch.distributed import HashStore
+
+from llmpipe import peers
+from llmpipe.errors import UserError
+
+
+@pytest.fixture
+def store():
+    """What killed processes of another start left, of which rank 1 had heard rank 0."""
+    store = HashStore()
+    store.set("word", json.dumps({"launch": "old", "answers": {"1": "one", "2": "two"}}))
+    store.set("ask/1", "one old")
+    store.set("ask/2", "two")
+    return store
+
+
+def soon(seconds):
+    Event().wait(0.001)
+
+
+def never(seconds):
+    """What would be waited for does not come."""
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_all_hear_the_word_of_their_launch(store, processes):
+    """Also where a launcher has started all of them anew, and keeps its store."""
+    for _ in range(2):
+        with ThreadPoolExecutor(processes) as pool:
+            first = pool.submit(peers._answer, store, processes, soon)
+            others = [pool.submit(peers._ask, store, rank, soon) for rank in range(1, processes)]
+            launch = first.result()
+            assert launch != "old" and {other.result() for other in others} == {launch}
+
+
+def test_a_word_of_another_launch_is_never_believed(store):
+    with pytest.raises(UserError, match="not all of") as refused:
+        peers._ask(store, 1, never)
+    assert refused.value.code == 75
+
+
+def test_rank_0_does_not_go_on_before_all_have_heard(store):
+    with pytest.raises(UserError, match="not all of"):
+        peers._answer(store, 3, never)
+
+
+class Clones(HashStore):
+    """A store that this process alone has."""
+
+    def clone(self):
+        return self
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    """Makes the watch of a rank of two, which looks when it is told to."""
+
+    def watch(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        launch = peers.Peers(Clones(), "this")
+        launch.store = Clones()
+        for other in (0, 1):
+            launch.store.set(f"machine/{other}", str(other))
+            launch.store.add(f"beat/{other}", 1)
+        return peers._Watch(launch, Event(), pytest.fail), launch.store
+
+    return watch
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_not_heard_of_is_gone(watching, rank):
+    watch, store = watching(rank)
+    other = 1 - rank
+    for _ in range(3):
+        assert watch._look() == ""
+        store.add(f"beat/{other}", 1)
+    looks = [watch._look() for _ in range(peers.SILENCE + 1)]
+    assert set(looks[:-1]) == {""}
+    assert looks[-1] == (
+        f"rank {other} (machine {other}) is gone: nothing was heard of it for 30 seconds"
+    )
+
+
+def test_others_hear_from_rank_0_who_is_gone(watching):
+    watch, store = watching(1)
+    assert watch._look() == ""
+    store.set("gone", "rank 2 is gone")
+    assert watch._look() == "rank 2 is gone"
+
+
+def test_who_is_done_is_not_missed(watching):
+    watch, store = watching(0)
+    store.set("left/1", "0")
+    assert {watch._look() for _ in range(100)} == {""}
+    assert watch.others == []
+
+
+def test_who_has_failed_is_given_time_for_others_to_say_so(watching):
+    watch, store = watching(0)
+    store.set("left/1", "4")
+    looks = [watch._look() for _ in range(1 + peers.LAST_WORDS)]
+    assert looks[:-1] == [""] * peers.LAST_WORDS
+    assert looks[-1] == "rank 1 (machine 1) has ended with 4"
+    assert store.get("gone") == looks[-1].encode()
+
+
+def test_a_store_that_does_not_answer_ends_the_process(monkeypatch, watching):
+    monkeypatch.setattr(peers, "EVERY", 0.001)
+    watch, _ = watching(1)
+    ended = []
+    watch.end = ended.append
+    monkeypatch.setattr(watch, "_listen", lambda: Event().wait(0.5))
+    watch.run()
+    assert ended == ["the machine of rank 0 is gone: its store does not answer"]
