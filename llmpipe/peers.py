@@ -38,6 +38,7 @@ EVERY = 1.0
 """Seconds between two signs of life."""
 SILENCE = 30
 """Times that nothing new is heard of a process until it is gone."""
+CLOSED = "its store has closed"
 LAST_WORDS = 5
 """Times more for one that said that it ends: the others may be about to say why themselves."""
 
@@ -62,16 +63,25 @@ class Peers:
     def say(self, key: str, text: str) -> None:
         self.store.set(key, text)
 
-    def hear(self, key: str) -> str:
-        """What is said under a key, as soon as it is: however long that takes."""
-        while not self.store.check([key]):
-            time.sleep(PAUSE)
-        return _text(self.store, key)
+    def hear(self, key: str, of: int) -> str:
+        """What a rank says under a key, as soon as it does: however long that takes.
+
+        Raises UserError (75) where it ends before.
+        """
+        try:
+            while not self.store.check([key]):
+                if self.store.check([_left(of)]) and not self.store.check([key]):
+                    problem = f"rank {of} has ended with {_text(self.store, _left(of))}"
+                    raise UserError(f"{problem}, see what it says", GO_ON, LOST)
+                time.sleep(PAUSE)
+            return _text(self.store, key)
+        except DistError as error:
+            raise UserError(f"rank 0 is gone: {CLOSED}", GO_ON, LOST) from error
 
     def gather(self, key: str, text: str) -> list[str]:
         """What every process says under a key, in the order of ranks, once all have said it."""
         self.say(f"{key}/{rank()}", text)
-        return [self.hear(f"{key}/{number}") for number in range(world_size())]
+        return [self.hear(f"{key}/{number}", number) for number in range(world_size())]
 
     def watch(self) -> None:
         """Give signs of life from now on, and end where another process gives none."""
@@ -79,20 +89,20 @@ class Peers:
         self.gather("machine", machine_rank())
         Thread(target=_Watch(self, self._left, self._end).run, daemon=True).start()
 
-    def leave(self, code: int) -> None:
-        """Say that this process ends, and how; where all is done the first one, who may hold the
-        store, ends last.
+    def leave(self, code: int, last: bool) -> None:
+        """Say that this process ends, and how. `last`: let others hear what the first one has said,
+        who may hold the store.
         """
         if self._left.is_set():
             return
         self._left.set()
-        _briefly(lambda: self._farewell(code))
+        _briefly(lambda: self._farewell(code, last))
 
-    def _farewell(self, code: int) -> None:
-        self.say(f"left/{rank()}", str(code))
-        if rank() == 0 and code == DONE:
+    def _farewell(self, code: int, last: bool) -> None:
+        self.say(_left(rank()), str(code))
+        if rank() == 0 and last:
             for other in range(1, world_size()):
-                self.hear(f"left/{other}")
+                self.hear(_left(other), other)
 
     def _end(self, who: str) -> None:
         """End this process: it may wait in a collective for one that never comes."""
@@ -132,7 +142,7 @@ class _Watch:
             try:
                 self.gone = self._look()
             except (DistError, RuntimeError):
-                self.gone = "rank 0 is gone: its store has closed"
+                self.gone = f"rank 0 is gone: {CLOSED}"
             self.rounds += 1
         while not self.left.wait(EVERY):
             self.rounds += 1  # there is nobody left to be heard of
@@ -158,8 +168,8 @@ class _Watch:
         times, place = self.silent[other], f"rank {other}"
         if on := _text(self.store, f"machine/{other}"):
             place += f" (machine {on})"
-        if self.store.check([f"left/{other}"]):
-            code = _text(self.store, f"left/{other}")
+        if self.store.check([_left(other)]):
+            code = _text(self.store, _left(other))
             if code == str(DONE):
                 self.others.remove(other)
             elif times >= LAST_WORDS:
@@ -233,6 +243,10 @@ def _missing() -> UserError:
 
 def _beat(rank: int) -> str:
     return f"beat/{rank}"
+
+
+def _left(rank: int) -> str:
+    return f"left/{rank}"
 
 
 def _text(store: Store, key: str) -> str:

@@ -132,10 +132,14 @@ def srun(number):
     return ["env", *told, f"MASTER_ADDR={ADDRESSES[0]}", sys.executable, "-m", "llmpipe"]
 
 
-def start(names, path, launcher=torchrun, *options, stage="sft"):
-    """Both machines at the same recipe."""
+def start(names, path, launcher=torchrun, *options, stage="sft", hides=((), ())):
+    """Both machines at the same recipe. `hides`: commands within which a machine starts it."""
     return [
-        Machine(name, [*launcher(number, *options), stage, str(path)], out_of(path, number))
+        Machine(
+            name,
+            [*hides[number], *launcher(number, *options), stage, str(path)],
+            out_of(path, number),
+        )
         for number, name in enumerate(names)
     ]
 

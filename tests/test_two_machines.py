@@ -14,7 +14,9 @@ from tests.machines import accelerate, srun, torchrun
 from tests.training.test_sharded import assert_alike, write
 
 pytestmark = pytest.mark.faults
-LONG = {"optim__steps": 30, "checkpoint__every": 3, "evaluation": {}}
+LAUNCHER = "torch/distributed/elastic"
+"""A launcher begins so to say that a process has failed, with a traceback of its own."""
+LONG = {"optim__steps": 12, "checkpoint__every": 3, "evaluation": {}}
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +62,62 @@ def stop_second(names, running):
 
 
 FAULTS = [
-    (kill_second, ("another process ended, see what it says", None)),
-    (kill_first, (None, "another process ended, see what it says")),
-    (unplug, ("rank 1 (machine 1) is gone", "is gone")),
-    (stop_second, ("checkpoint written", "checkpoint written")),
+    (kill_second, torchrun, ("another process ended, see what it says", None)),
+    (kill_first, torchrun, (None, "another process ended, see what it says")),
+    # there torchrun itself may wait on, for a rendezvous that nobody answers
+    (unplug, accelerate, ("rank 1 (machine 1) is gone", "is gone")),
+    (stop_second, torchrun, ("checkpoint written", "checkpoint written")),
 ]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("fault", "lines"), FAULTS)
+@pytest.mark.parametrize(("fault", "launcher", "lines"), FAULTS)
 def test_what_ends_one_machine_ends_both_and_the_same_command_goes_on(
-    tmp_path, names, fault, lines, strategy
+    tmp_path, names, fault, launcher, lines, strategy
 ):
     path = write(tmp_path / "run", strategy, **LONG)
     artifact = Artifact(tmp_path / "run" / "sft")
-    running = machines.start(names, path)
+    running = machines.start(names, path, launcher)
     machines.wait_until(lambda: last_step(artifact) > 3, running)
     fault(names, running)
     begun = time.monotonic()
     _, texts = machines.ends(running)
-    assert time.monotonic() - begun < 60 or fault is unplug, texts
+    assert time.monotonic() - begun < 60, texts
     for text, line in zip(texts, lines, strict=True):
         assert line is None or line in text, text
-        assert "Traceback" not in text.partition("ChildFailedError")[0]
+        assert "Traceback" not in text.partition(LAUNCHER)[0], text
     assert list(artifact.checkpoints.glob("step-*"))
     subprocess.run(["ip", "-n", names[1], "link", "set", "cable", "up"], check=True)
     again = path.with_name("again.yaml")
     again.write_text(path.read_text())
-    machines.made(names, again)
+    machines.made(names, again, launcher)
     assert "resuming from step-" in machines.out_of(again, 0).read_text()
+
+
+def test_a_launcher_that_starts_all_anew_goes_on_from_the_checkpoint(tmp_path, names):
+    """torchrun's --max-restarts: the launcher and its store stay, with what was said there."""
+    path = write(tmp_path / "run", "ddp", **LONG)
+    artifact = Artifact(tmp_path / "run" / "sft")
+    options = ("--max_restarts=1", "--monitor_interval=0.5")
+    running = machines.start(names, path, torchrun, *options)
+    machines.wait_until(lambda: last_step(artifact) > 3, running)
+    kill_second(names, running)
+    codes, texts = machines.ends(running)
+    assert codes == [0, 0], texts
+    assert texts[0].count("resuming from step-") == 1
+    assert artifact.verify().training.exact_resume
+
+
+def test_two_machines_with_two_folders_of_one_name_are_refused(tmp_path, names):
+    """Before rows are read; the first machine says so."""
+    path = write(tmp_path / "run", "ddp")
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "run").mkdir()
+    hidden = f'mount --bind {other} {tmp_path / "run"} && exec "$@"'
+    running = machines.start(names, path, hides=((), ["unshare", "-m", "sh", "-c", hidden, "-"]))
+    codes, texts = machines.ends(running)
+    assert all(codes), texts
+    assert "run directory must be shared: rank 1 on another machine" in texts[0], texts
+    assert "error: " not in texts[1].partition(LAUNCHER)[0], texts[1]
+    assert not (tmp_path / "run" / "sft" / "prepared.json").exists()

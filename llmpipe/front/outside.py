@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llmpipe.errors import DONE, Stopped, UserError
+from llmpipe.errors import DONE, UserError
 from llmpipe.files import write_whole
 from llmpipe.front.launch import library_environment
 from llmpipe.front.session import Session
@@ -65,6 +65,8 @@ class Turn:
         """None where this process is alone."""
         self.launch = peers.turn() if peers else new_launch()
         """A word that no other launch, and no other artifact of this one, has."""
+        self.trains = False
+        """Whether they train: then they miss who ends."""
         self._words = 0
 
     def tell(self, action: Action, code: int = DONE) -> None:
@@ -75,7 +77,7 @@ class Turn:
     def heard(self) -> tuple[Action, int]:
         """What rank 0 says next."""
         assert self.peers is not None
-        action, _, code = self.peers.hear(self._next()).partition(" ")
+        action, _, code = self.peers.hear(self._next(), of=0).partition(" ")
         return next(each for each in ACTIONS if each == action), int(code)
 
     def _next(self) -> str:
@@ -94,11 +96,11 @@ def make_together(session: Session) -> None:
         else:
             follow(session, turn)
     except BaseException as error:
-        code = error.code if isinstance(error, UserError | Stopped) else 1
-        if rank() == 0:
-            turn.tell("end", code)  # whom it still concerns
+        code = getattr(error, "code", 1)
+        if rank() == 0 and not turn.trains:
+            turn.tell("end", code)
         if peers:
-            peers.leave(code)
+            peers.leave(code, last=not turn.trains)
         raise
 
 
@@ -108,7 +110,7 @@ def _peers() -> Peers:
     from llmpipe.peers import meet
 
     peers = meet()
-    atexit.register(peers.leave, DONE)
+    atexit.register(peers.leave, DONE, last=True)
     return peers
 
 
@@ -147,6 +149,7 @@ def follow(session: Session, turn: Turn) -> None:
 def train(session: Session, turn: Turn) -> None:
     """Train in this process, which the launcher made one of several."""
     artifact, launch = session.artifact, turn.launch
+    turn.trains = True
     signals = Signals().install()
     os.environ[LAUNCH] = launch
     threads = thread_count(session.recipe.launch, local_world_size())
@@ -200,7 +203,10 @@ def refuse_unshared(artifact: Artifact, turn: Turn) -> None:
     write_whole(path, turn.launch.encode())
     try:
         turn.tell("look")
-        seen = [turn.peers.hear(f"{turn.launch}/seen/{other}") for other in range(1, world_size())]
+        seen = [
+            turn.peers.hear(f"{turn.launch}/seen/{other}", of=other)
+            for other in range(1, world_size())
+        ]
     finally:
         path.unlink(missing_ok=True)
     blind = [str(other) for other, answer in enumerate(seen, 1) if answer == "no"]

@@ -156,6 +156,10 @@ def open_job(artifact: Artifact, signals: Signals, *, inexact: bool = False) -> 
         folders[at] = model_folder(model, converted, needs_weights(at))
         if model.base and model.is_adapter:
             bases[at] = model_folder(model.base, converted)
+    for folder in (*folders.values(), *bases.values()):
+        if rank() and not folder.is_dir():
+            problem = f"{folder}: is not on the machine of rank {rank()}"
+            raise UserError(problem, "models have to lie in one place on all machines (HF_HOME)")
     say = teller(artifact)
     return Job(artifact, recipe, folders, bases, plan, say, signals, inexact)
 

@@ -13,7 +13,7 @@ from llmpipe.files import write_whole
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import is_sharded, looking
+from llmpipe.parallel import World, is_sharded, looking
 from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Trained
 
@@ -21,15 +21,16 @@ When = Literal["before", "after"]
 
 
 def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
-    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers stay. Collective
-    where the model is sharded.
+    """Answer the recipe's prompts and add them to samples.jsonl as `when`; answers stay.
+
+    Collective.
     """
-    writes = trainer.is_world_process_zero()
-    if not writes and not is_sharded(trainer.plain_model()):
-        return
     if when == "before" and trainer.resumes:
         return
-    answers = _answers(trainer, tokenizer, when)
+    writes = trainer.is_world_process_zero()
+    if writes or is_sharded(trainer.plain_model()):
+        answers = _answers(trainer, tokenizer, when)
+    World(trainer.accelerator).wait()
     if not writes:
         return
     path = trainer.artifact.path / "samples.jsonl"

@@ -57,7 +57,7 @@ class Told:
     def say(self, key, text):
         self.said[key] = text
 
-    def hear(self, key):
+    def hear(self, key, of):
         return self.answers[key.rpartition("/")[2]]
 
 
