@@ -11,6 +11,8 @@ from llmpipe.run.artifact import Artifact
 from tests import life, machines
 from tests.front.test_processes import last_step
 from tests.machines import accelerate, srun, torchrun
+from tests.rl.test_ppo import LONGER
+from tests.rl.test_ppo import write as write_ppo
 from tests.training.test_sharded import assert_alike, write
 
 pytestmark = pytest.mark.faults
@@ -121,3 +123,12 @@ def test_two_machines_with_two_folders_of_one_name_are_refused(tmp_path, names):
     assert "run directory must be shared: rank 1 on another machine" in texts[0], texts
     assert "error: " not in texts[1].partition(LAUNCHER)[0], texts[1]
     assert not (tmp_path / "run" / "sft" / "prepared.json").exists()
+
+
+def test_ppo_on_two_machines_is_ppo_on_one(tmp_path, names):
+    """Each draws its share of the answers; the gradients are added up over the cable."""
+    settings = LONGER | {"launch__processes": "auto", "optim__steps": 3}
+    (tmp_path / "one").mkdir()
+    alone = life.pair(write_ppo(tmp_path / "one" / "run", **settings))
+    together = machines.made(names, write_ppo(tmp_path / "run", **settings), stage="ppo")
+    assert life.essence(together) == life.essence(alone)

@@ -9,6 +9,7 @@ from llmpipe.errors import UserError
 from llmpipe.front import outside
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import write_end
+from llmpipe.run.lock import Lock
 from llmpipe.run.outcome import Outcome
 from tests import life
 
@@ -84,12 +85,12 @@ def test_one_machine_is_not_asked_what_it_sees(artifact, monkeypatch):
 
 
 def test_others_end_as_rank_0_does_and_it_alone_says_why(tmp_path):
-    """Before there is anything to train: here a model that is another one than before."""
-    path = life.write(tmp_path / "run", launch__processes="auto", optim__steps=1)
-    life.pair(path)
-    first, second = life.ranks(path, ["optim.learning_rate=1e-2"])
-    assert first[0] == second[0] == 3, (first, second)
-    assert "learning_rate" in first[1] and second[1] == ""
+    """Before there is anything to train: here another command is at work."""
+    path = life.write(tmp_path / "run", launch__processes="auto")
+    with Lock(Artifact(tmp_path / "run" / "sft")).acquire():
+        first, second = life.ranks(path)
+    assert first[0] == second[0] == 75, (first, second)
+    assert "busy" in first[1] and second[1] == ""
 
 
 def test_one_that_lost_another_says_what_that_one_says(artifact, monkeypatch):
