@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 MODEL := models/SmolLM2-135M-Instruct.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models quickstart check format test faults bench gpu constraints clean
+.PHONY: help setup models quickstart check format docs test faults bench gpu constraints clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ check: setup ## style, lint and types
 format: setup ## repair what `make check` can repair itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: setup ## the documentation as a site, in site/, in English and Chinese
+	$(BIN)/python docs/make/pages.py && $(BIN)/python docs/make/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 test: setup ## the tests that run on every change
 	$(BIN)/pytest -n 2 --dist worksteal

@@ -73,6 +73,7 @@ def test_they_are_all_found():
         "reward.yaml",
         "sentiment.yaml",
         "sft.yaml",
+        "shop.yaml",
         "sums.yaml",
         "tiny/dpo.yaml",
         "tiny/eval.yaml",
