@@ -15,7 +15,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def named(match: re.Match[str]) -> str:
         target = (folder / match[2].partition("#")[0]).resolve()
-        outside = target.exists() and DOCS not in target.parents
+        outside = DOCS not in target.parents
         return f"`{target.relative_to(DOCS.parent)}`" if outside else match[0]
 
     return re.sub(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)", named, markdown)
