@@ -22,6 +22,10 @@ Measure = Callable[[Any, Batch], dict[str, Sum]]
 """`measure(trainer, batch)`: {metric: its sum}; by `loss` the best step is chosen."""
 
 
+MARGIN = 1.02
+"""By how much a held-out loss is worse than another, so that it is said."""
+
+
 class Interrupted(Exception):
     """A signal arrived inside an evaluation."""
 
@@ -48,6 +52,30 @@ def without_effect(asked: Evaluation, steps: int) -> list[str]:
             f"warning: {how_often}: evaluation.patience ({asked.patience}) cannot end it early"
         )
     return lines
+
+
+def overfitting(best: Best | None, before: float, after: float) -> str | None:
+    """What to say of a model that is published, and was better on held-out rows before.
+
+    `best` of the evaluations in between and the last one, `before` the first step and `after` the
+    last, or that whose weights are kept.
+    """
+    if best and after > best.loss * MARGIN and best.loss <= before:
+        at, loss, remedy = (
+            f"at step {best.step:,}",
+            best.loss,
+            "evaluation.keep_best: true keeps it",
+        )
+    elif after > before * MARGIN:
+        at, loss, remedy = (
+            "before the first step",
+            before,
+            "lower optim.learning_rate, or train less",
+        )
+    else:
+        return None
+    worse = f"held-out loss was {loss:.4f} {at} and is {after:.4f} in what is published"
+    return f"warning: {worse}: it learns its rows by heart; {remedy}"
 
 
 class HeldOut:

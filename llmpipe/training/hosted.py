@@ -28,7 +28,14 @@ from llmpipe.models.moved import Start
 from llmpipe.parallel import World, looking, refuse_whole, whole
 from llmpipe.recipe import sections
 from llmpipe.training import resume
-from llmpipe.training.heldout import Best, HeldOut, Interrupted, Measure, without_effect
+from llmpipe.training.heldout import (
+    Best,
+    HeldOut,
+    Interrupted,
+    Measure,
+    overfitting,
+    without_effect,
+)
 from llmpipe.training.laid import Counted
 from llmpipe.training.memory import fit_memory
 from llmpipe.training.metrics_log import MetricsLog
@@ -170,6 +177,8 @@ class Durable(Trainer):
         if "eval_loss" in final:
             before, after = final["eval_loss_before"], final["eval_loss"]
             self.say(f"held-out loss: {before:.4f} before, {after:.4f} after")
+            if warning := overfitting(self.held_out.best, before, after):
+                self.say(warning)
         return final
 
     @property
@@ -438,6 +447,8 @@ class Durable(Trainer):
 
     def show_step(self) -> None:
         """Let a terminal see that a step is done."""
+        if not self.metrics_log.is_live:
+            return
         rate = float(self._get_learning_rate())
         self.metrics_log.at(self.state.global_step, self._last_loss, rate)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmpipe import screen
 from llmpipe.errors import Say
 from llmpipe.faults import reading
 from llmpipe.files import cut_back, fsync, to_write
@@ -38,6 +39,11 @@ class MetricsLog:
     def seconds(self) -> float:
         """Since the training began, without the time between a stop and a resume."""
         return time.monotonic() - self._begun
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a terminal to show steps on."""
+        return self.progress is not None and screen.is_shown()
 
     def cut(self, size: int) -> None:
         """Begin, or go on from a checkpoint at which the file had `size` bytes."""

@@ -144,4 +144,4 @@ def test_nothing_is_silent_on_a_terminal(tmp_path):
     assert "\033[2m" not in said
     lines = (tmp_path / "run" / "sft" / "log.txt").read_text(encoding="utf-8").splitlines()
     steps = [line for line in lines if line.startswith("step ")]
-    assert len(steps) == 9 and max(map(len, steps)) < 80
+    assert len(steps) == 10 and max(map(len, steps)) < 80

@@ -301,7 +301,7 @@ def test_tldr_in_small(tmp_path):
         path.write_text(yaml.safe_dump(values))
         artifact = life.command(path)
     log = (artifact.path / "log.txt").read_text()
-    assert "critic: a model of its own, from the reward model" in log and "step      2/2" in log
+    assert "critic: a model of its own, from the reward model" in log and "step 2/2" in log
 
 
 HYBRID = LLAMA | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}

@@ -38,8 +38,8 @@ def test_a_line_fits_80_columns_and_keeps_what_matters(more, said):
 def test_a_short_line_has_all_of_it():
     parts = [("step 1/9", 0), ("lr 1", 1), ("50% of peak", 3), ("1.0 GB", 4)]
     assert fitting(parts) == "step 1/9  lr 1  50% of peak  1.0 GB"
-    parts[0] = ("x" * 60, 0)
-    assert fitting(parts) == f"{'x' * 60}  lr 1"
+    parts[0] = ("x" * 70, 0)
+    assert fitting(parts) == f"{'x' * 70}  lr 1"
 
 
 def test_a_measurement_in_between_is_a_line():

@@ -1,12 +1,13 @@
 """`keep_best` and `patience` do what they are asked for, or it is said that they cannot."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llmpipe.recipe.sections import Evaluation
-from llmpipe.training.heldout import HeldOut, without_effect
+from llmpipe.training.heldout import Best, HeldOut, overfitting, without_effect
 from tests import life
 
 
@@ -57,3 +58,18 @@ def test_a_gpu_is_not_waited_for_while_it_is_given_a_batch():
     held_out = HeldOut(trainer, None, None, None, None)
     batch = {"input_ids": torch.ones(2).as_subclass(Noted), "max_length_q": 7}
     assert held_out._moved(batch) == {"input_ids": "cuda:0", "max_length_q": 7}
+
+
+@pytest.mark.parametrize(
+    ("best", "before", "after", "said"),
+    [
+        (Best(3.6, 40), 6.5, 6.37, "was 3.6000 at step 40 and is 6.3700 .*keep_best: true"),
+        (Best(2.0, 60), 6.5, 2.0, None),
+        (Best(2.0, 60), 6.5, 2.03, None),
+        (Best(1.3, 5), 1.2, 1.4, "was 1.2000 before the first step .*lower optim.learning_rate"),
+        (None, 1.2, 1.2, None),
+    ],
+)
+def test_a_model_that_was_better_before_is_not_published_unsaid(best, before, after, said):
+    line = overfitting(best, before, after)
+    assert re.search(said, line) if said else line is None
