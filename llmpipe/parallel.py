@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import PrefixStore
@@ -43,8 +43,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -114,8 +115,8 @@ SIOCGIFADDR = 0x8915  # netdevice(7): the address of an interface
 class World:
     """All processes of a run, as one of them sees them. With one process nothing is sent."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator | PartialState):
+        self.accelerator: Any = accelerator
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
@@ -258,10 +259,15 @@ class Spread:
         config = DistributedConfig(fsdp_size=self.processes, fsdp_mixed_precision=self.bf16)
         return {"distributed_config": config}
 
+    def world(self) -> World:
+        """The processes, before a trainer has made its accelerator. Collective."""
+        PreTrainedModel.prepare_distribute_model(**self.at_load())  # as they meet at a load
+        return World(PartialState(cpu=not torch.cuda.is_available()))
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds a part of each weight."""
-    return isinstance(model, FSDPModule)
+    """Whether this process holds a part of each weight; of the frozen ones under an adapter."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -274,7 +280,7 @@ def refuse_uncut(model: nn.Module) -> None:
     whole at once; or where PyTorch would compute with an old copy of what two modules share.
     """
     layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
-    if not layers or not all(map(is_sharded, (model, *layers))):
+    if not layers or not all(isinstance(each, FSDPModule) for each in (model, *layers)):
         kind = plain_class(model).__name__
         problem = f"launch.strategy: fsdp: transformers does not know the layers of {kind}"
         raise UserError(problem, "set launch.strategy: ddp")
@@ -409,6 +415,15 @@ def whole(tensor: T) -> T:
 def part_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: all of one that is not in parts."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, parts: Tensor) -> Tensor:
+    """What this process would hold of a whole tensor, were it in parts as another one is."""
+    if not isinstance(parts, DTensor):
+        return tensor
+    tensor = tensor.to(parts.device)
+    mesh, placements = parts.device_mesh, parts.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

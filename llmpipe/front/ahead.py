@@ -24,7 +24,7 @@ from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here
 from llmpipe.recipe.reinforcement import PPORecipe
-from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
+from llmpipe.recipe.sections import TEMPLATES, Adapter, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.context import mistakes_in_lengths, of_folder
@@ -333,13 +333,13 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
 def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
     """Why a model cannot be spread over processes in a recipe, and what to do."""
     launch, whole = recipe.launch, "set launch.strategy: ddp"
-    if recipe.stage not in ("sft", "ppo"):
-        yield f"there for sft and ppo of all weights, not for {recipe.stage} yet", whole
-    if recipe.adapter:
-        yield "there for sft and ppo of all weights, not for an adapter yet", whole
+    if recipe.adapter and recipe.stage == "ppo":
+        yield "there for ppo of all weights, not for an adapter yet", whole
+    elif recipe.adapter:
+        yield from _against_adapting(recipe, recipe.adapter)
     if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
         yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"
-    if recipe.optim.optimizer != "adamw":
+    if recipe.optim.optimizer != "adamw" and not recipe.adapter:
         yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
     if getattr(recipe, "trainer", None):
         yield "no field of `trainer:` is tried with it", "remove `trainer:`"
@@ -350,6 +350,17 @@ def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, s
         yield "what fits in memory is not measured with it yet", remedy
     if processes < 2:
         yield f"{processes} process has nobody to share a model with", "set launch.processes"
+
+
+def _against_adapting(recipe: Training, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Why an adapter cannot be trained on a model in parts, and what to do."""
+    if recipe.quantization:
+        yield "a quantized model is not put in parts", "remove quantization, or set ddp"
+    if adapter.embeddings == "all":
+        yield "embeddings in parts do not learn beside an adapter", "set adapter.embeddings: new"
+    if adapter.dora or adapter.rewrites:
+        what = "dora" if adapter.dora else f"init: {adapter.init}"
+        yield f"adapter.{what} reads weights that are whole", "begin without it, or set ddp"
 
 
 # --- the Hub --------------------------------------------------------------------------------------

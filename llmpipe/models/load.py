@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import upstream
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.faults import writing
+from llmpipe.files import remove
 from llmpipe.models import adapters, architecture
 from llmpipe.models.hardware import Hardware, choose
 from llmpipe.models.pretrained import (
@@ -80,15 +82,45 @@ def load_new(setup: Setup[Training], shape: Architecture) -> PreTrainedModel:
 
     Raises UserError (2) when transformers refuses the shape.
     """
+    spread = setup.hardware.spread
+    model = _drawn_in_parts(setup, shape, spread) if spread else _drawn(setup, shape)
+    return _made_ready(model, setup)
+
+
+def _drawn(setup: Setup[Training], shape: Architecture) -> PreTrainedModel:
     recipe = setup.recipe
-    model = architecture.build(
+    return architecture.build(
         shape,
         setup.tokenizer,
         context=recipe.data.preparation.max_length,
         seed=recipe.seed,
         attention=setup.hardware.attention,
     )
-    return _made_ready(model, setup)
+
+
+def _drawn_in_parts(
+    setup: Setup[Training], shape: Architecture, spread: Spread
+) -> PreTrainedModel:
+    """The very weights that one process would draw, which it leaves in a file: each process reads
+    its part of it. Collective.
+    """
+    world = spread.world()
+    folder = setup.job.artifact.path / ".drawn"  # which no finished artifact keeps
+    refused = None
+    try:
+        if world.is_first:
+            with writing(folder):
+                remove(folder)
+                _drawn(setup, shape).save_pretrained(folder)
+    except UserError as error:
+        refused = error
+    world.agree(refused)
+    hardware = setup.hardware
+    model = load_model(folder, hardware.attention, device=hardware.place, spread=spread)
+    world.wait()
+    if world.is_first:
+        remove(folder)
+    return model
 
 
 def load_policy(setup: Setup[Training]) -> Any:

@@ -12,7 +12,7 @@ from transformers import Trainer
 from llmpipe import screen
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import World
+from llmpipe.parallel import World, looking
 from llmpipe.recipe.sections import Evaluation
 
 Batch = dict[str, Any]
@@ -111,7 +111,8 @@ class HeldOut:
         totals: dict[str, Tensor] = {}
         together = self.world.size * self.trainer.args.per_device_eval_batch_size
         count = len(self.trainer.eval_dataset)
-        with isolated_rng(), torch.no_grad(), screen.doing("measuring held-out rows") as say:
+        showing = screen.doing("measuring held-out rows")
+        with isolated_rng(), torch.no_grad(), looking(self.trainer.model), showing as say:
             for start in range(0, count, together):
                 if self.stop_asked():
                     raise Interrupted

@@ -3,8 +3,8 @@
 `Durable` is mixed in before a TRL trainer and adds exact checkpoints, signals served at the end of
 a step, a stop on NaN before the optimizer sees it, and a held-out loss that does not depend on
 batch or process count. It holds only the methods that a subclass has to override; what they do lies
-with `Resume`, `HeldOut` and `MetricsLog`. The loop itself, the loss and the optimizer stay the
-library's.
+with `Resume`, `HeldOut` and `MetricsLog`, and what is otherwise of a model in parts in `Sharded`.
+The loop itself, the loss and the optimizer stay the library's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from llmpipe import upstream
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
-from llmpipe.models.hardware import Hardware, release_memory
+from llmpipe.models.hardware import release_memory
 from llmpipe.models.moved import Start
-from llmpipe.parallel import World, looking, refuse_whole, whole
+from llmpipe.parallel import World, whole
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import (
@@ -46,11 +46,12 @@ from llmpipe.training.schedule import (
     refuse_another_schedule,
     say_if_peak_is_missed,
 )
+from llmpipe.training.sharded import Sharded
 from llmpipe.training.training import Training
 from llmpipe.upstream.layers import left_as_written
 
 
-class Durable(Trainer):
+class Durable(Sharded):
     """Mixed in before one of TRL's trainers; see the module's docstring."""
 
     train_dataset: Any  # a Dataset or a Stream
@@ -73,7 +74,7 @@ class Durable(Trainer):
                 raise
             hint = "remove from `trainer:` what does not fit this model"
             raise UserError(f"trainer: {first_line(error)}", hint) from error
-        if not self.hardware.sharded:
+        if not self.learns_in_parts:
             _put_back(weights, training.model)
         # trackers show it, and the library pickles it; see `_get_output_dir`
         self.args.output_dir = f"{self.artifact.run.name}/{self.artifact.name}"
@@ -107,10 +108,6 @@ class Durable(Trainer):
             assert filler is not None  # every kind that TRL trains on has one
             rows = with_fillers(rows, fillers, filler(self.processing_class.pad_token_id))
         self.train_dataset = rows
-
-    @property
-    def hardware(self) -> Hardware:
-        return self.training.hardware
 
     def cut(self, micro_batch_size: int) -> None:
         """Take so many sequences a forward pass, as if there had never been another number; before
@@ -318,39 +315,8 @@ class Durable(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The library's, of weights that are all sharded where the recipe asks for that."""
-        if self.hardware.sharded:
-            refuse_whole(self.training.model)
-        return super().create_optimizer(model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.hardware.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        resume.save_parts(
-            Path(output_dir), self.training.model, self._plain_optimizer(), self.lr_scheduler
-        )
-
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without Accelerate's wrapper."""
-        wrapper: Any = self.optimizer
-        plain: torch.optim.Optimizer = wrapper.optimizer
-        return plain
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.hardware.sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        resume.load_weights(Path(resume_from_checkpoint), self.training.model)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.hardware.sharded and checkpoint is not None:
-            resume.load_rest(
-                Path(checkpoint), self.training.model, self._plain_optimizer(), self.lr_scheduler
-            )
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             refuse_another_schedule(self.lr_scheduler, checkpoint)
 
@@ -362,8 +328,7 @@ class Durable(Trainer):
         Raises Interrupted when a signal has asked to stop, and UserError (4) on NaN or Inf.
         """
         with _evaluation_mode(self.model):
-            with looking(self.training.model):
-                metrics = self.held_out.metrics()
+            metrics = self.held_out.metrics()
             if "eval_loss" not in metrics:
                 problem = "the held-out rows teach nothing: there is no token or pair to measure"
                 raise UserError(problem, "give others in data.eval", NUMERIC)
@@ -414,11 +379,6 @@ class Durable(Trainer):
             super()._save_checkpoint(model, trial)
         self.resume.rotate(self._kept_best())
         self.show_step()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model in a checkpoint; one that is sharded is saved together with its optimizer."""
-        if not self.hardware.sharded:
-            super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where a checkpoint goes."""

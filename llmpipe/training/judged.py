@@ -20,6 +20,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import use_adapter
 
 from llmpipe.data.kinds.labels import FILLER, GOOD
+from llmpipe.parallel import looking
 from llmpipe.training.heldout import Batch, HeldOut, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.laid import told
@@ -84,7 +85,7 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
         """z over the rows of all processes; fillers weigh nothing."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in batches:
-            with self.hardware.autocast():
+            with self.hardware.autocast(), looking(self.training.model):
                 ratios = self.log_ratios(self._prepare_inputs(batch), "KL_").double()
             if batch["weight"]:
                 total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])

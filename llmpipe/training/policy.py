@@ -12,7 +12,7 @@ from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.laid import told
 from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs
-from llmpipe.training.reference import Referenced
+from llmpipe.training.reference import Referenced, fingerprint
 from llmpipe.training.training import Training
 from llmpipe.upstream.later import with_later_logits
 
@@ -42,7 +42,8 @@ class PolicyTrainer(Durable, Preferences, Referenced, DPOTrainer):
     watched = ("entropy", "mean_logits", "is_top1")
 
     def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
-        super().__init__(training, measure, **arguments)
+        with upstream.hashing_models(lambda model: fingerprint(model.state_dict())):
+            super().__init__(training, measure, **arguments)
         if training.hardware.device == "cuda" or training.hardware.compiles:
             self._tell_targets(training.hardware.autocast)
 

@@ -16,6 +16,7 @@ from trl.trainer.utils import pad
 
 from llmpipe import screen
 from llmpipe.evaluation.statistics import RESAMPLES, bootstrapped, wilson
+from llmpipe.parallel import looking
 from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.laid import told
@@ -102,7 +103,7 @@ def score(trainer: RankingTrainer, rows: Dataset, most: int = SCORED) -> np.ndar
     for start in range(0, len(places), size):
         pairs = [rows[place] for place in places[start : start + size]]
         batch = trainer._prepare_inputs(trainer.data_collator(pairs))
-        with torch.no_grad(), trainer.hardware.autocast():
+        with torch.no_grad(), trainer.hardware.autocast(), looking(trainer.model):
             both = torch.stack(_scores(trainer, batch), 1)
         scores.append(both.double().cpu().numpy())
     return np.concatenate(scores)

@@ -18,6 +18,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import upcast_trained
 from llmpipe.models.load import Setup, load_copy
+from llmpipe.parallel import is_sharded, looking, reshard, whole
 from llmpipe.recipe import sections
 from llmpipe.sums import Kept, check, is_sealed, seal
 from llmpipe.training.training import Training
@@ -32,7 +33,10 @@ def copied(setup: Setup[sections.Hosted], *, precompute: bool) -> PreTrainedMode
     """A frozen copy of the parent, where nothing else can be the reference."""
     if setup.recipe.adapter or precompute:
         return None
-    return load_copy(setup).requires_grad_(False)
+    reference = load_copy(setup).requires_grad_(False)
+    if is_sharded(reference):  # no backward pass comes, after which it would be in parts again
+        reference.register_forward_hook(lambda model, *_: reshard(model))
+    return reference
 
 
 class Referenced(Trainer):
@@ -72,14 +76,15 @@ class Referenced(Trainer):
         dataset._fingerprint = digest(key)[:32]
         kept = _LogProbs(self.training.job.prepared, self.accelerator)
         dataset._get_cache_file_path = kept.path
-        with_reference = super()._precompute_ref_logps(dataset, *args)
+        with looking(self.model):
+            with_reference = super()._precompute_ref_logps(dataset, *args)
         del dataset._get_cache_file_path
         kept.seal()
         return with_reference
 
     def reference_hash(self) -> str | None:
         """Of what the reference's log-probabilities come from; None where they are computed
-        beforehand.
+        beforehand. Collective.
         """
         if self.precompute_ref_logps:
             return None
@@ -144,10 +149,14 @@ def parent_as_reference(model: Any) -> None:
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """sha256 of names and sums of tensors, made where they lie: a model need not leave a GPU for
-    it. Every change of one number changes it, and others all but surely; it is no proof against
-    somebody who looks for two that are alike.
+    it, and of one in parts, whose sha256 is that of the whole one, a tensor at a time is whole.
+    Every change of one number changes it, and others all but surely; it is no proof against
+    somebody who looks for two that are alike. Collective of a model in parts.
     """
-    told = [(name, [*tensor.shape], int(_sum_of_bits(tensor))) for name, tensor in tensors.items()]
+    told = [
+        (name, [*tensor.shape], int(_sum_of_bits(whole(tensor.detach()))))
+        for name, tensor in tensors.items()
+    ]
     return digest(sorted(told))
 
 

@@ -7,7 +7,6 @@ lie in llmpipe.json, with llmpipe's own counters.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
-from llmpipe import parallel
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.files import write_json
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.record import Record
 from llmpipe.run import checkpoints
-from llmpipe.run.machine import rank
 from llmpipe.run.manifest import Leg
 from llmpipe.training.heldout import Best
 from llmpipe.training.samples import samples_size
@@ -82,7 +77,8 @@ class Resume:
         self.training = training
         self.world = world
         self.home = training.artifact.checkpoints
-        refuse_another_strategy(self.home, sharded=training.hardware.sharded)
+        if training.recipe.adapter is None:  # which is saved alike by either
+            refuse_another_strategy(self.home, sharded=training.hardware.sharded)
         platform = platform_of(training.recipe, training.hardware, world)
         picked = checkpoints.pick(
             self.home,
@@ -178,33 +174,6 @@ def refuse_another_strategy(home: Path, *, sharded: bool) -> None:
             "set it back, or begin anew: --fresh moves what is there aside",
             INTEGRITY,
         )
-
-
-# --- of a model in parts; all of it collective ---
-
-SCHEDULE = "schedule.json"
-
-
-def save_parts(checkpoint: Path, model: Any, optimizer: Any, schedule: LambdaLR) -> None:
-    """Save a sharded model and its optimizer, each process its part, with the schedule."""
-    parallel.save(checkpoint / checkpoints.SHARDED, model, optimizer)
-    if rank() == 0:
-        write_json(checkpoint / SCHEDULE, schedule.state_dict())
-
-
-def load_weights(checkpoint: Path, model: Any) -> None:
-    """Load the weights of a sharded model."""
-    parallel.load_weights(checkpoint / checkpoints.SHARDED, model)
-
-
-def load_rest(checkpoint: Path, model: Any, optimizer: Any, schedule: LambdaLR) -> None:
-    """Load the optimizer of a sharded model, and the schedule with its rates."""
-    parallel.load_optimizer(checkpoint / checkpoints.SHARDED, model, optimizer)
-    path = checkpoint / SCHEDULE
-    with reading(path, "the state of a schedule"):
-        schedule.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
 
 
 def _move_up(folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""What a trainer does otherwise where each process holds a part of the model: it checks what learns,
+and each process saves and loads its part of a checkpoint.
+
+An adapter is whole in every process, beside a model in parts that is frozen and never saved: of it
+the library's own checkpoints are right.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from llmpipe import parallel
+from llmpipe.faults import reading
+from llmpipe.files import write_json
+from llmpipe.models.hardware import Hardware
+from llmpipe.recipe import sections
+from llmpipe.run import checkpoints
+from llmpipe.run.machine import rank
+from llmpipe.training.training import Training
+
+SCHEDULE = "schedule.json"
+
+
+class Sharded(Trainer):
+    """What `Durable` is of a model in parts. All of it is collective."""
+
+    training: Training[sections.Hosted]
+    optimizer: Any
+    lr_scheduler: Any
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.training.hardware
+
+    @property
+    def learns_in_parts(self) -> bool:
+        """Whether what learns is in parts, and not an adapter on what is."""
+        return self.hardware.sharded and self.training.recipe.adapter is None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The library's, of weights that are all in parts where they should be."""
+        if self.learns_in_parts:
+            parallel.refuse_whole(self.training.model)
+        return super().create_optimizer(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model in a checkpoint; one in parts is saved together with its optimizer."""
+        if not self.learns_in_parts:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.learns_in_parts:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        optimizer = self._plain_optimizer()
+        parallel.save(folder / checkpoints.SHARDED, self.training.model, optimizer)
+        if rank() == 0:
+            write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.learns_in_parts:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint) / checkpoints.SHARDED
+        parallel.load_weights(folder, self.training.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.learns_in_parts or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = self._plain_optimizer()
+        folder = Path(checkpoint) / checkpoints.SHARDED
+        parallel.load_optimizer(folder, self.training.model, optimizer)
+        path = Path(checkpoint) / SCHEDULE
+        with reading(path, "the state of a schedule"):
+            self.lr_scheduler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without Accelerate's wrapper."""
+        plain: torch.optim.Optimizer = self.optimizer.optimizer
+        return plain
