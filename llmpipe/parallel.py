@@ -407,6 +407,19 @@ def is_part(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def hold_whole(model: nn.Module, name: str) -> None:
+    """Put a linear layer in the place of one in parts, with all of its weights in each process.
+    Collective.
+    """
+    parts: Any = model.get_submodule(name)
+    parts.requires_grad_(False)  # what gathers it knows it still
+    rows, columns = parts.weight.shape
+    layer = nn.Linear(columns, rows, parts.bias is not None, parts.weight.device)
+    layer.to(parts.weight.dtype)
+    layer.load_state_dict({name: whole(tensor) for name, tensor in parts.state_dict().items()})
+    model.set_submodule(name, layer)
+
+
 def whole(tensor: T) -> T:
     """A tensor of which each process has a part, as one; anything else as it is. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -424,6 +437,12 @@ def part_like(tensor: Tensor, parts: Tensor) -> Tensor:
     tensor = tensor.to(parts.device)
     mesh, placements = parts.device_mesh, parts.placements
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+
+
+def beside_parts(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's state is whole in every process: of one that is not in parts, all."""
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if not isinstance(tensor, DTensor)}
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -75,6 +75,30 @@ def kill_in_step(step):
     _signal_in_step(step, signal.SIGKILL)
 
 
+def _after_hundredths(hundredths, number):
+    import threading
+
+    timer = threading.Timer(hundredths / 100, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
+def kill_after_hundredths(hundredths):
+    """Wherever it is by then."""
+    _after_hundredths(hundredths, signal.SIGKILL)
+
+
+def term_after_hundredths(hundredths):
+    _after_hundredths(hundredths, signal.SIGTERM)
+
+
+def kill_in_publish():
+    """When an adapter is saved and nobody has looked at it yet."""
+    from llmpipe.models import publish
+
+    _before(publish, "compare_adapter_on_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def crash_in_step(step):
     _signal_in_step(step, signal.SIGSEGV)
 

@@ -26,6 +26,7 @@ from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError, first_line
 from llmpipe.faults import reading
 from llmpipe.models.pretrained import load_model, resize_embeddings, take_generation
+from llmpipe.parallel import Spread, beside_parts, hold_whole
 from llmpipe.recipe.sections import Adapter, Quantization
 from llmpipe.run.weights import tensors_in
 
@@ -66,14 +67,20 @@ def load_frozen(
     attention: str = "sdpa",
     scores: bool = False,
     device: str = "cpu",
+    spread: Spread | None = None,
 ) -> PreTrainedModel:
-    """A base to train an adapter on, as a reward model where it `scores`.
+    """A base to train an adapter on, as a reward model where it `scores`, whose head is then whole
+    in every process.
 
-    It is in `dtype`, or as bitsandbytes holds it: NF4 with double quantization (Dettmers 2023) or 8
-    bits, with norms and embeddings in fp32. Raises UserError as `load_model` does.
+    It is in `dtype` and may be `spread` over processes, or as bitsandbytes holds it: NF4 with
+    double quantization (Dettmers 2023) or 8 bits, with norms and embeddings in fp32. Raises
+    UserError as `load_model` does.
     """
     if quantization is None:
-        return load_model(folder, attention, dtype, scores=scores, device=device)
+        model = load_model(folder, attention, dtype, scores=scores, device=device, spread=spread)
+        if spread and scores:
+            hold_whole(model, "score")
+        return model
     from peft import prepare_model_for_kbit_training
 
     if quantization.bits == 8:
@@ -276,6 +283,21 @@ def refuse_rows_without_a_home(model: Any, made: range) -> None:
     raise UserError(f"adapter: {problem}", hint)
 
 
+def refuse_beside_parts(folder: Path) -> None:
+    """Raise UserError (2) where the adapter in `folder` has more than low-rank matrices and a head
+    of scores: embeddings and lengths of weights do not fit a base in parts.
+    """
+    from peft import PeftConfig
+
+    with reading(folder, "an adapter", Exception):
+        config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    modules = {*(config.modules_to_save or ())} - {"score", "classifier"}
+    if modules or config.trainable_token_indices or config.use_dora:
+        what = "dora" if config.use_dora else "rows of embeddings"
+        problem = f"launch.strategy: fsdp: {folder}: the adapter has {what} beside its matrices"
+        raise UserError(problem, "set launch.strategy: ddp")
+
+
 def forget_base(model: Any) -> None:
     """Forget where the base was loaded from: PEFT looks it up, on the Hub too, at each save, and
     writes it into a card.
@@ -330,7 +352,9 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
     """An adapter's tensors as its file has them, on the CPU."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # PEFT would gather all of a base in parts first
+    state = beside_parts(model)
+    tensors = get_peft_model_state_dict(model, state, save_embedding_layers=False)
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 

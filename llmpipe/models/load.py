@@ -9,6 +9,7 @@ two give all weights to train in fp32, or an adapter on a frozen model where the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -30,7 +31,7 @@ from llmpipe.models.pretrained import (
     resize_embeddings,
     rows_of,
 )
-from llmpipe.parallel import Spread, plain_class
+from llmpipe.parallel import Spread, part_like, part_of, plain_class
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
@@ -98,9 +99,7 @@ def _drawn(setup: Setup[Training], shape: Architecture) -> PreTrainedModel:
     )
 
 
-def _drawn_in_parts(
-    setup: Setup[Training], shape: Architecture, spread: Spread
-) -> PreTrainedModel:
+def _drawn_in_parts(setup: Setup[Training], shape: Architecture, spread: Spread) -> PreTrainedModel:
     """The very weights that one process would draw, which it leaves in a file: each process reads
     its part of it. Collective.
     """
@@ -224,8 +223,23 @@ def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel
         device=hardware.place,
         spread=hardware.spread,
     )
+    if scores and hardware.sharded:
+        _draw_head(model, setup)
     _resize(model, setup)
     return _made_ready(model, setup)
+
+
+def _draw_head(model: PreTrainedModel, setup: Setup[Training]) -> None:
+    """Draw a new head as it is drawn where it is whole: in parts other numbers come of a seed."""
+    if is_reward_model(setup.job.weights):
+        return
+    weight = model.score.weight
+    head = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype)
+    head.to_empty(device=weight.device)
+    torch.manual_seed(setup.recipe.seed)
+    model._init_weights(head)
+    with torch.no_grad():
+        part_of(weight).copy_(part_like(head.weight, weight))
 
 
 def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False) -> Any:
@@ -245,19 +259,26 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
         setup.hardware.attention,
         scores,
         setup.hardware.place,
+        setup.hardware.spread,
     )
+    if scores and setup.hardware.sharded:
+        _draw_head(model, setup)
     made = _resize(model, setup)
     _made_ready(model, setup)
     parameters = model.num_parameters()
     if adapter.embeddings == "all" and adapters.is_tied(model):
         setup.say("embeddings: they share their weights with the head, and learn apart from it")
     if base:
+        if setup.hardware.sharded:
+            adapters.refuse_beside_parts(setup.job.model)
         model = adapters.attach(model, setup.job.model, trainable=True)
         adapters.refuse_another(model, adapter)
         adapters.refuse_rows_without_a_home(model, made)
         adapters.freeze_rows(model, adapter)
     else:
         added = setup.tokenizer.convert_tokens_to_ids(setup.prepared.added_tokens)
+        if added and setup.hardware.sharded:
+            _refuse_new_tokens(setup.prepared.added_tokens)
         model = adapters.begin(model, adapter, sorted({*made, *added}), recipe.seed)
     adapters.forget_base(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -290,6 +311,15 @@ def _refuse_new_rows(model: PreTrainedModel, tokens: int) -> None:
             f"has {rows:,}, and what is sharded does not grow",
             "set launch.strategy: ddp, or a data.template without new tokens",
         )
+
+
+def _refuse_new_tokens(tokens: Sequence[str]) -> None:
+    """Raise UserError (2): an adapter brings rows along for them, and these are in parts."""
+    raise UserError(
+        f"launch.strategy: fsdp: the template adds {', '.join(tokens)}, and an adapter has no rows "
+        "of embeddings beside a model in parts",
+        "set launch.strategy: ddp, or a data.template without new tokens",
+    )
 
 
 def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedModel:

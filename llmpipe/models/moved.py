@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpipe.parallel import part_of
+from llmpipe.parallel import part_of, whole
 
 LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
@@ -87,7 +87,7 @@ def _has_effect(layer: Any) -> bool:
     if not hasattr(layer, "lora_A") or "default" not in layer.scaling:
         return False
     update = layer.get_delta_weight("default").float()
-    weight = layer.get_base_layer().weight
+    weight = whole(layer.get_base_layer().weight)
     if weight.shape != update.shape or not weight.is_floating_point():
         return bool(update.any())
     return not torch.equal(weight.float() + update, weight.float())

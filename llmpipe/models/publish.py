@@ -31,6 +31,7 @@ from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.verify import (
     Verified,
     compare_adapter,
+    compare_adapter_on_parts,
     compare_merged,
     compare_model,
     compare_sharded,
@@ -110,21 +111,47 @@ def publish_adapter(
     one; nothing is published then.
     """
     upstream.as_loaded(model)
+    with publishing(folder) as staging:
+        _save_adapter(model, tokenizer, staging, base)
+        verified = compare_adapter(model, tokenizer, staging, base)
+    _say_of_adapter(verified, say)
+    return verified
+
+
+def publish_adapter_on_parts(
+    model: Any, tokenizer: Tokenizer, folder: Path, base: Base, world: World, say: Say
+) -> Verified:
+    """Save an adapter whose base is in parts, as `publish_adapter` does. Collective; what one
+    process refuses all of them do.
+    """
+    upstream.as_loaded(model)
+    reshard(model)
+    with publishing(folder) if world.is_first else nullcontext() as staging:
+        place = Path(world.gather(str(staging))[0])
+        if world.is_first:
+            _save_adapter(model, tokenizer, place, base)
+        world.wait()
+        verified = compare_adapter_on_parts(model, tokenizer, place, base, world)
+    _say_of_adapter(verified, say)
+    return verified
+
+
+def _save_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) -> None:
     tensors, config = as_published(model)
     config.base_model_name_or_path = base.reference  # no machine's path in an artifact
     config.revision = base.revision
-    with publishing(folder) as staging:
-        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(weights, staging / WEIGHTS)
-        config.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if model.can_generate():
-            model.generation_config.save_pretrained(staging)
-        verified = compare_adapter(model, tokenizer, staging, base)
+    weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(weights, folder / WEIGHTS)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _say_of_adapter(verified: Verified, say: Say) -> None:
     reloaded = f"logits differ by {verified.max_logit_difference:.1e} after reloading"
     merged = f"by {verified.merged_difference:.1e} when merged"
     say(f"verified: {verified.tensors} tensors, {reloaded}, {merged}")
-    return verified
 
 
 @screen.doing("merging the adapter into its base")

@@ -14,7 +14,7 @@ is reloaded borrows the weights of its files, part by part (`mapped`).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ from llmpipe.models.generate import render
 from llmpipe.models.mapped import Precision, lending, load_mapped
 from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of, take_generation
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import Spread, World, looking, part_of
+from llmpipe.parallel import Spread, World, looking, part_like, part_of
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
 from llmpipe.run.weights import tensors_in
@@ -157,11 +157,43 @@ def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) 
     merged into it.
     """
     _same_tokenizer(tokenizer, folder)
+    verified = _same_adapter(model, tokenizer, folder, base, probe_logits(model, tokenizer))
+    return replace(verified, stops_at=_stops_as_saved(model.get_base_model(), tokenizer, folder))
+
+
+def compare_adapter_on_parts(
+    model: Any, tokenizer: Tokenizer, folder: Path, base: Base, world: World
+) -> Verified:
+    """Compare an adapter whose base is in parts with what was saved of it in `folder`: each process
+    looks at its part of the base, the first one at all else. Collective; what one process refuses
+    all of them do.
+    """
+    with looking(model):
+        logits = probe_logits(model, tokenizer)
+        stops_at = _stops_as_saved(model.get_base_model(), tokenizer, folder)
+    verified, refused = None, None
+    try:
+        _same_tokenizer(tokenizer, folder)
+        if world.is_first:
+            verified = _same_adapter(model, tokenizer, folder, base, logits)
+        else:
+            _reloaded_on(model, tokenizer, folder, base)
+    except UserError as error:
+        refused = error
+    world.agree(refused)
+    verified = world.gather(verified)[0]
+    assert verified is not None  # or it was refused
+    return replace(verified, stops_at=stops_at)
+
+
+def _same_adapter(
+    model: Any, tokenizer: Tokenizer, folder: Path, base: Base, logits: torch.Tensor
+) -> Verified:
+    """What was saved is the adapter that said these `logits` on a probe."""
     trained, _ = as_published(model)
     tensors = same_tensors(trained, folder)
     reloaded, precision = _reloaded_on(model, tokenizer, folder, base)
     _same_updates(model, reloaded)
-    logits = probe_logits(model, tokenizer)
     with lending(reloaded, precision, model.device):
         again = probe_logits(reloaded, tokenizer, model.device)
     difference = _same_logits(model, logits, again, base.computes_in)
@@ -179,9 +211,8 @@ def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) 
     return Verified(
         tensors,
         difference,
-        _stops_as_saved(model.get_base_model(), tokenizer, folder),
-        _same_merged(reloaded, before, after),
-        quantized_difference,
+        merged_difference=_same_merged(reloaded, before, after),
+        quantized_to_merged_difference=quantized_difference,
     )
 
 
@@ -230,7 +261,8 @@ def _reloaded_on(
             upstream.share_quantized(model, name, frozen.layer)
             continue
         precision[weight] = frozen.weight.dtype
-        if frozen.is_files and rows.get(name) == len(weight):
+        lies_whole = part_of(frozen.weight).shape == weight.shape
+        if frozen.is_files and rows.get(name) == len(weight) and lies_whole:
             weight.data = frozen.weight.data
     upstream.as_quantized(model, trained.get_base_model())
     return attach(model, folder).eval(), precision
@@ -238,11 +270,12 @@ def _reloaded_on(
 
 def _is_files(frozen: Frozen, saved: torch.Tensor, base: Base) -> bool:
     """Whether a weight that was not trained is the base's, in the precision that it was held in."""
-    trained = frozen.weight.data[: len(saved)]
+    trained = part_of(frozen.weight)[: len(saved)]
     if upstream.is_quantized(frozen.layer):
         again = upstream.quantized_again(frozen.layer, saved, base.dtype)
         difference = (again - upstream.dequantized(frozen.layer)).abs().mean()
         return float(difference) <= REQUANTIZED * float(again.abs().mean())
+    saved = part_like(saved, frozen.weight)
     expected = saved.to(trained.device, base.dtype).to(trained.dtype)
     return torch.equal(trained, expected)
 

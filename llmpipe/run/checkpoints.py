@@ -48,7 +48,7 @@ UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 
 
-UNSAID = {"activation_checkpointing": "none"}
+UNSAID = {"activation_checkpointing": "none", "sharded": False}
 """Settings that older checkpoints do not say, as they were unless a recipe asked for others."""
 
 
@@ -230,9 +230,10 @@ def pick(
         if sums.origin.identity != identity:
             raise UserError(f"{path}: is of another recipe", "--fresh starts anew", INTEGRITY)
         before = UNSAID | dict(sums.origin.machine)
-        changed = [name for name, value in machine.items() if before.get(name) != value]
+        now = {"sharded": False} | dict(machine)
+        changed = [name for name, value in now.items() if before.get(name) != value]
         if changed and not inexact:
-            raise _other_machine(path, before, machine, changed)
+            raise _other_machine(path, before, now, changed)
         legs = sums.origin.legs
         moved = _other_platform(legs[-1].platform if legs else {}, platform)
         if moved:

@@ -15,7 +15,13 @@ from llmpipe.errors import NUMERIC, UserError
 from llmpipe.faults import reading, remembering
 from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
-from llmpipe.models.publish import merge, publish_adapter, publish_model, publish_sharded
+from llmpipe.models.publish import (
+    merge,
+    publish_adapter,
+    publish_adapter_on_parts,
+    publish_model,
+    publish_sharded,
+)
 from llmpipe.models.verify import Verified
 from llmpipe.parallel import World, is_sharded
 from llmpipe.recipe import sections
@@ -100,8 +106,9 @@ def _publish(trainer: Trained, training: Training[sections.Training]) -> Verifie
     trainer.forget_optimizer()
     tokenizer, folder, say = training.tokenizer, training.artifact.model, training.say
     adapter, spread = training.recipe.adapter, training.hardware.spread
-    if spread:
-        return publish_sharded(model, tokenizer, folder, World(trainer.accelerator), spread, say)
+    world = World(trainer.accelerator)
+    if adapter is None and spread:
+        return publish_sharded(model, tokenizer, folder, world, spread, say)
     if adapter is None:
         return publish_model(model, tokenizer, folder, say)
     trained_on = _true_base(training)
@@ -112,7 +119,10 @@ def _publish(trainer: Trained, training: Training[sections.Training]) -> Verifie
         quantization=training.recipe.quantization,
         dtype=training.hardware.frozen_dtype(adapter),
     )
-    verified = publish_adapter(model, tokenizer, folder, base, say)
+    if spread:
+        verified = publish_adapter_on_parts(model, tokenizer, folder, base, world, say)
+    else:
+        verified = publish_adapter(model, tokenizer, folder, base, say)
     if lies_at := trained_on.seen_from(training.artifact.path):
         say(f"adapter: for PEFT its base is {lies_at}, seen from {training.artifact.path}")
     return verified

@@ -1,5 +1,5 @@
-"""What a trainer does otherwise where each process holds a part of the model: it checks what learns,
-and each process saves and loads its part of a checkpoint.
+"""What a trainer does otherwise where each process holds a part of the model: it looks at what
+learns, and each process saves and loads its part of a checkpoint.
 
 An adapter is whole in every process, beside a model in parts that is frozen and never saved: of it
 the library's own checkpoints are right.
@@ -52,6 +52,12 @@ class Sharded(Trainer):
         """The model in a checkpoint; one in parts is saved together with its optimizer."""
         if not self.learns_in_parts:
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """An adapter without its base in parts, which PEFT would gather first."""
+        if self.hardware.sharded:
+            state_dict = parallel.beside_parts(self.training.model)
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.learns_in_parts:

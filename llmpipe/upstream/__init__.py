@@ -165,7 +165,9 @@ def as_reward_model(model: type[PreTrainedModel]) -> Iterator[None]:
     model._keys_to_ignore_on_load_missing = [*(missing or []), r"^score\."]
     model._keys_to_ignore_on_load_unexpected = [*(unexpected or []), r"^(lm_head|embed_out)\."]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "DTensor random operators")  # drawn again, see `load`
+            yield
     finally:
         model._keys_to_ignore_on_load_missing = missing
         model._keys_to_ignore_on_load_unexpected = unexpected

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -38,8 +40,44 @@ PACKED = {
 }
 
 
-def write(run, strategy="fsdp", **changes):
-    return life.write(run, **(SETTINGS | changes), launch__strategy=strategy)
+PAIRS = {
+    "data__train": [{"path": str(life.TINY / "pairs.jsonl")}],
+    "optim__batch_size": 8,
+    "launch__micro_batch_size": 2,
+}
+TEXT = {
+    "model": None,
+    "tokenizer": str(life.TINY / "model"),
+    "architecture": {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2},
+    "optim__batch_size": None,
+    "optim__batch_tokens": 256,
+}
+ADAPTER = {"adapter": {"rank": 4, "alpha": 8}}
+STAGES = {
+    "pretrain": TEXT,
+    "reward": PAIRS | {"samples": None},
+    "dpo": PAIRS,
+    "kto": PAIRS,
+    "lora": ADAPTER,
+}
+"""What a recipe of each stage changes in one of sft."""
+
+
+def write(run, strategy="fsdp", stage="sft", **changes):
+    how = SETTINGS | STAGES.get(stage, {}) | changes
+    values = life.recipe(run, **how, stage=stage, launch__strategy=strategy)
+    path = run.parent / f"{run.name}.yaml"
+    path.write_text(json.dumps(_without_nothing(values)))
+    return path
+
+
+def _without_nothing(values):
+    """A recipe without the fields that a stage does not have."""
+    return {
+        name: _without_nothing(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def lines(artifact):
@@ -65,11 +103,14 @@ def assert_alike(one, other):
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-4, rtol=0), name
-    said = [(each.path / "samples.jsonl").read_text() for each in (one, other)]
-    assert said[0] == said[1]
-    assert {p.name for p in one.model.iterdir()} == {p.name for p in other.model.iterdir()}
-    configs = [json.loads((each.model / "config.json").read_text()) for each in (one, other)]
-    assert configs[0] == configs[1]
+    said = [each.path / "samples.jsonl" for each in (one, other)]
+    assert said[0].exists() == said[1].exists()
+    assert not said[0].exists() or said[0].read_text() == said[1].read_text()
+    names = {path.name for path in one.model.iterdir()}
+    assert names == {path.name for path in other.model.iterdir()}
+    for name in names:
+        if name.endswith((".json", ".jinja")):
+            assert (one.model / name).read_bytes() == (other.model / name).read_bytes(), name
 
 
 def model_folder(folder, model):
@@ -104,6 +145,52 @@ def test_two_processes_in_parts_are_two_whole_ones(tmp_path, changes):
     assert "no small llama can be made" not in said, "its architecture is looked at as any other's"
     assert_alike(parts, life.pair(write(tmp_path / "whole", "ddp", **changes)))
     assert AutoModelForCausalLM.from_pretrained(parts.model).config.tie_word_embeddings
+
+
+OTHERS = [
+    life.by_the_dozen("pretrain", {}),
+    life.by_the_dozen("pretrain", {"data__stream": True, "data__eval": {}, "evaluation": {}}),
+    life.by_the_dozen("reward", {}),
+    pytest.param("dpo", {"optim__steps": 3}, id="dpo"),
+    life.by_the_dozen("dpo", {"precompute": True}),
+    life.by_the_dozen("kto", {}),
+    pytest.param("lora", {"optim__steps": 3}, id="lora"),
+    life.by_the_dozen("lora", PACKED),
+    life.by_the_dozen("lora", {"optim__optimizer": "adamw_8bit"}),
+    life.by_the_dozen("dpo", ADAPTER),
+    life.by_the_dozen("kto", ADAPTER),
+    life.by_the_dozen("reward", ADAPTER),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes"), OTHERS)
+def test_every_stage_in_parts_is_one_process(tmp_path, stage, changes):
+    """The rows do not divide by processes and micro-batches, and neither do the held-out ones."""
+    parts = life.pair(write(tmp_path / "parts", stage=stage, **changes))
+    manifest = parts.verify()
+    assert manifest.hardware["sharded"] is True
+    assert manifest.verified["max_logit_difference"] == 0
+    alone = life.command(write(tmp_path / "alone", "ddp", stage, **changes, launch__processes=1))
+    assert_alike(parts, alone)
+    reference = manifest.final.get("reference")
+    assert reference == alone.manifest().final.get("reference")
+    assert bool(reference) == (stage in ("dpo", "kto") and not changes.get("precompute"))
+
+
+@pytest.mark.faults
+def test_an_adapter_of_a_parent_goes_on(tmp_path):
+    """The parent's adapter is the reference, and is merged where a reward model begins from it."""
+    made = {}
+    for strategy in ("fsdp", "ddp"):
+        run = tmp_path / strategy
+        life.pair(write(run, strategy, "lora", optim__steps=3))
+        changes = {"model": "artifact:lora", "optim__steps": 3}
+        made[strategy] = [
+            life.pair(write(run, strategy, stage, **changes, **ADAPTER))
+            for stage in ("dpo", "reward")
+        ]
+    for mine, theirs in zip(made["fsdp"], made["ddp"], strict=True):
+        assert_alike(mine, theirs)
 
 
 def untied(tmp_path):
@@ -176,6 +263,50 @@ def straight(tmp_path_factory):
     return life.pair(write(tmp_path_factory.mktemp("straight") / "run"))
 
 
+@pytest.fixture(scope="module")
+def without_a_stop(tmp_path_factory):
+    """What a stage makes that nobody stops, once for each."""
+    made = {}
+
+    def make(stage):
+        if stage not in made:
+            made[stage] = life.pair(write(tmp_path_factory.mktemp(stage) / "run", stage=stage))
+        return made[stage]
+
+    return make
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["kill", "term"])
+def test_a_stop_at_random_leaves_no_trace(tmp_path, without_a_stop, stage, how, number):
+    """One of two processes, at any time of its life."""
+    straight = without_a_stop(stage)
+    draw = random.Random(f"{how} {stage} {number}")
+    hook = f"{how}_after_hundredths_{draw.randrange(200, 2000)}"
+    hooks = [None, None]
+    hooks[draw.randrange(2)] = hook
+    path = write(tmp_path / "run", stage=stage)
+    ends = life.ranks(path, hooks=hooks)
+    allowed = {0, 143} if how == "term" else {0, 1, 5, -signal.SIGKILL}
+    assert {code for code, _ in ends} <= allowed, ends
+    assert life.essence(life.pair(path)) == life.essence(straight)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("hooks", [("kill_in_publish", None), (None, "kill_in_publish")])
+def test_a_process_that_dies_while_an_adapter_is_published(tmp_path, without_a_stop, hooks):
+    straight = without_a_stop("lora")
+    path = write(tmp_path / "run", stage="lora")
+    began = time.monotonic()
+    ends = life.ranks(path, hooks=hooks)
+    assert time.monotonic() - began < 100
+    assert {code for code, _ in ends} <= {-signal.SIGKILL, 1, 5}, ends
+    assert not (tmp_path / "run" / "lora" / "model").exists()
+    assert life.essence(life.pair(path)) == life.essence(straight)
+
+
 @pytest.mark.parametrize(
     ("hooks", "codes"),
     [
@@ -243,6 +374,44 @@ def test_nothing_starts_from_a_checkpoint_in_parts(tmp_path, straight):
 
 
 @pytest.mark.faults
+def test_an_adapter_goes_on_where_its_base_is_whole_and_back(tmp_path):
+    """Its checkpoints are the same either way: two processes, one, and two again."""
+    rows = [{"path": str(life.TINY / "rows.jsonl"), "limit": 36}]
+    how = {"stage": "lora", "data__train": rows, "data__packing": False, "data__eval": {}}
+    how |= {"evaluation": {}, "optim__batch_size": 6}
+    straight = life.pair(write(tmp_path / "straight", **how))
+    path = write(tmp_path / "run", **how)
+    assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_4"))} == {143}
+    alone = write(tmp_path / "run", "ddp", **how, launch__processes=1)
+    with pytest.raises(UserError, match="sharded True there, False now"):
+        life.command(alone)
+    ends = life.ranks(alone, hooks=("term_in_step_8",), inexact=True)
+    assert [code for code, _ in ends] == [143], ends
+    for code, text in life.ranks(write(tmp_path / "run", **how), inexact=True):
+        assert code == 0, text
+    resumed = type(straight)(tmp_path / "run" / "lora")
+    assert not resumed.verify().training.exact_resume
+    assert_alike(resumed, straight)
+
+
+@pytest.mark.faults
+def test_a_pretraining_goes_on_in_another_number_of_processes_and_back(tmp_path):
+    """Two processes, three, and two again."""
+    how = {"stage": "pretrain", "optim__batch_tokens": 384, "data__eval": {}, "evaluation": {}}
+    how["architecture"] = TEXT["architecture"] | {"tied": False}  # 512 rows, and three processes
+    straight = life.pair(write(tmp_path / "straight", **how))
+    path = write(tmp_path / "run", **how)
+    assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_4"))} == {143}
+    three = life.ranks(path, hooks=(None, None, "term_in_step_8"), inexact=True)
+    assert {code for code, _ in three} == {143}, three
+    for code, text in life.ranks(path, inexact=True):
+        assert code == 0, text
+    resumed = type(straight)(tmp_path / "run" / "pretrain")
+    assert not resumed.verify().training.exact_resume
+    assert_alike(resumed, straight)
+
+
+@pytest.mark.faults
 def test_another_number_of_processes_goes_on_where_that_is_allowed(tmp_path):
     """Three processes, by which no width divides, then two: other sums, and the same training
     within rounding."""
@@ -288,8 +457,11 @@ def test_a_disk_that_fills_up_under_one_part(tmp_path, straight, hooks):
 
 
 REFUSED = {
-    "of all weights, not for reward yet": {"stage": "reward", "samples": None},
-    "not for an adapter yet": {"adapter": {}},
+    "there for ppo of all weights": {"stage": "ppo", "adapter": {}},
+    "a quantized model is not put in parts": {"adapter": {}, "quantization": {"bits": 4}},
+    "embeddings in parts do not learn": {"adapter": {"embeddings": "all"}},
+    "adapter.dora reads weights that are whole": {"adapter": {"dora": True}},
+    "adapter.init: pissa reads weights": {"adapter": {"init": "pissa"}},
     "adamw_8bit does not know parts": {"optim__optimizer": "adamw_8bit"},
     "paged_adamw does not know parts": {"optim__optimizer": "paged_adamw"},
     "no field of `trainer:`": {"trainer": {"neftune_noise_alpha": 5}},
@@ -304,10 +476,9 @@ REFUSED = {
 def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
     changes = {"launch__processes": 2, "launch__strategy": "fsdp"} | REFUSED[words]
     stage = changes.get("stage", "sft")
-    if stage == "reward":
-        changes["data__train"] = [{"path": str(life.TINY / "pairs.jsonl")}]
+    if stage == "ppo":
+        changes["reward"] = [{"function": f"{life.TINY}/rewards.py:brevity"}]
     values = life.recipe(tmp_path / "run", **(SETTINGS | changes))
-    values = {name: value for name, value in values.items() if value is not None}
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values, indent=1))
     number = next(
@@ -318,6 +489,20 @@ def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
     text = str(refused.value)
     assert refused.value.code == 2
     assert f"recipe.yaml:{number}: launch.strategy: fsdp: " in text and words.strip() in text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [({"embeddings": "all"}, "rows of embeddings"), ({"dora": True}, "dora beside its matrices")],
+)
+def test_an_adapter_that_has_more_than_matrices_is_refused(tmp_path, kind, words):
+    """One that is trained on, whatever the recipe says of it."""
+    begun = ADAPTER["adapter"] | kind
+    life.command(write(tmp_path / "run", "ddp", "lora", adapter=begun, launch__processes=1))
+    changes = {"model": "artifact:lora", "name": "on"}
+    for code, text in life.ranks(write(tmp_path / "run", stage="lora", **changes)):
+        assert code == 2 and "launch.strategy: fsdp" in text and words in text, text
 
 
 @pytest.mark.faults
