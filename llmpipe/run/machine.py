@@ -158,8 +158,8 @@ def on_several_machines() -> bool:
 
 
 def machine_rank() -> str:
-    """Which of the machines this is, as its launcher counts them from 0."""
-    return os.environ.get("GROUP_RANK", "0")
+    """Which of the machines this is, as its launcher, or else Slurm, counts them from 0."""
+    return os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID", "0")
 
 
 def local_rank() -> int:
