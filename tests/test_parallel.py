@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
 
 from llmpipe.errors import UserError
-from llmpipe.parallel import World
+from llmpipe.front.launch import free_port
+from llmpipe.parallel import World, interface_to, join, patient
 
 
 def world(rank: int, size: int) -> World:
@@ -47,13 +52,22 @@ def talk(world: World) -> dict:
     }
 
 
-def run(rank: int, store: str, queue: multiprocessing.Queue) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    queue.put((rank, talk(world(rank, 2))))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def run(rank: int, port: int, queue: multiprocessing.Queue) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    join("cpu")
+    heard = talk(world(rank, 2))
+    # which would have made a group with a timeout of its own
+    TrainingArguments("nowhere", use_cpu=True, report_to="none").device  # noqa: B018
+    heard["timeouts"] = [timeout_of(group) for group in (dist.group.WORLD, patient())]
+    queue.put((rank, heard))
+    World.of("cpu").wait()
+    dist.destroy_process_group()
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout
 
 
 def test_one_process_hears_itself():
@@ -65,10 +79,10 @@ def test_one_process_hears_itself():
     assert world(0, 1).is_first and not world(1, 2).is_first
 
 
-def test_two_processes_hear_the_same(tmp_path):
+def test_two_processes_hear_the_same():
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    arguments = (str(tmp_path / "store"), queue)
+    arguments = (free_port(), queue)
     processes = [context.Process(target=run, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -86,9 +100,15 @@ def test_two_processes_hear_the_same(tmp_path):
         "gathered": [{"rank": 0}, {"rank": 1}],
         "stop": 143,
         "refused": ("rank 1 has met it", "mend it", 5),
+        "timeouts": [timedelta(minutes=30), timedelta(days=7)],
     }
 
 
 def test_one_process_raises_its_own_error():
     with pytest.raises(UserError, match="mine"):
         world(0, 1).agree(UserError("mine"))
+
+
+def test_the_interface_by_which_a_host_is_reached():
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("no such host") is None
