@@ -61,6 +61,8 @@ def test_they_are_all_found():
         "dpo.yaml",
         "eval.yaml",
         "gpt2-124m.yaml",
+        "gpt2-hellaswag.yaml",
+        "gsm8k.yaml",
         "kto.yaml",
         "llama-1b.yaml",
         "lora.yaml",

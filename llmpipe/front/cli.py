@@ -25,7 +25,7 @@ from llmpipe.front.terminal import exit_code, open_terminal
 from llmpipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from llmpipe.recipe.check import Located
+    from llmpipe.recipe.check import Located, Pipeline
     from llmpipe.recipe.sections import Recipe
 
 app = typer.Typer(
@@ -189,19 +189,53 @@ def run_pipeline(
 
     An interrupted one is resumed.
     """
-    from llmpipe.front import ahead
     from llmpipe.recipe.check import load_pipeline
-    from llmpipe.run.artifact import artifact_of
     from llmpipe.stages import schema
 
     asked = load_pipeline(pipeline, schema, overrides(sets, run))
+    make_stages(asked, fresh=fresh, inexact=inexact_resume, debug=debug)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="recipes/NAME.yaml, or another pipeline's file.")
+    ],
+    run: RunOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run a pipeline, and hold it against what was published.
+
+    Ends with 4 where a number is outside of what its `expected:` allows.
+    """
+    from llmpipe.front.reproduce import announce, compare, pipeline_of
+    from llmpipe.recipe.check import load_pipeline
+    from llmpipe.stages import schema
+
+    path = pipeline_of(name)
+    asked = load_pipeline(path, schema, overrides(sets, run))
+    announce(asked, path, say)
+    if sets:
+        say(f"warning: this is another pipeline than the published one: --set {' '.join(sets)}")
+    make_stages(asked, debug=debug)
+    compare(asked, say)
+
+
+def make_stages(
+    asked: "Pipeline", *, fresh: bool = False, inexact: bool = False, debug: bool = False
+) -> None:
+    """Make the stages of a pipeline in order, once all that can be known ahead is right."""
+    from llmpipe.front import ahead
+    from llmpipe.run.artifact import artifact_of
+
     with screen.doing(LOOKING):
         ahead.check(asked.stages, fresh=fresh, pipeline=asked)
     stages = [located for located in asked.stages if located]
     for i, located in enumerate(stages, 1):
         recipe = located.recipe
         say(f"stage {i} of {len(stages)}: {recipe.stage} -> {artifact_of(recipe).path}")
-        make(located, fresh=fresh, inexact=inexact_resume, debug=debug)
+        make(located, fresh=fresh, inexact=inexact, debug=debug)
 
 
 @app.command()

@@ -20,11 +20,14 @@ from pydantic_core import ErrorDetails
 
 from llmpipe.errors import UserError, near, nearest
 from llmpipe.files import modules_in
+from llmpipe.recipe.expected import Expected
 from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
 from llmpipe.secrets import secrets_in
 
 STAGES = Path(__file__).parent.parent / "stages"  # listed, not imported: it is a floor above
+
+KEYS = ("run", "stages", "expected")  # of a pipeline
 
 STAGES_AT_MOST = 200  # of a pipeline
 
@@ -71,6 +74,8 @@ class Pipeline:
     """What each stage's artifact is called, as far as that can be told."""
     problems: list[str]
     """Everything that is wrong with the file by itself, each with its line."""
+    expected: list[Expected]
+    """What was published of it."""
 
 
 def load(path: Path, schema: type[Recipe], sets: list[str] | None = None) -> Recipe:
@@ -133,10 +138,9 @@ def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -
     apply_sets(values, where, sets or [], lambda key: _in_stages(key, values["stages"]))
     _refuse_no_pipeline(values, path)
     problems = [
-        f"{where[(key,)]}: {key}: unknown key{near(key, ['run', 'stages'])}; "
-        "a pipeline has run and stages"
+        f"{where[(key,)]}: {key}: unknown key{near(key, KEYS)}; a pipeline has {', '.join(KEYS)}"
         for key in values
-        if key not in ("run", "stages")
+        if key not in KEYS
     ]
     stages: list[Located | None] = []
     lines = _lines_by_stage(where)
@@ -146,7 +150,33 @@ def load_pipeline(path: Path, schema: SchemaOf, sets: list[str] | None = None) -
         except UserError as error:
             stages.append(None)
             problems.append(error.message)
-    return Pipeline(stages, [_name_of(stage) for stage in values["stages"]], problems)
+    names = [_name_of(stage) for stage in values["stages"]]
+    expected = _expected(values.get("expected", []), names, where, str(path), problems)
+    return Pipeline(stages, names, problems, expected)
+
+
+def _expected(
+    values: Any, names: list[str | None], where: Where, file: str, problems: list[str]
+) -> list[Expected]:
+    """What was published of a pipeline; what is wrong with it is added to `problems`."""
+    numbers = []
+    entries = values if isinstance(values, list) else [values]
+    for i, entry in enumerate(entries):
+        loc: Loc = ("expected", i) if entries is values else ("expected",)
+        complaints = Complaints(where, file)
+        try:
+            number = Expected.model_validate(entry)
+            numbers.append(number)
+            if number.artifact not in names:
+                hint = near(number.artifact, [name for name in names if name])
+                at = (*loc, "artifact")
+                complaints.add(at, at, f"no stage makes {number.artifact}{hint}")
+        except ValidationError as errors:
+            for error in errors.errors(include_url=False):
+                at = (*loc, *error["loc"])
+                complaints.add(at if at in where else loc, at, message_of(error, Expected))
+        problems += complaints.in_order()
+    return numbers
 
 
 def _refuse_no_pipeline(values: Any, path: Path) -> None:
@@ -177,7 +207,7 @@ def _lines_by_stage(where: Where) -> dict[int, Where]:
 
 def _in_stages(key: str, stages: list[Any]) -> str:
     """Where `--set NAME.field` of a pipeline goes: `stages.N.field`. Raises UserError."""
-    if key in ("", "run", "stages") or key.startswith("stages."):
+    if key in ("", *KEYS) or key.startswith(("stages.", "expected.")):
         return key
     names = [name for name in map(_name_of, stages) if name]
     for i, stage in enumerate(stages):
@@ -303,7 +333,7 @@ def _number(line: str) -> int:
     return int(match[1]) if match else 0
 
 
-def message_of(error: ErrorDetails, schema: type[Recipe]) -> str:
+def message_of(error: ErrorDetails, schema: type[BaseModel]) -> str:
     """What pydantic found, in a recipe's words, with the nearest name that would do."""
     given = error["input"]
     context = error.get("ctx", {})
@@ -363,7 +393,7 @@ def _quoted(text: str) -> list[str]:
     return re.findall(r"'([^']*)'", text)
 
 
-def _meant(loc: Loc, schema: type[Recipe]) -> str:
+def _meant(loc: Loc, schema: type[BaseModel]) -> str:
     """What an unknown key was meant to be: one of this section, one of another, or any of these."""
     key = str(loc[-1])[:LONGEST]
     section = section_at(schema, loc[:-1])
