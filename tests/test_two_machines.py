@@ -1,6 +1,7 @@
 """Two machines with one cable and one file system: equal to one, and what ends one ends both."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -64,10 +65,11 @@ def stop_second(names, running):
 
 
 FAULTS = [
-    (kill_second, torchrun, ("another process ended, see what it says", None)),
-    (kill_first, torchrun, (None, "another process ended, see what it says")),
+    (kill_second, torchrun, ("another process ended, see what it says", "")),
+    # by its connection, or by the store that its launcher had
+    (kill_first, torchrun, ("", "another process ended, see what it says|rank 0 is gone")),
     # there torchrun itself may wait on, for a rendezvous that nobody answers
-    (unplug, accelerate, ("rank 1 (machine 1) is gone", "is gone")),
+    (unplug, accelerate, (r"rank 1 \(machine 1\) is gone", "is gone")),
     (stop_second, torchrun, ("checkpoint written", "checkpoint written")),
 ]
 
@@ -86,7 +88,7 @@ def test_what_ends_one_machine_ends_both_and_the_same_command_goes_on(
     _, texts = machines.ends(running)
     assert time.monotonic() - begun < 60, texts
     for text, line in zip(texts, lines, strict=True):
-        assert line is None or line in text, text
+        assert re.search(line, text), text
         assert "Traceback" not in text.partition(LAUNCHER)[0], text
     assert list(artifact.checkpoints.glob("step-*"))
     subprocess.run(["ip", "-n", names[1], "link", "set", "cable", "up"], check=True)

@@ -228,6 +228,8 @@ def library_environment(action: Action) -> dict[str, str]:
         # no native code of the Hub, see `llmpipe.front`
         "USE_HUB_KERNELS": "0",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        # torch's warnings in C++, which show its stack where another process has gone
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
 
 

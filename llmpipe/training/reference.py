@@ -18,7 +18,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import upcast_trained
 from llmpipe.models.load import Setup, load_copy
-from llmpipe.parallel import is_sharded, looking, reshard, whole
+from llmpipe.parallel import World, is_sharded, looking, reshard, whole
 from llmpipe.recipe import sections
 from llmpipe.sums import Kept, check, is_sealed, seal
 from llmpipe.training.training import Training
@@ -128,7 +128,7 @@ class _LogProbs:
         elif self.accelerator.is_main_process:
             remove(self.folder)  # of a process that was killed
             self.folder.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        World(self.accelerator).wait()
         return str(self.folder / "log_probs.arrow")
 
     def seal(self) -> None:
@@ -136,6 +136,7 @@ class _LogProbs:
         if self.accelerator.is_main_process and not is_sealed(self.folder):
             settle(files_below(self.folder))
             seal(self.folder)
+        World(self.accelerator).wait()
 
 
 def parent_as_reference(model: Any) -> None:
