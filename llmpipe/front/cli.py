@@ -94,12 +94,26 @@ def read_recipe(
             hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
             raise UserError(f"no recipe named, and there is no {path} here", hint)
         say(f"no recipe named: using {path}")
-    located = locate(path, schema(name), overrides(sets, run))
+    located = obeying_launcher(locate(path, schema(name), overrides(sets, run)))
     from llmpipe.front import ahead  # not for a recipe that is not valid
 
     with screen.doing(LOOKING):
         ahead.check([located], fresh=fresh, only_prepare=only_prepare)
     return located
+
+
+def obeying_launcher(located: "Located") -> "Located":
+    """A recipe with what an outside launcher was configured to do with the model."""
+    if "ACCELERATE_USE_FSDP" not in os.environ:
+        return located
+    from dataclasses import replace
+
+    from llmpipe.run.launcher import obeyed
+
+    recipe = obeyed(located.recipe)
+    if recipe is not located.recipe:
+        say("accelerate: FSDP: launch.strategy is fsdp, and the model is in parts from its loading")
+    return replace(located, recipe=recipe)
 
 
 def overrides(sets: list[str] | None, run: str | None) -> list[str]:
@@ -130,7 +144,9 @@ def make(
     with with_lines(located), said_in_full(session.artifact):
         if outside():
             from llmpipe.front.outside import make_together
+            from llmpipe.run.launcher import take_out
 
+            take_out()
             make_together(session)
         else:
             session.make()
@@ -226,9 +242,12 @@ def make_stages(
     asked: "Pipeline", *, fresh: bool = False, inexact: bool = False, debug: bool = False
 ) -> None:
     """Make the stages of a pipeline in order, once all that can be known ahead is right."""
+    from dataclasses import replace
+
     from llmpipe.front import ahead
     from llmpipe.run.artifact import artifact_of
 
+    asked = replace(asked, stages=[each and obeying_launcher(each) for each in asked.stages])
     with screen.doing(LOOKING):
         ahead.check(asked.stages, fresh=fresh, pipeline=asked)
     stages = [located for located in asked.stages if located]

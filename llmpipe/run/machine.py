@@ -122,15 +122,13 @@ def full_pass(on_gpu: bool) -> int:
 def outside() -> bool:
     """Whether accelerate or torchrun started this very command. RANK is unset with one process.
 
-    Raises UserError where the launcher would shard the model.
+    Raises UserError where the launcher would hold the model in a way that llmpipe has not.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
-            instead = ", and set launch.strategy: fsdp" if name == "FSDP" else ""
-            raise UserError(
-                f"accelerate: llmpipe does not let a launcher shard models ({name})",
-                f"launch with --multi_gpu alone{instead}",
-            )
+            problem = f"accelerate: llmpipe trains no model by {name}"
+            remedy = "launch with --multi_gpu, and set launch.strategy: fsdp where one GPU is small"
+            raise UserError(problem, remedy)
     if "RANK" not in os.environ and _is_one_of_several_cpus():
         problem = "accelerate launch --cpu does not tell its processes of one another"
         raise UserError(problem, "launch with --multi_gpu, which runs on CPUs, too, or torchrun")

@@ -174,13 +174,23 @@ def test_outside_launchers(tmp_path, straight, command):
     assert code == 0 and "skip" in out, out
 
 
-@pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED"])
-def test_launchers_that_shard_are_refused(tmp_path, how, monkeypatch):
+def test_what_a_launcher_would_do_with_a_model_is_refused(tmp_path, monkeypatch):
     """Obeyed or refused, never ignored; and what there is instead is named."""
-    monkeypatch.setitem(ENVIRONMENT, f"ACCELERATE_USE_{how}", "true")
+    monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED", "true")
     code, out = run([*PYTHON, "sft", str(life.write(tmp_path / "run"))])
-    assert code == 2 and f"does not let a launcher shard models ({how})" in out
-    assert ("launch.strategy: fsdp" in out) == (how == "FSDP") and "Traceback" not in out
+    assert code == 2 and "llmpipe trains no model by DEEPSPEED" in out
+    assert "launch.strategy: fsdp" in out and "Traceback" not in out
+
+
+@pytest.mark.faults
+def test_a_launcher_with_fsdp_has_the_model_put_in_parts(tmp_path):
+    changes = {"launch__micro_batch_size": 2, "launch__activation_checkpointing": "none"}
+    path = life.write(tmp_path / "run", launch__processes="auto", **changes)
+    two = ["--use_fsdp", "--num_processes", "2", "--main_process_port", "29743"]
+    code, out = run([*ACCELERATE, *two, "llmpipe", "sft", str(path)])
+    assert code == 0, out
+    manifest = Artifact(tmp_path / "run" / "sft").verify()
+    assert manifest.hardware["sharded"] is True and out.count("launch.strategy is fsdp") == 1
 
 
 @pytest.mark.faults

@@ -1,0 +1,58 @@
+"""A launcher's FSDP, in the words in which Accelerate hands it on."""
+
+import os
+from argparse import Namespace
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from llmpipe.errors import UserError
+from llmpipe.recipe.check import load
+from llmpipe.run import launcher
+from llmpipe.stages import schema
+from tests import life
+
+
+def launched(monkeypatch, *flags):
+    """What `accelerate launch` sets with these flags."""
+    given: Namespace = launch_command_parser().parse_args([*flags, "--num_processes", "2", "x"])
+    given.dynamo_backend, given.mixed_precision, given.num_machines = "no", "no", 1
+    for name, value in prepare_multi_gpu_env(given).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return load(life.write(tmp_path / "run"), schema("sft"))
+
+
+def test_fsdp_is_a_strategy(monkeypatch, recipe):
+    assert launcher.obeyed(recipe) is recipe
+    launched(monkeypatch, "--use_fsdp", "--fsdp_version", "2")
+    assert launcher.obeyed(recipe).launch.strategy == "fsdp"
+    launcher.take_out()
+    assert not [name for name in os.environ if "FSDP" in name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--fsdp_offload_params", "true"], "FSDP_OFFLOAD_PARAMS: weights stay"),
+        (["--fsdp_reshard_after_forward", "false"], "FSDP_RESHARD_AFTER_FORWARD=false"),
+        (["--fsdp_sharding_strategy", "HYBRID_SHARD"], "FSDP_SHARDING_STRATEGY=HYBRID_SHARD"),
+        (["--fsdp_activation_checkpointing", "true"], "launch.activation_checkpointing: full"),
+        (["--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP"], "FSDP_AUTO_WRAP_POLICY=SIZE_BASED_WRAP"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(monkeypatch, recipe, flags, problem):
+    launched(monkeypatch, "--use_fsdp", *flags)
+    with pytest.raises(UserError, match=problem):
+        launcher.obeyed(recipe)
+
+
+def test_all_of_it_is_said_at_once(monkeypatch, recipe):
+    launch = recipe.launch.model_copy(update={"strategy": "ddp"})
+    launched(monkeypatch, "--use_fsdp", "--fsdp_offload_params", "true")
+    with pytest.raises(UserError, match=r"(?s)take one of them.*FSDP_OFFLOAD_PARAMS"):
+        launcher.obeyed(recipe.model_copy(update={"launch": launch}))
