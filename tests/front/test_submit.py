@@ -326,7 +326,8 @@ LLMPIPE = """\
 mkdir -p runs/tiny/sft/checkpoints/step-1 runs/tiny/sft/checkpoints/.step-2 runs/tiny/.prepared
 find runs -type f | sort > was-there
 echo 1 >> runs/tiny/sft/metrics.jsonl
-echo state > runs/tiny/sft/checkpoints/step-1/state
+[ -s was-there ] && rm -r runs/tiny/sft/checkpoints/step-1 && mkdir runs/tiny/sft/checkpoints/step-3
+echo state > "$(ls -d runs/tiny/sft/checkpoints/step-*)"/state
 echo half > runs/tiny/sft/checkpoints/.step-2/state
 echo tokens > runs/tiny/.prepared/tokens
 exit 143
@@ -356,6 +357,7 @@ def test_what_a_spot_machine_did_is_in_the_bucket_and_on_the_next_one(tmp_path):
     copied = sorted(str(path.relative_to(bucket)) for path in bucket.rglob("*") if path.is_file())
     assert copied == ["sft/checkpoints/step-1/state", "sft/metrics.jsonl"]
     assert on_a_machine("second") == [f"runs/tiny/{name}" for name in copied]
+    assert os.listdir(bucket / "sft/checkpoints") == ["step-3"], "the run keeps step-1 no longer"
     assert (bucket / "sft/metrics.jsonl").read_text() == "1\n1\n"
 
 
