@@ -216,17 +216,37 @@ def test_dockerfile():
     installs = [rest for keyword, rest in steps if keyword == "RUN" and "pip install" in rest]
     assert installs
     for rest in installs:
-        assert rest.count("pip install") == rest.count("pip install -c constraints.txt"), rest
+        assert rest.count("pip install") == rest.count("pip install -c /venv/constraints.txt"), rest
     assert all(keyword != "ADD" for keyword, _ in steps)
     users = [rest for keyword, rest in steps if keyword == "USER"]
     assert users and users[-1] not in ("root", "0")
+    assert re.fullmatch(r"\d+:\d+", users[-1]), (
+        "by number: `runAsNonRoot` of Kubernetes reads no names"
+    )
     entries = [rest for keyword, rest in steps if keyword == "ENTRYPOINT"]
-    assert entries == ['["llmpipe"]'], (
+    assert entries == ['["tini", "--", "llmpipe"]'], (
         "exec form, so that a stop signal reaches llmpipe and not a shell"
     )
     keywords = [keyword for keyword, _ in steps]
     assert keywords.index("USER") > max(i for i, k in enumerate(keywords) if k == "RUN")
+    base = next(rest for keyword, rest in steps if keyword == "ARG" and rest.startswith("BASE="))
+    assert re.search(r":3\.11\.[\w.-]+@sha256:[0-9a-f]{64}$", base)
     assert ("ARG", "DEVICE=cuda") in steps
+
+
+def test_what_submit_and_the_readme_run_is_what_the_image_has():
+    """The same folders, options and launcher in docker's template, in docker/README.md and in the
+    Dockerfile."""
+    readme = (ROOT / "docker" / "README.md").read_text(encoding="utf-8")
+    template = (ROOT / "llmpipe" / "front" / "submit" / "docker.jinja").read_text(encoding="utf-8")
+    steps = instructions()
+    assert ("WORKDIR", "/workspace") in steps and ("VOLUME", '["/cache", "/tmp"]') in steps
+    for text in (readme, template):
+        assert re.search(r'--volume.?"\$PWD":/workspace ', text)
+        assert ":/cache/huggingface --env" in text
+        assert "--no-python" in text and re.search(r"--entrypoint.tini .*-- ", text)
+    settings = " ".join(rest for keyword, rest in steps if keyword == "ENV")
+    assert "HF_HOME=/cache/huggingface" in settings and "HOME=/tmp" in settings
 
 
 def test_the_image_gets_all_that_is_installed_from():
@@ -242,9 +262,6 @@ def test_the_image_gets_all_that_is_installed_from():
         "LICENSE",
     } <= kept
     assert all((ROOT / name).exists() for name in kept)
-    assert (ROOT / "llmpipe" / "__main__.py").is_file(), (
-        "accelerate launch llmpipe runs this in the image's work folder"
-    )
 
 
 def test_no_paths_of_somebodys_machine():
