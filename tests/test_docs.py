@@ -218,6 +218,28 @@ def test_recipes_are_valid(page, tmp_path):
             yaml.safe_load(block)
 
 
+@pytest.mark.parametrize("tool", ["Axolotl", "LLaMA-Factory"])
+def test_their_config_is_the_recipe_beside_it(tool, tmp_path, monkeypatch):
+    """What `init --from` makes of it says what ours says, but for what their tool leaves open."""
+    from llmpipe.front.foreign import translate
+
+    page = text_of(DOCS / "from.md")
+    _, _, section = page.partition(f"## {tool}\n")
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.yaml").write_text(blocks(section, "text")[0], encoding="utf-8")
+    translate(Path("theirs.yaml"), lambda line: None)
+    ours = yaml.safe_load(blocks(page, "yaml")[0])
+    made = yaml.safe_load(Path("theirs-llmpipe.yaml").read_text(encoding="utf-8"))
+    assert (made["stage"], made["model"]) == (ours["stage"], ours["model"])
+    assert made["adapter"].items() >= ours["adapter"].items()
+    for section, names in {
+        "data": "max_length packing eval",
+        "optim": "learning_rate batch_size epochs",
+    }.items():
+        for name in names.split():
+            assert made[section][name] == ours[section][name], f"{section}.{name}"
+
+
 def test_the_mistake_in_the_docs_is_answered_so(tmp_path):
     page = text_of(DOCS / "recipes.md")
     block = next(block for block in blocks(page, "yaml") if "stage:" in block)
