@@ -183,7 +183,7 @@ def support_page() -> str:
             if of_stages:
                 why = feature[f"why_{status}"].strip()
                 lines.append(f"- **{feature['name']}** ({', '.join(of_stages)}): {why}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", table["models"].strip()]) + "\n"
 
 
 def _status(feature: Node, stage: str) -> str:
