@@ -4,7 +4,7 @@ It asks no network and runs no JavaScript. What lies in a run is not trusted: th
 all text, and control characters are replaced. The file stays under 2 MB: curves are thinned, long
 lists and texts are cut, and the page says how much is left out.
 
-`page.html.j2` shows the records that `sections` gathers.
+Each section is gathered by the module of its name; `page.html.j2` shows their records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from llmpipe import __version__
 from llmpipe.errors import RESOURCES, UserError
 from llmpipe.files import write_whole
-from llmpipe.report import charts, sections
+from llmpipe.report import answers, flow, lineage, origin, summary, training
+from llmpipe.report.compare import comparison
+from llmpipe.report.evaluation import Evaluated, evaluated
 from llmpipe.report.parts import Run, parts_of
 
 if TYPE_CHECKING:
@@ -35,28 +37,40 @@ class RunPage:
 
     name: str
     prefix: str
-    summary: str
-    lineage: charts.Lineage
-    training: list[sections.Trained]
-    data: sections.Data
-    evaluation: list[sections.Evaluated]
-    samples: sections.Samples
-    recipes: list[sections.Asked]
+    summary: summary.Summary
+    evaluation: list[Evaluated]
+    answers: answers.Answers
+    training: list[training.Trained]
+    data: list[flow.Flow]
+    lineage: lineage.Lineage
+    recipes: list[origin.Origin]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Titles of the sections that have something to show, by their ids; training has its own
+        in the contents."""
+        titles = {
+            "data": ("Data, in and out", self.data),
+            "numbers": ("All numbers", self.evaluation),
+            "answers": ("All answers", self.answers.folds),
+            "lineage": ("Lineage", True),
+            "recipes": ("Recipes, versions, machine", True),
+        }
+        return {name: title for name, (title, content) in titles.items() if content}
 
 
 def run_page(run: Run) -> RunPage:
-    done = sum(part.status == "finished" for part in run.parts)
-    count = len(run.parts)
+    evaluations = [evaluated(part) for part in run.evaluations]
     return RunPage(
         name=run.name,
         prefix=run.prefix,
-        summary=f"{count} artifact{'s' * (count > 1)}, {done} finished",
-        lineage=sections.lineage(run),
-        training=[sections.trained(part, run.scale) for part in run.trained],
-        data=sections.data(run),
-        evaluation=[sections.evaluated(part) for part in run.evaluations],
-        samples=sections.samples(run),
-        recipes=[sections.asked(part) for part in run.parts],
+        summary=summary.summary(run, evaluations),
+        evaluation=evaluations,
+        answers=answers.answers(run),
+        training=[training.trained(part, run.scale) for part in run.trained],
+        data=flow.flows(run),
+        lineage=lineage.lineage(run),
+        recipes=[origin.origin(part) for part in run.parts],
     )
 
 
@@ -87,7 +101,7 @@ def page(runs: list[Run]) -> str:
         .render(
             title=" and ".join(run.name for run in runs),
             style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
-            comparison=sections.comparison(*runs) if len(runs) == 2 else None,
+            comparison=comparison(*runs) if len(runs) == 2 else None,
             runs=[run_page(run) for run in runs],
             version=__version__,
             date=time.strftime("%Y-%m-%d %H:%M"),

@@ -15,6 +15,7 @@ from llmpipe.report.terminal import status_of
 from llmpipe.report.text import text_of
 from llmpipe.run.artifact import PLAN, Artifact, artifacts
 from llmpipe.run.manifest import Asked, DataFacts
+from llmpipe.run.outcome import Outcome
 from llmpipe.secrets import redacted
 from llmpipe.typed import record
 
@@ -34,6 +35,8 @@ class Part:
     manifest: dict[str, Any]
     """Its manifest, or what is known before there is one."""
     curves: Curves
+    outcome: Outcome | None
+    """How the last attempt ended that did not finish it."""
 
     @property
     def is_evaluation(self) -> bool:
@@ -89,6 +92,7 @@ def read(artifact: Artifact) -> Part:
         status=status,
         manifest=artifact.document() if manifest else _begun(artifact.path),
         curves=curves_of(artifact.path / "metrics.jsonl"),
+        outcome=None if artifact.finished else Outcome.read(artifact),
     )
 
 

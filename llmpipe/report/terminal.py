@@ -1,75 +1,100 @@
-"""`llmpipe show`: the short form of a run, as text."""
+"""`llmpipe show`: the short form of a run, as text of 80 columns."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmpipe.errors import UserError
 from llmpipe.files import SMALL, Table, in_bytes
 from llmpipe.report.curves import curves_of
+from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact, artifacts
 
 if TYPE_CHECKING:
+    from llmpipe.data.counts import RowCounts
     from llmpipe.run.manifest import Manifest
-    from llmpipe.run.results import Results
+    from llmpipe.run.results import Results, TaskResults
 
+COLUMNS = 80
+LABEL = 10  # characters of what stands before a line
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def show_run(path: Path) -> str:
-    """Every artifact of a run, or one of them, a paragraph each."""
+    """Every artifact of a run in a paragraph, or all of one of them."""
     if os.path.exists(path / "recipe.yaml"):
-        return "\n".join(describe(Artifact(path)))
+        return "\n".join(describe(Artifact(path), in_full=True))
     paragraphs = ["\n".join(describe(artifact)) for artifact in artifacts(path)]
     if not paragraphs:
         hint = "give the folder that `run:` of a recipe names"
         raise UserError(f"{path}: holds no artifacts", hint)
-    return "\n\n".join(paragraphs)
+    next_command = f"Curves, answers side by side, every number: llmpipe report {path}"
+    return "\n\n".join([*paragraphs, next_command])
 
 
-def describe(artifact: Artifact) -> list[str]:
-    """One artifact: status, lineage, rows, training, size."""
+def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
+    """One artifact: status, lineage, rows, training, size; of an evaluation what it found.
+
+    `in_full`: an evaluation with its numbers.
+    """
     status, manifest = status_of(artifact)
+    lines = [str(artifact.path)]
     if manifest is None:
-        return [f"{artifact.path}  {status}", *losses(artifact)]
-    by = f"{manifest.finished}  {manifest.kind} by {manifest.stage}  {manifest.fingerprint[:12]}"
-    lines = [f"{artifact.path}  {status} {by}"]
-    if manifest.data is None or manifest.training is None:  # an evaluation
-        from llmpipe.run.results import Results  # an evaluation alone has some
-
-        try:
-            return lines + measurements(Results.from_file(artifact.path / "results.json"))
-        except UserError as error:
-            return [*lines, f"  {error.message.removeprefix(f'{artifact.path}/')}"]
-    rows = manifest.data.rows
-    tokens = manifest.data.tokens
-    training = manifest.training
-    rejected = ", ".join(f"{n} {reason}" for reason, n in rows.rejected_by_reason.items()) or "none"
+        return [*lines, *labelled("status", status), *losses(artifact)]
+    made = f"{manifest.kind} by {manifest.stage}, {manifest.fingerprint[:12]}"
+    lines += labelled("status", f"{status} {manifest.finished}, {made}")
+    if manifest.data is None or manifest.training is None:
+        return lines + _evaluation(artifact, in_full)
     parents = ", ".join(f"{p.name} ({p.fingerprint[:12]})" for p in manifest.parents)
     outside = ", ".join(model["reference"] for model in manifest.models.values())
-    lines.append(f"  from       {parents or outside or 'random weights'}")
-    lines.append(
-        f"  rows       {rows.read:,} read = {rows.kept:,} kept + {rows.rejected:,} rejected "
-        f"({rejected}); {rows.truncated:,} truncated, {rows.split:,} split; "
-        f"{rows.train:,} train, {rows.eval:,} held out"
-    )
+    lines += labelled("from", parents or outside or "random weights")
+    lines += labelled("rows", _rows(manifest.data.rows))
+    tokens, training = manifest.data.tokens, manifest.training
     share = f"{tokens.train_supervised / max(tokens.train, 1):.0%} supervised"
     share = "prompts, to be answered" if manifest.stage == "ppo" else share
-    lines.append(f"  tokens     {tokens.train:,} per epoch, {share}")
-    lasted = duration_of(training.seconds)
+    lines += labelled("tokens", f"{tokens.train:,} per epoch, {share}")
     resumed = "" if training.exact_resume else "; resumed, and not exactly"
+    steps = counted(training.steps, "step")
     size = size_of(manifest.files)
-    lines.append(f"  training   {training.steps:,} steps, {lasted}, {size}{resumed}")
+    lines += labelled("training", f"{steps}, {duration_of(training.seconds)}, {size}{resumed}")
     if ranking := manifest.final.get("ranking"):
         low, high = ranking["accuracy_interval"]
         pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
-        lines.append(
-            f"  ranking    {ranking['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {pairs} right"
-        )
+        right = f"{ranking['accuracy']:.0%} [{low:.0%}, {high:.0%}] of {pairs} right"
+        lines += labelled("ranking", right)
     return lines + losses(artifact)
+
+
+def labelled(label: str, text: str) -> list[str]:
+    """A text behind its label, in as many lines as it takes; only at spaces is it cut."""
+    return textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=f"  {label:<{LABEL}} ",
+        subsequent_indent=" " * (LABEL + 3),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _rows(rows: RowCounts) -> str:
+    """What became of the rows that were read; what did not occur is not said."""
+    why = ", ".join(f"{count:,} {reason}" for reason, count in rows.rejected_by_reason.items())
+    rejected = f"{rows.rejected:,} rejected" + (f" ({why})" if why else "")
+    told = {
+        rejected: rows.rejected,
+        f"{rows.truncated:,} truncated": rows.truncated,
+        f"{rows.split:,} split": rows.split,
+        f"{rows.duplicates:,} duplicate": rows.duplicates,
+        f"{rows.unseen:,} left out by weight": rows.unseen,
+    }
+    parts = [f"{rows.read:,} read", *(text for text, count in told.items() if count)]
+    return f"{', '.join(parts)}; {rows.train:,} to train on, {rows.eval:,} held out"
 
 
 def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:
@@ -97,25 +122,46 @@ def _altered(problems: list[str]) -> str:
     return f"altered: {problems[0]}{more}; finished"
 
 
-def measurements(results: Results) -> list[str]:
-    """An evaluation in lines: every number and every difference, with its interval."""
-    lines = []
-    for name, task in results.tasks.items():
-        seen = max((task.overlap or {}).values(), default=0)
-        note = f"; {seen:,} of {task.n:,} asked in training" if seen else ""
-        lines.append(f"  {name}: {task.task}{note}")
-        for metric, cells in task.metrics.items():
-            for label, cell in cells.items():
-                bounds = f"[{cell.low:.4f}, {cell.high:.4f}]" if cell.has_interval else cell.lacks
-                value = f"{cell.value:10.4f}  {bounds}  n={cell.n:,}"
-                lines.append(f"    {metric:<16} {label:<14} {value}")
-            for pair, cell in task.differences.get(metric, {}).items():
-                bounds = f"[{cell.low:+.4f}, {cell.high:+.4f}]" if cell.has_interval else cell.lacks
-                value = f"{cell.value:+10.4f}  {bounds}"
-                verdict = "  differs" if cell.differs else ""
-                lines.append(f"    {'':<16} {pair:<14} {value}{verdict}")
-    return lines
+# --- evaluations ----------------------------------------------------------------------------------
 
+
+def _evaluation(artifact: Artifact, in_full: bool) -> list[str]:
+    from llmpipe.run.results import Results  # an evaluation alone has some
+
+    try:
+        results = Results.from_file(artifact.path / "results.json")
+    except UserError as error:
+        return labelled("results", error.message.removeprefix(f"{artifact.path}/"))
+    return measurements(results) if in_full else list(findings(results))
+
+
+def measurements(results: Results) -> list[str]:
+    """An evaluation in lines: each number with its interval, then what differs, in sentences."""
+    from llmpipe.report.scoreboard import lines_of, scoreboard
+
+    lines = [f"  {line}" for line in lines_of(scoreboard(results))]
+    return [*lines, *findings(results)]
+
+
+def findings(results: Results) -> Iterator[str]:
+    """What each model is against the one that it was made from, and what takes from that."""
+    from llmpipe.report.scoreboard import scoreboard, sentences
+
+    for sentence in sentences(scoreboard(results)):
+        model, _, rest = sentence.partition(" ")
+        yield from labelled(model, rest)
+    seen = [trained_on(name, task) for name, task in results.tasks.items()]
+    if said := in_words([text for text in seen if text]):
+        yield from labelled("but", f"asked in training were {said}")
+
+
+def trained_on(name: str, task: TaskResults) -> str:
+    """How many items of a task the models were trained on; empty for none."""
+    seen = max((task.overlap or {}).values(), default=0)
+    return f"{seen:,} of {task.n or 0:,} items of {name}" if seen else ""
+
+
+# --- curves ---------------------------------------------------------------------------------------
 
 CURVES = {
     "loss": "loss",
@@ -132,8 +178,8 @@ def losses(artifact: Artifact) -> list[str]:
     shown = []
     for name, title in CURVES.items():
         if values := [value for _, value in points.get(name, [])]:
-            ends = f"{values[0]:.4f} -> {values[-1]:.4f}"
-            shown.append(f"  {title:<10} {ends}  {sparkline(values)}")
+            ends = f"{values[0]:.4g} → {values[-1]:.4g}"
+            shown.append(f"  {title:<{LABEL}} {ends:<20}  {sparkline(values)}")
     return shown
 
 

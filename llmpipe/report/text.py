@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -48,8 +49,33 @@ def number(value: Any, decimals: int | None = None, sign: str = "", digits: int 
         decimals = 0
     if isinstance(value, int) and not decimals:
         text = f"{value:{sign},}"  # of any size
-    elif decimals is None:
+    elif decimals is None or abs(value) >= 1e15:
         text = f"{value:{sign},.{digits}g}"
     else:
-        text = f"{value:{sign},.{decimals}f}"
+        text = f"{value:{sign}z,.{decimals}f}"  # z: no zero below zero
+    if not text.strip("+0.,"):
+        text = text.removeprefix("+")  # and none above it
     return text.replace("-", "−").replace("e−0", "e−")
+
+
+def decimals_of(uncertainty: float) -> int:
+    """Decimals that a number has a right to: two digits of its uncertainty up to 354, one above.
+
+    The rule of the Particle Data Group (Review of Particle Physics, 5.3).
+    """
+    if not (math.isfinite(uncertainty) and uncertainty > 1e-12):
+        return 3
+    power = math.floor(math.log10(uncertainty))
+    digits = 2 if uncertainty < 3.55 * 10.0**power else 1
+    return min(max(digits - 1 - power, 0), 12)
+
+
+def in_words(items: list[str]) -> str:
+    """`a, b and c`."""
+    *first, last = items or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def counted(count: int, noun: str, many: str | None = None) -> str:
+    """`1 item`, `2 items`."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"

@@ -35,6 +35,7 @@ from llmpipe.recipe.sections import (
 from llmpipe.record import Record
 from llmpipe.run.artifact import Artifact, artifact_of, artifacts, manifest_beside
 from llmpipe.run.context import check_answers
+from llmpipe.run.gate import judged
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.run.outlook import Outlook
@@ -375,43 +376,12 @@ def judge(recipe: Schema, artifact: Artifact, say: Say) -> None:
     assert measured is not None  # the artifact is finished
     results = Results.from_file(measured)
     label = list(recipe.models)[-1]
-    parent = results.models[label].parent
-    values = results.values()
     failures = []
     for name, gate in recipe.gate.items():
-        metric = _metric(name, label, values)
-        of_models = values[metric]
-        if gate.max_ratio_to_parent is not None and parent not in of_models:
-            problem = f"gate: {name}: the parent of {label} is not among models"
-            raise UserError(problem, "add it to `models:`")
-        failed = _failed(gate, of_models[label], parent, of_models)
-        shown = f"gate: {metric} of {label} is {of_models[label]:.4g}"
-        failures += [f"{shown}, not {condition}" for condition in failed]
+        number = judged(name, gate, label, results)
+        shown = f"gate: {number.metric} of {label} is {number.value:.4g}"
+        failures += [f"{shown}, not {condition}" for condition in number.failed]
     if failures:
         hint = f"the measurements are kept: llmpipe show {artifact.path}"
         raise UserError("\n".join(failures), hint, NUMERIC)
     say(f"gate: {label} passes {len(recipe.gate)} condition{'s' * (len(recipe.gate) > 1)}")
-
-
-def _metric(name: str, label: str, values: dict[str, dict[str, float]]) -> str:
-    """The one measured TASK.METRIC that a gate names, with or without its task."""
-    named = [metric for metric in values if name in (metric, metric.partition(".")[2])]
-    if len(named) == 1 and label in values[named[0]]:
-        return named[0]
-    problem = "several tasks have it" if len(named) > 1 else f"not measured{near(name, values)}"
-    known = ", ".join(metric for metric, of_models in values.items() if label in of_models)
-    raise UserError(f"gate: {name}: {problem}", f"there are: {known}")
-
-
-def _failed(gate: Gate, value: float, parent: str | None, of_models: dict[str, float]) -> list[str]:
-    """The conditions that a value fails; NaN passes none."""
-    failed = []
-    if gate.min is not None and not value >= gate.min:
-        failed.append(f"at least {gate.min:.4g}")
-    if gate.max is not None and not value <= gate.max:
-        failed.append(f"at most {gate.max:.4g}")
-    if gate.max_ratio_to_parent is not None and parent is not None:
-        limit = gate.max_ratio_to_parent * of_models[parent]
-        if not value <= limit:
-            failed.append(f"at most {gate.max_ratio_to_parent:g} x {parent}'s {limit:.4g}")
-    return failed

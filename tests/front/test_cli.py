@@ -130,9 +130,11 @@ def test_a_pipeline_skips_what_is_finished_and_makes_the_rest(llmpipe, tmp_path)
     assert code == 3 and "optim.epochs: 1.0 there, 3.0 now" in err
 
     code, out, _ = llmpipe("show", tmp_path / "run")
-    assert code == 0 and out.index("run/sft ") < out.index("run/again ")
+    assert code == 0 and out.index("run/sft\n") < out.index("run/again\n")
     assert (
-        "72 read = 72 kept + 0 rejected" in out and "from       sft (" in out and "held out" in out
+        "rows       72 read; 65 to train on, 7 held out" in out
+        and "from       sft (" in out
+        and "held out" in out
     )
 
 

@@ -21,7 +21,7 @@ from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import SCRATCH, fingerprint
 from llmpipe.run.verify import verify_run
 from tests import life
-from tests.report.test_report import add_eval, add_sft, write_lines
+from tests.report.written import add_eval, add_sft, write_lines
 
 ODD = [
     *(None, True, -1, 1e99, math.inf, math.nan, 10**400, "", "\ud800", "../../x", "9" * 5000),

@@ -3,26 +3,22 @@ no torch."""
 
 from __future__ import annotations
 
-import json
-import math
 import subprocess
 import sys
-from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from llmpipe.errors import UserError
-from llmpipe.files import table, write_json
-from llmpipe.report import charts
+from llmpipe.errors import SIGTERM, UserError
+from llmpipe.files import write_json
 from llmpipe.report import page as pages
-from llmpipe.sums import fingerprint
+from tests.report.written import HOSTILE, add_eval, add_sft, write_lines
 
-HOSTILE = "<script>alert(1)</script>"
-SECTIONS = ("lineage", "training", "data", "evaluation", "samples", "recipes")
+SECTIONS = ("summary", "warnings", "training", "data", "numbers", "answers", "lineage", "recipes")
 VOID = {"meta", "link"}
+HEADINGS = {"h1", "h2", "h3", "h4", "h5"}
 
 
 class Page(HTMLParser):
@@ -31,6 +27,9 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.open, self.tags, self.ids, self.targets, self.texts = [], [], [], [], []
+        self.tables = {}
+        """{label: rows of the texts of their cells}"""
+        self.rows = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -44,6 +43,12 @@ class Page(HTMLParser):
         self.targets += (
             [attributes["href"][1:]] if attributes.get("href", "").startswith("#") else []
         )
+        if attributes.get("class") == "scroll":
+            self.rows = self.tables.setdefault(attributes["aria-label"], [])
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -53,6 +58,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.texts.append(data)
+        if {"td", "th"} & set(self.open) and self.rows:
+            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
 
     def named(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -60,190 +67,6 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def publish(folder: Path, manifest: dict, recipe: str) -> dict:
-    """Finish what lies in a folder, with a model of 1.5 MB."""
-    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    (folder / "model").mkdir()
-    (folder / "model" / "x").write_bytes(bytes(1_500_000))
-    manifest = {
-        "name": folder.name,
-        "version": 1,
-        "identity": "0" * 64,
-        "seed": 42,
-        "llmpipe": "0.1.0",
-        "git": None,
-        "versions": {},
-        "machine": {},
-        "environment": {},
-        "seconds": 70.0,
-        "finished": "2026-11-26T13:50:39Z",
-        "files": {name: asdict(entry) for name, entry in table(folder).items()},
-        **manifest,
-    }
-    manifest["fingerprint"] = fingerprint(manifest)
-    write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def add_sft(
-    run: Path, rate: float = 0.005, loss: float = 0.46, steps: int = 40, answer: str = "Blue."
-) -> dict:
-    """A model that was trained, with a few rows rejected."""
-    folder = run / "sft"
-    rows = {
-        "read": 72,
-        "kept": 70,
-        "rejected": 2,
-        "rejected_by_reason": {"empty": 2},
-        "truncated": 1,
-        "split": 0,
-        "pieces": 0,
-        "duplicates": 3,
-        "unseen": 0,
-        "overlap": 0,
-        "train": 63,
-        "eval": 7,
-    }
-    source = {
-        "path": "./rows.jsonl",
-        "format": "messages",
-        "files": [{"name": "rows.jsonl"}],
-        "read": 72,
-        "kept": 70,
-    }
-    lines = [{"step": 0, "eval_loss": 6.572}]
-    for step in range(1, steps + 1):
-        line = {
-            "step": step,
-            "loss": loss + 4 / step,
-            "learning_rate": rate / step,
-            "grad_norm": 1.0 + step % 3,
-        }
-        lines.append(
-            {**line, "tokens_per_second": 20000.5, "memory_gb": 0.5, "epoch": 1.0, "seconds": 1.0}
-        )
-    write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 3.811}])
-    asks = [("before", "\u0000ES\ud800", False), ("after", answer, True)]
-    write_lines(
-        folder / "samples.jsonl",
-        [
-            {"when": when, "prompt": "What colour is the sky?", "answer": a, "ended": e}
-            for when, a, e in asks
-        ],
-    )
-    refused = [
-        {"file": "rows.jsonl", "row": i, "reason": "empty", "detail": HOSTILE} for i in range(25)
-    ]
-    write_lines(folder / "rejected.jsonl", refused)
-    return publish(
-        folder,
-        {
-            "kind": "model",
-            "stage": "sft",
-            "parents": [],
-            "models": {"model": {"reference": "./base", "files": "0" * 64}},
-            "asked": {"recipe": {"optim": {"learning_rate": rate}}, "models": {}, "content": {}},
-            "data": {
-                "rows": rows,
-                "sources": [{**source, "revision": None}],
-                "tokens": {
-                    "train": 2000,
-                    "train_supervised": 500,
-                    "eval": 0,
-                    "eval_supervised": 0,
-                    "eval_bytes": 0,
-                },
-                "sequences": {"train": 40, "eval": 0},
-                "lengths": {"p50": 28, "p95": 39, "max": 54},
-                "added_tokens": [],
-                "content_digest": "0" * 64,
-                "processes": 1,
-            },
-            "final": {"loss": loss, "eval_loss_before": 6.572, "eval_loss": 3.811},
-            "training": {
-                "steps": steps,
-                "published_step": steps,
-                "tokens": 38100,
-                "seconds": 65.0,
-                "exact_resume": True,
-            },
-            "versions": {"python": "3.11.7"},
-            "git": "34a2ce1",
-        },
-        f"stage: sft\nname: '{HOSTILE}'\n",
-    )
-
-
-def add_eval(run: Path, parent: dict, items: int = 60) -> None:
-    """Two models on two tasks; their scores differ on the last item."""
-    folder = run / "eval"
-    of_sft = parent["fingerprint"]
-    cells = {
-        "base": {"value": 0.0, "low": 3e-18, "high": 0.05, "n": items},
-        "sft": {"value": 0.7083, "low": 0.595, "high": math.nan, "n": items},
-    }
-    differences = {
-        "sft - base": {"value": 0.7083, "low": 0.61, "high": 0.8, "n": items},
-        "base - x": {"value": 0.1, "low": -0.1, "high": 0.3, "n": items},
-    }
-    task = {
-        "task": "generate",
-        "n": items,
-        "overlap": {"sft": 65},
-        "metrics": {"exact": cells},
-        "differences": {"exact": differences},
-    }
-    model = {"template": None, "stops_at": [2], "vocab_size": 9, "parameters": 106816}
-    models = {label: model | {"dtype": "float32", "parent": None} for label in ("base", "sft")}
-    folder.mkdir(parents=True)
-    write_json(folder / "results.json", {"models": models, "tasks": {"generate": task}})
-    lines = [
-        {
-            "task": "generate",
-            "model": model,
-            "item": i,
-            "prompt": f"question {i}",
-            "reference": "Blue.",
-            "answers": [HOSTILE],
-            "scores": {"exact": float(model == "sft" and i == items - 1)},
-        }
-        for model in models
-        for i in range(items)
-    ]
-    perplexity = {
-        "task": "perplexity",
-        "model": "base",
-        "item": 0,
-        "text": "a scored text",
-        "scores": {"nats": [1, 2]},
-    }
-    write_lines(folder / "samples.jsonl", [*lines, perplexity])
-    publish(
-        folder,
-        {
-            "kind": "evaluation",
-            "stage": "eval",
-            "asked": {"recipe": {}, "models": {}, "content": {}},
-            "models": {
-                "models.base": {"reference": "./base", "files": "0" * 64},
-                "models.sft": {
-                    "reference": "artifact:sft",
-                    "artifact": "sft",
-                    "fingerprint": of_sft,
-                },
-            },
-            "parents": [{"name": "sft", "fingerprint": of_sft}],
-            "final": {"generate.exact": {"base": 0.0, "sft": 0.7}},
-        },
-        "stage: eval\n",
-    )
 
 
 @pytest.fixture
@@ -262,33 +85,92 @@ def page_of(*runs: Path) -> Page:
     return page
 
 
+# --- what is on it --------------------------------------------------------------------------------
+
+
 def test_a_run_has_every_section(run):
     page = page_of(run)
     assert set(SECTIONS) <= set(page.ids)
     assert (run / "report.html").stat().st_size < 200_000
     for expected in (
-        "2 artifacts, 2 finished",
-        "model by sft, finished",
-        "held-out loss 3.811",
-        "duration 1m05s",
+        "./base, taught by sft and measured.",
+        "Both artifacts are finished, 2m20s of work, the last at 2026-11-26 13:50 UTC.",
+        "learning rate 0.005",
+        "time 1m05s",
         "size 1.5 MB",
+        "2,000 tokens, 25 % learned",
         "2 empty",
-        "25%",
         "20 of 25 rejected rows",
-        "0.708",
-        "[0.000, 0.050]",
-        "60 items",
-        "65 asked in training of sft",
-        "1 of 1 prompts",
+        "60 items; 65 asked in training of sft",
+        "the first 1 of the 1 on which the models' scores differ, of 60.",
         "cut off",
         "24 of 60 items; the scores differ on 1",
         "question 59",
         "106,816 parameters",
         "git 34a2ce1",
+        "On held-out rows it was 6.57 before and is lowest at the end, 3.81.",
     ):
         assert expected in page.text, expected
     assert "question 30" not in page.text and "a scored text" not in page.text
-    assert page.text.count("differs") == 1 and page.text.count("not shown to differ") == 1
+
+
+def test_the_scoreboard_is_the_first_table_and_marks_only_what_is_real(run):
+    page = page_of(run)
+    label, board = next(iter(page.tables.items()))
+    assert label == "scoreboard of eval"
+    assert board == [
+        ["model", "generate: exact match higher is better items differ"],
+        ["base", "0.0 % 0.0 to 5.0"],
+        ["sft against base", "71 % 60 to 80 ▲ better, +71 points"],
+        ["few against base", "50 % no interval: 3 items are too few, 20 are needed ≈ no difference "
+         "shown"],
+    ]  # fmt: skip
+    assert sum("▲" in cell or "best" in cell for row in board for cell in row) == 1
+
+
+def test_answers_stand_side_by_side_with_what_is_right(run):
+    text = page_of(run).text
+    first = text[text.index("question 59") :]
+    expected = f"question 59 expected Blue. base ✗ wrong {HOSTILE} exact match no"
+    assert first.startswith(f"{expected} sft ✓ right {HOSTILE} exact match yes")
+
+
+def test_what_to_know_before_believing_it(run):
+    page = page_of(run)
+    for expected in (
+        "Caution, sft: 2 of 72 rows were rejected (2 empty)",
+        "Caution, sft: 1 of 72 rows were cut at the longest length",
+        "Caution, eval: asked in training were 65 of 60 items of generate: part of the numbers is",
+    ):
+        assert expected in page.text, expected
+    assert "Problem" not in page.text
+    assert "Warnings (3)" in page.text
+
+
+def test_a_loss_that_rose_again_is_said(tmp_path):
+    run = tmp_path / "run"
+    losses = [(0, 6.0), (20, 3.6), (40, 6.4)]
+    add_sft(run, held_out=losses)
+    page = page_of(run)
+    assert (
+        "Caution, sft: held-out loss was lowest at step 20, 3.6, and is 6.4 at step 40, which is "
+        "published: `evaluation.keep_best: true` publishes the best step" in page.text
+    )
+    add_sft(tmp_path / "best", held_out=losses, published=20)  # keep_best
+    assert "held-out loss was lowest" not in page_of(tmp_path / "best").text
+
+
+@pytest.mark.parametrize(("least", "word"), [(0.7, "✓ gate passed"), (0.8, "✗ gate failed")])
+def test_the_gate_and_its_verdict(tmp_path, least, word):
+    run = tmp_path / "run"
+    add_eval(run, add_sft(run), gate=f"gate:\n  exact_match: {{min: {least}}}\n", few=False)
+    page = page_of(run)
+    said = f"generate.exact_match of sft is 0.708, asked is at least {least:g}"
+    assert f"{word} {said}" in page.text
+    assert (f"Problem, eval: the gate does not hold: {said}" in page.text) == (least > 0.7083)
+
+
+# --- hostile, unfinished, damaged -----------------------------------------------------------------
 
 
 def test_what_a_run_holds_is_text(run):
@@ -310,17 +192,20 @@ def test_the_page_asks_nobody_and_can_be_used_by_everybody(run):
     assert metas["color-scheme"] == "light dark" and "width=device-width" in metas["viewport"]
     assert [a["href"] for a in page.named("link")] == ["data:,"]
     assert not {"script", "img", "iframe", "form"} & {tag for tag, _ in page.tags}
-    assert all(a.get("role") == "img" and a.get("aria-label") for a in page.named("svg"))
+    for picture in page.named("svg"):
+        named = picture.get("role") == "img" and picture.get("aria-label")
+        assert named or picture.get("aria-hidden") == "true"
     assert all(a.get("scope") for a in page.named("th"))
     boxes = [a for a in page.named("div") if a.get("class") == "scroll"]
     assert boxes and all(a["tabindex"] == "0" and a["aria-label"] for a in boxes)
+    assert len({a["aria-label"] for a in boxes}) == len(boxes)
     assert [a["href"] for a in page.named("a") if a.get("class") == "skip"] == ["#content"]
 
 
 def test_headings_go_down_one_level_at_a_time(run, tmp_path):
     add_sft(tmp_path / "second")
     for page in (page_of(run), page_of(run, tmp_path / "second")):
-        levels = [int(tag[1]) for tag, _ in page.tags if tag in {"h1", "h2", "h3", "h4", "h5"}]
+        levels = [int(tag[1]) for tag, _ in page.tags if tag in HEADINGS]
         assert levels[0] == 1 and levels.count(1) == 1
         assert all(b <= a + 1 for a, b in pairwise(levels)), levels
 
@@ -329,7 +214,7 @@ def test_unfinished_and_damaged_artifacts_are_shown(run):
     dpo = run / "dpo"
     (dpo / "checkpoints" / "step-20").mkdir(parents=True)
     (dpo / "recipe.yaml").write_text("stage: dpo\n")
-    write_json(dpo / "outcome.json", {"code": 143, "message": "stopped at step 20"})
+    write_json(dpo / "outcome.json", {"code": SIGTERM, "message": "stopped at step 20"})
     model = {
         "reference": "artifact:sft",
         "identity": {"artifact": "sft", "fingerprint": "of an older one"},
@@ -342,38 +227,85 @@ def test_unfinished_and_damaged_artifacts_are_shown(run):
     damaged.mkdir()
     (damaged / "recipe.yaml").write_bytes(b"stage: reward\n\xff")
     (damaged / "manifest.json").write_text('{"kind": "reward-model", "fingerprint": "0"}')
+    failed = run / "kto"
+    failed.mkdir()
+    (failed / "recipe.yaml").write_text("stage: kto\n")
+    outcome = {"code": 4, "message": "step 2: the loss is nan", "hint": "lower the learning rate"}
+    write_json(failed / "outcome.json", outcome)
     (run / "begun").mkdir()
     (run / "begun" / "recipe.yaml").symlink_to("/etc/passwd")
     page = page_of(run)
     for expected in (
-        "checkpoint at step 20; last ended with: stopped at step 20",
+        "2 of 6 artifacts are finished",
+        "Problem, dpo: was stopped: stopped at step 20; checkpoint at step 20. The same command "
+        "goes on from there.",
+        "Problem, kto: failed: step 2: the loss is nan; no checkpoint yet. Remedy: lower the "
+        "learning rate.",
+        "Problem, begun: not finished, no checkpoint yet: it is at work, or was killed",
         "made anew since",
-        "margins",
-        "kl",
-        "2 values or lines",
+        "margin",
+        "KL from the reference 1e−7 nats per answer",
+        "2 values or lines of metrics.jsonl are no numbers",
         "DAMAGED: manifest.json",
-        "no checkpoint yet",
         "a link, not followed",
     ):
         assert expected in page.text, expected
     assert "root:" not in page.text
 
 
-def test_two_runs_are_compared(run, tmp_path):
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_one_table_of_differences(run, tmp_path):
     other = tmp_path / "second"
     add_sft(other, rate=0.001, loss=0.9)
     page = page_of(run, other)
     assert (run / "report-vs-second.html").exists()
-    assert {"comparison", *(f"{letter}-{name}" for letter in "ab" for name in SECTIONS)} <= set(
-        page.ids
-    )
-    assert "optim.learning_rate 0.005 0.001" in page.text
-    assert "loss 0.46 0.9" in page.text
-    assert "only in A: first" in page.text
-    loss = next(a for a in page.named("svg") if a["aria-label"].startswith("loss"))
+    expected = {
+        "comparison",
+        *(f"a-{name}" for name in SECTIONS),
+        *(f"b-{name}" for name in SECTIONS if name not in ("numbers", "answers")),
+    }
+    assert expected <= set(page.ids)
+    assert page.tables["differences"] == [
+        ["what", "A: first", "B: second", "B less A"],
+        ["eval"],
+        ["artifact", "finished", "absent", ""],
+        ["sft"],
+        ["optim.learning_rate", "0.005", "0.001", "−0.004"],
+        ["loss, nats per token", "0.46", "0.9", "+0.44"],
+    ]
+    loss = next(a for a in page.named("svg") if a.get("aria-label", "").startswith("loss"))
     assert all(
         word in loss["aria-label"] for word in ("A train", "A held out", "B train", "B held out")
     )
+    answers = page.text[page.text.index("answered by both") :]
+    assert f"What colour is the sky? A: sft {HOSTILE} B: sft Blue." in answers
+
+
+def test_two_evaluations_are_compared_on_the_same_items_only(tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for run, items, right in zip(runs, ("0", "0", "1"), (0.7, 0.3, 0.3), strict=True):
+        add_eval(run, add_sft(run), few=False, right=right, content=items * 64)
+    rows = page_of(runs[0], runs[1]).tables["differences"]
+    assert rows[2] == [
+        "generate: exact match, sft", "70 % (60 to 80)", "30 % (20 to 40)",
+        "−40 points (−54 to −26), worse",
+    ]  # fmt: skip
+    assert len(rows) == 3  # what was measured is a namesake, and the rest is the same
+    rows = page_of(runs[0], runs[2]).tables["differences"]
+    assert rows[3][3] == "other items"
+
+
+def test_equal_runs_are_said_to_be_equal(tmp_path):
+    for name in "ab":
+        add_sft(tmp_path / name)
+    page = page_of(tmp_path / "a", tmp_path / "b")
+    assert "Recipes and results are the same." in page.text
+    assert "No difference in sft." in page.text and "differences" not in page.tables
+
+
+# --- size -----------------------------------------------------------------------------------------
 
 
 def test_a_long_run_stays_small(tmp_path):
@@ -393,48 +325,19 @@ def test_what_is_still_too_long_is_shown_in_part(run, monkeypatch):
     assert "12 of 60 items" in (run / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("length", [401, 1000, 12345])
-def test_thinning_keeps_ends_and_extremes(length):
-    points = [(float(i), math.sin(i) + (i == 333) * 50 - (i == 200) * 50) for i in range(length)]
-    kept = charts.thin(points, 400)
-    assert len(kept) <= 400 and kept == sorted(kept)
-    assert {points[0], points[-1], points[333], points[200]} <= set(kept)
-    assert charts.thin(points[:400], 400) == points[:400]
-
-
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [
-        (0, 60, [0, 20, 40, 60]),
-        (0, 10, [0, 2.5, 5, 7.5, 10]),
-        (0.46, 6.6, [2, 4, 6]),
-        (0, 0.005, [0, 0.002, 0.004]),
-        (-140, -120, [-140, -135, -130, -125, -120]),
-        (8000, 28000, [10000, 15000, 20000, 25000]),
-        (1e-7, 9e-7, [2e-7, 4e-7, 6e-7, 8e-7]),
-        (-0.5, 0.5, [-0.4, -0.2, 0, 0.2, 0.4]),
-    ],
-)
-def test_ticks_are_round(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
-
-
-def test_there_are_three_to_five_ticks():
-    for low in (-3.7, 0.0, 0.1, 17.0, 12345.6):
-        for width in (1e-3 * 1.13**i for i in range(150)):
-            found = charts.ticks(low, low + width)
-            assert 3 <= len(found) <= 5 and low - width * 1e-6 <= found[0] < found[
-                -1
-            ] <= low + width * (1 + 1e-6)
-
-
-def test_a_curve_that_stands_still_is_drawn():
-    for value in (0, 31.2, -5.0, 1e-99, 1e99):
-        low, high = charts.span([value, value])
-        assert low < high and low <= value <= high
-        picture = charts.plot("x", "", [charts.Series("", 0, [(1, value)])], charts.span([1]), 400)
-        macros = pages.templates().get_template("charts.html.j2").module
-        assert "<polyline" in macros.plot(picture)
+def test_a_chinese_run_is_told_in_its_words(tmp_path):
+    run = tmp_path / "跑"
+    add_sft(run, answer="草是绿色的。")
+    prompt = {
+        "when": "after",
+        "prompt": "草是什么颜色的？",
+        "answer": "草是绿色的。",
+        "ended": True,
+    }
+    write_lines(run / "dpo" / "samples.jsonl", [prompt])
+    (run / "dpo" / "recipe.yaml").write_text("stage: dpo\n")
+    text = page_of(run).text
+    assert "草是什么颜色的？ dpo 草是绿色的。" in text and text.startswith("跑")
 
 
 def test_folders_without_artifacts_are_refused(tmp_path):
@@ -448,7 +351,7 @@ def test_folders_without_artifacts_are_refused(tmp_path):
 
 
 def test_the_report_is_light():
-    heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "jinja2", "yaml"}
+    heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "jinja2"}
     code = f"import sys, llmpipe.report.page; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

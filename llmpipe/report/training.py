@@ -1,0 +1,101 @@
+"""What the page says of a stage that trained: key facts, the curves that matter, what it drew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmpipe.files import table_of
+from llmpipe.report.panels import MOST, Panels, panels
+from llmpipe.report.parts import Part, dig
+from llmpipe.report.pieces import Answer, Card, Fact, Fold, Group, Heading, Table, known_facts
+from llmpipe.report.terminal import duration_of, size_of
+from llmpipe.report.text import clip, counted, number, text_of
+
+ITEMS = 24  # of a list
+CHARACTERS = 2000  # of a text
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An artifact that is a model."""
+
+    name: str
+    status: str
+    facts: list[Fact]
+    panels: Panels
+    calibration: Table | None
+    """Of a reward model: whether it is right more often where it is surer."""
+    rollouts: Fold | None
+
+
+def trained(part: Part, scale: int) -> Trained:
+    return Trained(
+        name=part.name,
+        status=part.status,
+        facts=known_facts(_facts(part)),
+        panels=panels({"": part}, MOST // scale),
+        calibration=_calibration(part),
+        rollouts=_rollouts(part, ITEMS // scale),
+    )
+
+
+def _facts(part: Part) -> dict[str, str | None]:
+    asked = part.known("asked", "recipe")
+    optim = dig(asked, "optim")
+    rank = dig(asked, "adapter", "rank")
+    models = part.known("models").values()
+    origin = ", ".join(text_of(dig(model, "reference")) for model in models)
+    facts: dict[str, str | None] = {
+        "made by": part.stage,
+        "from": origin or None,
+        "learning rate": number(dig(optim, "learning_rate") or None),
+        "batch": number(dig(optim, "batch_size") or None),
+        "adapter": f"rank {number(rank)}" if rank else None,
+    }
+    facts = {name: None if value == "–" else value for name, value in facts.items()}
+    if "training" in part.manifest:
+        training = part.manifest["training"]
+        facts["steps"] = number(training["steps"])
+        facts["tokens"] = number(training["tokens"])
+        facts["time"] = duration_of(training["seconds"])
+        facts["size"] = size_of(table_of(part.manifest["files"]))
+    ranking = part.known("final", "ranking")
+    if isinstance(bounds := dig(ranking, "accuracy_interval"), list) and len(bounds) == 2:
+        low, high = (number(bound * 100, 0) for bound in bounds)
+        right = number(dig(ranking, "accuracy") * 100, 0)
+        pairs = counted(dig(ranking, "n"), "pair")
+        which = "held out" if dig(ranking, "held_out") is True else "trained on"
+        facts["ranks right"] = f"{right} % ({low} to {high}) of {pairs} {which}"
+    return facts
+
+
+def _calibration(part: Part) -> Table | None:
+    buckets = part.known("final", "ranking", "calibration")
+    if not isinstance(buckets, list):
+        return None
+    rows: list[list[Any]] = []
+    for bucket in buckets:
+        share = number(dig(bucket, "accuracy") * 100, 0)
+        rows.append([number(dig(bucket, "n")), f"{share} %"])
+    groups = [
+        Group(number(dig(bucket, "margin_up_to"), digits=3), [row])
+        for bucket, row in zip(buckets, rows, strict=True)
+    ]
+    names = ("margin up to", "pairs", "right")
+    return Table("pairs by margin", [Heading(name, is_number=True) for name in names], groups)
+
+
+def _rollouts(part: Part, most: int) -> Fold | None:
+    """The last answers of ppo that were written down."""
+    cards = []
+    for line in list(part.lines("rollouts.jsonl"))[-most:]:
+        prompt = line.get("prompt")
+        turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
+        text = "\n\n".join(text_of(dig(turn, "content")) for turn in turns)
+        name = f"update {text_of(line.get('step'))}, score {number(line.get('score'), digits=3)}"
+        note = None if line.get("ended") else "cut off"
+        answer = Answer(name, clip(text_of(line.get("answer")), CHARACTERS), note)
+        cards.append(Card(clip(text, CHARACTERS), [answer]))
+    title = f"The last {counted(len(cards), 'answer')} drawn in training that were kept"
+    return Fold(title, cards) if cards else None
