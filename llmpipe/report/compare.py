@@ -17,9 +17,9 @@ from llmpipe.report.answers import CHARACTERS, FIRST
 from llmpipe.report.measures import measure
 from llmpipe.report.panels import MOST, panels
 from llmpipe.report.parts import Part, Run, dig
-from llmpipe.report.pieces import Answer, Card, Content, Group, Heading, Table
+from llmpipe.report.pieces import Answer, Card, Content, Group, Heading, Noted, Table
 from llmpipe.report.plots import Plot
-from llmpipe.report.scoreboard import shown, verdict_of
+from llmpipe.report.scoreboard import column_name, shown, verdict_of
 from llmpipe.report.series import named
 from llmpipe.report.text import clip, is_number, number, plain, text_of
 from llmpipe.run.results import Cell, Results
@@ -152,7 +152,7 @@ def _measured(part: Part, other: Part) -> Iterator[list[Content]]:
                     continue
                 verdict = _verdict(a, b, metric) if are_same and a.n == b.n else "other items"
                 yield [
-                    f"{name}: {known.title}, {label}",
+                    f"{column_name(name, known)}, {label}",
                     _read(a, metric),
                     _read(b, metric),
                     verdict,
@@ -165,17 +165,17 @@ def _items(part: Part) -> dict[str, object]:
     return {key: value for key, value in content.items() if key.startswith("tasks.")}
 
 
-def _read(cell: Cell, metric: str) -> str:
+def _read(cell: Cell, metric: str) -> Noted:
     value, bounds = shown(cell, measure(metric))
-    return f"{value} ({bounds})" if bounds else value
+    return Noted(value, bounds or "no interval")
 
 
-def _verdict(a: Cell, b: Cell, metric: str) -> str:
+def _verdict(a: Cell, b: Cell, metric: str) -> Noted:
     known = measure(metric)
     less = unpaired(a, b)
     value, bounds = shown(less, known, is_difference=True)
     verdict = verdict_of(less, known)
-    return f"{value} ({bounds}), {verdict}" if bounds else f"{value}, {verdict}"
+    return Noted(value, f"{bounds}, {verdict}" if bounds else verdict)
 
 
 def unpaired(a: Cell, b: Cell) -> Cell:

@@ -109,9 +109,9 @@ def overfitting(part: Part) -> str:
     if lowest < 0 or last <= WORSE * lowest:
         return ""
     at = "before the training" if step == 0 else f"at step {number(step)}"
-    kept = "`evaluation.keep_best: true` publishes the best step"
+    kept = "evaluation.keep_best: true publishes the best step"
     if len(held_out) == 2:
-        kept = "set `evaluation.every` and `keep_best` to find and publish the best step"
+        kept = "evaluation.every and evaluation.keep_best find and publish the best step"
     return (
         f"held-out loss was lowest {at}, {number(lowest, digits=3)}, and is "
         f"{number(last, digits=3)} at step {number(last_step)}, which is published: {kept}"

@@ -6,6 +6,7 @@ list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from llmpipe.report.curves import Point
 from llmpipe.report.parts import Part
 from llmpipe.report.plots import Caption, Plot, Series, plot, span
 from llmpipe.report.series import named, scaled
-from llmpipe.report.text import decimals_of, number
+from llmpipe.report.text import number
 
 MOST = 400  # points of a curve
 
@@ -60,7 +61,8 @@ def course(points: list[Point]) -> str:
     """`fell from 4.41 to 0.443`; each end is the mean of a tenth."""
     before, after = around(points), around(points, at_end=True)
     low, high = span([value for _, value in points])
-    decimals = decimals_of((high - low) / 20)  # finer differences are not to be seen in the plot
+    finest = (high - low) / 20  # what is less is not to be seen in the plot
+    decimals = max(-math.floor(math.log10(finest)), 0)
     if abs(after - before) < 0.05 * (high - low):
         return f"stayed near {number(after, decimals)}"
     moved = "rose" if after > before else "fell"

@@ -58,7 +58,15 @@ class Heading:
     is_number: bool = False
 
 
-Content = str | Clipped | Strip | None  # of a cell
+@dataclass(frozen=True)
+class Noted:
+    """A number with what belongs under it."""
+
+    text: str
+    note: str
+
+
+Content = str | Clipped | Noted | Strip | None  # of a cell
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,16 @@ class Column:
 
     @property
     def name(self) -> str:
-        title = self.measure.title
-        return title if title == self.task else f"{self.task}: {title}"
+        return column_name(self.task, self.measure)
 
     @property
     def items(self) -> str:
         counts = {score.n for score in self.scores.values()}
         return counted(counts.pop(), "item") if len(counts) == 1 else "items differ"
+
+
+def column_name(task: str, known: Measure) -> str:
+    return task if task == known.title else f"{task}: {known.title}"
 
 
 @dataclass(frozen=True)
