@@ -183,6 +183,6 @@ def _score(value: Any) -> str:
     """A score in a few characters: yes or no, or three digits."""
     if value in (0, 1):
         return "yes" if value else "no"
-    if isinstance(value, list):
+    if isinstance(value, list) and all(map(is_number, value)):
         return ", ".join(map(_score, value))
     return number(value, digits=3) if is_number(value) else plain(value)

@@ -142,7 +142,7 @@ def _tokens(count: int, supervised: int, stage: str) -> str:
         return ""
     if stage == "ppo":
         return f"{number(count)} tokens of prompts"
-    return f"{number(count)} tokens, {number(supervised / count * 100, 0)} % learned"
+    return f"{number(count)} tokens, {number(100 * supervised // count)} % learned"
 
 
 def _facts(part: Part) -> list[Fact]:

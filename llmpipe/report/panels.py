@@ -62,7 +62,7 @@ def course(points: list[Point]) -> str:
     before, after = around(points), around(points, at_end=True)
     low, high = span([value for _, value in points])
     finest = (high - low) / 20  # what is less is not to be seen in the plot
-    decimals = max(-math.floor(math.log10(finest)), 0)
+    decimals = min(max(-math.floor(math.log10(finest)), 0), 12)
     if abs(after - before) < 0.05 * (high - low):
         return f"stayed near {number(after, decimals)}"
     moved = "rose" if after > before else "fell"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from llmpipe.report.curves import drawable
 from llmpipe.report.evaluation import Evaluated
 from llmpipe.report.notices import Notice, notices
 from llmpipe.report.parts import Part, Run, dig
 from llmpipe.report.scoreboard import sentences
 from llmpipe.report.terminal import duration_of
-from llmpipe.report.text import in_words, is_number, text_of
+from llmpipe.report.text import in_words, text_of
 
 TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\dZ")
 
@@ -69,7 +70,7 @@ def _finished(run: Run, done: list[Part]) -> str:
         state = (
             f"{every if len(done) == count else f'{len(done)} of {count}'} artifacts are finished"
         )
-    seconds = sum(value for part in done if is_number(value := part.known("seconds")))
+    seconds = sum(value for part in done if drawable(value := part.known("seconds")))
     times = [match for part in done if (match := TIME.fullmatch(text_of(part.known("finished"))))]
     last = max((f"{match[1]} {match[2]} UTC" for match in times), default="")
     said = [state[0].upper() + state[1:]]

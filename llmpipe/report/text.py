@@ -47,7 +47,7 @@ def number(value: Any, decimals: int | None = None, sign: str = "", digits: int 
         return "–" if value is None else str(value)
     if decimals is None and 10_000 <= abs(value) < 1e15:
         decimals = 0
-    if isinstance(value, int) and not decimals:
+    if isinstance(value, int) and (not decimals or abs(value) >= 1e15):
         text = f"{value:{sign},}"  # of any size
     elif decimals is None or abs(value) >= 1e15:
         text = f"{value:{sign},.{digits}g}"
@@ -56,6 +56,11 @@ def number(value: Any, decimals: int | None = None, sign: str = "", digits: int 
     if not text.strip("+0.,"):
         text = text.removeprefix("+")  # and none above it
     return text.replace("-", "−").replace("e−0", "e−")
+
+
+def percent(share: Any) -> str:
+    """A share in per cent, without the sign: 0.675 -> `68`."""
+    return number(share * 100, 0) if is_number(share) else number(None)
 
 
 def decimals_of(uncertainty: float) -> int:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llmpipe.files import table_of
 from llmpipe.report.panels import MOST, Panels, panels
 from llmpipe.report.parts import Part, dig
-from llmpipe.report.pieces import Answer, Card, Fact, Fold, Group, Heading, Table, known_facts
+from llmpipe.report.pieces import (
+    Answer,
+    Card,
+    Content,
+    Fact,
+    Fold,
+    Group,
+    Heading,
+    Table,
+    known_facts,
+)
 from llmpipe.report.terminal import duration_of, size_of
-from llmpipe.report.text import clip, counted, number, text_of
+from llmpipe.report.text import clip, counted, number, percent, text_of
 
 ITEMS = 24  # of a list
 CHARACTERS = 2000  # of a text
@@ -62,11 +71,10 @@ def _facts(part: Part) -> dict[str, str | None]:
         facts["size"] = size_of(table_of(part.manifest["files"]))
     ranking = part.known("final", "ranking")
     if isinstance(bounds := dig(ranking, "accuracy_interval"), list) and len(bounds) == 2:
-        low, high = (number(bound * 100, 0) for bound in bounds)
-        right = number(dig(ranking, "accuracy") * 100, 0)
-        pairs = counted(dig(ranking, "n"), "pair")
+        low, high = map(percent, bounds)
         which = "held out" if dig(ranking, "held_out") is True else "trained on"
-        facts["ranks right"] = f"{right} % ({low} to {high}) of {pairs} {which}"
+        pairs = f"{number(dig(ranking, 'n'))} pairs {which}"
+        facts["ranks right"] = f"{percent(dig(ranking, 'accuracy'))} % ({low} to {high}) of {pairs}"
     return facts
 
 
@@ -74,16 +82,17 @@ def _calibration(part: Part) -> Table | None:
     buckets = part.known("final", "ranking", "calibration")
     if not isinstance(buckets, list):
         return None
-    rows: list[list[Any]] = []
-    for bucket in buckets:
-        share = number(dig(bucket, "accuracy") * 100, 0)
-        rows.append([number(dig(bucket, "n")), f"{share} %"])
-    groups = [
-        Group(number(dig(bucket, "margin_up_to"), digits=3), [row])
-        for bucket, row in zip(buckets, rows, strict=True)
+    rows: list[list[Content]] = [
+        [
+            number(dig(bucket, "margin_up_to"), digits=3),
+            number(dig(bucket, "n")),
+            f"{percent(dig(bucket, 'accuracy'))} %",
+        ]
+        for bucket in buckets
     ]
     names = ("margin up to", "pairs", "right")
-    return Table("pairs by margin", [Heading(name, is_number=True) for name in names], groups)
+    headings = [Heading(name, is_number=True) for name in names]
+    return Table(f"pairs of {part.name} by margin", headings, [Group("", rows)])
 
 
 def _rollouts(part: Part, most: int) -> Fold | None:

@@ -219,15 +219,17 @@ def test_what_was_altered_is_shown(run):
     """A size, or what is small; a large file of the same size is left to `llmpipe verify`."""
     weights = run / "sft" / "model" / "x"
     weights.write_bytes(b"1" + weights.read_bytes()[1:])
-    assert f"{run}/sft  finished 2026-" in show_run(run)
+    assert f"{run}/sft\n  status     finished 2026-" in show_run(run)
     assert f"{weights}: sha256 " in verified(run)
     weights.write_bytes(b"")
     (run / "eval" / "samples.jsonl").write_text("")
     (run / "eval" / "results.json").unlink()
-    shown = show_run(run)
-    assert f"{run}/sft  altered: model/x: 0 bytes, recorded 1,500,000; finished 2026-" in shown
-    more = "and 1 more: llmpipe verify; finished 2026-"
-    assert f"{run}/eval  altered: results.json: missing, {more}" in shown
+    shown = " ".join(show_run(run).split())
+    one = "altered: model/x: 0 bytes, recorded 1,500,000"
+    assert f"{run}/sft status {one}; finished 2026-" in shown
+    two = "altered: results.json: missing, and 1 more: llmpipe verify"
+    assert f"{run}/eval status {two}; finished 2026-" in shown
     page = write_report([run]).read_text()
-    assert "model by sft, altered" in page and "2 artifacts, 0 finished" not in page
-    assert "3 artifacts, 0 finished" in page
+    assert "0 of 3 artifacts are finished" in page
+    for name, problem in (("sft", one), ("eval", two)):
+        assert f"<strong>Problem, {name}:</strong> {problem}</li>" in page
