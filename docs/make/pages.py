@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,22 @@ def _page(stage: str) -> str:
 
 def _tables(document: Node, sections: dict[str, Node]) -> Iterator[str]:
     """A table of the recipe's own fields, then one for each section, as they first come."""
+    ordered: list[tuple[str, Node]] = []
+    places: dict[str, str] = {}
     todo: list[tuple[str, Node]] = [("", document)]
-    seen: set[str] = set()
     while todo:
         path, section = todo.pop(0)
-        yield from _table(path, section, sections)
+        ordered.append((path, section))
         below = []
         for name, field in section.get("properties", {}).items():
             for section_name in _named(field):
                 shape = sections[section_name]
-                if shape.get("properties") and section_name not in seen:
-                    seen.add(section_name)
-                    below.append((_below(path, name, field, section_name), shape))
+                if shape.get("properties") and section_name not in places:
+                    places[section_name] = _below(path, name, field, section_name)
+                    below.append((places[section_name], shape))
         todo = below + todo
+    for path, section in ordered:
+        yield from _table(path, section, sections, places)
 
 
 def _below(path: str, name: str, field: Node, section: str) -> str:
@@ -94,17 +98,26 @@ def _named(node: Any) -> list[str]:
     return []
 
 
-def _table(path: str, section: Node, sections: dict[str, Node]) -> Iterator[str]:
+def _table(
+    path: str, section: Node, sections: dict[str, Node], places: dict[str, str]
+) -> Iterator[str]:
     if path:
         yield from (f"## `{path}`", "")
     yield from ("| field | type | default | meaning |", "| --- | --- | --- | --- |")
     required = section.get("required", [])
     for name, field in section.get("properties", {}).items():
         kind = _type(field, sections)
+        if (inner := [it for it in _named(field) if it in places]) and len(inner) == 1:
+            kind = kind.replace("section", f"[section](#{_anchor(places[inner[0]])})")
         default = "" if name in required else _default(field)
         meaning = " ".join(str(field.get("description", "")).split()).replace("|", "\\|")
         yield f"| `{name}` | {kind} | {default} | {meaning} |"
     yield ""
+
+
+def _anchor(heading: str) -> str:
+    """What a heading is called in a link."""
+    return re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-")
 
 
 def _type(node: Node, sections: dict[str, Node]) -> str:
