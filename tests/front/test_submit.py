@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,7 +203,7 @@ def test_kubeflow_runs_torchrun_on_several_machines_alone(nodes, gpus):
     text = rendered("kubeflow", nodes, gpus, ["image=registry/llmpipe:1", "claim=mine"])
     trainer = yaml.safe_load(text)["spec"]["trainer"]
     llmpipe = ["llmpipe", "sft", RECIPE, "--set", f"optim.batch_size={max(8, nodes * gpus)}"]
-    launcher = ["torchrun", "--no-python"] if nodes > 1 else []
+    launcher = ["torchrun", "--no-python", "--"] if nodes > 1 else []
     assert [*trainer["command"], *trainer["args"]] == ["tini", "--", *launcher, *llmpipe]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (nodes, max(1, gpus))
     assert trainer["resourcesPerNode"]["limits"].get("nvidia.com/gpu", 0) == gpus
@@ -247,6 +250,26 @@ def test_docker_is_asked_for_no_more_than_it_needs(nodes, gpus, tmp_path):
     )
     assert words[image + 1 :][: len(expected)] == expected
     assert ("--node-rank=1" in words) == (nodes > 1)
+
+
+@pytest.mark.parametrize("system", ["sky", "kubeflow", "docker"])
+def test_torchruns_own_parser_leaves_llmpipes_options_alone(system):
+    """It takes what looks like its own, as `--run` does, from behind the program's name, too."""
+    from torch.distributed.run import get_args_parser
+
+    options = {"sky": ["volume=shared"], "kubeflow": ["image=registry/llmpipe:1"]}.get(system, [])
+    what = job.job_of(replace(asked(system, 2, 8), arguments=["--run", "runs/tiny", "--yes"]))
+    text = render.render(system, what, render.read_options(options), "llmpipe submit ...")
+    if system == "kubeflow":
+        trainer = yaml.safe_load(text)["spec"]["trainer"]
+        line = shlex.join([*trainer["command"], *trainer["args"]])
+    else:
+        line = re.sub(r"\$\(.*?\)|\"?\$\w+\"?", "1", text.replace("\\\n", " "))
+        line = next(line for line in line.split("\n") if "torchrun" in line)
+    words = shlex.split(line)
+    launched = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert [launched.training_script, *launched.training_script_args] == what.command
+    assert launched.no_python
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), SHAPES)
