@@ -332,10 +332,8 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
 
 def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
     """Why a model cannot be spread over processes in a recipe, and what to do."""
-    launch, whole = recipe.launch, "set launch.strategy: ddp"
-    if recipe.adapter and recipe.stage == "ppo":
-        yield "there for ppo of all weights, not for an adapter yet", whole
-    elif recipe.adapter:
+    launch = recipe.launch
+    if recipe.adapter:
         yield from _against_adapting(recipe, recipe.adapter)
     if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
         yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"

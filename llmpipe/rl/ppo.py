@@ -345,7 +345,8 @@ class Loop:
     def _go_on_from_checkpoint(self) -> None:
         """Go on from the newest checkpoint, where there is one, or begin anew."""
         job = self.training.job
-        refuse_another_strategy(job.artifact.checkpoints, sharded=self.hardware.sharded)
+        if self.recipe.adapter is None:  # which is saved alike by either
+            refuse_another_strategy(job.artifact.checkpoints, sharded=self.hardware.sharded)
         platform = platform_of(self.recipe, self.hardware, self.world)
         self.legs = [Leg(after=0, platform=platform)]
         picked = checkpoints.pick(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -19,6 +20,7 @@ from llmpipe.run import checkpoints
 from llmpipe.stages import schema
 from tests import life
 from tests.rl import test_ppo
+from tests.training import test_preference
 from tests.training.test_sharded import model_folder, untied, weights
 
 SETTINGS = {
@@ -46,7 +48,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def assert_alike(one, other, adrift=1e-5):
+def assert_alike(one, other, adrift=1e-5, lines=("samples.jsonl", "rollouts.jsonl")):
     """Losses to 1e-5, weights to 1e-4, the same answers and the very same files."""
     for mine, theirs in zip(*map(test_ppo.metrics, (one, other)), strict=True):
         for name in NEAR:
@@ -56,13 +58,18 @@ def assert_alike(one, other, adrift=1e-5):
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-4, rtol=0), name
-    for name in ("samples.jsonl", "rollouts.jsonl"):
+    for name in lines:
         for mine, theirs in zip(*(read(each.path / name) for each in (one, other)), strict=True):
             score = pytest.approx(theirs.pop("score", 0), abs=1e-5)  # of a model, within rounding
             assert mine.pop("score", 0) == score and mine == theirs
     assert {p.name for p in one.model.iterdir()} == {p.name for p in other.model.iterdir()}
-    configs = [json.loads((each.model / "config.json").read_text()) for each in (one, other)]
+    configs = [json.loads(path.read_text()) for path in map(configuration, (one, other))]
     assert configs[0] == configs[1]
+
+
+def configuration(artifact):
+    paths = [artifact.model / name for name in ("config.json", "adapter_config.json")]
+    return next(path for path in paths if path.exists())
 
 
 def both(tmp_path, **changes):
@@ -128,6 +135,49 @@ def test_arithmetic_in_bf16(tmp_path):
     for mine, theirs in zip(*map(test_ppo.updates, made), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=5e-2)
     assert {tensor.dtype for tensor in weights(made[0]).values()} == {torch.float32}
+
+
+ADAPTERS = {
+    "critic apart": {"adapter": {"rank": 4, "alpha": 8, "merge": True}},
+    "trunk, uneven": {
+        "adapter": {"rank": 4, "alpha": 8},
+        "critic": {"start": "trunk"},
+        "launch__activation_checkpointing": "full",
+        **UNEVEN,
+    },
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_beside_a_base_in_parts(tmp_path, case):
+    """It lies whole in every process, as under ddp, and its checkpoints are the same."""
+    parts, whole = both(tmp_path, **ADAPTERS[case])
+    assert_alike(parts, whole)
+    steps = [(each.checkpoints / "step-3") for each in (parts, whole)]
+    names = [{path.name for path in step.iterdir()} for step in steps]
+    assert names[0] == names[1] and checkpoints.SHARDED not in names[0]
+    if "merge" in ADAPTERS[case]["adapter"]:
+        merged = [type(parts)(each.run / "ppo-merged") for each in (parts, whole)]
+        mine, theirs = map(weights, merged)
+        assert all(torch.allclose(mine[name], theirs[name], atol=1e-4, rtol=0) for name in theirs)
+
+
+@pytest.mark.faults
+def test_a_reward_model_that_is_an_adapter(tmp_path):
+    """On the policy's base, where the parent's adapter is the reference and the critic's begin, it
+    is one more; of its own it would be whole in every process."""
+    run, small = tmp_path / "fsdp", {"adapter": {"rank": 4, "alpha": 8}}
+    quick = {"optim__steps": 2, "evaluation": {}}
+    life.command(test_preference.write(run, "reward", name="ranks", **small, **quick))
+    life.command(life.write(run, stage="lora", name="lora", **small, **quick))
+    shutil.copytree(run, tmp_path / "ddp")
+    rewards = {"reward": [{"model": "artifact:ranks"}], "optim__steps": 2}
+    parts, whole = both(tmp_path, model="artifact:lora", **small, **rewards)
+    assert "ranks is one more adapter on the policy's base" in (parts.path / "log.txt").read_text()
+    assert_alike(parts, whole)
+    for code, text in life.ranks(write(run, name="all", **rewards)):
+        assert code == 2 and "ranks is an adapter, and not on the policy's base" in text, text
 
 
 # --- stopped and gone on with ---
@@ -253,7 +303,8 @@ def test_another_number_of_processes_goes_on_where_that_is_allowed(tmp_path):
         assert code == 0, text
     resumed = type(straight)(tmp_path / "run" / "ppo")
     assert not resumed.verify().training.exact_resume
-    assert_alike(resumed, straight, 1e-4)
+    shown = ["samples.jsonl"]  # rollouts.jsonl shows the first process's, which are others of three
+    assert_alike(resumed, straight, 1e-4, shown)
 
 
 @pytest.mark.faults

@@ -457,7 +457,6 @@ def test_a_disk_that_fills_up_under_one_part(tmp_path, straight, hooks):
 
 
 REFUSED = {
-    "there for ppo of all weights": {"stage": "ppo", "adapter": {}},
     "a quantized model is not put in parts": {"adapter": {}, "quantization": {"bits": 4}},
     "embeddings in parts do not learn": {"adapter": {"embeddings": "all"}},
     "adapter.dora reads weights that are whole": {"adapter": {"dora": True}},
@@ -475,9 +474,6 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
     changes = {"launch__processes": 2, "launch__strategy": "fsdp"} | REFUSED[words]
-    stage = changes.get("stage", "sft")
-    if stage == "ppo":
-        changes["reward"] = [{"function": f"{life.TINY}/rewards.py:brevity"}]
     values = life.recipe(tmp_path / "run", **(SETTINGS | changes))
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values, indent=1))
@@ -485,7 +481,7 @@ def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
         number for number, line in enumerate(path.read_text().splitlines(), 1) if "fsdp" in line
     )
     with pytest.raises(UserError) as refused:
-        ahead.check([locate(path, schema(stage))])
+        ahead.check([locate(path, schema("sft"))])
     text = str(refused.value)
     assert refused.value.code == 2
     assert f"recipe.yaml:{number}: launch.strategy: fsdp: " in text and words.strip() in text
