@@ -261,6 +261,18 @@ def test_exit_codes_are_the_real_ones():
         assert sorted(told) == sorted({*real, 1})
 
 
+def test_published_results_are_those_that_are_held_against():
+    """docs/results.md names every pipeline with `expected:`, its numbers, and if it was run."""
+    page = text_of(DOCS / "results.md")
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        values, _ = read(path)
+        if numbers := values.get("expected"):
+            (line,) = re.findall(rf"^\| `llmpipe reproduce {path.stem}`.*$", page, re.M)
+            for number in numbers:
+                assert f"{number['value']:g}" in line, path
+                assert ("not yet" in line) == ("ran" not in number), path
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 
