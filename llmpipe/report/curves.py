@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmpipe.files import json_object
-from llmpipe.report.text import is_number
+from llmpipe.report.text import is_number, number
 
 Point = tuple[float, float]
 
@@ -44,6 +44,36 @@ def curves_of(path: Path) -> Curves:
             else:
                 curves.undrawn += 1
     return curves
+
+
+WORSE = 1.02  # than the lowest: a loss that rose again
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A held-out loss that was lower before."""
+
+    lowest: Point
+    last: Point
+
+    def __str__(self) -> str:
+        step, loss = self.lowest
+        at = f"at step {number(step)}" if step else "before the training"
+        return (
+            f"held-out loss was lowest {at}, {number(loss, digits=3)}, and is "
+            f"{number(self.last[1], digits=3)} at step {number(self.last[0])}"
+        )
+
+
+def rise_of(held_out: list[Point], published: object) -> Rise | None:
+    """By how much the held-out loss of the `published` step is above the lowest one."""
+    if len(held_out) < 2:
+        return None
+    last = next((point for point in held_out if point[0] == published), held_out[-1])
+    lowest = min(held_out, key=lambda point: point[1])
+    if lowest[1] < 0 or last[1] <= WORSE * lowest[1]:
+        return None
+    return Rise(lowest, last)
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:

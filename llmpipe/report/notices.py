@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmpipe.errors import SIGINT, SIGTERM
+from llmpipe.report.curves import rise_of
 from llmpipe.report.evaluation import Evaluated
 from llmpipe.report.parts import Part, Run, dig
 from llmpipe.report.text import number, text_of
 
 Level = Literal["problem", "caution"]
 STOPPED = {75, SIGINT, SIGTERM}  # codes of what can be gone on with as it is
-WORSE = 1.02  # of a held-out loss that rose again, by the lowest one
 MOST_CUT_OFF = 0.1  # share of answers
 
 
@@ -101,21 +101,13 @@ def _of_curves(part: Part) -> Said:
 def overfitting(part: Part) -> str:
     """That the held-out loss of what is published was lower before; empty where it was not."""
     held_out = part.curves.points.get("eval_loss", [])
-    if len(held_out) < 2:
+    found = rise_of(held_out, part.known("training", "published_step"))
+    if not found:
         return ""
-    published = part.known("training", "published_step")
-    last_step, last = next((point for point in held_out if point[0] == published), held_out[-1])
-    step, lowest = min(held_out, key=lambda point: point[1])
-    if lowest < 0 or last <= WORSE * lowest:
-        return ""
-    at = "before the training" if step == 0 else f"at step {number(step)}"
     kept = "evaluation.keep_best: true publishes the best step"
     if len(held_out) == 2:
         kept = "evaluation.every and evaluation.keep_best find and publish the best step"
-    return (
-        f"held-out loss was lowest {at}, {number(lowest, digits=3)}, and is "
-        f"{number(last, digits=3)} at step {number(last_step)}, which is published: {kept}"
-    )
+    return f"{found}, which is published: {kept}"
 
 
 def _of_evaluation(one: Evaluated) -> Said:

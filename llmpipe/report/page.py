@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from llmpipe.files import write_whole
 from llmpipe.report import answers, flow, lineage, origin, summary, training
 from llmpipe.report.compare import comparison
 from llmpipe.report.evaluation import Evaluated, evaluated
-from llmpipe.report.parts import Run, parts_of
+from llmpipe.report.parts import Run, is_one, parts_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -74,6 +75,7 @@ def run_page(run: Run) -> RunPage:
     )
 
 
+@cache
 def templates() -> Environment:
     """The templates of this folder, which escape whatever they are given."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -110,7 +112,7 @@ def page(runs: list[Run]) -> str:
 
 
 def write_report(paths: list[Path], out: Path | None = None) -> Path:
-    """Write the page of one run, or of two beside each other, and return where it lies.
+    """Write the page of one run or artifact, or of two beside each other; return where it lies.
 
     Raises UserError.
     """
@@ -120,10 +122,9 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
             Run(f"{letter}: {name}", f"{letter.lower()}-", parts_of(path))
             for letter, name, path in zip("AB", names, paths, strict=True)
         ]
-        out = out or paths[0] / f"report-vs-{names[1]}.html"
     else:
         runs = [Run(names[0], "", parts_of(paths[0]))]
-        out = out or paths[0] / "report.html"
+    out = out or _place(paths[0], names)
     for scale in (1, 2, 4, 8, 16):
         text = page([replace(run, scale=scale) for run in runs]).encode()
         if len(text) <= MOST_BYTES:
@@ -134,3 +135,12 @@ def write_report(paths: list[Path], out: Path | None = None) -> Path:
         problem = f"{out}: cannot be written: {error.strerror}"
         raise UserError(problem, "name another file", RESOURCES) from error
     return out
+
+
+def _place(path: Path, names: list[str]) -> Path:
+    """Where the page goes unless that is said: into the run, never into an artifact, which would be
+    altered by it."""
+    other = f"-vs-{names[1]}" if len(names) == 2 else ""
+    if is_one(path):
+        return path.parent / f"report-{names[0]}{other}.html"
+    return path / f"report{other}.html"

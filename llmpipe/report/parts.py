@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,12 +72,18 @@ class Run:
 
 
 def parts_of(run: Path) -> list[Part]:
-    """Every artifact of a run. Raises UserError where there is none."""
-    parts = [read(artifact) for artifact in artifacts(run)]
+    """Every artifact of a run, or the one that is named. Raises UserError where there is none."""
+    named = [Artifact(run)] if is_one(run) else artifacts(run)
+    parts = [read(artifact) for artifact in named]
     if not parts:
         hint = "give the folder that `run:` of a recipe names"
         raise UserError(f"{run}: holds no artifacts", hint)
     return parts
+
+
+def is_one(path: Path) -> bool:
+    """Whether a folder is an artifact, and not a run of some."""
+    return os.path.exists(path / "recipe.yaml")
 
 
 def read(artifact: Artifact) -> Part:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmpipe.errors import UserError
 from llmpipe.files import SMALL, Table, in_bytes
-from llmpipe.report.curves import curves_of
+from llmpipe.report.curves import curves_of, rise_of
 from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact, artifacts
 
@@ -67,7 +67,11 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
         pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
         right = f"{ranking['accuracy']:.0%} [{low:.0%}, {high:.0%}] of {pairs} right"
         lines += labelled("ranking", right)
-    return lines + losses(artifact)
+    lines += losses(artifact)
+    held_out = curves_of(artifact.path / "metrics.jsonl").points.get("eval_loss", [])
+    if rise := rise_of(held_out, training.published_step):
+        lines += labelled("but", f"{rise}: see evaluation.keep_best")
+    return lines
 
 
 def labelled(label: str, text: str) -> list[str]:

@@ -340,6 +340,16 @@ def test_a_chinese_run_is_told_in_its_words(tmp_path):
     assert "草是什么颜色的？ dpo 草是绿色的。" in text and text.startswith("跑")
 
 
+def test_an_artifact_has_a_page_of_its_own_beside_it(run):
+    path = pages.write_report([run / "sft"])
+    assert path == run / "report-sft.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "Its one artifact is finished" in page.text and "altered" not in page.text
+    assert "scoreboard of eval" not in page.tables
+    assert pages.write_report([run / "sft", run / "sft"]).name == "report-sft-vs-sft.html"
+    assert "altered" not in page_of(run).text
+
+
 def test_folders_without_artifacts_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no artifacts"):
         pages.write_report([tmp_path])

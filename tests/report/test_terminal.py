@@ -82,6 +82,14 @@ def test_a_run_fits_80_columns_and_ends_with_the_next_command(tmp_path):
     assert "    sft    71 %  60 to 80    better than base" in alone
 
 
+def test_a_loss_that_rose_again_is_said(tmp_path):
+    add_sft(tmp_path / "run", held_out=[(0, 6.0), (20, 3.6), (40, 6.4)])
+    assert show_run(tmp_path / "run" / "sft").splitlines()[-2:] == [
+        "  but        held-out loss was lowest at step 20, 3.6, and is 6.4 at step 40:",
+        "             see evaluation.keep_best",
+    ]
+
+
 def test_a_long_text_is_cut_at_spaces():
     wrapped = labelled("from", "word " * 30)
     assert len(wrapped) == 3 and all(len(line) <= COLUMNS for line in wrapped)
