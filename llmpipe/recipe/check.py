@@ -13,17 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmpipe.errors import UserError, near, nearest
 from llmpipe.files import modules_in
-from llmpipe.recipe.expected import Expected
 from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
 from llmpipe.secrets import secrets_in
+
+if TYPE_CHECKING:
+    from llmpipe.recipe.expected import Expected
 
 STAGES = Path(__file__).parent.parent / "stages"  # listed, not imported: it is a floor above
 
@@ -159,6 +161,8 @@ def _expected(
     values: Any, names: list[str | None], where: Where, file: str, problems: list[str]
 ) -> list[Expected]:
     """What was published of a pipeline; what is wrong with it is added to `problems`."""
+    from llmpipe.recipe.expected import Expected  # here: few recipes have any
+
     numbers = []
     entries = values if isinstance(values, list) else [values]
     for i, entry in enumerate(entries):
