@@ -455,6 +455,17 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, whole(tensor.detach()).cpu()
 
 
+def let_go(model: nn.Module) -> None:
+    """Free what this process holds of the weights, whoever still knows the model. Weights that a
+    file is mapped to stay, which is so on a CPU, of files in fp32.
+    """
+    reshard(model)
+    for weight in model.parameters():
+        storage = part_of(weight).untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
+
+
 # --- its checkpoints: one file of safetensors for each process ---
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by ranks

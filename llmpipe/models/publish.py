@@ -29,6 +29,7 @@ from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied
 from llmpipe.models.mapped import Precision, borrowed, lending, load_mapped, parts_of
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.verify import (
+    Seen,
     Verified,
     compare_adapter,
     compare_adapter_on_parts,
@@ -39,7 +40,7 @@ from llmpipe.models.verify import (
     probe_logits,
     same_tensors,
 )
-from llmpipe.parallel import Spread, World, plain_class, reshard, whole_tensors
+from llmpipe.parallel import Spread, World, let_go, plain_class, reshard, whole_tensors
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import INDEX
 from llmpipe.run.weights import tensors_in
@@ -47,7 +48,8 @@ from llmpipe.run.weights import tensors_in
 SAVING = "saving the model, and comparing what was saved"
 SINGLE = "model.safetensors"
 SHARD = 1 << 30
-"""Bytes of a merged model that are in memory, and in one file, at once; more where a layer is."""
+"""Bytes of a merged model, or of one in parts, that are in memory, and in one file, at once; more
+where a layer is."""
 
 
 @screen.doing(SAVING)
@@ -81,21 +83,24 @@ def publish_sharded(
     """Save a model that is in parts as any other one is saved, and compare what was saved once it
     is loaded in parts again; at no time is more of it whole than a file of it. Collective.
 
-    Raises UserError (3) as `publish_model` does, in every process.
+    The model's weights are gone afterwards: there is room for one model. Raises UserError (3) as
+    `publish_model` does, in every process.
     """
     upstream.as_loaded(model)
-    reshard(model)
+    trained = Seen.of(model, tokenizer)
     with publishing(folder) if world.is_first else nullcontext() as staging:
         place = Path(world.gather(str(staging))[0])
-        parts = _layers(whole_tensors(model))
+        tensors = whole_tensors(model)
         if world.is_first:
-            _save_parts(_described(model), parts, place)
+            most = _file_bytes(sum(weight.nbytes for weight in model.parameters()))
+            _save_parts(_described(model), _layers(tensors), place, most)
             tokenizer.save_pretrained(place)
         else:
-            for _ in parts:
+            for _ in tensors:
                 pass
         world.wait()
-        verified = compare_sharded(model, tokenizer, place, world, spread)
+        let_go(model)
+        verified = compare_sharded(trained, tokenizer, place, world, spread)
     difference = f"{verified.max_logit_difference:.1e}"
     say(f"verified: {verified.tensors} tensors, logits differ by {difference} after reloading")
     return verified
@@ -211,7 +216,7 @@ def _layers(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 def _save_merged(adapted: Any, precision: Precision, folder: Path) -> None:
     """Save PEFT's model merged."""
     model = adapted.get_base_model()
-    _save_parts(model, _merged_tensors(adapted, precision), folder)
+    _save_parts(model, _merged_tensors(adapted, precision), folder, SHARD)
     if not is_tied(model) and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False  # one of them has learned apart from the other
     model.config.dtype = torch.float32
@@ -220,12 +225,23 @@ def _save_merged(adapted: Any, precision: Precision, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def _save_parts(model: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path) -> None:
-    """Save the tensors of a model, shard by shard, as transformers would save all of it at once."""
+def _file_bytes(size: int) -> int:
+    """Bytes of one file of a model in parts, which has `size`: what is written is in memory twice,
+    so that a sixteenth of it is an eighth of a model.
+    """
+    return max(SHARD // 4, min(SHARD, size // 16))
+
+
+def _save_parts(
+    model: PreTrainedModel, parts: Iterable[dict[str, Tensor]], folder: Path, most: int
+) -> None:
+    """Save the tensors of a model, file by file of `most` bytes, as transformers would save all of
+    it at once.
+    """
     work = folder / ".shard"
     files: dict[str, list[str]] = {}
     parameters = size = 0
-    for number, shard in enumerate(_shards(parts), 1):
+    for number, shard in enumerate(_shards(parts, most), 1):
         model.save_pretrained(work, state_dict=shard, max_shard_size=sys.maxsize)
         same_tensors(shard, work, may_be_renamed=True)
         name = f"{number:05}.safetensors"
@@ -273,11 +289,11 @@ def _merged_tensors(adapted: Any, precision: Precision) -> Iterator[dict[str, Te
             yield {name: tensor.detach() for name, tensor in fresh.items()}
 
 
-def _shards(parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Parts together, as many as fit a file."""
+def _shards(parts: Iterable[dict[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Parts together, as many as fit a file of `most` bytes."""
     shard: dict[str, Tensor] = {}
     for part in parts:
-        if shard and sum(tensor.nbytes for tensor in (shard | part).values()) > SHARD:
+        if shard and sum(tensor.nbytes for tensor in (shard | part).values()) > most:
             yield shard
             shard = {}
         shard |= part

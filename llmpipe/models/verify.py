@@ -14,7 +14,9 @@ is reloaded borrows the weights of its files, part by part (`mapped`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,22 +118,43 @@ def compare_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
             _refuse(f"{name} is not the tensor that was trained")
     if reloaded.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
         _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
-    behaviour = _same_behaviour(model, reloaded, tokenizer)
+    logits = probe_logits(model, tokenizer)
+    behaviour = _same_behaviour(logits, reloaded, tokenizer)
     return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of a model in parts while what was saved of it is looked at, so that the two are
+    never in memory at once.
+    """
+
+    parts: dict[str, bytes]
+    """Of each tensor the sha256 of what this process holds of it."""
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: Tokenizer) -> Seen:
+        """Collective."""
+        with looking(model):
+            logits = probe_logits(model, tokenizer)
+        return cls(dict(_parts(model)), logits)
+
+
 def compare_sharded(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, world: World, spread: Spread
+    trained: Seen, tokenizer: Tokenizer, folder: Path, world: World, spread: Spread
 ) -> Verified:
-    """Compare a model that is in parts with what was saved of it in `folder`, which each process
+    """Compare a model that was in parts with what was saved of it in `folder`, which each process
     reads its part of. Collective; what one process refuses all of them do.
     """
     again: PreTrainedModel | None = None
     refused = None
     try:
         _same_tokenizer(tokenizer, folder)
-        again = load_model(folder, device=str(model.device), spread=spread).eval()
-        _same_parts(model, again)
+        again = load_model(folder, device=str(world.device), spread=spread).eval()
+        for name, part in _parts(again):
+            if part != trained.parts[name]:
+                _refuse(f"{name} is not the tensor that was trained")
         if again.get_input_embeddings().weight.shape[0] < rows_of(tokenizer):
             _refuse("the embeddings have fewer rows than the tokenizer's tokens need")
     except UserError as error:
@@ -139,17 +162,17 @@ def compare_sharded(
     world.agree(refused)
     assert again is not None
     tensors = sum(len(tensors_in(path)) for path in folder.glob("*.safetensors"))
-    with looking(model), looking(again):
-        behaviour = _same_behaviour(model, again, tokenizer)
+    with looking(again):
+        behaviour = _same_behaviour(trained.logits, again, tokenizer)
     return Verified(tensors, behaviour.max_logit_difference, behaviour.stops_at)
 
 
-def _same_parts(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    """What this process holds of a model is what it holds of the reloaded one, bit by bit."""
-    trained = dict(model.state_dict())
-    for name, tensor in reloaded.state_dict().items():
-        if not torch.equal(part_of(tensor), part_of(trained[name])):
-            _refuse(f"{name} is not the tensor that was trained")
+def _parts(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
+    """The sha256 of what this process holds of each tensor."""
+    for name, tensor in model.state_dict().items():
+        copy = part_of(tensor).to("cpu", copy=True)  # what numpy has seen cannot be freed
+        numbers = copy.contiguous().flatten().view(torch.uint8)
+        yield name, sha256(numbers.numpy()).digest()
 
 
 def compare_adapter(model: Any, tokenizer: Tokenizer, folder: Path, base: Base) -> Verified:
@@ -372,11 +395,13 @@ def _equal(saved: torch.Tensor, trained: torch.Tensor) -> bool:
     return torch.equal(saved, trained.to(saved.dtype))
 
 
-def _same_behaviour(model: Any, reloaded: Any, tokenizer: Tokenizer) -> Behaviour:
-    """Equal logits on the probe, and generation that stops at every stop token alone."""
-    logits, again = probe_logits(model, tokenizer), probe_logits(reloaded, tokenizer)
-    difference = _same_logits(model, logits, again, logits.dtype)
-    if not model.can_generate():
+def _same_behaviour(logits: torch.Tensor, reloaded: Any, tokenizer: Tokenizer) -> Behaviour:
+    """The trained model's logits on the probe, and generation that stops at every stop token
+    alone.
+    """
+    again = probe_logits(reloaded, tokenizer)
+    difference = _same_logits(reloaded, logits, again, logits.dtype)
+    if not reloaded.can_generate():
         return Behaviour(difference)
     return Behaviour(difference, _stops_at(reloaded, tokenizer))
 

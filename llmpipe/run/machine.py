@@ -56,6 +56,25 @@ def idle_gpus(recipe: Recipe) -> str | None:
     return f"launch.processes: auto is {count} of {gpus()} GPUs, {why}"
 
 
+def memory() -> int:
+    """Bytes that this process and its neighbours may take: the machine's, or what the control
+    groups that they are in allow (cgroups of version 2).
+    """
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return most
+    groups = [line.removeprefix("0::/") for line in lines if line.startswith("0::")]
+    root = Path("/sys/fs/cgroup")
+    for group in (root / name for name in groups):
+        for folder in (group, *group.parents):
+            limit = folder / "memory.max"
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                most = min(most, int(text))
+    return most
+
+
 def thread_count(launch: Machine, processes: int) -> int:
     """CPU threads of each of so many processes."""
     if isinstance(launch.threads, int):

@@ -1,0 +1,202 @@
+"""What a training takes of a device's memory, by the shape of its model and before anything is
+loaded; without torch.
+
+Weights that learn, their gradients and moments are in fp32, frozen ones in the precision of the
+arithmetic or in few bits. A process holds all of them, or a part, and beside it what is whole while
+it is computed with. What a pass keeps for its
+backward pass is counted as Korthikanti 2022 does (https://arxiv.org/abs/2205.05198, section 4),
+with a gated MLP, attention whose scores are in no memory, and a head whose logits are in none
+either. On an H100 (SmolLM2-1.7B's shape) it was 5 to 15 % above what was seen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpipe.files import parse_json, read_text
+from llmpipe.recipe.optimizers import OPTIMIZERS
+from llmpipe.recipe.sections import Training
+from llmpipe.run.folders import CONFIG, tensors_of
+
+FP32, BF16 = 4, 2  # bytes of a number
+
+USED = 0.9
+"""Of a device, at most; what PyTorch cannot use for want of order is a part of the rest."""
+
+COMPILED = 0.6
+"""Of what a layer keeps where it is compiled: norms and activations are computed again there."""
+
+HEAD = 1 << 30
+"""Bytes of the logits that exist at once."""
+
+LAYER = re.compile(r".*?\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Numbers that a layer makes of a token."""
+
+    layers: int
+    """How many there are."""
+    width: int
+    queries: int
+    keys: int
+    inner: int
+    """Width of the MLP, or of all experts of a token."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Layer:
+        """Of a configuration of a text model. Raises ValueError where it does not say."""
+        width = _number(config, "hidden_size", "n_embd", "d_model")
+        layers = _number(config, "num_hidden_layers", "n_layer", "num_layers")
+        if not width or not layers:
+            raise ValueError("it does not say how wide and how deep the model is")
+        heads = _number(config, "num_attention_heads", "n_head") or 1
+        dim = _number(config, "head_dim") or width // heads
+        keys = (_number(config, "num_key_value_heads") or heads) * dim
+        inner = _number(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * width
+        if experts := _number(config, "num_experts_per_tok"):
+            inner = experts * (_number(config, "moe_intermediate_size") or inner)
+        return cls(layers, width, heads * dim, keys, inner)
+
+    def kept(
+        self, *, bf16: bool, stream: int = FP32, compiles: bool = False, adapted: float = 0
+    ) -> dict[str, float]:
+        """Bytes that a layer keeps of a token, by what is computed again. `stream`: bytes of a
+        number between layers; `adapted`: numbers of a token that go into adapters.
+        """
+        number = BF16 if bf16 else FP32
+        rounded = BF16 if bf16 else 0  # beside the fp32 that it was
+        norms = 2 * self.width * (stream + FP32 + rounded)
+        attention = number * 2 * (self.queries + self.keys)
+        none = norms + attention + 4 * number * self.inner + (number + 1) * adapted
+        selective = stream * self.width + attention + number * 2 * (self.width + self.inner)
+        if compiles:
+            none = COMPILED * none
+            selective = min(selective, none)
+        return {"none": none, "selective": selective, "full": float(stream * self.width)}
+
+    def of_a_pass(self, kept: Mapping[str, float], kind: str, tokens: int) -> float:
+        """Bytes that a pass of so many tokens takes; `kind`: of what is computed again."""
+        # the gradients of a layer, or what is computed again of it, exist beside what is kept
+        return HEAD + tokens * (self.layers * kept[kind] + kept["none"])
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these that is a number, 0 where none is."""
+    return next((value for name in names if isinstance(value := config.get(name), int)), 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the memory of a training of a model."""
+
+    weights: int
+    """Numbers in all."""
+    layer: int
+    """Of them in the largest layer."""
+    outside: int
+    """Of them in no layer: embeddings and a head."""
+    sides: int
+    """Inputs and outputs of all matrices in layers, which an adapter has a row or column for."""
+    inputs: int
+    """Inputs alone."""
+    passed: Layer
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shape | None:
+        """Of the model in a folder that may be opened, by its headers and its configuration; None
+        where they do not say.
+        """
+        tensors = {name: tensor.shape for name, tensor in tensors_of(folder).items()}
+        return cls.of(parse_json(read_text(folder / CONFIG), twice=False), tensors)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Shape | None:
+        """Of a model with this config.json and tensors of these shapes."""
+        sizes: Counter[str] = Counter()
+        outputs = inputs = 0
+        for name, shape in tensors.items():
+            inside = LAYER.match(name)
+            sizes[inside[0] if inside else ""] += math.prod(shape)
+            if inside and len(shape) == 2:
+                outputs, inputs = outputs + shape[0], inputs + shape[1]
+        outside = sizes.pop("", 0)
+        try:
+            passed = Layer.of(config.get("text_config") or config)
+        except ValueError:
+            return None
+        if not sizes:
+            return None
+        weights = sum(sizes.values()) + outside
+        return cls(weights, max(sizes.values()), outside, outputs + inputs, inputs, passed)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The longest batch of a process."""
+
+    tokens: int
+    bf16: bool
+    kind: str
+    """Of what is computed again."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds, in bytes."""
+
+    weights: float
+    gradients: float
+    moments: float
+    copies: float
+    """Buckets that gradients are sent in, weights in the precision of the arithmetic, and of a
+    model in parts what is whole."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.moments + self.copies + self.activations
+
+    @classmethod
+    def of(
+        cls, shape: Shape, recipe: Training, longest: Pass, processes: int, parts: int = 1
+    ) -> Held:
+        """`parts`: in how many the model is cut; 1 where each process holds all of it."""
+        number = BF16 if longest.bf16 else FP32
+        adapter = recipe.adapter
+        learned = adapter.rank * shape.sides if adapter else shape.weights
+        frozen = _frozen(shape, recipe, number)
+        cut = 1 if adapter else parts  # an adapter is whole in each process
+        if parts > 1:
+            # a layer that is computed with, one on its way, and gradients before they are cut
+            whole = 2 * shape.layer + shape.outside
+            copies = number * whole + (0 if adapter else FP32 * (shape.layer + shape.outside))
+        else:
+            buckets = FP32 if processes > 1 else 0
+            copies = learned * (buckets + (BF16 if longest.bf16 else 0))
+        adapted = shape.inputs / shape.passed.layers if adapter else 0
+        stream = number if adapter else FP32
+        kept = shape.passed.kept(bf16=longest.bf16, stream=stream, adapted=adapted)
+        return cls(
+            weights=frozen / parts + FP32 * learned / cut,
+            gradients=FP32 * learned / cut,
+            moments=OPTIMIZERS[recipe.optim.optimizer].moments * learned / cut,
+            copies=float(copies),
+            activations=shape.passed.of_a_pass(kept, longest.kind, longest.tokens),
+        )
+
+
+def _frozen(shape: Shape, recipe: Training, number: int) -> float:
+    """Bytes of weights that do not learn: those under an adapter, or a reference's."""
+    if recipe.quantization:  # embeddings and a head stay as they are
+        layers = (shape.weights - shape.outside) * recipe.quantization.bits / 8
+        return layers + number * shape.outside
+    is_compared = recipe.stage in ("dpo", "kto")
+    return float(number * shape.weights if recipe.adapter or is_compared else 0)
