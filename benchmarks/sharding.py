@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ def _watched(processes: list[subprocess.Popen[str]]) -> list[Phase]:
     before = heap = mapped = 0
     began = time.perf_counter()
     while processes[0].poll() is None:
-        seen = [_memory(process.pid) for process in processes]
-        heap, mapped = (max(most, sum(of)) for most, of in zip((heap, mapped), zip(*seen)))
+        now_heap, now_mapped = _memory(processes)
+        heap, mapped = max(heap, now_heap), max(mapped, now_mapped)
         for line in iter(told.readline, ""):
             mark = json.loads(line)
             if not mark["begins"]:
@@ -123,8 +124,7 @@ def _watched(processes: list[subprocess.Popen[str]]) -> list[Phase]:
                 shares = (heap - before) / bytes_of_model, mapped / bytes_of_model
                 phases.append(Phase(name, now, *shares))
             name, bytes_of_model = mark["name"], mark["bytes"]
-            now_heap, _ = (sum(of) for of in zip(*map(_memory, [p.pid for p in processes])))
-            before, heap, mapped = before or now_heap, 0, 0
+            before, heap, mapped = before or _memory(processes)[0], 0, 0
             began = time.perf_counter()
         time.sleep(PERIOD)
     if processes[0].returncode:
@@ -132,14 +132,16 @@ def _watched(processes: list[subprocess.Popen[str]]) -> list[Phase]:
     return phases
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """PSS of a process in bytes: of pages that are no file's, and of those that are."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # at its end
-        return 0, 0
-    fields = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
-    return 1024 * (fields["Pss_Anon"] + fields["Pss_Shmem"]), 1024 * fields["Pss_File"]
+def _memory(processes: list[subprocess.Popen[str]]) -> tuple[int, int]:
+    """PSS of processes together, in bytes: of pages that are no file's, and of those that are."""
+    totals: Counter[str] = Counter()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # at its end
+            continue
+        totals.update({line.split(":")[0]: int(line.split()[1]) for line in lines[1:]})
+    return 1024 * (totals["Pss_Anon"] + totals["Pss_Shmem"]), 1024 * totals["Pss_File"]
 
 
 def make(arguments: argparse.Namespace) -> None:

@@ -23,8 +23,7 @@ from llmpipe.files import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here
-from llmpipe.recipe.reinforcement import PPORecipe
-from llmpipe.recipe.sections import TEMPLATES, Adapter, Launch, Recipe, Training, is_local
+from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.context import mistakes_in_lengths, of_folder
@@ -38,6 +37,7 @@ from llmpipe.run.machine import (
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
 from llmpipe.run.reference import Use
+from llmpipe.run.strategy import against_parts
 from llmpipe.stages import Foreseeing, stage
 
 PER_CORE = 4  # processes that train, on a machine without GPUs: some wait while others compute
@@ -326,39 +326,8 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
     except UserError as error:
         yield Mistake("optim.batch_size", error)
     if launch.strategy == "fsdp":
-        for problem, remedy in _against_sharding(recipe, processes):
+        for problem, remedy in against_parts(recipe, processes):
             yield Mistake("launch.strategy", UserError(f"fsdp: {problem}", remedy))
-
-
-def _against_sharding(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
-    """Why a model cannot be spread over processes in a recipe, and what to do."""
-    launch = recipe.launch
-    if recipe.adapter:
-        yield from _against_adapting(recipe, recipe.adapter)
-    if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
-        yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"
-    if recipe.optim.optimizer != "adamw" and not recipe.adapter:
-        yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
-    if getattr(recipe, "trainer", None):
-        yield "no field of `trainer:` is tried with it", "remove `trainer:`"
-    if launch.compile is True:
-        yield "layers in parts are not compiled", "set launch.compile: auto"
-    if launch.micro_batch_size == "auto" or launch.checkpointing == "auto":
-        remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
-        yield "what fits in memory is not measured with it yet", remedy
-    if processes < 2:
-        yield f"{processes} process has nobody to share a model with", "set launch.processes"
-
-
-def _against_adapting(recipe: Training, adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """Why an adapter cannot be trained on a model in parts, and what to do."""
-    if recipe.quantization:
-        yield "a quantized model is not put in parts", "remove quantization, or set ddp"
-    if adapter.embeddings == "all":
-        yield "embeddings in parts do not learn beside an adapter", "set adapter.embeddings: new"
-    if adapter.dora or adapter.rewrites:
-        what = "dora" if adapter.dora else f"init: {adapter.init}"
-        yield f"adapter.{what} reads weights that are whole", "begin without it, or set ddp"
 
 
 # --- the Hub --------------------------------------------------------------------------------------

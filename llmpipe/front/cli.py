@@ -257,6 +257,48 @@ def make_stages(
         make(located, fresh=fresh, inexact=inexact, debug=debug)
 
 
+def stage_in(recipe: Path, command: str) -> str:
+    """The stage that a recipe names. Raises UserError (2) for a pipeline, and for none."""
+    from llmpipe.recipe.check import refuse_foreign
+    from llmpipe.recipe.yaml import read
+
+    values, where = read(recipe)
+    refuse_foreign(values, recipe)
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}:1: a recipe is a mapping of keys to values")
+    if "stages" in values:
+        problem = f"{where[('stages',)]}: this is a pipeline of several stages"
+        raise UserError(problem, f"{command} takes the recipe of one stage")
+    name = values.get("stage")
+    if not isinstance(name, str) or name not in STAGES:
+        problem = (
+            f"'{name}' is no stage{near(str(name), STAGES)}" if name else "required, but missing"
+        )
+        raise UserError(f"{where.get(('stage',), f'{recipe}:1')}: stage: {problem}", KNOWN_STAGES)
+    return name
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of a stage that trains.")],
+    processes: Annotated[int, typer.Option(min=1, help="Processes, each with a device.")] = 8,
+    memory: Annotated[float, typer.Option(min=1, help="GiB of a device.")] = 80,
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, where it is not here.")
+    ] = None,
+    sets: SetOption = None,
+) -> None:
+    """What each process would hold in memory: weights, gradients, moments, activations."""
+    from llmpipe.front import memory as footprint
+    from llmpipe.recipe.check import load
+    from llmpipe.stages import schema
+
+    asked = load(recipe, schema(stage_in(recipe, "plan")), overrides(sets, None))
+    shape = footprint.shape_of(asked, config)
+    for line in footprint.plan(asked, shape, processes, memory * 2**30):
+        say(line)
+
+
 @app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="The recipe of any stage.")],
@@ -268,23 +310,7 @@ def prepare(
     debug: DebugOption = False,
 ) -> None:
     """Only the data: rows to tokens, before GPUs are rented."""
-    from llmpipe.recipe.check import refuse_foreign
-    from llmpipe.recipe.yaml import read
-
-    values, where = read(recipe)
-    refuse_foreign(values, recipe)
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe}:1: a recipe is a mapping of keys to values")
-    if "stages" in values:
-        problem = f"{where[('stages',)]}: this is a pipeline of several stages"
-        raise UserError(problem, "prepare takes the recipe of one stage")
-    name = values.get("stage")
-    if not isinstance(name, str) or name not in STAGES:
-        problem = (
-            f"'{name}' is no stage{near(str(name), STAGES)}" if name else "required, but missing"
-        )
-        raise UserError(f"{where.get(('stage',), f'{recipe}:1')}: stage: {problem}", KNOWN_STAGES)
-    asked = read_recipe(name, recipe, run, sets, only_prepare=True)
+    asked = read_recipe(stage_in(recipe, "prepare"), recipe, run, sets, only_prepare=True)
     make(asked, debug=debug, only_prepare=True)
     if show_rows:
         _show_rows(asked.recipe, show_rows)

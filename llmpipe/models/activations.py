@@ -1,10 +1,9 @@
-"""What a pass forward and backward takes of a device's memory beside weights, by a model's shape: an
-estimate (`run.footprint`), to begin with. `training.memory` measures.
+"""What a pass forward and backward takes of a device's memory beside weights, by a model's shape.
+
+An estimate (`run.footprint`), to begin with: `training.memory` measures.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from transformers import PreTrainedModel
 

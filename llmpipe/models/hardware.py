@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import resource
 import sys
@@ -28,9 +29,11 @@ from llmpipe.models.pretrained import configuration, model_class
 from llmpipe.parallel import Spread, World, join
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
-from llmpipe.run import machine
+from llmpipe.run import machine, strategy
+from llmpipe.run.footprint import Shape
 from llmpipe.run.manifest import Platform
 from llmpipe.run.provenance import installed
+from llmpipe.run.strategy import Room
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Host:
     """Whether bf16 matrix products are in hardware."""
     has_flash_attention: bool
     """Whether the package flash-attn is installed, and fit for this GPU."""
+    memory: float = math.inf
+    """Bytes that a process may take: of its GPU, the smallest of this machine; of a CPU, its share
+    of the machine's."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Reasons:
 
     precision: str = ""
     attention: str = ""
+    strategy: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ def choose(
         known = model_class(folder, config=config)
         loaded = upstream.supported_attention(known, "sdpa")
         by_document = upstream.fits(known, config, loaded, host.device)
-        hardware = decide(recipe, host, known, by_document, before)
+        shape = Shape.of_folder(folder) if host.processes > 1 else None
+        hardware = decide(recipe, host, known, by_document, before, shape)
     else:
         hardware = decide(recipe, host, None, before=before)
     torch.set_num_threads(hardware.threads)
@@ -185,7 +193,16 @@ def detect(launch: Launch) -> Host:
         threads=threads or machine.thread_count(launch, machine.local_world_size()),
         has_bf16=has_bf16(),
         has_flash_attention=is_flash_attn_2_available(),
+        memory=_memory(),
     )
+
+
+def _memory() -> float:
+    """Bytes that a process may take here, the same in all of this machine."""
+    if not torch.cuda.is_available():
+        return machine.memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = range(torch.cuda.device_count())
+    return min(torch.cuda.get_device_properties(device).total_memory for device in devices)
 
 
 def decide(
@@ -194,18 +211,21 @@ def decide(
     model: type[PreTrainedModel] | None,
     by_document: bool = True,
     before: Mapping[str, Any] = NOTHING,
+    shape: Shape | None = None,
 ) -> Hardware:
     """Precision, attention and micro-batch of a recipe on a host, for the class of a model or any.
 
     `by_document`: whether `upstream` knows how such a model attends to each document by itself;
-    `before`: as in `choose`.
+    `before`: as in `choose`; `shape`: of the model, by which `strategy: auto` is decided.
 
     Raises UserError when a GPU has not the precision that the recipe asks for, and when
     `optim.batch_size` does not divide by processes and micro-batches.
     """
     bf16, precision_reason = precision(recipe.optim.precision, host)
     attention, attention_reason = _attention(host, recipe.packs, bf16, model, by_document)
-    compiles, sharded = recipe.launch.compile, recipe.launch.strategy == "fsdp"
+    room = Room(host.processes, host.memory, host.device == "cuda", bf16)
+    sharded, strategy_reason = strategy.choose(recipe, room, shape, before)
+    compiles = recipe.launch.compile
     if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
         able = by_document and recipe.stage != "ppo" and not sharded
         compiles = host.device == "cuda" and able
@@ -221,7 +241,7 @@ def decide(
         compiles=compiles,
         activation_checkpointing=_checkpointing(recipe, before),
         sharded=sharded,
-        reasons=Reasons(precision_reason, attention_reason),
+        reasons=Reasons(precision_reason, attention_reason, strategy_reason),
     )
 
 
@@ -285,7 +305,9 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     arithmetic = "bf16 arithmetic" if hardware.bf16 else "fp32"
     say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
-    if hardware.sharded:
+    if why := hardware.reasons.strategy:
+        say(f"strategy: {'fsdp' if hardware.sharded else 'ddp'}: {why}")
+    elif hardware.sharded:
         share = f"each of {hardware.processes} processes holds a part of the model"
         say(f"strategy: fsdp: {share}, of its gradients and its moments")
     if hardware.compiles:

@@ -131,7 +131,7 @@ def _choose(usable: bool) -> None:
     tell("auto", f"launch.compile: {compiled}")
     again = "none where that fits, else selective, else full" if usable else "none"
     tell("auto", f"launch.activation_checkpointing: {again}")
-    tell("auto", "launch.strategy: ddp (fsdp is asked for by name)")
+    tell("auto", "launch.strategy: ddp where the model fits a device, else fsdp")
 
 
 if __name__ == "__main__":

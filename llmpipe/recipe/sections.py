@@ -352,7 +352,8 @@ class Launch(Machine):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes hold a model: all of it in each (`ddp`), or a part of its weights,
     gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. `auto`
-    is `ddp`: `fsdp` is asked for by name."""
+    is `ddp` where the smallest batch then fits the memory of a device by the model's shape, else
+    `fsdp` where the stage allows it; a resumed run keeps to its checkpoint."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,

@@ -38,6 +38,11 @@ HEAD = 1 << 30
 LAYER = re.compile(r".*?\.\d+\.")
 
 
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+
+WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
+
+
 @dataclass(frozen=True)
 class Layer:
     """Numbers that a layer makes of a token."""
@@ -75,8 +80,8 @@ class Layer:
         rounded = BF16 if bf16 else 0  # beside the fp32 that it was
         norms = 2 * self.width * (stream + FP32 + rounded)
         attention = number * 2 * (self.queries + self.keys)
-        none = norms + attention + 4 * number * self.inner + (number + 1) * adapted
-        selective = stream * self.width + attention + number * 2 * (self.width + self.inner)
+        none = float(norms + attention + 4 * number * self.inner + (number + 1) * adapted)
+        selective = float(stream * self.width + attention + number * 2 * (self.width + self.inner))
         if compiles:
             none = COMPILED * none
             selective = min(selective, none)
@@ -138,6 +143,44 @@ class Shape:
         return cls(weights, max(sizes.values()), outside, outputs + inputs, inputs, passed)
 
 
+def of_llama(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a model of Llama's kind with this config.json, Qwen's among them.
+    Raises ValueError for a model of another kind.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in LLAMAS:
+        raise ValueError(f"the tensors of {kind} are not known; of {', '.join(LLAMAS)} they are")
+    width, inner, rows = (int(config[name]) for name in WIDTHS)
+    passed = Layer.of(config)
+    queries, keys = passed.queries, passed.keys
+    attention = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+    }
+    matrices = attention | {
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    vectors = {"input_layernorm": width, "post_attention_layernorm": width}
+    if kind == "qwen3":
+        vectors |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config["head_dim"])
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
+    for number in range(passed.layers):
+        place = f"model.layers.{number}."
+        tensors |= {f"{place}{name}.weight": shape for name, shape in matrices.items()}
+        tensors |= {f"{place}{name}.weight": (size,) for name, size in vectors.items()}
+        if kind == "qwen2":
+            biased = list(attention.items())[:3]
+            tensors |= {f"{place}{name}.bias": shape[:1] for name, shape in biased}
+    tensors["model.norm.weight"] = (width,)
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = (rows, width)
+    return tensors
+
+
 @dataclass(frozen=True)
 class Pass:
     """The longest batch of a process."""
@@ -196,7 +239,9 @@ class Held:
 def _frozen(shape: Shape, recipe: Training, number: int) -> float:
     """Bytes of weights that do not learn: those under an adapter, or a reference's."""
     if recipe.quantization:  # embeddings and a head stay as they are
-        layers = (shape.weights - shape.outside) * recipe.quantization.bits / 8
+        constants = 0.13 if recipe.quantization.double else 0.5
+        bits = 4 + constants if recipe.quantization.bits == 4 else 8
+        layers = (shape.weights - shape.outside) * bits / 8
         return layers + number * shape.outside
     is_compared = recipe.stage in ("dpo", "kto")
     return float(number * shape.weights if recipe.adapter or is_compared else 0)

@@ -56,19 +56,16 @@ def idle_gpus(recipe: Recipe) -> str | None:
     return f"launch.processes: auto is {count} of {gpus()} GPUs, {why}"
 
 
-def memory() -> int:
+def memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process and its neighbours may take: the machine's, or what the control
     groups that they are in allow (cgroups of version 2).
     """
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return most
-    groups = [line.removeprefix("0::/") for line in lines if line.startswith("0::")]
-    root = Path("/sys/fs/cgroup")
-    for group in (root / name for name in groups):
-        for folder in (group, *group.parents):
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for line in lines:
+        version, _, name = line.partition("::/")
+        group = root / name
+        for folder in (group, *group.parents) if version == "0" else ():
             limit = folder / "memory.max"
             if limit.is_file() and (text := limit.read_text().strip()).isdigit():
                 most = min(most, int(text))

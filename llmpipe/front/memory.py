@@ -1,0 +1,83 @@
+"""`llmpipe plan`: what each process of a training would hold, by the shape of its model. Nothing is
+loaded, and no device asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from llmpipe.errors import UserError
+from llmpipe.files import expanded, parse_json, read_text
+from llmpipe.recipe.sections import Recipe, Training, is_local
+from llmpipe.run.folders import CONFIG
+from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
+from llmpipe.run.strategy import Room, against_parts, longest_pass
+
+
+def shape_of(recipe: Recipe, config: Path | None) -> Shape:
+    """Of what a recipe trains: of the model in a folder of this machine, or by a `config`.json.
+    Raises UserError (2) where neither says it.
+    """
+    if config is None:
+        return _of_model(recipe.references().get("model"))
+    try:
+        values = parse_json(read_text(config), twice=False)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        shape = Shape.of(values, of_llama(values))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{config}: no shape of a model: {error}"
+        raise UserError(problem, "give a folder with the weights as `model:`") from None
+    assert shape is not None  # it has layers
+    return shape
+
+
+def _of_model(reference: str | None) -> Shape:
+    folder = expanded(reference) if reference and is_local(reference) else None
+    shape = Shape.of_folder(folder) if folder and (folder / CONFIG).is_file() else None
+    if shape is None:
+        problem = f"model: {reference or 'random weights'}: its shape is not on this machine"
+        raise UserError(problem, "give its config.json with --config")
+    return shape
+
+
+def plan(recipe: Recipe, shape: Shape, processes: int, memory: float) -> Iterator[str]:
+    """Lines that say what a process holds, whole and in parts; `memory`: of a device, in bytes."""
+    if not isinstance(recipe, Training) or recipe.stage == "ppo":
+        raise UserError(f"{recipe.stage}: plan knows stages that train one model", "give another")
+    bf16 = recipe.optim.precision != "fp32"
+    longest = longest_pass(recipe, Room(processes, memory, on_gpu=True, bf16=bf16))
+    ways = {"ddp": Held.of(shape, recipe, longest, processes)}
+    refused = next((problem for problem, _ in against_parts(recipe, processes)), None)
+    if not refused:
+        ways["fsdp"] = Held.of(shape, recipe, longest, processes, processes)
+    yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
+    yield _row(f"GiB of each of {processes} processes", ways)
+    held = ways.values()
+    for name in asdict(ways["ddp"]):
+        yield _row(name, _in_gib(getattr(each, name) for each in held))
+    yield _row("in all", _in_gib(each.total for each in held))
+    room = f"headroom, {USED:.0%} of {memory / 2**30:g}"
+    yield _row(room, _in_gib(USED * memory - each.total for each in held))
+    for name, each in ways.items():
+        if each.total > USED * memory:
+            yield f"{name} does not fit"
+    if refused:
+        yield f"fsdp is refused: {refused}"
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return name.ljust(28) + "".join(cell.rjust(9) for cell in cells)
+
+
+def _in_gib(sizes: Iterable[float]) -> list[str]:
+    return [f"{size / 2**30:,.1f}" for size in sizes]
+
+
+def _batch(longest: Pass) -> str:
+    """The least batch that a process passes at once, in words."""
+    arithmetic = "bf16" if longest.bf16 else "fp32"
+    again = f"activation checkpointing {longest.kind}"
+    return f"{longest.tokens:,} tokens a pass in {arithmetic}, {again}"

@@ -1,0 +1,98 @@
+"""How several processes hold a model, as far as a recipe and the memory of a device decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.sections import Adapter, Training
+from llmpipe.run.footprint import USED, Held, Pass, Shape
+from llmpipe.run.machine import gpus, micro_batch_size, micro_batch_sizes
+
+
+def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
+    """Why a model cannot be spread over processes in a recipe, and what to do."""
+    launch = recipe.launch
+    if recipe.adapter:
+        yield from _against_adapting(recipe, recipe.adapter)
+    if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
+        yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"
+    if recipe.optim.optimizer != "adamw" and not recipe.adapter:
+        yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
+    if getattr(recipe, "trainer", None):
+        yield "no field of `trainer:` is tried with it", "remove `trainer:`"
+    if launch.compile is True:
+        yield "layers in parts are not compiled", "set launch.compile: auto"
+    if gpus() and "auto" in (launch.micro_batch_size, launch.checkpointing):
+        remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
+        yield "what fits in a GPU's memory is not measured with it yet", remedy
+    if processes < 2:
+        yield f"{processes} process has nobody to share a model with", "set launch.processes"
+
+
+def _against_adapting(recipe: Training, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Why an adapter cannot be trained on a model in parts, and what to do."""
+    if recipe.quantization:
+        yield "a quantized model is not put in parts", "remove quantization, or set ddp"
+    if adapter.embeddings == "all":
+        yield "embeddings in parts do not learn beside an adapter", "set adapter.embeddings: new"
+    if adapter.dora or adapter.rewrites:
+        what = "dora" if adapter.dora else f"init: {adapter.init}"
+        yield f"adapter.{what} reads weights that are whole", "begin without it, or set ddp"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a process has."""
+
+    processes: int
+    memory: float
+    """Bytes of its device; of a CPU's, its share of the machine's."""
+    on_gpu: bool
+    bf16: bool
+
+
+class Choice(NamedTuple):
+    sharded: bool
+    why: str
+    """In a line; empty where there was nothing to choose."""
+
+
+def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[str, Any]) -> Choice:
+    """Whether each process holds a part of the model. `shape`: of the model, where it is known;
+    `before`: the settings of a checkpoint, whose strategy `auto` keeps.
+    """
+    if recipe.launch.strategy != "auto":
+        return Choice(recipe.launch.strategy == "fsdp", "")
+    problems = [problem for problem, _ in against_parts(recipe, room.processes)]
+    if before and room.processes > 1:
+        return Choice(bool(before.get("sharded")) and not problems, "as its checkpoints are")
+    if room.processes < 2 or shape is None or recipe.stage == "ppo":  # which has several models
+        return Choice(False, "")
+    longest = longest_pass(recipe, room)
+    whole, parts = (Held.of(shape, recipe, longest, room.processes, n) for n in (1, room.processes))
+    numbers = f"{gib(whole.total)} a process under ddp, {gib(room.memory)} a device"
+    if whole.total <= USED * room.memory:
+        return Choice(False, numbers)
+    if problems:
+        return Choice(False, f"{numbers}; fsdp: {problems[0]}")
+    return Choice(True, f"{numbers}; {gib(parts.total)} in parts of {room.processes}")
+
+
+def longest_pass(recipe: Training, room: Room) -> Pass:
+    """The least batch that a process may pass at once, where the recipe leaves that to memory."""
+    launch = recipe.launch
+    size, kind = launch.micro_batch_size, launch.checkpointing
+    if size == "auto" and room.on_gpu:
+        rows = micro_batch_sizes(recipe, room.processes)[0]
+    else:
+        rows = micro_batch_size(recipe, room.processes, room.on_gpu)
+    if kind == "auto":
+        kind = "full" if room.on_gpu else "none"
+    return Pass(rows * recipe.longest, room.bf16, kind)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -1,0 +1,138 @@
+"""What a training takes by a model's shape, and which strategy `auto` is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from llmpipe.recipe.check import load
+from llmpipe.run import machine, strategy
+from llmpipe.run.folders import tensors_of
+from llmpipe.run.footprint import HEAD, Held, Pass, Shape, of_llama
+from llmpipe.stages import schema
+from tests import life
+
+RECIPES = life.ROOT / "recipes"
+GPU = strategy.Room(processes=8, memory=80 * 2**30, on_gpu=True, bf16=True)
+
+
+def config_of(name):
+    return json.loads((RECIPES / "shapes" / name).read_text())
+
+
+def shape_of(name):
+    config = config_of(name)
+    return Shape.of(config, of_llama(config))
+
+
+def recipe(**launch):
+    asked = load(RECIPES / "llama-8b-fsdp.yaml", schema("sft"))
+    return asked.model_copy(update={"launch": asked.launch.model_copy(update=launch)})
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama-3.1-8b.json", 8_030_261_248), ("qwen3-32b.json", 32_762_123_264)]
+)
+def test_a_shape_has_as_many_weights_as_its_makers_say(name, weights):
+    assert shape_of(name).weights == weights
+
+
+def test_a_shape_by_its_configuration_is_the_one_in_its_files():
+    folder = life.TINY / "model"
+    config = json.loads((folder / "config.json").read_text())
+    written = {name: tensor.shape for name, tensor in tensors_of(folder).items()}
+    assert of_llama(config) == written
+    assert Shape.of_folder(folder) == Shape.of(config, written)
+
+
+def test_other_kinds_of_models_are_not_guessed_at():
+    with pytest.raises(ValueError, match="the tensors of gpt2 are not known"):
+        of_llama({"model_type": "gpt2"})
+    assert Shape.of({"model_type": "odd"}, {"a": (2, 2)}) is None
+
+
+def test_whole_and_in_parts():
+    """16 bytes a weight, and of a model in parts an eighth of each."""
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1024, bf16=True, kind="full")
+    one, whole, parts = (Held.of(shape, recipe(), longest, *n) for n in ((1,), (8,), (8, 8)))
+    weights = shape.weights
+    assert (whole.weights, whole.gradients, whole.moments) == (
+        4 * weights,
+        4 * weights,
+        8 * weights,
+    )
+    assert whole.copies == 6 * weights and one.copies == 2 * weights, "buckets and bf16"
+    assert parts.weights + parts.gradients + parts.moments == pytest.approx(2 * weights)
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 2 * 4096
+    outside = 2 * 128256 * 4096 + 4096
+    assert (shape.layer, shape.outside) == (layer, outside)
+    assert parts.copies == 2 * (2 * layer + outside) + 4 * (layer + outside)
+    # a layer keeps its input in fp32; one of them is computed again
+    again = 2 * 4096 * 10 + 2 * 2 * (4096 + 1024) + 4 * 2 * 14336
+    assert parts.activations == whole.activations == HEAD + 1024 * (32 * 4 * 4096 + again)
+
+
+def test_an_adapter_on_what_lies_in_four_bits():
+    asked = load(RECIPES / "qwen-32b-qlora.yaml", schema("qlora"))
+    shape = shape_of("qwen3-32b.json")
+    held = Held.of(shape, asked, Pass(1, bf16=True, kind="full"), 1)
+    sides = 64 * ((5120 + 8192) * 2 + 2 * (5120 + 1024) + 3 * (5120 + 25600))
+    assert shape.sides == sides
+    assert held.gradients == 4 * 32 * sides and held.moments == 8 * 32 * sides
+    frozen = held.weights - 4 * 32 * sides
+    layers = shape.weights - shape.outside
+    assert frozen == pytest.approx(layers * 4.13 / 8 + 2 * shape.outside)
+
+
+# --- auto -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_machine(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_what_does_not_fit_whole_is_put_in_parts(one_machine):
+    shape, asked = shape_of("llama-3.1-8b.json"), recipe(strategy="auto")
+    sharded, why = strategy.choose(asked, GPU, shape, {})
+    assert sharded
+    assert why == "179.9 GiB a process under ddp, 80.0 GiB a device; 37.8 GiB in parts of 8"
+    ample = replace(GPU, memory=200 * 2**30)
+    assert strategy.choose(asked, ample, shape, {}) == (
+        False,
+        "179.9 GiB a process under ddp, 200.0 GiB a device",
+    )
+    tight = replace(GPU, memory=199 * 2**30)
+    assert strategy.choose(asked, tight, shape, {}).sharded, "a tenth of a device is left"
+
+
+def test_auto_keeps_to_what_is_refused_and_to_its_checkpoint(one_machine):
+    shape = shape_of("llama-3.1-8b.json")
+    compiled = recipe(strategy="auto", compile=True)
+    sharded, why = strategy.choose(compiled, GPU, shape, {})
+    assert not sharded and why.endswith("80.0 GiB a device; fsdp: layers in parts are not compiled")
+    auto = recipe(strategy="auto")
+    assert strategy.choose(auto, GPU, shape, {"sharded": False, "device": "cuda"}).sharded is False
+    ample = replace(GPU, memory=math.inf)
+    assert strategy.choose(auto, ample, shape, {"sharded": True}).sharded
+    assert not strategy.choose(auto, replace(GPU, processes=1), shape, {}).sharded
+    assert not strategy.choose(auto, GPU, None, {}).sharded
+    for asked in ("ddp", "fsdp"):
+        named = strategy.choose(recipe(strategy=asked), GPU, shape, {})
+        assert named == (asked == "fsdp", "")
+
+
+def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):
+    most = machine.memory()
+    assert most > 2**28
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "job" / "memory.max").write_text("1048576\n")
+    (tmp_path / "job" / "step" / "memory.max").write_text("2097152\n")
+    (tmp_path / "cgroup").write_text("1:name=systemd:/other\n0::/job/step\n")
+    assert machine.memory(tmp_path / "cgroup", tmp_path) == 2**20
+    assert machine.memory(tmp_path / "absent", tmp_path) >= most
