@@ -253,10 +253,16 @@ class Spread:
 
     processes: int
     bf16: bool
+    copies: int = 1
+    """How many there are of the model, each in parts: one on each machine, or one in all."""
 
     def at_load(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`, by which each process reads its part and no more."""
-        config = DistributedConfig(fsdp_size=self.processes, fsdp_mixed_precision=self.bf16)
+        config = DistributedConfig(
+            fsdp_size=self.processes // self.copies,
+            dp_replicate_size=self.copies,
+            fsdp_mixed_precision=self.bf16,
+        )
         return {"distributed_config": config}
 
     def world(self) -> World:
@@ -295,7 +301,7 @@ def _refuse_uneven(name: str, tied: DTensor) -> None:
     """Parts of one length are a view of the weight to both of its modules. Of unequal ones FSDP2
     makes a longer copy, a second time for the second module, and the first one's is never trained.
     """
-    rows, processes = tied.shape[0], tied.device_mesh.size()
+    rows, processes = tied.shape[0], tied.device_mesh.size(-1)
     if rows % processes:
         raise UserError(
             f"launch.strategy: fsdp: {name} is tied to another weight, and its {rows:,} rows do "

@@ -462,3 +462,15 @@ def ppo_counted_reads():
         return out
 
     Learner.optimizer_step = counting
+
+
+def two_machines():
+    """Half of the processes are taken to be on another machine, which has parts of its own."""
+    from llmpipe.run import strategy
+
+    strategy.machines = lambda processes: 2
+
+
+def two_machines_and_term_in_step(step):
+    two_machines()
+    term_in_step(step)

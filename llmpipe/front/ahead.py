@@ -325,9 +325,10 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
         micro_batch_size(recipe, processes, gpus() > 0)
     except UserError as error:
         yield Mistake("optim.batch_size", error)
-    if launch.strategy == "fsdp":
+    if launch.strategy in ("fsdp", "hsdp"):
         for problem, remedy in against_parts(recipe, processes):
-            yield Mistake("launch.strategy", UserError(f"fsdp: {problem}", remedy))
+            problem = f"{launch.strategy}: {problem}"
+            yield Mistake("launch.strategy", UserError(problem, remedy))
 
 
 # --- the Hub --------------------------------------------------------------------------------------

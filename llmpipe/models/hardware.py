@@ -85,6 +85,8 @@ class Hardware:
     """Which activations are computed again in the backward pass: none, selective, full."""
     sharded: bool = False
     """Whether each process holds a part of what is trained, and not all of it."""
+    copies: int = 1
+    """How many there are of what is in parts: with `hsdp` one on each machine."""
     reasons: Reasons = Reasons()
 
     def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
@@ -100,7 +102,7 @@ class Hardware:
     @property
     def spread(self) -> Spread | None:
         """How a model is loaded that is sharded; None where each process holds all of it."""
-        return Spread(self.processes, self.bf16) if self.sharded else None
+        return Spread(self.processes, self.bf16, self.copies) if self.sharded else None
 
     def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
         """Of weights that are not trained.
@@ -128,7 +130,7 @@ class Hardware:
         settings = asdict(self)
         del settings["reasons"]
         if not self.sharded:  # as older versions have written it
-            del settings["sharded"]
+            del settings["sharded"], settings["copies"]
         return settings
 
 
@@ -200,7 +202,7 @@ def detect(launch: Launch) -> Host:
 def _memory() -> float:
     """Bytes that a process may take here, the same in all of this machine."""
     if not torch.cuda.is_available():
-        return machine.memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return machine.memory() / machine.local_world_size()
     devices = range(torch.cuda.device_count())
     return min(torch.cuda.get_device_properties(device).total_memory for device in devices)
 
@@ -241,8 +243,17 @@ def decide(
         compiles=compiles,
         activation_checkpointing=_checkpointing(recipe, before),
         sharded=sharded,
+        copies=_copies(recipe, host, before),
         reasons=Reasons(precision_reason, attention_reason, strategy_reason),
     )
+
+
+def _copies(recipe: Training, host: Host, before: Mapping[str, Any]) -> int:
+    """How many there are of what is in parts; `auto` keeps to its checkpoint."""
+    asked, kept = recipe.launch.strategy, before.get("copies")
+    if asked == "auto" and isinstance(kept, int) and 0 < kept <= host.processes:
+        return kept
+    return strategy.machines(host.processes) if asked == "hsdp" else 1
 
 
 def _micro_batch_size(recipe: Training, host: Host, before: Mapping[str, Any]) -> int:
@@ -309,7 +320,9 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
         say(f"strategy: {'fsdp' if hardware.sharded else 'ddp'}: {why}")
     elif hardware.sharded:
         share = f"each of {hardware.processes} processes holds a part of the model"
-        say(f"strategy: fsdp: {share}, of its gradients and its moments")
+        share += ", of its gradients and its moments"
+        copies = f"; {hardware.copies} copies, one a machine" if hardware.copies > 1 else ""
+        say(f"strategy: {recipe.launch.strategy}: {share}{copies}")
     if hardware.compiles:
         say("compile: layers are compiled at the first step, once: some tens of seconds")
     if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import

@@ -349,11 +349,13 @@ class Launch(Machine):
     processes: Crowd | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or fewer where more do not divide
     `optim.batch_size`; one on a CPU."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes hold a model: all of it in each (`ddp`), or a part of its weights,
-    gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. `auto`
-    is `ddp` where the smallest batch then fits the memory of a device by the model's shape, else
-    `fsdp` where the stage allows it; a resumed run keeps to its checkpoint."""
+    gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. With
+    `hsdp` these parts are on each machine, a whole model together, and only gradients go from
+    machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
+    the model's shape, else `fsdp` where the stage allows it; a resumed run keeps to its
+    checkpoint."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,

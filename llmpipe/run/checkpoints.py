@@ -48,7 +48,7 @@ UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 
 
-UNSAID = {"activation_checkpointing": "none", "sharded": False}
+UNSAID = {"activation_checkpointing": "none", "sharded": False, "copies": 1}
 """Settings that older checkpoints do not say, as they were unless a recipe asked for others."""
 
 

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run.footprint import USED, Held, Pass, Shape
-from llmpipe.run.machine import gpus, micro_batch_size, micro_batch_sizes
+from llmpipe.run.machine import (
+    gpus,
+    local_world_size,
+    micro_batch_size,
+    micro_batch_sizes,
+    outside,
+)
 
 
 def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
@@ -30,6 +36,16 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
         yield "what fits in a GPU's memory is not measured with it yet", remedy
     if processes < 2:
         yield f"{processes} process has nobody to share a model with", "set launch.processes"
+    if launch.strategy == "hsdp" and machines(processes) < 2:
+        yield "all processes are on one machine, which has one copy", "set launch.strategy: fsdp"
+    if launch.strategy == "hsdp" and processes % machines(processes):
+        yield f"{processes} processes on {machines(processes)} machines", "start as many on each"
+
+
+def machines(processes: int) -> int:
+    """On how many machines so many processes are, with as many on each as here."""
+    here = local_world_size() if outside() else processes
+    return -(-processes // here)
 
 
 def _against_adapting(recipe: Training, adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -56,6 +72,7 @@ class Room:
 
 class Choice(NamedTuple):
     sharded: bool
+    """Whether each process holds a part of the model, and not all of it."""
     why: str
     """In a line; empty where there was nothing to choose."""
 
@@ -65,7 +82,7 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
     `before`: the settings of a checkpoint, whose strategy `auto` keeps.
     """
     if recipe.launch.strategy != "auto":
-        return Choice(recipe.launch.strategy == "fsdp", "")
+        return Choice(recipe.launch.strategy != "ddp", "")
     problems = [problem for problem, _ in against_parts(recipe, room.processes)]
     if before and room.processes > 1:
         return Choice(bool(before.get("sharded")) and not problems, "as its checkpoints are")

@@ -23,6 +23,7 @@ from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import locate
 from llmpipe.run import checkpoints
+from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
 from tests import life
 
@@ -473,26 +474,52 @@ REFUSED = {
     "paged_adamw does not know parts": {"optim__optimizer": "paged_adamw"},
     "no field of `trainer:`": {"trainer": {"neftune_noise_alpha": 5}},
     "layers in parts are not compiled": {"launch__compile": True},
-    "what fits in memory is not measured": {"launch__micro_batch_size": "auto"},
-    "what fits in memory is not measured ": {"launch__activation_checkpointing": "auto"},
+    "what fits in a GPU's memory is not measured": {"launch__micro_batch_size": "auto"},
+    "what fits in a GPU's memory is not measured ": {"launch__activation_checkpointing": "auto"},
     "1 process has nobody": {"launch__processes": 1},
+    "all processes are on one machine": {"launch__strategy": "hsdp"},
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
+def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, monkeypatch, words):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     changes = {"launch__processes": 2, "launch__strategy": "fsdp"} | REFUSED[words]
     values = life.recipe(tmp_path / "run", **(SETTINGS | changes))
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(values, indent=1))
     number = next(
-        number for number, line in enumerate(path.read_text().splitlines(), 1) if "fsdp" in line
+        number for number, line in enumerate(path.read_text().splitlines(), 1) if "sdp" in line
     )
     with pytest.raises(UserError) as refused:
         ahead.check([locate(path, schema("sft"))])
     text = str(refused.value)
     assert refused.value.code == 2
-    assert f"recipe.yaml:{number}: launch.strategy: fsdp: " in text and words.strip() in text
+    asked = changes["launch__strategy"]
+    assert f"recipe.yaml:{number}: launch.strategy: {asked}: " in text and words.strip() in text
+
+
+@pytest.mark.faults
+def test_parts_on_each_of_two_machines_and_a_copy_on_every_one(tmp_path):
+    """Four processes as two and two, against one; and on from a checkpoint bit by bit."""
+    changes = {"optim__batch_size": 8, "launch__micro_batch_size": 1}
+    paths = [write(tmp_path / name, "hsdp", **changes) for name in ("straight", "stopped")]
+    made = []
+    for path in paths:
+        hooks = ["two_machines"] * 4
+        if path is paths[1]:
+            hooks[2] = "two_machines_and_term_in_step_5"
+            assert {code for code, _ in life.ranks(path, hooks=hooks)} == {143}
+        for code, text in life.ranks(path, hooks=["two_machines"] * 4):
+            assert code == 0, text
+        made.append(Artifact(tmp_path / path.stem / "sft"))
+    assert "2 copies, one a machine" in (tmp_path / "straight.0.out").read_text()
+    assert life.essence(made[1]) == life.essence(made[0])
+    assert made[0].verify().hardware["copies"] == 2
+    alone = write(tmp_path / "alone", "auto", **changes | {"launch__micro_batch_size": 4})
+    ((code, text),) = life.ranks(alone, hooks=[None])
+    assert code == 0, text
+    assert_alike(made[0], Artifact(tmp_path / "alone" / "sft"))
 
 
 @pytest.mark.faults
