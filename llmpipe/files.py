@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 from llmpipe.errors import INTEGRITY, UserError
@@ -399,13 +400,20 @@ def not_plain(path: Path) -> str | None:
     return "a link" if stat.S_ISLNK(mode) else "no file, but a pipe or a device"
 
 
-def table(folder: Path, skip: AbstractSet[str] = frozenset()) -> Table:
-    """The files of a folder; top-level names in `skip` are left out."""
+def table(
+    folder: Path,
+    skip: AbstractSet[str] = frozenset(),
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+) -> Table:
+    """The files of a folder; top-level names in `skip` are left out, and those that are `known` are
+    not read."""
     entries = {}
     for path in files_below(folder, skip):
         name = path.relative_to(folder).as_posix()
         if name not in skip:
-            entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+            size = path.stat().st_size
+            is_known = name in known and known[name].size == size
+            entries[name] = known[name] if is_known else FileEntry(size, sha256_file(path))
     return entries
 
 
@@ -422,16 +430,17 @@ def differences(
     *,
     seen: Seen | None = None,
     most: int | None = None,
+    unread: AbstractSet[str] = frozenset(),
 ) -> list[str]:
     """How a folder departs from what is recorded: a line per missing, added or changed file.
 
     A link is a difference, whatever it points to; other top-level names in `skip` are left out. Of
-    files of more than `most` bytes only the size is compared.
+    files of more than `most` bytes only the size is compared, and of those that are `unread`.
     """
     problems = [
         f"{name}: {problem}"
         for name, entry in expected.items()
-        if (problem := difference(folder / name, entry, seen, most))
+        if (problem := difference(folder / name, entry, seen, -1 if name in unread else most))
     ]
     for path in paths_below(folder, skip):
         name = path.relative_to(folder).as_posix()

@@ -29,6 +29,7 @@ from llmpipe.files import (
     publishing,
     read_written,
     remove,
+    sha256_file,
     table,
     write_json,
 )
@@ -128,30 +129,53 @@ def writing(
     origin: Origin,
     state: Callable[[], dict[str, Any]],
     lines: Mapping[str, int] = MappingProxyType({}),
+    hashed: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Yield a folder to save into; on leaving add STATE and SUMS and publish it as `step-N`.
 
-    `lines`: sizes, in bytes, of files of the artifact that a resumed run goes on with.
+    `lines`: sizes, in bytes, of files of the artifact that a resumed run goes on with; `hashed`:
+    files whose writers have hashed them by then.
     """
     with publishing(folder(checkpoints, step)) as staging:
         yield staging
         for name in UNREAD:
             (staging / name).unlink(missing_ok=True)
         write_json(staging / STATE, state())
-        sums = {"step": step, **asdict(origin), "files": table(staging)}
+        sums = {"step": step, **asdict(origin), "files": table(staging, known=hashed)}
         begun = {name: _beginning(checkpoints.parent / name, size) for name, size in lines.items()}
         sums |= {"lines": begun} if begun else {}
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
-def verify(checkpoint: Path, seen: Seen | None = None) -> list[str]:
-    """What is wrong with a checkpoint, nothing when it is whole."""
+def part_by(rank: int, folder: Path) -> Table:
+    """Of a checkpoint in parts, the file that a process has written."""
+    paths = sorted((folder / SHARDED).glob(f"{_part(rank)}*"))
+    sizes = ((path, path.stat().st_size) for path in paths)
+    return {f"{SHARDED}/{path.name}": FileEntry(n, sha256_file(path)) for path, n in sizes}
+
+
+def _part(rank: int) -> str:
+    return f"shard-{rank + 1:05}-"
+
+
+def _of_others(files: Table, rank: int, size: int) -> set[str]:
+    """Parts that other processes read, where there are as many as have written them."""
+    parts = {name for name in files if name.startswith(f"{SHARDED}/")}
+    own = {name for name in parts if name.startswith(f"{SHARDED}/{_part(rank)}")}
+    return parts - own if len(parts) == size else set()
+
+
+def verify(checkpoint: Path, seen: Seen | None = None, rank: int = 0, size: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, nothing when it is whole; of one in `size` parts as far as
+    the process of this rank reads it.
+    """
     if checkpoint.is_symlink():
         return [f"{SUMS}: behind a link, which is not followed"]
     sums = Sums.read(checkpoint)
     if sums is None:
         return [f"{SUMS}: damaged or missing"]
-    problems = differences(checkpoint, sums.files, {SUMS}, seen=seen)
+    others = _of_others(sums.files, rank, size)
+    problems = differences(checkpoint, sums.files, {SUMS}, seen=seen, unread=others)
     if sums.step != step_of(checkpoint):
         problems.append(f"{SUMS}: is of step {sums.step}")
     return problems
@@ -208,8 +232,9 @@ def pick(
     say: Say,
     *,
     inexact: bool = False,
+    verified: Callable[[Path], list[str]] = verify,
 ) -> Picked | None:
-    """The newest checkpoint that verifies, or None when there is none.
+    """The newest checkpoint that verifies, or None when there is none. `verified`: as `verify`.
 
     One that was written on another platform is said to be. Raises UserError (3) when it is of
     another recipe or, unless `inexact`, of other machine settings; and where the artifact's files
@@ -218,7 +243,7 @@ def pick(
     without_lines = None
     for step in reversed(steps_of(checkpoints)):
         path = folder(checkpoints, step)
-        if problems := verify(path):
+        if problems := verified(path):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")
             continue
         if problems := verify_lines(path):

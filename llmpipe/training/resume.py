@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerState
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
+from llmpipe.files import Table
 from llmpipe.models.hardware import platform_of, release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
@@ -87,6 +89,7 @@ class Resume:
             platform,
             training.say,
             inexact=training.job.inexact,
+            verified=self._problems,
         )
         self.checkpoint: Path | None = None
         self.exact = True
@@ -96,6 +99,12 @@ class Resume:
         if picked:
             self.checkpoint, self.exact, self.legs = picked
             self.state = State.from_file(self.checkpoint / checkpoints.STATE)
+
+    def _problems(self, checkpoint: Path) -> list[str]:
+        """What any process finds wrong with a checkpoint, each with its part. Collective."""
+        world = self.world
+        found = world.gather(checkpoints.verify(checkpoint, None, world.rank, world.size))
+        return list(dict.fromkeys(chain(*found)))
 
     def library_state(self) -> TrainerState:
         """The library's own part of the checkpoint that is gone on from."""
@@ -145,13 +154,16 @@ class Resume:
         lines = {"metrics.jsonl": state.metrics_bytes} | samples_size(self.training.artifact)
         if state.stream and state.stream.rejected_bytes is not None:
             lines["rejected.jsonl"] = state.stream.rejected_bytes
-        published = checkpoints.writing(self.home, step, origin, state.model_dump, lines)
+        hashed: Table = {}
+        published = checkpoints.writing(self.home, step, origin, state.model_dump, lines, hashed)
         with published if self.world.is_first else nullcontext():
             self.world.wait()
             yield
-            self.world.wait()
+            saved = self.staging(step) / f"checkpoint-{step}"
+            for parts in self.world.gather(checkpoints.part_by(self.world.rank, saved)):
+                hashed |= parts
             if self.world.is_first:
-                _move_up(self.staging(step) / f"checkpoint-{step}")
+                _move_up(saved)
 
     def rotate(self, best: Best | None) -> None:
         """Remove old checkpoints, but not the `best` one."""

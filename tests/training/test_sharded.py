@@ -357,11 +357,39 @@ def test_a_checkpoint_has_a_part_of_each_process_and_nothing_pickled_of_the_mode
 def test_a_damaged_part_is_passed_over(tmp_path, straight):
     shutil.copytree(straight.run, tmp_path / "run")
     artifact = type(straight)(tmp_path / "run" / "sft")
-    part = next((artifact.checkpoints / "step-12" / checkpoints.SHARDED).iterdir())
-    data = bytearray(part.read_bytes())
+    step = artifact.checkpoints / "step-12"
+    damage(step, rank=1)
+    (problem,) = checkpoints.verify(step)
+    assert problem.startswith("sharded/shard-00002-")
+    assert checkpoints.verify(step, None, 1, 2) == [problem], "as its reader sees it"
+    assert checkpoints.verify(step, None, 0, 2) == [], "who reads another part"
+    assert checkpoints.verify(step, None, 0, 3) == [problem], "all of it, for another number"
+
+
+def damage(step, rank):
+    (name,) = checkpoints.part_by(rank, step)
+    data = bytearray((step / name).read_bytes())
     data[len(data) // 2] ^= 1
-    part.write_bytes(data)
-    assert checkpoints.verify(artifact.checkpoints / "step-12")
+    (step / name).write_bytes(data)
+
+
+def test_each_process_has_hashed_its_part(straight):
+    step = straight.checkpoints / "step-12"
+    files = checkpoints.Sums.read(step).files
+    parts = checkpoints.part_by(0, step) | checkpoints.part_by(1, step)
+    assert len(parts) == 2 and parts.items() <= files.items()
+
+
+@pytest.mark.faults
+def test_what_one_process_finds_damaged_all_pass_over(tmp_path, straight):
+    path = write(tmp_path / "run", optim__steps=12)
+    assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_8"))} == {143}
+    artifact = Artifact(tmp_path / "run" / "sft")
+    damage(artifact.checkpoints / "step-8", rank=1)
+    resumed = life.pair(path)
+    said = (tmp_path / "run.0.out").read_text()
+    assert "checkpoint step-8 is damaged (sharded/shard-00002" in said
+    assert life.essence(resumed) == life.essence(straight)
 
 
 @pytest.mark.faults
