@@ -407,6 +407,27 @@ def short_of_memory(most):
     memory._pass = too_much
 
 
+def memory_for(most):
+    """A machine on which a pass of more than `most` sequences is seen to have taken more than there
+    is, though no allocation failed. Prints what is passed."""
+    from llmpipe.training import memory
+
+    passed = memory._pass
+
+    class Measured(Plenty):
+        size = 0
+
+        def peak(self):
+            return 1.0 if self.size <= most else 2 * self.room()
+
+    def told(trainer):
+        memory.GAUGE.size = trainer.hardware.micro_batch_size
+        print(f"passing {memory.GAUGE.size}")
+        passed(trainer)
+
+    memory.DEVICES, memory.GAUGE, memory._pass = {"cpu", "cuda"}, Measured(), told
+
+
 def killed_when_short(most):
     short_of_memory(most)
     kill_after_checkpoint(3)

@@ -31,9 +31,10 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
         yield "no field of `trainer:` is tried with it", "remove `trainer:`"
     if launch.compile is True:
         yield "layers in parts are not compiled", "set launch.compile: auto"
-    if gpus() and "auto" in (launch.micro_batch_size, launch.checkpointing):
+    is_ppo, auto = recipe.stage == "ppo", (launch.micro_batch_size, launch.checkpointing)
+    if is_ppo and gpus() and "auto" in auto:
         remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
-        yield "what fits in a GPU's memory is not measured with it yet", remedy
+        yield "what fits in a GPU's memory is not measured with it in ppo", remedy
     if processes < 2:
         yield f"{processes} process has nobody to share a model with", "set launch.processes"
     if launch.strategy == "hsdp" and machines(processes) < 2:

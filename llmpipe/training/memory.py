@@ -5,6 +5,10 @@ An estimate says where to begin, and what is measured then, which micro-batch is
 accumulation makes up the rest, so that an optimizer step stays what it is. Where not even the
 smallest fits, activations are computed again. The last of these passes has the size that is trained
 with, and compiled layers meet that shape first, in a resumed training as well.
+
+A model in parts is passed by all processes together, and one whose memory is short leaves the
+others waiting for it, so that the run ends. It begins with the smallest size, and twice of what was
+measured is the most that is tried next.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from llmpipe import upstream
 from llmpipe.faults import of_memory
 from llmpipe.models.activations import copies, of_a_pass
 from llmpipe.models.rng import isolated_rng
+from llmpipe.parallel import part_of
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.machine import micro_batch_sizes
 from llmpipe.upstream.layers import compile_anew
@@ -104,6 +109,7 @@ class Fitting:
     def __init__(self, trainer: Durable):
         self.trainer = trainer
         self.world = trainer.world
+        self.sharded = trainer.hardware.sharded
         self.room = -self.world.greatest(-GAUGE.room())
         self.sizes = self._sizes()
         self.kinds = self._kinds()
@@ -145,7 +151,7 @@ class Fitting:
         """Begin with the largest micro-batch that should fit, of the fastest kind that has one."""
         row = self.trainer.library_collator(self.trainer.longest_rows(1))["input_ids"].numel()
         model, hardware = self.trainer.layered, self.trainer.hardware
-        fixed = GAUGE.held() + self._beside() + copies(model, hardware)
+        fixed = GAUGE.held() + self._beside() + self._copies()
         fixed = self.world.greatest(fixed)
 
         def needs(size: int, kind: str) -> float:
@@ -155,7 +161,7 @@ class Fitting:
         likely = (kind for kind in self.kinds if HOPED * needs(least, kind) <= self.room)
         kind = next(likely, self.kinds[-1])
         fitting = (size for size in self.sizes if needs(size, kind) <= self.room)
-        size = max(fitting, default=least)
+        size = least if self.sharded else max(fitting, default=least)
         if size != self.size:
             self.trainer.cut(size)
         self._compute_again(kind)
@@ -164,13 +170,25 @@ class Fitting:
         """Bytes of what a training holds beside weights and activations: gradients, the buckets
         that they are sent in, and moments.
         """
-        trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        gradients = sum(p.nbytes for p in trained)
-        return gradients * (2 if self.world.size > 1 else 1) + self._moments(trained)
+        gradients = sum(part_of(p).nbytes for p in self._trained())
+        return gradients + self._buckets() + self._moments()
 
-    def _moments(self, trained: list[Any]) -> float:
+    def _trained(self) -> list[Any]:
+        return [p for p in self.trainer.model.parameters() if p.requires_grad]
+
+    def _buckets(self) -> int:
+        """DDP's, in bytes; parts are cut out of what was added up at once."""
+        alone = self.world.size == 1 or self.sharded
+        return 0 if alone else sum(p.nbytes for p in self._trained())
+
+    def _moments(self) -> float:
         optimizer = OPTIMIZERS[self.trainer.recipe.optim.optimizer]
-        return float(optimizer.moments * sum(p.numel() for p in trained))
+        return float(optimizer.moments * sum(part_of(p).numel() for p in self._trained()))
+
+    def _copies(self) -> float:
+        """Of weights, in a pass; of a model in parts they are measured as if they grew with it."""
+        trainer = self.trainer
+        return 0.0 if self.sharded else copies(trainer.layered, trainer.hardware)
 
     def _compute_again(self, kind: str) -> None:
         if kind != self.trainer.hardware.activation_checkpointing:
@@ -199,9 +217,12 @@ class Fitting:
 
     def _largest(self, taken: Taken) -> int:
         """The largest size that should fit by what one took."""
-        of_weights = copies(self.trainer.layered, self.trainer.hardware)
+        of_weights = self._copies()
+        most = 2 * self.size if self.sharded else math.inf
         fitting = [
-            size for size in self.sizes if taken.forecast(self.size, size, of_weights) <= self.room
+            size
+            for size in self.sizes
+            if size <= most and taken.forecast(self.size, size, of_weights) <= self.room
         ]
         return max(fitting, default=0)
 
@@ -243,7 +264,7 @@ class Fitting:
                 _pass(self.trainer)
                 peak = GAUGE.peak()
             except RuntimeError as error:
-                if not of_memory(error):
+                if self.sharded or not of_memory(error):
                     raise
                 problem = str(error)  # alone: its traceback holds what was computed
             kept.clear()
@@ -254,12 +275,10 @@ class Fitting:
 
     def _stand_ins(self) -> list[Tensor]:
         """What lies in memory from the second step on: gradients, their buckets, and moments."""
-        trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
         if self.trainer.hardware.accumulation > 1:
-            for parameter in trained:
+            for parameter in self._trained():
                 parameter.grad = torch.zeros_like(parameter)
-        buckets = sum(p.nbytes for p in trained) if self.world.size > 1 else 0
-        sizes = (buckets, int(self._moments(trained)))
+        sizes = (self._buckets(), int(self._moments()))
         return [torch.empty(n, dtype=torch.uint8, device=self.world.device) for n in sizes]
 
     def _say(self, taken: Taken) -> None:

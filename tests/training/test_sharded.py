@@ -502,16 +502,13 @@ REFUSED = {
     "paged_adamw does not know parts": {"optim__optimizer": "paged_adamw"},
     "no field of `trainer:`": {"trainer": {"neftune_noise_alpha": 5}},
     "layers in parts are not compiled": {"launch__compile": True},
-    "what fits in a GPU's memory is not measured": {"launch__micro_batch_size": "auto"},
-    "what fits in a GPU's memory is not measured ": {"launch__activation_checkpointing": "auto"},
     "1 process has nobody": {"launch__processes": 1},
     "all processes are on one machine": {"launch__strategy": "hsdp"},
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, monkeypatch, words):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, words):
     changes = {"launch__processes": 2, "launch__strategy": "fsdp"} | REFUSED[words]
     values = life.recipe(tmp_path / "run", **(SETTINGS | changes))
     path = tmp_path / "recipe.yaml"
@@ -525,6 +522,19 @@ def test_what_is_not_obeyed_is_refused_with_its_line(tmp_path, monkeypatch, word
     assert refused.value.code == 2
     asked = changes["launch__strategy"]
     assert f"recipe.yaml:{number}: launch.strategy: {asked}: " in text and words.strip() in text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("most", "sizes"), [(4, [1, 2, 4]), (2, [1, 2, 4, 2]), (1, [1, 2, 1])])
+def test_a_micro_batch_grows_in_all_processes_together(tmp_path, most, sizes):
+    """From the smallest, twice as much each time; and no trace is left of the tries."""
+    changes = {"optim__batch_size": 8, "launch__activation_checkpointing": "auto"}
+    path = write(tmp_path / "grown", **changes | {"launch__micro_batch_size": "auto"})
+    for code, text in life.ranks(path, hooks=[f"memory_for_{most}"] * 2):
+        assert code == 0, text
+        assert [int(line.split()[1]) for line in text.splitlines() if "passing " in line] == sizes
+    fixed = life.pair(write(tmp_path / "fixed", **changes | {"launch__micro_batch_size": most}))
+    assert life.essence(Artifact(tmp_path / "grown" / "sft")) == life.essence(fixed)
 
 
 @pytest.mark.faults
