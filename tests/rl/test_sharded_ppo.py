@@ -338,7 +338,8 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
         assert code == 2 and "weights are not in parts" in text, text
 
 
-def test_what_is_not_obeyed_is_refused(tmp_path):
+def test_what_is_not_obeyed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     changes = {"launch__processes": 2, "launch__micro_batch_size": "auto"}
     path = write(tmp_path / "run", **changes, rollout={"engine": "vllm"})
     values = json.loads(path.read_text())
@@ -348,4 +349,4 @@ def test_what_is_not_obeyed_is_refused(tmp_path):
         ahead.check([locate(path, schema("ppo"))])
     text = str(refused.value)
     assert "fsdp: rollout.engine: vllm draws in one process" in text
-    assert "fsdp: what fits in memory is not measured" in text
+    assert "fsdp: what fits in a GPU's memory is not measured with it in ppo" in text
