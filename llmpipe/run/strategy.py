@@ -37,6 +37,8 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
         yield "what fits in a GPU's memory is not measured with it in ppo", remedy
     if processes < 2:
         yield f"{processes} process has nobody to share a model with", "set launch.processes"
+    if launch.strategy == "hsdp" and is_ppo:
+        yield "not tried in ppo", "set launch.strategy: fsdp"
     if launch.strategy == "hsdp" and machines(processes) < 2:
         yield "all processes are on one machine, which has one copy", "set launch.strategy: fsdp"
     if launch.strategy == "hsdp" and processes % machines(processes):
