@@ -148,8 +148,7 @@ def _numbers(task: str, metrics: dict[str, Cells], *, are_differences: bool) -> 
     """A task's metrics, or its paired differences."""
     title = "difference" if are_differences else "metric"
     headings = [
-        Heading(title),
-        Heading("models" if are_differences else "model"),
+        Heading(title if are_differences else "model"),
         Heading("value", is_number=True),
         Heading("95 % interval", is_number=True),
         Heading("reading" if are_differences else "items", is_number=not are_differences),

@@ -128,6 +128,27 @@ def test_the_scoreboard_is_the_first_table_and_marks_only_what_is_real(run):
     assert sum("▲" in cell or "best" in cell for row in board for cell in row) == 1
 
 
+def test_every_cell_stands_under_its_heading(run, tmp_path):
+    add_sft(tmp_path / "second", rate=0.001)
+    for page in (page_of(run), page_of(run, tmp_path / "second")):
+        for headings, *rows in filter(None, page.tables.values()):  # pictures scroll, too
+            assert all(len(row) in (1, len(headings)) for row in rows), headings
+    page = page_of(run)
+    assert page.tables["generate: metrics"] == [
+        ["model", "value", "95 % interval", "items", "picture"],
+        ["exact_match higher is better; picture from 0 to 79.9 %"],
+        ["base", "0.0 %", "0.0 to 5.0", "60", "0 on a scale from 0 to 79.9"],
+        ["sft", "71 %", "60 to 80", "60", "70.83 on a scale from 0 to 79.9"],
+        ["few", "50 %", "no interval: 3 items are too few, 20 are needed", "3",
+         "50 on a scale from 0 to 79.9"],
+    ]  # fmt: skip
+    assert page.tables["generate: differences"][2:] == [
+        ["sft - base", "+71 points", "+61 to +80", "better", "70.83 on a scale from −10 to 80"],
+        ["few - base", "+10 points", "−10 to +30", "no difference shown",
+         "10 on a scale from −10 to 80"],
+    ]  # fmt: skip
+
+
 def test_answers_stand_side_by_side_with_what_is_right(run):
     text = page_of(run).text
     first = text[text.index("question 59") :]
