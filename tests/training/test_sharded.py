@@ -96,8 +96,11 @@ def weights(artifact):
 
 def assert_alike(one, other):
     """Losses to 1e-5, weights to 1e-4, the same answers and the very same files."""
+    names = ["loss", "eval_loss", "grad_norm"]
+    if len({each.manifest().hardware["processes"] for each in (one, other)}) == 1:
+        names.append("num_tokens")  # TRL counts the row that a process without one takes part with
     for mine, theirs in zip(lines(one), lines(other), strict=True):
-        for name in ("loss", "eval_loss", "grad_norm", "num_tokens"):
+        for name in names:
             near = pytest.approx(theirs.get(name, 0), abs=1e-5, rel=1e-5)
             assert mine.get(name, 0) == near, (mine, theirs)
     mine, theirs = weights(one), weights(other)
