@@ -144,7 +144,13 @@ def _item_sets(part: Part, most: int) -> Iterator[ItemSet]:
 
 
 def _scores_differ(lines: dict[str, dict[str, Any]]) -> bool:
-    return len({plain(line["scores"]) for line in lines.values() if "scores" in line}) > 1
+    """Whether two models have another value of one score; a reward model has scores of its own."""
+    values: dict[str, set[str]] = {}
+    for line in lines.values():
+        scores = line.get("scores")
+        for name, value in (scores if isinstance(scores, dict) else {"": scores}).items():
+            values.setdefault(name, set()).add(plain(value))
+    return any(len(different) > 1 for different in values.values())
 
 
 def _item_card(lines: dict[str, dict[str, Any]], most: int) -> Card:
