@@ -38,7 +38,7 @@ from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import clear_ends, death, read_ends, reported, verdict
 from llmpipe.run.machine import for_memory, process_count, thread_count
-from llmpipe.run.outcome import LAUNCH, Ear, Outcome, listening, new_launch
+from llmpipe.run.outcome import BEGUN, ENDING, LAUNCH, Ear, Outcome, listening, new_launch
 from llmpipe.run.signals import code_of, hold, stopping
 from llmpipe.ties import PARENT, children, descendants, die_with_parent
 
@@ -269,17 +269,24 @@ def run(worker: Worker) -> Exit:
         if worker.work:
             worker.work.begin()
         if screen.is_shown():
-            show_start(worker)
+            speak_for(worker)
         status = worker.process.wait()
     return Exit(status, signals, worker.errors.text if worker.errors else "")
 
 
-def show_start(worker: Worker) -> None:
-    """Show on a terminal that libraries are imported, until a worker speaks for itself."""
+def speak_for(worker: Worker) -> None:
+    """Show on a terminal what a worker is at before it speaks for itself, and when it has ended."""
+
+    def wait_for(what: dict[str, object]) -> None:
+        while worker.process.poll() is None and not worker.ear.has_heard(what):
+            time.sleep(PAUSE)
+
     count = f" in {worker.processes} processes" if worker.processes > 1 else ""
     with screen.doing(f"importing the libraries{count}"):
-        while worker.process.poll() is None and not worker.ear.has_begun:
-            time.sleep(PAUSE)
+        wait_for(BEGUN)
+    wait_for(ENDING)
+    with screen.doing("closing what was open"):
+        worker.process.wait()
 
 
 @contextmanager

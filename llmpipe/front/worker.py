@@ -38,7 +38,7 @@ from llmpipe.run.lock import Lock
 from llmpipe.run.machine import for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.outcome import Outcome, say_begun, this_launch
+from llmpipe.run.outcome import BEGUN, ENDING, Outcome, say_to_command, this_launch
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
 from llmpipe.run.reference import Model, model_folder
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> int:
         write_end(artifact, launch, rank(), as_kept(outcome, artifact))
     else:
         as_kept(outcome, artifact).deliver(artifact, launch)
+    if rank() == 0:
+        say_to_command(ENDING)
     return outcome.code
 
 
@@ -114,7 +116,7 @@ def end_of(work: Callable[[], None], artifact: Artifact, debug: bool) -> Outcome
 
 def act(action: str, artifact: Artifact, signals: Signals, *, inexact: bool = False) -> None:
     if rank() == 0:
-        say_begun()
+        say_to_command(BEGUN)
     with screen.doing(DOING[action]):
         job = open_job(artifact, signals, inexact=inexact)
         actions = {"convert": convert, "prepare": prepare, "train": train}

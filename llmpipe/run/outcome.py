@@ -25,8 +25,9 @@ EAR = "LLMPIPE_OUTCOME"
 LAUNCH = "LLMPIPE_LAUNCH"
 """The variable with the word by which a command knows its workers from earlier ones."""
 
-BEGUN: dict[str, object] = {"begun": True}
-"""What a worker says when it begins."""
+BEGUN: dict[str, object] = {"now": "begun"}
+ENDING: dict[str, object] = {"now": "ending"}
+"""What a worker says when it begins, and when it has nothing more to do."""
 
 Kind = Literal["told", "bug", "peer"]
 """Of a failure: one that somebody can mend, a bug, or that another process was lost."""
@@ -106,12 +107,11 @@ class Ear:
 
     def said(self) -> list[object]:
         """What was said of ends, in the order in which it was."""
-        return [value for value in self._lines() if value != BEGUN]
+        return [value for value in self._lines() if value not in (BEGUN, ENDING)]
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether a worker has said that it is at work."""
-        return sys.platform != "linux" or BEGUN in self._lines()
+    def has_heard(self, what: dict[str, object]) -> bool:
+        """Whether a worker has said BEGUN, or ENDING."""
+        return sys.platform != "linux" or what in self._lines()
 
     def _lines(self) -> list[object]:
         lines = os.pread(self._descriptor, 1 << 20, 0).splitlines()
@@ -127,11 +127,6 @@ def say_to_command(values: dict[str, object]) -> None:
     """Say something to the command that waits for this worker, if there is one, in a line."""
     with suppress(KeyError, OSError), open(os.environ[EAR], "a", encoding="utf-8") as ear:
         ear.write(json.dumps(values) + "\n")
-
-
-def say_begun() -> None:
-    """Tell the command that its worker is at work, and speaks for itself."""
-    say_to_command(BEGUN)
 
 
 def new_launch() -> str:

@@ -13,7 +13,7 @@ from llmpipe import faults
 from llmpipe.errors import DONE, NUMERIC, SIGTERM, Stopped, UserError
 from llmpipe.front.launch import finish
 from llmpipe.run.artifact import Artifact
-from llmpipe.run.outcome import Outcome, listening
+from llmpipe.run.outcome import BEGUN, EAR, ENDING, Outcome, listening, say_to_command
 from llmpipe.ties import PARENT
 from tests.life import guarded
 
@@ -127,3 +127,15 @@ def test_an_end_is_told_where_no_more_files_can_be_opened(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert outcome.code == 5 and "Too many open files" in outcome.message
+
+
+def test_what_a_worker_is_at_is_no_end(monkeypatch):
+    with listening() as ear:
+        monkeypatch.setenv(EAR, ear.environment[EAR])
+        assert not ear.has_heard(BEGUN)
+        say_to_command(BEGUN)
+        assert ear.has_heard(BEGUN) and not ear.has_heard(ENDING)
+        assert ear.heard() is None and ear.said() == []
+        say_to_command(Outcome(code=4, message="no").values())
+        say_to_command(ENDING)
+        assert ear.heard().code == 4 and len(ear.said()) == 1
