@@ -43,7 +43,7 @@ def test_a_reward_model_does_not_part_with_policies_by_the_name_of_its_score(tmp
     assert fold.title == "t (eval): 2 of 2 items; the scores differ on 1, which stand first"
     assert [card.prompt.text for card in fold.cards] == ["q1", "q0"]
     assert made.items == []  # nobody wrote anything
-    assert [one.text.text for one in fold.cards[0].answers][0] == "accuracy_sum 1.25, −2"
+    assert fold.cards[0].answers[0].text.text == "accuracy_sum 1.25, −2"
 
 
 @pytest.mark.parametrize(
