@@ -3,7 +3,8 @@ interval is.
 
 The records here hold coordinates and words; `plots.html.j2` draws them as SVG. No library draws
 them: Matplotlib writes colours into every element, so that a page cannot be light and dark, and
-takes longer to import than a report to be made; Plotly, Vega and Bokeh need a script to be read.
+its import (0.9 s of processor time) is longer than a report takes (0.7 s); Pygal writes a script
+and an address into each picture; Plotly, Vega and Bokeh are drawn by a script.
 """
 
 from __future__ import annotations
