@@ -142,7 +142,8 @@ def _tokens(count: int, supervised: int, stage: str) -> str:
         return ""
     if stage == "ppo":
         return f"{number(count)} tokens of prompts"
-    return f"{number(count)} tokens, {number(100 * supervised // count)} % learned"
+    learned = (200 * supervised + count) // (2 * count)  # in per cent, of numbers of any size
+    return f"{number(count)} tokens, {number(learned)} % learned"
 
 
 def _facts(part: Part) -> list[Fact]:
