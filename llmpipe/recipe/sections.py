@@ -66,7 +66,7 @@ class Rows(Section):
     """How a row is laid out; `auto` decides by the columns of the first row and says what it found.
     A later row is read by its own columns, and has to say as much as the first one."""
     columns: dict[str, str] = {}
-    """Your column names mapped to the format's: `{question: prompt, answer: completion}`; so are
+    """Your column names mapped to the format's: `{question: instruction, answer: output}`; so are
     those that a stage reads beside it, such as `label` for kto."""
     subset: str | None = None
     """Configuration name of a dataset of the Hub, or of a folder whose README.md lists several."""
