@@ -488,7 +488,19 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Save tensors by names, of those in parts each process its part. Raises as `save` does."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _failing_as_one():
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(_unshared(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one process as safetensors takes them: where two share memory, one is copied."""
+    seen: set[int] = set()
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = part_of(tensor).untyped_storage().data_ptr()
+        shared = memory in seen and not is_part(tensor)
+        copies[name] = tensor.clone() if shared else tensor
+        seen.add(memory)
+    return copies
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -509,7 +521,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Load what was saved by these names into these very tensors."""
     with _failing_as_one():
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

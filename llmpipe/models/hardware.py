@@ -84,7 +84,8 @@ class Hardware:
     activation_checkpointing: str = "none"
     """Which activations are computed again in the backward pass: none, selective, full."""
     sharded: bool = False
-    """Whether each process holds a part of what is trained, and not all of it."""
+    """Whether what is trained is in parts, in each process one and in a checkpoint a file for each;
+    one process alone has the one part that is all of it, and goes on from those of several."""
     copies: int = 1
     """How many there are of what is in parts: with `hsdp` one on each machine."""
     reasons: Reasons = Reasons()
@@ -102,7 +103,9 @@ class Hardware:
     @property
     def spread(self) -> Spread | None:
         """How a model is loaded that is sharded; None where each process holds all of it."""
-        return Spread(self.processes, self.bf16, self.copies) if self.sharded else None
+        if not self.sharded or self.processes == 1:
+            return None
+        return Spread(self.processes, self.bf16, self.copies)
 
     def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
         """Of weights that are not trained.
@@ -321,6 +324,8 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     elif hardware.sharded:
         share = f"each of {hardware.processes} processes holds a part of the model"
         share += ", of its gradients and its moments"
+        if hardware.spread is None:
+            share = "one process holds all of it, and several go on from its checkpoints"
         copies = f"; {hardware.copies} copies, one a machine" if hardware.copies > 1 else ""
         say(f"strategy: {recipe.launch.strategy}: {share}{copies}")
     if hardware.compiles:

@@ -223,7 +223,7 @@ def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel
         device=hardware.place,
         spread=hardware.spread,
     )
-    if scores and hardware.sharded:
+    if scores and hardware.spread:
         _draw_head(model, setup)
     _resize(model, setup)
     return _made_ready(model, setup)
@@ -261,7 +261,7 @@ def _load_adapter(setup: Setup[Training], adapter: Adapter, scores: bool = False
         setup.hardware.place,
         setup.hardware.spread,
     )
-    if scores and setup.hardware.sharded:
+    if scores and setup.hardware.spread:
         _draw_head(model, setup)
     made = _resize(model, setup)
     _made_ready(model, setup)

@@ -54,7 +54,7 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
     drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
     actors = Actors(cast, drawn)
-    if hardware.sharded:  # parts lie where they were loaded to
+    if hardware.spread:  # parts lie where they were loaded to
         beginning.value.to(hardware.place)
     else:
         actors.modules.to(hardware.device)
@@ -140,7 +140,7 @@ def _frozen_copy(setup: Setup[PPORecipe]) -> Any:
     for every product, and keeps nothing of what is frozen. Those in parts are sent so."""
     model = load_copy(setup)
     model.requires_grad_(False)
-    if setup.hardware.bf16 and not setup.hardware.sharded:
+    if setup.hardware.bf16 and not setup.hardware.spread:
         for layer in model.base_model.modules():
             if isinstance(layer, nn.Linear):
                 layer.to(torch.bfloat16)

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import World, add_gradients, clipped_norm, is_part, refuse_whole
+from llmpipe.parallel import World, add_gradients, clipped_norm, refuse_whole
 from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
@@ -103,7 +103,7 @@ class Learner:
             norm: [w for name, w in self.weights.items() if of_critic(name) == critic]
             for norm, critic in (("grad_norm", False), ("val/grad_norm", True))
         }
-        if hardware.sharded and not actors.adapted:
+        if hardware.spread and not actors.adapted:
             for role in (actors.cast.policy, actors.cast.critic):
                 refuse_whole(role.model)
                 add_gradients(role.model)
@@ -112,8 +112,8 @@ class Learner:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether what learns is in parts."""
-        return any(map(is_part, self.weights.values()))
+        """Whether what learns is in parts, as checkpoints have it."""
+        return self.hardware.sharded and not self.actors.adapted
 
     def learn(self, step: int, experiences: list[Experience], places: list[int]) -> Metrics:
         """The passes over a rollout; means over its tokens.

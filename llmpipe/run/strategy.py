@@ -35,8 +35,6 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
     if is_ppo and gpus() and "auto" in auto:
         remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
         yield "what fits in a GPU's memory is not measured with it in ppo", remedy
-    if processes < 2:
-        yield f"{processes} process has nobody to share a model with", "set launch.processes"
     if launch.strategy == "hsdp" and is_ppo:
         yield "not tried in ppo", "set launch.strategy: fsdp"
     if launch.strategy == "hsdp" and machines(processes) < 2:
@@ -87,7 +85,7 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
     if recipe.launch.strategy != "auto":
         return Choice(recipe.launch.strategy != "ddp", "")
     problems = [problem for problem, _ in against_parts(recipe, room.processes)]
-    if before and room.processes > 1:
+    if before and (room.processes > 1 or before.get("sharded")):
         return Choice(bool(before.get("sharded")) and not problems, "as its checkpoints are")
     if room.processes < 2 or shape is None or recipe.stage == "ppo":  # which has several models
         return Choice(False, "")

@@ -109,7 +109,7 @@ class Fitting:
     def __init__(self, trainer: Durable):
         self.trainer = trainer
         self.world = trainer.world
-        self.sharded = trainer.hardware.sharded
+        self.sharded = trainer.hardware.spread is not None
         self.room = -self.world.greatest(-GAUGE.room())
         self.sizes = self._sizes()
         self.kinds = self._kinds()

@@ -44,7 +44,7 @@ class Sharded(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The library's, of weights that are all in parts where they should be."""
-        if self.learns_in_parts:
+        if self.learns_in_parts and self.hardware.spread:
             parallel.refuse_whole(self.training.model)
         return super().create_optimizer(model)
 
@@ -55,7 +55,7 @@ class Sharded(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """An adapter without its base in parts, which PEFT would gather first."""
-        if self.hardware.sharded:
+        if self.hardware.spread:
             state_dict = parallel.beside_parts(self.training.model)
         super()._save(output_dir, state_dict)
 

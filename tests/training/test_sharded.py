@@ -434,6 +434,28 @@ def test_an_adapter_goes_on_where_its_base_is_whole_and_back(tmp_path):
     assert_alike(resumed, straight)
 
 
+@pytest.mark.parametrize("stage", ["sft", life.by_the_dozen("dpo")])
+def test_two_processes_one_and_two_again_are_one_training(tmp_path, stage):
+    """One has all of the model, and reads and writes checkpoints in parts."""
+    file = "pairs.jsonl" if stage == "dpo" else "rows.jsonl"
+    how = {"stage": stage, "data__train": [{"path": str(life.TINY / file), "limit": 40}]}
+    how |= {"optim__batch_size": 8, "launch__micro_batch_size": 2, "data__packing": False}
+    how |= {"data__eval": {}, "evaluation": {}} | ({"data__packing": None} if stage == "dpo" else {})
+    straight = life.pair(write(tmp_path / "straight", **how))
+    path = write(tmp_path / "run", **how)
+    assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_4"))} == {143}
+    alone = write(tmp_path / "run", **how, launch__processes=1)
+    with pytest.raises(UserError, match="processes 2 there, 1 now"):
+        life.command(alone)
+    ends = life.ranks(alone, hooks=("term_in_step_8",), inexact=True)
+    assert [code for code, _ in ends] == [143], ends
+    for code, text in life.ranks(write(tmp_path / "run", **how), inexact=True):
+        assert code == 0, text
+    resumed = type(straight)(tmp_path / "run" / stage)
+    assert not resumed.verify().training.exact_resume
+    assert_alike(resumed, straight)
+
+
 @pytest.mark.faults
 def test_a_pretraining_goes_on_in_another_number_of_processes_and_back(tmp_path):
     """Two processes, three, and two again."""
@@ -505,7 +527,6 @@ REFUSED = {
     "paged_adamw does not know parts": {"optim__optimizer": "paged_adamw"},
     "no field of `trainer:`": {"trainer": {"neftune_noise_alpha": 5}},
     "layers in parts are not compiled": {"launch__compile": True},
-    "1 process has nobody": {"launch__processes": 1},
     "all processes are on one machine": {"launch__strategy": "hsdp"},
 }
 
