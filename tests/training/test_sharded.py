@@ -439,8 +439,9 @@ def test_two_processes_one_and_two_again_are_one_training(tmp_path, stage):
     """One has all of the model, and reads and writes checkpoints in parts."""
     file = "pairs.jsonl" if stage == "dpo" else "rows.jsonl"
     how = {"stage": stage, "data__train": [{"path": str(life.TINY / file), "limit": 40}]}
-    how |= {"optim__batch_size": 8, "launch__micro_batch_size": 2, "data__packing": False}
-    how |= {"data__eval": {}, "evaluation": {}} | ({"data__packing": None} if stage == "dpo" else {})
+    how |= {"optim__batch_size": 8, "launch__micro_batch_size": 2}
+    how |= {"data__eval": {}, "evaluation": {}}
+    how |= {"data__packing": False} if stage == "sft" else {}
     straight = life.pair(write(tmp_path / "straight", **how))
     path = write(tmp_path / "run", **how)
     assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_4"))} == {143}
