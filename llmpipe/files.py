@@ -405,16 +405,33 @@ def table(
     skip: AbstractSet[str] = frozenset(),
     known: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Table:
-    """The files of a folder; top-level names in `skip` are left out, and those that are `known` are
-    not read."""
+    """The files of a folder; top-level names in `skip` are left out.
+
+    Those that are `known` were written and hashed by other processes, and are not read. Raises
+    UserError (3) where this process does not see one of them as it was written.
+    """
+    for name, entry in known.items():
+        _refuse_unlike(folder / name, entry)
     entries = {}
     for path in files_below(folder, skip):
         name = path.relative_to(folder).as_posix()
-        if name not in skip:
-            size = path.stat().st_size
-            is_known = name in known and known[name].size == size
-            entries[name] = known[name] if is_known else FileEntry(size, sha256_file(path))
-    return entries
+        if name not in skip and name not in known:
+            entries[name] = FileEntry(path.stat().st_size, sha256_file(path))
+    return dict(sorted((entries | dict(known)).items()))
+
+
+def _refuse_unlike(path: Path, entry: FileEntry) -> None:
+    """Raise UserError (3) where a file has not the size that another process has written."""
+    try:
+        with path.open("rb") as file:  # opening it, not listing it, asks a server of files anew
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        size = 0
+    if size != entry.size:
+        problem = f"{path}: {size:,} bytes are seen here, {entry.size:,} were written elsewhere"
+        raise UserError(
+            problem, "let all processes see one folder; the disk may be full", INTEGRITY
+        )
 
 
 def modules_in(folder: Path) -> list[str]:

@@ -322,6 +322,18 @@ def refuse_whole(model: nn.Module) -> None:
         raise UserError(problem, "set launch.strategy: ddp")
 
 
+def refuse_gathered(model: nn.Module) -> None:
+    """Raise UserError (2) where of a frozen model, under an adapter, something stays whole in each
+    process: it fits none.
+    """
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    count = sum(not group.is_sharded for group in groups)
+    if count or not groups:
+        problem = f"launch.strategy: fsdp: {count or 'all'} of the frozen layers are not in parts"
+        raise UserError(problem, "set launch.strategy: ddp")
+
+
 def reshard(model: nn.Module) -> None:
     """Leave every weight in parts, as it is between two steps."""
     for unit in model.modules():

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import World, add_gradients, clipped_norm, refuse_whole
+from llmpipe.parallel import World, add_gradients, clipped_norm, refuse_gathered, refuse_whole
 from llmpipe.recipe.reinforcement import Mixture, PPORecipe
 from llmpipe.rl import policy_gradient
 from llmpipe.rl.actors import Actors
@@ -103,8 +103,11 @@ class Learner:
             norm: [w for name, w in self.weights.items() if of_critic(name) == critic]
             for norm, critic in (("grad_norm", False), ("val/grad_norm", True))
         }
-        if hardware.spread and not actors.adapted:
-            for role in (actors.cast.policy, actors.cast.critic):
+        roles = (actors.cast.policy, actors.cast.critic)
+        for role in roles if hardware.spread else ():
+            if actors.adapted:
+                refuse_gathered(role.model)
+            else:
                 refuse_whole(role.model)
                 add_gradients(role.model)
         self.optimizer = make_optimizer(actors, recipe)

@@ -23,6 +23,7 @@ from torch import Tensor
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
+from llmpipe.files import Table
 from llmpipe.models.drawing.draw import Episode, Sampling
 from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.models.load import set_up
@@ -313,17 +314,19 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint. Rank 0 writes it, but for the other processes' parts of models."""
-        with self._checkpoint() if self.world.is_first else nullcontext() as staging:
+        hashed: Table = {}
+        with self._checkpoint(hashed) if self.world.is_first else nullcontext() as staging:
             if self.learner.is_sharded:
-                state.save_tensors(self.learner, Path(self.world.gather(str(staging))[0]))
-                self.world.wait()
+                folder = Path(self.world.gather(str(staging))[0])
+                state.save_tensors(self.learner, folder)
+                hashed |= checkpoints.parts_in(folder, self.world)
             elif staging:
                 state.save_tensors(self.learner, staging)
         self.world.wait()
 
     @contextmanager
-    def _checkpoint(self) -> Iterator[Path]:
-        """The folder of one, published on leaving."""
+    def _checkpoint(self, hashed: Table) -> Iterator[Path]:
+        """The folder of one, published on leaving, when its parts are `hashed`."""
         home = self.artifact.checkpoints
         self.journal.note(f"saving step {self.state.step}")
         sizes = self.journal.sizes()
@@ -337,7 +340,7 @@ class Loop:
             legs=self.legs,
         )
         with checkpoints.writing(
-            home, self.state.step, origin, record.model_dump, lines
+            home, self.state.step, origin, record.model_dump, lines, hashed
         ) as staging:
             yield staging
         checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
@@ -356,6 +359,7 @@ class Loop:
             platform,
             job.say,
             inexact=job.inexact,
+            world=self.world,
         )
         if picked is None:
             self.journal.cut_back([0, 0])

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import (
@@ -37,6 +38,8 @@ from llmpipe.run.artifact import steps_of
 from llmpipe.run.manifest import Leg, Platform
 from llmpipe.sums import SUMS, fingerprint
 from llmpipe.typed import record
+
+T = TypeVar("T")
 
 STATE = "llmpipe.json"
 """What the trainer underneath does not keep."""
@@ -122,6 +125,28 @@ def settings(checkpoints: Path) -> Mapping[str, Any]:
     return {}
 
 
+class Together(Protocol):
+    """The processes that decide, of which this is one; `parallel.World` is that."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, value: T) -> list[T]: ...
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
+ALONE = Alone()
+
+
 @contextmanager
 def writing(
     checkpoints: Path,
@@ -147,11 +172,12 @@ def writing(
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
-def part_by(rank: int, folder: Path) -> Table:
-    """Of a checkpoint in parts, the file that a process has written."""
-    paths = sorted((folder / SHARDED).glob(f"{_part(rank)}*"))
+def parts_in(folder: Path, world: Together) -> Table:
+    """Of a checkpoint in parts, all: each process hashes what it has written. Collective."""
+    paths = sorted((folder / SHARDED).glob(f"{_part(world.rank)}*"))
     sizes = ((path, path.stat().st_size) for path in paths)
-    return {f"{SHARDED}/{path.name}": FileEntry(n, sha256_file(path)) for path, n in sizes}
+    mine = {f"{SHARDED}/{path.name}": FileEntry(n, sha256_file(path)) for path, n in sizes}
+    return dict(chain(*(parts.items() for parts in world.gather(mine))))
 
 
 def _part(rank: int) -> str:
@@ -179,6 +205,16 @@ def verify(checkpoint: Path, seen: Seen | None = None, rank: int = 0, size: int 
     if sums.step != step_of(checkpoint):
         problems.append(f"{SUMS}: is of step {sums.step}")
     return problems
+
+
+def verify_together(checkpoint: Path, world: Together) -> list[str]:
+    """What any process finds wrong with a checkpoint, each as far as it reads it. Collective."""
+    return _of_any(verify(checkpoint, None, world.rank, world.size), world)
+
+
+def _of_any(mine: list[T], world: Together) -> list[T]:
+    """What any process has, once, the same in all of them. Collective."""
+    return list(dict.fromkeys(chain(*world.gather(mine))))
 
 
 def verify_lines(checkpoint: Path) -> list[str]:
@@ -232,21 +268,22 @@ def pick(
     say: Say,
     *,
     inexact: bool = False,
-    verified: Callable[[Path], list[str]] = verify,
+    world: Together = ALONE,
 ) -> Picked | None:
-    """The newest checkpoint that verifies, or None when there is none. `verified`: as `verify`.
+    """The newest checkpoint that verifies in all processes of `world`, or None when there is none.
+    Collective: what one of them cannot read, all pass over.
 
     One that was written on another platform is said to be. Raises UserError (3) when it is of
     another recipe or, unless `inexact`, of other machine settings; and where the artifact's files
     of lines are not those of any.
     """
     without_lines = None
-    for step in reversed(steps_of(checkpoints)):
+    for step in sorted(_of_any(steps_of(checkpoints), world), reverse=True):
         path = folder(checkpoints, step)
-        if problems := verified(path):
+        if problems := verify_together(path, world):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")
             continue
-        if problems := verify_lines(path):
+        if problems := _of_any(verify_lines(path), world):
             say(f"checkpoint {path.name} is of no use ({problems[0]}); looking for an older one")
             without_lines = without_lines or f"{checkpoints.parent}/{problems[0]}"
             continue

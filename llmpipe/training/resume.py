@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class Resume:
             platform,
             training.say,
             inexact=training.job.inexact,
-            verified=self._problems,
+            world=world,
         )
         self.checkpoint: Path | None = None
         self.exact = True
@@ -100,12 +99,6 @@ class Resume:
             self.checkpoint, self.exact, self.legs = picked
             self.state = State.from_file(self.checkpoint / checkpoints.STATE)
 
-    def _problems(self, checkpoint: Path) -> list[str]:
-        """What any process finds wrong with a checkpoint, each with its part. Collective."""
-        world = self.world
-        found = world.gather(checkpoints.verify(checkpoint, None, world.rank, world.size))
-        return list(dict.fromkeys(chain(*found)))
-
     def library_state(self) -> TrainerState:
         """The library's own part of the checkpoint that is gone on from."""
         assert self.checkpoint is not None
@@ -114,9 +107,11 @@ class Resume:
             return TrainerState.load_from_json(str(path))
 
     def best(self, step: int) -> Path:
-        """The checkpoint of the best step. Raises UserError (3) when it is damaged."""
+        """The checkpoint of the best step. Raises UserError (3) in all processes when one of them
+        finds it damaged. Collective.
+        """
         path = checkpoints.folder(self.home, step)
-        if problems := checkpoints.verify(path):
+        if problems := checkpoints.verify_together(path, self.world):
             hint = "the best checkpoint is damaged; --fresh trains anew"
             raise UserError(f"{path}/{problems[0]}", hint, INTEGRITY)
         return path
@@ -160,8 +155,7 @@ class Resume:
             self.world.wait()
             yield
             saved = self.staging(step) / f"checkpoint-{step}"
-            for parts in self.world.gather(checkpoints.part_by(self.world.rank, saved)):
-                hashed |= parts
+            hashed |= checkpoints.parts_in(saved, self.world)
             if self.world.is_first:
                 _move_up(saved)
 

@@ -44,8 +44,9 @@ class Sharded(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The library's, of weights that are all in parts where they should be."""
-        if self.learns_in_parts and self.hardware.spread:
-            parallel.refuse_whole(self.training.model)
+        if self.hardware.spread:
+            refuse = parallel.refuse_whole if self.learns_in_parts else parallel.refuse_gathered
+            refuse(self.training.model)
         return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

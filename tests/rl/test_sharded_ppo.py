@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from llmpipe.errors import UserError
+from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import locate
 from llmpipe.run import checkpoints
@@ -214,10 +214,10 @@ def essence(artifact):
     [
         ((None, "ppo_term_in_3"), {143}),
         (("ppo_term_in_save_2", None), {143}),
-        ((None, "ppo_kill_after_2"), {-signal.SIGKILL, 1, 5}),
-        (("ppo_kill_after_4", None), {-signal.SIGKILL, 1, 5}),
-        (("kill_in_stream", None), {-signal.SIGKILL, 1, 5}),
-        ((None, "kill_in_stream"), {-signal.SIGKILL, 1, 5}),
+        ((None, "ppo_kill_after_2"), {-signal.SIGKILL, LOST}),
+        (("ppo_kill_after_4", None), {-signal.SIGKILL, LOST}),
+        (("kill_in_stream", None), {-signal.SIGKILL, LOST}),
+        ((None, "kill_in_stream"), {-signal.SIGKILL, LOST}),
         (("disk_full_in_parts_2", None), {5}),
     ],
 )
@@ -250,7 +250,7 @@ def test_stopped_anywhere(tmp_path, straight, number):
             process.kill() if number == signal.SIGKILL else process.terminate()
         stops += bool(hit)
         codes = {ended(process, processes) for process in processes}
-        assert codes <= {0, 1, 5, 143, -signal.SIGKILL, -signal.SIGTERM}, codes
+        assert codes <= {0, LOST, 143, -signal.SIGKILL, -signal.SIGTERM}, codes
         if codes == {0}:
             assert_straight(path, straight[0])
             path = write(tmp_path / f"run-{stops}", **LONG)
@@ -343,6 +343,27 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
     path = write(tmp_path / "run")
     for code, text in life.ranks(path, hooks=("ppo_whole_before_the_optimizer",) * 2):
         assert code == 2 and "weights are not in parts" in text, text
+    adapted = write(tmp_path / "adapted", adapter={"rank": 4, "alpha": 8})
+    for code, text in life.ranks(adapted, hooks=("ppo_whole_before_the_optimizer",) * 2):
+        assert code == 2 and "of the frozen layers are not in parts" in text, text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_cannot_read_all_pass_over(tmp_path, straight, rank):
+    """Each reads its own part, which it has hashed."""
+    path = write(tmp_path / "run", **LONG)
+    assert {code for code, _ in life.ranks(path, hooks=(None, "ppo_term_in_3"))} == {143}
+    home = Path(json.loads(path.read_text())["run"]) / "ppo" / "checkpoints"
+    newest = max(home.iterdir(), key=checkpoints.step_of)
+    part = sorted((newest / checkpoints.SHARDED).iterdir())[rank]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    resumed = life.pair(path)
+    said = path.with_suffix(".0.out").read_text()
+    assert f"checkpoint {newest.name} is damaged (sharded/{part.name}" in said
+    assert essence(resumed) == essence(straight[0])
 
 
 def test_what_is_not_obeyed_is_refused(tmp_path, monkeypatch):

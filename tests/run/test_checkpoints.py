@@ -1,11 +1,12 @@
 """From which checkpoint a training goes on, and whether what comes of it is exact."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
-from llmpipe.errors import UserError
-from llmpipe.files import write_json
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.files import FileEntry, write_json
 from llmpipe.run import checkpoints
 from llmpipe.run.manifest import Leg
 from llmpipe.sums import SUMS, fingerprint
@@ -30,6 +31,50 @@ def test_the_same_platform_is_exact(tmp_path):
     write(tmp_path, 3, legs)
     assert pick(tmp_path, HERE, lines) == (tmp_path / "step-3", True, legs)
     assert lines == []
+
+
+class Two:
+    """This process, and another one to which `of_other` happens."""
+
+    rank, size = 0, 2
+
+    def __init__(self, of_other):
+        self.of_other = of_other
+
+    def gather(self, mine):
+        return [mine, self.of_other(mine)]
+
+
+def test_what_another_process_does_not_see_whole_is_passed_over(tmp_path):
+    for step in (3, 6):
+        write(tmp_path, step, [Leg(after=0, platform=HERE)])
+    lines, asked = [], iter([[3], ["weights: cannot be read"], [], []])
+    other = Two(lambda mine: next(asked))
+    origin = ("a", {"threads": 1}, HERE, lines.append)
+    assert checkpoints.pick(tmp_path, *origin, world=other).path == tmp_path / "step-3"
+    assert "checkpoint step-6 is damaged (weights: cannot be read)" in lines[0]
+    asked = iter([[3, 6, 9], [], [], []])  # one that only the other process sees
+    assert checkpoints.pick(tmp_path, *origin, world=other).path == tmp_path / "step-6"
+    assert "checkpoint step-9 is damaged (sums.json: damaged or missing)" in lines[1]
+
+
+def test_a_part_that_is_not_seen_as_it_was_written_is_no_checkpoint(tmp_path):
+    """Rank 0 may see less of a file than its writer, where a server of files lies between them."""
+    origin = checkpoints.Origin(identity="a", machine={}, exact=True, legs=[])
+    name, entry = "sharded/shard-00002-of", FileEntry(3, "of three bytes")
+    for seen in (b"12", None, b"123"):
+        fails = seen != b"123"
+        expected = pytest.raises(UserError, match="3 were written") if fails else nullcontext()
+        with (
+            expected as refused,
+            checkpoints.writing(tmp_path, 1, origin, dict, hashed={name: entry}) as staging,
+        ):
+            (staging / "sharded").mkdir()
+            if seen is not None:
+                (staging / name).write_bytes(seen)
+        if fails:
+            assert refused.value.code == INTEGRITY and not (tmp_path / "step-1").exists()
+    assert checkpoints.Sums.read(tmp_path / "step-1").files[name] == entry
 
 
 @pytest.mark.parametrize(
