@@ -370,16 +370,23 @@ def test_a_damaged_part_is_passed_over(tmp_path, straight):
 
 
 def damage(step, rank):
-    (name,) = checkpoints.part_by(rank, step)
+    (name,) = files_of(step, rank)
     data = bytearray((step / name).read_bytes())
     data[len(data) // 2] ^= 1
     (step / name).write_bytes(data)
 
 
+def files_of(step, rank):
+    """The part of a process, with its sum."""
+    alone = checkpoints.Alone()
+    alone.rank = rank
+    return checkpoints.parts_in(step, alone)
+
+
 def test_each_process_has_hashed_its_part(straight):
     step = straight.checkpoints / "step-12"
     files = checkpoints.Sums.read(step).files
-    parts = checkpoints.part_by(0, step) | checkpoints.part_by(1, step)
+    parts = files_of(step, 0) | files_of(step, 1)
     assert len(parts) == 2 and parts.items() <= files.items()
 
 
@@ -500,6 +507,14 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
     for code, text in life.ranks(write(tmp_path / "run"), hooks=("never_in_parts_again",) * 2):
         assert code == 2, text
         assert "launch.strategy: fsdp" in text and "weights are not in parts" in text
+
+
+@pytest.mark.faults
+def test_a_base_that_stayed_whole_is_no_base_in_parts(tmp_path):
+    """An adapter on it learns as it should, in more memory than there may be."""
+    path = write(tmp_path / "run", stage="lora", **ADAPTER)
+    for code, text in life.ranks(path, hooks=("never_in_parts_again",) * 2):
+        assert code == 2 and "of the frozen layers are not in parts" in text, text
 
 
 @pytest.mark.faults
