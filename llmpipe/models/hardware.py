@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import math
 import os
 import resource
@@ -27,6 +28,7 @@ from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import configuration, model_class
 from llmpipe.parallel import Spread, World, join
+from llmpipe.peers import meet
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine, strategy
@@ -53,6 +55,8 @@ class Host:
     memory: float = math.inf
     """Bytes that a process may take: of its GPU, the smallest of this machine; of a CPU, its share
     of the machine's."""
+    is_even: bool = True
+    """Whether as many processes are on each machine."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,13 @@ class Hardware:
         """The same with so many sequences a forward pass; `batch_size`: of an optimizer step."""
         accumulation = batch_size // (micro_batch_size * self.processes)
         return replace(self, micro_batch_size=micro_batch_size, accumulation=accumulation)
+
+    @property
+    def strategy(self) -> str:
+        """How several processes hold a model, in the recipe's word."""
+        if not self.sharded:
+            return "ddp"
+        return "hsdp" if self.copies > 1 else "fsdp"
 
     @property
     def place(self) -> str:
@@ -147,12 +158,12 @@ def choose(
 
     `folder`: of the model that is trained, or of its base, which decides what attention is
     possible; `before`: settings of a checkpoint that may be gone on from, by which `auto` is
-    decided again. Called once all is imported. Raises UserError when the recipe asks for what this
-    machine or a batch cannot give.
+    decided again. Called once all is imported. Collective: all processes decide by the same. Raises
+    UserError when the recipe asks for what this machine or a batch cannot give.
     """
     keep_imports()
     take_device()
-    host = detect(recipe.launch)
+    host, before = agreed(detect(recipe.launch), before)
     join(host.device)
     if folder:
         config = configuration(folder)
@@ -210,6 +221,29 @@ def _memory() -> float:
     return min(torch.cuda.get_device_properties(device).total_memory for device in devices)
 
 
+def agreed(host: Host, before: Mapping[str, Any]) -> tuple[Host, Mapping[str, Any]]:
+    """What all processes decide by: the least of what they find, and a checkpoint's settings as
+    rank 0 reads them. Collective. Raises UserError (2) where some have a GPU and some none.
+    """
+    if host.processes == 1:
+        return host, before
+    peers = meet()
+    mine = {"host": asdict(host), "local": machine.local_world_size(), "before": dict(before)}
+    told = [json.loads(text) for text in peers.gather(peers.turn(), json.dumps(mine))]
+    hosts = [Host(**each["host"]) for each in told]
+    if len({each.device for each in hosts}) > 1:
+        places = ", ".join(f"rank {rank} {each.device}" for rank, each in enumerate(hosts))
+        raise UserError(f"not all processes have a GPU: {places}", "see `llmpipe doctor` on each")
+    least = replace(
+        host,
+        has_bf16=all(each.has_bf16 for each in hosts),
+        has_flash_attention=all(each.has_flash_attention for each in hosts),
+        memory=min(each.memory for each in hosts),
+        is_even=len({each["local"] for each in told}) == 1,
+    )
+    return least, told[0]["before"]
+
+
 def decide(
     recipe: Training,
     host: Host,
@@ -256,6 +290,9 @@ def _copies(recipe: Training, host: Host, before: Mapping[str, Any]) -> int:
     asked, kept = recipe.launch.strategy, before.get("copies")
     if asked == "auto" and isinstance(kept, int) and 0 < kept <= host.processes:
         return kept
+    if asked == "hsdp" and not host.is_even:
+        problem = "launch.strategy: hsdp: machines have unequal numbers of processes"
+        raise UserError(problem, "start as many on each, or set launch.strategy: fsdp")
     return strategy.machines(host.processes) if asked == "hsdp" else 1
 
 
@@ -320,14 +357,14 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     say(f"precision: {arithmetic}, fp32 master weights ({hardware.reasons.precision})")
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
     if why := hardware.reasons.strategy:
-        say(f"strategy: {'fsdp' if hardware.sharded else 'ddp'}: {why}")
+        say(f"strategy: {hardware.strategy}: {why}")
     elif hardware.sharded:
         share = f"each of {hardware.processes} processes holds a part of the model"
         share += ", of its gradients and its moments"
         if hardware.spread is None:
             share = "one process holds all of it, and several go on from its checkpoints"
         copies = f"; {hardware.copies} copies, one a machine" if hardware.copies > 1 else ""
-        say(f"strategy: {recipe.launch.strategy}: {share}{copies}")
+        say(f"strategy: {hardware.strategy}: {share}{copies}")
     if hardware.compiles:
         say("compile: layers are compiled at the first step, once: some tens of seconds")
     if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import

@@ -45,8 +45,8 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
 
 def machines(processes: int) -> int:
     """On how many machines so many processes are, with as many on each as here."""
-    here = local_world_size() if outside() else processes
-    return -(-processes // here)
+    local = local_world_size() if outside() else processes
+    return -(-processes // local)
 
 
 def _against_adapting(recipe: Training, adapter: Adapter) -> Iterator[tuple[str, str]]:

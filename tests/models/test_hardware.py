@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from llmpipe.errors import UserError
 from llmpipe.front import launch
+from llmpipe.models import hardware
 from llmpipe.models.hardware import Hardware, Host, announce, decide
 from llmpipe.recipe.check import load
 from llmpipe.stages import schema
@@ -100,6 +103,52 @@ def test_precision(tmp_path, asked, has_bf16, bf16, reason):
     host = replace(LAPTOP, has_bf16=has_bf16)
     hardware = decide(recipe(tmp_path, optim__precision=asked), host, None)
     assert hardware.bf16 is bf16 and hardware.reasons.precision == reason
+
+
+class Peers:
+    """This process, and another one that says the same but for some of it."""
+
+    def __init__(self, **host):
+        self.host = host
+        self.rest = {"local": host.pop("local", 1), "before": host.pop("before", {})}
+
+    def turn(self):
+        return "a turn"
+
+    def gather(self, key, text):
+        mine = json.loads(text)
+        other = mine | self.rest | {"host": mine["host"] | self.host}
+        return [json.dumps(other), text]  # which is rank 0
+
+
+def test_all_processes_decide_by_the_least_that_one_finds(tmp_path, monkeypatch):
+    def with_other(**other):
+        monkeypatch.setattr(hardware, "meet", lambda: Peers(**other))
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+            monkeypatch.setenv(name, value)
+        return hardware.agreed(replace(GPUS, memory=8e9), {"sharded": True})
+
+    less = {"has_bf16": False, "has_flash_attention": False, "memory": 4e9, "threads": 99}
+    host, before = with_other(**less, before={"copies": 2})
+    assert (host.has_bf16, host.has_flash_attention, host.memory) == (False, False, 4e9)
+    assert host.threads == GPUS.threads, "which are each machine's own"
+    assert before == {"copies": 2}, "as rank 0 reads it"
+    assert with_other(memory=math.inf)[0] == replace(GPUS, memory=8e9)
+    with pytest.raises(UserError, match="not all processes have a GPU: rank 0 cpu, rank 1 cuda"):
+        with_other(device="cpu")
+    uneven, _ = with_other(local=2)
+    asked = recipe(tmp_path, launch__strategy="hsdp", optim__batch_size=8)
+    with pytest.raises(UserError, match="unequal numbers of processes"):
+        decide(asked, uneven, None)
+    assert decide(asked, with_other()[0], None).copies == 2
+    assert hardware.agreed(LAPTOP, {"a": 1}) == (LAPTOP, {"a": 1}), "asks nobody"
+
+
+def test_a_strategy_is_said_by_its_name(tmp_path):
+    said, asked = [], recipe(tmp_path)
+    before = {"sharded": True, "copies": 2}
+    announce(decide(asked, GPUS, None, before=before), asked, said.append)
+    assert "strategy: hsdp: as its checkpoints are" in said
 
 
 def test_a_gpu_without_bf16_refuses_it(tmp_path):

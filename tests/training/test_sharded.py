@@ -510,6 +510,15 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
 
 
 @pytest.mark.faults
+def test_auto_is_one_choice_of_all(tmp_path):
+    """Where one machine has less memory than the other, neither holds all of the model."""
+    for code, text in life.ranks(write(tmp_path / "run", "auto"), hooks=(None, "small_machine")):
+        assert code == 0, text
+    assert Artifact(tmp_path / "run" / "sft").manifest().hardware["sharded"]
+    assert "strategy: fsdp: " in (tmp_path / "run.0.out").read_text()
+
+
+@pytest.mark.faults
 def test_a_base_that_stayed_whole_is_no_base_in_parts(tmp_path):
     """An adapter on it learns as it should, in more memory than there may be."""
     path = write(tmp_path / "run", stage="lora", **ADAPTER)
