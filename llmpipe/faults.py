@@ -49,6 +49,9 @@ MEMORY = (
 )
 """What to do of want of memory in training."""
 
+GO_ON = "the same command goes on from the last checkpoint"
+"""What to do where training ended for what may not be so again."""
+
 CODE_IN_WORDS = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 """How Rust's and Arrow's libraries write a system's error."""
 
@@ -146,7 +149,7 @@ def of_peer(error: BaseException) -> UserError | None:
         return None
     return UserError(
         f"another process ended, see what it says: {first_line(error)}",
-        "the same command goes on from the last checkpoint",
+        GO_ON,
         LOST,
     )
 

@@ -6,9 +6,10 @@ the processes before have left there. So each one asks with a word that nobody e
 believes who answers with it; rank 0 goes on when all have heard its own, the word of this launch,
 under which all else is said.
 
-Where they are on several machines, each is heard of every second. A machine without power, or
-behind a broken cable, closes no connection: who waits for it in a collective would wait for that
-one's timeout, which has to be long. Who is not heard of for `SILENCE` is gone, and the others end.
+Where a launcher of the user's has started them, each is heard of every second. A machine without
+power, or behind a broken cable, closes no connection, and srun leaves the others alone when it is
+told to: who waits for one that is gone would wait for a collective's timeout, which has to be long.
+Who is not heard of for `SILENCE` is gone, and the others end.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed import DistError, PrefixStore, Store, rendezvous
 
 from llmpipe.errors import DONE, LOST, UserError
-from llmpipe.run.ends import GO_ON
+from llmpipe.faults import GO_ON
 from llmpipe.run.machine import machine_rank, on_several_machines, rank, world_size
 from llmpipe.run.outcome import Outcome, new_launch
 
@@ -43,6 +44,15 @@ LAST_WORDS = 5
 """Times more for one that said that it ends: the others may be about to say why themselves."""
 
 
+class Loss(NamedTuple):
+    """A process without which the others cannot go on."""
+
+    who: str
+    """Which one, and what is known of it."""
+    code: int = LOST
+    """The exit code of the others: its own, where it has said so."""
+
+
 class Peers:
     """The processes of this launch, which have all come."""
 
@@ -50,8 +60,8 @@ class Peers:
         self.launch = launch
         """The word of this launch."""
         self.store = PrefixStore(launch, store)
-        self.before_exit: Callable[[Outcome], None] = lambda _: None
-        """What is still to be written where others are gone."""
+        self.before_exit: Callable[[Outcome], Outcome] = lambda outcome: outcome
+        """What is still to be written where others are gone; gives how all of them have ended."""
         self._left = Event()
         self._turns = 0
 
@@ -64,15 +74,19 @@ class Peers:
         self.store.set(key, text)
 
     def hear(self, key: str, of: int) -> str:
-        """What a rank says under a key, as soon as it does: however long that takes.
+        """What a rank says under a key, as soon as it does: it may hash a model first, or prepare
+        rows, and takes as long as that does.
 
-        Raises UserError (75) where it ends before.
+        Raises UserError where it ends before, with its exit code, or 75 where it was done. Of one
+        that is gone without a word `watch` takes notice; where the store is gone with it, the next
+        look does.
         """
         try:
             while not self.store.check([key]):
                 if self.store.check([_left(of)]) and not self.store.check([key]):
-                    problem = f"rank {of} has ended with {_text(self.store, _left(of))}"
-                    raise UserError(f"{problem}, see what it says", GO_ON, LOST)
+                    code = int(_text(self.store, _left(of)))
+                    problem = f"rank {of} has ended with {code}, see what it says"
+                    raise UserError(problem, GO_ON, code or LOST)
                 time.sleep(PAUSE)
             return _text(self.store, key)
         except DistError as error:
@@ -85,8 +99,8 @@ class Peers:
 
     def watch(self) -> None:
         """Give signs of life from now on, and end where another process gives none."""
-        self.store.add(_beat(rank()), 1)
-        self.gather("machine", machine_rank())
+        if on_several_machines():
+            self.say(_machine(rank()), machine_rank())
         Thread(target=_Watch(self, self._left, self._end).run, daemon=True).start()
 
     def leave(self, code: int, last: bool) -> None:
@@ -104,18 +118,19 @@ class Peers:
             for other in range(1, world_size()):
                 self.hear(_left(other), other)
 
-    def _end(self, who: str) -> None:
+    def _end(self, loss: Loss) -> None:
         """End this process: it may wait in a collective for one that never comes."""
-        outcome = Outcome(LOST, f"{who}, and others cannot go on alone", GO_ON, "peer")
+        outcome = Outcome(loss.code, f"{loss.who}, and others cannot go on alone", GO_ON, "peer")
         print(f"error: {outcome.message}\n  {outcome.hint}", file=sys.stderr, flush=True)
-        _briefly(lambda: self.before_exit(outcome))
-        os._exit(LOST)
+        ends = [outcome]
+        _briefly(lambda: ends.append(self.before_exit(outcome)))
+        os._exit(ends[-1].code)
 
 
 class _Watch:
     """Rank 0 hears of all; the others hear of rank 0, and from it of others that are gone."""
 
-    def __init__(self, peers: Peers, left: Event, end: Callable[[str], None]):
+    def __init__(self, peers: Peers, left: Event, end: Callable[[Loss], None]):
         self.peers = peers
         self.left = left
         self.end = end
@@ -124,7 +139,9 @@ class _Watch:
         self.last: dict[int, bytes] = {}
         self.silent = dict.fromkeys(self.others, 0)
         self.rounds = 0
-        self.gone = ""
+        self.gone: Loss | None = None
+        for other in self.others:
+            self.store.add(_beat(other), 0)  # so that no look waits for the first one
 
     def run(self) -> None:
         """Look whether something new was heard, and whether the store has answered at all."""
@@ -135,23 +152,23 @@ class _Watch:
             unanswered = unanswered + 1 if self.rounds == rounds else 0
             rounds = self.rounds
         if not self.left.is_set():
-            self.end(self.gone or "the machine of rank 0 is gone: its store does not answer")
+            self.end(self.gone or Loss("the machine of rank 0 is gone: its store does not answer"))
 
     def _listen(self) -> None:
         while not self.left.wait(EVERY) and not self.gone and self.others:
             try:
                 self.gone = self._look()
             except (DistError, RuntimeError):
-                self.gone = f"rank 0 is gone: {CLOSED}"
+                self.gone = Loss(f"rank 0 is gone: {CLOSED}")
             self.rounds += 1
         while not self.left.wait(EVERY):
             self.rounds += 1  # there is nobody left to be heard of
 
-    def _look(self) -> str:
-        """Give a sign of life, and look at those of others; who is gone, or nothing."""
+    def _look(self) -> Loss | None:
+        """Give a sign of life, and look at those of others; who is gone, or None."""
         self.store.add(_beat(rank()), 1)
         if rank() and self.store.check(["gone"]):
-            return _text(self.store, "gone")
+            return Loss(*json.loads(_text(self.store, "gone")))
         beats = self.store.multi_get([_beat(other) for other in self.others])
         for other, beat in zip(list(self.others), beats, strict=True):
             fresh = self.last.get(other) != beat
@@ -159,24 +176,25 @@ class _Watch:
             self.silent[other] = 0 if fresh else self.silent[other] + 1
             if self.silent[other] and (gone := self._of_silent(other)):
                 if rank() == 0:
-                    self.store.set("gone", gone)
+                    self.store.set("gone", json.dumps(gone))
                 return gone
-        return ""
+        return None
 
-    def _of_silent(self, other: int) -> str:
-        """What to say of a process of which nothing new was heard; nothing where that may be."""
+    def _of_silent(self, other: int) -> Loss | None:
+        """What to say of a process of which nothing new was heard; None where that may be."""
         times, place = self.silent[other], f"rank {other}"
-        if on := _text(self.store, f"machine/{other}"):
-            place += f" (machine {on})"
+        if self.store.check([_machine(other)]):
+            place += f" (machine {_text(self.store, _machine(other))})"
         if self.store.check([_left(other)]):
-            code = _text(self.store, _left(other))
-            if code == str(DONE):
+            code = int(_text(self.store, _left(other)))
+            if code == DONE:
                 self.others.remove(other)
             elif times >= LAST_WORDS:
-                return f"{place} has ended with {code}"
+                return Loss(f"{place} has ended with {code}", code)
         elif times >= SILENCE:
-            return f"{place} is gone: nothing was heard of it for {times * EVERY:.0f} seconds"
-        return ""
+            silence = f"nothing was heard of it for {times * EVERY:.0f} seconds"
+            return Loss(f"{place} is gone: {silence}")
+        return None
 
 
 @cache
@@ -191,10 +209,7 @@ def meet() -> Peers:
         launch = _ask(store, rank()) if rank() else _answer(store, world_size())
     except DistError as error:
         raise _missing() from error
-    peers = Peers(store, launch)
-    if on_several_machines():
-        peers.watch()
-    return peers
+    return Peers(store, launch)
 
 
 def _answer(store: Store, processes: int, sleep: Callable[[float], None] = time.sleep) -> str:
@@ -239,6 +254,10 @@ def _missing() -> UserError:
     problem = f"not all of {world_size()} processes came within {ARRIVAL // 60} minutes"
     hint = "see that every machine runs the command, and reaches MASTER_ADDR at MASTER_PORT"
     return UserError(problem, hint, LOST)
+
+
+def _machine(rank: int) -> str:
+    return f"machine/{rank}"
 
 
 def _beat(rank: int) -> str:

@@ -71,6 +71,25 @@ def kill_now():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_once_met():
+    """When all processes have come, and before they are a group."""
+    from llmpipe.front import outside
+
+    _after(outside, "_peers", kill_now)
+
+
+def stop_in_step(step):
+    """It closes no connection, and answers nobody: as a machine without power."""
+    _signal_in_step(step, signal.SIGSTOP)
+
+
+def miss_after(times):
+    """Others are missed sooner."""
+    from llmpipe import peers
+
+    peers.SILENCE = times
+
+
 def kill_in_step(step):
     _signal_in_step(step, signal.SIGKILL)
 
@@ -233,6 +252,17 @@ def disk_full_in_parts(step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     _before(HuggingFaceStorageWriter, "write_data", action)
+
+
+def disk_full_in_publish():
+    """When the process that writes has written a part of what it publishes."""
+    from llmpipe.models import publish
+
+    def action(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _before(publish, "same_tensors", action)
+    _before(publish, "_save_adapter", action)
 
 
 def kill_in_stream():

@@ -8,7 +8,8 @@ import pytest
 from torch.distributed import HashStore
 
 from llmpipe import peers
-from llmpipe.errors import UserError
+from llmpipe.errors import LOST, UserError
+from llmpipe.run.outcome import Outcome
 
 
 @pytest.fixture
@@ -69,7 +70,6 @@ def watching(monkeypatch):
         launch.store = Clones()
         for other in (0, 1):
             launch.store.set(f"machine/{other}", str(other))
-            launch.store.add(f"beat/{other}", 1)
         return peers._Watch(launch, Event(), pytest.fail), launch.store
 
     return watch
@@ -80,26 +80,25 @@ def test_who_is_not_heard_of_is_gone(watching, rank):
     watch, store = watching(rank)
     other = 1 - rank
     for _ in range(3):
-        assert watch._look() == ""
+        assert watch._look() is None
         store.add(f"beat/{other}", 1)
     looks = [watch._look() for _ in range(peers.SILENCE + 1)]
-    assert set(looks[:-1]) == {""}
-    assert looks[-1] == (
-        f"rank {other} (machine {other}) is gone: nothing was heard of it for 30 seconds"
-    )
+    assert set(looks[:-1]) == {None}
+    silence = "nothing was heard of it for 30 seconds"
+    assert looks[-1] == (f"rank {other} (machine {other}) is gone: {silence}", LOST)
 
 
 def test_others_hear_from_rank_0_who_is_gone(watching):
     watch, store = watching(1)
-    assert watch._look() == ""
-    store.set("gone", "rank 2 is gone")
-    assert watch._look() == "rank 2 is gone"
+    assert watch._look() is None
+    store.set("gone", json.dumps(peers.Loss("rank 2 has ended with 4", 4)))
+    assert watch._look() == ("rank 2 has ended with 4", 4)
 
 
 def test_who_is_done_is_not_missed(watching):
     watch, store = watching(0)
     store.set("left/1", "0")
-    assert {watch._look() for _ in range(100)} == {""}
+    assert {watch._look() for _ in range(100)} == {None}
     assert watch.others == []
 
 
@@ -107,9 +106,9 @@ def test_who_has_failed_is_given_time_for_others_to_say_so(watching):
     watch, store = watching(0)
     store.set("left/1", "4")
     looks = [watch._look() for _ in range(1 + peers.LAST_WORDS)]
-    assert looks[:-1] == [""] * peers.LAST_WORDS
-    assert looks[-1] == "rank 1 (machine 1) has ended with 4"
-    assert store.get("gone") == looks[-1].encode()
+    assert looks[:-1] == [None] * peers.LAST_WORDS
+    assert looks[-1] == ("rank 1 (machine 1) has ended with 4", 4)
+    assert peers.Loss(*json.loads(store.get("gone"))) == looks[-1]
 
 
 def test_a_store_that_does_not_answer_ends_the_process(monkeypatch, watching):
@@ -119,4 +118,28 @@ def test_a_store_that_does_not_answer_ends_the_process(monkeypatch, watching):
     watch.end = ended.append
     monkeypatch.setattr(watch, "_listen", lambda: Event().wait(0.5))
     watch.run()
-    assert ended == ["the machine of rank 0 is gone: its store does not answer"]
+    assert ended == [("the machine of rank 0 is gone: its store does not answer", LOST)]
+
+
+@pytest.mark.parametrize(("left", "code"), [("4", 4), ("0", LOST)])
+def test_who_ends_before_it_says_a_word_is_not_waited_for(watching, left, code):
+    """With its exit code: what fails again is not called what may go on."""
+    watch, store = watching(1)
+    store.set("left/0", left)
+    with pytest.raises(UserError, match=f"rank 0 has ended with {left}") as ended:
+        watch.peers.hear("word", of=0)
+    assert ended.value.code == code
+
+
+@pytest.mark.parametrize("first", [None, 4])
+def test_an_end_for_want_of_another_has_the_code_of_the_first(monkeypatch, capsys, first):
+    """As what is still to be written has it, or else what was heard."""
+    ended = []
+    monkeypatch.setattr(peers.os, "_exit", ended.append)
+    launch = peers.Peers(HashStore(), "this")
+    if first:
+        launch.before_exit = lambda outcome: Outcome(first, "the loss is nan")
+    launch._end(peers.Loss("rank 1 is gone"))
+    launch._end(peers.Loss("rank 1 has ended with 5", 5))
+    assert ended == [first or LOST, first or 5]
+    assert "error: rank 1 is gone, and others cannot go on alone" in capsys.readouterr().err

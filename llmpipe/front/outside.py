@@ -110,6 +110,7 @@ def _peers() -> Peers:
     from llmpipe.peers import meet
 
     peers = meet()
+    peers.watch()
     atexit.register(peers.leave, DONE, last=True)
     return peers
 
@@ -158,8 +159,17 @@ def train(session: Session, turn: Turn) -> None:
     def leave_end(outcome: Outcome) -> None:
         write_end(artifact, launch, rank(), as_kept(outcome, artifact))
 
+    def speak_for_all(outcome: Outcome) -> Outcome:
+        first = verdict(read_ends(artifact, launch, world_size()), {}) or outcome
+        as_kept(first, artifact).deliver(artifact, launch)
+        return first
+
+    def at_a_loss(outcome: Outcome) -> Outcome:
+        leave_end(outcome)
+        return speak_for_all(outcome)
+
     if turn.peers:
-        turn.peers.before_exit = leave_end
+        turn.peers.before_exit = at_a_loss
     outcome = end_of(
         lambda: act("train", artifact, signals, inexact=session.inexact),
         artifact,
@@ -171,8 +181,7 @@ def train(session: Session, turn: Turn) -> None:
         return
     if outcome.kind == "peer":
         outcome = who_was_lost(artifact, launch, outcome)
-    first = verdict(read_ends(artifact, launch, world_size()), {}) or outcome
-    as_kept(first, artifact).deliver(artifact, launch)
+    speak_for_all(outcome)
     outcome.check()
 
 

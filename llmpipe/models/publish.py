@@ -1,7 +1,7 @@
 """Publish what was trained: save it to a staging folder, reload it from there, compare, and only
 then rename the folder to what it is called. A model, an adapter and a merged one go the same way.
 
-One process publishes; the others wait for it.
+One process publishes; the others wait for it, and what it cannot write all of them raise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import screen, upstream
 from llmpipe.errors import Say
+from llmpipe.faults import writing
 from llmpipe.files import publishing, write_json
 from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied, make_fit
 from llmpipe.models.mapped import Precision, borrowed, lending, load_mapped, parts_of
@@ -91,14 +92,12 @@ def publish_sharded(
     with publishing(folder) if world.is_first else nullcontext() as staging:
         place = Path(world.gather(str(staging))[0])
         tensors = whole_tensors(model)
-        if world.is_first:
-            most = _file_bytes(sum(weight.nbytes for weight in model.parameters()))
-            _save_parts(_described(model), _layers(tensors), place, most)
-            tokenizer.save_pretrained(place)
-        else:
-            for _ in tensors:
-                pass
-        world.wait()
+        with world.as_one(), _to_the_end(tensors):
+            if world.is_first:
+                most = _file_bytes(sum(weight.nbytes for weight in model.parameters()))
+                with writing(folder, place):
+                    _save_parts(_described(model), _layers(tensors), place, most)
+                    tokenizer.save_pretrained(place)
         let_go(model)
         verified = compare_sharded(trained, tokenizer, place, world, spread)
     difference = f"{verified.max_logit_difference:.1e}"
@@ -133,9 +132,10 @@ def publish_adapter_on_parts(
     reshard(model)
     with publishing(folder) if world.is_first else nullcontext() as staging:
         place = Path(world.gather(str(staging))[0])
-        if world.is_first:
-            _save_adapter(model, tokenizer, place, base)
-        world.wait()
+        with world.as_one():
+            if world.is_first:
+                with writing(folder, place):
+                    _save_adapter(model, tokenizer, place, base)
         verified = compare_adapter_on_parts(model, tokenizer, place, base, world)
     _say_of_adapter(verified, say)
     return verified
@@ -197,6 +197,16 @@ def _described(model: PreTrainedModel) -> PreTrainedModel:
     if conversions is not None:  # by which its files were read
         described._weight_conversions = conversions
     return described
+
+
+@contextmanager
+def _to_the_end(tensors: Iterator[Any]) -> Iterator[None]:
+    """Take all of what every process has to take, also where this one needs it no longer."""
+    try:
+        yield
+    finally:
+        for _ in tensors:
+            pass
 
 
 LAYER = re.compile(r".*?\.\d+\.")

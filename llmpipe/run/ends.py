@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpipe.errors import DONE, RESOURCES, UserError
+from llmpipe.faults import GO_ON
 from llmpipe.files import read_json, write_json
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import on_several_machines
 from llmpipe.run.outcome import Outcome, say_to_command
-
-GO_ON = "the same command goes on from the last checkpoint"
 
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) \(local_rank.*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 """Of torchrun's report of the processes that failed before it ended the others."""

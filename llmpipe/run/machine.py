@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from llmpipe.errors import UserError
-from llmpipe.faults import MEMORY
+from llmpipe.faults import GO_ON, MEMORY
 from llmpipe.recipe.sections import Machine, Recipe, Training
 
 
@@ -127,7 +127,7 @@ def for_memory(action: str, recipe: Recipe) -> str:
     if not isinstance(recipe, Training):
         remedy = "lower launch.batch_size, or set launch.processes: 1, which has all GPUs"
         return f"{remedy}; the same command goes on from what is scored"
-    return f"{MEMORY}; the same command goes on from the last checkpoint"
+    return f"{MEMORY}; {GO_ON}"
 
 
 def full_pass(on_gpu: bool) -> int:

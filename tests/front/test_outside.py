@@ -115,6 +115,35 @@ def test_a_rank_that_is_lost_is_said_by_the_other(tmp_path):
     assert (outcome.code, outcome.message) == (1, line)
 
 
+LOST = [
+    ((None, "kill_once_met"), "rank 1 is gone: nothing was heard of it for 10 seconds"),
+    (("miss_after_10", "stop_in_step_4"), "rank 1 is gone: nothing was heard of it for 10 seconds"),
+    (("stop_in_step_4", "miss_after_10"), "rank 0 is gone: its store does not answer"),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("hooks", "line"), LOST, ids=lambda value: str(value[0]))
+def test_one_machine_without_a_launcher_ends_when_a_process_is_gone(tmp_path, hooks, line):
+    """As under srun, which leaves the others alone: before there is a group, and in a step."""
+    path = life.write(tmp_path / "run", launch__processes="auto")
+    hooks = [hook or "miss_after_10" for hook in hooks]
+    survivor = hooks.index("miss_after_10")
+    processes = life.started(path, hooks=hooks)
+    try:
+        processes[survivor].join(90)
+        assert processes[survivor].exitcode == 75
+    finally:
+        for process in processes:
+            process.kill()
+    text = path.with_suffix(f".{survivor}.out").read_text()
+    assert line in text and "Traceback" not in text, text
+    outcome = Outcome.read(Artifact(tmp_path / "run" / "sft"))
+    assert outcome.code == 75 and line in outcome.message
+    for code, text in life.ranks(path):
+        assert code == 0, text
+
+
 def test_tokens_are_summed_over_ranks(tmp_path):
     """As one process counts them, in an epoch that fillers even out, and gone on from a stop."""
     settings = {"optim__epochs": 2, "optim__steps": None, "launch__processes": "auto"}

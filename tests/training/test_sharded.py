@@ -543,6 +543,21 @@ def test_a_disk_that_fills_up_under_one_part(tmp_path, straight, hooks):
     assert life.essence(life.pair(path)) == life.essence(straight)
 
 
+FULL = ("disk_full_in_publish", None)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", [{}, {"adapter": {}}], ids=["model", "adapter"])
+def test_a_disk_that_is_full_under_the_process_that_publishes_ends_all(tmp_path, how):
+    """The others gather with it to the end, and say what it says."""
+    path = write(tmp_path / "run", optim__steps=2, **how)
+    for code, text in life.ranks(path, hooks=FULL):
+        assert code == 5 and "No space left" in text and "another process" not in text, text
+    artifact = Artifact(tmp_path / "run" / "sft")
+    assert not list(artifact.path.glob("*.staging")) and not artifact.finished
+    assert life.pair(path).verify()
+
+
 REFUSED = {
     "a quantized model is not put in parts": {"adapter": {}, "quantization": {"bits": 4}},
     "embeddings in parts do not learn": {"adapter": {"embeddings": "all"}},
