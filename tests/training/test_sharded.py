@@ -547,7 +547,7 @@ FULL = ("disk_full_in_publish", None)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", [{}, {"adapter": {}}], ids=["model", "adapter"])
+@pytest.mark.parametrize("how", [{}, ADAPTER], ids=["model", "adapter"])
 def test_a_disk_that_is_full_under_the_process_that_publishes_ends_all(tmp_path, how):
     """The others gather with it to the end, and say what it says."""
     path = write(tmp_path / "run", optim__steps=2, **how)
