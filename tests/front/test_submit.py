@@ -19,6 +19,8 @@ import yaml
 from llmpipe.errors import UserError
 from llmpipe.front import cli
 from llmpipe.front.submit import job, render, send
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.outcome import Outcome
 from tests.life import TINY
 
 RECIPE = "recipes/tiny/sft.yaml"
@@ -79,7 +81,8 @@ def test_slurm_asks_for_a_task_for_each_gpu(nodes, gpus):
     if not gpus:
         del expected["gpus-per-node"]
     assert sbatch_options(text) == expected
-    assert ("RANK=" in text) == (nodes * gpus > 1)
+    assert ("--kill-on-bad-exit=0" in text) == (nodes * gpus > 1)
+    assert "RANK" not in text and "MASTER" not in text, "llmpipe knows srun's tasks itself"
     assert Path("runs/tiny").is_dir(), "SLURM ends a job at once that has no folder for its log"
 
 
@@ -203,7 +206,7 @@ def test_kubeflow_runs_torchrun_on_several_machines_alone(nodes, gpus):
     text = rendered("kubeflow", nodes, gpus, ["image=registry/llmpipe:1", "claim=mine"])
     trainer = yaml.safe_load(text)["spec"]["trainer"]
     llmpipe = ["llmpipe", "sft", RECIPE, "--set", f"optim.batch_size={max(8, nodes * gpus)}"]
-    launcher = ["torchrun", "--no-python", "--"] if nodes > 1 else []
+    launcher = ["torchrun", "--shutdown-timeout=120", "--no-python", "--"] if nodes > 1 else []
     assert [*trainer["command"], *trainer["args"]] == ["tini", "--", *launcher, *llmpipe]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (nodes, max(1, gpus))
     assert trainer["resourcesPerNode"]["limits"].get("nvidia.com/gpu", 0) == gpus
@@ -301,13 +304,14 @@ def test_docker_of_several_machines_asks_which_one_this_is():
 # --- what the files do ----------------------------------------------------------------------------
 
 DOUBLES = {
-    "srun": 'echo "srun $*" >> said; exit $(cat code)',
+    "srun": 'echo "srun $*" >> said; [ ! -e end ] || . ./end; exit $(cat code)',
     "scontrol": 'echo "scontrol $*" >> said',
     "squeue": "cat state",
 }
 """SLURM's commands, which say in a file what they were told."""
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize(
     ("code", "state", "restarts", "goes_on"),
     [
@@ -321,7 +325,7 @@ DOUBLES = {
     ],
 )
 def test_a_slurm_job_goes_back_into_the_queue_when_it_can_go_on(
-    code, state, restarts, goes_on, tmp_path
+    code, state, restarts, goes_on, gpus, tmp_path
 ):
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -336,12 +340,50 @@ def test_a_slurm_job_goes_back_into_the_queue_when_it_can_go_on(
         "SLURM_CPUS_PER_TASK": "8",
         "SLURM_RESTART_COUNT": str(restarts),
     }
-    text = rendered("slurm").replace(os.path.dirname(sys.executable), str(programs))
+    text = rendered("slurm", 1, gpus).replace(os.path.dirname(sys.executable), str(programs))
+    done = subprocess.run(["bash"], input=text, env=environment, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (code, "")
+    said = Path("said").read_text()
+    options = "--kill-on-bad-exit=0 --wait=0 " if gpus > 1 else ""
+    assert said.startswith(f"srun {options}llmpipe sft {RECIPE} --set optim.batch_size=8\n")
+    assert ("scontrol requeue 7" in said) == goes_on
+    assert not list(Path("runs/tiny").glob("*.begun"))
+
+
+@pytest.mark.parametrize(
+    ("srun", "earlier", "run", "code"),
+    [
+        (75, None, 5, 5),  # a full disk in one of them, which the others have lost
+        (137, None, 75, 75),  # one was killed
+        (137, 143, None, 137),  # before there was anything to train
+        (2, 143, None, 2),
+        (0, 143, 0, 0),
+        (3, None, 0, 3),  # what was trained is not what its evaluation demands
+    ],
+)
+def test_a_slurm_job_of_several_tasks_ends_as_the_run_says(srun, earlier, run, code, tmp_path):
+    """Not with the highest of their codes, and not as an earlier job."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, body in DOUBLES.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    Path("code").write_text(str(srun))
+    Path("state").write_text("RUNNING")
+    artifact = Artifact(Path("runs/tiny/sft"))
+    artifact.path.mkdir(parents=True)
+    if earlier is not None:
+        Outcome(earlier, 'a text with "code": 9').write(artifact)
+        os.utime(artifact.path / "outcome.json", (1, 1))
+    Outcome(run or 0, 'a text with "code": 9').write(Artifact(tmp_path))
+    if run is not None:
+        moved = f"mv {tmp_path}/outcome.json {artifact.path}"
+        Path("end").write_text(f"{moved}; touch {artifact.path}/*")
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    text = rendered("slurm", 1, 2).replace(os.path.dirname(sys.executable), str(programs))
     done = subprocess.run(["bash"], input=text, env=environment, text=True)
     assert done.returncode == code
-    said = Path("said").read_text()
-    assert said.startswith(f"srun llmpipe sft {RECIPE} --set optim.batch_size=8\n")
-    assert ("scontrol requeue 7" in said) == goes_on
+    assert ("scontrol requeue 7" in Path("said").read_text()) == (code == 75)
 
 
 LLMPIPE = """\

@@ -114,20 +114,20 @@ def _read(asked: Asked) -> tuple[str, Sequence[Located | None], Pipeline | None]
 def _seen_from(asked: Asked) -> Iterator[None]:
     """Let what is asked of this machine be answered as on the job's first one."""
     processes = max(1, asked.gpus)
-    there = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(asked.gpus)))}
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(asked.gpus)))}
     if started_by_system(asked):
-        there |= {
+        seen |= {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": str(asked.nodes * processes),
             "LOCAL_WORLD_SIZE": str(processes),
         }
-    here = {name: os.environ.get(name) for name in there}
-    os.environ.update(there)
+    kept = {name: os.environ.get(name) for name in seen}
+    os.environ.update(seen)
     try:
         yield
     finally:
-        for name, before in here.items():
+        for name, before in kept.items():
             if before is None:
                 del os.environ[name]
             else:

@@ -22,6 +22,9 @@ _OPTION = re.compile(r"[a-z][a-z_-]*")
 RESTARTS = 100
 """Times that a job goes back into SLURM's queue by itself: each has made some steps, or waited."""
 
+SHUTDOWN = "120"
+"""Seconds for a checkpoint, from SIGTERM on; torchrun would grant its processes 30."""
+
 SAVED_EVERY = 300
 """Seconds between two copies of a run to its bucket."""
 
@@ -72,7 +75,7 @@ def _slurm(job: Job, options: Options) -> dict[str, Any]:
         "time": "24:00:00",
         "output": f"{job.run}/slurm-%j.log",
         "open-mode": "append",
-        "signal": "TERM@120",
+        "signal": f"TERM@{SHUTDOWN}",
         "requeue": None,
     }
     return {
@@ -100,6 +103,7 @@ def _sky(job: Job, options: Options) -> dict[str, Any]:
         "bucket": bucket,
         "image": image,
         "seconds": SAVED_EVERY,
+        "shutdown": SHUTDOWN,
     }
 
 
@@ -118,7 +122,7 @@ def _kubeflow(job: Job, options: Options) -> dict[str, Any]:
     values = known | {key: value or "" for key, value in options.items()}
     if not values["image"]:
         raise UserError("kubeflow: no image named", "--option image=REGISTRY/llmpipe:TAG")
-    return values
+    return values | {"shutdown": SHUTDOWN}
 
 
 def _docker(job: Job, options: Options) -> dict[str, Any]:
@@ -127,11 +131,12 @@ def _docker(job: Job, options: Options) -> dict[str, Any]:
         "name": job.name,
         "gpus": str(job.gpus) if job.gpus else "",
         "shm-size": "8g",
-        "stop-timeout": "120",
+        "stop-timeout": SHUTDOWN,
     }
     flags |= options
     image = flags.pop("image", None) or "llmpipe"
-    return {"flags": _without_empty(flags), "image": image}
+    shutdown = flags["stop-timeout"] or SHUTDOWN
+    return {"flags": _without_empty(flags), "image": image, "shutdown": shutdown}
 
 
 def _without_empty(options: Options) -> Options:
