@@ -73,10 +73,11 @@ def join(device: str) -> None:
     if world_size() == 1 or dist.is_initialized():
         return
     peers = meet()
-    name = interface_to(os.environ["MASTER_ADDR"]) if on_several_machines() else None
-    if name and name != "lo":
+    first = os.environ["MASTER_ADDR"]
+    # here all wait for one another: some may still have verified what others had not to
+    addresses = peers.gather("here", address_toward(first) or "")
+    if on_several_machines() and (name := outward((first, *addresses))):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    peers.gather("here", "")  # some may still have verified what others had not to
     store = PrefixStore("group", peers.store)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
@@ -91,21 +92,37 @@ def patient() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=ALONE)
 
 
-def interface_to(host: str) -> str | None:
-    """The network interface by which a host is reached: gloo takes the one that this machine's own
-    name stands for, which is often none that others reach. None where that is not known.
+def outward(hosts: Iterable[str]) -> str | None:
+    """The network interface by which the first of some hosts is reached that is on another machine:
+    gloo takes the one that this machine's own name stands for, which is often none that others
+    reach. None where that is not known. Debian writes a machine's own name as 127.0.1.1 in its
+    hosts, so that the first machine reaches itself by `lo`.
     """
+    names = (interface_of(address) for host in hosts if (address := address_toward(host)))
+    return next((name for name in names if name not in (None, "lo")), None)
+
+
+def address_toward(host: str) -> str | None:
+    """This machine's address on the way to a host; None where there is no way."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing
-            ours = socket.inet_aton(probe.getsockname()[0])
-            for _, name in socket.if_nameindex():
-                asked = struct.pack("256s", name.encode())
-                with suppress(OSError):  # one without an address
-                    if fcntl.ioctl(probe, SIOCGIFADDR, asked)[20:24] == ours:
-                        return name
+            address: str = probe.getsockname()[0]
+            return address
     except OSError:
         return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address; all of 127.0.0.0/8 is that of this machine."""
+    if address.startswith("127."):
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            asked = struct.pack("256s", name.encode())
+            with suppress(OSError):  # one without an address
+                if fcntl.ioctl(probe, SIOCGIFADDR, asked)[20:24] == socket.inet_aton(address):
+                    return name
     return None
 
 

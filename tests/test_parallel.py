@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from llmpipe import parallel
 from llmpipe.errors import UserError
 from llmpipe.front.launch import free_port
-from llmpipe.parallel import World, interface_to, join, patient
+from llmpipe.parallel import World, join, patient
 
 
 def world(rank: int, size: int) -> World:
@@ -110,5 +111,17 @@ def test_one_process_raises_its_own_error():
 
 
 def test_the_interface_by_which_a_host_is_reached():
-    assert interface_to("127.0.0.1") == "lo"
-    assert interface_to("no such host") is None
+    assert parallel.address_toward("127.0.0.1") == "127.0.0.1"
+    assert parallel.interface_of("127.0.0.1") == "lo"
+    assert parallel.address_toward("no such host") is None
+    assert parallel.interface_of("192.0.2.1") is None  # of no machine, by RFC 5737
+
+
+def test_a_machine_that_is_127_0_1_1_to_itself_takes_the_way_to_another_one(monkeypatch):
+    """As Debian's /etc/hosts has it on the first machine, whose address that one says to all."""
+    ways = {"node1": "127.0.1.1", "127.0.1.1": "127.0.0.1", "10.0.0.2": "10.0.0.1"}
+    monkeypatch.setattr(parallel, "address_toward", ways.get)
+    monkeypatch.setattr(parallel, "interface_of", {"127.0.1.1": "lo", "10.0.0.1": "eth1"}.get)
+    assert parallel.outward(["node1", "127.0.1.1", "", "10.0.0.2"]) == "eth1"
+    assert parallel.outward(["node1", "127.0.1.1"]) is None
+    assert parallel.outward(["10.0.0.2", "node1"]) == "eth1"

@@ -182,9 +182,19 @@ def choose(
 
 
 def take_device() -> None:
-    """Let `cuda` be this process's GPU, where there are any; before anything is loaded to it."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(machine.local_rank())
+    """Let `cuda` be this process's GPU, where there are any; before anything is loaded to it.
+
+    Raises UserError (2) where this process has none of its own.
+    """
+    if not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if count == 1 and machine.is_task():  # srun --gpus-per-task 1: each sees its own, as the first
+        os.environ["LOCAL_RANK"] = "0"
+    if machine.local_rank() >= count:
+        problem = f"there are more processes on this machine than GPUs that they see ({count})"
+        raise UserError(problem, "start one process for each GPU")
+    torch.cuda.set_device(machine.local_rank())
 
 
 def _make_exact() -> None:

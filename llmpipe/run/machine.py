@@ -181,6 +181,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def is_task() -> bool:
+    """Whether srun started this process itself, with no launcher between."""
+    return os.environ.get("SLURM_PROCID") == os.environ.get("RANK", "no rank")
+
+
 def _is_one_of_several_cpus() -> bool:
     """Whether `accelerate launch --cpu` has several processes, which all would be the first one."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
