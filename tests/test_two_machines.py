@@ -9,6 +9,7 @@ import time
 import pytest
 
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.outcome import Outcome
 from tests import life, machines
 from tests.front.test_processes import last_step
 from tests.machines import accelerate, srun, torchrun
@@ -65,19 +66,20 @@ def stop_second(names, running):
 
 
 FAULTS = [
-    (kill_second, torchrun, ("another process ended, see what it says", "")),
+    (kill_second, torchrun, ("another process ended, see what it says", ""), 75),
     # by its connection, or by the store that its launcher had
-    (kill_first, torchrun, ("", "another process ended, see what it says|rank 0 is gone")),
+    (kill_first, torchrun, ("", "another process ended, see what it says|rank 0 is gone"), 75),
     # there torchrun itself may wait on, for a rendezvous that nobody answers
-    (unplug, accelerate, (r"rank 1 \(machine 1\) is gone", "is gone")),
-    (stop_second, torchrun, ("checkpoint written", "checkpoint written")),
+    (unplug, accelerate, (r"rank 1 \(machine 1\) is gone", "is gone"), 75),
+    (unplug, srun, (r"rank 1 \(machine 1\) is gone", "is gone"), 75),
+    (stop_second, torchrun, ("checkpoint written", "checkpoint written"), 143),
 ]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("fault", "launcher", "lines"), FAULTS)
+@pytest.mark.parametrize(("fault", "launcher", "lines", "code"), FAULTS)
 def test_what_ends_one_machine_ends_both_and_the_same_command_goes_on(
-    tmp_path, names, fault, launcher, lines, strategy
+    tmp_path, names, fault, launcher, lines, code, strategy
 ):
     path = write(tmp_path / "run", strategy, **LONG)
     artifact = Artifact(tmp_path / "run" / "sft")
@@ -85,8 +87,11 @@ def test_what_ends_one_machine_ends_both_and_the_same_command_goes_on(
     machines.wait_until(lambda: last_step(artifact) > 3, running)
     fault(names, running)
     begun = time.monotonic()
-    _, texts = machines.ends(running)
+    codes, texts = machines.ends(running)
     assert time.monotonic() - begun < 60, texts
+    # a launcher of processes has a code of its own
+    assert codes == [code] * 2 if launcher is srun else all(codes), texts
+    assert Outcome.read(artifact).code == code
     for text, line in zip(texts, lines, strict=True):
         assert re.search(line, text), text
         assert "Traceback" not in text.partition(LAUNCHER)[0], text
