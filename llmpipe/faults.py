@@ -86,6 +86,8 @@ def reading(
     except BaseException as error:
         if not isinstance(error, errors or Exception) and not is_panic(error):
             raise
+        if of_peer(error):  # of a model that several processes read together
+            raise
         raise misread(error, path, form, hint, code) from error
 
 

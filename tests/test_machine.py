@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmpipe.errors import UserError
+from llmpipe.errors import LOST, UserError
 from llmpipe.faults import (
     code_of,
     of_disk,
     of_machine,
     of_memory,
+    of_peer,
     reading,
     remembering,
     unwritable,
@@ -159,3 +160,11 @@ def test_a_place_that_takes_a_page(tmp_path):
 def test_a_bug_stays_one(tmp_path):
     with pytest.raises(ZeroDivisionError), writing(tmp_path):
         _ = 1 / 0
+
+
+def test_a_process_that_is_lost_while_a_model_is_read_is_no_fault_of_the_model(tmp_path):
+    """Each of several reads its part of one together with the others."""
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]")
+    with pytest.raises(RuntimeError) as raised, reading(tmp_path, "a model", Exception, code=2):
+        raise lost
+    assert raised.value is lost and of_peer(lost).code == LOST
