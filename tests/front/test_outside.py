@@ -144,6 +144,14 @@ def test_one_machine_without_a_launcher_ends_when_a_process_is_gone(tmp_path, ho
         assert code == 0, text
 
 
+def test_who_waits_for_the_first_one_ends_with_it(tmp_path):
+    """It waits as long as rows are prepared; a first one that is killed is not waited for."""
+    path = life.write(tmp_path / "run", launch__processes="auto")
+    killed, waiting = life.ranks(path, hooks=("kill_once_met", None))
+    assert killed[0] == -9
+    assert waiting[0] == 75 and "error: rank 0 is gone: its store has closed" in waiting[1]
+
+
 def test_tokens_are_summed_over_ranks(tmp_path):
     """As one process counts them, in an epoch that fillers even out, and gone on from a stop."""
     settings = {"optim__epochs": 2, "optim__steps": None, "launch__processes": "auto"}
