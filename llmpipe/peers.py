@@ -19,8 +19,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
@@ -63,6 +65,7 @@ class Peers:
         self.before_exit: Callable[[Outcome], Outcome] = lambda outcome: outcome
         """What is still to be written where others are gone; gives how all of them have ended."""
         self._left = Event()
+        self._aside = _Aside()
         self._turns = 0
 
     def turn(self) -> str:
@@ -110,7 +113,7 @@ class Peers:
         if self._left.is_set():
             return
         self._left.set()
-        _briefly(lambda: self._farewell(code, last))
+        self._aside.briefly(lambda: self._farewell(code, last))
 
     def _farewell(self, code: int, last: bool) -> None:
         self.say(_left(rank()), str(code))
@@ -123,7 +126,7 @@ class Peers:
         outcome = Outcome(loss.code, f"{loss.who}, and others cannot go on alone", GO_ON, "peer")
         print(f"error: {outcome.message}\n  {outcome.hint}", file=sys.stderr, flush=True)
         ends = [outcome]
-        _briefly(lambda: ends.append(self.before_exit(outcome)))
+        self._aside.briefly(lambda: ends.append(self.before_exit(outcome)))
         os._exit(ends[-1].code)
 
 
@@ -272,15 +275,24 @@ def _text(store: Store, key: str) -> str:
     return bytes(store.get(key)).decode()
 
 
-def _briefly(work: Callable[[], None]) -> None:
-    """Do what may hang or fail where another machine is gone, but not for long."""
+class _Aside:
+    """A thread for what may hang or fail where another machine is gone. It is there before it is
+    needed: where memory has ended, none begins, and who begins one waits for it forever.
+    """
 
-    def carefully() -> None:
-        try:
-            work()
-        except Exception:  # the process ends, and has said why
-            return
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], object], Event]] = SimpleQueue()
+        Thread(target=self._run, daemon=True).start()
 
-    thread = Thread(target=carefully, daemon=True)
-    thread.start()
-    thread.join(LAST_WORDS)
+    def briefly(self, work: Callable[[], object]) -> None:
+        """Do this, but not for long."""
+        done = Event()
+        self._work.put((work, done))
+        done.wait(LAST_WORDS)
+
+    def _run(self) -> None:
+        while True:
+            work, done = self._work.get()
+            with suppress(Exception):  # the process ends, and has said why
+                work()
+            done.set()
