@@ -112,7 +112,8 @@ def obeying_launcher(located: "Located") -> "Located":
 
     recipe = obeyed(located.recipe)
     if recipe is not located.recipe:
-        say("accelerate: FSDP: launch.strategy is fsdp, and the model is in parts from its loading")
+        name = getattr(recipe.launch, "strategy", "")  # of a stage that trains, as obeyed
+        say(f"accelerate: FSDP: launch.strategy is {name}, and the model is loaded in parts")
     return replace(located, recipe=recipe)
 
 
@@ -281,7 +282,11 @@ def stage_in(recipe: Path, command: str) -> str:
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="The recipe of a stage that trains.")],
-    processes: Annotated[int, typer.Option(min=1, help="Processes, each with a device.")] = 8,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, each with a device: the recipe's, or else 8."),
+    ] = None,
+    machines: Annotated[int, typer.Option(min=1, help="Machines that they are on.")] = 1,
     memory: Annotated[float, typer.Option(min=1, help="GiB of a device.")] = 80,
     config: Annotated[
         Path | None, typer.Option(help="The model's config.json, where it is not here.")
@@ -295,7 +300,7 @@ def plan(
 
     asked = load(recipe, schema(stage_in(recipe, "plan")), overrides(sets, None))
     shape = footprint.shape_of(asked, config)
-    for line in footprint.plan(asked, shape, processes, memory * 2**30):
+    for line in footprint.plan(asked, shape, processes, machines, memory * 2**30):
         say(line)
 
 

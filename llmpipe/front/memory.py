@@ -15,6 +15,9 @@ from llmpipe.run.folders import CONFIG
 from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
 from llmpipe.run.strategy import Room, against_parts, longest_pass
 
+USUAL = 8
+"""Processes, where neither a recipe nor a command says how many."""
+
 
 def shape_of(recipe: Recipe, config: Path | None) -> Shape:
     """Of what a recipe trains: of the model in a folder of this machine, or by a `config`.json.
@@ -43,16 +46,29 @@ def _of_model(reference: str | None) -> Shape:
     return shape
 
 
-def plan(recipe: Recipe, shape: Shape, processes: int, memory: float) -> Iterator[str]:
-    """Lines that say what a process holds, whole and in parts; `memory`: of a device, in bytes."""
-    if not isinstance(recipe, Training) or recipe.stage == "ppo":
-        raise UserError(f"{recipe.stage}: plan knows stages that train one model", "give another")
+def plan(
+    recipe: Recipe, shape: Shape, processes: int | None, machines: int, memory: float
+) -> Iterator[str]:
+    """Lines that say what a process holds, whole and in parts; `memory`: of a device, in bytes.
+    `processes`: over all machines; None: the recipe's, or `USUAL`.
+    """
+    if not isinstance(recipe, Training):
+        raise UserError(f"{recipe.stage}: plan knows stages that train", "give another")
+    asked = recipe.launch.processes
+    processes = processes or (asked if isinstance(asked, int) else USUAL)
+    if processes % machines:
+        problem = f"{processes} processes are not as many on each of {machines} machines"
+        raise UserError(problem, f"give --processes a multiple of {machines}")
+    launch = recipe.launch.model_copy(update={"strategy": "fsdp"})
+    recipe = recipe.model_copy(update={"launch": launch})
     bf16 = recipe.optim.precision != "fp32"
     longest = longest_pass(recipe, Room(processes, memory, on_gpu=True, bf16=bf16))
     ways = {"ddp": Held.of(shape, recipe, longest, processes)}
     refused = next((problem for problem, _ in against_parts(recipe, processes)), None)
-    if not refused:
+    if not refused and processes > 1:
         ways["fsdp"] = Held.of(shape, recipe, longest, processes, processes)
+    if not refused and machines > 1 and recipe.stage != "ppo":
+        ways["hsdp"] = Held.of(shape, recipe, longest, processes, processes // machines)
     yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
     yield _row(f"GiB of each of {processes} processes", ways)
     held = ways.values()
@@ -64,6 +80,8 @@ def plan(recipe: Recipe, shape: Shape, processes: int, memory: float) -> Iterato
     for name, each in ways.items():
         if each.total > USED * memory:
             yield f"{name} does not fit"
+    if recipe.stage == "ppo":
+        yield "critic and reward models are counted as large as the policy"
     if refused:
         yield f"fsdp is refused: {refused}"
 

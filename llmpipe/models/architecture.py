@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.errors import UserError, first_line
 from llmpipe.models.pretrained import rows_of
+from llmpipe.run.footprint import Shape
 
 if TYPE_CHECKING:
     from llmpipe.stages.pretrain import Architecture
@@ -23,22 +26,42 @@ def build(
 
     Raises UserError (2) when transformers refuses the shape.
     """
-    shape = _gpt2 if architecture.kind == "gpt2" else _llama
-    try:
-        config = AutoConfig.for_model(
-            architecture.kind,
-            vocab_size=rows_of(tokenizer),
-            tie_word_embeddings=architecture.tied,
-            use_cache=True,
-            bos_token_id=tokenizer.bos_token_id,
-            **shape(architecture, context),
-        )
+    with _refused():
+        config = _configuration(architecture, tokenizer, context)
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
+
+
+def shape_of(architecture: Architecture, tokenizer: Tokenizer, context: int) -> Shape | None:
+    """What decides the memory of such a model, without drawing it. Raises as `build` does."""
+    with _refused(), torch.device("meta"):
+        config = _configuration(architecture, tokenizer, context)
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    return Shape.of(config.to_dict(), tensors)
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Raise what transformers refuses as a user's mistake."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"architecture: {first_line(error)}") from error
+
+
+def _configuration(architecture: Architecture, tokenizer: Tokenizer, context: int) -> Any:
+    shape = _gpt2 if architecture.kind == "gpt2" else _llama
+    return AutoConfig.for_model(
+        architecture.kind,
+        vocab_size=rows_of(tokenizer),
+        tie_word_embeddings=architecture.tied,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        **shape(architecture, context),
+    )
 
 
 def _gpt2(architecture: Architecture, context: int) -> dict[str, Any]:

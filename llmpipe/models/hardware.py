@@ -152,13 +152,18 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def choose(
-    recipe: Training, say: Say, folder: Path | None = None, before: Mapping[str, Any] = NOTHING
+    recipe: Training,
+    say: Say,
+    folder: Path | None = None,
+    before: Mapping[str, Any] = NOTHING,
+    shape: Shape | None = None,
 ) -> Hardware:
     """Look, decide, and say what was decided. Sets torch's threads.
 
     `folder`: of the model that is trained, or of its base, which decides what attention is
     possible; `before`: settings of a checkpoint that may be gone on from, by which `auto` is
-    decided again. Called once all is imported. Collective: all processes decide by the same. Raises
+    decided again; `shape`: of a model with random weights, where there is no folder. Called once
+    all is imported. Collective: all processes decide by the same. Raises
     UserError when the recipe asks for what this machine or a batch cannot give.
     """
     keep_imports()
@@ -173,7 +178,7 @@ def choose(
         shape = Shape.of_folder(folder) if host.processes > 1 else None
         hardware = decide(recipe, host, known, by_document, before, shape)
     else:
-        hardware = decide(recipe, host, None, before=before)
+        hardware = decide(recipe, host, None, before=before, shape=shape)
     torch.set_num_threads(hardware.threads)
     if hardware.device == "cuda":
         _make_exact()

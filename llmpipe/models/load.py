@@ -1,6 +1,6 @@
 """The model that training starts from, and models to look at.
 
-`set_up` decides the hardware and loads the tokenizer; then a stage loads what it trains: `load_new`
+`set_up` loads the tokenizer and decides the hardware; then a stage loads what it trains: `load_new`
 for random weights, `load_policy` for a language model, `load_ranker` for a reward model. The latter
 two give all weights to train in fp32, or an adapter on a frozen model where the recipe has
 `adapter:`.
@@ -36,6 +36,7 @@ from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import tensors_of
+from llmpipe.run.footprint import USED
 from llmpipe.run.job import Job
 from llmpipe.upstream.attention import DOCUMENTS
 
@@ -70,11 +71,14 @@ class Setup(Generic[R_co]):
 
 
 def set_up(job: Job[R_co], prepared: PreparedRows) -> Setup[R_co]:
-    """Decide the hardware, say so, and load the tokenizer. Raises UserError as `choose` does."""
+    """Load the tokenizer, decide the hardware, and say so. Raises UserError as `choose` does."""
     weights = job.weights if "model" in job.models else None
     before = checkpoints.settings(job.artifact.checkpoints)
-    hardware = choose(job.recipe, job.say, weights, before)
     tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
+    drawn = getattr(job.recipe, "architecture", None)  # of pretrain alone
+    context = job.recipe.data.preparation.max_length
+    shape = architecture.shape_of(drawn, tokenizer, context) if drawn else None
+    hardware = choose(job.recipe, job.say, weights, before, shape)
     return Setup(job, prepared, hardware, tokenizer)
 
 
@@ -209,7 +213,7 @@ def _place(folder: Path, dtype: torch.dtype, alone: bool) -> str:
         return "cpu"
     numbers = sum(math.prod(tensor.shape) for tensor in tensors_of(folder).values())
     free, _ = torch.cuda.mem_get_info()
-    fits = numbers * dtype.itemsize < free
+    fits = numbers * dtype.itemsize < USED * free  # a pass and a cache of answers take of the rest
     return SPREAD if alone and not fits and torch.cuda.device_count() > 1 else "cuda"
 
 

@@ -7,7 +7,6 @@ One process publishes; the others wait for it, and what it cannot write all of t
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -44,6 +43,7 @@ from llmpipe.models.verify import (
 from llmpipe.parallel import Spread, World, let_go, plain_class, reshard, whole_tensors
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import INDEX
+from llmpipe.run.footprint import LAYER
 from llmpipe.run.weights import tensors_in
 
 SAVING = "saving the model, and comparing what was saved"
@@ -207,9 +207,6 @@ def _to_the_end(tensors: Iterator[Any]) -> Iterator[None]:
     finally:
         for _ in tensors:
             pass
-
-
-LAYER = re.compile(r".*?\.\d+\.")
 
 
 def _layers(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

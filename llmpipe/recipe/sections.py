@@ -354,8 +354,8 @@ class Launch(Machine):
     gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. With
     `hsdp` these parts are on each machine, a whole model together, and only gradients go from
     machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
-    the model's shape, else `fsdp` where the stage allows it; a resumed run keeps to its
-    checkpoint."""
+    the model's shape, else `fsdp` where the stage allows it; in ppo it is `ddp`, and says where
+    that does not fit; a resumed run keeps to its checkpoint."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,

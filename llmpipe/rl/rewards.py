@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Source:
     name: str
     weight: float
     score: Score
+    model: Any = None
+    """What its weights lie in, of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,11 @@ class Rewards:
     ):
         columns = {name for source in prepared.sources for name in source.kept_columns}
         self.sources: list[Source] = []
-        self.models: list[Any] = []
-        """Those that score."""
         for i, section in enumerate(job.recipe.reward):
+            model = None
             if section.model:
                 name = job.plan.models[f"reward.{i}.model"].reference
                 call, model = _of_model(job, i, name, hardware, actors)
-                self.models.append(model)
             elif section.function:
                 name = portable(section.function)
                 call = _of_function(section.function, columns)
@@ -85,20 +85,14 @@ class Rewards:
                 name, call = section.verifier, _of_verifier(section.verifier, section.pattern)
             if any(name == source.name for source in self.sources):
                 name += f" ({i + 1})"
-            self.sources.append(Source(name, section.weight, call))
+            self.sources.append(Source(name, section.weight, call, model))
 
-    def __call__(self, rows: list[Row], responses: list[str]) -> Scores:
-        """Scores of responses to the prompts in `rows`.
-
-        Raises UserError when a source fails, gives another number of scores (2), or one that is not
-        finite (4).
-        """
-        by_source: dict[str, list[float]] = {}
-        total = [0.0] * len(responses)
+    def summed(self, scores: dict[str, list[float]], count: int) -> Scores:
+        """What `count` responses are worth, by every source's scores."""
+        by_source = {source.name: scores[source.name] for source in self.sources}
+        total = [0.0] * count
         for source in self.sources:
-            scores = _checked(source, rows, responses)
-            by_source[source.name] = scores
-            weighted = zip(total, scores, strict=True)
+            weighted = zip(total, by_source[source.name], strict=True)
             total = [so_far + source.weight * value for so_far, value in weighted]
         return Scores(total, by_source)
 
@@ -106,20 +100,24 @@ class Rewards:
 def scored_together(
     rewards: Rewards, rows: list[Row], responses: list[str], world: World
 ) -> Scores:
-    """Scores of this process's responses. What one process raises, all do: none may wait for
-    another. Reward models that are in parts are whole meanwhile, as a policy that draws."""
-    scores = Scores([], {})
+    """Scores of this process's responses. Raises UserError in all processes, since none may wait
+    for another, when a source of one fails, gives another number of scores (2), or one that is not
+    finite (4).
+
+    A reward model that is in parts is whole while it scores, one after the other; functions come
+    last, since the next model's weights would wait for them.
+    """
+    scores: dict[str, list[float]] = {}
     error = None
-    with ExitStack() as whole:
-        for model in rewards.models:
-            whole.enter_context(gathered(model))
-        try:
-            if rows:
-                scores = rewards(rows, responses)
-        except UserError as problem:
-            error = problem
+    for source in sorted(rewards.sources, key=lambda source: source.model is None):
+        with gathered(source.model) if source.model is not None else nullcontext():
+            try:
+                if rows and error is None:
+                    scores[source.name] = _checked(source, rows, responses)
+            except UserError as problem:
+                error = problem
     world.agree(error)
-    return scores
+    return rewards.summed(scores, len(rows)) if rows else Scores([], {})
 
 
 def _checked(source: Source, rows: list[Row], responses: list[str]) -> list[float]:

@@ -3,10 +3,10 @@ loaded; without torch.
 
 Weights that learn, their gradients and moments are in fp32, frozen ones in the precision of the
 arithmetic or in few bits. A process holds all of them, or a part, and beside it what is whole while
-it is computed with. What a pass keeps for its
-backward pass is counted as Korthikanti 2022 does (https://arxiv.org/abs/2205.05198, section 4),
-with a gated MLP, attention whose scores are in no memory, and a head whose logits are in none
-either. On an H100 (SmolLM2-1.7B's shape) it was 5 to 15 % above what was seen.
+it is computed with. What a pass keeps for its backward pass is counted as Korthikanti 2022 does
+(https://arxiv.org/abs/2205.05198, section 4), with a gated MLP, attention whose scores are in no
+memory, and a head whose logits are in none either. On an H100 (SmolLM2-1.7B's shape) it was 5 to
+15 % above what was seen.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from llmpipe.files import parse_json, read_text
 from llmpipe.recipe.optimizers import OPTIMIZERS
+from llmpipe.recipe.reinforcement import PPORecipe
 from llmpipe.recipe.sections import Training
 from llmpipe.run.folders import CONFIG, tensors_of
 
@@ -36,7 +37,7 @@ HEAD = 1 << 30
 """Bytes of the logits that exist at once."""
 
 LAYER = re.compile(r".*?\.\d+\.")
-
+"""What the names of a layer's tensors begin with."""
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -214,34 +215,63 @@ class Held:
         """`parts`: in how many the model is cut; 1 where each process holds all of it."""
         number = BF16 if longest.bf16 else FP32
         adapter = recipe.adapter
-        learned = adapter.rank * shape.sides if adapter else shape.weights
-        frozen = _frozen(shape, recipe, number)
+        learned = _learned(shape, recipe)
+        frozen = _frozen(shape, recipe, number, parts)
         cut = 1 if adapter else parts  # an adapter is whole in each process
         if parts > 1:
             # a layer that is computed with, one on its way, and gradients before they are cut
             whole = 2 * shape.layer + shape.outside
             copies = number * whole + (0 if adapter else FP32 * (shape.layer + shape.outside))
+            if recipe.stage == "ppo":  # a policy that draws is whole, then each reward model
+                copies = max(copies, number * shape.weights)
         else:
             buckets = FP32 if processes > 1 else 0
             copies = learned * (buckets + (BF16 if longest.bf16 else 0))
         adapted = shape.inputs / shape.passed.layers if adapter else 0
         stream = number if adapter else FP32
         kept = shape.passed.kept(bf16=longest.bf16, stream=stream, adapted=adapted)
+        passed = shape.passed.of_a_pass(kept, longest.kind, longest.tokens)
         return cls(
             weights=frozen / parts + FP32 * learned / cut,
             gradients=FP32 * learned / cut,
             moments=OPTIMIZERS[recipe.optim.optimizer].moments * learned / cut,
             copies=float(copies),
-            activations=shape.passed.of_a_pass(kept, longest.kind, longest.tokens),
+            activations=max(passed, _cached(shape.passed, recipe, number)),
         )
 
 
-def _frozen(shape: Shape, recipe: Training, number: int) -> float:
-    """Bytes of weights that do not learn: those under an adapter, or a reference's."""
-    if recipe.quantization:  # embeddings and a head stay as they are
+def _learned(shape: Shape, recipe: Training) -> int:
+    """Numbers that learn: all weights, or an adapter's; in ppo those of a critic, too."""
+    adapter = recipe.adapter
+    learned = adapter.rank * shape.sides if adapter else shape.weights
+    if not isinstance(recipe, PPORecipe) or recipe.critic.start == "trunk":
+        return learned
+    return learned + (recipe.critic.rank * shape.sides if adapter else shape.weights)
+
+
+def _frozen(shape: Shape, recipe: Training, number: int, parts: int) -> float:
+    """Bytes of weights that do not learn: those under an adapter, a reference's and, each as large
+    as the policy, reward models'.
+    """
+    ranked = 0.0
+    if isinstance(recipe, PPORecipe):
+        ranked += number * shape.weights * sum(bool(each.model) for each in recipe.reward)
+    layers = shape.weights - shape.outside
+    if recipe.quantization:  # what is not in few bits is made fp32, see `adapters.load_frozen`
         constants = 0.13 if recipe.quantization.double else 0.5
         bits = 4 + constants if recipe.quantization.bits == 4 else 8
-        layers = (shape.weights - shape.outside) * bits / 8
-        return layers + number * shape.outside
-    is_compared = recipe.stage in ("dpo", "kto")
-    return float(number * shape.weights if recipe.adapter or is_compared else 0)
+        return ranked + layers * bits / 8 + FP32 * shape.outside
+    if recipe.adapter:
+        return ranked + (FP32 if recipe.adapter.rewrites else number) * shape.weights
+    if recipe.stage == "ppo":  # whose reference is rounded where it is whole
+        return ranked + (FP32 if parts > 1 else number) * layers + FP32 * shape.outside
+    is_compared = recipe.stage in ("dpo", "kto") and not getattr(recipe, "precompute", False)
+    return float(FP32 * shape.weights if is_compared else 0)
+
+
+def _cached(passed: Layer, recipe: Training, number: int) -> float:
+    """Bytes of the keys and values of the answers that ppo draws at a time, at most."""
+    if not isinstance(recipe, PPORecipe):
+        return 0
+    tokens = recipe.launch.rollout_batch_size * recipe.longest
+    return number * 2.0 * passed.keys * passed.layers * tokens

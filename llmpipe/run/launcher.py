@@ -14,7 +14,13 @@ from llmpipe.recipe.sections import Launch, Recipe, Training
 
 FSDP = "ACCELERATE_USE_FSDP"
 
-SHARDING = {"FULL_SHARD": "fsdp", "1": "fsdp", "TRUE": "fsdp"}
+SHARDING = {
+    "FULL_SHARD": "fsdp",
+    "1": "fsdp",
+    "TRUE": "fsdp",
+    "HYBRID_SHARD": "hsdp",
+    "4": "hsdp",
+}
 """Forms of FSDP in Accelerate's words, and what they are here."""
 
 REFUSED = {
@@ -35,7 +41,8 @@ def shards() -> bool:
 
 
 def obeyed(recipe: Recipe) -> Recipe:
-    """The recipe with a launcher's FSDP as its `launch.strategy`; as it is without one.
+    """The recipe with a launcher's FSDP as its `launch.strategy`, and its own where that is `hsdp`,
+    which the launcher's default is a form of; as it is without one.
 
     Raises UserError (2) with everything that is asked for and not there.
     """
@@ -44,7 +51,9 @@ def obeyed(recipe: Recipe) -> Recipe:
     if problems := list(_problems(recipe.launch)):
         lines = [f"accelerate: {problem}" for problem in problems]
         raise UserError("\n".join(lines), "`accelerate config` asks for these again")
-    launch = recipe.launch.model_copy(update={"strategy": "fsdp"})
+    asked = {recipe.launch.strategy, *(SHARDING[form] for _, form in _forms())}
+    strategy = "hsdp" if "hsdp" in asked else "fsdp"
+    launch = recipe.launch.model_copy(update={"strategy": strategy})
     return recipe.model_copy(update={"launch": launch})
 
 
@@ -57,16 +66,23 @@ def take_out() -> None:
 def _problems(launch: Launch) -> Iterator[str]:
     if launch.strategy == "ddp":
         yield "FSDP, and the recipe has launch.strategy: ddp: take one of them"
-    for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD"):
-        form = os.environ.get(name, "FULL_SHARD").upper()
+    for name, form in _forms():
         if form not in SHARDING:
             yield f"{name}={os.environ[name]}: parts are of weights, gradients and moments"
+        elif launch.strategy == "fsdp" and SHARDING[form] != "fsdp":
+            yield f"{name}={os.environ[name]}, and the recipe has launch.strategy: fsdp: take one"
     for name, remedy in REFUSED.items():
         if _is_set(name):
             yield f"{name}: {remedy}"
     cut = os.environ.get("FSDP_AUTO_WRAP_POLICY", "")
     if cut in UNITS:
         yield f"FSDP_AUTO_WRAP_POLICY={cut}: a model is cut by its layers"
+
+
+def _forms() -> Iterator[tuple[str, str]]:
+    """What names a form of FSDP, and the form, in large letters."""
+    for name in ("FSDP_SHARDING_STRATEGY", "FSDP_RESHARD_AFTER_FORWARD"):
+        yield name, os.environ.get(name, "FULL_SHARD").upper()
 
 
 def _is_set(name: str) -> bool:

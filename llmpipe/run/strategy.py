@@ -87,7 +87,7 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
     problems = [problem for problem, _ in against_parts(recipe, room.processes)]
     if before and (room.processes > 1 or before.get("sharded")):
         return Choice(bool(before.get("sharded")) and not problems, "as its checkpoints are")
-    if room.processes < 2 or shape is None or recipe.stage == "ppo":  # which has several models
+    if room.processes < 2 or shape is None:
         return Choice(False, "")
     longest = longest_pass(recipe, room)
     whole, parts = (Held.of(shape, recipe, longest, room.processes, n) for n in (1, room.processes))
@@ -96,7 +96,10 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
         return Choice(False, numbers)
     if problems:
         return Choice(False, f"{numbers}; fsdp: {problems[0]}")
-    return Choice(True, f"{numbers}; {gib(parts.total)} in parts of {room.processes}")
+    numbers += f"; {gib(parts.total)} in parts of {room.processes}"
+    if recipe.stage == "ppo":  # of whose several models nobody has measured the memory
+        return Choice(False, f"{numbers}, by launch.strategy: fsdp, which auto is not in ppo")
+    return Choice(True, numbers)
 
 
 def longest_pass(recipe: Training, room: Room) -> Pass:
@@ -109,7 +112,8 @@ def longest_pass(recipe: Training, room: Room) -> Pass:
         rows = micro_batch_size(recipe, room.processes, room.on_gpu)
     if kind == "auto":
         kind = "full" if room.on_gpu else "none"
-    return Pass(rows * recipe.longest, room.bf16, kind)
+    sequences = 2 * rows if recipe.stage in ("dpo", "reward") else rows  # a row is a pair
+    return Pass(sequences * recipe.longest, room.bf16, kind)
 
 
 def gib(size: float) -> str:

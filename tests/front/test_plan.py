@@ -17,6 +17,34 @@ def test_a_plan_says_what_fits(llmpipe):
     assert lines[8].split()[-2:] == ["-107.9", "34.2"] and lines[9] == "ddp does not fit"
 
 
+def test_a_plan_is_of_as_many_processes_as_the_recipe_has(llmpipe, tmp_path):
+    for changes, options, count in (
+        ({"launch__processes": 4}, (), 4),
+        ({"launch__processes": 4}, ("--processes", "2"), 2),
+        ({"launch__processes": "auto"}, (), 8),
+    ):
+        recipe = life.write(tmp_path / "run", **changes, optim__batch_size=16)
+        code, out, err = llmpipe("plan", str(recipe), *options)
+        assert code == 0 and f"GiB of each of {count} processes" in out, err
+
+
+def test_a_plan_of_several_machines(llmpipe):
+    """Two models in eight parts each: as much in each process as of one in eight."""
+    recipe = str(RECIPES / "llama-8b-fsdp.yaml")
+    config = ("--config", str(RECIPES / "shapes" / "llama-3.1-8b.json"), "--machines", "2")
+    code, out, err = llmpipe("plan", recipe, *config, "--processes", "16")
+    assert code == 0, err
+    assert out.splitlines()[1].split()[-3:] == ["ddp", "fsdp", "hsdp"]
+    assert out.splitlines()[7].split()[2:] == ["179.9", "30.3", "37.8"]
+    code, _, err = llmpipe("plan", recipe, *config, "--processes", "9")
+    assert code == 2 and "9 processes are not as many on each of 2 machines" in err
+
+
+def test_a_plan_of_ppo_counts_all_of_its_models(llmpipe):
+    code, out, err = llmpipe("plan", str(RECIPES / "tiny" / "ppo.yaml"))
+    assert code == 0 and "critic and reward models are counted as large as the policy" in out, err
+
+
 def test_a_plan_reads_the_model_that_lies_there(llmpipe, tmp_path):
     code, out, _ = llmpipe("plan", str(life.write(tmp_path / "run")), "--processes", "2")
     assert code == 0 and "2 processes" in out and "does not fit" not in out

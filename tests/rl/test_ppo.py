@@ -461,16 +461,17 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
 def scored(monkeypatch):
     """(rows, answers, scores) of every call of the rewards."""
 
-    from llmpipe.rl import ppo
+    from llmpipe.rl import heldout, ppo
 
-    seen, call = [], ppo.Rewards.__call__
+    seen, call = [], ppo.scored_together
 
-    def spied(self, rows, answers):
-        out = call(self, rows, answers)
+    def spied(rewards, rows, answers, world):
+        out = call(rewards, rows, answers, world)
         seen.append((rows, answers, out.total))
         return out
 
-    monkeypatch.setattr(ppo.Rewards, "__call__", spied)
+    for module in (ppo, heldout):
+        monkeypatch.setattr(module, "scored_together", spied)
     return seen
 
 

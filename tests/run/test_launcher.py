@@ -40,7 +40,7 @@ def test_fsdp_is_a_strategy(monkeypatch, recipe):
     [
         (["--fsdp_offload_params", "true"], "FSDP_OFFLOAD_PARAMS: weights stay"),
         (["--fsdp_reshard_after_forward", "false"], "FSDP_RESHARD_AFTER_FORWARD=false"),
-        (["--fsdp_sharding_strategy", "HYBRID_SHARD"], "FSDP_SHARDING_STRATEGY=HYBRID_SHARD"),
+        (["--fsdp_sharding_strategy", "SHARD_GRAD_OP"], "FSDP_SHARDING_STRATEGY=SHARD_GRAD_OP: pa"),
         (["--fsdp_activation_checkpointing", "true"], "launch.activation_checkpointing: full"),
         (["--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP"], "FSDP_AUTO_WRAP_POLICY=SIZE_BASED_WRAP"),
     ],
@@ -48,6 +48,30 @@ def test_fsdp_is_a_strategy(monkeypatch, recipe):
 def test_what_is_not_there_is_refused_by_name(monkeypatch, recipe, flags, problem):
     launched(monkeypatch, "--use_fsdp", *flags)
     with pytest.raises(UserError, match=problem):
+        launcher.obeyed(recipe)
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "strategy"),
+    [
+        ("auto", ["HYBRID_SHARD"], "hsdp"),
+        ("hsdp", ["HYBRID_SHARD"], "hsdp"),
+        ("hsdp", ["4"], "hsdp"),
+        ("hsdp", ["FULL_SHARD"], "hsdp"),  # which is what it says that was asked for none
+        ("fsdp", ["1"], "fsdp"),
+        ("fsdp", ["HYBRID_SHARD"], None),
+    ],
+)
+def test_a_copy_on_each_machine_is_one_however_it_is_asked_for(
+    monkeypatch, recipe, asked, flags, strategy
+):
+    launch = recipe.launch.model_copy(update={"strategy": asked})
+    recipe = recipe.model_copy(update={"launch": launch})
+    launched(monkeypatch, "--use_fsdp", "--fsdp_sharding_strategy", *flags)
+    if strategy:
+        assert launcher.obeyed(recipe).launch.strategy == strategy
+        return
+    with pytest.raises(UserError, match=r"HYBRID_SHARD, and the recipe has .*: fsdp: take one"):
         launcher.obeyed(recipe)
 
 

@@ -84,7 +84,46 @@ def test_an_adapter_on_what_lies_in_four_bits():
     assert held.gradients == 4 * 32 * sides and held.moments == 8 * 32 * sides
     frozen = held.weights - 4 * 32 * sides
     layers = shape.weights - shape.outside
-    assert frozen == pytest.approx(layers * 4.13 / 8 + 2 * shape.outside)
+    assert frozen == pytest.approx(layers * 4.13 / 8 + 4 * shape.outside), "as PEFT makes them"
+
+
+def compared(stage, **changes):
+    asked = load(RECIPES / "tiny" / f"{stage}.yaml", schema(stage))
+    launch = asked.launch.model_copy(update={"micro_batch_size": 1})
+    return asked.model_copy(update={"launch": launch, **changes})
+
+
+def test_what_learns_from_pairs_passes_two_and_holds_a_reference():
+    """Which is loaded in fp32, and not at all where it has said all beforehand."""
+    shape = shape_of("llama-3.1-8b.json")
+    longest = Pass(1, bf16=True, kind="full")
+    for stage, references, sequences in (("dpo", 1, 2), ("kto", 1, 1), ("reward", 0, 2)):
+        asked = compared(stage)
+        held = Held.of(shape, asked, longest, 1)
+        assert held.weights == (1 + references) * 4 * shape.weights
+        one = replace(GPU, processes=1)
+        assert strategy.longest_pass(asked, one).tokens == sequences * asked.longest
+    beforehand = Held.of(shape, compared("dpo", precompute=True), longest, 1)
+    assert beforehand.weights == 4 * shape.weights
+
+
+def test_ppo_holds_its_actors_and_is_whole_while_it_draws():
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1, bf16=True, kind="full")
+    asked = load(RECIPES / "tiny" / "ppo.yaml", schema("ppo"))
+    scored = [each.model_copy(update={"model": "some/model"}) for each in asked.reward * 2]
+    asked = asked.model_copy(update={"reward": [*asked.reward, *scored]})
+    trunk = asked.model_copy(update={"critic": asked.critic.model_copy(update={"start": "trunk"})})
+    weights, outside = shape.weights, shape.outside
+    whole, parts = (Held.of(shape, asked, longest, 8, n) for n in (1, 8))
+    reference = 2 * (weights - outside) + 4 * outside
+    assert whole.weights == 2 * 4 * weights + reference + 2 * 2 * weights
+    assert whole.moments == 2 * 8 * weights
+    assert Held.of(shape, trunk, longest, 8).moments == 8 * weights
+    assert parts.weights == (3 * 4 * weights + 2 * 2 * weights) / 8
+    assert parts.copies == 2 * weights, "in bf16, of which no process has more than one at a time"
+    many = asked.launch.model_copy(update={"rollout_batch_size": 10**4})
+    drawing = Held.of(shape, asked.model_copy(update={"launch": many}), longest, 8)
+    assert drawing.activations == 2 * 2 * 1024 * 32 * 10**4 * asked.longest
 
 
 # --- auto -----------------------------------------------------------------------------------------
@@ -124,6 +163,16 @@ def test_auto_keeps_to_what_is_refused_and_to_its_checkpoint(one_machine):
     for asked in ("ddp", "fsdp"):
         named = strategy.choose(recipe(strategy=asked), GPU, shape, {})
         assert named == (asked == "fsdp", "")
+
+
+def test_ppo_says_what_does_not_fit(one_machine):
+    shape, asked = shape_of("llama-3.1-8b.json"), load(RECIPES / "tiny" / "ppo.yaml", schema("ppo"))
+    launch = {"processes": 8, "micro_batch_size": 1, "strategy": "auto"}
+    launch = asked.launch.model_copy(update=launch | {"activation_checkpointing": "full"})
+    optim = asked.optim.model_copy(update={"batch_size": 8})
+    asked = asked.model_copy(update={"launch": launch, "optim": optim})
+    sharded, why = strategy.choose(asked, GPU, shape, {})
+    assert not sharded and why.endswith("by launch.strategy: fsdp, which auto is not in ppo")
 
 
 def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):

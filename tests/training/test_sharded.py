@@ -510,11 +510,14 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
 
 
 @pytest.mark.faults
-def test_auto_is_one_choice_of_all(tmp_path):
-    """Where one machine has less memory than the other, neither holds all of the model."""
-    for code, text in life.ranks(write(tmp_path / "run", "auto"), hooks=(None, "small_machine")):
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_auto_is_one_choice_of_all(tmp_path, stage):
+    """Where one machine has less memory than the other, neither holds all of the model; also of one
+    that is drawn."""
+    path = write(tmp_path / "run", "auto", stage)
+    for code, text in life.ranks(path, hooks=(None, "small_machine")):
         assert code == 0, text
-    assert Artifact(tmp_path / "run" / "sft").manifest().hardware["sharded"]
+    assert Artifact(tmp_path / "run" / stage).manifest().hardware["sharded"]
     assert "strategy: fsdp: " in (tmp_path / "run.0.out").read_text()
 
 

@@ -57,6 +57,9 @@ class Harness(Task):
         """
         if book.holds(self.label, model.label, [REPORTED]):
             return
+        if book.world.size > 1:
+            all_of_it = f"each of {book.world.size} processes scores all of it"
+            say(f"{self.label}: {all_of_it}, and takes as long as one")
         results = self._evaluate(model, seed)
         lines = [
             self._line(model, name, sample)
