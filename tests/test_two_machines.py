@@ -132,6 +132,23 @@ def test_two_machines_with_two_folders_of_one_name_are_refused(tmp_path, names):
     assert not (tmp_path / "run" / "sft" / "prepared.json").exists()
 
 
+def test_a_first_machine_that_is_127_0_1_1_to_itself(tmp_path, names):
+    """As Debian writes the own name of a machine into its hosts; the second one knows better."""
+    hides = []
+    for number, address in enumerate(("127.0.1.1", machines.ADDRESSES[0])):
+        hosts = tmp_path / f"hosts{number}"
+        hosts.write_text(f"127.0.0.1 localhost\n{address} node1\n")
+        hidden = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+        hides.append(["unshare", "-m", "sh", "-c", hidden, "-"])
+
+    def named(number):
+        return [word.replace(f"={machines.ADDRESSES[0]}", "=node1") for word in srun(number)]
+
+    path = write(tmp_path / "run", "ddp", optim__steps=2)
+    codes, texts = machines.ends(machines.start(names, path, named, hides=hides))
+    assert codes == [0, 0], texts
+
+
 def test_ppo_on_two_machines_is_ppo_on_one(tmp_path, names):
     """Each draws its share of the answers; the gradients are added up over the cable."""
     settings = LONGER | {"launch__processes": "auto", "optim__steps": 3}
