@@ -88,8 +88,8 @@ class Peers:
             while not self.store.check([key]):
                 if self.store.check([_left(of)]) and not self.store.check([key]):
                     code = int(_text(self.store, _left(of)))
-                    problem = f"rank {of} has ended with {code}, see what it says"
-                    raise UserError(problem, GO_ON, code or LOST)
+                    hint = GO_ON if code in (DONE, LOST) else "see what it says"
+                    raise UserError(f"rank {of} has ended with {code}", hint, code or LOST)
                 time.sleep(PAUSE)
             return _text(self.store, key)
         except DistError as error:
@@ -123,7 +123,8 @@ class Peers:
 
     def _end(self, loss: Loss) -> None:
         """End this process: it may wait in a collective for one that never comes."""
-        outcome = Outcome(loss.code, f"{loss.who}, and others cannot go on alone", GO_ON, "peer")
+        hint = GO_ON if loss.code == LOST else "see what it says"
+        outcome = Outcome(loss.code, f"{loss.who}, and others cannot go on alone", hint, "peer")
         print(f"error: {outcome.message}\n  {outcome.hint}", file=sys.stderr, flush=True)
         ends = [outcome]
         self._aside.briefly(lambda: ends.append(self.before_exit(outcome)))
