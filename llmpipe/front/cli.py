@@ -498,7 +498,8 @@ def completion(
         raise UserError(problem, f"there are: {', '.join(SHELLS)}")
     from typer.completion import get_completion_script
 
-    print(get_completion_script(prog_name="llmpipe", complete_var=COMPLETING, shell=shell))
+    asked = {"prog_name": "llmpipe", "complete_var": COMPLETING, "shell": shell}
+    print(get_completion_script(**asked))
 
 
 @app.command("schema")
