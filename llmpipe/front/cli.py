@@ -293,7 +293,7 @@ def plan(
     ] = None,
     sets: SetOption = None,
 ) -> None:
-    """What each process would hold in memory: weights, gradients, moments, activations."""
+    """What each process would hold in memory, and how much of it."""
     from llmpipe.front import memory as footprint
     from llmpipe.recipe.check import load
     from llmpipe.stages import schema

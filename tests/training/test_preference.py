@@ -466,7 +466,7 @@ def test_the_reward_model(reward, tmp_path):
     assert min(losses(reward)[3:]) < losses(reward)[0], "it learns"
     from llmpipe.report.terminal import show_run
 
-    assert f"ranking    {ranking['accuracy']:.3f} [" in show_run(reward.path)
+    assert f"ranking    {ranking['accuracy']:.0%} [" in show_run(reward.path)
     # `eval` gives the same scores as the plain process, with the adapter on its base or alone
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()][:5]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
