@@ -230,3 +230,16 @@ def pair(path: Path, sets=()) -> Artifact:
     artifact = Artifact(Path(values["run"]) / values.get("name", values["stage"]))
     assert artifact.verify().hardware["processes"] == 2
     return artifact
+
+
+def pids_of(word: str, named: str = "") -> list[int]:
+    """Of the processes that have a word in their environment, and `named` in their command line."""
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = word.encode() in (folder / "environ").read_bytes()
+            if ours and named.encode() in (folder / "cmdline").read_bytes():
+                pids.append(int(folder.name))
+        except OSError:
+            pass  # of somebody else, or gone
+    return pids

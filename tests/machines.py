@@ -8,7 +8,6 @@ import sys
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
@@ -76,15 +75,7 @@ class Machine:
 
     def pids(self, named=""):
         """Of its processes that live, and have `named` in their command line."""
-        pids = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = self.word.encode() in (folder / "environ").read_bytes()
-                if ours and named.encode() in (folder / "cmdline").read_bytes():
-                    pids.append(int(folder.name))
-            except OSError:
-                pass  # of somebody else, or gone
-        return pids
+        return life.pids_of(self.word, named)
 
     def rank(self):
         """The process that trains here."""

@@ -59,15 +59,7 @@ class Tree:
 
     def pids(self, named=""):
         """Of the processes that live, and have `named` in their command line."""
-        pids = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = self.word.encode() in (folder / "environ").read_bytes()
-                if ours and named.encode() in (folder / "cmdline").read_bytes():
-                    pids.append(int(folder.name))
-            except OSError:
-                pass  # of somebody else, or gone
-        return pids
+        return life.pids_of(self.word, named)
 
     def wait_for(self, named):
         """The first process of that name; None where the command ended before."""
