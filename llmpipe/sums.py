@@ -49,6 +49,9 @@ class Kept:
     folder: Path
     fingerprint: str | None = None
     """Of its table, where something names it."""
+    in_cache: bool = False
+    """Whether it is no run's own: where it is not as it was made it loses its table, so that who
+    comes next makes it again."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,19 @@ def verify(kept: Kept | Path, *, seen: Seen | None = None, most: int | None = No
 def check(kept: Kept, *, most: int | None = None) -> None:
     """Raises UserError (3) naming each file of a folder that is not as it was made."""
     if problems := verify(kept, most=most):
-        raise _not_as_made(kept.folder, problems)
+        raise _not_as_made(kept.folder, problems, kept.in_cache and _is_unsealed(kept.folder))
 
 
-def _not_as_made(folder: Path, problems: list[str]) -> UserError:
-    hint = f"remove {folder} and run the same command again: it is made anew"
+def _is_unsealed(folder: Path) -> bool:
+    """Take the table of a folder from it; whether that went."""
+    with suppress(OSError):
+        (folder / SUMS).unlink(missing_ok=True)
+    return not is_sealed(folder)
+
+
+def _not_as_made(folder: Path, problems: list[str], is_unsealed: bool = False) -> UserError:
+    first = "" if is_unsealed else f"remove {folder} and "
+    hint = f"{first}run the same command again: it is made anew"
     return UserError("\n".join(f"{folder}/{problem}" for problem in problems), hint, INTEGRITY)
 
 

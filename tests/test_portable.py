@@ -11,10 +11,7 @@ import signal
 import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from llmpipe.errors import UserError
 from llmpipe.files import write_json
@@ -23,7 +20,7 @@ from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import Artifact, fingerprint
 from llmpipe.run.reference import Use, resolve
 from llmpipe.run.whereabouts import note, noted
-from tests import life, store
+from tests import ggufs, life, store
 from tests.front import test_processes
 
 NAME = "a-folder-of-mine-7f3a"
@@ -181,40 +178,6 @@ def make(home, names):
     return [life.command(write(home, known[name])) for name in names]
 
 
-def write_gguf(model: Path, path: Path) -> None:
-    """The tiny model as a GGUF file, but for the order of its heads' rows."""
-    config = json.loads((model / "config.json").read_text())
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    vocabulary = tokenizer["model"]["vocab"] | special
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_pad_token_id(config["pad_token_id"])
-    writer.add_chat_template((model / "chat_template.jinja").read_text())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(model / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 SOME = ["lora", "dpo"]
 ALL = [
     *("lora", "dpo", "sft", "pretrain", "again", "tokenizer", "qlora", "reward", "precomputed"),
@@ -226,7 +189,7 @@ ALL = [
 def test_a_run_tells_nothing_and_may_be_moved(tmp_path, monkeypatch, capsys, names):
     home = begin(tmp_path, monkeypatch)
     if "file" in names:
-        write_gguf(home / "tiny" / "model", home / "m.gguf")
+        ggufs.write(home / "tiny" / "model", home / "m.gguf")
     made = make(home, names)
     run = home / "runs" / "x"
     said = capsys.readouterr().out

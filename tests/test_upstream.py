@@ -25,10 +25,10 @@ from llmpipe.kernels import cpu
 from llmpipe.models.pretrained import load_model
 from llmpipe.training import policy, preferences
 from llmpipe.training.laid import EndToEnd
-from llmpipe.upstream import later
+from llmpipe.upstream import gguf, later
 from llmpipe.upstream.attention import DOCUMENTS
 from llmpipe.upstream.head import LogProbs, read_predictors
-from tests import life
+from tests import ggufs, life
 
 LENGTHS = (5, 1, 9, 17)
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
@@ -902,3 +902,30 @@ def test_a_compiler_for_a_gpu_does_not_ask_what_the_processor_knows(monkeypatch)
         monkeypatch.setattr(type(next(model.parameters())), "is_cuda", True, raising=False)
         upstream.compile_layers(model, dynamic=True)
         assert bool(asks)
+
+
+def test_how_far_a_gguf_is_read(tmp_path):
+    """Each tensor is told of once, and the vocabulary, which takes longest, is parsed once."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer, GgufConfig, core_model_loading
+    from transformers import modeling_gguf_pytorch_utils as ggufs_of_transformers
+
+    path = ggufs.write(life.TINY / "model", tmp_path / "m.gguf")
+    bars = ggufs_of_transformers.tqdm, core_model_loading.tqdm
+    source = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": path.name}
+    shares, parsed = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        init = GGUFReader.__init__
+        patch.setattr(GGUFReader, "__init__", lambda *args: parsed.append(init(*args)))
+        with gguf.reading_gguf(shares.append):
+            AutoTokenizer.from_pretrained(**source)
+            dequantized = GgufConfig(dequantize=True)
+            model = LlamaForCausalLM.from_pretrained(**source, quantization_config=dequantized)
+    assert len(parsed) == 1
+    assert shares == sorted(set(shares)) and shares[-1] == 1.0
+    assert len(shares) == len(list(model.parameters()))
+    assert (ggufs_of_transformers.tqdm, core_model_loading.tqdm) == bars
+    text = inspect.getsource(ggufs_of_transformers.load_gguf_checkpoint)
+    assert "from gguf import GGUFReader, dequantize" in text and "in tqdm(reader.tensors," in text
+    text = inspect.getsource(ggufs_of_transformers.get_gguf_hf_weights_map)
+    assert "from gguf import MODEL_ARCH_NAMES, get_tensor_name_map" in text

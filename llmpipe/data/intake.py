@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -10,18 +9,16 @@ from typing import NamedTuple, Self
 
 from llmpipe.data.counts import in_rows
 from llmpipe.data.formats import (
-    Conversation,
     Document,
     MultipleChoice,
     Preference,
     Prompt,
     Rejected,
-    is_of_texts,
 )
 from llmpipe.data.kinds import Kind
 from llmpipe.data.layout import Layout, Names, awaited, listed_columns, never_came
 from llmpipe.data.prepared import FileRows, SourceRows
-from llmpipe.data.sources import Chunk, Origin
+from llmpipe.data.sources import Chunk, Origin, refuse_turns
 from llmpipe.data.tokenize import COUNTS, Batch, RejectedRow
 from llmpipe.errors import Say, UserError
 
@@ -207,9 +204,8 @@ def open_source(origin: Origin, kind: Kind, has_template: bool, say: Say) -> Int
     origin.open(kind.shapes)
     layout = origin.layout
     _check_format(shown, layout, kind)
-    if not has_template and _has_turns(origin):
-        problem = "the rows are conversations, and the model's tokenizer has no chat template"
-        raise UserError(f"{shown}: {problem}", "set data.template: chatml")
+    if not has_template:
+        refuse_turns(origin)
     intake = Intake(origin, kind)
     say(f"data: {shown}: format {layout.format} {_in_words(intake)}")
     return intake
@@ -235,13 +231,3 @@ def _check_format(shown: str, layout: Layout, kind: Kind) -> None:
         hint = f"map yours with columns, such as {kind.mapping}"
         raise UserError(f"{problem} has no {kind.lacks}", hint)
     raise UserError(f"{problem} is for {PURPOSE[layout.shape]}, not for this stage")
-
-
-def _has_turns(origin: Origin) -> bool:
-    """Whether one of the first rows is a conversation, or has one for a prompt."""
-    for row in origin.sample:
-        with contextlib.suppress(Rejected):
-            example = origin.layout.convert(row).example
-            if not isinstance(example, Document) and not is_of_texts(example):
-                return True
-    return origin.layout.shape is Conversation

@@ -7,12 +7,13 @@ Each row has the number that a person would look for: the line where files have 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.data.folders import files_of, hashed, named_files, select, unread
-from llmpipe.data.formats import Rejected
+from llmpipe.data.formats import Conversation, Document, Rejected, is_of_texts
 from llmpipe.data.layout import Layout, Rule, formats_of, layout_of
 from llmpipe.data.readers import File, Reading, Row, hub, parse, read
 from llmpipe.data.readers.compressed import suffix_of
@@ -35,6 +36,7 @@ __all__ = [
     "identity_of",
     "named_files",
     "parse",
+    "refuse_turns",
 ]
 
 CHUNK_ROWS = 256
@@ -176,8 +178,9 @@ class Origin:
         return rows
 
 
-def check_first_rows(source: Rows, shapes: tuple[type, ...]) -> None:
-    """Raises UserError where the first rows of a local source are of none of these shapes.
+def check_first_rows(source: Rows, shapes: tuple[type, ...], has_template: bool = True) -> None:
+    """Raises UserError where the first rows of a local source are of none of these shapes, or are
+    conversations where the model `has_template` for none.
 
     A large file that has to be read whole for its first row is left alone.
     """
@@ -190,6 +193,27 @@ def check_first_rows(source: Rows, shapes: tuple[type, ...]) -> None:
     if layout.shape not in shapes:
         problem = f"{source.path}: format {layout.format} does not fit this stage"
         raise UserError(problem, f"it takes {', '.join(formats_of(shapes))}")
+    if not has_template:
+        refuse_turns(origin)
+
+
+def refuse_turns(origin: Origin) -> None:
+    """Raise UserError for an open source of conversations, as its first rows are: the model's
+    tokenizer has no chat template.
+    """
+    if _has_turns(origin):
+        problem = "the rows are conversations, and the model's tokenizer has no chat template"
+        raise UserError(f"{origin.source.path}: {problem}", "set data.template: chatml")
+
+
+def _has_turns(origin: Origin) -> bool:
+    """Whether one of the first rows is a conversation, or has one for a prompt."""
+    for row in origin.sample:
+        with suppress(Rejected):
+            example = origin.layout.convert(row).example
+            if not isinstance(example, Document) and not is_of_texts(example):
+                return True
+    return origin.layout.shape is Conversation
 
 
 def first_rows(source: Rows) -> list[dict[str, Any]]:

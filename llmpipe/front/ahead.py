@@ -28,6 +28,7 @@ from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.context import mistakes_in_lengths, of_folder
 from llmpipe.run.folders import check_folder, tensors_of
+from llmpipe.run.gguf import check_gguf
 from llmpipe.run.machine import (
     gpus,
     micro_batch_size,
@@ -92,7 +93,8 @@ def look(
         outlook = Outlook(command, this)
         if not outlook.begun and (this.number > 1 or kept_offline()):
             problems += _lines(_not_on_the_hub(this.recipe), located[this.number])
-        if this.number > 1:  # the first one reads its rows at once
+        reads_at_once = this.number == 1 and not any(_ggufs(this.recipe))
+        if not reads_at_once:
             problems += _lines(_in_first_rows(this.recipe, outlook), located[this.number])
     _raise(problems)
 
@@ -107,6 +109,7 @@ def kind_made(recipe: Recipe) -> str:
 def mistakes(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     """What is wrong with a stage in the place that it has."""
     yield from _in_models(recipe, outlook)
+    yield from _in_ggufs(recipe, outlook)
     yield from _in_rows(recipe, outlook)
     yield from _in_files(recipe)
     yield from _in_packages(recipe, outlook)
@@ -181,6 +184,32 @@ def _in_models(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
             yield Mistake(field, error)
 
 
+def _in_ggufs(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    """What the headers of GGUF files tell before their weights are read, which takes a minute."""
+    for field, path in _ggufs(recipe):
+        try:
+            if not outlook.finished:
+                check_gguf(path).refuse_unread(path)
+        except UserError as error:
+            yield Mistake(field, error)
+
+
+def _ggufs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The fields that name GGUF files that are there."""
+    for field, reference in recipe.references().items():
+        path = expanded(reference)
+        if is_local(reference) and path.suffix == ".gguf" and path.is_file():
+            yield field, path
+
+
+def _lacks_template(recipe: Recipe) -> bool:
+    """Whether a stage starts from a GGUF file without a chat template, and names no other."""
+    if not isinstance(recipe, Training) or recipe.data.preparation.template != "auto":
+        return False
+    start = dict(_ggufs(recipe)).get("model")
+    return start is not None and not check_gguf(start).has_template
+
+
 def _in_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     for field, source in recipe.rows().items():
         pinned = outlook.begun or source.revision is not None
@@ -197,10 +226,11 @@ def _in_first_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     from llmpipe.data.sources import check_first_rows
 
     shapes = {} if outlook.finished else stage(recipe.stage).shapes(recipe)
+    has_template = not (shapes and _lacks_template(recipe))
     for field, source in recipe.rows().items():
         if field in shapes and is_local(source.path) and not outlook.is_below(source.path):
             try:
-                check_first_rows(source, shapes[field])
+                check_first_rows(source, shapes[field], has_template)
             except UserError as error:
                 yield Mistake(f"{field}.path", error)
 

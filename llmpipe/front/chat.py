@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmpipe.errors import Say, UserError
-from llmpipe.front.worker import convert_one
+from llmpipe.front.readable import make_readable
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.hardware import has_bf16
@@ -110,11 +110,11 @@ def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
 
 
 def open_voices(labels: list[str], models: list[Model], say: Say) -> list[Voice]:
-    """Load models of any kind; what has to be converted first is not kept."""
+    """Load models of any kind; an adapter that has to be merged first is not kept so."""
     voices = []
     with TemporaryDirectory() as converted:
         for label, model in zip(labels, models, strict=True):
-            folder = convert_one(model, Path(converted), say)
+            folder = make_readable(model, Path(converted), say)
             base = None
             if model.base and model.is_adapter:
                 base = model_folder(model.base, Path(converted))

@@ -37,7 +37,13 @@ from llmpipe.front.launcher_log import Said
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.ends import clear_ends, death, read_ends, reported, verdict
-from llmpipe.run.machine import for_memory, process_count, thread_count
+from llmpipe.run.machine import (
+    IN_RUN,
+    for_memory,
+    on_several_machines,
+    process_count,
+    thread_count,
+)
 from llmpipe.run.outcome import BEGUN, ENDING, LAUNCH, Ear, Outcome, listening, new_launch
 from llmpipe.run.signals import code_of, hold, stopping
 from llmpipe.ties import PARENT, children, descendants, die_with_parent
@@ -212,6 +218,7 @@ def environment(action: Action, threads: int) -> dict[str, str]:
             "OMP_NUM_THREADS": str(threads),
             PARENT: str(os.getpid()),
         }
+        | ({IN_RUN: "1"} if on_several_machines() else {})
     )
 
 

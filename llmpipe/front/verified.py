@@ -19,6 +19,7 @@ from llmpipe.run.job import Job
 from llmpipe.run.machine import local_rank, machine_rank, rank
 from llmpipe.run.outcome import this_launch
 from llmpipe.run.reference import Model, model_folder
+from llmpipe.run.whereabouts import cache
 from llmpipe.sums import Kept, Verification
 
 PAUSE = 0.05
@@ -58,12 +59,13 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
 
 
 def converted(job: Job[Any]) -> Iterator[Kept]:
-    """The folders of models that were made readable for this run."""
+    """The folders of models that were made readable for this run, or for all."""
     model: Model | None
     for model in job.plan.models.values():
         while model:
             if model.kind in ("gguf", "merged"):
-                yield Kept(model_folder(model, job.prepared))
+                folder = model_folder(model, job.prepared)
+                yield Kept(folder, in_cache=folder.is_relative_to(cache()))
             model = model.base if model.is_adapter else None
 
 

@@ -17,12 +17,12 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from llmpipe import screen, sums
+from llmpipe import screen
 from llmpipe.data.prepared import RECORD
-from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, of_peer, remembering
 from llmpipe.files import to_write, write_whole
+from llmpipe.front.readable import make_readable
 from llmpipe.front.terminal import open_terminal
 from llmpipe.front.verified import verifying
 from llmpipe.recipe.check import validate
@@ -32,23 +32,18 @@ from llmpipe.recipe.yaml import dump, parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.context import check_lengths
 from llmpipe.run.ends import write_end
-from llmpipe.run.folders import check_folder, unused_code
 from llmpipe.run.job import Job
 from llmpipe.run.lock import Lock
-from llmpipe.run.machine import for_memory, rank
+from llmpipe.run.machine import IN_RUN, for_memory, rank
 from llmpipe.run.machine_paths import MachinePaths
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.outcome import BEGUN, ENDING, Outcome, say_to_command, this_launch
 from llmpipe.run.plan import Plan, refuse_changed
 from llmpipe.run.provenance import describe
-from llmpipe.run.reference import Model, model_folder
+from llmpipe.run.reference import model_folder
 from llmpipe.run.signals import Signals, heed
 from llmpipe.run.whereabouts import note
 from llmpipe.stages import prepared_by, schema, stage
-
-BESIDE_WEIGHTS = 1 << 26
-"""Bytes of a model's files that are looked into before it is used; larger ones are its weights."""
-
 
 DOING = {
     "convert": "making models readable",
@@ -185,53 +180,10 @@ def needs_weights(at: str) -> bool:
 
 
 def convert(job: Job[Recipe]) -> None:
+    in_run = os.environ.get(IN_RUN) == "1"
     for at, model in job.plan.models.items():
-        convert_one(model, job.prepared, job.say, needs_weights(at))
-
-
-def convert_one(model: Model, folder: Path, say: Say, weights: bool = True) -> Path:
-    """Make of a model, and of its base, a folder that can be loaded, if it is none yet.
-
-    `folder`: where such folders go. Returns the model's own. Raises UserError where it is damaged.
-    """
-    base = convert_one(model.base, folder, say) if model.base else None
-    readable = model_folder(model, folder, weights)
-    if model.kind in ("gguf", "merged"):
-        # another stage of the run may need the same one
-        with Lock(Artifact(readable)).acquire(wait=3600):
-            if sums.is_sealed(readable):
-                sums.glance(readable, BESIDE_WEIGHTS)
-            else:
-                write_readable(model, base, readable, say)
-                sums.seal(readable)
-    snapshots = readable.parent.parent if model.kind == "hub" else None  # its files are links
-    check_folder(readable, snapshots, weights=weights)
-    for name in unused_code(readable):
-        say(f"{model.reference}: auto_map of {name} is not used: transformers' own classes are")
-    check_tokenizer(readable / "tokenizer.json")
-    if model.kind == "hub" and (readable / "adapter_config.json").exists():
-        problem = f"{model.reference}: an adapter whose base no manifest names"
-        raise UserError(problem, "merge it into its base first")
-    return readable
-
-
-def write_readable(model: Model, base: Path | None, folder: Path, say: Say) -> None:
-    """Write a GGUF file's model, or an adapter merged into its base, as safetensors."""
-    from llmpipe.models.gguf import convert_gguf
-    from llmpipe.models.publish import merge
-
-    assert model.folder is not None
-    if model.kind == "gguf":
-        say(f"{model.reference}: reading GGUF, once for this run")
-        with screen.doing(f"reading {model.folder.name}"):
-            convert_gguf(model.folder, folder)
-    else:
-        assert base is not None and model.base is not None
-        check_folder(model.folder)
-        if model.base.kind in ("gguf", "merged"):
-            sums.check(sums.Kept(base))
-        say(f"{model.reference}: merging the adapter into its base, once for this run")
-        merge(base, model.folder, folder)
+        weights = needs_weights(at)
+        make_readable(model, job.prepared, job.say, weights=weights, in_run=in_run)
 
 
 def prepare(job: Job[Recipe]) -> None:

@@ -11,9 +11,13 @@ cannot hold is refused before anything of that size is made.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from struct import calcsize, unpack_from
@@ -83,6 +87,55 @@ class Header:
     numbers: int = 0
     """That the tensors hold."""
     tensors: int = 0
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it has a chat template."""
+        return bool(str(self.metadata.get("tokenizer.chat_template", "")).strip())
+
+    def refuse_unread(self, path: Path) -> None:
+        """Raise UserError (2) for a kind of model that transformers does not read of a GGUF file,
+        and for a file without a vocabulary."""
+        kind, known = str(self.metadata["general.architecture"]), architectures()
+        if known and _plain(kind) not in set(map(_plain, known)) and "t5" not in kind:
+            problem = f"{path}: transformers reads no GGUF of the kind {kind}"
+            raise UserError(problem, "take the model as safetensors")
+        if not self.metadata.get("tokenizer.ggml.tokens"):
+            raise UserError(f"{path}: has no vocabulary", "take the model as safetensors")
+
+
+READERS = (
+    ("ggml", "GGUF_CONFIG_MAPPING"),
+    ("gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS"),
+)
+"""Where `transformers.integrations` names the kinds of models that it reads of GGUF files."""
+
+
+@cache
+def architectures() -> frozenset[str]:
+    """Kinds of models that transformers reads of GGUF files, by its source: importing it takes
+    seconds. Empty where it is not installed as it was."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    home = Path(spec.submodule_search_locations[0], "integrations")
+    return frozenset(name for reader in READERS for name in _keys(home, *reader))
+
+
+def _keys(home: Path, module: str, name: str) -> Iterator[str]:
+    """The keys of a dictionary that a module begins with."""
+    path = home.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            assert isinstance(node.value, ast.Dict)
+            yield from (ast.literal_eval(key) for key in node.value.keys if key)
+
+
+def _plain(kind: str) -> str:
+    """qwen2_moe is written qwen2moe in a file."""
+    return kind.lower().replace("_", "").replace("-", "")
 
 
 class _Reader:

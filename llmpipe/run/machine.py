@@ -9,6 +9,9 @@ from llmpipe.errors import UserError
 from llmpipe.faults import GO_ON, MEMORY
 from llmpipe.recipe.sections import Machine, Recipe, Training
 
+IN_RUN = "LLMPIPE_MODELS_IN_RUN"
+"""Tells a worker by 1 that other machines have to see the folders of models that it makes."""
+
 
 def gpus() -> int:
     """GPUs that a worker will see, counted without torch."""

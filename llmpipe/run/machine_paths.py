@@ -18,6 +18,7 @@ from llmpipe.recipe.places import is_narrow, portable
 from llmpipe.recipe.sections import ELSEWHERE
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.plan import Plan
+from llmpipe.run.whereabouts import cache
 from llmpipe.secrets import redacted
 
 AROUND = ELSEWHERE.rstrip("/")
@@ -43,6 +44,7 @@ class MachinePaths:
         for path in places:
             kept |= dict.fromkeys((path, os.path.realpath(path)), portable(path))
         kept[os.path.expanduser("~")] = "~"
+        kept[os.path.abspath(cache())] = "~/.cache/llmpipe"
         if is_narrow(os.getcwd()):
             kept[os.getcwd()] = "."
         kept.pop("/", None)

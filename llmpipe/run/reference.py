@@ -25,8 +25,8 @@ from llmpipe.run.manifest import (
     check_identity,
     check_reference,
 )
-from llmpipe.run.whereabouts import noted
-from llmpipe.sums import SUMS
+from llmpipe.run.whereabouts import cache, noted
+from llmpipe.sums import SUMS, is_sealed
 from llmpipe.typed import record
 
 Kinds = tuple[str, ...]
@@ -102,6 +102,8 @@ class Model:
         ):
             return None
         folder = model_folder(self, artifact.parent / ".prepared")
+        if folder.is_relative_to(cache()):
+            return None  # which is this user's, and no part of what is moved
         near = os.path.commonpath([os.path.abspath(artifact), os.path.abspath(folder)])
         return os.path.relpath(folder, artifact) if is_narrow(near) else None
 
@@ -229,9 +231,12 @@ def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
 
 
 def model_folder(model: Model, converted: Path, weights: bool = True) -> Path:
-    """Where a model lies: fetched from the Hub at its pinned commit, or made in `converted`."""
+    """Where a model lies: fetched from the Hub at its pinned commit, or made in `converted`. A GGUF
+    file is read for all runs, into this user's cache, unless this run has it itself.
+    """
     if model.kind == "gguf":
-        return converted / f"gguf-{model.identity['gguf'][:16]}"
+        own = converted / f"gguf-{model.identity['gguf'][:16]}"
+        return own if is_sealed(own) else cache() / "models" / own.name
     if model.kind == "merged":
         return converted / f"merged-{model.identity['fingerprint'][:16]}"
     if model.kind == "hub":

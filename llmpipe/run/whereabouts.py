@@ -1,8 +1,14 @@
-"""Where on this machine the models lie of which artifacts hold no more than name and content.
+"""What lies in this user's cache: where the models are of which artifacts hold no more than name
+and content, and GGUF files as they were made readable.
 
 An adapter is of no use without its base, and an artifact holds no path in full. As models of the
 Hub are looked for in its cache, others are in notes of this user: a file each, named by the model's
 identity. A note is a hint; what lies at the place is hashed as everything is.
+
+    $XDG_CACHE_HOME/llmpipe/places/DIGEST      a note
+    $XDG_CACHE_HOME/llmpipe/models/gguf-HASH   the weights of a GGUF file, by its content
+
+All of it may be deleted at any time: it is made again.
 """
 
 from __future__ import annotations
@@ -37,6 +43,11 @@ def noted(identity: Identity) -> str | None:
     return place if os.path.isabs(place) and os.path.exists(place) else None
 
 
+def cache() -> Path:
+    """The folder that llmpipe has in this user's cache; it need not be there, nor be one that can
+    be made."""
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmpipe"
+
+
 def _note_of(identity: Identity) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expanded(cache) / "llmpipe" / "places" / digest(identity)
+    return cache() / "places" / digest(identity)

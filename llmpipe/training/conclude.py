@@ -125,6 +125,8 @@ def _publish(trainer: Trained, training: Training[sections.Training]) -> Verifie
         verified = publish_adapter(model, tokenizer, folder, base, say)
     if lies_at := trained_on.seen_from(training.artifact.path):
         say(f"adapter: for PEFT its base is {lies_at}, seen from {training.artifact.path}")
+    elif trained_on.kind == "gguf":
+        say(f"adapter: for PEFT its base is {training.job.weights}")
     return verified
 
 

@@ -15,7 +15,7 @@ from llmpipe.errors import UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import load_pipeline
 from llmpipe.stages import schema
-from tests import life
+from tests import ggufs, life
 
 TINY = life.TINY
 
@@ -345,8 +345,8 @@ def test_a_sound_pipeline_has_no_mistake(here, last):
 
 
 def test_a_file_that_is_converted_first_has_no_mistake(here):
-    """A GGUF, as in the quickstart: what it holds is known once it is read."""
-    (here / "m.gguf").write_bytes(b"GGUF")
+    """A GGUF, as in the quickstart: its header is known, and the rest once it is read."""
+    ggufs.write(life.TINY / "model", here / "m.gguf")
     (here / "pipe.yaml").write_text((FIRST + PPO + EVAL).replace(f"{TINY}/model", "./m.gguf"))
     pipeline = load_pipeline(here / "pipe.yaml", schema)
     ahead.check(pipeline.stages, pipeline=pipeline)
