@@ -5,6 +5,9 @@ which Accelerate puts around it), or a part of each weight, of its gradient and 
 which transformers puts on a model while it loads it (`Spread`). Nothing else in llmpipe calls
 `torch.distributed` or knows of DTensors.
 
+With `launch.offload` the parts lie in the host's memory; `backend`, `Spread` and `unpin` are all
+that knows of it, and `device_of` says where such a model computes.
+
 A weight in parts is whole while its layer computes, and the last one stays whole until the backward
 pass. Where none comes, this is the trap of the room: who asks for the parameters then is given
 plain tensors, and an optimizer of these trains what nobody reads. So what only looks at a model
@@ -64,11 +67,11 @@ ALONE = timedelta(days=7)
 """What one process may do alone, where others wait for it: hashing, publishing, rewards."""
 
 
-def join(device: str) -> None:
+def join(device: str, *, offload: bool = False) -> None:
     """Make one group of the processes of this launch, where there are several. Collective.
 
     Libraries take a group that is there. Made by themselves it would have, on CPUs, a timeout that
-    cannot be set.
+    cannot be set. `offload`: whether processes on GPUs speak of what lies in the host's memory.
     """
     if world_size() == 1 or dist.is_initialized():
         return
@@ -79,11 +82,19 @@ def join(device: str) -> None:
     if on_several_machines() and (name := outward((first, *addresses))):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     store = PrefixStore("group", peers.store)
-    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=world_size(), timeout=STEP
+        backend(device, offload), store=store, rank=rank(), world_size=world_size(), timeout=STEP
     )
     patient()
+
+
+def backend(device: str, offload: bool) -> str:
+    """What processes on such devices speak by. Norms and moments of an offloaded model are tensors
+    of CPUs, which nccl does not carry.
+    """
+    if device == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if offload else "nccl"
 
 
 @cache
@@ -272,12 +283,15 @@ class Spread:
     bf16: bool
     copies: int = 1
     """How many there are of the model, each in parts: one on each machine, or one in all."""
+    offload: bool = False
+    """Whether a part lies in the host's memory, with its gradient and its moments."""
 
     def at_load(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`, by which each process reads its part and no more."""
         config = DistributedConfig(
             fsdp_size=self.processes // self.copies,
             dp_replicate_size=self.copies,
+            fsdp_cpu_offload=self.offload,
             fsdp_mixed_precision=self.bf16,
         )
         return {"distributed_config": config}
@@ -291,6 +305,32 @@ class Spread:
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part of each weight; of the frozen ones under an adapter."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose weights are whole together, the model itself first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """What FSDP2 knows of the weights of each of them."""
+    return [group for unit in _units(model) for group in unit._get_fsdp_state()._fsdp_param_groups]
+
+
+def unpin(model: nn.Module) -> None:
+    """Leave the memory of what is offloaded as it is. FSDP2 would pin it at its first use for a
+    device to copy it from there, and PyTorch refuses to where there is none.
+    """
+    for group in _groups(model):
+        for part in group.fsdp_params:
+            part.pin_memory = False
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes; of one that is offloaded, its weights lie elsewhere."""
+    units = _units(model)
+    device: torch.device = units[0]._get_fsdp_state()._device if units else model.device
+    return device
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -343,8 +383,7 @@ def refuse_gathered(model: nn.Module) -> None:
     """Raise UserError (2) where of a frozen model, under an adapter, something stays whole in each
     process: it fits none.
     """
-    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    groups = _groups(model)
     count = sum(not group.is_sharded for group in groups)
     if count or not groups:
         problem = f"launch.strategy: fsdp: {count or 'all'} of the frozen layers are not in parts"
@@ -353,11 +392,10 @@ def refuse_gathered(model: nn.Module) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Leave every weight in parts, as it is between two steps."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
-            # a fused head is read and never runs; what waits for it would skip the next gathering
-            unit._get_fsdp_state()._modules_to_run_forward.clear()
+    for unit in _units(model):
+        unit.reshard()
+        # a fused head is read and never runs; what waits for it would skip the next gathering
+        unit._get_fsdp_state()._modules_to_run_forward.clear()
 
 
 @contextmanager
@@ -374,14 +412,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Have all of a model in each process meanwhile, so that they compute without one another, and
     without gradients, as often as each likes; of any model. Collective at its beginning.
     """
-    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    units = _units(model)
     if units:
         units[0]._get_fsdp_state()._lazy_init()  # the first one is the root, which knows the rest
-    kept = [
-        (group, group.post_forward_mesh_info)
-        for unit in units
-        for group in unit._get_fsdp_state()._fsdp_param_groups
-    ]
+    kept = [(group, group.post_forward_mesh_info) for group in _groups(model)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -414,10 +448,9 @@ def add_gradients(model: nn.Module) -> None:
     """Let the gradients of a model in parts be added up over processes, which FSDP2 would average;
     of any model.
     """
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)  # no other factor is known to gloo
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # no other factor is known to gloo
 
 
 def clipped_norm(weights: Sequence[nn.Parameter], most: float) -> Tensor:

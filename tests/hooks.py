@@ -236,6 +236,31 @@ def never_in_parts_again():
     parallel.reshard = lambda model: None
 
 
+def says_what_is_in_parts():
+    """After each micro-batch: of what learns, of its gradients and its moments; and what of it is
+    offloaded.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from llmpipe import parallel
+    from llmpipe.training import hosted
+
+    def action(self, *_):
+        model = self.training.model
+        parts = [part for group in parallel._groups(model) for part in group.fsdp_params]
+        offloaded = [part for part in parts if part.offload_to_cpu and not part.pin_memory]
+        count = len({id(part.sharded_param) for part in offloaded})  # tied ones are two parts
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        states = self.optimizer.state.values()
+        moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        held = [*weights, *(weight.grad for weight in weights), *moments]
+        assert all(isinstance(each, DTensor) and each.to_local().is_cpu for each in held)
+        assert not any(part.unsharded_accumulated_grad is not None for part in parts)
+        print(f"in parts: {len(weights)} weights, {count} offloaded; {len(moments)} moments")
+
+    _after(hosted.Durable, "training_step", action)
+
+
 def small_machine():
     """This process's has less memory than the others'."""
     from llmpipe.run import machine

@@ -105,6 +105,19 @@ def test_two_processes_hear_the_same():
     }
 
 
+@pytest.mark.parametrize(
+    ("device", "offload", "backend"),
+    [
+        ("cpu", False, "gloo"),
+        ("cpu", True, "gloo"),
+        ("cuda", False, "nccl"),
+        ("cuda", True, "cpu:gloo,cuda:nccl"),
+    ],
+)
+def test_tensors_in_the_hosts_memory_have_a_backend(device, offload, backend):
+    assert parallel.backend(device, offload) == backend
+
+
 def test_one_process_raises_its_own_error():
     with pytest.raises(UserError, match="mine"):
         world(0, 1).agree(UserError("mine"))

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections import Counter
@@ -13,8 +14,18 @@ import pytest
 import torch
 import transformers.masking_utils
 import trl.trainer.utils
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    core_model_loading,
+    modeling_utils,
+)
 from transformers.debug_utils import DebugUnderflowOverflow
+from transformers.distributed import DistributedConfig, fsdp
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -298,6 +309,30 @@ def test_canary_weights_are_loaded_into_models_of_their_size(tmp_path):
     load_model(life.TINY / "model")  # and nothing of it is left
 
 
+def test_canary_what_is_offloaded_is_loaded_to_the_host(monkeypatch):
+    """By both ways that transformers has, one tensor after the other; and pinned by FSDP2."""
+    places = (core_model_loading, modeling_utils)
+    kept = core_model_loading._dtensor_from_local_like
+    for before in (None, "0"):
+        if before:
+            monkeypatch.setenv(upstream.NOT_AHEAD, before)
+        with upstream.to_host():
+            assert all(place._dtensor_from_local_like is not kept for place in places)
+            assert os.environ[upstream.NOT_AHEAD] == "1"
+        assert all(place._dtensor_from_local_like is kept for place in places)
+        assert os.environ.get(upstream.NOT_AHEAD) == before
+    readers = (
+        core_model_loading.set_param_for_module,
+        PreTrainedModel._move_missing_keys_from_meta_to_device,
+    )
+    for reader in readers:
+        assert "_dtensor_from_local_like(" in inspect.getsource(reader)
+    source = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert f'is_env_variable_true("{upstream.NOT_AHEAD}")' in source
+    (policy,) = fsdp._get_fsdp_policy_kwargs(DistributedConfig(fsdp_cpu_offload=True)).values()
+    assert policy == CPUOffloadPolicy(pin_memory=True), "or there is nothing to unpin"
+
+
 def test_canary_no_kernels_without_the_package():
     """What `llmpipe.front` takes away is all that transformers asks for."""
     from transformers.utils import import_utils
@@ -407,6 +442,7 @@ def test_canary_durable_trainers():
 
     loop = inspect.getsource(transformers.Trainer)
     for method in (
+        "_defer_fsdp_gradient_reduction",
         "_evaluate",
         "_get_grad_norm",
         "_get_output_dir",

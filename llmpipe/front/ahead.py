@@ -38,7 +38,7 @@ from llmpipe.run.machine import (
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
 from llmpipe.run.reference import Use
-from llmpipe.run.strategy import against_parts
+from llmpipe.run.strategy import against_offload, against_parts
 from llmpipe.stages import Foreseeing, stage
 
 PER_CORE = 4  # processes that train, on a machine without GPUs: some wait while others compute
@@ -359,6 +359,9 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
         for problem, remedy in against_parts(recipe, processes):
             problem = f"{launch.strategy}: {problem}"
             yield Mistake("launch.strategy", UserError(problem, remedy))
+    if launch.offload:
+        for problem, remedy in against_offload(recipe, processes):
+            yield Mistake("launch.offload", UserError(problem, remedy))
 
 
 # --- the Hub --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from llmpipe.files import expanded, parse_json, read_text
 from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run.folders import CONFIG
 from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
-from llmpipe.run.strategy import Room, against_parts, longest_pass
+from llmpipe.run.strategy import Room, against_offload, against_parts, longest_pass
 
 USUAL = 8
 """Processes, where neither a recipe nor a command says how many."""
@@ -64,7 +64,7 @@ def plan(
     bf16 = recipe.optim.precision != "fp32"
     longest = longest_pass(recipe, Room(processes, memory, on_gpu=True, bf16=bf16))
     ways = {"ddp": Held.of(shape, recipe, longest, processes)}
-    refused = next((problem for problem, _ in against_parts(recipe, processes)), None)
+    refused = next(_against(recipe, processes), None)
     if not refused and processes > 1:
         ways["fsdp"] = Held.of(shape, recipe, longest, processes, processes)
     if not refused and machines > 1 and recipe.stage != "ppo":
@@ -73,10 +73,14 @@ def plan(
     yield _row(f"GiB of each of {processes} processes", ways)
     held = ways.values()
     for name in asdict(ways["ddp"]):
+        if name == "host":
+            continue
         yield _row(name, _in_gib(getattr(each, name) for each in held))
     yield _row("in all", _in_gib(each.total for each in held))
     room = f"headroom, {USED:.0%} of {memory / 2**30:g}"
     yield _row(room, _in_gib(USED * memory - each.total for each in held))
+    if launch.offload:
+        yield _row("in the host's memory", _in_gib(each.host for each in held))
     for name, each in ways.items():
         if each.total > USED * memory:
             yield f"{name} does not fit"
@@ -84,6 +88,15 @@ def plan(
         yield "critic and reward models are counted as large as the policy"
     if refused:
         yield f"fsdp is refused: {refused}"
+
+
+def _against(recipe: Training, processes: int) -> Iterator[str]:
+    """Why a model is not put in parts, or not as the recipe asks."""
+    for problem, _ in against_parts(recipe, processes):
+        yield problem
+    if recipe.launch.offload:
+        for problem, _ in against_offload(recipe, processes):
+            yield f"launch.offload: {problem}"
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from llmpipe.models.drawing import replay as replays
 from llmpipe.models.drawing.draw import Sampling, draw
 from llmpipe.models.drawing.replay import Replay
 from llmpipe.models.drawing.token_step import layer_windows
+from llmpipe.parallel import device_of
 from llmpipe.run.context import tokens_of
 
 
@@ -190,7 +191,8 @@ def _generated(
         pad_token_id=tokenizer.pad_token_id,
     )
     width = max(map(len, prompts))
-    input_ids, attention_mask = _left_padded(prompts, width, tokenizer.pad_token_id, model.device)
+    pad = tokenizer.pad_token_id
+    input_ids, attention_mask = _left_padded(prompts, width, pad, device_of(model))
     with _configured_by(config, model):
         rows = model.generate(
             input_ids=input_ids,

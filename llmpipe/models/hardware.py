@@ -92,6 +92,8 @@ class Hardware:
     one process alone has the one part that is all of it, and goes on from those of several."""
     copies: int = 1
     """How many there are of what is in parts: with `hsdp` one on each machine."""
+    offload: bool = False
+    """Whether these parts lie in the host's memory between uses."""
     reasons: Reasons = Reasons()
 
     def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
@@ -116,7 +118,7 @@ class Hardware:
         """How a model is loaded that is sharded; None where each process holds all of it."""
         if not self.sharded or self.processes == 1:
             return None
-        return Spread(self.processes, self.bf16, self.copies)
+        return Spread(self.processes, self.bf16, self.copies, self.offload)
 
     def frozen_dtype(self, adapter: Adapter) -> torch.dtype:
         """Of weights that are not trained.
@@ -145,6 +147,8 @@ class Hardware:
         del settings["reasons"]
         if not self.sharded:  # as older versions have written it
             del settings["sharded"], settings["copies"]
+        if not self.offload:
+            del settings["offload"]
         return settings
 
 
@@ -169,7 +173,7 @@ def choose(
     keep_imports()
     take_device()
     host, before = agreed(detect(recipe.launch), before)
-    join(host.device)
+    join(host.device, offload=recipe.launch.offload)
     if folder:
         config = configuration(folder)
         known = model_class(folder, config=config)
@@ -296,6 +300,7 @@ def decide(
         activation_checkpointing=_checkpointing(recipe, before),
         sharded=sharded,
         copies=_copies(recipe, host, before),
+        offload=recipe.launch.offload,
         reasons=Reasons(precision_reason, attention_reason, strategy_reason),
     )
 
@@ -379,7 +384,8 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
         if hardware.spread is None:
             share = "one process holds all of it, and several go on from its checkpoints"
         copies = f"; {hardware.copies} copies, one a machine" if hardware.copies > 1 else ""
-        say(f"strategy: {hardware.strategy}: {share}{copies}")
+        place = "; they lie in the host's memory between uses" if hardware.offload else ""
+        say(f"strategy: {hardware.strategy}: {share}{copies}{place}")
     if hardware.compiles:
         say("compile: layers are compiled at the first step, once: some tens of seconds")
     if PathFinder.find_spec("kernels"):  # which `llmpipe.front` lets nobody import

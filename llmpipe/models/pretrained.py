@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import screen, upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.parallel import Spread, refuse_uncut
+from llmpipe.parallel import Spread, refuse_uncut, unpin
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import tensors_of
 
@@ -94,10 +94,13 @@ def load_model(
     most = sum(math.prod(tensor.shape) for tensor in tensors_of(folder).values())
     # a head that is dropped and one that is new are no news; all else is refused below
     heads = upstream.as_reward_model(known) if new_head else nullcontext()
+    offloads = spread is not None and spread.offload
+    place = upstream.to_host() if offloads else nullcontext()
     with (
         reading(folder, "a model", Exception, code=DATA),
         upstream.of_size(known, most * PACKED * torch.float64.itemsize + SLACK),
         heads,
+        place,
     ):
         model, report = known.from_pretrained(
             folder,
@@ -116,6 +119,8 @@ def load_model(
         raise UserError(f"{folder}: the weights do not fit the model ({problem})", code=INTEGRITY)
     if spread:
         refuse_uncut(model)
+    if offloads and not torch.cuda.is_available():
+        unpin(model)
     upstream.forget_routing(model.config)
     vars(model.config).pop("auto_map", None)  # which was not used, nor will be where it is saved
     return model

@@ -356,6 +356,11 @@ class Launch(Machine):
     machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
     the model's shape, else `fsdp` where the stage allows it; in ppo it is `ddp`, and says where
     that does not fit; a resumed run keeps to its checkpoint."""
+    offload: bool = False
+    """Keep each process's part of the weights, gradients and moments in the host's memory, and
+    compute the optimizer's step there: for what fits no device even in parts. Every layer is copied
+    to the device as it is used, which takes time. Needs `strategy: fsdp` or `hsdp`; not in ppo, and
+    not beside an adapter."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,

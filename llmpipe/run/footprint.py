@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds, in bytes."""
+    """What a process holds of its device, in bytes."""
 
     weights: float
     gradients: float
@@ -203,9 +203,13 @@ class Held:
     """Buckets that gradients are sent in, weights in the precision of the arithmetic, and of a
     model in parts what is whole."""
     activations: float
+    host: float = 0.0
+    """Of the host's memory, with `launch.offload`: weights, gradients and moments, which no device
+    holds then."""
 
     @property
     def total(self) -> float:
+        """Of the device."""
         return self.weights + self.gradients + self.moments + self.copies + self.activations
 
     @classmethod
@@ -231,13 +235,19 @@ class Held:
         stream = number if adapter else FP32
         kept = shape.passed.kept(bf16=longest.bf16, stream=stream, adapted=adapted)
         passed = shape.passed.of_a_pass(kept, longest.kind, longest.tokens)
-        return cls(
+        held = cls(
             weights=frozen / parts + FP32 * learned / cut,
             gradients=FP32 * learned / cut,
             moments=OPTIMIZERS[recipe.optim.optimizer].moments * learned / cut,
             copies=float(copies),
             activations=max(passed, _cached(shape.passed, recipe, number)),
         )
+        return held.offloaded() if recipe.launch.offload and parts > 1 else held
+
+    def offloaded(self) -> Held:
+        """The same with what is not computed with in the host's memory."""
+        host = self.weights + self.gradients + self.moments
+        return replace(self, weights=0.0, gradients=0.0, moments=0.0, host=host)
 
 
 def _learned(shape: Shape, recipe: Training) -> int:

@@ -24,7 +24,6 @@ SHARDING = {
 """Forms of FSDP in Accelerate's words, and what they are here."""
 
 REFUSED = {
-    "FSDP_OFFLOAD_PARAMS": "weights stay where they are computed with",
     "FSDP_ACTIVATION_CHECKPOINTING": "set launch.activation_checkpointing: full",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "set launch.activation_checkpointing: full",
     "FSDP_IGNORED_MODULES": "all of a model is put in parts",
@@ -41,8 +40,8 @@ def shards() -> bool:
 
 
 def obeyed(recipe: Recipe) -> Recipe:
-    """The recipe with a launcher's FSDP as its `launch.strategy`, and its own where that is `hsdp`,
-    which the launcher's default is a form of; as it is without one.
+    """The recipe with a launcher's FSDP as its `launch.strategy` and `launch.offload`, and its own
+    where that is `hsdp`, which the launcher's default is a form of; as it is without one.
 
     Raises UserError (2) with everything that is asked for and not there.
     """
@@ -53,7 +52,8 @@ def obeyed(recipe: Recipe) -> Recipe:
         raise UserError("\n".join(lines), "`accelerate config` asks for these again")
     asked = {recipe.launch.strategy, *(SHARDING[form] for _, form in _forms())}
     strategy = "hsdp" if "hsdp" in asked else "fsdp"
-    launch = recipe.launch.model_copy(update={"strategy": strategy})
+    offload = recipe.launch.offload or _is_set("FSDP_OFFLOAD_PARAMS")
+    launch = recipe.launch.model_copy(update={"strategy": strategy, "offload": offload})
     return recipe.model_copy(update={"launch": launch})
 
 

@@ -43,6 +43,20 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
         yield f"{processes} processes on {machines(processes)} machines", "start as many on each"
 
 
+def against_offload(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
+    """Why a model's parts cannot lie in the host's memory, and what to do."""
+    strategy = recipe.launch.strategy
+    if strategy not in ("fsdp", "hsdp"):
+        problem = f"launch.strategy is {strategy}, and what is offloaded is a process's part"
+        yield problem, "set launch.strategy: fsdp"
+    elif processes < 2:
+        yield "one process alone has all of the model, and no part", "set launch.processes: 2"
+    if recipe.adapter:
+        yield "not built beside an adapter, which is whole on the device", "remove launch.offload"
+    if recipe.stage == "ppo":
+        yield "not built in ppo, whose models are whole for a while", "remove launch.offload"
+
+
 def machines(processes: int) -> int:
     """On how many machines so many processes are, with as many on each as here."""
     local = local_world_size() if outside() else processes

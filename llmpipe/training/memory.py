@@ -174,6 +174,9 @@ class Fitting:
         return gradients + self._buckets() + self._moments()
 
     def _trained(self) -> list[Any]:
+        """What learns, and lies on the device."""
+        if self.trainer.hardware.offload:
+            return []
         return [p for p in self.trainer.model.parameters() if p.requires_grad]
 
     def _buckets(self) -> int:

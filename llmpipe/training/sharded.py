@@ -8,6 +8,8 @@ the library's own checkpoints are right.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,16 @@ class Sharded(Trainer):
             refuse = parallel.refuse_whole if self.learns_in_parts else parallel.refuse_gathered
             refuse(self.training.model)
         return super().create_optimizer(model)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Let gradients be in parts after each micro-batch: up to the last one the library would
+        have those of all weights in every process. What goes between machines alone may wait, on
+        the device.
+        """
+        waits = self.hardware.copies > 1 and not self.hardware.offload
+        with super()._defer_fsdp_gradient_reduction() if waits else nullcontext():
+            yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model in a checkpoint; one in parts is saved together with its optimizer."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, modeling_utils
 from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -171,6 +172,37 @@ def as_reward_model(model: type[PreTrainedModel]) -> Iterator[None]:
     finally:
         model._keys_to_ignore_on_load_missing = missing
         model._keys_to_ignore_on_load_unexpected = unexpected
+
+
+@contextmanager
+def to_host() -> Iterator[None]:
+    """Load parts of weights to the host's memory, where FSDP2 has to find those that are offloaded.
+
+    transformers leaves them on the device. FSDP2 would take there only what is inside of a DTensor,
+    to which no gradient on the host can be assigned then. One after the other: threads would read
+    ahead, and a device may not hold them all.
+    """
+    places: tuple[Any, ...] = (core_model_loading, modeling_utils)
+    kept = core_model_loading._dtensor_from_local_like
+    ahead = os.environ.get(NOT_AHEAD)
+
+    def on_host(part: Tensor, like: Any) -> Any:
+        return kept(part, like).cpu()
+
+    os.environ[NOT_AHEAD] = "1"
+    for place in places:
+        place._dtensor_from_local_like = on_host
+    try:
+        yield
+    finally:
+        for place in places:
+            place._dtensor_from_local_like = kept
+        del os.environ[NOT_AHEAD]
+        if ahead is not None:
+            os.environ[NOT_AHEAD] = ahead
+
+
+NOT_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @contextmanager

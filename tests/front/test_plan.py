@@ -40,6 +40,21 @@ def test_a_plan_of_several_machines(llmpipe):
     assert code == 2 and "9 processes are not as many on each of 2 machines" in err
 
 
+def test_a_plan_of_what_lies_in_the_hosts_memory(llmpipe):
+    """A device has what is whole for a moment, and activations."""
+    recipe = str(RECIPES / "llama-8b-fsdp.yaml")
+    config = ("--config", str(RECIPES / "shapes" / "llama-3.1-8b.json"))
+    code, out, err = llmpipe("plan", recipe, *config, "--set", "launch.offload=true")
+    assert code == 0, err
+    rows = {line[:28].strip(): line[28:].split() for line in out.splitlines()}
+    for name in ("weights", "gradients", "moments"):
+        assert float(rows[name][0]) > 20 and rows[name][1] == "0.0"
+    assert rows["in the host's memory"] == ["0.0", "15.0"], "16 bytes a weight, over 8 processes"
+    assert rows["in all"] == ["179.9", "22.8"]
+    code, out, _ = llmpipe("plan", recipe, *config)
+    assert code == 0 and "host" not in out
+
+
 def test_a_plan_of_ppo_counts_all_of_its_models(llmpipe):
     code, out, err = llmpipe("plan", str(RECIPES / "tiny" / "ppo.yaml"))
     assert code == 0 and "critic and reward models are counted as large as the policy" in out, err

@@ -371,10 +371,11 @@ def test_what_is_not_obeyed_is_refused(tmp_path, monkeypatch):
     changes = {"launch__processes": 2, "launch__micro_batch_size": "auto"}
     path = write(tmp_path / "run", **changes, rollout={"engine": "vllm"})
     values = json.loads(path.read_text())
-    values["launch"]["processes"] = "auto"
+    values["launch"] |= {"processes": "auto", "offload": True}
     path.write_text(json.dumps(values))
     with pytest.raises(UserError) as refused:
         ahead.check([locate(path, schema("ppo"))])
     text = str(refused.value)
     assert "fsdp: rollout.engine: vllm draws in one process" in text
     assert "fsdp: what fits in a GPU's memory is not measured with it in ppo" in text
+    assert "launch.offload: not built in ppo, whose models are whole for a while" in text

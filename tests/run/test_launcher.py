@@ -38,7 +38,6 @@ def test_fsdp_is_a_strategy(monkeypatch, recipe):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--fsdp_offload_params", "true"], "FSDP_OFFLOAD_PARAMS: weights stay"),
         (["--fsdp_reshard_after_forward", "false"], "FSDP_RESHARD_AFTER_FORWARD=false"),
         (["--fsdp_sharding_strategy", "SHARD_GRAD_OP"], "FSDP_SHARDING_STRATEGY=SHARD_GRAD_OP: pa"),
         (["--fsdp_activation_checkpointing", "true"], "launch.activation_checkpointing: full"),
@@ -75,8 +74,16 @@ def test_a_copy_on_each_machine_is_one_however_it_is_asked_for(
         launcher.obeyed(recipe)
 
 
+@pytest.mark.parametrize("asked", ["true", "false"])
+def test_parts_in_the_hosts_memory_are_asked_for_here_or_there(monkeypatch, recipe, asked):
+    launched(monkeypatch, "--use_fsdp", "--fsdp_offload_params", asked)
+    assert launcher.obeyed(recipe).launch.offload is (asked == "true")
+    launch = recipe.launch.model_copy(update={"offload": True})
+    assert launcher.obeyed(recipe.model_copy(update={"launch": launch})).launch.offload
+
+
 def test_all_of_it_is_said_at_once(monkeypatch, recipe):
     launch = recipe.launch.model_copy(update={"strategy": "ddp"})
-    launched(monkeypatch, "--use_fsdp", "--fsdp_offload_params", "true")
-    with pytest.raises(UserError, match=r"(?s)take one of them.*FSDP_OFFLOAD_PARAMS"):
+    launched(monkeypatch, "--use_fsdp", "--fsdp_activation_checkpointing", "true")
+    with pytest.raises(UserError, match=r"(?s)take one of them.*FSDP_ACTIVATION_CHECKPOINTING"):
         launcher.obeyed(recipe.model_copy(update={"launch": launch}))

@@ -75,6 +75,17 @@ def test_whole_and_in_parts():
     assert parts.activations == whole.activations == HEAD + 1024 * (32 * 4 * 4096 + again)
 
 
+def test_parts_in_the_hosts_memory():
+    """All but what is computed with; of a model that is whole, nothing."""
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1024, bf16=True, kind="full")
+    parts = Held.of(shape, recipe(), longest, 8, 8)
+    offloaded = Held.of(shape, recipe(offload=True), longest, 8, 8)
+    assert offloaded.host == parts.weights + parts.gradients + parts.moments == 2 * shape.weights
+    assert offloaded.total == parts.total - offloaded.host == parts.copies + parts.activations
+    whole = Held.of(shape, recipe(), longest, 8)
+    assert Held.of(shape, recipe(offload=True), longest, 8) == whole and whole.host == 0
+
+
 def test_an_adapter_on_what_lies_in_four_bits():
     asked = load(RECIPES / "qwen-32b-qlora.yaml", schema("qlora"))
     shape = shape_of("qwen3-32b.json")

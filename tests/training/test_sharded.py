@@ -262,9 +262,21 @@ def test_arithmetic_in_bf16(tmp_path):
     assert {tensor.dtype for tensor in weights(made[0]).values()} == {torch.float32}
 
 
+def in_parts(run, stage="sft", **changes):
+    """What two processes make, which have in parts what learns, its gradients and its moments."""
+    path = write(run, stage=stage, **changes)
+    for code, text in life.ranks(path, hooks=["says_what_is_in_parts"] * 2):
+        assert code == 0, text
+        said = [line for line in text.splitlines() if line.startswith("in parts: ")]
+        count = len(weights(Artifact(run / stage)))
+        of_all = f"in parts: {count} weights, {count * changes.get('launch__offload', 0)} offloaded"
+        assert said[0] == f"{of_all}; 0 moments" and said[-1] == f"{of_all}; {2 * count} moments"
+    return Artifact(run / stage)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    return life.pair(write(tmp_path_factory.mktemp("straight") / "run"))
+    return in_parts(tmp_path_factory.mktemp("straight") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +352,61 @@ def test_a_stop_leaves_no_trace(tmp_path, straight, hooks, codes):
     assert "resuming from step-" in path.with_suffix(".0.out").read_text()
     assert life.essence(resumed) == life.essence(straight)
     assert resumed.manifest().training.exact_resume
+
+
+OFFLOADED = {"launch__offload": True}
+
+
+@pytest.fixture(scope="module")
+def offloaded(tmp_path_factory):
+    return in_parts(tmp_path_factory.mktemp("offloaded") / "run", **OFFLOADED)
+
+
+def test_parts_in_the_hosts_memory_train_as_parts_do(straight, offloaded):
+    assert offloaded.verify().hardware["offload"] is True
+    assert "they lie in the host's memory between uses" in (offloaded.path / "log.txt").read_text()
+    assert "offload" not in straight.manifest().hardware, "as older versions have written it"
+    assert_alike(offloaded, straight)
+
+
+def test_a_reference_is_offloaded_beside_the_policy(tmp_path):
+    """Dpo has two models, of which one never learns."""
+    changes = {"stage": "dpo", "optim__steps": 3}
+    parts = life.pair(write(tmp_path / "parts", **changes))
+    assert_alike(in_parts(tmp_path / "offloaded", **changes, **OFFLOADED), parts)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "codes"),
+    [
+        pytest.param((None, "kill_after_checkpoint_6"), {-signal.SIGKILL, 1, LOST}, id="kill"),
+        life.by_the_dozen(("term_in_step_5", None), {143}),
+    ],
+)
+def test_a_stop_leaves_no_trace_of_what_is_offloaded(tmp_path, offloaded, hooks, codes):
+    path = write(tmp_path / "run", **OFFLOADED)
+    ends = life.ranks(path, hooks=hooks)
+    assert {code for code, _ in ends} <= codes, ends
+    resumed = life.pair(path)
+    assert "resuming from step-" in path.with_suffix(".0.out").read_text()
+    assert life.essence(resumed) == life.essence(offloaded)
+    assert resumed.manifest().training.exact_resume
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_another_place_for_the_parts_is_another_machine(tmp_path, begun):
+    """Whose optimizer computes elsewhere; the files of a checkpoint are the same."""
+    write(tmp_path / "run", launch__offload=begun, optim__steps=6)
+    path = tmp_path / "run.yaml"
+    assert {code for code, _ in life.ranks(path, hooks=(None, "term_in_step_5"))} == {143}
+    write(tmp_path / "run", launch__offload=not begun, optim__steps=6)
+    for code, text in life.ranks(path):
+        assert code == 3 and f"offload {begun} there, {not begun} now" in text, text
+    for code, text in life.ranks(path, inexact=True):
+        assert code == 0, text
+    manifest = Artifact(tmp_path / "run" / "sft").verify()
+    assert not manifest.training.exact_resume
+    assert manifest.hardware.get("offload", False) is not begun
 
 
 def test_a_checkpoint_has_a_part_of_each_process_and_nothing_pickled_of_the_model(straight):
@@ -572,6 +639,28 @@ REFUSED = {
     "layers in parts are not compiled": {"launch__compile": True},
     "all processes are on one machine": {"launch__strategy": "hsdp"},
 }
+
+
+NOT_OFFLOADED = {
+    "launch.strategy is auto": {"launch__strategy": "auto"},
+    "launch.strategy is ddp": {"launch__strategy": "ddp"},
+    "one process alone has all of the model": {"launch__processes": 1},
+    "not built beside an adapter": {"adapter": {}},
+}
+
+
+@pytest.mark.parametrize("words", NOT_OFFLOADED)
+def test_what_is_not_offloaded_is_refused_with_its_line(tmp_path, words):
+    changes = {"launch__processes": 2, "launch__strategy": "fsdp"} | OFFLOADED
+    values = life.recipe(tmp_path / "run", **(SETTINGS | changes | NOT_OFFLOADED[words]))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values, indent=1))
+    lines = path.read_text().splitlines()
+    number = next(number for number, line in enumerate(lines, 1) if '"offload"' in line)
+    with pytest.raises(UserError) as refused:
+        ahead.check([locate(path, schema("sft"))])
+    assert refused.value.code == 2
+    assert f"recipe.yaml:{number}: launch.offload: {words}" in str(refused.value)
 
 
 @pytest.mark.parametrize("words", REFUSED)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmpipe.parallel import device_of
+
 # Rows whose responses are finished leave the batch once they are at least one in so many.
 FINISHED_SHARE = 8
 
@@ -172,7 +174,7 @@ class _Batch:
     @classmethod
     def of(cls, model: Any, prompts: list[list[int]], uniforms: Tensor, pad_token: int) -> _Batch:
         """All prompts, their ends at the right."""
-        device = model.device
+        device = device_of(model)
         ids = left_padded(prompts, pad_token)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         mask = (torch.arange(-ids.shape[1], 0) >= -lengths[:, None]).long().to(device)
