@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.files import cut_back, digest, to_write, write_whole
@@ -105,6 +105,12 @@ class Settings(Record):
     device: str
     scores: int = 1
     """What scores mean: see `llmpipe.scores.VERSION`."""
+    adapters: Literal["merged"] | None = None
+    """Whether there are some, and they were merged to be measured."""
+
+    def known(self) -> dict[str, Any]:
+        """Those that an evaluation has; older ones know no other."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 class Book:
@@ -135,7 +141,7 @@ class Book:
     def _open(self, settings: Settings, evaluation: str, say: Say) -> None:
         path = self.path
         _refuse_other_settings(path, settings)
-        begin = digest([evaluation, settings.model_dump()])
+        begin = digest([evaluation, settings.known()])
         if path.exists() and not self._sums.exists():
             say(f"{path.name}: what an older llmpipe scored has no sums: it is scored again")
             path.unlink()
@@ -226,7 +232,7 @@ def _refuse_other_settings(samples: Path, settings: Settings) -> None:
     if begun and begun != settings:
         now = settings.model_dump()
         changed = ", ".join(
-            f"{name} {value} there, {now[name]} now"
+            f"{name} {value or 'apart'} there, {now[name] or 'apart'} now"
             for name, value in begun.model_dump().items()
             if value != now[name]
         )

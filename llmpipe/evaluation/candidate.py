@@ -307,14 +307,16 @@ def batches(lengths: list[int], size: int, tokens: int | None = None) -> Iterato
         yield batch
 
 
-def settings_of(precision: str, batch_size: int) -> Settings:
+def settings_of(precision: str, batch_size: int, any_adapters: bool) -> Settings:
     """What an evaluation's numbers depend on beside the recipe; `precision` may be `auto`."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
+    merged: Any = {"adapters": "merged"} if any_adapters and not bf16 else {}
     return Settings(
         batch_size=batch_size,
         precision="bf16" if bf16 else "fp32",
         device="cuda" if torch.cuda.is_available() else "cpu",
         scores=scores.VERSION,
+        **merged,
     )
 
 

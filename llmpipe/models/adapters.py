@@ -177,6 +177,16 @@ def on_base(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int
     return attach(base, folder)
 
 
+def merged(model: Any) -> PreTrainedModel:
+    """PEFT's model with the update in its weights, and nothing of PEFT's around them; as it is
+    where its base is quantized, whose weights take no sum.
+    """
+    if hasattr(model.get_base_model().config, "quantization_config"):
+        return model
+    whole: PreTrainedModel = model.merge_and_unload()
+    return whole
+
+
 def make_fit(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:
     """Give a base the vocabulary and the generation of the adapter in `folder`."""
     resize_embeddings(base, tokenizer, seed)

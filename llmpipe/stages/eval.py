@@ -283,7 +283,7 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     keep_imports()
     recipe, artifact, say = job.recipe, job.artifact, job.say
     take_device()
-    settings = settings_of(recipe.precision, recipe.launch.batch_size)
+    settings = settings_of(recipe.precision, recipe.launch.batch_size, bool(job.bases))
     world = World.of(settings.device)
     book = Book(artifact.path / "samples.jsonl", settings, job.plan.identity, say, world)
     items = items_by_task(job, prepared)

@@ -12,6 +12,7 @@ from llmpipe.evaluation.tasks.choice import Choice
 from llmpipe.evaluation.tasks.generate import Generate
 from llmpipe.evaluation.tasks.perplexity import Perplexity
 from llmpipe.evaluation.tasks.preference import Preference
+from llmpipe.files import digest
 from llmpipe.parallel import World
 from llmpipe.run.results import Cell, Results
 
@@ -104,6 +105,18 @@ def test_a_book_of_another_evaluation_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"settings\.json: batch_size: ") as refused:
         opened(tmp_path)
     assert refused.value.code == 3
+
+
+def test_a_book_of_adapters_that_were_not_merged_is_refused(tmp_path):
+    """As older code measured them; of other models nothing has changed."""
+    scored(tmp_path)
+    known = SETTINGS.model_dump(exclude={"adapters"})
+    first, *_ = (tmp_path / ".samples.jsonl.sums").read_text().splitlines()
+    assert first == digest(["a", known])
+    with pytest.raises(UserError, match="other settings: adapters apart there, merged now") as no:
+        opened(tmp_path, adapters="merged")
+    assert no.value.code == 3
+    assert len(opened(tmp_path).lines) == 6
 
 
 def test_a_closed_book_that_was_not_finished_is_whole(tmp_path):

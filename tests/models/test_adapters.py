@@ -219,7 +219,7 @@ def test_adapters_on_adapters(tmp_path):
         three.manifest().final["eval_loss"], abs=2e-5
     )
 
-    # all of them can be measured, unmerged; adapter and merged model say the same
+    # all of them can be measured; adapter and merged model say the same
     tasks = [{"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl")}]}]
     models = {"two": "artifact:two", "three": "artifact:three", "merged": "artifact:three-merged"}
     values = {
@@ -236,6 +236,70 @@ def test_adapters_on_adapters(tmp_path):
     ]["nats_per_token"]
     assert cells["three"]["value"] == pytest.approx(cells["merged"]["value"], abs=1e-5)
     assert cells["three"]["value"] != pytest.approx(cells["two"]["value"], abs=1e-3)
+
+
+LOOKED_AT = {
+    "lora": {},
+    "dora": {"adapter": {"rank": 4, "alpha": 8, "dora": True}},
+    "rslora": {"adapter": {"rank": 4, "alpha": 8, "rslora": True}},
+    "embeddings": {"adapter": {"rank": 4, "alpha": 8, "embeddings": "all"}},
+    "new tokens": {"data__template": "chatml"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("lora", "new tokens") else life.by_the_dozen(kind) for kind in LOOKED_AT],
+)
+def test_one_that_is_looked_at_in_fp32_is_merged_and_answers_the_same(tmp_path, kind):
+    """Greedily, to each of a hundred prompts, text for text."""
+    import torch
+
+    from llmpipe.models.adapters import on_base
+    from llmpipe.models.drawing.draw import Sampling
+    from llmpipe.models.generate import generate
+    from llmpipe.models.load import load_any
+    from llmpipe.models.pretrained import load_model, load_tokenizer
+
+    made = store.made(write(tmp_path / "run", evaluation={}, **LOOKED_AT[kind]))
+    base, tokenizer = life.TINY / "model", load_tokenizer(made.model)
+    merged = load_any(made.model, base, tokenizer, bf16=False)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    apart = on_base(load_model(base), made.model, tokenizer).eval()
+    rows = [json.loads(line) for line in (life.TINY / "rows.jsonl").read_text().splitlines()]
+    asked = [turns["messages"][0]["content"] for turns in rows]
+    asked = [f"{prompt} {more}".strip() for prompt in asked for more in ("", "Say why.")][:100]
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in asked]
+    assert len(prompts) == 100
+    ids = torch.tensor([prompts[0]])
+    with torch.no_grad():
+        logits = [model(ids).logits for model in (merged, apart, load_model(base))]
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-4
+    if kind != "new tokens":  # for which the base has no rows
+        assert float((logits[1] - logits[2]).abs().max()) > 1e-2
+    sampling = Sampling(max_new_tokens=12)
+    texts = [
+        [response.text for response in generate(model, tokenizer, prompts, sampling)]
+        for model in (merged, apart)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 5, "one that answers all alike proves little"
+
+    in_bf16 = load_any(made.model, base, tokenizer, bf16=True)
+    assert any("lora" in name for name, _ in in_bf16.named_modules()), "a sum would be rounded"
+
+
+def test_a_quantized_base_takes_no_update(tmp_path):
+    import torch
+
+    from llmpipe.models.adapters import load_frozen, merged, on_base
+    from llmpipe.models.pretrained import load_tokenizer
+    from llmpipe.recipe.sections import Quantization
+
+    made = store.made(write(tmp_path / "run", evaluation={}))
+    base = load_frozen(life.TINY / "model", Quantization(bits=4), torch.bfloat16)
+    adapted = on_base(base, made.model, load_tokenizer(made.model))
+    assert merged(adapted) is adapted
 
 
 @pytest.mark.parametrize(
