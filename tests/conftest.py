@@ -19,6 +19,10 @@ if "LLMPIPE_TESTS_WITH_GPU" not in os.environ:
     # a real one they would try something else. `make gpu PARTS=tests` runs those that are for it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# What a power cut would take no test can see, and a third of a run's seconds here would go by
+# waiting for the disk. tests/test_files.py holds what is synced; real processes sync, too.
+os.fsync = lambda descriptor: None
+
 # how long an example takes is the machine's affair, which may have other work
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anywhere")

@@ -24,6 +24,8 @@ from llmpipe.run.signals import Signals
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "recipes" / "tiny"
+FULL = os.environ.get("FAULTS") == "full"
+"""Whether it is night, and `make faults` has more trials of each."""
 WALL_CLOCK = (
     "tokens_per_second",
     "episodes_per_second",

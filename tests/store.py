@@ -1,9 +1,9 @@
 """Artifacts that tests start from, made once in a run of the suite and copied to whoever asks for
 the same again.
 
-`made(path)` is `life.command(path)` for a fixture: what decides the result is the recipe, less
-where its run lies, and the fingerprints of the artifacts it names. Whichever process of the suite
-asks first makes it; the others wait.
+`made(path)` is `life.command(path)` for a fixture, and `made(path, life.pair)` that: what decides
+the result is the recipe, less where its run lies, and the fingerprints of the artifacts it names.
+Whichever process of the suite asks first makes it; the others wait.
 """
 
 import fcntl
@@ -23,16 +23,17 @@ from tests import life
 HOME = "LLMPIPE_TEST_STORE"  # set by conftest.py, the same in every process of a run of the suite
 
 
-def made(path: Path) -> Artifact:
+def made(path: Path, by=life.command) -> Artifact:
     """The artifact of a recipe, in the run that the recipe names."""
     values = yaml.safe_load(path.read_text())
     run = Path(values.pop("run"))
     artifact = Artifact(run / values.get("name", values["stage"]))
-    kept = Path(os.environ[HOME]) / digest([values, fingerprints(run, path.read_text())])
+    decides = [by.__name__, values, fingerprints(run, path.read_text())]
+    kept = Path(os.environ[HOME]) / digest(decides)
     with alone(kept.with_suffix(".lock")):
         if not kept.exists():
             before = folders(run)
-            life.command(path)
+            by(path)
             keep(run, folders(run) - before, kept)
             return artifact
     shutil.copytree(kept, run, dirs_exist_ok=True)

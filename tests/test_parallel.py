@@ -16,6 +16,7 @@ from llmpipe import parallel
 from llmpipe.errors import UserError
 from llmpipe.front.launch import free_port
 from llmpipe.parallel import World, join, patient
+from tests import life
 
 
 def world(rank: int, size: int) -> World:
@@ -81,12 +82,9 @@ def test_one_process_hears_itself():
 
 
 def test_two_processes_hear_the_same():
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = (free_port(), queue)
-    processes = [context.Process(target=run, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    queue = multiprocessing.get_context("forkserver").Queue()
+    port = free_port()
+    processes = [life.forked(run, rank, port, queue) for rank in range(2)]
     heard = dict(queue.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(timeout=60)

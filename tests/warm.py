@@ -2,6 +2,7 @@
 collects them again."""
 
 import gc
+import os
 from importlib import import_module
 
 for name in (
@@ -12,5 +13,6 @@ for name in (
     "trl.trainer.sft_trainer",
 ):
     import_module(name)
+os.fsync = lambda descriptor: None  # as in conftest.py
 gc.collect()
 gc.freeze()

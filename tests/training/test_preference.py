@@ -589,8 +589,15 @@ def test_two_processes_with_what_does_not_divide(tmp_path):
     )
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
-@pytest.mark.parametrize("where", ["loss_1", "loss_5", "gradient_12"])
+@pytest.mark.parametrize(
+    ("where", "stage"),
+    [  # tests/training/test_life.py tries each of them in the loop that all stages share
+        ("loss_5", "dpo"),
+        ("gradient_12", "reward"),
+        *(life.by_the_dozen(where, "dpo") for where in ("loss_1", "gradient_12")),
+        *(life.by_the_dozen(where, "reward") for where in ("loss_1", "loss_5")),
+    ],
+)
 def test_nan_stops_before_the_optimizer(tmp_path, stage, where):
     """R13."""
     trial = life.Trial(

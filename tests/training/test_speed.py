@@ -93,7 +93,8 @@ def test_other_stages_compile_too(tmp_path, stage):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own tracing, which fails
-@pytest.mark.parametrize("again", ["none", "selective", "full"])
+# one of them traces what is kept and what is computed again
+@pytest.mark.parametrize("again", ["selective", *map(life.by_the_dozen, ("none", "full"))])
 def test_traced_layers_learn_the_same(tmp_path, monkeypatch, again):
     """All of a compilation but the machine code, which takes a minute on a CPU; with attention as
     on a GPU, which a compiler sees through."""
@@ -196,8 +197,18 @@ def test_a_step_of_sft_reads_the_device_once(tmp_path, monkeypatch, of_stage):
     assert read_in_steps(path, monkeypatch) == ["tolist"] * 4
 
 
-@pytest.mark.parametrize("adapter", [[], ["adapter.rank=4"]], ids=["full", "adapter"])
-@pytest.mark.parametrize("stage", ["dpo", "kto", "reward"])
+RANK = ["adapter.rank=4"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [  # each stage, and both kinds of a reference, in every run of the suite
+        ("dpo", []),
+        ("kto", RANK),
+        ("reward", []),
+        *(life.by_the_dozen(*case) for case in (("dpo", RANK), ("kto", []), ("reward", RANK))),
+    ],
+)
 def test_a_step_of_preferences_reads_the_device_once(tmp_path, monkeypatch, stage, adapter):
     """However many micro-batches it has."""
     written = (life.TINY / f"{stage}.yaml").read_text()
