@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmpipe.errors import Stopped, UserError
+from llmpipe.errors import DONE, Stopped, UserError
 from llmpipe.files import table
-from llmpipe.front import launch
+from llmpipe.front import launch, outside
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.outcome import Outcome
 from llmpipe.run.signals import Signals
@@ -171,6 +171,8 @@ def _trial(
     except Stopped as stop:
         print(stop.message)
         os._exit(stop.code)
+    if outside._peers.cache_info().currsize:
+        outside._peers().leave(DONE, last=True)  # as at the exit of a process that was no fork
     os._exit(0)
 
 
