@@ -256,6 +256,12 @@ def make_stages(
         recipe = located.recipe
         say(f"stage {i} of {len(stages)}: {recipe.stage} -> {artifact_of(recipe).path}")
         make(located, fresh=fresh, inexact=inexact, debug=debug)
+    if stages:
+        from llmpipe.report.closing import closing
+
+        made = [artifact_of(located.recipe) for located in stages]
+        for line in closing(Path(stages[0].recipe.run), made):
+            say(line)
 
 
 def stage_in(recipe: Path, command: str) -> str:

@@ -1,0 +1,79 @@
+"""What a pipeline says when it has ended: what came of it, in a few lines, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmpipe.errors import UserError
+from llmpipe.report.scoreboard import Column, Scoreboard, Verdict, scoreboard
+from llmpipe.report.terminal import labelled
+from llmpipe.report.text import counted, in_words
+from llmpipe.run.artifact import Artifact
+from llmpipe.run.results import Results
+
+UNCLEAR: Verdict = "no difference shown"
+LABELS: dict[Verdict, tuple[str, str]] = {
+    "better": ("gains", "over"),
+    "worse": ("losses", "under"),
+    UNCLEAR: ("not shown", "against"),
+}
+
+
+def closing(run: Path, made: list[Artifact]) -> list[str]:
+    """The end of a pipeline whose artifacts are `made`, in their order, in lines of 80 columns."""
+    lines = [f"{run}: {counted(len(made), 'stage')}, all finished"]
+    board = _board(made)
+    if board:
+        lines += [line for column in board.columns for line in _column(column)]
+        lines += _differences(board)
+    lines += labelled("look", f"llmpipe report {run}")
+    if chosen := _talker(made, board):
+        lines += labelled("try", f"llmpipe chat {chosen.path}")
+    return lines
+
+
+def _board(made: list[Artifact]) -> Scoreboard | None:
+    """Of the last evaluation; None where there is none, or its results cannot be read."""
+    results = [each.path / "results.json" for each in made]
+    measured = [path for path in results if path.exists()]
+    try:
+        return scoreboard(Results.from_file(measured[-1])) if measured else None
+    except UserError:
+        return None  # `show` and `verify` say what is wrong with it
+
+
+def _column(column: Column) -> Iterator[str]:
+    numbers = ", ".join(f"{model} {score.value}" for model, score in column.scores.items())
+    yield from labelled(column.task, f"{column.measure.title}, of {column.items}: {numbers}")
+
+
+def _differences(board: Scoreboard) -> Iterator[str]:
+    """Which models are better or worse than the one they were made from, and which may be either.
+
+    A metric of which nothing says which way is better has no line here.
+    """
+    for verdict, (label, between) in LABELS.items():
+        compared = _compared(board, verdict, between)
+        end = "" if verdict == UNCLEAR else ", real at 95 %"
+        if compared:
+            yield from labelled(label, in_words(compared) + end)
+
+
+def _compared(board: Scoreboard, verdict: Verdict, between: str) -> list[str]:
+    """`sft over base`, of each model and column with this verdict; the task where it is needed."""
+    columns = [c for c in board.columns if any(s.difference for s in c.scores.values())]
+    return [
+        f"{model} {between} {score.difference.other}"
+        + (f" in {column.task}" if len(columns) > 1 else "")
+        for column in columns
+        for model, score in column.scores.items()
+        if score.difference and score.difference.verdict == verdict
+    ]
+
+
+def _talker(made: list[Artifact], board: Scoreboard | None) -> Artifact | None:
+    """Whom to talk with: the best that was measured, or else the last that was made."""
+    models = [each for each in made if each.manifest().kind in ("model", "adapter")]
+    best = [each for each in models if board and each.path.name in board.best]
+    return next(iter(best or reversed(models)), None)
