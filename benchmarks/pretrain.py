@@ -79,8 +79,8 @@ def main() -> None:
     print(
         f"gzip -9:                 {8 * len(gzip.compress(text, 9)) / len(text):.3f} bits per byte"
     )
-    nats = bigram_nats(flat["train"], flat["eval"]) / (count - 1)
-    print(f"bigram, Kneser-Ney:      {nats * per_token:.3f}")
+    of_bigram = bigram_nats(flat["train"], flat["eval"]) / (count - 1)
+    print(f"bigram, Kneser-Ney:      {of_bigram * per_token:.3f}")
     told = manifest["final"]["bits_per_byte"]
     print(f"{args.artifact.name}: {nats / scored * per_token:>20.3f}   (manifest: {told:.3f})")
 

@@ -60,6 +60,7 @@ def test_they_are_all_found():
         "alpaca.yaml",
         "dpo.yaml",
         "eval.yaml",
+        "from-zero.yaml",
         "gpt2-124m.yaml",
         "gpt2-hellaswag.yaml",
         "gsm8k.yaml",
@@ -68,7 +69,6 @@ def test_they_are_all_found():
         "llama-8b-fsdp.yaml",
         "lora.yaml",
         "ppo.yaml",
-        "pretrain-tiny.yaml",
         "pretrain.yaml",
         "qlora-8b.yaml",
         "qlora.yaml",
@@ -107,7 +107,7 @@ def test_local_files_exist(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
             made_by_a_command = name.startswith(
-                ("./models/", "./texts/", "./runs/", "./sums/", "./sentiment/")
+                ("./models/", "./from-zero/", "./runs/", "./sums/", "./sentiment/")
             )
             if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"
@@ -152,11 +152,10 @@ def test_every_field_of_the_json_schema_is_documented(stage):
 
 def test_quickstart_runs_on_any_machine():
     recipe, *learned, measured = recipes_in(ROOT / "recipes" / "quickstart.yaml")
-    made = ["artifact:sft", *(f"artifact:{stage.artifact}" for stage in learned)]
-    assert list(measured.models.values()) == [recipe.model, *made] and measured.gate
-    assert all(stage.launch.processes == 1 for stage in (recipe, *learned)), (
-        "batch_size 2 does not divide by eight"
-    )
+    policies = [f"artifact:{stage.artifact}" for stage in learned if stage.stage != "reward"]
+    assert list(measured.models.values()) == [recipe.model, "artifact:sft", *policies]
+    assert measured.gate
+    assert all(stage.launch.processes == 1 for stage in (recipe, *learned))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert recipe.model == "./" + re.search(r"^MODEL := (.*)$", makefile, re.M)[1]
 
@@ -168,70 +167,79 @@ def test_recipes_without_a_process_count_fit_eight_gpus(name):
     assert recipe.optim.batch_size % 8 == 0
 
 
-def test_quickstart_rows_are_what_the_generator_makes():
-    made = runpy.run_path(str(ROOT / "recipes" / "make_quickstart.py"))
-    for name, rows, count in zip(made["FILES"], made["rows"](), (1100, 470, 400, 200), strict=True):
-        lines = (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-        assert lines.pop() == ""
+def lines_of(name: str) -> list[str]:
+    """The lines of recipes/NAME.jsonl."""
+    *lines, end = (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    assert end == ""
+    return lines
+
+
+def made_by(script: str) -> dict:
+    """What is in recipes/make_SCRIPT.py."""
+    return runpy.run_path(str(ROOT / "recipes" / f"make_{script}.py"))
+
+
+def test_questions_are_what_the_generator_makes():
+    made = made_by("questions")
+    for name, rows, count in zip(made["FILES"], made["rows"](), (1100, 470), strict=True):
+        lines = lines_of(name)
         assert [json.loads(line) for line in lines] == rows
         assert len(set(lines)) == len(lines) == count
 
 
-def test_quickstart_is_tested_on_what_it_was_not_trained_on():
-    from llmpipe.data.formats import Conversation, Preference, question
-    from llmpipe.data.layout import Rule, layout_of
+def test_quickstart_rows_are_what_the_generator_makes():
+    made = made_by("sums")["quick_rows"]()
+    for name, rows in made.items():
+        assert [json.loads(line) for line in lines_of(f"quickstart/{name}")] == rows
+    shipped = {path.stem for path in (ROOT / "recipes" / "quickstart").iterdir()}
+    assert shipped == set(made)
 
-    def asks(row: dict) -> str:
-        rule = Rule("auto", (), (Conversation, Preference))
-        return question(layout_of([row], rule, "row").convert(row).example)
 
-    *trained, tested, ranked = (
-        {
-            asks(json.loads(line))
-            for line in (ROOT / "recipes" / f"quickstart{name}.jsonl")
-            .read_text(encoding="utf-8")
-            .split("\n")
-            if line
-        }
-        for name in ("", "-pairs", "-test", "-test-pairs")
+def test_questions_are_tested_on_what_was_not_trained_on():
+    trained, tested = (
+        set(questions(ROOT / "recipes" / f"{name}.jsonl"))
+        for name in ("questions", "questions-test")
     )
-    assert len(tested) == 470 and len(ranked) == 200
-    assert not (tested | ranked) & (trained[0] | trained[1])
+    assert len(tested) == 470 and not tested & trained
 
 
-@pytest.mark.parametrize("made", ["quickstart", "sums"])
-def test_wrong_answers_are_wrong(made):
-    files = runpy.run_path(str(ROOT / "recipes" / f"make_{made}.py"))["rows"]()
-    files = [files[name] for name in ("pairs", "test-pairs")] if made == "sums" else files[2:]
-    right = {True: max, False: sum}
-    checked = 0
-    for row in (row for file in files for row in file):
-        asked, chosen, rejected = (
-            row[side][0]["content"] for side in ("prompt", "chosen", "rejected")
-        )
-        assert chosen != rejected and re.sub(r"[\w, -]+", "", chosen) == re.sub(
-            r"[\w, -]+", "", rejected
-        )
-        if "+" in asked or "larger" in chosen:
-            number = right["larger" in chosen](int(n) for n in re.findall(r"\d+", asked))
-            answers = [
-                int(re.findall(r"\d+", text)[0 if "larger" in chosen else -1])
-                for text in (chosen, rejected)
-            ]
-            assert answers[0] == number != answers[1], row
-            checked += 1
-    assert checked > 100
+def numbers_in(row: dict) -> frozenset[str]:
+    """The operands of a row; a + b is b + a."""
+    return frozenset(re.findall(r"\d+", json.dumps(row.get("prompt", row.get("messages"))[:1])))
+
+
+@pytest.mark.parametrize("files", ["rows", "quick_rows"])
+def test_answers_to_sums_are_right_and_wrong_as_they_are_called(files):
+    made = made_by("sums")
+    for name, rows in made[files]().items():
+        for row in rows:
+            asked, *answers = (
+                message["content"]
+                for side in ("messages", "prompt", "chosen", "rejected")
+                for message in row.get(side, [])
+            )
+            right = sum(int(number) for number in re.findall(r"\d+", asked))
+            assert int(answers[0]) == right, (name, row)
+            if "rejected" in row:
+                off = abs(int(answers[1]) - right)
+                assert off >= (made["FAR"] if name == "far-pairs" else 1), (name, row)
+
+
+def test_the_quickstart_is_tested_on_other_expressions():
+    asked = {
+        name: {numbers_in(row) for row in rows}
+        for name, rows in made_by("sums")["quick_rows"]().items()
+    }
+    assert asked["pairs"] == asked["far-pairs"] and len(asked["pairs"]) == 1600
+    assert len(asked["test"]) == 400
+    assert not asked["form"] & (asked["pairs"] | asked["test"])
+    assert not asked["pairs"] & asked["test"]
 
 
 def test_sums_are_tested_on_other_expressions():
     """Split by expression: a + b is b + a."""
-    files = runpy.run_path(str(ROOT / "recipes" / "make_sums.py"))["rows"]()
-
-    def numbers(row):
-        prompt = row.get("prompt", row.get("messages"))[:1]
-        return frozenset(re.findall(r"\d+", json.dumps(prompt)))
-
-    asked = {name: [numbers(row) for row in rows] for name, rows in files.items()}
+    files = made_by("sums")["rows"]()
+    asked = {name: [numbers_in(row) for row in rows] for name, rows in files.items()}
     assert asked["test"] == asked["test-pairs"] and len(asked["test"]) >= 400
     assert set(asked["asks"]) == set(asked["pairs"]) and len(set(asked["asks"])) == len(
         asked["asks"]
@@ -247,14 +255,10 @@ def test_sums_are_tested_on_other_expressions():
     assert {max(map(len, part)) for part in asked["test"]} == {1, 2}
 
 
-def test_quickstart_answers_are_right():
+def test_answers_to_questions_are_right():
     """An independent reading of the prompts: sums, differences, comparisons, letters."""
     checked = 0
-    texts = [
-        (ROOT / "recipes" / f"{name}.jsonl").read_text(encoding="utf-8")
-        for name in ("quickstart", "quickstart-test")
-    ]
-    for line in "".join(texts).split("\n")[:-1]:
+    for line in lines_of("questions") + lines_of("questions-test"):
         prompt, answer = (message["content"] for message in json.loads(line)["messages"])
         numbers = [int(n) for n in re.findall(r"\d+", prompt)]
         if match := re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)\.", answer):
@@ -280,11 +284,13 @@ def test_quickstart_answers_are_right():
     assert checked > 1000
 
 
-@pytest.mark.parametrize("name", ["quickstart", "sft"])
-def test_sample_prompts_are_not_trained_on(name):
+@pytest.mark.parametrize(
+    ("name", "rows"), [("quickstart", "quickstart/form"), ("sft", "questions")]
+)
+def test_sample_prompts_are_not_trained_on(name, rows):
     recipe = recipes_in(ROOT / "recipes" / f"{name}.yaml")[0]
     assert len(recipe.samples.prompts) >= 3
-    assert not set(recipe.samples.prompts) & set(questions(ROOT / "recipes" / "quickstart.jsonl"))
+    assert not set(recipe.samples.prompts) & set(questions(ROOT / "recipes" / f"{rows}.jsonl"))
 
 
 def test_the_tiny_model_is_tiny_and_loads_nothing_but_data():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmpipe.errors import UserError
 from llmpipe.report.scoreboard import Column, Scoreboard, Verdict, scoreboard
-from llmpipe.report.terminal import labelled
+from llmpipe.report.terminal import LABEL, labelled, ranked_by
 from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.results import Results
@@ -27,9 +27,12 @@ def closing(run: Path, made: list[Artifact]) -> list[str]:
     if board:
         lines += [line for column in board.columns for line in _column(column)]
         lines += _differences(board)
-    lines += labelled("look", f"llmpipe report {run}")
+    for each in made:
+        if ranked := ranked_by(each.manifest()):
+            lines += labelled(each.path.name, f"ranks {ranked}")
+    lines.append(f"  {'look':<{LABEL}} llmpipe report {run}")  # commands are not cut
     if chosen := _talker(made, board):
-        lines += labelled("try", f"llmpipe chat {chosen.path}")
+        lines.append(f"  {'try':<{LABEL}} llmpipe chat {chosen.path}")
     return lines
 
 

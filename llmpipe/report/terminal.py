@@ -62,16 +62,23 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
     steps = counted(training.steps, "step")
     size = size_of(manifest.files)
     lines += labelled("training", f"{steps}, {duration_of(training.seconds)}, {size}{resumed}")
-    if ranking := manifest.final.get("ranking"):
-        low, high = ranking["accuracy_interval"]
-        pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
-        right = f"{ranking['accuracy']:.0%} [{low:.0%}, {high:.0%}] of {pairs} right"
-        lines += labelled("ranking", right)
+    if ranked := ranked_by(manifest):
+        lines += labelled("ranking", ranked)
     lines += losses(artifact)
     held_out = curves_of(artifact.path / "metrics.jsonl").points.get("eval_loss", [])
     if rise := rise_of(held_out, training.published_step):
         lines += labelled("but", f"{rise}: see evaluation.keep_best")
     return lines
+
+
+def ranked_by(manifest: Manifest) -> str:
+    """How many pairs a reward model has in the right order; empty for any other model."""
+    ranking = manifest.final.get("ranking")
+    if not ranking:
+        return ""
+    low, high = ranking["accuracy_interval"]
+    pairs = f"{ranking['n']:,} pairs {'held out' if ranking['held_out'] else 'trained on'}"
+    return f"{ranking['accuracy']:.0%} [{low:.0%}, {high:.0%}] of {pairs} right"
 
 
 def labelled(label: str, text: str) -> list[str]:

@@ -1,18 +1,14 @@
-# python recipes/make_quickstart.py
-"""Writes recipes/quickstart.jsonl and quickstart-test.jsonl: 1,100 small instructions to train on
-and 470 to test on, with short answers that are right by construction; and quickstart-pairs.jsonl
-and quickstart-test-pairs.jsonl: 400 and 200 with a wrong answer beside the right one, half of them
-slips, half the answer to another question.
+# python recipes/make_questions.py
+"""Writes recipes/questions.jsonl and questions-test.jsonl: 1,100 small instructions to train on and
+470 to test on, with short answers that are right by construction.
 
-Thirteen kinds of task, several phrasings each; no problem occurs twice in any of them, so that what
-is tested was never seen in other words. The problems behind `samples:` in recipes/quickstart.yaml
-are left out. Same seed, same files.
+Thirteen kinds of task, several phrasings each; no problem occurs twice in either of them, so that
+what is tested was never seen in other words. The problems behind `samples:` in recipes/sft.yaml are
+left out. Same seed, same files.
 """
 
 import json
 import random
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 WORDS = """
@@ -237,76 +233,49 @@ def calendar(rng: random.Random) -> Row:
     return ("day", DAYS[day], step), ask.format(d=DAYS[day]), f"{DAYS[(day + step) % 7]}."
 
 
-# task -> rows to train on, rows to test on, pairs to train on, pairs to test on
+# task -> rows to train on, rows to test on
 TASKS = {
-    add: (150, 80, 80, 40),
-    subtract: (120, 80, 80, 40),
-    larger: (100, 60, 70, 40),
-    parity: (80, 40, 30, 10),
-    following: (70, 20, 0, 0),
-    ordered: (90, 60, 60, 30),
-    reverse: (70, 10, 0, 0),
-    spell: (80, 30, 30, 20),
-    count: (90, 30, 20, 10),
-    edge: (80, 40, 30, 10),
-    capitals: (50, 20, 0, 0),
-    plural: (70, 0, 0, 0),  # there are no more of them
-    calendar: (50, 0, 0, 0),
+    add: (150, 80),
+    subtract: (120, 80),
+    larger: (100, 60),
+    parity: (80, 40),
+    following: (70, 20),
+    ordered: (90, 60),
+    reverse: (70, 10),
+    spell: (80, 30),
+    count: (90, 30),
+    edge: (80, 40),
+    capitals: (50, 20),
+    plural: (70, 0),  # there are no more of them
+    calendar: (50, 0),
 }
-FILES = ("quickstart", "quickstart-test", "quickstart-pairs", "quickstart-test-pairs")
-
-
-def wrong(rng: random.Random, task: Callable, problem: Problem, answer: str) -> str:
-    """An answer of the same form that is not right: to another problem, or with a slip."""
-    if rng.random() < 0.5:
-        return next(other for *_, other in iter(lambda: task(rng), None) if other != answer)
-    kind = problem[0]
-    if kind == "larger":
-        return f"{min(problem[1:])} is larger."
-    if kind == "parity":
-        return answer.replace("even", "ODD").replace("odd", "even").lower()
-    if kind == "ordered":
-        words = rng.sample(problem[1:], 3)
-        return ", ".join(words if words != sorted(words) else reversed(words)) + "."
-    if kind == "spell":
-        cut = rng.randrange(len(problem[1]))
-        return "-".join(problem[1][:cut] + problem[1][cut + 1 :]) + "."
-    if kind == "edge":
-        return rng.choice([letter for letter in problem[1] if f"{letter}." != answer]) + "."
-    before, number, behind = re.fullmatch(r"(.* )(\d+)(\D*)", answer).groups()
-    others = {int(number) + step for step in (-10, -2, -1, 1, 2, 10)}
-    return f"{before}{rng.choice([other for other in sorted(others) if other > 0])}{behind}"
+FILES = ("questions", "questions-test")
 
 
 def rows(seed: int = 0) -> tuple[list[dict], ...]:
-    """The rows of FILES, in a shuffled order; no problem occurs twice in any or all of them."""
+    """The rows of FILES, in a shuffled order; no problem occurs twice in either or both of them."""
     seen = set(KEPT_OUT)
     return tuple(_draw(random.Random(seed + part), part, seen) for part in range(len(FILES)))
 
 
 def _draw(rng: random.Random, part: int, seen: set[Problem]) -> list[dict]:
-    found = []
+    drawn = []
     for task, wanted in TASKS.items():
-        last = len(found) + wanted[part]
-        while len(found) < last:
+        last = len(drawn) + wanted[part]
+        while len(drawn) < last:
             problem, prompt, answer = task(rng)
             if problem not in seen:
                 seen.add(problem)
-                found.append((task, problem, prompt, answer))
-    rng.shuffle(found)
-    user, assistant = ({"role": role} for role in ("user", "assistant"))
-    if part < 2:
-        return [
-            {"messages": [user | {"content": prompt}, assistant | {"content": answer}]}
-            for *_, prompt, answer in found
-        ]
+                drawn.append((prompt, answer))
+    rng.shuffle(drawn)
     return [
         {
-            "prompt": [user | {"content": prompt}],
-            "chosen": [assistant | {"content": answer}],
-            "rejected": [assistant | {"content": wrong(rng, task, problem, answer)}],
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
         }
-        for task, problem, prompt, answer in found
+        for prompt, answer in drawn
     ]
 
 
