@@ -4,7 +4,7 @@
 texts/        what comes with Python itself (PSF licence), two megabytes of English: its reference
               documentation, a file per topic, and the docstrings of its library, a file per module;
               held-out/ has every tenth of them, and is for measuring alone
-form.jsonl    which of two numbers is larger, with the right answers, for sft
+form.jsonl    whether a number is larger than another one, with the right answers, for sft
 pairs.jsonl   others with the right answer and the wrong one, for reward, dpo and ppo
 test.jsonl    others with the right answers
 
@@ -20,7 +20,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-FORM, PAIRS, TEST = 1200, 2000, 400
+FORM, PAIRS, TEST = 200, 2400, 400
 FOLDER = Path("from-zero")
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
 SHORT = 500  # characters of docstrings that are no document
@@ -57,9 +57,9 @@ def rows(seed: int = 0) -> dict[str, Rows]:
     rng = random.Random(seed)
     every = [(a, b) for a in range(10, 100) for b in range(10, a)]
     drawn = [rng.sample(two, 2) for two in rng.sample(every, FORM + PAIRS + TEST)]
-    asks = [turns("user", f"Which number is larger, {a} or {b}?") for a, b in drawn]
-    right = [turns("assistant", max(two)) for two in drawn]
-    wrong = [turns("assistant", min(two)) for two in drawn]
+    asks = [turns("user", f"Is {a} larger than {b}?") for a, b in drawn]
+    right = [turns("assistant", "Yes." if a > b else "No.") for a, b in drawn]
+    wrong = [turns("assistant", "No." if a > b else "Yes.") for a, b in drawn]
     answered = [{"messages": ask + say} for ask, say in zip(asks, right, strict=True)]
     pairs = [
         {"prompt": ask, "chosen": chosen, "rejected": rejected}

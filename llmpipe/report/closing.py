@@ -57,26 +57,32 @@ def _differences(board: Scoreboard) -> Iterator[str]:
     A metric of which nothing says which way is better has no line here.
     """
     for verdict, (label, between) in LABELS.items():
-        compared = _compared(board, verdict, between)
-        end = "" if verdict == UNCLEAR else ", real at 95 %"
+        compared = list(_compared(board, verdict, between))
+        end = "" if verdict == UNCLEAR else "; real at 95%"
         if compared:
-            yield from labelled(label, in_words(compared) + end)
+            yield from labelled(label, "; ".join(compared) + end)
 
 
-def _compared(board: Scoreboard, verdict: Verdict, between: str) -> list[str]:
-    """`sft over base`, of each model and column with this verdict; the task where it is needed."""
+def _compared(board: Scoreboard, verdict: Verdict, between: str) -> Iterator[str]:
+    """`sft over base and dpo over sft`, of each column; with its task where there are several."""
     columns = [c for c in board.columns if any(s.difference for s in c.scores.values())]
-    return [
-        f"{model} {between} {score.difference.other}"
-        + (f" in {column.task}" if len(columns) > 1 else "")
-        for column in columns
-        for model, score in column.scores.items()
-        if score.difference and score.difference.verdict == verdict
-    ]
+    for column in columns:
+        pairs = [
+            f"{model} {between} {score.difference.other}"
+            for model, score in column.scores.items()
+            if score.difference and score.difference.verdict == verdict
+        ]
+        if pairs:
+            yield (f"{column.task}: " if len(columns) > 1 else "") + in_words(pairs)
 
 
 def _talker(made: list[Artifact], board: Scoreboard | None) -> Artifact | None:
-    """Whom to talk with: the best that was measured, or else the last that was made."""
+    """Whom to talk with: the best at what is right or wrong, or else the last that was made."""
     models = [each for each in made if each.manifest().kind in ("model", "adapter")]
-    best = [each for each in models if board and each.path.name in board.best]
-    return next(iter(best or reversed(models)), None)
+    best = [
+        model
+        for column in (board.columns if board else [])
+        for model, score in column.scores.items()
+        if score.is_best and column.measure.higher_is_better
+    ]
+    return next((each for each in models if each.path.name in best), models[-1] if models else None)

@@ -9,15 +9,15 @@ from llmpipe.run.artifact import Artifact
 from llmpipe.run.results import Cell, MeasuredModel, Results, TaskResults
 from tests.report.written import add_eval, add_sft
 
-FIVE = ("base", "sft", "dpo", "ppo")
+FOUR = ("base", "sft", "dpo", "ppo")
 
 
 def measured(run, **differences: Cell) -> None:
     """Four models that answered 400 sums, in place of what the evaluation of `run` had."""
-    values = dict(zip(FIVE, (0.01, 0.42, 0.55, 0.63), strict=True))
+    values = dict(zip(FOUR, (0.01, 0.42, 0.55, 0.63), strict=True))
     cells = {label: Cell(value, value - 0.05, value + 0.05, 400) for label, value in values.items()}
     parents = {"sft": "base", "dpo": "sft", "ppo": "sft"}
-    models = {label: MeasuredModel(None, 2, 9, 9, "float32", parents.get(label)) for label in FIVE}
+    models = {label: MeasuredModel(None, 2, 9, 9, "float32", parents.get(label)) for label in FOUR}
     apart = {name.replace("_", " - "): cell for name, cell in differences.items()}
     task = TaskResults("generate", {"number": cells}, {"number": apart}, n=400)
     Results(models, {"sums": task}).to_file(run / "eval" / "results.json")
@@ -44,7 +44,7 @@ def test_six_lines_say_what_came_of_it(tmp_path, monkeypatch):
     assert lines == [
         "run: 2 stages, all finished",
         "  sums       right number, of 400 items: base 1 %, sft 42 %, dpo 55 %, ppo 63 %",
-        "  gains      sft over base, dpo over sft and ppo over sft, real at 95 %",
+        "  gains      sft over base, dpo over sft and ppo over sft; real at 95%",
         "  look       llmpipe report run",
         "  try        llmpipe chat run/sft",
     ]
@@ -55,9 +55,34 @@ def test_what_was_not_shown_or_is_worse_is_said(tmp_path, monkeypatch):
         tmp_path, monkeypatch, sft_base=real(0.41), dpo_sft=real(0.01), ppo_sft=real(-0.3)
     )
     assert lines[2:5] == [
-        "  gains      sft over base, real at 95 %",
-        "  losses     ppo under sft, real at 95 %",
+        "  gains      sft over base; real at 95%",
+        "  losses     ppo under sft; real at 95%",
         "  not shown  dpo against sft",
+    ]
+
+
+def test_each_task_is_named_where_there_are_several(tmp_path, monkeypatch):
+    ended(tmp_path, monkeypatch, sft_base=real(0.41), dpo_sft=real(0.01), ppo_sft=real(0.2))
+    path = tmp_path / "run" / "eval" / "results.json"
+    results = Results.from_file(path)
+    texts = TaskResults(
+        "perplexity",
+        {"perplexity": {label: Cell(9.0, 8.0, 10.0, 400) for label in FOUR}},
+        {
+            "perplexity": {
+                "sft - base": Cell(3.0, 2.0, 4.0, 400),
+                "ppo - sft": Cell(-2, -3, -1, 400),
+            }
+        },
+    )
+    Results(results.models, {"texts": texts, **results.tasks}).to_file(path)
+    run = tmp_path / "run"
+    lines = closing(run, [Artifact(run / "sft"), Artifact(run / "eval")])
+    assert lines[3:-2] == [
+        "  gains      texts: ppo over sft; sums: sft over base and ppo over sft; real at",
+        "             95%",
+        "  losses     texts: sft under base; real at 95%",
+        "  not shown  sums: dpo against sft",
     ]
 
 
