@@ -163,7 +163,9 @@ def _item_card(lines: dict[str, dict[str, Any]], most: int) -> Card:
     pair = [name for name in ("chosen", "rejected") if name in first]
     answers = [Answer(name, clip(text_of(first[name]), most)) for name in pair]
     answers += [_answer(model, line, most) for model, line in lines.items()]
-    return Card(clip(text_of(first.get("prompt")), most), answers, expected)
+    # what a model's own template adds, a system prompt say, the others were not asked
+    asked = min((text_of(line.get("prompt")) for line in lines.values()), key=len)
+    return Card(clip(asked, most), answers, expected)
 
 
 def _answer(model: str, line: dict[str, Any], most: int) -> Answer:

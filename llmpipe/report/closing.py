@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmpipe.errors import UserError
+from llmpipe.report.measures import PERCENT
 from llmpipe.report.scoreboard import Column, Scoreboard, Verdict, scoreboard
 from llmpipe.report.terminal import LABEL, labelled, ranked_by
 from llmpipe.report.text import counted, in_words
@@ -48,7 +49,8 @@ def _board(made: list[Artifact]) -> Scoreboard | None:
 
 def _column(column: Column) -> Iterator[str]:
     numbers = ", ".join(f"{model} {score.value}" for model, score in column.scores.items())
-    yield from labelled(column.task, f"{column.measure.title}, of {column.items}: {numbers}")
+    said = f"{column.measure.title}, of {column.items}: {numbers}"
+    yield from labelled(column.task, said.replace(f" {PERCENT}", PERCENT))  # no unit is cut off
 
 
 def _differences(board: Scoreboard) -> Iterator[str]:

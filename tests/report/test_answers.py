@@ -82,3 +82,16 @@ def test_the_first_screen_leaves_out_the_marks_of_a_template(tmp_path, prompt):
     made = shown(tmp_path, lines)
     assert made.items[0].prompt.text == "Is it?"
     assert made.folds[0].cards[0].prompt.text == prompt
+
+
+def test_a_system_prompt_of_one_models_template_is_not_what_was_asked(tmp_path):
+    chatty = (
+        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>"
+    )
+    plain = "<|im_start|>user\nWhat is 1 + 1?<|im_end|>"
+    lines = [
+        line(model, 0, {"number": right}, answers=["2"]) | {"prompt": prompt}
+        for model, prompt, right in (("base", chatty, 0.0), ("sft", plain, 1.0))
+    ]
+    made = shown(tmp_path, lines)
+    assert [card.prompt.text for card in made.items] == ["What is 1 + 1?"]

@@ -43,7 +43,7 @@ def test_six_lines_say_what_came_of_it(tmp_path, monkeypatch):
     )
     assert lines == [
         "run: 2 stages, all finished",
-        "  sums       right number, of 400 items: base 1 %, sft 42 %, dpo 55 %, ppo 63 %",
+        "  sums       right number, of 400 items: base 1%, sft 42%, dpo 55%, ppo 63%",
         "  gains      sft over base, dpo over sft and ppo over sft; real at 95%",
         "  look       llmpipe report run",
         "  try        llmpipe chat run/sft",
