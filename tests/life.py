@@ -184,6 +184,16 @@ def forked(target, *args):
     return process
 
 
+def ends(processes, seconds: float) -> list[int | None]:
+    """Their exit codes, None of one that hangs, which is killed: nothing outlives its test."""
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
 class Trial:
     """One command in a forked process; `kill`, `terminate` and `exitcode` are multiprocessing's."""
 
@@ -192,9 +202,9 @@ class Trial:
         self.process = forked(_trial, str(path), str(self.out), tuple(sets), hook)
 
     def wait(self, seconds: float = 120) -> int:
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, "the trial hangs:\n" + self.text()
-        return self.process.exitcode
+        (code,) = ends([self.process], seconds)
+        assert code is not None, "the trial hangs:\n" + self.text()
+        return code
 
     def text(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
@@ -219,11 +229,10 @@ def ranks(path: Path, sets=(), hooks=(None, None), inexact=False) -> list[tuple[
     """(exit code, what was printed) of the ranks that `started` starts."""
     outs = [path.with_suffix(f".{rank}.out") for rank in range(len(hooks))]
     processes = started(path, sets, hooks, inexact)
-    for process in processes:
-        process.join(120)
+    codes = ends(processes, 120)
     texts = [out.read_text() if out.exists() else "" for out in outs]
-    assert all(process.exitcode is not None for process in processes), "\n".join(texts)
-    return [(process.exitcode, text) for process, text in zip(processes, texts, strict=True)]
+    assert None not in codes, "\n".join(texts)
+    return list(zip(codes, texts, strict=True))
 
 
 def pair(path: Path, sets=()) -> Artifact:

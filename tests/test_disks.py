@@ -189,7 +189,7 @@ TRIALS = [
     (stage, how, number)
     for how, count in (("size", 20), ("moment", 20), ("inodes", 8), ("readonly", 8), ("limit", 8))
     for stage, share in SHARE.items()
-    for number in range(count if FULL else max(1, round(count * share)))
+    for number in range(count if FULL else max(1, round(count * share / 2)))
 ]
 
 

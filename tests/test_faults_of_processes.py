@@ -122,7 +122,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("trial", range(10 if FULL else 5))
+@pytest.mark.parametrize("trial", range(10 if FULL else 3))
 @pytest.mark.parametrize(("settings", "victim"), KILLS)
 def test_an_early_kill_leaves_nobody(straight, tmp_path, settings, victim, trial):
     """kill -9 of the command, its launcher or its worker at any moment: no process is left after

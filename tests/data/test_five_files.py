@@ -22,6 +22,7 @@ from llmpipe.data.kinds.pairs import PAIRS
 from llmpipe.data.kinds.rows import ROWS
 from llmpipe.data.prepare import prepare
 from llmpipe.recipe.sections import Data
+from tests import life
 
 from .conftest import load, make_model
 
@@ -298,7 +299,8 @@ def prepared(kind, model: Path, folder: Path, path: str) -> tuple[list[Row], lis
     return written, [json.loads(line)["reason"] for line in rejected]
 
 
-@pytest.mark.parametrize("seed", range(10))
+# each kind of row in every run of the suite
+@pytest.mark.parametrize("seed", [*range(4), *map(life.by_the_dozen, range(4, 10))])
 def test_the_same_rows_are_the_same_tokens(seed, model, tmp_path, load_dataset):
     """500 conversations, with tools, calls, results, parts, nulls, nesting, all scripts."""
     writer = Writer(seed)
