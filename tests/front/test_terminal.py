@@ -79,6 +79,7 @@ def test_a_reader_that_goes_is_no_error(run, command):
     assert done.stdout == "0\n" and done.stderr == ""
 
 
+@pytest.mark.faults  # `make test` has what prints, and a reader that goes, without a process tree
 def test_a_training_goes_on_without_its_reader(run, tmp_path):
     done = shell(f"$llmpipe sft {run}.yaml --run {tmp_path}/run | true; echo ${{PIPESTATUS[0]}}")
     assert done.stdout == "141\n" and "Traceback" not in done.stderr

@@ -141,7 +141,7 @@ def said(artifact):
     return [line for line in lines if line.startswith("memory:")]
 
 
-@pytest.mark.parametrize("how", ["full", "lora"])
+@pytest.mark.parametrize("how", ["full", life.by_the_dozen("lora")])
 def test_passes_that_do_not_fit_are_cut_without_a_trace(tmp_path, monkeypatch, short, how):
     """As if the run had begun with smaller ones, and a resumed run goes on with these."""
     from llmpipe.rl import passes
@@ -363,8 +363,15 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("how", ["full", "trunk", "lora"])
-@pytest.mark.parametrize("drawn", DRAWN)
+RATIOS = [("full", drawn) for drawn in DRAWN]
+RATIOS += [(how, "plain") for how in ("trunk", "lora")]
+"""Every way to draw, and every policy."""
+OTHER_RATIOS = [(how, drawn) for how in ("trunk", "lora") for drawn in DRAWN if drawn != "plain"]
+
+
+@pytest.mark.parametrize(
+    ("how", "drawn"), [*RATIOS, *(life.by_the_dozen(*case) for case in OTHER_RATIOS)]
+)
 def test_the_first_ratio_is_one(tmp_path, spied, how, drawn):
     """On every token, with prompts of several lengths and so padding on the left of most."""
     settings = dict(DRAWN[drawn])

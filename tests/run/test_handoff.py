@@ -187,7 +187,9 @@ def test_an_adapter_on_another_base_is_refused(made, tmp_path, name, hurt):
     assert refused.value.code == 3 and words[hurt] in str(refused.value)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "ppo killed", "ppo in two"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "dpo", "ppo killed", *map(life.by_the_dozen, ("ppo", "ppo in two"))]
+)
 def test_a_tracker_gets_what_metrics_have(tmp_path, monkeypatch, stage):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
