@@ -91,9 +91,11 @@ def _read(model: Model, kept: Path, say: Say, in_run: bool) -> Path:
 
 def _read_into(folder: Path, model: Model, say: Say, where: str) -> Path:
     """Read a GGUF file into a folder, unless that is there."""
+    if model.folder is None:  # the file is gone, and nothing else is left of it
+        sums.glance(folder, BESIDE_WEIGHTS)
+        return folder
     if _is_whole(folder, say):  # for which nothing is written: it may be a disk for reading alone
         return folder
-    assert model.folder is not None
     _refuse_no_room(folder, model.folder)
     with _alone(folder):
         if not _is_whole(folder):

@@ -34,7 +34,7 @@ class Lock:
         """Take the lock, trying for `wait` seconds.
 
         Raises UserError (75) naming the pid and host of the process that has it, or (5) where the
-        run cannot be written.
+        run cannot be written, or its file system knows no locks.
         """
         descriptor = self._open()
         deadline = time.monotonic() + wait
@@ -86,7 +86,7 @@ class Lock:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-            raise
+            raise not_writable(self.artifact.run, error) from None
         return True
 
     def _busy(self, descriptor: int) -> UserError:

@@ -420,7 +420,7 @@ def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     ways = ways_to(adapter, trained_on)
     if not ways and trained_on.kind == "gguf":
         read_already = Model("gguf", reference, trained_on.identity, None)
-        if (model_folder(read_already, adapter.run / ".prepared") / "config.json").exists():
+        if is_sealed(model_folder(read_already, adapter.run / ".prepared")):
             return read_already
     if not ways:
         beside = _beside(adapter, reference)

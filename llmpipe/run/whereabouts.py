@@ -8,7 +8,7 @@ identity. A note is a hint; what lies at the place is hashed as everything is.
     $XDG_CACHE_HOME/llmpipe/places/DIGEST      a note
     $XDG_CACHE_HOME/llmpipe/models/gguf-HASH   the weights of a GGUF file, by its content
 
-All of it may be deleted at any time: it is made again.
+All of it may be deleted while no command runs: it is made again.
 """
 
 from __future__ import annotations

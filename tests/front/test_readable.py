@@ -2,6 +2,8 @@
 damaged is ever used; where that takes nothing, the run has it itself.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -109,6 +111,23 @@ def test_a_run_that_has_it_itself_goes_on_with_that(here, capsys, monkeypatch):
     assert not (here / "cache" / "llmpipe" / "models").exists()
 
 
+def test_what_was_read_does_for_a_file_that_is_gone(here, capsys):
+    """As long as it is whole; then it is said, since nothing can make it again."""
+    life.command(write(here, "one"))
+    (here / "m.gguf").unlink()
+    on_top = {"model": "artifact:lora"}
+    life.command(write(here, "one", name="next", **on_top))
+    assert READING in capsys.readouterr().out  # of the first one alone
+    flip(cached(here) / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: sha256") as refused:
+        life.command(write(here, "one", name="third", **on_top))
+    assert refused.value.code == 3
+    (cached(here) / SUMS).unlink()
+    with pytest.raises(UserError, match=r"m\.gguf: lies neither where it was nor at") as refused:
+        life.command(write(here, "one", name="last", **on_top))
+    assert refused.value.code == 3
+
+
 def test_several_machines_have_it_in_the_run(monkeypatch):
     assert IN_RUN not in launch.environment("convert", 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -189,6 +208,21 @@ def test_a_cache_that_cannot_be_made_is_done_without(here, capsys, monkeypatch):
     assert verify(kept) == []
     life.command(write(here, "one", name="again"))
     assert "of GGUF" not in capsys.readouterr().out
+
+
+def test_a_cache_without_locks_is_done_without(here, capsys, monkeypatch):
+    flock = fcntl.flock
+
+    def locked(descriptor, kind):
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(here / "cache")):
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    life.command(write(here, "one"))
+    said = capsys.readouterr().out
+    assert said.count(ALONE) == 1 and "No locks available" in said
+    assert verify(own(here, "one")[0]) == []
 
 
 def on_a_disk(options: str, cache: str, path: str, out: str) -> None:

@@ -35,6 +35,18 @@ def test_a_run_of_somebody_else(tmp_path, monkeypatch):
     assert refused.value.code == 5
 
 
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """As Lustre is mounted here and there."""
+
+    def unlocked(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unlocked)
+    with pytest.raises(UserError, match="run: cannot be written: No locks available") as refused:
+        Lock(Artifact(tmp_path / "run" / "sft")).acquire()
+    assert refused.value.code == 5
+
+
 def test_a_parent_that_is_only_read_may_be_somebody_elses(tmp_path, monkeypatch):
     artifact = Artifact(tmp_path / "run" / "sft")
     artifact.path.mkdir(parents=True)
