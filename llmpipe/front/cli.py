@@ -228,6 +228,7 @@ def reproduce(
     """
     from llmpipe.front.reproduce import announce, compare, pipeline_of
     from llmpipe.recipe.check import load_pipeline
+    from llmpipe.run.machine import rank
     from llmpipe.stages import schema
 
     path = pipeline_of(name)
@@ -236,7 +237,8 @@ def reproduce(
     if sets:
         say(f"warning: this is another pipeline than the published one: --set {' '.join(sets)}")
     make_stages(asked, debug=debug)
-    compare(asked, say)
+    if rank() == 0:  # the others of a launcher may be here before it has published
+        compare(asked, say)
 
 
 def make_stages(

@@ -51,10 +51,11 @@ def against_offload(recipe: Training, processes: int) -> Iterator[tuple[str, str
         yield problem, "set launch.strategy: fsdp"
     elif processes < 2:
         yield "one process alone has all of the model, and no part", "set launch.processes: 2"
+    without = "remove it, or a launcher's FSDP_OFFLOAD_PARAMS"
     if recipe.adapter:
-        yield "not built beside an adapter, which is whole on the device", "remove launch.offload"
+        yield "not built beside an adapter, which is whole on the device", without
     if recipe.stage == "ppo":
-        yield "not built in ppo, whose models are whole for a while", "remove launch.offload"
+        yield "not built in ppo, whose models are whole for a while", without
 
 
 def machines(processes: int) -> int:

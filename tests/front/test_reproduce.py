@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from llmpipe.front import cli
 from llmpipe.recipe.check import load_pipeline
 from llmpipe.recipe.expected import Expected
 from llmpipe.stages import schema
@@ -38,6 +39,15 @@ def test_a_number_within_and_a_number_outside(llmpipe, tmp_path, monkeypatch):
     assert "NOT RUN YET by those who wrote it" in out
     assert "sft eval_loss: OUTSIDE\n  published 6.5, at most 0.1\n" in out
     assert "1 of 2 published numbers was not obtained" in err
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 3), ("1", 0)])
+def test_the_first_of_a_launchers_processes_compares(llmpipe, tmp_path, monkeypatch, rank, code):
+    """It publishes, and the others end before: to them a number would be missing."""
+    monkeypatch.setattr(cli, "make_stages", lambda *_, **__: None)
+    monkeypatch.setenv("RANK", rank)
+    path = pipeline(tmp_path, NUMBER | {"tolerance": 1.0})
+    assert llmpipe("reproduce", path)[0] == code
 
 
 def test_what_is_expected_wrongly_is_said_before_anything_runs(llmpipe, tmp_path, monkeypatch):
