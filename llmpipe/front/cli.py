@@ -237,7 +237,7 @@ def reproduce(
     if sets:
         say(f"warning: this is another pipeline than the published one: --set {' '.join(sets)}")
     make_stages(asked, debug=debug)
-    if rank() == 0:  # the others of a launcher may be here before it has published
+    if rank() == 0:  # others of a launcher may be here before it has published
         compare(asked, say)
 
 
@@ -249,6 +249,7 @@ def make_stages(
 
     from llmpipe.front import ahead
     from llmpipe.run.artifact import artifact_of
+    from llmpipe.run.machine import rank
 
     asked = replace(asked, stages=[each and obeying_launcher(each) for each in asked.stages])
     with screen.doing(LOOKING):
@@ -258,7 +259,7 @@ def make_stages(
         recipe = located.recipe
         say(f"stage {i} of {len(stages)}: {recipe.stage} -> {artifact_of(recipe).path}")
         make(located, fresh=fresh, inexact=inexact, debug=debug)
-    if stages:
+    if stages and rank() == 0:  # others of a launcher may be here before it has published
         from llmpipe.report.closing import closing
 
         made = [artifact_of(located.recipe) for located in stages]

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmpipe.errors import UserError
+from llmpipe.recipe.names import ARTIFACT
 from llmpipe.report.measures import PERCENT
-from llmpipe.report.scoreboard import Column, Scoreboard, Verdict, scoreboard
+from llmpipe.report.scoreboard import Column, Score, Scoreboard, Verdict, scoreboard
 from llmpipe.report.terminal import LABEL, labelled, ranked_by
 from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact
@@ -79,12 +80,29 @@ def _compared(board: Scoreboard, verdict: Verdict, between: str) -> Iterator[str
 
 
 def _talker(made: list[Artifact], board: Scoreboard | None) -> Artifact | None:
-    """Whom to talk with: the best at what is right or wrong, or else the last that was made."""
+    """Whom to talk with: the best at what is right or wrong, or else the last that was made and is
+    not worse at that than what it was made from."""
     models = [each for each in made if each.manifest().kind in ("model", "adapter")]
-    best = [
-        model
-        for column in (board.columns if board else [])
-        for model, score in column.scores.items()
-        if score.is_best and column.measure.higher_is_better
-    ]
-    return next((each for each in models if each.path.name in best), models[-1] if models else None)
+    labels = _labels(made)
+    columns = [c for c in (board.columns if board else []) if c.measure.higher_is_better]
+    scores = {
+        each: [column.scores[label] for column in columns if label in column.scores]
+        for each, label in ((each, labels.get(each.name, "")) for each in models)
+    }
+    best = [each for each in models if any(score.is_best for score in scores[each])]
+    sound = [each for each in models if not any(_is_worse(score) for score in scores[each])]
+    return next(iter([*best, *reversed(sound), *reversed(models)]), None)
+
+
+def _labels(made: list[Artifact]) -> dict[str, str]:
+    """What an evaluation calls the artifacts of its run, by their names."""
+    return {
+        str(model["reference"]).removeprefix(ARTIFACT): field.removeprefix("models.")
+        for evaluation in made
+        for field, model in evaluation.manifest().models.items()
+        if field.startswith("models.")
+    }
+
+
+def _is_worse(score: Score) -> bool:
+    return score.difference is not None and score.difference.verdict == "worse"

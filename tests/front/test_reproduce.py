@@ -42,12 +42,15 @@ def test_a_number_within_and_a_number_outside(llmpipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "code"), [("0", 3), ("1", 0)])
-def test_the_first_of_a_launchers_processes_compares(llmpipe, tmp_path, monkeypatch, rank, code):
-    """It publishes, and the others end before: to them a number would be missing."""
-    monkeypatch.setattr(cli, "make_stages", lambda *_, **__: None)
+@pytest.mark.parametrize("command", ["run", "reproduce"])
+def test_the_first_of_a_launchers_processes_says_what_came_of_it(
+    llmpipe, tmp_path, monkeypatch, command, rank, code
+):
+    """It publishes, and the others end before: to them a manifest would be missing."""
+    monkeypatch.setattr(cli, "make", lambda *_, **__: None)
     monkeypatch.setenv("RANK", rank)
     path = pipeline(tmp_path, NUMBER | {"tolerance": 1.0})
-    assert llmpipe("reproduce", path)[0] == code
+    assert llmpipe(command, path)[0] == code
 
 
 def test_what_is_expected_wrongly_is_said_before_anything_runs(llmpipe, tmp_path, monkeypatch):

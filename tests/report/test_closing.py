@@ -7,6 +7,7 @@ from llmpipe.report.closing import closing
 from llmpipe.report.terminal import COLUMNS
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.results import Cell, MeasuredModel, Results, TaskResults
+from llmpipe.sums import fingerprint
 from tests.report.written import add_eval, add_sft
 
 FOUR = ("base", "sft", "dpo", "ppo")
@@ -97,6 +98,30 @@ def test_the_best_is_the_one_to_talk_with(tmp_path, monkeypatch):
     assert closing(run, made)[-1].split()[-1].endswith("run/sft")
     measured(run, sft_base=real(0.01))
     assert closing(run, made)[-1].split()[-1].endswith("run/other")
+
+
+def test_one_that_became_worse_is_not_the_one_to_talk_with(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    add_sft(run)
+    (run / "sft").rename(run / "other")
+    ended(tmp_path, monkeypatch, sft_base=real(-0.3))
+    made = [Artifact(run / name) for name in ("other", "sft", "eval")]
+    assert closing(run, made)[-1].endswith("run/other")
+    assert closing(run, made[1:])[-1].endswith("run/sft"), "there is no other"
+
+
+def test_an_evaluation_may_call_an_artifact_otherwise(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    add_sft(run)
+    (run / "sft").rename(run / "other")
+    best = {"dpo_base": real(0.5), "dpo_sft": real(0.1), "ppo_dpo": real(-0.1)}
+    ended(tmp_path, monkeypatch, **best)
+    manifest = Artifact(run / "eval").document()
+    manifest["models"]["models.dpo"] = manifest["models"].pop("models.sft")
+    manifest["fingerprint"] = fingerprint(manifest)
+    write_json(run / "eval" / "manifest.json", manifest)
+    made = [Artifact(run / name) for name in ("sft", "other", "eval")]
+    assert closing(run, made)[-1].endswith("run/sft")
 
 
 def test_it_fits_80_columns_and_takes_results_that_nobody_can_read(tmp_path, monkeypatch):
