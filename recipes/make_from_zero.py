@@ -16,6 +16,7 @@ import gzip
 import json
 import pydoc_data.topics
 import random
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
             said = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
             text = "\n\n".join(part for part in said if part)
             if len(text) > SHORT:
-                yield ".".join(name.with_suffix("").parts), text
+                yield ".".join(("library", *name.with_suffix("").parts)), text
 
 
 def turns(role: str, text: object) -> Rows:
@@ -82,7 +83,8 @@ def gzip_bits(before: dict[str, str], documents: dict[str, str]) -> float:
 if __name__ == "__main__":
     learned, held_out = texts()
     for folder, documents in (("texts", learned), ("held-out", held_out)):
-        (FOLDER / folder).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(FOLDER / folder, ignore_errors=True)  # of another Python they are others
+        (FOLDER / folder).mkdir(parents=True)
         for name, text in documents.items():
             (FOLDER / folder / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{FOLDER}/{folder}: {len(documents)} documents")

@@ -139,6 +139,8 @@ def quick_rows(seed: int = 0) -> dict[str, Rows]:
 
 if __name__ == "__main__":
     quick = sys.argv[1:] == ["quickstart"]
+    if sys.argv[1:] and not quick:
+        sys.exit("python recipes/make_sums.py [quickstart]")
     folder = Path(__file__).with_name("quickstart") if quick else Path("sums")
     folder.mkdir(exist_ok=True)
     for name, part in (quick_rows() if quick else rows()).items():

@@ -255,6 +255,27 @@ def test_sums_are_tested_on_other_expressions():
     assert {max(map(len, part)) for part in asked["test"]} == {1, 2}
 
 
+def test_from_zero_is_measured_on_what_it_was_not_taught():
+    made = made_by("from_zero")
+    learned, held_out = made["texts"]()
+    assert not set(learned) & set(held_out) and len(held_out) > 30
+    assert {"types", "library.types"} <= set(learned | held_out)  # a topic and a module
+    files = made["rows"]()
+    assert [len(files[name]) for name in ("form", "pairs", "test")] == [200, 2400, 400]
+    asked = {name: {numbers_in(row) for row in rows} for name, rows in files.items()}
+    assert sum(map(len, asked.values())) == 3000 == len(set.union(*asked.values()))
+    for row in (row for rows in files.values() for row in rows):
+        ask, *answers = (
+            message["content"]
+            for side in ("messages", "prompt", "chosen", "rejected")
+            for message in row.get(side, [])
+        )
+        first, second = map(int, re.findall(r"\d+", ask))
+        assert (
+            answers[0] == ("Yes." if first > second else "No.") != answers[-1] or len(answers) == 1
+        )
+
+
 def test_answers_to_questions_are_right():
     """An independent reading of the prompts: sums, differences, comparisons, letters."""
     checked = 0
