@@ -310,6 +310,7 @@ def batches(lengths: list[int], size: int, tokens: int | None = None) -> Iterato
 def settings_of(precision: str, batch_size: int, any_adapters: bool) -> Settings:
     """What an evaluation's numbers depend on beside the recipe; `precision` may be `auto`."""
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
+    # left out where nothing is merged, not null: the file stays as older versions write and read it
     merged: Any = {"adapters": "merged"} if any_adapters and not bf16 else {}
     return Settings(
         batch_size=batch_size,
