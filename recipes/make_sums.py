@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DIGITS = {1: range(1, 10), 2: range(10, 100)}
-FAR = 20
+FAR = 30
 Sum = tuple[int, int]
 Rows = list[dict]
 

@@ -28,12 +28,33 @@ SCORED = 1000  # pairs at most
 
 
 class RankingTrainer(Durable, Preferences, RewardTrainer):
-    """TRL's RewardTrainer, durable."""
+    """TRL's RewardTrainer, durable, which keeps the scores of its last evaluation."""
 
     def __init__(self, training: Training[Any], measure: Measure, **arguments: Any):
         super().__init__(training, measure, **arguments)
         if training.hardware.device == "cuda" or training.hardware.compiles:
             self._tell_places()
+        self.batches: list[Tensor] = []
+        """Scores of this process's batches in an evaluation, float32 [pairs, 2] each."""
+        self.evaluated: tuple[int, np.ndarray] | None = None
+        """A step, and the scores of all held-out pairs then."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Durable.evaluate`; the scores are kept."""
+        self.batches = []
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        lengths = [len(batch) for batch in self.batches]
+        mine = torch.cat(self.batches).double().cpu().split(lengths)  # one look at the device
+        scores = in_order(self.world.gather(mine), len(self.eval_dataset))
+        self.evaluated = (self.state.global_step, scores)
+        return metrics
+
+
+def in_order(ranks: list[tuple[Tensor, ...]], count: int) -> np.ndarray:
+    """Scores of `count` pairs by every process's batches, of which each had one in turn; those that
+    had none left had a filler in the last turn. float64 [count, 2]."""
+    batches = [batch for turn in zip(*ranks, strict=True) for batch in turn]
+    return torch.cat(batches)[:count].numpy()
 
 
 class Collator:
@@ -78,6 +99,7 @@ def _scores(trainer: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def ranking(trainer: Any, batch: Batch) -> dict[str, Sum]:
     """Bradley-Terry loss in nats per pair (Christiano 2017, eq. 1), share ranked right, margin."""
     chosen, rejected = _scores(trainer, batch)
+    trainer.batches.append(torch.stack([chosen, rejected], 1))
     difference, count = chosen - rejected, len(chosen)
     center = trainer.args.center_rewards_coefficient * (chosen + rejected) ** 2
     loss = -logsigmoid(difference - batch["margin"]) + center
@@ -89,19 +111,27 @@ def ranking(trainer: Any, batch: Batch) -> dict[str, Sum]:
     }
 
 
-@screen.doing("scoring pairs")
 def score(trainer: RankingTrainer, rows: Dataset, most: int = SCORED) -> np.ndarray:
     """Scores of `most` pairs, evenly spread over the rows, or of all; every process has them all.
 
-    Returns float64 [pairs, 2]: chosen, rejected.
+    `rows`: the held-out ones, whose scores are known where they were measured of what is
+    published, or others. Returns float64 [pairs, 2]: chosen, rejected.
     """
+    places = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
+    step, scores = trainer.evaluated or (None, np.empty(0))
+    if step == trainer.published_step:
+        return scores[places]
+    return _scored(trainer, [rows[place] for place in places.tolist()])
+
+
+@screen.doing("scoring pairs")
+def _scored(trainer: RankingTrainer, rows: list[Pair]) -> np.ndarray:
+    """Scores of pairs, float64 [pairs, 2]."""
     size = trainer.args.per_device_eval_batch_size
-    spread = np.linspace(0, len(rows) - 1, min(len(rows), most))
-    places = spread.round().astype(int).tolist()
     scores = []
     trainer.model.eval()
-    for start in range(0, len(places), size):
-        pairs = [rows[place] for place in places[start : start + size]]
+    for start in range(0, len(rows), size):
+        pairs = rows[start : start + size]
         batch = trainer._prepare_inputs(trainer.data_collator(pairs))
         with torch.no_grad(), trainer.hardware.autocast(), looking(trainer.model):
             both = torch.stack(_scores(trainer, batch), 1)

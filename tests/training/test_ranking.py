@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from llmpipe.training.ranking import describe
+from llmpipe.training.ranking import describe, in_order
 
 
 @pytest.mark.parametrize("n", [1, 3, 19])
@@ -19,3 +20,9 @@ def test_many_pairs_give_it_one():
     many = describe(np.random.default_rng(0).normal(size=(50, 2)), 0, held_out=True)
     low, high = many.margin_interval
     assert low < many.margin < high
+
+
+def test_scores_of_several_processes_lie_as_their_pairs_do():
+    pairs = torch.arange(14.0).reshape(7, 2)  # in batches of two; the last process has a filler
+    ranks = [(pairs[:2], pairs[6:]), (pairs[2:4], pairs[:1]), (pairs[4:6], pairs[:1])]
+    assert in_order(ranks, 7).tolist() == pairs.tolist()
