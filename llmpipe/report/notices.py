@@ -101,13 +101,15 @@ def _of_curves(part: Part) -> Said:
 def overfitting(part: Part) -> str:
     """That the held-out loss of what is published was lower before; empty where it was not."""
     held_out = part.curves.points.get("eval_loss", [])
-    found = rise_of(held_out, part.known("training", "published_step"))
-    if not found:
+    published = part.known("training", "published_step")
+    rise = rise_of(held_out, published)
+    if not rise:
         return ""
     kept = "evaluation.keep_best: true publishes the best step"
     if len(held_out) == 2:
         kept = "evaluation.every and evaluation.keep_best find and publish the best step"
-    return f"{found}, which is published: {kept}"
+    which = "which is published" if published else "so far"
+    return f"{rise}, {which}: {kept}"
 
 
 def _of_evaluation(one: Evaluated) -> Said:

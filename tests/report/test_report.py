@@ -177,6 +177,8 @@ def test_a_loss_that_rose_again_is_said(tmp_path):
         "Caution, sft: held-out loss was lowest at step 20, 3.6, and is 6.4 at step 40, which is "
         "published: evaluation.keep_best: true publishes the best step" in page.text
     )
+    (run / "sft" / "manifest.json").unlink()  # a run that goes on may find a better step
+    assert "and is 6.4 at step 40, so far: evaluation.keep_best" in page_of(run).text
     add_sft(tmp_path / "best", held_out=losses, published=20)  # keep_best
     assert "held-out loss was lowest" not in page_of(tmp_path / "best").text
 
