@@ -367,7 +367,7 @@ def count_batches():
 
 
 def ppo_kill_after(step):
-    from llmpipe.rl.ppo import Loop
+    from llmpipe.rl.loop import Loop
 
     _after(
         Loop,
@@ -397,7 +397,7 @@ def ppo_term_in(step):
 
 
 def ppo_term_in_save(step):
-    from llmpipe.rl.ppo import Loop
+    from llmpipe.rl.loop import Loop
 
     _before(
         Loop,
@@ -500,18 +500,20 @@ def ppo_short_of_memory(most):
     import torch
 
     from llmpipe.rl import fitting
-    from llmpipe.rl.learner import Learner
+    from llmpipe.rl.grpo import GRPO
+    from llmpipe.rl.ppo import PPO
+
+    def short(learn):
+        def too_much(self, chosen, total):
+            metrics = learn(self, chosen, total)
+            if sum(each.episode.tokens for each in chosen) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return metrics
+
+        return too_much
 
     fitting.DEVICES = {"cpu", "cuda"}
-    passed = Learner._pass
-
-    def too_much(self, chosen, tokens):
-        metrics = passed(self, chosen, tokens)
-        if sum(each.episode.tokens for each in chosen) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return metrics
-
-    Learner._pass = too_much
+    PPO.learn, GRPO.learn = short(PPO.learn), short(GRPO.learn)
 
 
 def ppo_killed_when_short(most):
@@ -521,14 +523,14 @@ def ppo_killed_when_short(most):
 
 def ppo_whole_before_the_optimizer():
     """What looks at a model before the first step does not put it back."""
-    from llmpipe.rl import ppo
+    from llmpipe.rl import loop
 
-    def action(actors, *_):
-        for unit in actors.causal.modules():
+    def action(ground, *_):
+        for unit in ground.actors.causal.modules():
             if hasattr(unit, "unshard"):
                 unit.unshard()
 
-    _before(ppo, "Learner", action)
+    _before(loop, "Learner", action)
 
 
 def ppo_counted_reads():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmpipe.errors import UserError
 from llmpipe.files import expanded, parse_json, read_text
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run.folders import CONFIG
 from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
@@ -67,7 +68,7 @@ def plan(
     refused = next(_against(recipe, processes), None)
     if not refused and processes > 1:
         ways["fsdp"] = Held.of(shape, recipe, longest, processes, processes)
-    if not refused and machines > 1 and recipe.stage != "ppo":
+    if not refused and machines > 1 and not isinstance(recipe, RLRecipe):
         ways["hsdp"] = Held.of(shape, recipe, longest, processes, processes // machines)
     yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
     yield _row(f"GiB of each of {processes} processes", ways)
@@ -84,7 +85,7 @@ def plan(
     for name, each in ways.items():
         if each.total > USED * memory:
             yield f"{name} does not fit"
-    if recipe.stage == "ppo":
+    if isinstance(recipe, RLRecipe):
         yield "critic and reward models are counted as large as the policy"
     if refused:
         yield f"fsdp is refused: {refused}"

@@ -30,6 +30,7 @@ from llmpipe.models.pretrained import configuration, model_class
 from llmpipe.parallel import Spread, World, join
 from llmpipe.peers import meet
 from llmpipe.recipe.optimizers import OPTIMIZERS
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Adapter, Launch, Training
 from llmpipe.run import machine, strategy
 from llmpipe.run.footprint import Shape
@@ -284,8 +285,8 @@ def decide(
     room = Room(host.processes, host.memory, host.device == "cuda", bf16)
     sharded, strategy_reason = strategy.choose(recipe, room, shape, before)
     compiles = recipe.launch.compile
-    if compiles == "auto":  # ppo has five forms of each layer, and minutes until it pays
-        able = by_document and recipe.stage != "ppo" and not sharded
+    if compiles == "auto":  # ppo has five forms of each layer, grpo three: minutes until it pays
+        able = by_document and not isinstance(recipe, RLRecipe) and not sharded
         compiles = host.device == "cuda" and able
     micro_batch_size = _micro_batch_size(recipe, host, before)
     return Hardware(
@@ -369,7 +370,7 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     """Say what was decided and why."""
     line = f"hardware: {hardware.processes} x {hardware.device}, {hardware.threads} threads each"
     cut_later = hardware.device == "cuda" and recipe.launch.micro_batch_size == "auto"
-    if recipe.stage != "ppo" and not cut_later:  # who says so itself
+    if not isinstance(recipe, RLRecipe) and not cut_later:  # who says so itself
         parts = (hardware.micro_batch_size, hardware.accumulation, hardware.processes)
         line += "; batch {} = {} x {} accumulated x {}".format(recipe.batch_size, *parts)
     say(line)

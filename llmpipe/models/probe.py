@@ -127,7 +127,7 @@ def _choose(usable: bool) -> None:
     else:
         size = f"as many sequences as have {full_pass(False):,} tokens"
     tell("auto", f"launch.micro_batch_size: {size}")
-    compiled = "true (layers are compiled at the first step; not in ppo)" if usable else "false"
+    compiled = "true (at the first step; not in ppo and grpo)" if usable else "false"
     tell("auto", f"launch.compile: {compiled}")
     again = "none where that fits, else selective, else full" if usable else "none"
     tell("auto", f"launch.activation_checkpointing: {again}")

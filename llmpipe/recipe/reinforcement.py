@@ -1,5 +1,5 @@
-"""What learning from rewards is asked for: the sections of `ppo`, without torch, for the stage and
-for the room `rl`."""
+"""What learning from rewards is asked for: the sections that `ppo` and `grpo` both have, without
+torch, for the stages and for the room `rl`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from llmpipe.recipe.sections import (
     Positive,
     Prompts,
     Reference,
+    Rows,
     Samples,
     Section,
     Source,
     Start,
     Training,
 )
-from llmpipe.scores.verifiers import Verifier
+from llmpipe.scores.verifiers import VERIFIERS, Verifier
 from llmpipe.scores.verifiers.regex import check_pattern
 
 
@@ -62,34 +63,12 @@ class KL(Section):
     """The parent, which the policy is held to."""
 
     coefficient: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of the KL penalty in the reward, per token."""
-    estimator: Literal["k1", "k3"] = "k1"
-    """k1: log p/q; k3: q/p - 1 + log p/q, never negative (Schulman 2020). As a reward only k1 pulls
-    the policy along the gradient of KL(p || q); that of k3 is KL(p || q)'s less KL(q || p)'s, and
-    near the parent nothing."""
+    """Weight of the KL penalty, per token."""
     target: Annotated[float, Field(gt=0)] | None = None
     """Nats per answer that the coefficient is steered towards (Ziegler 2019, section 2.2); without
     it, it stays."""
     horizon: Positive = 10_000
     """Episodes over which the coefficient adapts."""
-
-
-class Critic(Section):
-    """What predicts the return."""
-
-    start: Literal["auto", "policy", "reward", "trunk"] = "auto"
-    """What it begins with: the reward model's weights where their shape is the policy's (Ouyang
-    2022), the policy's, or a head alone on the policy's own trunk. With `adapter:` it is an adapter
-    of its own on the same base, which begins as the parent's where there is one, or the head.
-    `auto`: reward where it fits, else policy."""
-    rank: Positive = 8
-    """Rank of its own adapter, where that is new."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Its own peak learning rate; optim.learning_rate unless set."""
-    coefficient: Annotated[float, Field(gt=0)] = 0.1
-    """Weight of its loss beside the policy's."""
-    clip: Annotated[float, Field(gt=0)] | None = 0.2
-    """How far a value may move from what it was at the rollout before its loss stops counting."""
 
 
 class Rollout(Section):
@@ -110,34 +89,37 @@ class Rollout(Section):
     unfinished: float = 0.0
     """Added to the score of an answer without an end token, mostly negative. A reward model reads
     such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
+    overlong: Annotated[int, Field(ge=0)] = 0
+    """The last so many of `max_new_tokens` cost an answer that needs them: from 0 before them down
+    to 1 of its score at the end, in equal steps (DAPO, Yu 2025, equation 13). 0 costs nothing."""
 
     @property
     def is_partial(self) -> bool:
         """Whether some tokens cannot be drawn."""
         return self.top_k > 0 or self.top_p < 1
 
+    @model_validator(mode="after")
+    def _long_enough(self) -> Rollout:
+        if self.overlong > self.max_new_tokens:
+            raise ValueError(
+                f"overlong ({self.overlong}) is more than max_new_tokens ({self.max_new_tokens})"
+            )
+        return self
+
 
 class Algorithm(Section):
+    """How an update learns from its answers."""
+
     epochs: Annotated[int, Field(ge=1, le=1000)] = 4
     """Passes over each rollout."""
     minibatches: Positive = 4
     """Optimizer steps per pass."""
     clip: Annotated[float, Field(gt=0)] = 0.2
     """How far the probability ratio may leave 1 before the policy's loss stops counting."""
-    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Gamma: how much a reward one token later is worth."""
-    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """Lambda of the generalized advantage estimate (Schulman 2016)."""
-    whiten: bool = True
-    """Bring advantages to mean 0 and deviation 1 over the whole batch."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of an entropy bonus."""
     stop_kl: Annotated[float, Field(gt=0)] | None = None
     """End an update's passes when the policy has moved so many nats per token since the rollout."""
-    normalize_scores: bool = False
-    """Divide scores by their running deviation, less their running mean."""
-    clip_scores: Annotated[float, Field(gt=0)] | None = None
-    """Keep scores within plus and minus this."""
 
 
 class Mixed(Data):
@@ -192,8 +174,8 @@ class RolloutLaunch(Launch):
     """Answers that a process draws at a time."""
 
 
-class PPORecipe(Training):
-    """What the loop of PPO reads; the stage adds its name, its inputs and what it refuses."""
+class RLRecipe(Training):
+    """What the loop of `rl` reads; a stage adds its name, its inputs and what is its own."""
 
     model: Start
     data: Prompts
@@ -202,8 +184,6 @@ class PPORecipe(Training):
     """Where scores come from; they are added."""
     reference: KL = Field(default_factory=KL)
     """How the policy is held to its parent."""
-    critic: Critic = Field(default_factory=Critic)
-    """The value function."""
     rollout: Rollout = Field(default_factory=Rollout)
     """Sampling, as long as the policy learns."""
     algorithm: Algorithm = Field(default_factory=Algorithm)
@@ -218,3 +198,96 @@ class PPORecipe(Training):
     """The machine: never part of the result's identity."""
     samples: Samples = Field(default_factory=Samples)
     """Prompts that show what changed."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RLRecipe:
+        if self.adapter and self.adapter.rewrites:
+            raise ValueError(
+                f"adapter.init: {self.adapter.init} rewrites the model, which is the reference"
+            )
+        if self.evaluation.keep_best or self.evaluation.patience:
+            raise ValueError(
+                "evaluation.keep_best and patience: "
+                "a score that rises is no sign that the policy got better"
+            )
+        batch_size, minibatches = self.optim.batch_size, self.algorithm.minibatches
+        if batch_size % minibatches:
+            raise ValueError(
+                f"optim.batch_size ({batch_size}) must be a multiple of "
+                f"algorithm.minibatches ({minibatches})"
+            )
+        if self.quantization and self.quantization.bits == 8:
+            raise ValueError(
+                "quantization.bits: 8 bits make an answer depend on those beside it; "
+                f"{self.stage} takes 4"
+            )
+        if self.adapter and self.adapter.embeddings == "all":
+            raise ValueError(f"adapter.embeddings: {self.stage} trains no embeddings")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can(self) -> RLRecipe:
+        if self.rollout.engine != "vllm":
+            return self
+        if self.rollout.is_partial:
+            raise ValueError(
+                "rollout.engine: vllm does not say which tokens top_k and top_p left to draw from, "
+                "and what is learned would be of another distribution: "
+                "take top_k 0 and top_p 1, or the engine local"
+            )
+        if self.quantization:
+            raise ValueError(
+                "rollout.engine: vllm is given merged weights, and those of a quantized model "
+                "would be rounded anew at each update: take the engine local"
+            )
+        if self.launch.processes not in ("auto", 1):
+            raise ValueError(
+                f"rollout.engine: vllm draws in one process, and launch.processes is "
+                f"{self.launch.processes}"
+            )
+        return self
+
+    @property
+    def group(self) -> int:
+        """Answers to each prompt of an update."""
+        return 1
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of an update."""
+        return self.optim.batch_size // self.group
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the parent is kept beside the policy."""
+        return True
+
+    @property
+    def longest(self) -> int:
+        answered = self.data.max_length + self.rollout.max_new_tokens
+        return max(answered, self.mixture.max_length if self.mixture else 0)
+
+    @property
+    def packs(self) -> bool:
+        return True
+
+    def rows(self) -> dict[str, Rows]:
+        mixed = self.mixture.train if self.mixture else []
+        return super().rows() | {f"mixture.train.{i}": source for i, source in enumerate(mixed)}
+
+    def references(self) -> dict[str, str]:
+        named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
+        return super().references() | {at: name for at, name in named.items() if name}
+
+    def packages(self) -> list[tuple[str, str]]:
+        named = super().packages()
+        for i, source in enumerate(self.reward):
+            package = VERIFIERS[source.verifier].package if source.verifier else None
+            named += [(f"reward.{i}.verifier", package)] if package else []
+        if self.rollout.engine == "vllm":
+            named.append(("rollout.engine", "vllm"))
+        return named
+
+    def files(self) -> dict[str, str]:
+        named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}
+        return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}

@@ -354,20 +354,21 @@ class Launch(Machine):
     gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. With
     `hsdp` these parts are on each machine, a whole model together, and only gradients go from
     machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
-    the model's shape, else `fsdp` where the stage allows it; in ppo it is `ddp`, and says where
-    that does not fit; a resumed run keeps to its checkpoint."""
+    the model's shape, else `fsdp` where the stage allows it; in ppo and grpo it is `ddp`, and
+    says where that does not fit; a resumed run keeps to its checkpoint."""
     offload: bool = False
     """Keep each process's part of the weights, gradients and moments in the host's memory, and
     compute the optimizer's step there: for what fits no device even in parts. Every layer is copied
-    to the device as it is used, which takes time. Needs `strategy: fsdp` or `hsdp`; not in ppo, and
-    not beside an adapter."""
+    to the device as it is used, which takes time. Needs `strategy: fsdp` or `hsdp`; not in ppo and
+    grpo, and not beside an adapter."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
     """Sequences per process and forward pass; accumulation makes up the rest of
     `optim.batch_size`. `auto` is what keeps a CPU busy, and on a GPU the most that fits its memory,
     by a pass over the longest rows before the first step."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
-    on a GPU, but not in ppo, which has five forms of each layer to compile, nor with `fsdp`."""
+    on a GPU, but not in ppo and grpo, which have several forms of each layer to compile, nor with
+    `fsdp`."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | bool = "auto"
     """What the backward pass computes again instead of keeping it: nothing; all but matrix products
     and attention (`selective`); all of every layer (`full`), which takes a third more time. `auto`

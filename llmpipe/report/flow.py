@@ -140,7 +140,7 @@ def _used(part: Part) -> list[Amount]:
 def _tokens(count: int, supervised: int, stage: str) -> str:
     if not count:
         return ""
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         return f"{number(count)} tokens of prompts"
     learned = (200 * supervised + count) // (2 * count)  # in per cent, of numbers of any size
     return f"{number(count)} tokens, {number(learned)} % learned"

@@ -126,7 +126,18 @@ def _length(told: Told) -> str:
     return _courses(told, " tokens")
 
 
-def _ppo_entropy(told: Told) -> str:
+def _groups(told: Told) -> str:
+    return (
+        f"What the answers to one prompt had for scores. {_courses(told, ' %')} Only mixed groups "
+        "teach anything."
+    )
+
+
+def _score(told: Told) -> str:
+    return f"The mean score of the answers. {_courses(told)}"
+
+
+def _entropy(told: Told) -> str:
     (points,) = told.points.values()
     return (
         f"How undecided the policy is about the next token: it {course(points)}. At zero it would "
@@ -166,6 +177,7 @@ PREFERENCES = [
     ),
     LOSS,
 ]
+LENGTH = Panel({"drawn": "answers/tokens", "held out": "eval_tokens"}, _length)
 PANELS = {
     "reward": [
         Panel({"train": "accuracy", "held out": "eval_accuracy"}, _accuracy),
@@ -175,8 +187,22 @@ PANELS = {
     "dpo": PREFERENCES,
     "kto": PREFERENCES,
     "ppo": [
-        Panel({"drawn": "answers/tokens", "held out": "eval_tokens"}, _length),
-        Panel({"": "objective/entropy"}, _ppo_entropy),
+        LENGTH,
+        Panel({"": "objective/entropy"}, _entropy),
+    ],
+    "grpo": [
+        Panel(
+            {
+                "mixed": "groups/mixed",
+                "all right": "groups/all_right",
+                "none right": "groups/none_right",
+            },
+            _groups,
+            "groups by their scores",
+        ),
+        LENGTH,
+        Panel({"drawn": "objective/scores", "held out": "eval_score"}, _score),
+        Panel({"": "objective/entropy"}, _entropy),
     ],
 }
 
@@ -197,7 +223,7 @@ def panels(parts: dict[str, Part], most: int = MOST, count: int = 3) -> Panels:
     curves = {label: part.curves.points for label, part in parts.items()}
     every = [series for points in curves.values() for series in points.values()]
     steps = span([step for series in every for step, _ in (series[0], series[-1])] or [0])
-    plots = _tradeoff(curves, most) if stage == "ppo" else []
+    plots = _tradeoff(curves, most) if stage in ("ppo", "grpo") else []
     used = set()
     for panel in panels_of(stage):
         if len(plots) < count and (picture := _picture(panel, stage, curves, steps, most)):
@@ -234,7 +260,7 @@ def _picture(
 
 
 def _tradeoff(curves: ByRun, most: int) -> list[Plot]:
-    """Of ppo: the score by the KL that it costs; of one run alone, since two would be a tangle."""
+    """The score by the KL that it costs; of one run alone, since two would be a tangle."""
     points = next(iter(curves.values()))
     scores, kl = dict(points.get("objective/scores", [])), dict(points.get("objective/kl", []))
     path = [(kl[step], score) for step, score in scores.items() if step in kl]

@@ -59,12 +59,18 @@ NAMES = {
     "objective/entropy": Named("entropy", PER_TOKEN),
     "objective/non_score_reward": Named("penalty for KL", "score"),
     "objective/rlhf_reward": Named("score less the penalty"),
+    "groups/mixed": _share("groups whose answers scored differently"),
+    "groups/all_right": _share("prompts with every answer right"),
+    "groups/none_right": _share("prompts with no answer right"),
+    "groups/drawn": Named("groups drawn for an update"),
+    "groups/skipped": Named("groups skipped"),
     "answers/tokens": Named("length of answers", "tokens"),
     "answers/ended": _share("answers that ended"),
     "policy/approxkl": Named("KL within an update", PER_TOKEN),
     "policy/clipfrac": _share("tokens clipped"),
     "policy/entropy": Named("entropy while learning", PER_TOKEN),
     "loss/policy": Named("loss of the policy"),
+    "loss/kl": Named("KL in the loss", PER_TOKEN),
     "loss/value": Named("loss of the critic"),
     "loss/mixture": Named("loss of the mixture", PER_TOKEN),
     "val/clipfrac": _share("values clipped"),
@@ -72,7 +78,7 @@ NAMES = {
     "val/explained_variance": Named("variance that the critic explains"),
     "val/rollout_difference": Named("drawing against learning", PER_TOKEN),
 }
-UNITS_OF_LOSS = {"reward": PER_PAIR, "dpo": PER_PAIR, "kto": "", "ppo": ""}
+UNITS_OF_LOSS = {"reward": PER_PAIR, "dpo": PER_PAIR, "kto": "", "ppo": "", "grpo": ""}
 
 
 def named(metric: str, stage: str) -> Named:

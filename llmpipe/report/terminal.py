@@ -56,7 +56,7 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
     lines += labelled("rows", _rows(manifest.data.rows))
     tokens, training = manifest.data.tokens, manifest.training
     share = f"{tokens.train_supervised / max(tokens.train, 1):.0%} supervised"
-    share = "prompts, to be answered" if manifest.stage == "ppo" else share
+    share = "prompts, to be answered" if manifest.stage in ("ppo", "grpo") else share
     lines += labelled("tokens", f"{tokens.train:,} per epoch, {share}")
     resumed = "" if training.exact_resume else "; resumed, and not exactly"
     steps = counted(training.steps, "step")
@@ -184,7 +184,7 @@ CURVES = {
 
 
 def losses(artifact: Artifact) -> list[str]:
-    """Curves of metrics.jsonl as sparklines: losses, and for ppo scores and KL."""
+    """Curves of metrics.jsonl as sparklines: losses, and of a policy that draws scores and KL."""
     points = curves_of(artifact.path / "metrics.jsonl").points
     shown = []
     for name, title in CURVES.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from llmpipe.files import table_of
 from llmpipe.report.panels import MOST, Panels, panels
@@ -96,15 +98,20 @@ def _calibration(part: Part) -> Table | None:
 
 
 def _rollouts(part: Part, most: int) -> Fold | None:
-    """The last answers of ppo that were written down."""
+    """The last answers drawn in training that were written down."""
     cards = []
-    for line in list(part.lines("rollouts.jsonl"))[-most:]:
-        prompt = line.get("prompt")
+    lines = list(part.lines("rollouts.jsonl"))[-most:]
+    for _, group in groupby(lines, key=lambda line: (line.get("step"), line.get("prompt"))):
+        to_one = list(group)
+        prompt = to_one[0].get("prompt")
         turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
         text = "\n\n".join(text_of(dig(turn, "content")) for turn in turns)
-        name = f"update {text_of(line.get('step'))}, score {number(line.get('score'), digits=3)}"
-        note = None if line.get("ended") else "cut off"
-        answer = Answer(name, clip(text_of(line.get("answer")), CHARACTERS), note)
-        cards.append(Card(clip(text, CHARACTERS), [answer]))
-    title = f"The last {counted(len(cards), 'answer')} drawn in training that were kept"
+        cards.append(Card(clip(text, CHARACTERS), [_drawn(line) for line in to_one]))
+    title = f"The last {counted(len(lines), 'answer')} drawn in training that were kept"
     return Fold(title, cards) if cards else None
+
+
+def _drawn(line: dict[str, Any]) -> Answer:
+    name = f"update {text_of(line.get('step'))}, score {number(line.get('score'), digits=3)}"
+    note = None if line.get("ended") else "cut off"
+    return Answer(name, clip(text_of(line.get("answer")), CHARACTERS), note)

@@ -1,4 +1,4 @@
-"""Policy, critic and reference, each weight in memory once.
+"""Policy, critic and reference, as far as there are any, each weight in memory once.
 
     all weights   policy, a frozen copy of the parent, and a critic: a model with a value head, or a
                   head on the policy
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmpipe import upstream
 from llmpipe.kernels.log_probs import head_of
-from llmpipe.parallel import within
+from llmpipe.parallel import device_of, within
 from llmpipe.rl.head import log_probs
 from llmpipe.rl.packing import Packed
 
@@ -50,15 +50,22 @@ class Cast:
     published: Any
     """The policy as it is published: a model, or PEFT's wrapper of one."""
     policy: Role
-    critic: Role
-    reference: Role
-    value: nn.Linear
+    critic: Role | None
+    """None: answers are judged without one."""
+    reference: Role | None
+    """None: nothing holds the policy to its parent."""
+    value: nn.Linear | None
     """The value head: what the critic makes values of."""
 
     @property
     def shares_trunk(self) -> bool:
         """Whether policy and critic are one body, so that values come from the policy's pass."""
         return self.critic == self.policy
+
+    @property
+    def learning(self) -> list[Role]:
+        """Who learns."""
+        return [self.policy, *([self.critic] if self.critic else [])]
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,11 @@ class Actors:
         # the names are those of a checkpoint's tensors
         parts = {"policy": cast.published}
         for name, role in (("critic", cast.critic), ("reference", cast.reference)):
-            if role.model is not cast.policy.model:
+            if role and role.model is not cast.policy.model:
                 parts[name] = role.model
-        self.modules = nn.ModuleDict(parts | {"value": cast.value})
+        if cast.value:
+            parts["value"] = cast.value
+        self.modules = nn.ModuleDict(parts)
 
     @property
     def causal(self) -> Any:
@@ -92,7 +101,7 @@ class Actors:
 
     @property
     def device(self) -> torch.device:
-        return self.cast.value.weight.device
+        return device_of(self.causal)
 
     # --- what is computed ---
 
@@ -120,6 +129,7 @@ class Actors:
 
     def values(self, batch: Packed) -> Tensor:
         """The critic's values V(s_t), s_t the text before a target; to be called in `as_critic`."""
+        assert self.cast.critic
         model = self.cast.critic.model
         return within(model, lambda: self._values(self._hidden(model, batch)))
 
@@ -127,6 +137,7 @@ class Actors:
         """The reference's log-probabilities, over the whole vocabulary: what no token was drawn
         from counts as well."""
         role, temperature = self.cast.reference, self.distribution.temperature
+        assert role
         with torch.no_grad(), self.using(role.adapter):
             return within(role.model, lambda: self._of_text(role.model, batch, temperature))
 
@@ -143,6 +154,7 @@ class Actors:
         return out.last_hidden_state[0].index_select(0, batch.predictors)
 
     def _values(self, hidden: Tensor) -> Tensor:
+        assert self.cast.value
         with torch.autocast(hidden.device.type, enabled=False):
             return self.cast.value(hidden.float()).squeeze(-1)
 
@@ -150,6 +162,7 @@ class Actors:
 
     def as_critic(self) -> AbstractContextManager[None]:
         """What `values`, and the backward pass of what it returns, have to run in."""
+        assert self.cast.critic
         return self.using(self.cast.critic.adapter)
 
     def using(self, adapter: str | None) -> AbstractContextManager[None]:
@@ -172,7 +185,7 @@ class Actors:
 
     def compute_again(self, kind: str) -> None:
         """Let the layers of what learns compute activations again, `selective` or `full`."""
-        learning = {id(role.model): role.model for role in (self.cast.policy, self.cast.critic)}
+        learning = {id(role.model): role.model for role in self.cast.learning}
         for model in learning.values():
             upstream.checkpoint_layers(model, kind)
         self.recomputes = True
@@ -195,9 +208,8 @@ class Actors:
             others = [name for name in self.cast.published.peft_config if name != POLICY]
             for name in others:
                 self.cast.published.delete_adapter(name)
-        policy = self.cast.policy
         self.modules = nn.ModuleDict({"policy": self.cast.published})
-        self.cast = Cast(self.cast.published, policy, policy, policy, self.cast.value)
+        self.cast = Cast(self.cast.published, self.cast.policy, None, None, None)
 
 
 def _takes_ends(body: nn.Module) -> bool:

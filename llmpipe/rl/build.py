@@ -17,7 +17,8 @@ from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.parallel import looking, whole
-from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.ppo import Critic, PPORecipe
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
 from llmpipe.rl.packing import pack_episodes
 from llmpipe.run.artifact import is_reward_model
@@ -28,17 +29,19 @@ from llmpipe.run.machine import full_pass
 class _Beginning:
     """What both ways to build start from."""
 
-    setup: Setup[PPORecipe]
+    setup: Setup[RLRecipe]
     policy: Any
     """As it is published: a model, or PEFT's wrapper of one."""
     causal: Any
     """The policy as transformers knows it."""
-    value: nn.Linear
-    """A value head that says 0."""
+    critic: Critic | None
+    """As the recipe has it, where the method has any."""
+    value: nn.Linear | None
+    """A value head that says 0, of a critic."""
 
 
-def build(setup: Setup[PPORecipe]) -> Actors:
-    """The actors of a recipe, on their device, in evaluation mode: PPO compares probabilities, and
+def build(setup: Setup[RLRecipe]) -> Actors:
+    """The actors of a recipe, on their device, in evaluation mode: probabilities are compared, and
     dropout is noise in them."""
     recipe, hardware = setup.recipe, setup.hardware
     _refuse_no_reward_models(setup)
@@ -47,17 +50,20 @@ def build(setup: Setup[PPORecipe]) -> Actors:
     _refuse_embeddings(setup, causal)
     if recipe.adapter and recipe.adapter.dropout:
         setup.say(
-            "adapter.dropout: 0 here: PPO compares probabilities, and dropout is noise in them"
+            f"adapter.dropout: 0 here: {recipe.stage} compares probabilities, "
+            "and dropout is noise in them"
         )
-    value = _value_head(causal.config.get_text_config().hidden_size, recipe.seed)
-    beginning = _Beginning(setup, policy, causal, value)
+    critic = recipe.critic if isinstance(recipe, PPORecipe) else None
+    width = causal.config.get_text_config().hidden_size
+    value = _value_head(width, recipe.seed) if critic else None
+    beginning = _Beginning(setup, policy, causal, critic, value)
     cast = _with_adapters(beginning) if recipe.adapter else _with_all_weights(beginning)
     drawn = Distribution(recipe.rollout.temperature, recipe.algorithm.entropy > 0)
     actors = Actors(cast, drawn)
-    if hardware.spread:  # parts lie where they were loaded to
-        beginning.value.to(hardware.place)
-    else:
+    if not hardware.spread:
         actors.modules.to(hardware.device)
+    elif value:  # parts lie where they were loaded to
+        value.to(hardware.place)
     actors.modules.eval()
     with looking(actors.modules):
         _refuse_mixing(actors, setup)
@@ -81,29 +87,35 @@ def _value_head(width: int, seed: int) -> nn.Linear:
 def _with_adapters(beginning: _Beginning) -> Cast:
     """The reference is the base without the adapter, or with the parent's."""
     setup, policy, causal = beginning.setup, beginning.policy, beginning.causal
-    critic_recipe = setup.recipe.critic
     parent = str(setup.job.model) if setup.base else None
-    shares_trunk = critic_recipe.start == "trunk"
-    if not shares_trunk and parent:
-        policy.load_adapter(parent, CRITIC, is_trainable=True)
-    elif not shares_trunk:
-        policy.add_adapter(CRITIC, _critic_config(policy, critic_recipe.rank))
-    if parent:
+    critic = _adapted_critic(beginning, parent)
+    reference, words = None, "none"
+    if setup.recipe.has_reference:
+        reference = Role(causal, REFERENCE if parent else None)
+        words = "the parent's adapter" if parent else "the parent, the adapter off"
+    if reference and parent:
         policy.load_adapter(parent, REFERENCE, is_trainable=False)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad = f".{POLICY}." in name or f".{CRITIC}." in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    reference = "the parent's adapter" if parent else "the parent, the adapter off"
-    critic = "a head on the policy" if shares_trunk else "an adapter of its own"
-    setup.say(f"reference: {reference}; critic: {critic}")
-    return Cast(
-        policy,
-        policy=Role(causal, POLICY),
-        critic=Role(causal, POLICY if shares_trunk else CRITIC),
-        reference=Role(causal, REFERENCE if parent else None),
-        value=beginning.value,
-    )
+    says = {None: "none", POLICY: "a head on the policy", CRITIC: "an adapter of its own"}
+    setup.say(f"reference: {words}; critic: {says[critic.adapter if critic else None]}")
+    return Cast(beginning.policy, Role(causal, POLICY), critic, reference, beginning.value)
+
+
+def _adapted_critic(beginning: _Beginning, parent: str | None) -> Role | None:
+    """A head on the policy, or an adapter that begins as the parent's where there is one."""
+    policy, causal, recipe = beginning.policy, beginning.causal, beginning.critic
+    if recipe is None:
+        return None
+    if recipe.start == "trunk":
+        return Role(causal, POLICY)
+    if parent:
+        policy.load_adapter(parent, CRITIC, is_trainable=True)
+    else:
+        policy.add_adapter(CRITIC, _critic_config(policy, recipe.rank))
+    return Role(causal, CRITIC)
 
 
 def _critic_config(policy: Any, rank: int) -> Any:
@@ -121,21 +133,31 @@ def _with_all_weights(beginning: _Beginning) -> Cast:
     """The reference is a frozen copy of the parent."""
     setup = beginning.setup
     policy = Role(beginning.causal)
-    reference = Role(_frozen_copy(setup))
-    if setup.recipe.critic.start == "trunk":
-        critic, words = policy, "a head on the policy"
-    elif ranker := _ranker_of_policys_shape(setup, beginning.causal):
-        critic, words = Role(ranker), "a model of its own, from the reward model"
-        beginning.value.weight.data.copy_(whole(ranker.score.weight.data))
-    else:
-        critic, words = Role(load_copy(setup)), "a model of its own"
-    if critic is not policy:
+    reference, words = None, "none"
+    if setup.recipe.has_reference:
+        reference, words = Role(_frozen_copy(setup)), "a frozen copy of the parent"
+    critic, said = _whole_critic(beginning, policy)
+    if critic and critic is not policy:
         _learn_body_only(critic.model)
-    setup.say(f"reference: a frozen copy of the parent; critic: {words}")
+    setup.say(f"reference: {words}; critic: {said}")
     return Cast(beginning.policy, policy, critic, reference, beginning.value)
 
 
-def _frozen_copy(setup: Setup[PPORecipe]) -> Any:
+def _whole_critic(beginning: _Beginning, policy: Role) -> tuple[Role | None, str]:
+    """A critic, and in words what it is."""
+    setup, recipe = beginning.setup, beginning.critic
+    if recipe is None:
+        return None, "none"
+    if recipe.start == "trunk":
+        return policy, "a head on the policy"
+    if ranker := _ranker_of_policys_shape(setup, beginning.causal, recipe.start):
+        assert beginning.value
+        beginning.value.weight.data.copy_(whole(ranker.score.weight.data))
+        return Role(ranker), "a model of its own, from the reward model"
+    return Role(load_copy(setup)), "a model of its own"
+
+
+def _frozen_copy(setup: Setup[RLRecipe]) -> Any:
     """The parent once more. In bf16 its products' weights are kept so: autocast would round them
     for every product, and keeps nothing of what is frozen. Those in parts are sent so."""
     model = load_copy(setup)
@@ -147,10 +169,10 @@ def _frozen_copy(setup: Setup[PPORecipe]) -> Any:
     return model
 
 
-def _ranker_of_policys_shape(setup: Setup[PPORecipe], causal: Any) -> Any:
+def _ranker_of_policys_shape(setup: Setup[RLRecipe], causal: Any, start: str) -> Any:
     """The first reward model, where the critic may begin with it: not an adapter, of the policy's
     shape and vocabulary. None where it may not; refused where the recipe asks for it (2)."""
-    job, hardware, start = setup.job, setup.hardware, setup.recipe.critic.start
+    job, hardware = setup.job, setup.hardware
     at = next((at for at in job.models if at.startswith("reward.")), None)
     if at and at not in job.bases and start in ("auto", "reward"):
         ranker = load_model(
@@ -189,14 +211,14 @@ def _learn_body_only(model: Any) -> None:
 # --- what is refused ---
 
 
-def _refuse_no_reward_models(setup: Setup[PPORecipe]) -> None:
+def _refuse_no_reward_models(setup: Setup[RLRecipe]) -> None:
     for at, folder in setup.job.models.items():
         if at != "model" and not is_reward_model(folder):
             problem = f"{at}: {setup.recipe.references()[at]} is not a reward model"
             raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
 
 
-def _refuse_embeddings(setup: Setup[PPORecipe], causal: Any) -> None:
+def _refuse_embeddings(setup: Setup[RLRecipe], causal: Any) -> None:
     """Refuse adapters that train embeddings or the head."""
     parent = read_json(setup.job.model / "adapter_config.json") if setup.base else {}
     if parent.get("modules_to_save") or parent.get("trainable_token_indices"):
@@ -208,12 +230,12 @@ def _refuse_embeddings(setup: Setup[PPORecipe], causal: Any) -> None:
     adapted = any(hasattr(end, "base_layer") for end in ends)
     if setup.recipe.adapter and (setup.prepared.added_tokens or adapted):
         raise UserError(
-            "adapter: ppo trains neither embeddings nor head",
+            f"adapter: {setup.recipe.stage} trains neither embeddings nor head",
             "add tokens in sft; mend adapter.targets",
         )
 
 
-def _refuse_mixing(actors: Actors, setup: Setup[PPORecipe]) -> None:
+def _refuse_mixing(actors: Actors, setup: Setup[RLRecipe]) -> None:
     """Refuse a model that, texts end to end, does not say what it says of each alone, by its own
     head.
     """
@@ -233,11 +255,11 @@ def _refuse_mixing(actors: Actors, setup: Setup[PPORecipe]) -> None:
     road = Road(packed, alone, full_pass(setup.hardware.device == "cuda"))
     if not keeps_apart(actors.causal, road, setup.hardware, setup.say):
         kind = type(actors.causal).__name__
-        raise UserError(f"model: ppo does not know how {kind} keeps answers apart, or its head")
+        raise UserError(
+            f"model: {setup.recipe.stage} does not know how {kind} keeps answers apart, or its head"
+        )
 
 
 def _alone_on_stage(model: Any, drawn: Distribution) -> Actors:
-    """A model that plays every part."""
-    role = Role(model)
-    value = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
-    return Actors(Cast(model, role, role, role, value), drawn)
+    """A model that is the policy."""
+    return Actors(Cast(model, Role(model), None, None, None), drawn)

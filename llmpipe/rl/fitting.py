@@ -16,7 +16,7 @@ from llmpipe.models.drawing.draw import Episode
 from llmpipe.recipe.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from llmpipe.rl.ppo import Loop
+    from llmpipe.rl.loop import Loop
 
 DEVICES = {"cuda"}
 """Whose memory is all that there is, as in `training.memory`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llmpipe.errors import Say
@@ -13,22 +12,12 @@ from llmpipe.faults import reading
 from llmpipe.files import cut_back, fsync, to_write
 from llmpipe.models.hardware import memory_gb
 from llmpipe.parallel import World
+from llmpipe.rl.method import Answer
 from llmpipe.rl.watch import Metrics
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.progress import Progress
 
-SHOWN = 4  # episodes of an update that rollouts.jsonl shows
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An episode, to read."""
-
-    prompt: str | list[dict[str, Any]]
-    answer: str
-    score: float
-    ended: bool
-    tokens: int
+SHOWN = 4  # answers of an update that rollouts.jsonl shows, or a group
 
 
 class Journal:
@@ -55,10 +44,11 @@ class Journal:
     def at(self, step: int, metrics: Metrics) -> None:
         """Show on a terminal that an update is done."""
         if self.progress:
-            score, kl = metrics["objective/scores"], metrics["objective/kl"]
+            said = [f"score {metrics['objective/scores']:.3f}"]
+            if "objective/kl" in metrics:
+                said.append(f"KL {metrics['objective/kl']:.2f}")
             speed = f"{metrics['tokens_per_second']:,.0f} tok/s"
-            memory = f"{memory_gb():.1f} GB"
-            self.progress.at(step, [f"score {score:.3f}", f"KL {kl:.2f}", speed, memory])
+            self.progress.at(step, [*said, speed, f"{memory_gb():.1f} GB"])
 
     def begin(self, step: int, steps: int) -> None:
         if self.progress:
@@ -82,13 +72,20 @@ class Journal:
             tracker.log(metrics | {"train/global_step": step}, step=tracked_step)
         self.progress.show(line)
 
-    def show(self, step: int, episodes: Sequence[Shown]) -> None:
-        """Some episodes of an update, in rollouts.jsonl."""
+    def show(self, step: int, answers: Sequence[Answer], group: int) -> None:
+        """Some answers of an update, or the first group of so many, in rollouts.jsonl."""
         if not self.writes:
             return
         with to_write(self.rollouts, "a") as file:
-            for episode in episodes[:SHOWN]:
-                line = {"step": step, **vars(episode)}
+            for answer in answers[: max(SHOWN, group)]:
+                line = {
+                    "step": step,
+                    "prompt": answer.row["prompt"],
+                    "answer": answer.response,
+                    "score": answer.score,
+                    "ended": answer.episode.ended,
+                    "tokens": len(answer.episode.response),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:

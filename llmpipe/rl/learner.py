@@ -1,9 +1,9 @@
 """What an update does with its episodes: a few passes over them, each in minibatches, and for each
 of these one optimizer step.
 
-Losses are sums over tokens divided by the number of tokens in the whole minibatch, and gradients
-are summed over processes once a step, so that neither micro-batches nor processes change the
-result.
+A pass divides what it sums by what there is in the whole minibatch, that of all processes, and
+gradients are summed over processes once a step, so that neither micro-batches nor processes change
+the result. What a pass adds is the method's: `ppo`, `grpo`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,15 @@ from torch import Tensor
 
 from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
-from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import World, add_gradients, clipped_norm, refuse_gathered, refuse_whole
-from llmpipe.recipe.reinforcement import Mixture, PPORecipe
-from llmpipe.rl import policy_gradient
-from llmpipe.rl.actors import Actors
-from llmpipe.rl.experience import Experience
+from llmpipe.parallel import add_gradients, clipped_norm, refuse_gathered, refuse_whole
+from llmpipe.recipe.reinforcement import Mixture, RLRecipe
+from llmpipe.rl.experience import COLUMNS, Experience
+from llmpipe.rl.method import Ground, Method, Total
 from llmpipe.rl.optimizer import Schedule, make_optimizer, of_critic
-from llmpipe.rl.packing import pack, pack_rows, sent, texts_of
+from llmpipe.rl.packing import pack_rows, sent, texts_of
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.seeds import Shuffled, Use, generator
 from llmpipe.rl.watch import Metrics, not_finite
-
-WATCHED = (
-    "loss/policy",
-    "loss/value",
-    "policy/approxkl",
-    "policy/clipfrac",
-    "policy/entropy",
-    "val/ratio",
-    "val/clipfrac",
-)
 
 FILLER = {"input_ids": [0, 0], "labels": [IGNORED, 0], "seq_lengths": [2]}
 """A row of sft data, to be learned with no weight."""
@@ -80,31 +68,31 @@ class Learner:
 
     def __init__(
         self,
-        actors: Actors,
-        recipe: PPORecipe,
-        hardware: Hardware,
-        world: World,
+        ground: Ground[RLRecipe],
+        method: Method,
         steps: int,
         mixture: Sequence[dict[str, Any]] | None,
     ):
         """`steps`: updates of the whole training; `mixture`: rows of sft data, where the recipe
         mixes any in."""
-        self.actors = actors
-        self.recipe = recipe
-        self.hardware = hardware
-        self.world = world
+        self.actors = actors = ground.actors
+        self.recipe: RLRecipe = ground.recipe
+        self.hardware = ground.hardware
+        self.world = ground.world
+        self.method = method
+        recipe, hardware = self.recipe, self.hardware
         self.pass_size = PassSize.of(recipe.launch, hardware)
         self.mixture: MixedRows | None = None
         if recipe.mixture and mixture is not None:
             rows = Shuffled(mixture, recipe.seed, Use.MIXTURE)
             self.mixture = MixedRows(recipe.mixture, rows)
         self.weights = actors.learned()
-        self.clipped = {
+        parts = {
             norm: [w for name, w in self.weights.items() if of_critic(name) == critic]
             for norm, critic in (("grad_norm", False), ("val/grad_norm", True))
         }
-        roles = (actors.cast.policy, actors.cast.critic)
-        for role in roles if hardware.spread else ():
+        self.clipped = {norm: weights for norm, weights in parts.items() if weights}
+        for role in actors.cast.learning if hardware.spread else ():
             if actors.adapted:
                 refuse_gathered(role.model)
             else:
@@ -118,29 +106,29 @@ class Learner:
         """Whether what learns is in parts, as checkpoints have it."""
         return self.hardware.sharded and not self.actors.adapted
 
-    def learn(self, step: int, experiences: list[Experience], places: list[int]) -> Metrics:
+    def learn(self, step: int, experiences: dict[int, Experience]) -> Metrics:
         """The passes over a rollout; means over its tokens.
 
-        `places`: of the experiences in the batch of all processes, of which each process has every
-        `world.size`-th.
+        `experiences`: by their places in the batch of all processes, of which each process has
+        every `world.size`-th; of what is missing everywhere nothing is learned.
         """
         algorithm = self.recipe.algorithm
         size = self.recipe.optim.batch_size
-        by_place = dict(zip(places, experiences, strict=True))
-        lengths, whole = self._lengths(by_place)
+        lengths, whole = self._lengths(experiences)
         sums = _Sums()
         for epoch in range(algorithm.epochs):
             shuffle = generator(self.recipe.seed, Use.SHUFFLE, step, epoch)
             order = torch.randperm(size, generator=shuffle)
-            for chosen in order.chunk(algorithm.minibatches):
-                tokens = float(lengths[chosen].sum())
-                minibatch = [by_place[i] for i in chosen.tolist() if i in by_place]
+            order = order[lengths[order] > 0]
+            for chosen in order.chunk(algorithm.minibatches) if len(order) else ():
+                total = Total(float(lengths[chosen].sum()), len(chosen))
+                minibatch = [experiences[i] for i in chosen.tolist() if i in experiences]
                 passes = self._most_passes(chosen, whole) if self.hardware.sharded else 0
                 metrics, norms = self.optimizer_step(
-                    step, int(sums.optimizer_steps), minibatch, tokens, passes
+                    step, int(sums.optimizer_steps), minibatch, total, passes
                 )
-                sums.add(metrics, tokens, norms)
-                moved = metrics["policy/approxkl"] / tokens
+                sums.add(metrics, total.tokens, norms)
+                moved = metrics["policy/approxkl"] / total.tokens
                 if algorithm.stop_kl and moved > algorithm.stop_kl:
                     return self._means(sums)
         return self._means(sums)
@@ -151,14 +139,14 @@ class Learner:
         count = max(1, size.tokens // episode.tokens) if size.tokens else size.episodes
         anything = torch.ones(len(episode.response), device=self.world.device)
         texts = texts_of([episode] * count, self.world.device)
-        chosen = [Experience(episode, text, *[anything] * 4) for text in texts]
-        self._pass(chosen, 1.0)
+        chosen = [Experience(episode, text, *[anything] * COLUMNS) for text in texts]
+        self.method.learn(chosen, Total(1.0, 1.0))
 
-    def _lengths(self, by_place: dict[int, Experience]) -> Tensor:
-        """Tokens of every response in the batch of all processes, and with its prompt, float32
-        [2, batch]."""
+    def _lengths(self, experiences: dict[int, Experience]) -> Tensor:
+        """Tokens of every response in the batch of all processes that is learned from, and with its
+        prompt, float32 [2, batch]; else 0."""
         lengths = torch.zeros(2, self.recipe.optim.batch_size)
-        for place, experience in by_place.items():
+        for place, experience in experiences.items():
             episode = experience.episode
             lengths[:, place] = torch.tensor([len(episode.response), episode.tokens])
         return self.world.sum(lengths)
@@ -172,8 +160,11 @@ class Learner:
         return max(len(self.pass_size.cut(lengths[share].tolist())) for share in shares)
 
     def _means(self, sums: _Sums) -> Metrics:
+        if not sums.optimizer_steps:  # nothing was there to learn from
+            names = ("loss", *self.clipped, *self._watched, "optimizer_steps")
+            return dict.fromkeys(names, 0.0)
         means = {name: value / sums.tokens for name, value in sums.metrics.items()}
-        loss = means["loss/policy"] + self.recipe.critic.coefficient * means["loss/value"]
+        loss = self.method.loss(means)
         if self.mixture:
             loss += self.mixture.recipe.coefficient * means["loss/mixture"]
         return {
@@ -183,23 +174,26 @@ class Learner:
             "optimizer_steps": sums.optimizer_steps,
         }
 
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        return (*self.method.watched, *(("loss/mixture",) if self.mixture else ()))
+
     def optimizer_step(
-        self, step: int, number: int, minibatch: list[Experience], tokens: float, passes: int
+        self, step: int, number: int, minibatch: list[Experience], total: Total, passes: int
     ) -> tuple[Metrics, Metrics]:
         """Learn from a minibatch; sums over its tokens in all processes, and the norms of the
         gradients. The host reads one tensor, before anything has changed.
 
-        `number`: of the optimizer step in update `step`; `tokens`: of the minibatch in all
-        processes; `passes`: at least so many, since models in parts compute together.
+        `number`: of the optimizer step in update `step`; `passes`: at least so many, since models
+        in parts compute together.
         """
-        sums = self._gradients(minibatch, tokens, passes)
-        names: tuple[str, ...] = WATCHED
+        sums = self._gradients(minibatch, total, passes)
+        names = self._watched
         if self.mixture:
             algorithm = self.recipe.algorithm
             before = step * algorithm.epochs * algorithm.minibatches
             loss = self._mixture_gradients(self.mixture, before + number)
-            sums = torch.cat([sums, loss[None] * tokens])
-            names = (*WATCHED, "loss/mixture")
+            sums = torch.cat([sums, loss[None] * total.tokens])
         self.world.add_up([sums])
         norms = self._clipped_norms()
         read = torch.cat([sums, norms.to(sums.dtype)]).tolist()
@@ -213,58 +207,26 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return metrics, by_part
 
-    def _gradients(self, minibatch: list[Experience], tokens: float, least: int) -> Tensor:
-        """Add up the gradients of a minibatch; sums over the tokens of this process, as `WATCHED`
-        has them, float64 [watched].
-
-        `tokens`: of the minibatch in all processes; `least`: passes that are made.
-        """
-        sums = torch.zeros(len(WATCHED), dtype=torch.float64, device=self.world.device)
+    def _gradients(self, minibatch: list[Experience], total: Total, least: int) -> Tensor:
+        """Add up the gradients of a minibatch; sums over the tokens of this process of what is
+        watched, float64 [watched]. `least`: passes that are made."""
+        watched = self.method.watched
+        sums = torch.zeros(len(watched), dtype=torch.float64, device=self.world.device)
         passes = self.pass_size.cut([each.episode.tokens for each in minibatch])
         for places in passes:
-            metrics = self._pass([minibatch[i] for i in places], tokens)
-            sums += torch.stack([metrics[name].detach().double() for name in WATCHED])
+            metrics = self.method.learn([minibatch[i] for i in places], total)
+            sums += torch.stack([metrics[name].detach().double() for name in watched])
         for _ in range(len(passes), least):
-            self._pass([self._filler()], math.inf)  # of which nothing is learned
+            # of which nothing is learned
+            self.method.learn([self._filler()], Total(math.inf, math.inf))
         return sums
 
     def _filler(self) -> Experience:
         """An episode of one token."""
         device = self.world.device
         episode = Episode([0], [0], True, torch.zeros(1), None)
-        return Experience(
-            episode, texts_of([episode], device)[0], *[torch.zeros(1, device=device)] * 4
-        )
-
-    def _pass(self, chosen: list[Experience], tokens: float) -> dict[str, Tensor]:
-        """Add the gradients of one pass; sums over its tokens."""
-        algorithm, critic = self.recipe.algorithm, self.recipe.critic
-        batch = pack([each.text for each in chosen])
-        old = torch.cat([each.old for each in chosen])
-        advantages = torch.cat([each.advantages for each in chosen])
-        returns = torch.cat([each.returns for each in chosen])
-        before = torch.cat([each.values for each in chosen])
-        with self.hardware.autocast():
-            log_probs, entropy, values = self.actors.policy(batch)
-        loss, metrics = policy_gradient.policy_loss(log_probs, old, advantages, algorithm.clip)
-        total = loss - algorithm.entropy * entropy.sum() if algorithm.entropy else loss
-        if values is None:
-            # one graph after the other: activations of both models need not exist at once
-            (total / tokens).backward()
-            total = 0.0
-        with self.actors.as_critic():  # the backward pass, too, may compute the layers again
-            if values is None:
-                with self.hardware.autocast():
-                    values = self.actors.values(batch)
-            value_loss, more = policy_gradient.value_loss(values, before, returns, critic.clip)
-            ((total + critic.coefficient * value_loss) / tokens).backward()
-        return {
-            **metrics,
-            **more,
-            "loss/policy": loss,
-            "loss/value": value_loss,
-            "policy/entropy": entropy.sum(),
-        }
+        (text,) = texts_of([episode], device)
+        return Experience(episode, text, *[torch.zeros(1, device=device)] * COLUMNS)
 
     def _mixture_gradients(self, mixture: MixedRows, optimizer_step: int) -> Tensor:
         """Add the gradients of the mixture's rows beside an optimizer step; this process's share of

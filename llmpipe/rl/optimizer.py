@@ -13,7 +13,8 @@ from transformers import Trainer
 
 from llmpipe.parallel import is_part
 from llmpipe.recipe.optimizers import OPTIMIZERS
-from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.ppo import PPORecipe
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.actors import CRITIC, Actors
 from llmpipe.training.schedule import make_scheduler
 
@@ -23,8 +24,8 @@ def of_critic(name: str) -> bool:
     return name.startswith((f"{CRITIC}.", "value.")) or f".{CRITIC}." in name
 
 
-def make_optimizer(actors: Actors, recipe: PPORecipe) -> Any:
-    """AdamW of what learns: the policy and the critic, each with a learning rate of its own."""
+def make_optimizer(actors: Actors, recipe: RLRecipe) -> Any:
+    """AdamW of what learns: the policy, and a critic with a learning rate of its own."""
     optim = recipe.optim
     groups = _groups(actors, recipe)
     options = {
@@ -40,13 +41,14 @@ def make_optimizer(actors: Actors, recipe: PPORecipe) -> Any:
     return getattr(bitsandbytes.optim, name)(groups, **options)
 
 
-def _groups(actors: Actors, recipe: PPORecipe) -> list[dict[str, Any]]:
+def _groups(actors: Actors, recipe: RLRecipe) -> list[dict[str, Any]]:
     """What learns, by its learning rate and by whether it decays: norms and biases do not, as in
     every other stage. What is in parts and what is not take no step together."""
     optim = recipe.optim
     # the method is a function of its argument alone: it reads nothing of a trainer
     decaying = set(Trainer.get_decay_parameter_names(None, actors.modules))
-    rates = {False: optim.learning_rate, True: recipe.critic.learning_rate or optim.learning_rate}
+    of_its_own = recipe.critic.learning_rate if isinstance(recipe, PPORecipe) else None
+    rates = {False: optim.learning_rate, True: of_its_own or optim.learning_rate}
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, weight in actors.learned().items():
         kind = (of_critic(name), name in decaying, is_part(weight))
@@ -70,7 +72,7 @@ class Schedule:
     """A LambdaLR: a peak and a function of the step for every group."""
 
     @classmethod
-    def of(cls, optimizer: Any, recipe: PPORecipe, steps: int) -> Schedule:
+    def of(cls, optimizer: Any, recipe: RLRecipe, steps: int) -> Schedule:
         """`steps`: of the whole training."""
         return cls(optimizer, make_scheduler(recipe, optimizer, steps))
 

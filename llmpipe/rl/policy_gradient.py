@@ -1,4 +1,5 @@
-"""The equations of PPO for language models, as functions of tensors.
+"""The equations of PPO for language models, as functions of tensors; `group_relative` has what GRPO
+has in their place.
 
 An episode is one answer; a step of it is a token y_t in the state s_t = prompt, y_1 ... y_(t-1).
 Episodes of several lengths lie in [episodes, tokens] with a mask that is 1 for their tokens; losses
@@ -60,22 +61,28 @@ def whitened(values: Tensor, mask: Tensor, add: Callable[[Tensor], Tensor]) -> T
     return ((values - mean) * torch.rsqrt(squares / count + 1e-8) * mask).to(values.dtype)
 
 
-def policy_loss(
-    log_probs: Tensor, old: Tensor, advantage: Tensor, clip: float
+def policy_losses(
+    log_ratio: Tensor, advantage: Tensor, low: float, high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate (Schulman 2017, eq. 7), summed over tokens, and sums of what is worth
-    watching."""
-    log_ratio = log_probs - old
+    """The clipped surrogate of every token (Schulman 2017, eq. 7), [tokens], and sums of what is
+    worth watching. The ratio is held in [1 - low, 1 + high]: one bound there, two in DAPO (Yu 2025,
+    eq. 10)."""
     ratio = log_ratio.exp()
     free = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -advantage * ratio.clamp(1 - low, 1 + high)
     with torch.no_grad():
         watched = {
-            "policy/approxkl": (torch.expm1(log_ratio) - log_ratio).sum(),
+            "policy/approxkl": moved(log_ratio),
             "policy/clipfrac": (clipped > free).sum(),
             "val/ratio": ratio.sum(),
         }
-    return torch.maximum(free, clipped).sum(), watched
+    return torch.maximum(free, clipped), watched
+
+
+def moved(log_ratio: Tensor) -> Tensor:
+    """How far the policy is from what drew the tokens: k3 of each, summed."""
+    with torch.no_grad():
+        return (torch.expm1(log_ratio) - log_ratio).sum()
 
 
 def value_loss(

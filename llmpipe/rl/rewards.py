@@ -29,7 +29,7 @@ from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World, gathered
 from llmpipe.recipe.places import portable
-from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.shared_reward import SharedRanker, shared_ranker
@@ -68,7 +68,7 @@ class Rewards:
     """Every source of a recipe's `reward`."""
 
     def __init__(
-        self, job: Job[PPORecipe], hardware: Hardware, actors: Actors, prepared: PreparedRows
+        self, job: Job[RLRecipe], hardware: Hardware, actors: Actors, prepared: PreparedRows
     ):
         columns = {name for source in prepared.sources for name in source.kept_columns}
         self.sources: list[Source] = []
@@ -147,7 +147,7 @@ def _shortened(text: str | list[dict[str, Any]]) -> str:
 
 
 def _of_model(
-    job: Job[PPORecipe], i: int, name: str, hardware: Hardware, actors: Actors
+    job: Job[RLRecipe], i: int, name: str, hardware: Hardware, actors: Actors
 ) -> tuple[Score, Any]:
     """The reward model that the recipe has as its source `i`, and what its weights lie in."""
     at = f"reward.{i}.model"

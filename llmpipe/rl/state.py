@@ -39,6 +39,10 @@ class State:
     """Updates that are done."""
     tokens: int = 0
     """Tokens of all responses so far."""
+    replaced: int = 0
+    """Prompts so far that were asked in the place of others, beyond those of each update."""
+    skipped: int = 0
+    """Groups so far of which nothing was learned."""
     moments: Moments = field(default_factory=Moments)
     """Of the scores so far, where they are normalized."""
     evaluation_due: bool = False
@@ -62,6 +66,8 @@ class StateRecord(Record):
     moments: Moments
     coefficient: float
     tokens: int
+    replaced: int = 0
+    skipped: int = 0
     pending: bool
     first: dict[str, float]
     warned: list[str]
@@ -81,6 +87,8 @@ def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> 
         moments=state.moments,
         coefficient=state.coefficient.value,
         tokens=state.tokens,
+        replaced=state.replaced,
+        skipped=state.skipped,
         pending=state.evaluation_due,
         first=state.first,
         warned=state.warned,
@@ -130,6 +138,8 @@ def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": by_number})
     state.step = checkpoints.step_of(folder)
     state.tokens = kept.tokens
+    state.replaced = kept.replaced
+    state.skipped = kept.skipped
     state.coefficient.value = kept.coefficient
     state.moments = kept.moments
     state.evaluation_due = kept.pending

@@ -61,7 +61,7 @@ class RolloutSums:
     episodes: float
     tokens: float
     kl: float
-    """k1 estimates, whatever the penalty is made of."""
+    """k1 estimates, whatever the penalty is made of; 0 without a reference."""
     penalty: float
     """KL estimates of the penalty, before its coefficient."""
     entropy: float
@@ -70,57 +70,48 @@ class RolloutSums:
     raw_scores: float
     """With what `rollout.unfinished` adds, before they are normalized and clipped."""
     ended: float
-    squared_errors: float
-    """Of the values."""
-    returns: float
-    squared_returns: float
     rollout_difference: float
 
     @classmethod
-    def of(
-        cls, measured: Measured, scores: Tensor, raw_scores: Tensor, kl: Tensor, returns: Tensor
-    ) -> RolloutSums:
-        """`scores` and `raw_scores` [episodes]; `kl`, of the penalty, and `returns` [episodes,
-        tokens]."""
+    def of(cls, measured: Measured, scores: Tensor, raw_scores: Tensor, kl: Tensor) -> RolloutSums:
+        """`scores` and `raw_scores` [episodes]; `kl`, of the penalty, [episodes, tokens]."""
         mask = measured.mask
+        reference = measured.log_probs if measured.reference is None else measured.reference
         return cls(
             episodes=len(measured.episodes),
             tokens=float(mask.sum()),
-            kl=float(((measured.log_probs - measured.reference) * mask).sum()),
+            kl=float(((measured.log_probs - reference) * mask).sum()),
             penalty=float(kl.sum()),
             entropy=float(measured.entropies.sum()),
             scores=float(scores.sum()),
             squared_scores=float((scores.double() ** 2).sum()),
             raw_scores=float(raw_scores.sum()),
             ended=float(measured.ended.sum()),
-            squared_errors=float(((returns - measured.values) ** 2 * mask).sum()),
-            returns=float((returns * mask).sum()),
-            squared_returns=float((returns.double() ** 2 * mask).sum()),
             rollout_difference=measured.rollout_difference,
         )
 
-    def metrics(self, coefficient: float) -> Metrics:
-        """Means over episodes and tokens; `coefficient`: of the KL penalty."""
+    def held(self, coefficient: float) -> Metrics:
+        """How far from the reference, and what a penalty of this coefficient makes of it; means
+        over episodes."""
+        penalty = coefficient * (self.penalty / self.episodes)
+        return {
+            "objective/kl": self.kl / self.episodes,
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": self.raw_scores / self.episodes - penalty,
+        }
+
+    def metrics(self) -> Metrics:
+        """What else there is to say; means over episodes and tokens."""
         score = self.scores / self.episodes
         variance = self.squared_scores / self.episodes - score**2
-        penalty = coefficient * (self.penalty / self.episodes)
         return {
             "objective/scores": score,
             "objective/scores_std": math.sqrt(max(variance, 0)),
-            "objective/kl": self.kl / self.episodes,
             "objective/entropy": self.entropy / self.tokens,
-            "objective/non_score_reward": -penalty,
-            "objective/rlhf_reward": self.raw_scores / self.episodes - penalty,
-            "val/explained_variance": self._explained_variance(),
             "val/rollout_difference": self.rollout_difference / self.tokens,
             "answers/tokens": self.tokens / self.episodes,
             "answers/ended": self.ended / self.episodes,
         }
-
-    def _explained_variance(self) -> float:
-        """1 - the values' mean squared error by the returns' variance."""
-        variance = self.squared_returns / self.tokens - (self.returns / self.tokens) ** 2
-        return 1 - self.squared_errors / self.tokens / variance if variance > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -149,11 +140,12 @@ def warn(line: Metrics, first: Metrics, target: float | None, warned: list[str],
     `first`: the metrics of the first update; `target`: nats per answer that the recipe steers to.
     """
     kl, tokens, entropy = "objective/kl", "answers/tokens", "objective/entropy"
-    if line[kl] < 0 and NEGATIVE not in warned:
+    nats, before = line.get(kl, 0.0), first.get(kl, 0.0)  # without a reference there is none
+    if nats < 0 and NEGATIVE not in warned:
         warned.append(NEGATIVE)
         say(NEGATIVE)
     signs = [
-        _Sign("KL ran away", kl, line[kl] - max(first[kl], 0) > 4 * (target or 12.5)),
+        _Sign("KL ran away", kl, nats - max(before, 0) > 4 * (target or 12.5)),
         _Sign("answers grow", tokens, line[tokens] > 2 * first[tokens] + 8),
         _Sign("answers shrink", tokens, line[tokens] < 0.4 * first[tokens] - 1),
         _Sign("entropy collapsed", entropy, line[entropy] < 0.1 * first[entropy]),

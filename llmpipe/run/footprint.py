@@ -21,7 +21,8 @@ from typing import Any
 
 from llmpipe.files import parse_json, read_text
 from llmpipe.recipe.optimizers import OPTIMIZERS
-from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.ppo import PPORecipe
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Training
 from llmpipe.run.folders import CONFIG, tensors_of
 
@@ -226,7 +227,7 @@ class Held:
             # a layer that is computed with, one on its way, and gradients before they are cut
             whole = 2 * shape.layer + shape.outside
             copies = number * whole + (0 if adapter else FP32 * (shape.layer + shape.outside))
-            if recipe.stage == "ppo":  # a policy that draws is whole, then each reward model
+            if isinstance(recipe, RLRecipe):  # a policy that draws is whole, then each reward model
                 copies = max(copies, number * shape.weights)
         else:
             buckets = FP32 if processes > 1 else 0
@@ -251,7 +252,7 @@ class Held:
 
 
 def _learned(shape: Shape, recipe: Training) -> int:
-    """Numbers that learn: all weights, or an adapter's; in ppo those of a critic, too."""
+    """Numbers that learn: all weights, or an adapter's; those of a critic, too."""
     adapter = recipe.adapter
     learned = adapter.rank * shape.sides if adapter else shape.weights
     if not isinstance(recipe, PPORecipe) or recipe.critic.start == "trunk":
@@ -264,7 +265,7 @@ def _frozen(shape: Shape, recipe: Training, number: int, parts: int) -> float:
     as the policy, reward models'.
     """
     ranked = 0.0
-    if isinstance(recipe, PPORecipe):
+    if isinstance(recipe, RLRecipe):
         ranked += number * shape.weights * sum(bool(each.model) for each in recipe.reward)
     layers = shape.weights - shape.outside
     if recipe.quantization:  # what is not in few bits is made fp32, see `adapters.load_frozen`
@@ -273,15 +274,17 @@ def _frozen(shape: Shape, recipe: Training, number: int, parts: int) -> float:
         return ranked + layers * bits / 8 + FP32 * shape.outside
     if recipe.adapter:
         return ranked + (FP32 if recipe.adapter.rewrites else number) * shape.weights
-    if recipe.stage == "ppo":  # whose reference is rounded where it is whole
+    if isinstance(recipe, RLRecipe):  # whose reference is rounded where it is whole
+        if not recipe.has_reference:
+            return ranked
         return ranked + (FP32 if parts > 1 else number) * layers + FP32 * shape.outside
     is_compared = recipe.stage in ("dpo", "kto") and not getattr(recipe, "precompute", False)
     return float(FP32 * shape.weights if is_compared else 0)
 
 
 def _cached(passed: Layer, recipe: Training, number: int) -> float:
-    """Bytes of the keys and values of the answers that ppo draws at a time, at most."""
-    if not isinstance(recipe, PPORecipe):
+    """Bytes of the keys and values of the answers that are drawn at a time, at most."""
+    if not isinstance(recipe, RLRecipe):
         return 0
     tokens = recipe.launch.rollout_batch_size * recipe.longest
     return number * 2.0 * passed.keys * passed.layers * tokens

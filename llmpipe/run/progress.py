@@ -77,8 +77,12 @@ class Progress:
     def _parts(self, line: Line) -> Iterator[tuple[str, int]]:
         """What is shown of a line of metrics, and how soon it is left out: 0 is never."""
         yield f"step {line['step']}/{self.last}", 0
+        if "objective/scores" in line:
+            yield f"score {line['objective/scores']:.3f}", 0
         if "objective/kl" in line:
-            yield f"score {line['objective/scores']:.3f}  KL {line['objective/kl']:.2f}", 0
+            yield f"KL {line['objective/kl']:.2f}", 0
+        if "groups/mixed" in line:
+            yield f"mixed {line['groups/mixed']:.0%}", 0
         yield f"loss {line['loss']:.4f}", 0
         yield f"lr {line['learning_rate']:.2e}", 1
         yield f"grad {line['grad_norm']:.2f}", 2

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llmpipe.recipe.reinforcement import PPORecipe
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run.footprint import USED, Held, Pass, Shape
 from llmpipe.run.machine import (
@@ -23,7 +23,7 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
     launch = recipe.launch
     if recipe.adapter:
         yield from _against_adapting(recipe, recipe.adapter)
-    if isinstance(recipe, PPORecipe) and recipe.rollout.engine == "vllm":
+    if isinstance(recipe, RLRecipe) and recipe.rollout.engine == "vllm":
         yield "rollout.engine: vllm draws in one process", "set rollout.engine: local"
     if recipe.optim.optimizer != "adamw" and not recipe.adapter:
         yield f"{recipe.optim.optimizer} does not know parts of weights", "set optimizer: adamw"
@@ -31,12 +31,12 @@ def against_parts(recipe: Training, processes: int) -> Iterator[tuple[str, str]]
         yield "no field of `trainer:` is tried with it", "remove `trainer:`"
     if launch.compile is True:
         yield "layers in parts are not compiled", "set launch.compile: auto"
-    is_ppo, auto = recipe.stage == "ppo", (launch.micro_batch_size, launch.checkpointing)
-    if is_ppo and gpus() and "auto" in auto:
+    draws, auto = isinstance(recipe, RLRecipe), (launch.micro_batch_size, launch.checkpointing)
+    if draws and gpus() and "auto" in auto:
         remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
-        yield "what fits in a GPU's memory is not measured with it in ppo", remedy
-    if launch.strategy == "hsdp" and is_ppo:
-        yield "not tried in ppo", "set launch.strategy: fsdp"
+        yield f"what fits in a GPU's memory is not measured with it in {recipe.stage}", remedy
+    if launch.strategy == "hsdp" and draws:
+        yield f"not tried in {recipe.stage}", "set launch.strategy: fsdp"
     if launch.strategy == "hsdp" and machines(processes) < 2:
         yield "all processes are on one machine, which has one copy", "set launch.strategy: fsdp"
     if launch.strategy == "hsdp" and processes % machines(processes):
@@ -54,8 +54,8 @@ def against_offload(recipe: Training, processes: int) -> Iterator[tuple[str, str
     without = "remove it, or a launcher's FSDP_OFFLOAD_PARAMS"
     if recipe.adapter:
         yield "not built beside an adapter, which is whole on the device", without
-    if recipe.stage == "ppo":
-        yield "not built in ppo, whose models are whole for a while", without
+    if isinstance(recipe, RLRecipe):
+        yield f"not built in {recipe.stage}, whose models are whole for a while", without
 
 
 def machines(processes: int) -> int:
@@ -112,8 +112,9 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
     if problems:
         return Choice(False, f"{numbers}; fsdp: {problems[0]}")
     numbers += f"; {gib(parts.total)} in parts of {room.processes}"
-    if recipe.stage == "ppo":  # of whose several models nobody has measured the memory
-        return Choice(False, f"{numbers}, by launch.strategy: fsdp, which auto is not in ppo")
+    if isinstance(recipe, RLRecipe):  # of whose several models nobody has measured the memory
+        problem = f"{numbers}, by launch.strategy: fsdp, which auto is not in {recipe.stage}"
+        return Choice(False, problem)
     return Choice(True, numbers)
 
 

@@ -1,4 +1,4 @@
-"""Scores of one answer, and of several answers to one prompt: of `eval`, and `ppo`'s verifiers.
+"""Scores of one answer, and of several to one prompt: of `eval`, and of verifiers as rewards.
 
 verifiers/   right or wrong, a file each
 numbers      what a number is, and which one a text says

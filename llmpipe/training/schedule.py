@@ -1,5 +1,5 @@
-"""The learning rate of every step, for TRL's loops and for PPO's own: transformers' shapes behind a
-warm-up that begins above 0.
+"""The learning rate of every step, for TRL's loops and for that of `rl`: transformers' shapes
+behind a warm-up that begins above 0.
 
 A warm-up of w steps gives step s, counted from 0, the share s / w in transformers: the first step
 learns nothing, and of a short run that is all there is. Here it is (s + 1) / (w + 1), as torchtitan

@@ -104,7 +104,7 @@ class Training(Generic[R_co]):
 
 
 class Trained(Protocol):
-    """What samples and publishing ask of a trainer: one of TRL's in `hosted`, or PPO's loop."""
+    """What samples and publishing ask of a trainer: one of TRL's in `hosted`, or `rl`'s loop."""
 
     accelerator: Accelerator
     artifact: Artifact

@@ -93,6 +93,26 @@ def test_ppo_shows_the_score_against_what_it_costs(tmp_path):
     assert [one.title for one in shown.more] == ["score", "KL from the reference"]
 
 
+def test_grpo_shows_what_became_of_groups(tmp_path):
+    """And the score by itself where no reference says what it costs."""
+    names = ("groups/mixed", "groups/all_right", "groups/none_right", "answers/tokens")
+    values = ([0.2, 0.5, 0.6], [0.0, 0.1, 0.3], [0.8, 0.4, 0.1], [9.0, 8.0, 7.0])
+    scores = {"objective/scores": [0.1, 0.2, 0.5]}
+    lines = steps(**dict(zip(names, values, strict=True)), **scores)
+    shown = panels({"": part(tmp_path, "grpo", lines)})
+    titles = ["groups by their scores", "length of answers", "score"]
+    assert [one.title for one in shown.plots] == titles
+    groups = shown.plots[0]
+    assert [entry.text for entry in groups.legend] == ["mixed", "all right", "none right"]
+    assert "Mixed rose from 20 to 60 %; all right rose from 0 to 30 %; none right fell" in (
+        groups.words
+    )
+    lines = steps(**dict(zip(names, values, strict=True)), **scores, **{"objective/kl": [0, 1, 2]})
+    (tmp_path / "kl").mkdir()
+    shown = panels({"": part(tmp_path / "kl", "grpo", lines)})
+    assert [one.title for one in shown.plots] == ["score against KL", *titles[:2]]
+
+
 def test_two_runs_share_a_plot_without_words(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

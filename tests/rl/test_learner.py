@@ -15,6 +15,7 @@ CASES = {
         "rollout": {"max_new_tokens": 12, "top_p": 0.8},
         "launch__micro_batch_size": "auto",
     },
+    "grpo": HOW["grpo"] | {"algorithm__ratio": "sequence", "algorithm__loss": "sequence"},
     "lora, mixture": {**HOW["lora"], "mixture": MIXTURE, "algorithm__entropy": 0.01},
 }
 

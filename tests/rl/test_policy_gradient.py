@@ -74,10 +74,9 @@ def test_whitened():
 def test_losses_by_hand():
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5])
     advantage = torch.tensor([2.0, 1.0, 1.0, -1.0, -1.0])
-    old = torch.full((5,), -2.0)
-    loss, seen = policy_gradient.policy_loss(old + ratio.log(), old, advantage, 0.2)
-    # -2; held at 1.2; free 0.5; free 1.5; held at 0.8
-    assert float(loss) == pytest.approx(-2 - 1.2 - 0.5 + 1.5 + 0.8)
+    losses, seen = policy_gradient.policy_losses(ratio.log(), advantage, 0.2, 0.2)
+    # free; held at 1.2; free 0.5; free 1.5; held at 0.8
+    assert losses.tolist() == pytest.approx([-2, -1.2, -0.5, 1.5, 0.8])
     assert int(seen["policy/clipfrac"]) == 2 and float(seen["val/ratio"]) == pytest.approx(5)
     assert float(seen["policy/approxkl"]) == pytest.approx(
         float((ratio - 1 - ratio.log()).sum()), abs=1e-6

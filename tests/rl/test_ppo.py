@@ -1,5 +1,5 @@
 """PPO as a stage: the same distribution in rollout and training, closed forms, exact resume, any
-cut of a batch."""
+cut of a batch. What GRPO shares with it is tried here as well; test_grpo.py has what is its own."""
 
 import json
 import math
@@ -17,12 +17,22 @@ from llmpipe.stages import schema
 from tests import hooks, life, store
 
 ROWS = life.TINY / "rows.jsonl"
+GRPO = {"stage": "grpo", "rollout__group": 4, "algorithm__clip_high": 0.3}
 HOW = {
     "full": {},
     "trunk": {"critic": {"start": "trunk"}, "launch__micro_batch_size": "auto"},
     "lora": {"adapter": {"rank": 4, "alpha": 8}},
     "lora, trunk": {"adapter": {"rank": 4, "alpha": 8}, "critic": {"start": "trunk"}},
     "qlora": {"adapter": {"rank": 4, "alpha": 8}, "quantization": {"bits": 4}},
+    "grpo": GRPO,
+    "grpo, lora": GRPO | {"adapter": {"rank": 4, "alpha": 8}, "reference__place": "reward"},
+}
+"""Ways to be trained: ppo's, and those of grpo, which has the same loop."""
+NORMALIZED = {"algorithm__normalize_scores": True}
+RESAMPLED = {  # groups of two, of which some have no spread
+    "rollout__group": 2,
+    "rollout__without_spread": "resample",
+    "reward": [{"verifier": "regex", "pattern": "w"}],
 }
 MIXTURE = {"train": [{"path": str(ROWS)}], "max_length": 64, "batch_size": 2}
 LONGER = {  # for the faults: checkpoints at 3, 6, 9 and 12, and everything that has a state
@@ -82,7 +92,7 @@ def write(run, **changes):
         "launch": {"processes": 1, "threads": 1, "micro_batch_size": 4},
     }
     life.put(values, changes)
-    path = run.parent / f"{run.name}-{values.get('name', 'ppo')}.yaml"
+    path = run.parent / f"{run.name}-{values.get('name', values['stage'])}.yaml"
     path.write_text(json.dumps(values))
     return path
 
@@ -129,10 +139,12 @@ AUTO = {"launch__micro_batch_size": "auto", "optim__steps": 4}
 def short(monkeypatch):
     """`short(most)`: memory for passes of so many tokens."""
     from llmpipe.rl import fitting
-    from llmpipe.rl.learner import Learner
+    from llmpipe.rl.grpo import GRPO
+    from llmpipe.rl.ppo import PPO
 
     monkeypatch.setattr(fitting, "DEVICES", fitting.DEVICES)
-    monkeypatch.setattr(Learner, "_pass", Learner._pass)
+    for method in (PPO, GRPO):
+        monkeypatch.setattr(method, "learn", method.learn)
     return hooks.ppo_short_of_memory
 
 
@@ -141,7 +153,7 @@ def said(artifact):
     return [line for line in lines if line.startswith("memory:")]
 
 
-@pytest.mark.parametrize("how", ["full", life.by_the_dozen("lora")])
+@pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("lora", "grpo"))])
 def test_passes_that_do_not_fit_are_cut_without_a_trace(tmp_path, monkeypatch, short, how):
     """As if the run had begun with smaller ones, and a resumed run goes on with these."""
     from llmpipe.rl import passes
@@ -179,14 +191,14 @@ def test_an_episode_that_does_not_fit(tmp_path, short):
 def test_what_not_one_episode_fits_without(tmp_path, monkeypatch):
     """Is computed again."""
     from llmpipe.rl import fitting
-    from llmpipe.rl.learner import Learner
+    from llmpipe.rl.ppo import PPO
     from llmpipe.upstream import checkpointing
 
-    passed, contexts, computed = Learner._pass, checkpointing.contexts, []
+    learn, contexts, computed = PPO.learn, checkpointing.contexts, []
 
-    def too_much(self, chosen, tokens):
+    def too_much(self, chosen, total):
         before = len(computed)
-        metrics = passed(self, chosen, tokens)
+        metrics = learn(self, chosen, total)
         if len(computed) == before:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return metrics
@@ -195,7 +207,7 @@ def test_what_not_one_episode_fits_without(tmp_path, monkeypatch):
     plain = life.command(write(tmp_path / "plain", **changes | {"launch__micro_batch_size": 1}))
     monkeypatch.setattr(checkpointing, "contexts", lambda: computed.append(1) or contexts())
     monkeypatch.setattr(fitting, "DEVICES", {"cpu", "cuda"})
-    monkeypatch.setattr(Learner, "_pass", too_much)
+    monkeypatch.setattr(PPO, "learn", too_much)
     made = life.command(write(tmp_path / "run", **changes | {"launch__micro_batch_size": 1}))
     assert made.manifest().hardware["activation_checkpointing"] == "selective"
     assert life.essence(made) == life.essence(plain)
@@ -259,26 +271,26 @@ def bandit(folder, seed):
         return model(torch.tensor([[2]])).logits[0, -1].log_softmax(-1), torch.tensor(rewards)
 
 
-@pytest.mark.parametrize("seed", [0, *map(life.by_the_dozen, range(1, 5))])
-def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
-    """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq.
-    4)."""
+BETA = 0.7  # of the bandits' KL penalty
+
+
+def learned_bandit(tmp_path, seed, **changes):
+    """What a bandit's parent says, what words are worth, what the policy says that a stage made,
+    and its artifact."""
     from transformers import AutoModelForCausalLM
 
-    folder, beta = tmp_path / "bandit", 0.7
+    folder = tmp_path / "bandit"
     folder.mkdir()
     reference, rewards = bandit(folder, seed)
     values = {
-        "stage": "ppo",
         "run": str(tmp_path / "run"),
         "model": str(folder),
         "seed": seed,
         "data": {"train": [{"path": str(tmp_path / "asks.jsonl")}], "max_length": 8},
         "reward": [{"function": f"{tmp_path}/rewards.py:look"}],
-        "reference": {"coefficient": beta, "estimator": "k1"},
+        "reference": {"coefficient": BETA},
         "rollout": {"max_new_tokens": 1},
-        "critic": {"clip": None, "coefficient": 1.0},
-        "algorithm": {"epochs": 2, "minibatches": 2, "whiten": False},
+        "algorithm": {"epochs": 2, "minibatches": 2},
         "optim": {
             "learning_rate": 1e-2,
             "batch_size": 256,
@@ -295,22 +307,36 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
             "rollout_batch_size": 256,
         },
     }
-    path = tmp_path / "ppo.yaml"
-    path.write_text(json.dumps(values))
+    path = tmp_path / "bandit.yaml"
+    path.write_text(json.dumps(life.put(values, changes)))
     made = life.command(path)
     model = AutoModelForCausalLM.from_pretrained(made.model)
     with torch.no_grad():
-        found = model(torch.tensor([[2]])).logits[0, -1].softmax(-1)
-    target = (reference + rewards / beta).softmax(-1)
+        policy = model(torch.tensor([[2]])).logits[0, -1].softmax(-1)
+    return reference, rewards, policy, made
 
-    def away(probabilities):
-        """Total variation from the closed form."""
-        return float((probabilities - target).abs().sum() / 2)
 
-    assert away(reference.exp()) > 0.2, "there is something to learn"
-    assert away(found) < 0.03
+def apart(some, others):
+    """Total variation between two distributions."""
+    return float((some - others).abs().sum() / 2)
+
+
+@pytest.mark.parametrize("seed", [0, *map(life.by_the_dozen, range(1, 5))])
+def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
+    """pi(a) ~ pi_ref(a) exp(r(a) / beta): the optimum of reward less beta KL (Rafailov 2023, eq.
+    4)."""
+    how = {
+        "stage": "ppo",
+        "critic": {"clip": None, "coefficient": 1.0},
+        "reference__estimator": "k1",
+        "algorithm__whiten": False,
+    }
+    reference, rewards, policy, made = learned_bandit(tmp_path, seed, **how)
+    target = (reference + rewards / BETA).softmax(-1)
+    assert apart(reference.exp(), target) > 0.2, "there is something to learn"
+    assert apart(policy, target) < 0.03
     last = updates(made)[-1]
-    optimum = float(beta * torch.logsumexp(reference + rewards / beta, 0))
+    optimum = float(BETA * torch.logsumexp(reference + rewards / BETA, 0))
     assert last["objective/rlhf_reward"] == pytest.approx(optimum, abs=0.1)
 
 
@@ -320,36 +346,37 @@ def test_one_step_bandits_converge_to_the_closed_form(tmp_path, seed):
 @pytest.fixture
 def spied(monkeypatch):
     """What the first minibatch and the first rollout of a stage saw."""
-    from llmpipe.rl import policy_gradient, ppo
+    from llmpipe.rl import loop, policy_gradient
 
     seen = {"rollout": [], "ratio": [], "kl": []}
-    judge, policy_loss, penalty = (
-        ppo.Loop.judge,
-        policy_gradient.policy_loss,
+    judge, losses, penalty = (
+        loop.Loop.judge,
+        policy_gradient.policy_losses,
         policy_gradient.kl_penalty,
     )
 
-    def judged(self, episodes, scores):
-        experiences, line = judge(self, episodes, scores)
+    def judged(self, answers):
+        experiences, line = judge(self, answers)
         if self.state.step == 0:
             seen["rollout"] += [
-                float((e.old - e.episode.log_probs).exp().sub(1).abs().max()) for e in experiences
+                float((e.old - e.episode.log_probs).exp().sub(1).abs().max())
+                for e in experiences.values()
             ]
-            seen["episodes"] = episodes
+            seen["episodes"] = [answer.episode for answer in answers]
         return experiences, line
 
-    def lost(log_probs, old, advantage, clip):
+    def lost(log_ratio, *others):
         if len(seen["ratio"]) < 1:
-            seen["ratio"].append(float((log_probs.detach() - old).exp().sub(1).abs().max()))
-        return policy_loss(log_probs, old, advantage, clip)
+            seen["ratio"].append(float(log_ratio.detach().exp().sub(1).abs().max()))
+        return losses(log_ratio, *others)
 
     def held(log_probs, reference, estimator):
         if not seen["kl"]:
             seen["kl"].append(float((log_probs - reference).abs().max()))
         return penalty(log_probs, reference, estimator)
 
-    monkeypatch.setattr(ppo.Loop, "judge", judged)
-    monkeypatch.setattr(policy_gradient, "policy_loss", lost)
+    monkeypatch.setattr(loop.Loop, "judge", judged)
+    monkeypatch.setattr(policy_gradient, "policy_losses", lost)
     monkeypatch.setattr(policy_gradient, "kl_penalty", held)
     return seen
 
@@ -364,7 +391,7 @@ DRAWN = {
 
 
 RATIOS = [("full", drawn) for drawn in DRAWN]
-RATIOS += [(how, "plain") for how in ("trunk", "lora")]
+RATIOS += [(how, "plain") for how in ("trunk", "lora", "grpo", "grpo, lora")]
 """Every way to draw, and every policy."""
 OTHER_RATIOS = [(how, drawn) for how in ("trunk", "lora") for drawn in DRAWN if drawn != "plain"]
 
@@ -376,11 +403,13 @@ def test_the_first_ratio_is_one(tmp_path, spied, how, drawn):
     """On every token, with prompts of several lengths and so padding on the left of most."""
     settings = dict(DRAWN[drawn])
     extra = {"algorithm__entropy": 0.01} if settings.pop("bonus", False) else {}
-    rollout = {"max_new_tokens": 12, **settings}
-    life.command(write(tmp_path / "run", **HOW[how], **extra, rollout=rollout, optim__steps=1))
+    extra |= {f"rollout__{name}": value for name, value in settings.items()}
+    extra |= {"rollout__group": 2} if "grpo" in how else {}
+    life.command(write(tmp_path / "run", **HOW[how] | extra, optim__steps=1))
     assert len(spied["rollout"]) == 8 and max(spied["rollout"]) < 1e-5
     assert spied["ratio"][0] < 1e-5
-    assert len({len(episode.prompt) for episode in spied["episodes"]}) > 2
+    prompts = {tuple(episode.prompt) for episode in spied["episodes"]}
+    assert len(prompts) == (4 if "grpo" in how else 8) and len({*map(len, prompts)}) > 1
     if drawn in ("plain", "temperature"):
         assert spied["kl"][0] < 1e-5, "the reference begins as the policy"
 
@@ -468,16 +497,16 @@ def test_every_start_with_a_reward_model(parents, spied, start, reward):
 def scored(monkeypatch):
     """(rows, answers, scores) of every call of the rewards."""
 
-    from llmpipe.rl import heldout, ppo
+    from llmpipe.rl import heldout, loop
 
-    seen, call = [], ppo.scored_together
+    seen, call = [], loop.scored_together
 
     def spied(rewards, rows, answers, world):
         out = call(rewards, rows, answers, world)
         seen.append((rows, answers, out.total))
         return out
 
-    for module in (ppo, heldout):
+    for module in (loop, heldout):
         monkeypatch.setattr(module, "scored_together", spied)
     return seen
 
@@ -557,15 +586,13 @@ def test_scores_are_those_of_the_plain_text(parents, scored, tmp_path):
 # --- durable ---
 
 
-@pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("lora", "trunk", "qlora"))])
+@pytest.mark.parametrize(
+    "how", ["full", "grpo", *map(life.by_the_dozen, ("lora", "trunk", "qlora", "grpo, lora"))]
+)
 def test_resume_is_bitwise_the_straight_run(tmp_path, how):
     """R1, R5: killed after a checkpoint, then told to stop in an update and in a save."""
-    changes = HOW[how] | {
-        "algorithm__normalize_scores": True,
-        "reference__target": 1.0,
-        "data__eval": {"holdout": 0.1},
-    }
-    changes |= {"mixture": MIXTURE}
+    changes = HOW[how] | {"reference__target": 1.0, "data__eval": {"holdout": 0.1}}
+    changes |= {"mixture": MIXTURE} | (RESAMPLED if "grpo" in how else NORMALIZED)
     whole = life.command(write(tmp_path / "whole", **changes))
     path = write(tmp_path / "run", **changes)
     for hook, code in (
@@ -593,7 +620,9 @@ def test_other_optimizers_resume_exactly(tmp_path, optimizer):
     assert life.essence(life.command(path)) == life.essence(whole)
 
 
-@pytest.mark.parametrize("how", ["full", *map(life.by_the_dozen, ("trunk", "lora"))])
+@pytest.mark.parametrize(
+    "how", ["full", *map(life.by_the_dozen, ("trunk", "lora", "grpo", "grpo, lora"))]
+)
 def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
     """Micro-batches of 1, 2, 8 and by tokens, rollouts of 3 at a time, two processes: losses, and
     what is published."""
@@ -623,6 +652,7 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
                 "objective/kl",
                 "objective/scores",
                 "val/explained_variance",
+                "groups/mixed",
                 "grad_norm",
                 "eval_score",
             ):
@@ -630,7 +660,7 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
                     name,
                     one["step"],
                 )
-    if how == "lora":
+    if "adapter" in HOW[how]:
         from safetensors.torch import load_file
 
         adapters = [load_file(artifact.model / "adapter_model.safetensors") for artifact in made]
@@ -644,7 +674,7 @@ def test_a_batch_cut_any_way_is_one_trajectory(tmp_path, monkeypatch, how):
     assert max(float((found - logits[0]).abs().max()) for found in logits[1:]) < 1e-4
 
 
-@pytest.mark.parametrize("how", ["lora", life.by_the_dozen("full")])
+@pytest.mark.parametrize("how", ["lora", *map(life.by_the_dozen, ("full", "grpo"))])
 def test_recomputed_activations_change_nothing(tmp_path, how):
     """Also where the critic is an adapter of another rank on the policy's base."""
     made = [
@@ -661,7 +691,7 @@ def test_recomputed_activations_change_nothing(tmp_path, how):
     of_none, *others = map(updates, made)
     for one, other in [pair for each in others for pair in zip(of_none, each, strict=True)]:
         for name in ("loss", "grad_norm", "objective/kl", "val/explained_variance"):
-            assert other[name] == pytest.approx(one[name], abs=1e-5), name
+            assert other.get(name) == pytest.approx(one.get(name), abs=1e-5), name
 
 
 def test_passes_end_when_the_policy_has_moved(tmp_path):
@@ -750,12 +780,12 @@ def test_the_auto_micro_batch_counts_answers_and_the_mixture(tmp_path):
 def test_a_critic_begins_as_the_parents_adapter(parents, monkeypatch):
     """Where the policy goes on with an adapter, so does what predicts its return."""
 
-    from llmpipe.rl import ppo
+    from llmpipe.rl.loop import Loop
 
     seen = {}
-    judge = ppo.Loop.judge
+    judge = Loop.judge
 
-    def judged(self, episodes, scores):
+    def judged(self, answers):
         if self.state.step == 0:
             weights = dict(self.actors.cast.published.named_parameters())
             pairs = [
@@ -764,9 +794,9 @@ def test_a_critic_begins_as_the_parents_adapter(parents, monkeypatch):
                 if ".critic." in name
             ]
             seen["equal"] = [torch.equal(weights[name], weights[other]) for name, other in pairs]
-        return judge(self, episodes, scores)
+        return judge(self, answers)
 
-    monkeypatch.setattr(ppo.Loop, "judge", judged)
+    monkeypatch.setattr(Loop, "judge", judged)
     life.command(
         write(
             parents, name="critic-continued", model="artifact:lora", optim__steps=1, **HOW["lora"]
@@ -836,18 +866,19 @@ def test_models_whose_answers_would_mix_are_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_before_the_optimizer(tmp_path, where):
+@pytest.mark.parametrize(("where", "how"), [("loss", "full"), ("gradient", "grpo")])
+def test_nan_stops_before_the_optimizer(tmp_path, where, how):
     """R13."""
-    trial = life.Trial(write(tmp_path / "run"), hook=f"ppo_nan_{where}_3")
+    trial = life.Trial(write(tmp_path / "run", **HOW[how]), hook=f"ppo_nan_{where}_3")
     assert trial.wait() == 4, trial.text()
     assert "stopped before the optimizer step" in trial.text()
-    assert not Artifact(tmp_path / "run" / "ppo").finished
+    assert not Artifact(tmp_path / "run" / HOW[how].get("stage", "ppo")).finished
 
 
 # --- what users get wrong ---
 
 
+@pytest.mark.parametrize("how", ["full", "grpo"])
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
@@ -858,8 +889,8 @@ def test_nan_stops_before_the_optimizer(tmp_path, where):
         ("missing", 2, "has no attribute 'missing'"),
     ],
 )
-def test_a_reward_function_that_fails(tmp_path, name, code, words):
-    path = write(tmp_path / "run")
+def test_a_reward_function_that_fails(tmp_path, name, code, words, how):
+    path = write(tmp_path / "run", **HOW[how])
     recipe = json.loads(path.read_text())
     recipe["reward"] = [{"function": f"{tmp_path}/rewards.py:{name}"}]
     path.write_text(json.dumps(recipe))
@@ -870,7 +901,7 @@ def test_a_reward_function_that_fails(tmp_path, name, code, words):
         and words in refused.value.message
         and "\n" not in refused.value.message
     )
-    assert not Artifact(tmp_path / "run" / "ppo").finished
+    assert not Artifact(tmp_path / "run" / HOW[how].get("stage", "ppo")).finished
 
 
 def test_a_reward_function_is_given_every_column(tmp_path):

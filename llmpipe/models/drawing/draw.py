@@ -3,7 +3,7 @@ drawn from.
 
 Each episode has uniform numbers of its own, and a token is where its number falls in the
 distribution's cumulative sum: a response depends neither on the batch nor on the process that it is
-drawn in, nor on what was drawn before.
+drawn in, nor on what was drawn before. A prompt that is asked several times is read once.
 
 `draw` is the form for CPUs, and for what `replay` cannot serve on a GPU. It reads one tensor
 from the device for each token.
@@ -140,10 +140,15 @@ def draw(
     adapters, mode and autocast are the caller's.
     """
     record = _Record(len(prompts), end_tokens)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
     with torch.no_grad():
-        batch = _Batch.of(model, prompts, uniforms, pad_token)
+        batch = _Batch.of(model, [list(prompt) for prompt in distinct], uniforms, pad_token)
         for t in range(sampling.max_new_tokens):
-            drawn = pick(_logits(model, batch), batch.uniforms[:, t, None], sampling)
+            logits = _logits(model, batch)
+            if t == 0 and len(distinct) < len(prompts):
+                numbers = {prompt: row for row, prompt in enumerate(distinct)}
+                logits = logits[batch.repeat([numbers[tuple(prompt)] for prompt in prompts])]
+            drawn = pick(logits, batch.uniforms[:, t, None], sampling)
             record.add(drawn, batch.episodes)
             batch.advance(drawn.tokens)
             going = [row for row, i in enumerate(batch.episodes) if i not in record.finished]
@@ -173,13 +178,13 @@ class _Batch:
 
     @classmethod
     def of(cls, model: Any, prompts: list[list[int]], uniforms: Tensor, pad_token: int) -> _Batch:
-        """All prompts, their ends at the right."""
+        """Prompts, each once, their ends at the right; `uniforms` of all that is asked."""
         device = device_of(model)
         ids = left_padded(prompts, pad_token)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         mask = (torch.arange(-ids.shape[1], 0) >= -lengths[:, None]).long().to(device)
         return cls(
-            episodes=list(range(len(prompts))),
+            episodes=list(range(len(uniforms))),
             uniforms=uniforms.to(device),
             ids=ids.to(device),
             positions=(mask.cumsum(1) - 1).clamp(min=0),
@@ -193,15 +198,25 @@ class _Batch:
         self.ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
 
+    def repeat(self, rows: list[int]) -> Tensor:
+        """Go on with a row for each episode, from the one that has read its prompt, on the device:
+        int64 [episodes]."""
+        read = torch.tensor(rows).to(self.ids.device)
+        self._select(read)
+        return read
+
     def keep(self, rows: list[int]) -> None:
         """Leave only these rows."""
         kept = torch.tensor(rows).to(self.ids.device)
-        self.cache.batch_select_indices(kept)
+        self._select(kept)
         self.episodes = [self.episodes[row] for row in rows]
         self.uniforms = self.uniforms[kept]
-        self.ids = self.ids[kept]
-        self.positions = self.positions[kept]
-        self.mask = self.mask[kept]
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.ids = self.ids[rows]
+        self.positions = self.positions[rows]
+        self.mask = self.mask[rows]
 
 
 def _logits(model: Any, batch: _Batch) -> Tensor:

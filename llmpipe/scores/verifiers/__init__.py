@@ -1,6 +1,6 @@
 """The verifiers of answers, each in a file of this folder that defines its `CHECK`, and no more.
 
-The file's name is what a recipe calls it: as a score of `eval` and as a reward of `ppo`.
+The file's name is what a recipe calls it: as a score of `eval` and as a reward of `ppo` and `grpo`.
 """
 
 from __future__ import annotations

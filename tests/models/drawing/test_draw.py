@@ -71,3 +71,28 @@ def test_an_answer_ends_with_an_end_token_and_costs_nothing_more():
         assert len(episode.response) == len(episode.log_probs) <= 30
     needed = sum(len(episode.response) for episode in drawn)
     assert sum(sizes) <= needed * 8 / 7 + 64, "finished answers ride along only while they are few"
+
+
+def test_a_prompt_that_is_asked_several_times_is_read_once():
+    """And answered as if each were asked alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=30, num_hidden_layers=2, initializer_range=0.5, **shape)
+    model, read = LlamaForCausalLM(config).eval(), []
+    prompts = [[3, 4, 5], [6], [3, 4, 5], [7, 8], [6], [3, 4, 5]]
+    luck = torch.rand(len(prompts), 9, generator=torch.Generator().manual_seed(3))
+    how = Sampling(9, temperature=1.0)
+    alone = [
+        draw(model, [prompt], luck[i, None], how, [99], 0)[0] for i, prompt in enumerate(prompts)
+    ]
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    together = draw(model, prompts, luck, how, [99], 0)
+    assert read[0] == (3, 3) and read[1] == (6, 1)
+    assert len({tuple(episode.response) for episode in together}) == len(prompts)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.prompt, one.response, one.ended) == (other.prompt, other.response, other.ended)
+        assert (one.log_probs - other.log_probs).abs().max() < 1e-5
