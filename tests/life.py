@@ -59,13 +59,14 @@ def recipe(run: Path, **changes) -> dict:
 
 
 def put(values: dict, changes: dict) -> dict:
-    """`values` with `changes` made: `optim__steps` is the field `steps` in `optim`."""
+    """`values` with `changes` made: `optim__steps` is the field `steps` in `optim`. What is put in
+    is a copy."""
     for dotted, value in changes.items():
         target = values
         *path, last = dotted.split("__")
         for part in path:
             target = target.setdefault(part, {})
-        target[last] = value
+        target[last] = dict(value) if isinstance(value, dict) else value
     return values
 
 

@@ -90,9 +90,9 @@ def valid(stage: str, rng: random.Random) -> dict[str, Any]:
         values["data"] = {"train": [{"path": "./text.txt"}], "max_length": 32}
         optim["batch_tokens"] = 64
         del optim["batch_size"]
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         values["reward"] = [{"function": "./rewards.py:brevity"}]
-        values["rollout"] = {"max_new_tokens": 4}
+        values["rollout"] = {"max_new_tokens": 4} | ({"group": 2} if stage == "grpo" else {})
         values["algorithm"] = {"epochs": 1, "minibatches": 1}
     if rng.random() < 0.5 and stage not in ("reward", "pretrain"):
         values["samples"] = {"prompts": ["What is 2 + 2?"], "max_new_tokens": 2}

@@ -32,7 +32,7 @@ SHARE = {
     "dpo": 0.4,
     "kto": 0.2,
 }
-SHARE["ppo"] = 1.0  # a loop of its own
+SHARE |= {"ppo": 1.0, "grpo": 0.4}  # a loop of its own
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def writers():
         "dpo": lambda run: test_preference.write(run, "dpo"),
         "kto": lambda run: test_preference.write(run, "kto"),
         "ppo": lambda run: test_ppo.write(run, **test_ppo.LONGER),
+        "grpo": lambda run: test_ppo.write(run, **test_ppo.LONGER_GRPO),
         "stream": lambda run: test_pretrain.write(run, texts, **test_pretrain.streamed(texts)),
     }
 
@@ -105,12 +106,8 @@ CHECKPOINT_FILES |= {
     "kto": WHOLE,
     "reward": [name for name in WHOLE if name != "generation_config.json"],
 }
-CHECKPOINT_FILES["ppo"] = [
-    "learned.safetensors",
-    "optimizer.safetensors",
-    "llmpipe.json",
-    "sums.json",
-]
+OF_RL = ["learned.safetensors", "optimizer.safetensors", "llmpipe.json", "sums.json"]
+CHECKPOINT_FILES |= {"ppo": OF_RL, "grpo": OF_RL}
 STATES = [(stage, name) for stage, names in CHECKPOINT_FILES.items() for name in names]
 CUTS = [(stage, kept) for stage, names in CHECKPOINT_FILES.items() for kept in range(len(names))]
 
@@ -144,7 +141,8 @@ def test_crash_state_matrix(made, writers, tmp_path, stage, name, hurt):
 
 
 LINES = {stage: ["metrics.jsonl", "samples.jsonl"] for stage in CHECKPOINT_FILES}
-LINES |= {"reward": ["metrics.jsonl"], "ppo": [*LINES["ppo"], "rollouts.jsonl"]}
+LINES |= {stage: [*LINES[stage], "rollouts.jsonl"] for stage in ("ppo", "grpo")}
+LINES["reward"] = ["metrics.jsonl"]
 LINES["stream"] = [*LINES["stream"], "rejected.jsonl"]
 
 

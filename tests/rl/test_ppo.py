@@ -46,6 +46,8 @@ LONGER = {  # for the faults: checkpoints at 3, 6, 9 and 12, and everything that
     "reward": [{"function": f"{life.TINY}/rewards.py:brevity"}],
     "mixture": MIXTURE,
 }
+LONGER_GRPO = LONGER | GRPO | RESAMPLED
+del LONGER_GRPO["algorithm__normalize_scores"]
 REWARD = """
 def brevity(prompts, completions, **columns):
     return [-len(text) / 10 for text in completions]

@@ -1,5 +1,5 @@
-"""`launch.strategy: fsdp` in ppo: policy, critic and reference in parts, on two gloo processes and
-against two whole ones."""
+"""`launch.strategy: fsdp` in ppo and grpo: policy, critic and reference in parts, on two gloo
+processes and against two whole ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import locate
 from llmpipe.run import checkpoints
+from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
 from tests import life
 from tests.rl import test_ppo
@@ -101,6 +103,8 @@ CASES = {
         "launch__activation_checkpointing": "selective",
     },
     "uneven": UNEVEN | {"launch__activation_checkpointing": "full"},
+    "grpo": test_ppo.GRPO | test_ppo.RESAMPLED | {"algorithm__ratio": "sequence"},
+    "grpo, no reference": test_ppo.GRPO | UNEVEN | {"reference__coefficient": 0.0},
 }
 
 
@@ -146,6 +150,7 @@ ADAPTERS = {
         "launch__activation_checkpointing": "full",
         **UNEVEN,
     },
+    "grpo": test_ppo.HOW["grpo, lora"],
 }
 
 
@@ -193,15 +198,30 @@ LONG = {
     "reference__target": 1.0,
     **UNEVEN,
 }
+LONG_GRPO = LONG | test_ppo.GRPO | {"algorithm": UNEVEN["algorithm"]} | test_ppo.RESAMPLED
+del LONG_GRPO["algorithm__normalize_scores"]
 SEED = 20261127
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run that nobody stops, and its seconds."""
-    path = write(tmp_path_factory.mktemp("straight") / "run", **LONG)
+@dataclass
+class Straight:
+    """A run that nobody stops."""
+
+    settings: dict
+    made: Artifact
+    seconds: float
+
+
+def run_straight(folder, settings):
+    path = write(folder / "run", **settings)
     begun = time.monotonic()
-    return life.pair(path), time.monotonic() - begun
+    return Straight(settings, life.pair(path), time.monotonic() - begun)
+
+
+@pytest.fixture(scope="module", params=["ppo", "grpo"])
+def straight(request, tmp_path_factory):
+    settings = {"ppo": LONG, "grpo": LONG_GRPO}[request.param]
+    return run_straight(tmp_path_factory.mktemp("straight"), settings)
 
 
 def essence(artifact):
@@ -223,15 +243,15 @@ def essence(artifact):
 )
 def test_a_stop_leaves_no_trace(tmp_path, straight, hooks, codes):
     """Also one in the middle of publishing, which no other rank waits for."""
-    path = write(tmp_path / "run", **LONG)
+    path = write(tmp_path / "run", **straight.settings)
     begun = time.monotonic()
     ends = life.ranks(path, hooks=hooks)
-    assert time.monotonic() - begun < 60 + straight[1]
+    assert time.monotonic() - begun < 60 + straight.seconds
     assert {code for code, _ in ends} <= codes, ends
     resumed = life.pair(path)
     assert "resuming from step-" in path.with_suffix(".0.out").read_text()
     assert resumed.manifest().training.exact_resume
-    assert essence(resumed) == essence(straight[0])
+    assert essence(resumed) == essence(straight.made)
 
 
 @pytest.mark.faults
@@ -240,10 +260,10 @@ def test_stopped_anywhere(tmp_path, straight, number):
     """One process or both, and gone on with, thirty times at night: what is made is what a run
     makes that nobody stops."""
     rng = random.Random(f"{SEED} {number}")
-    stops, path = 0, write(tmp_path / "run-0", **LONG)
+    stops, path = 0, write(tmp_path / "run-0", **straight.settings)
     while stops < (30 if life.FULL else 3):
         processes = life.started(path)
-        time.sleep(rng.uniform(0.2, straight[1]))
+        time.sleep(rng.uniform(0.2, straight.seconds))
         chosen = rng.choice([processes[:1], processes[1:], processes])
         hit = [process for process in chosen if process.is_alive()]
         for process in hit:
@@ -252,14 +272,14 @@ def test_stopped_anywhere(tmp_path, straight, number):
         codes = {ended(process, processes) for process in processes}
         assert codes <= {0, LOST, 143, -signal.SIGKILL, -signal.SIGTERM}, codes
         if codes == {0}:
-            assert_straight(path, straight[0])
-            path = write(tmp_path / f"run-{stops}", **LONG)
+            assert_straight(path, straight.made)
+            path = write(tmp_path / f"run-{stops}", **straight.settings)
     life.pair(path)
-    assert_straight(path, straight[0])
+    assert_straight(path, straight.made)
 
 
 def assert_straight(path, straight):
-    made = type(straight)(Path(json.loads(path.read_text())["run"]) / "ppo")
+    made = Artifact(Path(json.loads(path.read_text())["run"]) / straight.name)
     assert made.manifest().training.exact_resume
     assert essence(made) == essence(straight)
     assert not list(made.path.glob(".*"))
@@ -282,14 +302,15 @@ def ended(process, processes):
 
 @pytest.mark.faults
 def test_checkpoints_lie_in_parts_and_hold_what_learns(straight):
-    step = straight[0].checkpoints / "step-4"
+    step = straight.made.checkpoints / "step-4"
     parts = sorted((step / checkpoints.SHARDED).iterdir())
     assert [path.name for path in parts] == [
         f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)
     ]
     sizes = [path.stat().st_size for path in parts]
     assert max(sizes) < 0.6 * sum(sizes)
-    learned = 2 * sum(tensor.nbytes for tensor in weights(straight[0]).values())
+    models = 2 if straight.made.name == "ppo" else 1  # a critic
+    learned = models * sum(tensor.nbytes for tensor in weights(straight.made).values())
     assert 2.9 * learned < sum(sizes) < 3.2 * learned, "weights and moments, and no reference"
     assert not checkpoints.verify(step)
 
@@ -352,9 +373,9 @@ def test_weights_that_stayed_whole_are_no_training(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_one_process_cannot_read_all_pass_over(tmp_path, straight, rank):
     """Each reads its own part, which it has hashed."""
-    path = write(tmp_path / "run", **LONG)
+    path = write(tmp_path / "run", **straight.settings)
     assert {code for code, _ in life.ranks(path, hooks=(None, "ppo_term_in_3"))} == {143}
-    home = Path(json.loads(path.read_text())["run"]) / "ppo" / "checkpoints"
+    home = Path(json.loads(path.read_text())["run"]) / straight.made.name / "checkpoints"
     newest = max(home.iterdir(), key=checkpoints.step_of)
     part = sorted((newest / checkpoints.SHARDED).iterdir())[rank]
     data = bytearray(part.read_bytes())
@@ -363,7 +384,7 @@ def test_what_one_process_cannot_read_all_pass_over(tmp_path, straight, rank):
     resumed = life.pair(path)
     said = path.with_suffix(".0.out").read_text()
     assert f"checkpoint {newest.name} is damaged (sharded/{part.name}" in said
-    assert essence(resumed) == essence(straight[0])
+    assert essence(resumed) == essence(straight.made)
 
 
 def test_what_is_not_obeyed_is_refused(tmp_path, monkeypatch):

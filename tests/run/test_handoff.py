@@ -38,6 +38,7 @@ STAGES = [
     "qlora",
     "reward",
     "ppo",
+    "grpo",
     "dpo",
     "kto",
     "eval",
@@ -67,8 +68,9 @@ def recipe(stage, run, texts, reference, **changes):
         return test_preference.write(run, stage, model=reference, **QUICK, **fits, **changes)
     if stage == "a reward of ppo":
         return test_ppo.write(run, reward=[{"model": reference}], **{**QUICK, **changes})
-    if stage == "ppo":
-        return test_ppo.write(run, model=reference, **{**QUICK, **fits, **changes})
+    if stage in ("ppo", "grpo"):
+        of_stage = test_ppo.GRPO if stage == "grpo" else {}
+        return test_ppo.write(run, model=reference, **{**QUICK, **fits, **of_stage, **changes})
     if stage == "sft":
         return life.write(run, model=reference, **{**QUICK, **fits, **changes})
     return test_adapters.write(run, stage, model=reference, **{**QUICK, **fits, **changes})
