@@ -298,7 +298,7 @@ def test_tldr_in_small(tmp_path):
     for stage in pipeline["stages"]:
         values = {"run": str(tmp_path / "run"), **stage, "launch": {"processes": 1, "threads": 1}}
         values["model"] = values["model"].replace("EleutherAI/pythia-1b-deduped", model)
-        for source in values["data"]["train"]:
+        for source in values["data"]["train"] + values["data"]["eval"].get("sources", []):
             source["path"] = f"{tmp_path}/{source.pop('split') and source['path'][8:]}.jsonl"
         values["optim"] |= small | ({"steps": 2} if "steps" in values["optim"] else {})
         path = tmp_path / f"{stage['stage']}.yaml"
