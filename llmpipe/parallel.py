@@ -3,7 +3,7 @@
 Every process holds the whole model (one process alone, or several under DistributedDataParallel,
 which Accelerate puts around it), or a part of each weight, of its gradient and its moments: FSDP2,
 which transformers puts on a model while it loads it (`Spread`). Nothing else in llmpipe calls
-`torch.distributed` or knows of DTensors.
+`torch.distributed` or knows of DTensors, but `zero`, for what DeepSpeed does while a model trains.
 
 With `launch.offload` the parts lie in the host's memory; `backend`, `Spread` and `unpin` are all
 that knows of it, and `device_of` says where such a model computes.
@@ -52,6 +52,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmpipe import zero
 from llmpipe.errors import UserError
 from llmpipe.peers import meet
 from llmpipe.run.machine import on_several_machines, rank, world_size
@@ -490,6 +491,8 @@ def hold_whole(model: nn.Module, name: str) -> None:
 
 def whole(tensor: T) -> T:
     """A tensor of which each process has a part, as one; anything else as it is. Collective."""
+    if zero.is_part(tensor):
+        return zero.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

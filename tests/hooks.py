@@ -279,6 +279,52 @@ def disk_full_in_parts(step):
     _before(HuggingFaceStorageWriter, "write_data", action)
 
 
+def disk_full_under_zero(step):
+    """When a process has begun to write its part of a checkpoint."""
+    from llmpipe import zero
+
+    def action(_, path):
+        if f"step-{step}." in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    _before(zero, "save_file", action)
+
+
+def another_stage_of_zero():
+    """What the engine is configured for is not what was asked for."""
+    from llmpipe import zero
+
+    original = zero.Zero.config
+
+    def config(self):
+        asked = original(self)
+        asked["zero_optimization"]["stage"] = 1
+        return asked
+
+    zero.Zero.config = config
+
+
+def says_what_zero_holds():
+    """At the end of a step: of what learns, of how many numbers a process holds weights and moments
+    of its own.
+    """
+    from llmpipe import zero
+    from llmpipe.training import hosted
+
+    def action(self, *_):
+        model, engine = self.training.model, self.model_wrapped
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        parts = zero._parts(engine)
+        state = engine.optimizer.optimizer.state
+        held = sum(getattr(weight, "ds_tensor", weight).numel() for weight in weights)
+        kept = [state[part].get(key) for part in parts for key in zero.MOMENTS]
+        moments = sum(moment.numel() for moment in kept if moment is not None)
+        numbers = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+        print(f"of {numbers} numbers: {held} weights, {moments} moments, {engine.dp_world_size}")
+
+    _after(hosted.Durable, "training_step", action)
+
+
 def disk_full_in_publish():
     """When the process that writes has written a part of what it publishes."""
     from llmpipe.models import publish

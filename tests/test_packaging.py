@@ -44,7 +44,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-UNTESTED = {"vllm"}  # extras that only a machine with a GPU can install
+UNTESTED = {"vllm", "zero"}  # what needs a machine with a GPU, and what is experimental
 
 
 def requirements() -> list[Requirement]:

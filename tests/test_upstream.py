@@ -449,6 +449,7 @@ def test_canary_durable_trainers():
         "_get_train_sampler",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_prepare_for_training",
         "_prepare_inputs",
         "_save_checkpoint",
         "create_scheduler",
@@ -459,6 +460,42 @@ def test_canary_durable_trainers():
         source = inspect.getsource(trainer)
         assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
         assert "self._total_train_tokens = 0" in source
+
+
+def test_canary_zero():
+    """What `llmpipe.zero` and `training/sharded.py` hold on to of Trainer's way to DeepSpeed."""
+    from accelerate import Accelerator
+    from transformers.integrations import deepspeed
+
+    prepare = inspect.signature(transformers.Trainer._prepare_for_training)
+    assert [*prepare.parameters][1:] == ["max_steps", "train_dataloader", "resume_from_checkpoint"]
+    source = inspect.getsource(transformers.Trainer._prepare_for_training)
+    assert "deepspeed_load_checkpoint" in source and "self.model_wrapped = model" in source
+    devices = inspect.getsource(transformers.TrainingArguments)
+    assert "DistributedType.DEEPSPEED" in devices and '"use_configured_state"' in devices
+    assert "self.deepspeed_engine_wrapped" in inspect.getsource(Accelerator.free_memory)
+    config = deepspeed.HfTrainerDeepSpeedConfig.trainer_config_process
+    assert '"gradient_clipping"' in inspect.getsource(config)
+    deepspeed.unset_hf_deepspeed_config()
+    assert not deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_canary_of_deepspeed():
+    """Its names for what a process holds, and where it is told not to compile."""
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    from llmpipe.zero import SHARED_MEMORY
+
+    assert ShareMemCommBuilder.NAME == SHARED_MEMORY
+    assert hasattr(deepspeed.ops, "__compatible_ops__")
+    second = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer)
+    assert "self.single_partition_of_fp32_groups.append" in second
+    assert "self.bit16_groups.append" in second
+    third = inspect.getsource(stage3.DeepSpeedZeroOptimizer_Stage3)
+    assert "self.fp32_partitioned_groups_flat.append" in third
 
 
 class TwoProcesses:

@@ -223,6 +223,59 @@ def memory(bench: Bench) -> Iterator[Row]:
     )
 
 
+LOSSES, FIRST = 2e-3, 10
+"""By how much the first losses may differ, and how many these are, where an engine is around the
+very same arithmetic: in bf16 rounding parts any two trainings later on."""
+
+
+def zero(bench: Bench) -> Iterator[Row]:
+    """One process under DeepSpeed's ZeRO: its losses beside those of plain training, what it
+    publishes, and a run that was stopped."""
+    if not find_spec("deepspeed"):
+        yield Row("zero", note="skipped: this Python has no deepspeed")
+        return
+    for stage in ("sft", "dpo"):
+        plain = under(bench, stage, "ddp")
+        if code := commands.finished(plain):
+            raise Failed(f"{stage}: exit code {code}: {commands.tail(plain)}")
+        for strategy in ("zero2", "zero3"):
+            recipe = under(bench, stage, strategy)
+            yield beside_plain(
+                recipe, commands.lines_of(plain), under(bench, stage, strategy, "cut")
+            )
+
+
+def under(bench: Bench, stage: str, strategy: str, run: str = "zero") -> dict[str, Any]:
+    """A stage on the tiny model, begun anew."""
+    home = bench.home / "runs" / run / strategy
+    shutil.rmtree(home / stage, ignore_errors=True)
+    recipe = tiny(home, stage)
+    recipe["launch"] |= {"strategy": strategy, "activation_checkpointing": "none", "compile": False}
+    return recipe
+
+
+def beside_plain(recipe: dict[str, Any], plain: list[dict[str, Any]], again: dict[str, Any]) -> Row:
+    """The greatest difference of a loss; failed where it is large, nothing is published, or a run
+    that was stopped (`again`) publishes other bytes."""
+    stage, strategy = recipe["stage"], recipe["launch"]["strategy"]
+    name = f"{strategy}: {stage}"
+    if code := commands.finished(recipe):
+        return Row(name, note=f"exit code {code}: {commands.tail(recipe)}", failed=True)
+    pairs = zip(commands.lines_of(recipe), plain, strict=True)
+    differences = [abs(mine["loss"] - theirs["loss"]) for mine, theirs in pairs][:FIRST]
+    wrong = resumed(again)
+    if not wrong and not equal(artifact_of(again), artifact_of(recipe)):
+        wrong = "other bytes after a stop"
+    return Row(
+        name,
+        "of a loss",
+        own=max(differences),
+        note=wrong or f"at most, in {FIRST} steps beside no engine; stopped, the same bytes",
+        failed=bool(wrong) or max(differences) > LOSSES,
+        details={"differences": differences},
+    )
+
+
 TESTS = """
 tests/test_attention.py
 tests/test_upstream.py

@@ -38,7 +38,7 @@ from llmpipe.run.machine import (
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
 from llmpipe.run.reference import Use
-from llmpipe.run.strategy import against_offload, against_parts
+from llmpipe.run.strategy import against_offload, against_parts, against_zero
 from llmpipe.stages import Foreseeing, stage
 
 PER_CORE = 4  # processes that train, on a machine without GPUs: some wait while others compute
@@ -49,6 +49,7 @@ EXTRAS = {
     "sacrebleu": "llmpipe[eval]",
     "lm_eval": "llmpipe[harness]",
     "vllm": "llmpipe[vllm]",
+    "deepspeed": "llmpipe[zero]",
 }
 """What to install for a module, where that is not called as the module is."""
 
@@ -357,6 +358,10 @@ def _in_launch(recipe: Training) -> Iterator[Mistake]:
         yield Mistake("optim.batch_size", error)
     if launch.strategy in ("fsdp", "hsdp"):
         for problem, remedy in against_parts(recipe, processes):
+            problem = f"{launch.strategy}: {problem}"
+            yield Mistake("launch.strategy", UserError(problem, remedy))
+    if launch.zero:
+        for problem, remedy in against_zero(recipe, processes):
             problem = f"{launch.strategy}: {problem}"
             yield Mistake("launch.strategy", UserError(problem, remedy))
     if launch.offload:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from llmpipe.errors import UserError
@@ -14,7 +15,7 @@ from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run.folders import CONFIG
 from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
-from llmpipe.run.strategy import Room, against_offload, against_parts, longest_pass
+from llmpipe.run.strategy import Room, against_offload, against_parts, against_zero, longest_pass
 
 USUAL = 8
 """Processes, where neither a recipe nor a command says how many."""
@@ -60,17 +61,32 @@ def plan(
     if processes % machines:
         problem = f"{processes} processes are not as many on each of {machines} machines"
         raise UserError(problem, f"give --processes a multiple of {machines}")
-    launch = recipe.launch.model_copy(update={"strategy": "fsdp"})
-    recipe = recipe.model_copy(update={"launch": launch})
+    parted = _as_strategy(recipe, "fsdp")
     bf16 = recipe.optim.precision != "fp32"
-    longest = longest_pass(recipe, Room(processes, memory, on_gpu=True, bf16=bf16))
-    ways = {"ddp": Held.of(shape, recipe, longest, processes)}
-    refused = next(_against(recipe, processes), None)
-    if not refused and processes > 1:
-        ways["fsdp"] = Held.of(shape, recipe, longest, processes, processes)
-    if not refused and machines > 1 and not isinstance(recipe, RLRecipe):
-        ways["hsdp"] = Held.of(shape, recipe, longest, processes, processes // machines)
+    longest = longest_pass(parted, Room(processes, memory, on_gpu=True, bf16=bf16))
+    ways = {"ddp": Held.of(shape, parted, longest, processes)}
+    refusals = dict(_refusals(recipe, parted, processes))
+    if recipe.launch.zero and recipe.launch.strategy not in refusals:
+        ways[recipe.launch.strategy] = Held.under_zero(shape, recipe, longest, processes)
+    if "fsdp" not in refusals and processes > 1:
+        ways["fsdp"] = Held.of(shape, parted, longest, processes, processes)
+    if "fsdp" not in refusals and machines > 1 and not isinstance(recipe, RLRecipe):
+        ways["hsdp"] = Held.of(shape, parted, longest, processes, processes // machines)
     yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
+    yield from _table(ways, processes, memory, offload=recipe.launch.offload)
+    if isinstance(recipe, RLRecipe):
+        yield "critic and reward models are counted as large as the policy"
+    for name, problem in refusals.items():
+        yield f"{name} is refused: {problem}"
+
+
+def _as_strategy(recipe: Training, strategy: str) -> Training:
+    launch = recipe.launch.model_copy(update={"strategy": strategy})
+    return recipe.model_copy(update={"launch": launch})
+
+
+def _table(ways: dict[str, Held], processes: int, memory: float, *, offload: bool) -> Iterator[str]:
+    """A column for each way to hold a model, and which of them do not fit."""
     yield _row(f"GiB of each of {processes} processes", ways)
     held = ways.values()
     for name in asdict(ways["ddp"]):
@@ -80,15 +96,19 @@ def plan(
     yield _row("in all", _in_gib(each.total for each in held))
     room = f"headroom, {USED:.0%} of {memory / 2**30:g}"
     yield _row(room, _in_gib(USED * memory - each.total for each in held))
-    if launch.offload:
+    if offload:
         yield _row("in the host's memory", _in_gib(each.host for each in held))
     for name, each in ways.items():
         if each.total > USED * memory:
             yield f"{name} does not fit"
-    if isinstance(recipe, RLRecipe):
-        yield "critic and reward models are counted as large as the policy"
-    if refused:
-        yield f"fsdp is refused: {refused}"
+
+
+def _refusals(recipe: Training, parted: Training, processes: int) -> Iterator[tuple[str, str]]:
+    """Of what is not possible the name and why; `parted`: the recipe as if it asked for fsdp."""
+    for problem in islice(_against(parted, processes), 1):
+        yield "fsdp", problem
+    for problem, _ in islice(against_zero(recipe, processes), 1 if recipe.launch.zero else 0):
+        yield recipe.launch.strategy, problem
 
 
 def _against(recipe: Training, processes: int) -> Iterator[str]:

@@ -95,6 +95,9 @@ class Hardware:
     """How many there are of what is in parts: with `hsdp` one on each machine."""
     offload: bool = False
     """Whether these parts lie in the host's memory between uses."""
+    zero: int = 0
+    """The stage of DeepSpeed's ZeRO that it is trained under, 2 or 3; 0: without DeepSpeed. A
+    model is whole in each process before and after the training, and `sharded` is not said."""
     reasons: Reasons = Reasons()
 
     def cut(self, batch_size: int, micro_batch_size: int) -> Hardware:
@@ -105,6 +108,8 @@ class Hardware:
     @property
     def strategy(self) -> str:
         """How several processes hold a model, in the recipe's word."""
+        if self.zero:
+            return f"zero{self.zero}"
         if not self.sharded:
             return "ddp"
         return "hsdp" if self.copies > 1 else "fsdp"
@@ -150,6 +155,8 @@ class Hardware:
             del settings["sharded"], settings["copies"]
         if not self.offload:
             del settings["offload"]
+        if not self.zero:
+            del settings["zero"]
         return settings
 
 
@@ -284,9 +291,10 @@ def decide(
     attention, attention_reason = _attention(host, recipe.packs, bf16, model, by_document)
     room = Room(host.processes, host.memory, host.device == "cuda", bf16)
     sharded, strategy_reason = strategy.choose(recipe, room, shape, before)
+    zero = recipe.launch.zero
     compiles = recipe.launch.compile
     if compiles == "auto":  # ppo has five forms of each layer, grpo three: minutes until it pays
-        able = by_document and not isinstance(recipe, RLRecipe) and not sharded
+        able = by_document and not isinstance(recipe, RLRecipe) and not sharded and not zero
         compiles = host.device == "cuda" and able
     micro_batch_size = _micro_batch_size(recipe, host, before)
     return Hardware(
@@ -302,6 +310,7 @@ def decide(
         sharded=sharded,
         copies=_copies(recipe, host, before),
         offload=recipe.launch.offload,
+        zero=zero,
         reasons=Reasons(precision_reason, attention_reason, strategy_reason),
     )
 
@@ -379,6 +388,13 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
     say(f"attention: {hardware.attention} ({hardware.reasons.attention})")
     if why := hardware.reasons.strategy:
         say(f"strategy: {hardware.strategy}: {why}")
+    elif hardware.zero:
+        held = "gradients and moments" if hardware.zero == 2 else "weights, gradients and moments"
+        share = f"each of {hardware.processes} processes holds a part of {held} while it trains"
+        if hardware.processes == 1:
+            share = "one process holds all of it"
+        engine = f"DeepSpeed {installed('deepspeed')}"
+        say(f"strategy: {hardware.strategy} (experimental, {engine}): {share}")
     elif hardware.sharded:
         share = f"each of {hardware.processes} processes holds a part of the model"
         share += ", of its gradients and its moments"
@@ -426,7 +442,7 @@ def _device_name(device: str) -> str:
 COMPUTING = "torch transformers trl peft accelerate tokenizers numpy".split()
 """Libraries that another version of may compute other bits with."""
 
-COMPUTING_TOO = {"bitsandbytes", "vllm"}  # where the recipe asks for them
+COMPUTING_TOO = {"bitsandbytes", "vllm", "deepspeed"}  # where the recipe asks for them
 
 
 def platform_of(recipe: Training, hardware: Hardware, world: World) -> Platform:

@@ -349,13 +349,16 @@ class Launch(Machine):
     processes: Crowd | Literal["auto"] = "auto"
     """Training processes; `auto` is one per GPU, or fewer where more do not divide
     `optim.batch_size`; one on a CPU."""
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp", "zero2", "zero3"] = "auto"
     """How several processes hold a model: all of it in each (`ddp`), or a part of its weights,
     gradients and moments in each (`fsdp`); beside an adapter, of the frozen weights alone. With
     `hsdp` these parts are on each machine, a whole model together, and only gradients go from
     machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
     the model's shape, else `fsdp` where the stage allows it; in ppo and grpo it is `ddp`, and
-    says where that does not fit; a resumed run keeps to its checkpoint."""
+    says where that does not fit; a resumed run keeps to its checkpoint. `zero2` and `zero3` are
+    DeepSpeed's stages of ZeRO, experimental: while the model trains each process holds a part of
+    gradients and moments, with `zero3` of the weights, too; before and after, all of it is in each.
+    They need `pip install 'llmpipe[zero]'`; not in ppo and grpo."""
     offload: bool = False
     """Keep each process's part of the weights, gradients and moments in the host's memory, and
     compute the optimizer's step there: for what fits no device even in parts. Every layer is copied
@@ -373,6 +376,11 @@ class Launch(Machine):
     """What the backward pass computes again instead of keeping it: nothing; all but matrix products
     and attention (`selective`); all of every layer (`full`), which takes a third more time. `auto`
     is `none` on a CPU, and on a GPU where that fits. `true` is `full`, `false` is `none`."""
+
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO that is asked for, 0 for none."""
+        return {"zero2": 2, "zero3": 3}.get(self.strategy, 0)
 
     @property
     def checkpointing(self) -> str:
@@ -543,6 +551,8 @@ class Training(Recipe):
 
     def packages(self) -> list[tuple[str, str]]:
         named = [("quantization", "bitsandbytes")] if self.quantization else []
+        if self.launch.zero:
+            named.append(("launch.strategy", "deepspeed"))
         if OPTIMIZERS[self.optim.optimizer].in_bitsandbytes:
             named.append(("optim.optimizer", "bitsandbytes"))
         return [*named, *((f"log.trackers.{i}", name) for i, name in enumerate(self.log.trackers))]

@@ -345,7 +345,7 @@ class Loop:
         """Go on from the newest checkpoint, where there is one, or begin anew."""
         job = self.training.job
         if self.recipe.adapter is None:  # which is saved alike by either
-            refuse_another_strategy(job.artifact.checkpoints, sharded=self.hardware.sharded)
+            refuse_another_strategy(job.artifact.checkpoints, self.hardware, adapts=False)
         platform = platform_of(self.recipe, self.hardware, self.world)
         self.legs = [Leg(after=0, platform=platform)]
         picked = checkpoints.pick(

@@ -52,7 +52,13 @@ UNREAD = ("training_args.bin", "README.md")
 """Pickled arguments hold tokens in clear; the card is made for the model. Nothing reads either."""
 
 
-UNSAID = {"activation_checkpointing": "none", "sharded": False, "copies": 1, "offload": False}
+UNSAID = {
+    "activation_checkpointing": "none",
+    "sharded": False,
+    "copies": 1,
+    "offload": False,
+    "zero": 0,
+}
 """Settings that older checkpoints do not say, as they were unless a recipe asked for others."""
 
 
@@ -292,7 +298,7 @@ def pick(
         if sums.origin.identity != identity:
             raise UserError(f"{path}: is of another recipe", "--fresh starts anew", INTEGRITY)
         before = UNSAID | dict(sums.origin.machine)
-        now = {"sharded": False, "offload": False} | dict(machine)
+        now = {"sharded": False, "offload": False, "zero": 0} | dict(machine)
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed and not inexact:
             raise _other_machine(path, before, now, changed)

@@ -34,6 +34,9 @@ USED = 0.9
 COMPILED = 0.6
 """Of what a layer keeps where it is compiled: norms and activations are computed again there."""
 
+BUCKET = 500_000_000
+"""Numbers that DeepSpeed sends at once, as it is set where nobody asks for another number."""
+
 HEAD = 1 << 30
 """Bytes of the logits that exist at once."""
 
@@ -244,6 +247,29 @@ class Held:
             activations=max(passed, _cached(shape.passed, recipe, number)),
         )
         return held.offloaded() if recipe.launch.offload and parts > 1 else held
+
+    @classmethod
+    def under_zero(cls, shape: Shape, recipe: Training, longest: Pass, processes: int) -> Held:
+        """Under DeepSpeed's ZeRO, whose gathers and buckets are in fp32, while it trains. Before
+        and after, with stage 3 too, all weights are in each process.
+        """
+        stage, learned = recipe.launch.zero, _learned(shape, recipe)
+        plain = cls.of(shape, recipe, longest, processes)
+        share = FP32 * learned / processes
+        bucket = FP32 * min(learned, BUCKET)
+        rounded = BF16 * learned if longest.bf16 else 0
+        weights, copies = plain.weights + share, 2.0 * bucket + rounded  # a part of them apart
+        if stage == 3:
+            whole = 2 * shape.layer + shape.outside
+            weights = plain.weights / processes
+            copies = 2.0 * bucket + FP32 * whole + (BF16 * whole if longest.bf16 else 0)
+        return replace(
+            plain,
+            weights=weights,
+            gradients=share,
+            moments=plain.moments / processes,
+            copies=copies,
+        )
 
     def offloaded(self) -> Held:
         """The same with what is not computed with in the host's memory."""

@@ -64,8 +64,8 @@ def take_out() -> None:
 
 
 def _problems(launch: Launch) -> Iterator[str]:
-    if launch.strategy == "ddp":
-        yield "FSDP, and the recipe has launch.strategy: ddp: take one of them"
+    if launch.strategy not in ("auto", "fsdp", "hsdp"):
+        yield f"FSDP, and the recipe has launch.strategy: {launch.strategy}: take one of them"
     for name, form in _forms():
         if form not in SHARDING:
             yield f"{name}={os.environ[name]}: parts are of weights, gradients and moments"

@@ -145,8 +145,10 @@ def outside() -> bool:
     """
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
-            problem = f"accelerate: llmpipe trains no model by {name}"
+            problem = f"accelerate: llmpipe trains no model by a launcher's {name}"
             remedy = "launch with --multi_gpu, and set launch.strategy: fsdp where one GPU is small"
+            if name == "DEEPSPEED":
+                remedy = "launch with --multi_gpu, and set launch.strategy: zero2, zero3 or fsdp"
             raise UserError(problem, remedy)
     if "RANK" not in os.environ and _is_one_of_several_cpus():
         problem = "accelerate launch --cpu does not tell its processes of one another"

@@ -332,7 +332,7 @@ def _of_checkpoint(parent: Artifact, step: str, reference: str, use: Use) -> Mod
         problem = f"{use.field}: {reference} is a checkpoint of an adapter"
         raise UserError(problem, f"take {ARTIFACT}{parent.name}", INTEGRITY)
     if (checkpoint / checkpoints.SHARDED).exists():
-        problem = f"{use.field}: {reference} is a checkpoint in parts (launch.strategy: fsdp)"
+        problem = f"{use.field}: {reference} is a checkpoint in parts (launch.strategy: fsdp, zero)"
         raise UserError(problem, f"take {ARTIFACT}{parent.name}", INTEGRITY)
     use.check(reference, "reward-model" if is_reward_model(checkpoint) else "model")
     fingerprint = digest(sums.files)

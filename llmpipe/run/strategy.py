@@ -58,6 +58,31 @@ def against_offload(recipe: Training, processes: int) -> Iterator[tuple[str, str
         yield f"not built in {recipe.stage}, whose models are whole for a while", without
 
 
+def against_zero(recipe: Training, processes: int) -> Iterator[tuple[str, str]]:
+    """Why a recipe cannot be trained under DeepSpeed's ZeRO, and what to do."""
+    launch, adapter = recipe.launch, recipe.adapter
+    if isinstance(recipe, RLRecipe):
+        problem = f"not built in {recipe.stage}, whose loop is no trainer of TRL's"
+        yield problem, "set launch.strategy: fsdp"
+        return
+    if recipe.quantization:
+        yield "a quantized model is not put in parts", "remove quantization, or set ddp"
+    if adapter and launch.zero == 3:
+        why = "DeepSpeed does not gather weights of two precisions (its issue 8072)"
+        yield f"beside an adapter, {why}", "set launch.strategy: fsdp, or zero2"
+    if recipe.optim.optimizer != "adamw":
+        yield f"{recipe.optim.optimizer} is not tried with it", "set optimizer: adamw"
+    if getattr(recipe, "precompute", False):
+        yield "precompute: true has an engine of its own for the reference", "set it to false"
+    if getattr(recipe, "trainer", None):
+        yield "no field of `trainer:` is tried with it", "remove `trainer:`"
+    if launch.compile is True:
+        yield "layers are not compiled under an engine", "set launch.compile: auto"
+    if gpus() and "auto" in (launch.micro_batch_size, launch.checkpointing):
+        remedy = "set launch.micro_batch_size and launch.activation_checkpointing"
+        yield "what fits in a GPU's memory is not measured with it", remedy
+
+
 def machines(processes: int) -> int:
     """On how many machines so many processes are, with as many on each as here."""
     local = local_world_size() if outside() else processes
@@ -98,7 +123,7 @@ def choose(recipe: Training, room: Room, shape: Shape | None, before: Mapping[st
     `before`: the settings of a checkpoint, whose strategy `auto` keeps.
     """
     if recipe.launch.strategy != "auto":
-        return Choice(recipe.launch.strategy != "ddp", "")
+        return Choice(recipe.launch.strategy in ("fsdp", "hsdp"), "")
     problems = [problem for problem, _ in against_parts(recipe, room.processes)]
     if before and (room.processes > 1 or before.get("sharded")):
         return Choice(bool(before.get("sharded")) and not problems, "as its checkpoints are")

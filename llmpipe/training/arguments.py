@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from llmpipe import zero
 from llmpipe.errors import UserError
 from llmpipe.files import write_whole
 from llmpipe.recipe import sections
@@ -32,11 +33,16 @@ def arguments(
         **in_transformers_words(recipe),
         **of_the_stage,
     }
+    if training.hardware.zero:
+        fields |= _under_zero(training)
     try:
-        return config(**fields, **recipe.trainer)
+        made = config(**fields, **recipe.trainer)
     except (TypeError, ValueError, ImportError) as error:
         problem = f"trainer: {str(error).strip().splitlines()[0]}"
         raise UserError(problem, f"see the fields of TRL's {config.__name__}") from error
+    if training.hardware.zero:
+        zero.hide()
+    return made
 
 
 def _surroundings(training: Training[sections.Hosted]) -> dict[str, Any]:
@@ -63,6 +69,21 @@ def _surroundings(training: Training[sections.Hosted]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": recipe.log.trackers or "none",
         "disable_tqdm": True,
+    }
+
+
+def _under_zero(training: Training[sections.Hosted]) -> dict[str, Any]:
+    """What makes a trainer's engine DeepSpeed's, which is told nothing of bf16: torch casts."""
+    hardware, clip = training.hardware, training.recipe.optim.max_grad_norm
+    zero.begin(hardware.device)
+    form = zero.Zero(hardware.zero, hardware.micro_batch_size, hardware.accumulation, clip)
+    return {
+        "deepspeed": form.config(),
+        "bf16": False,
+        "accelerator_config": {
+            "non_blocking": hardware.device == "cuda",
+            "use_configured_state": True,
+        },
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from llmpipe import upstream
+from llmpipe import upstream, zero
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
@@ -73,6 +73,8 @@ class Durable(Sharded):
                 raise
             hint = "remove from `trainer:` what does not fit this model"
             raise UserError(f"trainer: {first_line(error)}", hint) from error
+        if self.hardware.zero:
+            zero.hide()
         if not self.learns_in_parts:
             _put_back(weights, training.model)
         # trackers show it, and the library pickles it; see `_get_output_dir`
@@ -165,6 +167,7 @@ class Durable(Sharded):
             checkpoint = self.resume.checkpoint
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self._raise_if_stopped()
+            self.leave_zero()
         self.signals.deferred = False
         self.metrics_log.close()
         self._load_best()
@@ -274,7 +277,7 @@ class Durable(Sharded):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The norm of the gradients. Raises UserError (4) where it or the loss is no number, and
-        the optimizer sees none of it.
+        the optimizer sees none of it; nor does anybody what it did, under ZeRO.
         """
         norm = whole(super()._get_grad_norm(model, grad_norm))
         norm = torch.as_tensor(norm, device=self.args.device)
@@ -295,8 +298,10 @@ class Durable(Sharded):
 
     def _not_finite(self, quantity: str, value: Any) -> UserError:
         step = self.state.global_step + 1
+        # DeepSpeed's engine steps in the backward pass
+        when = "stopped" if self.hardware.zero else "stopped before the optimizer step"
         return UserError(
-            f"step {step}: the {quantity} is {float(value)}; stopped before the optimizer step",
+            f"step {step}: the {quantity} is {float(value)}; {when}",
             "lower optim.learning_rate, or set optim.precision: fp32; nothing was published, "
             "checkpoints are kept",
             NUMERIC,

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from llmpipe import zero
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import upcast_trained
@@ -47,6 +48,9 @@ class Referenced(Trainer):
     def begin_reference(self) -> str:
         """Make the reference the parent, and tell what it is."""
         adapter, base = self.training.recipe.adapter, self.training.setup.base
+        hardware = self.training.hardware
+        if hardware.zero and hardware.bf16 and self.ref_model is not None:  # else Accelerate's task
+            zero.computing(self.accelerator.unwrap_model(self.ref_model), hardware.autocast())
         if adapter and not base:
             # an adapter that begins at nothing is the parent when it is off: the same, and faster
             self.forget_reference()
@@ -65,7 +69,7 @@ class Referenced(Trainer):
         parent_as_reference(self.model)
         key = [
             dataset._fingerprint,
-            self.args.bf16,
+            self.training.hardware.bf16,
             str(self.args.device),
             torch.get_num_threads(),
             torch.__version__,
@@ -89,8 +93,8 @@ class Referenced(Trainer):
         if self.precompute_ref_logps:
             return None
         if self.ref_model is not None:
-            return fingerprint(self.accelerator.unwrap_model(self.ref_model).state_dict())
-        tensors = self.accelerator.unwrap_model(self.model).state_dict()
+            return fingerprint(_tensors(self.accelerator.unwrap_model(self.ref_model)))
+        tensors = _tensors(self.accelerator.unwrap_model(self.model))
         return fingerprint({n: tensor for n, tensor in tensors.items() if ".default" not in n})
 
     def refuse_changed_reference(self, before: str | None) -> None:
@@ -148,16 +152,19 @@ def parent_as_reference(model: Any) -> None:
     upcast_trained(model)
 
 
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What a file would hold; the very weights, which know whether they are in parts."""
+    return model.state_dict(keep_vars=True)
+
+
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """sha256 of names and sums of tensors, made where they lie: a model need not leave a GPU for
     it, and of one in parts, whose sha256 is that of the whole one, a tensor at a time is whole.
     Every change of one number changes it, and others all but surely; it is no proof against
     somebody who looks for two that are alike. Collective of a model in parts.
     """
-    told = [
-        (name, [*tensor.shape], int(_sum_of_bits(whole(tensor.detach()))))
-        for name, tensor in tensors.items()
-    ]
+    everything = ((name, whole(tensor)) for name, tensor in tensors.items())
+    told = [(name, [*tensor.shape], int(_sum_of_bits(tensor))) for name, tensor in everything]
     return digest(sorted(told))
 
 

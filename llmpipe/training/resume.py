@@ -20,7 +20,7 @@ from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.files import Table
-from llmpipe.models.hardware import platform_of, release_memory
+from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.record import Record
@@ -78,8 +78,7 @@ class Resume:
         self.training = training
         self.world = world
         self.home = training.artifact.checkpoints
-        if training.recipe.adapter is None:  # which is saved alike by either
-            refuse_another_strategy(self.home, sharded=training.hardware.sharded)
+        refuse_another_strategy(self.home, training.hardware, adapts=bool(training.recipe.adapter))
         platform = platform_of(training.recipe, training.hardware, world)
         picked = checkpoints.pick(
             self.home,
@@ -168,13 +167,15 @@ class Resume:
         self.world.wait()
 
 
-def refuse_another_strategy(home: Path, *, sharded: bool) -> None:
-    """Raise UserError (3) where what there is to go on from was saved whole, and the model is in
-    parts now, or the other way round.
+def refuse_another_strategy(home: Path, hardware: Hardware, *, adapts: bool) -> None:
+    """Raise UserError (3) where what there is to go on from was saved in another form: whole, in
+    parts or from under ZeRO. An adapter is saved alike, in parts or not.
     """
     before = checkpoints.settings(home)
-    if before and bool(before.get("sharded")) != sharded:
-        strategy = "ddp" if sharded else "fsdp"
+    stage = int(before.get("zero", 0))
+    sharded = bool(before.get("sharded")) and not adapts
+    if before and (sharded, bool(stage)) != (hardware.sharded and not adapts, bool(hardware.zero)):
+        strategy = f"zero{stage}" if stage else "fsdp" if sharded else "ddp"
         raise UserError(
             f"{home}: the checkpoints were written with launch.strategy: {strategy}",
             "set it back, or begin anew: --fresh moves what is there aside",

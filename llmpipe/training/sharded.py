@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from llmpipe import parallel
-from llmpipe.faults import reading
+from llmpipe import parallel, zero
+from llmpipe.faults import reading, writing
 from llmpipe.files import write_json
 from llmpipe.models.hardware import Hardware
 from llmpipe.recipe import sections
@@ -32,6 +32,7 @@ class Sharded(Trainer):
     """What `Durable` is of a model in parts. All of it is collective."""
 
     training: Training[sections.Hosted]
+    world: parallel.World
     optimizer: Any
     lr_scheduler: Any
 
@@ -43,6 +44,38 @@ class Sharded(Trainer):
     def learns_in_parts(self) -> bool:
         """Whether what learns is in parts, and not an adapter on what is."""
         return self.hardware.sharded and self.training.recipe.adapter is None
+
+    @property
+    def saves_parts(self) -> bool:
+        """Whether each process saves a part of a checkpoint, of what learns and its moments."""
+        return self.learns_in_parts or bool(self.hardware.zero)
+
+    def _prepare_for_training(self, steps: int, loader: Any, checkpoint: str | None) -> Any:
+        """Under ZeRO the library makes the engine here, and would then have it read its pickles."""
+        if not self.hardware.zero:
+            return super()._prepare_for_training(steps, loader, checkpoint)
+        model = self.training.model
+        if checkpoint is not None:
+            self._load_from_checkpoint(checkpoint)  # while it is plain
+        if self.hardware.bf16:
+            zero.computing(model, self.hardware.autocast())
+        prepared = super()._prepare_for_training(steps, loader, None)
+        zero.hide()
+        zero.refuse_another(self.model_wrapped, self.hardware.zero, model)
+        if checkpoint is not None:
+            self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
+
+    def leave_zero(self) -> None:
+        """Let the model be plain again; what is left of the engine is gone."""
+        if not self.hardware.zero:
+            return
+        engine = self.accelerator.deepspeed_engine_wrapped
+        self.optimizer = self.lr_scheduler = self.deepspeed = None
+        self.model_wrapped = self.model
+        self.accelerator.deepspeed_engine_wrapped = None
+        self.accelerator.free_memory()
+        zero.leave(self.training.model, engine.engine)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The library's, of weights that are all in parts where they should be."""
@@ -63,7 +96,7 @@ class Sharded(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model in a checkpoint; one in parts is saved together with its optimizer."""
-        if not self.learns_in_parts:
+        if not self.saves_parts:
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -73,29 +106,37 @@ class Sharded(Trainer):
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.learns_in_parts:
+        if not self.saves_parts:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         folder = Path(output_dir)
-        optimizer = self._plain_optimizer()
-        parallel.save(folder / checkpoints.SHARDED, self.training.model, optimizer)
+        model, parts = self.training.model, folder / checkpoints.SHARDED
+        if self.hardware.zero:
+            with self.world.as_one(), writing(parts):
+                zero.save(parts, model, self.model_wrapped)
+        else:
+            parallel.save(parts, model, self._plain_optimizer())
         if rank() == 0:
             write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.learns_in_parts:
+        if not self.saves_parts:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint) / checkpoints.SHARDED
-        parallel.load_weights(folder, self.training.model)
+        load = zero.load_weights if self.hardware.zero else parallel.load_weights
+        load(folder, self.training.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.learns_in_parts or checkpoint is None:
+        if not self.saves_parts or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = self._plain_optimizer()
-        folder = Path(checkpoint) / checkpoints.SHARDED
-        parallel.load_optimizer(folder, self.training.model, optimizer)
+        model, folder = self.training.model, Path(checkpoint) / checkpoints.SHARDED
+        if self.hardware.zero:
+            zero.load_optimizer(folder, model, self.model_wrapped)
+        else:
+            parallel.load_optimizer(folder, model, optimizer)
         path = Path(checkpoint) / SCHEDULE
         with reading(path, "the state of a schedule"):
             self.lr_scheduler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -440,6 +440,8 @@ def without_dropout(model: nn.Module, but: str, recomputes: bool) -> None:
 # --- noise ---
 
 NOISE = {  # logger -> words of a line that is of no use to the user, and why
+    # under ZeRO, where the trainer tells DeepSpeed alone
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums

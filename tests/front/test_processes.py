@@ -180,8 +180,8 @@ def test_what_a_launcher_would_do_with_a_model_is_refused(tmp_path, monkeypatch)
     """Obeyed or refused, never ignored; and what there is instead is named."""
     monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED", "true")
     code, out = run([*PYTHON, "sft", str(life.write(tmp_path / "run"))])
-    assert code == 2 and "llmpipe trains no model by DEEPSPEED" in out
-    assert "launch.strategy: fsdp" in out and "Traceback" not in out
+    assert code == 2 and "llmpipe trains no model by a launcher's DEEPSPEED" in out
+    assert "launch.strategy: zero2, zero3 or fsdp" in out and "Traceback" not in out
 
 
 @pytest.mark.faults

@@ -86,6 +86,19 @@ def test_parts_in_the_hosts_memory():
     assert Held.of(shape, recipe(offload=True), longest, 8) == whole and whole.host == 0
 
 
+@pytest.mark.parametrize(("stage", "weights"), [(2, 4 + 4 / 8), (3, 4 / 8)])
+def test_parts_under_zero(stage, weights):
+    """Gradients and moments, with stage 3 weights; with stage 2 a part of these is there twice."""
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1024, bf16=True, kind="full")
+    held = Held.under_zero(shape, recipe(strategy=f"zero{stage}"), longest, 8)
+    assert held.weights == weights * shape.weights
+    assert (held.gradients, held.moments) == (shape.weights / 2, shape.weights)
+    of_weights = shape.weights if stage == 2 else 2 * shape.layer + shape.outside
+    in_bf16, gathered = 2 * of_weights, 4 * of_weights * (stage == 3)
+    assert held.copies == 2 * 4 * 500_000_000 + in_bf16 + gathered
+    assert held.activations == Held.of(shape, recipe(), longest, 8).activations
+
+
 def test_an_adapter_on_what_lies_in_four_bits():
     asked = load(RECIPES / "qwen-32b-qlora.yaml", schema("qlora"))
     shape = shape_of("qwen3-32b.json")

@@ -212,8 +212,8 @@ def test_a_head_of_its_own(tmp_path):
     assert_alike(parts, life.pair(write(tmp_path / "whole", "ddp", **changes)))
 
 
-@pytest.mark.faults
-def test_experts_that_files_hold_one_by_one(tmp_path):
+def experts(tmp_path):
+    """Of four experts each token sees two."""
     config = Qwen3MoeConfig(
         vocab_size=rows(),
         hidden_size=64,
@@ -230,8 +230,12 @@ def test_experts_that_files_hold_one_by_one(tmp_path):
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    folder = model_folder(tmp_path / "model", AutoModelForCausalLM.from_config(config))
-    changes = {**PACKED, "model": str(folder), "optim__steps": 4}
+    return str(model_folder(tmp_path / "model", AutoModelForCausalLM.from_config(config)))
+
+
+@pytest.mark.faults
+def test_experts_that_files_hold_one_by_one(tmp_path):
+    changes = {**PACKED, "model": experts(tmp_path), "optim__steps": 4}
     parts = life.pair(write(tmp_path / "parts", **changes))
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in weights(parts)
     assert_alike(parts, life.pair(write(tmp_path / "whole", "ddp", **changes)))
