@@ -98,9 +98,11 @@ def _import_quietly(device: str) -> None:
 
 def hide() -> None:
     """Let transformers forget that it is configured for DeepSpeed: under stage 3 it would put in
-    parts whatever is loaded, and let all processes answer where one does.
+    parts whatever is loaded, and let all processes answer where one does. And leave no word of it
+    to what this process makes next.
     """
     unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def computing(model: Any, autocast: torch.autocast) -> None:

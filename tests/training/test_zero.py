@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -214,6 +216,29 @@ def test_another_strategy_does_not_go_on(tmp_path, one, other):
     assert {code for code, _ in stopped} == {143}, stopped
     for code, text in life.ranks(write(tmp_path / "run", other), inexact=True):
         assert code == 3 and f"were written with launch.strategy: {one}" in text, text
+
+
+@needs_deepspeed
+@pytest.mark.faults
+def test_stages_of_one_launch_have_each_their_own_strategy(tmp_path):
+    """An outside launcher's process makes one after the other, and ZeRO leaves nothing behind."""
+    changes = {"optim__steps": 2, "launch__processes": "auto"}
+    first = life.recipe(tmp_path / "run", **changes, launch__strategy="zero2", name="first")
+    second = life.recipe(tmp_path / "run", **changes, name="second") | {"model": "artifact:first"}
+    for stage in (first, second):
+        del stage["run"]
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(json.dumps({"run": str(tmp_path / "run"), "stages": [first, second]}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "-m", "llmpipe", "run", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = [Artifact(tmp_path / "run" / name).verify().hardware for name in ("first", "second")]
+    assert [hardware.get("zero") for hardware in made] == [2, None]
 
 
 # --- refused at the door ---
