@@ -223,9 +223,10 @@ def memory(bench: Bench) -> Iterator[Row]:
     )
 
 
-LOSSES, FIRST = 2e-3, 10
-"""By how much the first losses may differ, and how many these are, where an engine is around the
-very same arithmetic: in bf16 rounding parts any two trainings later on."""
+APART, FIRST = 2e-3, 4
+"""By which share of itself a loss, or a norm of gradients, may differ, and in how many steps that
+is looked at, where an engine is around the very same arithmetic: in bf16 rounding parts any two
+trainings later on."""
 
 
 def zero(bench: Bench) -> Iterator[Row]:
@@ -255,23 +256,27 @@ def under(bench: Bench, stage: str, strategy: str, run: str = "zero") -> dict[st
 
 
 def beside_plain(recipe: dict[str, Any], plain: list[dict[str, Any]], again: dict[str, Any]) -> Row:
-    """The greatest difference of a loss; failed where it is large, nothing is published, or a run
-    that was stopped (`again`) publishes other bytes."""
+    """The greatest difference of a loss or a norm; failed where it is large, nothing is published,
+    or a run that was stopped (`again`) publishes other bytes."""
     stage, strategy = recipe["stage"], recipe["launch"]["strategy"]
     name = f"{strategy}: {stage}"
     if code := commands.finished(recipe):
         return Row(name, note=f"exit code {code}: {commands.tail(recipe)}", failed=True)
-    pairs = zip(commands.lines_of(recipe), plain, strict=True)
-    differences = [abs(mine["loss"] - theirs["loss"]) for mine, theirs in pairs][:FIRST]
+    pairs = list(zip(commands.lines_of(recipe), plain, strict=True))[:FIRST]
+    differences = [
+        abs(mine[quantity] / theirs[quantity] - 1)
+        for mine, theirs in pairs
+        for quantity in ("loss", "grad_norm")
+    ]
     wrong = resumed(again)
     if not wrong and not equal(artifact_of(again), artifact_of(recipe)):
         wrong = "other bytes after a stop"
     return Row(
         name,
-        "of a loss",
-        own=max(differences),
-        note=wrong or f"at most, in {FIRST} steps beside no engine; stopped, the same bytes",
-        failed=bool(wrong) or max(differences) > LOSSES,
+        "% apart",
+        own=100 * max(differences),
+        note=wrong or f"of losses and norms, in {FIRST} steps; stopped, the same bytes",
+        failed=bool(wrong) or max(differences) > APART,
         details={"differences": differences},
     )
 
