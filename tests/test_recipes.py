@@ -76,6 +76,7 @@ def test_they_are_all_found():
         "qlora.yaml",
         "quickstart.yaml",
         "qwen-32b-qlora.yaml",
+        "reverse.yaml",
         "reward.yaml",
         "sentiment.yaml",
         "sft.yaml",
@@ -111,7 +112,7 @@ def test_local_files_exist(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
             made_by_a_command = name.startswith(
-                ("./models/", "./from-zero/", "./runs/", "./sums/", "./sentiment/")
+                ("./models/", "./from-zero/", "./runs/", "./sums/", "./sentiment/", "./reverse/")
             )
             if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"
