@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import PrefixStore
@@ -104,6 +105,14 @@ def patient() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=ALONE)
 
 
+def accelerator(device: str, **options: Any) -> Accelerator:
+    """What Accelerate knows of the processes, for a stage that no trainer of TRL's makes. As these
+    do, it forgets first what a stage before knew in the same process, and that may be ZeRO.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", **options)
+
+
 def outward(hosts: Iterable[str]) -> str | None:
     """The network interface by which the first of some hosts is reached that is on another machine:
     gloo takes the one that this machine's own name stands for, which is often none that others
@@ -154,7 +163,7 @@ class World:
     def of(cls, device: str) -> World:
         """All processes that were started together, on CPUs or on a GPU each."""
         join(device)
-        return cls(Accelerator(cpu=device == "cpu"))
+        return cls(accelerator(device))
 
     @property
     def is_first(self) -> bool:

@@ -90,7 +90,8 @@ def _import_quietly(device: str) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
+    if device == "cpu":  # to ask for the table has compilers and cards looked for
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     logger.setLevel("WARNING")
     # it calls collectives by names that PyTorch has others for by now
     warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, r"torch\.distributed")

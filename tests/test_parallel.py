@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
 from llmpipe import parallel
@@ -27,6 +29,15 @@ def world(rank: int, size: int) -> World:
         wait_for_everyone=lambda: None,
     )
     return World(accelerator)
+
+
+def test_no_stage_takes_over_what_accelerate_knew_in_the_one_before():
+    """Under one launch both are made in one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    assert parallel.accelerator("cpu").distributed_type == DistributedType.NO
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 def talk(world: World) -> dict:

@@ -6,6 +6,7 @@ import os
 
 from accelerate import Accelerator
 
+from llmpipe import parallel
 from llmpipe.files import flat
 from llmpipe.models.hardware import Hardware
 from llmpipe.recipe.places import portable_paths, with_values
@@ -19,8 +20,8 @@ def accelerator(job: Job[Training], hardware: Hardware) -> Accelerator:
     stages."""
     trackers(job.recipe, job.artifact)
     names = job.recipe.log.trackers
-    accelerator = Accelerator(
-        cpu=hardware.device == "cpu",
+    accelerator = parallel.accelerator(
+        hardware.device,
         log_with=names or None,
         project_dir=os.environ.get("TENSORBOARD_LOGGING_DIR"),
     )

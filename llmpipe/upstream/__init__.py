@@ -442,6 +442,8 @@ def without_dropout(model: nn.Module, but: str, recomputes: bool) -> None:
 NOISE = {  # logger -> words of a line that is of no use to the user, and why
     # under ZeRO, where the trainer tells DeepSpeed alone
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
+    # a model that is given to it rounds by itself, inside: see `zero.computing`
+    "DeepSpeed": "torch.autocast is enabled outside DeepSpeed",
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums

@@ -10,10 +10,12 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llmpipe import upstream, zero
 from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
 from llmpipe.recipe.check import locate
@@ -221,14 +223,19 @@ def test_another_strategy_does_not_go_on(tmp_path, one, other):
 @needs_deepspeed
 @pytest.mark.faults
 def test_stages_of_one_launch_have_each_their_own_strategy(tmp_path):
-    """An outside launcher's process makes one after the other, and ZeRO leaves nothing behind."""
-    changes = {"optim__steps": 2, "launch__processes": "auto"}
-    first = life.recipe(tmp_path / "run", **changes, launch__strategy="zero2", name="first")
-    second = life.recipe(tmp_path / "run", **changes, name="second") | {"model": "artifact:first"}
-    for stage in (first, second):
-        del stage["run"]
+    """An outside launcher's process makes one after the other, and ZeRO leaves nothing behind: not
+    to a stage that is no trainer's, nor to one after it.
+    """
+    run = tmp_path / "run"
+    text = {"task": "perplexity", "data": [{"path": str(life.TINY / "rows.jsonl"), "limit": 8}]}
+    stages = [
+        asked(run, "first", str(life.TINY / "model"), "zero2"),
+        {"stage": "eval", "models": {"first": "artifact:first"}, "tasks": [text]},
+        asked(run, "second", "artifact:first", "zero3"),
+        asked(run, "third", "artifact:second", "auto"),
+    ]
     path = tmp_path / "pipeline.yaml"
-    path.write_text(json.dumps({"run": str(tmp_path / "run"), "stages": [first, second]}))
+    path.write_text(json.dumps({"run": str(run), "stages": stages}))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "-m", "llmpipe", "run", str(path)],
@@ -237,8 +244,56 @@ def test_stages_of_one_launch_have_each_their_own_strategy(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    made = [Artifact(tmp_path / "run" / name).verify().hardware for name in ("first", "second")]
-    assert [hardware.get("zero") for hardware in made] == [2, None]
+    made = [Artifact(run / name).verify().hardware for name in ("first", "second", "third")]
+    assert [hardware.get("zero") for hardware in made] == [2, 3, None]
+
+
+def asked(run, name, model, strategy):
+    """A stage of a pipeline, of two steps."""
+    changes = {"optim__steps": 2, "launch__processes": "auto", "launch__strategy": strategy}
+    stage = life.recipe(run, **changes, name=name, model=model)
+    del stage["run"]
+    return stage
+
+
+# --- what only a GPU meets ---
+
+
+def test_on_a_gpu_nobody_looks_for_a_compiler(monkeypatch):
+    """DeepSpeed asks compilers and cards for its table of what it could build, once it is read."""
+    logger = SimpleNamespace(setLevel=lambda level: None)
+    double = SimpleNamespace(ops=SimpleNamespace(), utils=SimpleNamespace(logger=logger))
+    monkeypatch.setitem(sys.modules, "deepspeed", double)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", double.utils)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    zero._import_quietly("cuda")
+
+
+@needs_deepspeed
+def test_a_reference_rounds_inside_an_engine_that_stops_a_cards_autocast(monkeypatch):
+    """As held-out pairs are measured: there only a card's autocast is asked for, and it says so."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    zero._import_quietly("cpu")
+    from deepspeed.runtime import torch_autocast
+
+    upstream.silence()
+    said = []
+    monkeypatch.setattr(torch_autocast, "dist", SimpleNamespace(get_rank=lambda: 0))
+    monkeypatch.setattr(torch_autocast.logger, "handle", said.append)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
+    engine = SimpleNamespace(torch_autocast_enabled=lambda: False)
+    plain, reference = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    zero.computing(reference, autocast)
+    with autocast, torch_autocast.autocast_if_enabled(engine):
+        assert plain(torch.ones(4)).dtype == torch.float32, "the engine has stopped it"
+        given = reference(torch.ones(4))
+        with autocast:
+            rounded = reference.plain_forward(torch.ones(4))
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(given, rounded.float()) and given.dtype == torch.float32
+    records = [record for record in said if torch_autocast.logger.filter(record)]
+    assert said and not records
 
 
 # --- refused at the door ---
