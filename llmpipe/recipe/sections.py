@@ -371,7 +371,7 @@ class Launch(Machine):
     compile: bool | Literal["auto"] = "auto"
     """Compile the layers of the model, which takes some tens of seconds at the first step; `auto`
     on a GPU, but not in ppo and grpo, which have several forms of each layer to compile, nor with
-    `fsdp`."""
+    `fsdp`, `hsdp`, `zero2` and `zero3`."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] | bool = "auto"
     """What the backward pass computes again instead of keeping it: nothing; all but matrix products
     and attention (`selective`); all of every layer (`full`), which takes a third more time. `auto`

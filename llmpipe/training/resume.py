@@ -175,7 +175,7 @@ def refuse_another_strategy(home: Path, hardware: Hardware, *, adapts: bool) -> 
     stage = int(before.get("zero", 0))
     sharded = bool(before.get("sharded")) and not adapts
     if before and (sharded, bool(stage)) != (hardware.sharded and not adapts, bool(hardware.zero)):
-        strategy = f"zero{stage}" if stage else "fsdp" if sharded else "ddp"
+        strategy = f"zero{stage}" if stage else "fsdp" if before.get("sharded") else "ddp"
         raise UserError(
             f"{home}: the checkpoints were written with launch.strategy: {strategy}",
             "set it back, or begin anew: --fresh moves what is there aside",

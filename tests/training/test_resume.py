@@ -5,10 +5,20 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from llmpipe.errors import UserError
+from llmpipe.models.hardware import Hardware
+from llmpipe.run import checkpoints
 from llmpipe.training.heldout import Best
-from llmpipe.training.resume import RankState, State, counted, put_back
+from llmpipe.training.resume import (
+    RankState,
+    State,
+    counted,
+    put_back,
+    refuse_another_strategy,
+)
 
 OLD = Path(__file__).parent.parent / "fixtures/run-0.1/run/lora/checkpoints/step-9/llmpipe.json"
 
@@ -49,3 +59,14 @@ def test_what_the_library_counted_is_put_back():
     put_back(resumed, state)
     assert counted(resumed, tokens=64, seconds=2.0) == state
     resumed._metrics["train"]["accuracy"].append(1.0)  # a new metric begins as an empty list
+
+
+@pytest.mark.parametrize(
+    ("before", "strategy"), [({}, "ddp"), ({"sharded": True}, "fsdp"), ({"zero": 3}, "zero3")]
+)
+def test_another_strategy_is_called_by_its_name(tmp_path, monkeypatch, before, strategy):
+    """Of an adapter, too, whose checkpoints are of one form but under ZeRO."""
+    monkeypatch.setattr(checkpoints, "settings", lambda home: {"processes": 2} | before)
+    hardware = Hardware("cpu", 2, 1, 1, 1, False, "sdpa", zero=0 if "zero" in before else 2)
+    with pytest.raises(UserError, match=rf"launch\.strategy: {strategy}\n"):
+        refuse_another_strategy(tmp_path, hardware, adapts=True)
