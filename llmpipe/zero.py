@@ -42,6 +42,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each number, by PyTorch's names."""
 STEP = "step"
 
+LINEAR = nn.functional.linear
+"""PyTorch's, in whose place stage 3 puts one of its own, for the whole process and for good."""
+
 SHARED_MEMORY = "deepspeed_shm_comm"
 """What DeepSpeed would have a compiler make, for a minute, wherever it computes on a CPU."""
 
@@ -129,6 +132,11 @@ def refuse_another(engine: Any, asked: int, model: nn.Module) -> None:
         problem = f"launch.strategy: zero{asked}: DeepSpeed's engine is not in effect"
         told = f"stage {stage}, {shares} processes, {missing} weights beside it"
         raise UserError(f"{problem}: {told}", "set launch.strategy: fsdp, and please report it")
+
+
+def put_back() -> None:
+    """Let layers compute as they did before any engine, a reference's or another's."""
+    nn.functional.linear = LINEAR
 
 
 def leave(model: nn.Module, engine: DeepSpeedEngine) -> None:

@@ -306,8 +306,10 @@ def another_stage_of_zero():
 
 def says_what_zero_holds():
     """At the end of a step: of what learns, of how many numbers a process holds weights and moments
-    of its own.
+    of its own. And what a layer computes by, then and at the end.
     """
+    import torch
+
     from llmpipe import zero
     from llmpipe.training import hosted
 
@@ -320,9 +322,11 @@ def says_what_zero_holds():
         kept = [state[part].get(key) for part in parts for key in zero.MOMENTS]
         moments = sum(moment.numel() for moment in kept if moment is not None)
         numbers = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+        print("by", torch.nn.functional.linear.__name__)
         print(f"of {numbers} numbers: {held} weights, {moments} moments, {engine.dp_world_size}")
 
     _after(hosted.Durable, "training_step", action)
+    _after(hosted.Durable, "fit", lambda _: print("by", torch.nn.functional.linear.__name__))
 
 
 def disk_full_in_publish():

@@ -485,7 +485,7 @@ def test_canary_of_deepspeed():
     pytest.importorskip("deepspeed", exc_type=ImportError)
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 
     from llmpipe.zero import SHARED_MEMORY
 
@@ -496,6 +496,8 @@ def test_canary_of_deepspeed():
     assert "self.bit16_groups.append" in second
     third = inspect.getsource(stage3.DeepSpeedZeroOptimizer_Stage3)
     assert "self.fp32_partitioned_groups_flat.append" in third
+    in_parts = inspect.getsource(partition_parameters.InsertPostInitMethodToModuleSubClasses)
+    assert "torch.nn.functional.linear = zero3_linear_wrap" in in_parts
 
 
 class TwoProcesses:

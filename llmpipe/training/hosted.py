@@ -167,7 +167,7 @@ class Durable(Sharded):
             checkpoint = self.resume.checkpoint
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self._raise_if_stopped()
-            self.leave_zero()
+        self.leave_zero()
         self.signals.deferred = False
         self.metrics_log.close()
         self._load_best()

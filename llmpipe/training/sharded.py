@@ -67,10 +67,13 @@ class Sharded(Trainer):
         return prepared
 
     def leave_zero(self) -> None:
-        """Let the model be plain again; what is left of the engine is gone."""
+        """Let the model be plain again, where it was not; what is left of the engine is gone."""
         if not self.hardware.zero:
             return
+        zero.put_back()
         engine = self.accelerator.deepspeed_engine_wrapped
+        if engine is None:  # nothing was left to train
+            return
         self.optimizer = self.lr_scheduler = self.deepspeed = None
         self.model_wrapped = self.model
         self.accelerator.deepspeed_engine_wrapped = None

@@ -117,7 +117,8 @@ def test_arithmetic_in_bf16(tmp_path, stage, zero):
     parts = made(tmp_path / "parts", stage, zero, **changes)
     whole = life.pair(write(tmp_path / "whole", "ddp", stage, **changes))
     for mine, theirs in zip(lines(parts), lines(whole), strict=True):
-        assert mine.get("loss", 0) == pytest.approx(theirs.get("loss", 0), abs=1e-4)
+        for name in ("loss", "eval_loss"):
+            assert mine.get(name, 0) == pytest.approx(theirs.get(name, 0), abs=1e-4)
     assert {tensor.dtype for tensor in tensors_of(parts).values()} == {torch.float32}
 
 
@@ -176,6 +177,8 @@ def test_a_process_holds_its_part_and_saves_it_without_a_pickle(tmp_path):
         numbers, held, moments, processes = int(said[1]), int(said[3]), int(said[5]), said[7]
         assert processes == "2"
         assert numbers <= 2 * held < 1.02 * numbers and numbers <= moments < 1.02 * numbers
+        layers = [line.removeprefix("by ") for line in text.splitlines() if line.startswith("by ")]
+        assert set(layers[:-1]) == {"zero3_linear_wrap"} and layers[-1] == "linear"
     step = Artifact(tmp_path / "run" / "sft").checkpoints / "step-3"
     files = checkpoints.Sums.read(step).files
     parts = [name for name in files if name.startswith("sharded/")]
