@@ -22,6 +22,7 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe.sections import Preparation
+from llmpipe.scores.thinking import CLOSING, OPENING, TAG
 
 SECONDS = 6.0
 """That a template may take in any case."""
@@ -169,17 +170,18 @@ class Encoder:
         self.rendered += len(reading.text)
         return "".join(reading.text[start:end] for start, end in reading.spans)
 
-    def prompt(self, prompt: str | Messages, tools: Tools) -> list[int]:
-        """Tokens of a prompt, up to where an answer would begin."""
+    def prompt(self, prompt: str | Messages, tools: Tools, *, think: bool = False) -> list[int]:
+        """Tokens of a prompt, up to where an answer would begin; to `think`, with the tag that
+        opens a block of thought. Raises Rejected."""
         if isinstance(prompt, str):
-            return [*self.bos, *self.text(prompt)]
+            return [*self.bos, *self.text(_to_think(prompt) if think else prompt)]
         renderer = self._renderer()
         with self._timed():
             reading = template.prompt(renderer, prompt, tools)
         self.rendered += len(reading.text)
         self.noted |= reading.notes | self._spelled.check(reading, prompt, tools)
         self._check_tokens(reading.texts)
-        return self.tokenizer.ids(reading.text)
+        return self.tokenizer.ids(_to_think(reading.text) if think else reading.text)
 
     def answered(
         self,
@@ -248,3 +250,12 @@ class Encoder:
         if self.template is None:
             raise Rejected("template refuses", "there is no chat template")
         return self.template
+
+
+def _to_think(prompt: str) -> str:
+    """A prompt that ends in the tag that opens a block of thought. Raises Rejected."""
+    written = prompt.rstrip()
+    if written.endswith(CLOSING):
+        detail = "the template closes the block of thought before an answer begins"
+        raise Rejected("template thinks not", f"{detail}: see data.chat_template_kwargs")
+    return prompt if written.endswith(TAG) else prompt + OPENING

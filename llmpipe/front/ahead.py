@@ -48,6 +48,7 @@ EXTRAS = {
     "rouge_score": "llmpipe[eval]",
     "sacrebleu": "llmpipe[eval]",
     "lm_eval": "llmpipe[harness]",
+    "jsonschema": "llmpipe[rl]",
     "vllm": "llmpipe[vllm]",
     "deepspeed": "llmpipe[zero]",
 }

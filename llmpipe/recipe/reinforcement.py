@@ -3,11 +3,11 @@ torch, for the stages and for the room `rl`."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmpipe.recipe.rewards import Reward
 from llmpipe.recipe.sections import (
     Data,
     Launch,
@@ -15,7 +15,6 @@ from llmpipe.recipe.sections import (
     Optim,
     Positive,
     Prompts,
-    Reference,
     Rows,
     Samples,
     Section,
@@ -23,40 +22,6 @@ from llmpipe.recipe.sections import (
     Start,
     Training,
 )
-from llmpipe.scores.verifiers import VERIFIERS, Verifier
-from llmpipe.scores.verifiers.regex import check_pattern
-
-
-class Reward(Section):
-    """One source of reward: a model, a function or a verifier."""
-
-    model: Reference | None = None
-    """A reward model: `artifact:reward`, a folder or a Hub id. It reads the text through its own
-    tokenizer and template."""
-    function: str | None = None
-    """`./rewards.py:name`: called with lists `prompts`, `completions`, `reference` (the answer that
-    a row has, or None) and every column that is none of the format's, as keywords; returns a number
-    for each. The file is part of the result's identity."""
-    verifier: Verifier | None = None
-    """1 for an answer that is right by the row's own, or its column `answer`, else 0. Of a list any
-    is right; a row whose answer nothing can equal is rejected. exact_match, contains, json;
-    number: what it says, exactly (llmpipe/scores/numbers.py has what a number is); math_verify."""
-    pattern: str | None = None
-    """The regular expression of `verifier: regex`, whose first match in an answer counts; with
-    groups, what the first that took part holds is compared."""
-    weight: float = 1.0
-    """What the source's score is multiplied by before scores are added."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Reward:
-        if sum(value is not None for value in (self.model, self.function, self.verifier)) != 1:
-            raise ValueError("give one of model, function and verifier")
-        if self.function is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
-            raise ValueError(f"function: '{self.function}' is not ./file.py:name")
-        if (self.verifier == "regex") != (self.pattern is not None):
-            raise ValueError("pattern is for verifier: regex, which needs it")
-        check_pattern(self.pattern)
-        return self
 
 
 class KL(Section):
@@ -86,6 +51,10 @@ class Rollout(Section):
     """Draw from the likeliest tokens that have this share together."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from so many of the likeliest tokens; 0 is no limit."""
+    think: bool = False
+    """Have each answer begin with a block of thought: the prompt ends in `<think>`, put there where
+    the template puts none, and the block is learned as all else is. Rewards look at what follows
+    `</think>`, and at nothing where that never came; `format` and `length` see all."""
     unfinished: float = 0.0
     """Added to the score of an answer without an end token, mostly negative. A reward model reads
     such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
@@ -226,6 +195,13 @@ class RLRecipe(Training):
         return self
 
     @model_validator(mode="after")
+    def _thinks(self) -> RLRecipe:
+        thinking = self.data.chat_template_kwargs.get("enable_thinking")
+        if self.rollout.think and thinking is False:
+            raise ValueError("rollout.think, and data.chat_template_kwargs.enable_thinking is off")
+        return self
+
+    @model_validator(mode="after")
     def _vllm_can(self) -> RLRecipe:
         if self.rollout.engine != "vllm":
             return self
@@ -282,12 +258,13 @@ class RLRecipe(Training):
     def packages(self) -> list[tuple[str, str]]:
         named = super().packages()
         for i, source in enumerate(self.reward):
-            package = VERIFIERS[source.verifier].package if source.verifier else None
-            named += [(f"reward.{i}.verifier", package)] if package else []
+            named += [(f"reward.{i}.{field}", package) for field, package in source.packages()]
         if self.rollout.engine == "vllm":
             named.append(("rollout.engine", "vllm"))
         return named
 
     def files(self) -> dict[str, str]:
-        named = {f"reward.{i}.function": source.function for i, source in enumerate(self.reward)}
-        return super().files() | {at: name.rpartition(":")[0] for at, name in named.items() if name}
+        named = super().files()
+        for i, source in enumerate(self.reward):
+            named |= {f"reward.{i}.{field}": path for field, path in source.files()}
+        return named

@@ -20,7 +20,7 @@ from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import RLRecipe, Rollout
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience, Measured
-from llmpipe.rl.rewards import Row
+from llmpipe.rl.sources.source import Row
 from llmpipe.rl.watch import Metrics
 
 R_co = TypeVar("R_co", bound=RLRecipe, covariant=True)

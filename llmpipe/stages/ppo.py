@@ -8,6 +8,7 @@ epochs, held to the parent by a KL penalty.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,9 @@ from llmpipe.files import expanded
 from llmpipe.recipe.functions import check_function
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.rewards import Reward
 from llmpipe.scores.references import Comparison
+from llmpipe.scores.schemas import schema_check
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
@@ -37,16 +40,28 @@ class Schema(PPORecipe):
 
 
 def foresee(recipe: RLRecipe, outlook: Outlook) -> Iterator[Mistake]:
-    """What is wrong with the functions that score answers, as far as their files tell."""
+    """What is wrong with what scores answers, as far as files tell."""
     for i, source in enumerate(recipe.reward):
-        path, _, name = (source.function or "").rpartition(":")
-        if not os.path.exists(expanded(path)) or not path:
-            continue  # which is said of the file
+        for field, path in source.files():
+            if not os.path.exists(expanded(path)):
+                continue  # which is said of the file
+            try:
+                _check_file(source, field, path)
+            except UserError as error:
+                yield Mistake(f"reward.{i}.{field}", error)
+
+
+def _check_file(source: Reward, field: str, path: str) -> None:
+    """Raises UserError for a file that is not what a source needs."""
+    if field == "function":
+        assert source.function
+        name = source.function.rpartition(":")[2]
         try:
             check_function(expanded(path), name, ("prompts", "completions", "reference"))
         except UserError as error:
-            problem = UserError(f"{source.function}: {error.message}", error.hint)
-            yield Mistake(f"reward.{i}.function", problem)
+            raise UserError(f"{source.function}: {error.message}", error.hint) from None
+    elif importlib.util.find_spec("jsonschema"):  # what is missing is said of the field
+        schema_check(expanded(path))
 
 
 def shapes(recipe: RLRecipe) -> dict[str, tuple[type, ...]]:
@@ -70,8 +85,8 @@ def prepare(job: Job[RLRecipe]) -> PreparedRows:
     comparisons = [
         Comparison(source.verifier, source.pattern) for source in recipe.reward if source.verifier
     ]
-    by_verifiers_alone = len(comparisons) == len(recipe.reward)
-    prepared = tokens(job, compared(comparisons, all_read=by_verifiers_alone))
+    all_read = not any(source.model or source.function for source in recipe.reward)
+    prepared = tokens(job, compared(comparisons, all_read=all_read, think=recipe.rollout.think))
     if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there
         refuse_rollouts(context.tokens, prepared.lengths.max, recipe.rollout.max_new_tokens)
     if recipe.mixture:

@@ -963,7 +963,7 @@ def test_recipes(tmp_path):
         ({"reward": []}, "at least 1"),
         (
             {"reward": [{"model": "artifact:rm", "verifier": "number"}]},
-            "one of model, function and verifier",
+            "give one of model, function, verifier",
         ),
         ({"reward": [{"function": "rewards.py"}]}, "is not ./file.py:name"),
         ({"reward": [{"verifier": "regex"}]}, "needs it"),

@@ -43,6 +43,7 @@ def sources(seen, fails=""):
         return rewards.Source(name, weight, scores, model)
 
     made = rewards.Rewards.__new__(rewards.Rewards)
+    made.thinks = False
     made.sources = [one("f", 2.0, 1.0), one("a", 1.0, 3.0, "A"), one("b", 0.5, 4.0, "B")]
     return made
 

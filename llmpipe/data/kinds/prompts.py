@@ -41,13 +41,14 @@ def encode(
     others: dict[str, Any],
     comparisons: Items[Comparison] = (),
     all_read: bool = False,
+    think: bool = False,
 ) -> Encoded:
     """A row that asks something -> its tokens up to where an answer begins, and the row, as JSON
     in UTF-8. Raises Rejected, also for what no answer can equal by the `comparisons`."""
     prompt, reference = prompt_and_reference(example)
     right = right_answers(reference, others, comparisons, all_read=all_read and not reference)
     tools = None if isinstance(example, Document | Completion) else example.tools
-    ids = encoder.prompt(prompt, tools)
+    ids = encoder.prompt(prompt, tools, think=think)
     if len(ids) > encoder.max_length:
         detail = f"the prompt has {len(ids):,} tokens, {encoder.max_length:,} fit"
         raise Rejected("too long", detail, len(ids))
@@ -100,11 +101,12 @@ PROMPTS = Kind(
 )
 
 
-def compared(comparisons: Items[Comparison], *, all_read: bool) -> Kind:
+def compared(comparisons: Items[Comparison], *, all_read: bool, think: bool = False) -> Kind:
     """PROMPTS whose right answers are those that verifiers can give more than 0 for.
 
     `all_read`: nothing else reads the column `answer`, so that one which no verifier reads is a
-    mistake.
+    mistake. `think`: answers begin with a block of thought.
     """
-    check = partial(encode, comparisons=tuple(comparisons), all_read=all_read)
-    return replace(PROMPTS, encode=check, settings=(*comparisons, all_read))
+    check = partial(encode, comparisons=tuple(comparisons), all_read=all_read, think=think)
+    settings = (*comparisons, all_read, *(["think"] if think else []))
+    return replace(PROMPTS, encode=check, settings=settings)

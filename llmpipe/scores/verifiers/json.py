@@ -6,6 +6,7 @@ NaN and Infinity are none.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from llmpipe.scores.check import Check, never
 
@@ -19,6 +20,11 @@ def is_right(answer: str, reference: str = "", pattern: str = "") -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def loaded(answer: str) -> Any:
+    """What an answer is that is JSON. Raises ValueError or RecursionError for another."""
+    return json.loads(_unfenced(answer), parse_constant=_refuse)
 
 
 def _refuse(constant: str) -> None:

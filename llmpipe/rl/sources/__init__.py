@@ -1,0 +1,6 @@
+"""Where scores come from, a file for what needs one; `rewards` adds them up.
+
+models      reward models
+functions   functions of the user's files
+texts       what a text alone tells: verifiers, forms, lengths
+"""

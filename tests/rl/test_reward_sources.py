@@ -1,0 +1,129 @@
+"""Sources of reward by the command: each counted beside the others, and what is wrong with one said
+ahead."""
+
+import json
+
+import pytest
+
+from llmpipe.errors import UserError
+from llmpipe.recipe.check import load
+from llmpipe.rl import rewards
+from llmpipe.rl.sources.source import Source
+from llmpipe.stages import schema
+from tests import life
+from tests.rl import test_ppo
+from tests.rl.test_ppo import GRPO, updates
+
+SHORT = {"length": {"unit": "characters", "limit": 30}}
+TAGS = {"format": "<think>...</think>..."}
+
+
+def write(run, **changes):
+    return test_ppo.write(run, **{"optim__steps": 2, "optim__batch_size": 8, **changes})
+
+
+def rollouts(artifact):
+    return list(map(json.loads, (artifact.path / "rollouts.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("how", [{}, GRPO], ids=["ppo", "grpo"])
+def test_what_a_text_alone_tells(tmp_path, how):
+    """Each part is logged, before its weight; and the sum is what is learned from."""
+    halved = {"length": {"target": 20}, "weight": 0.5}
+    made = life.command(write(tmp_path / "run", reward=[SHORT, TAGS, halved], **how))
+    parts = ["scores/length", "scores/format", "scores/length (3)"]
+    for line in updates(made):
+        long, form, half = (line[part] for part in parts)
+        assert 0 <= long <= 1 and form == 0 and 0 <= half <= 1
+        assert line["objective/scores"] == pytest.approx(long + form + half / 2, abs=1e-5)
+    for shown in rollouts(made):
+        by_characters = max(0, 1 - max(len(shown["answer"]) - 30, 0) / 30)
+        assert 0 <= shown["score"] - by_characters <= 0.5
+
+
+def test_thought_is_learned_and_what_follows_it_is_scored(tmp_path, monkeypatch):
+    """The function is given what a person would be; the answer that is learned has all tokens."""
+    (tmp_path / "seen.py").write_text(
+        "import json, pathlib\n\n\ndef seen(prompts, completions, **columns):\n"
+        f"    pathlib.Path('{tmp_path}/seen.json').write_text(json.dumps(completions))\n"
+        "    return [float(i) for i in range(len(completions))]\n"
+    )
+    from llmpipe.rl.sampling import Sampler
+
+    thoughts, text = iter(range(1000)), Sampler.text
+
+    def thought(self, episode):
+        number = next(thoughts)
+        return f"so {number}</think>\n{number}\n" if number % 2 else text(self, episode)
+
+    monkeypatch.setattr(Sampler, "text", thought)
+    how = {"optim__steps": 1, "rollout__think": True} | GRPO
+    made = life.command(
+        write(tmp_path / "run", reward=[{"function": f"{tmp_path}/seen.py:seen"}, TAGS], **how)
+    )
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == [str(i) if i % 2 else "" for i in range(8)]
+    assert updates(made)[0]["scores/format"] == 0.5, "with the tag that the prompt ends in"
+    first, second = rollouts(made)[:2]
+    assert second["answer"] == "so 1</think>\n1\n" and first["tokens"] > 0
+
+
+def test_who_sees_the_thought():
+    made = rewards.Rewards.__new__(rewards.Rewards)
+    response = ["a</think> b", "c"]
+    for thinks, sees, expected in [
+        (False, False, response),
+        (False, True, response),
+        (True, False, ["b", ""]),
+        (True, True, ["<think>\na</think> b", "<think>\nc"]),
+    ]:
+        made.thinks = thinks
+        source = Source("x", 1.0, lambda rows, responses: [], None, sees)
+        assert made.seen(source, response) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"format": "..."}, "'...' is the form of any answer"),
+        ({"format": "<a>...</a>", "verifier": "number"}, "give one of model, function, verifier"),
+        ({}, "give one of model, function, verifier"),
+        ({"length": {}}, "give one of target and limit"),
+        ({"length": {"target": 3, "limit": 4}}, "give one of target and limit"),
+        ({"length": {"target": 0}}, "greater than or equal to 1"),
+        ({"verifier": "number", "schema": "./s.json"}, "schema is for verifier: json"),
+    ],
+)
+def test_sources_that_cannot_be(tmp_path, source, message):
+    with pytest.raises(UserError) as refused:
+        load(write(tmp_path / "run", reward=[source]), schema("ppo"))
+    assert message in str(refused.value) and "run-ppo.yaml:1: reward.0" in str(refused.value)
+
+
+def test_thinking_that_the_template_is_told_not_to(tmp_path):
+    off = {"rollout__think": True, "data__chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(UserError, match="enable_thinking is off"):
+        load(write(tmp_path / "run", **off), schema("ppo"))
+
+
+def test_a_schema_is_looked_at_ahead_and_is_part_of_the_result(tmp_path):
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    source = {"verifier": "json", "schema": str(path)}
+    letters = {"verifier": "regex", "pattern": "[a-m]"}  # so that there is something to learn
+    recipe = write(tmp_path / "run", reward=[source, letters], optim__steps=1)
+    for written, message in [
+        (None, "no such file"),
+        ('{"type": "integr"}', r"reward.0.schema: .*schema.json: \$.type: 'integr'"),
+    ]:
+        if written:
+            path.write_text(written)
+        with pytest.raises(UserError, match=message) as refused:
+            life.command(recipe)
+        assert refused.value.code == 2 and not (tmp_path / "run" / "ppo").exists()
+    path.write_text('{"type": "integer"}')
+    assert "scores/json" in updates(life.command(recipe))[0]
+    path.write_text('{"type": "number"}')
+    with pytest.raises(UserError, match=r"schema\.json") as refused:
+        life.command(recipe)
+    assert refused.value.code == 3
