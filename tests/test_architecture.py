@@ -206,6 +206,8 @@ CALLS = {
     "numpy.load": "may unpickle; read safetensors or Arrow",
     "np.load": "may unpickle; read safetensors or Arrow",
 }
+RUNS_ANSWERS = PACKAGE / "scores" / "confined" / "child.py"
+"""The one file that runs text as code, where the kernel lets it do nothing else."""
 MODULES = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
@@ -215,7 +217,8 @@ def test_source_holds_nothing_that_runs_what_it_reads(path):
         at = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call):
             name = dotted(node.func)
-            assert name not in CALLS, f"{at}: {name} {CALLS.get(name)}"
+            may = {"exec"} if path == RUNS_ANSWERS else set()
+            assert name not in set(CALLS) - may, f"{at}: {name} {CALLS.get(name)}"
             for keyword in node.keywords:
                 literal = (
                     keyword.value.value

@@ -49,6 +49,7 @@ EXTRAS = {
     "sacrebleu": "llmpipe[eval]",
     "lm_eval": "llmpipe[harness]",
     "jsonschema": "llmpipe[rl]",
+    "reasoning_gym": "llmpipe[rl]",
     "vllm": "llmpipe[vllm]",
     "deepspeed": "llmpipe[zero]",
 }

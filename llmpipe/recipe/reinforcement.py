@@ -18,6 +18,7 @@ from llmpipe.recipe.sections import (
     Rows,
     Samples,
     Section,
+    Share,
     Source,
     Start,
     Training,
@@ -55,6 +56,13 @@ class Rollout(Section):
     """Have each answer begin with a block of thought: the prompt ends in `<think>`, put there where
     the template puts none, and the block is learned as all else is. Rewards look at what follows
     `</think>`, and at nothing where that never came; `format` and `length` see all."""
+    solved: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    """`[0.1, 0.9]`: learn from prompts alone that the policy solves neither too rarely nor too
+    often: that it answers rightly, before it learns, in a share of `tries` between these. What is
+    left out is counted. An answer is right that the first verifier, environment or code among the
+    rewards gives 1."""
+    tries: Positive = 8
+    """Answers to each prompt that `solved` counts."""
     unfinished: float = 0.0
     """Added to the score of an answer without an end token, mostly negative. A reward model reads
     such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
@@ -202,6 +210,33 @@ class RLRecipe(Training):
         return self
 
     @model_validator(mode="after")
+    def _solved_by(self) -> RLRecipe:
+        solved = self.rollout.solved
+        if solved is None:
+            return self
+        if solved[0] > solved[1]:
+            raise ValueError(f"rollout.solved: nothing lies between {solved[0]} and {solved[1]}")
+        if not any(source.tells_right for source in self.reward):
+            raise ValueError(
+                "rollout.solved: no reward tells what is right: "
+                "that takes a verifier, an environment or code"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_asks(self) -> RLRecipe:
+        environments = [source for source in self.reward if source.environment]
+        if len(environments) > 1:
+            raise ValueError("reward: one environment asks, and there are several")
+        if environments and self.data.train:
+            raise ValueError("data.train: the environment asks, and no rows are read: leave it out")
+        if environments and self.data.eval.sources:
+            raise ValueError("data.eval.sources: the environment asks; hold out a share (holdout)")
+        if not environments and not self.data.train:
+            raise ValueError("data.train: required, but missing: nobody asks anything")
+        return self
+
+    @model_validator(mode="after")
     def _vllm_can(self) -> RLRecipe:
         if self.rollout.engine != "vllm":
             return self
@@ -232,6 +267,11 @@ class RLRecipe(Training):
     def prompts(self) -> int:
         """Prompts of an update."""
         return self.optim.batch_size // self.group
+
+    @property
+    def asks(self) -> Reward | None:
+        """The environment that asks, where there is one."""
+        return next((source for source in self.reward if source.environment), None)
 
     @property
     def has_reference(self) -> bool:

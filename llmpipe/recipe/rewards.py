@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.recipe.sections import Positive, Reference, Section
+from llmpipe.recipe.sections import Positive, Reference, Section, cosmetic
+from llmpipe.scores.environments import NAME, PACKAGE, Environment, opened
 from llmpipe.scores.form import pattern_of
 from llmpipe.scores.verifiers import VERIFIERS, Verifier
 from llmpipe.scores.verifiers.regex import check_pattern
+from llmpipe.secrets import is_secret_name
 
 
 class AnswerLength(Section):
@@ -31,7 +33,61 @@ class AnswerLength(Section):
         return self
 
 
-SOURCES = ("model", "function", "verifier", "format", "length")
+class Code(Section):
+    """Programs, run."""
+
+    seconds: Annotated[int, Field(ge=1, le=600)] = 5
+    """Of the processor that an answer may take with its tests, and three times as many by the
+    clock; what takes longer is ended, and counts as far as it came."""
+    megabytes: Annotated[int, Field(ge=128, le=1 << 20)] = 512
+    """Memory that it may take; where it asks for more, there is none."""
+
+
+class JudgeModel(Section):
+    """A model behind an address, which says what an answer is worth."""
+
+    url: str = cosmetic(...)
+    """Base address, `http://127.0.0.1:8000/v1`: `/chat/completions` below it is asked, as vLLM,
+    llama.cpp and OpenAI have it, eight answers at a time."""
+    model: str
+    """What the server calls the model."""
+    prompt: str
+    """What it is asked. `{prompt}`, `{response}` and `{reference}` stand for what was asked, the
+    answer, and the row's own; the last number of the reply is the score."""
+    bounds: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """`[1, 10]`: what a score has to lie between; another one is asked for again."""
+    key_from: str | None = cosmetic(None)
+    """The variable of the environment that holds the key: `JUDGE_API_KEY`. No recipe, no log and no
+    artifact has the key itself."""
+    timeout: Annotated[float, Field(gt=0, le=3600)] = cosmetic(60.0)
+    """Seconds that a reply may take."""
+    retries: Annotated[int, Field(ge=0, le=100)] = cosmetic(3)
+    """Further tries where the server cannot be reached, is busy, or says no number; then training
+    ends, to go on from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> JudgeModel:
+        if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", self.url):
+            raise ValueError(f"url: '{self.url}' is not http://HOST/v1")
+        if "{response}" not in self.prompt:
+            raise ValueError(
+                "prompt: holds no {response}, so that any answer would be judged alike"
+            )
+        if self.bounds and self.bounds[0] >= self.bounds[1]:
+            raise ValueError(f"bounds: nothing lies between {self.bounds[0]} and {self.bounds[1]}")
+        key = self.key_from
+        if key is not None and not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
+            raise ValueError("key_from: is the name of a variable, such as JUDGE_API_KEY")
+        if key is not None and not is_secret_name(key):
+            raise ValueError(
+                f"key_from: {key}: logs hide what is called a secret; "
+                "name it so, such as JUDGE_API_KEY"
+            )
+        return self
+
+
+QUESTIONS = 1000  # of an environment, where a recipe does not say how many
+SOURCES = ("model", "function", "verifier", "format", "length", "code", "judge", "environment")
 
 
 class Reward(Section):
@@ -60,6 +116,24 @@ class Reward(Section):
     these is free. With `rollout.think` the opening tag of the prompt is part of the answer."""
     length: AnswerLength | None = None
     """A score for the length of an answer."""
+    code: Code | None = None
+    """Runs an answer's last block of Python, or all of it, against the row's column `tests`, a text
+    or a list of them; scores the share that raises nothing. What a model wrote is run only where a
+    recipe has this, each answer in a process that the kernel lets compute and read, and no more: no
+    other process, no network, no file written (Linux on x86-64 or arm64)."""
+    judge: JudgeModel | None = None
+    """Asks a model behind an address. It may answer otherwise when it is asked again, so that a
+    training is no longer the same bit by bit."""
+    environment: Annotated[str, Field(pattern=f"^{NAME}$")] | None = None
+    """`reasoning_gym/chain_sum`: asks its own questions, in place of `data.train`, made with the
+    recipe's seed, and scores answers itself: what stands in the last `<answer>...</answer>`, or all
+    (`pip install 'llmpipe[rl]'`)."""
+    questions: Positive | None = None
+    """How many questions an environment asks; 1,000 unless set."""
+    options: dict[str, Any] = {}
+    """What the environment takes beside: `{min_terms: 2, max_terms: 3}`."""
+    system: str | None = None
+    """A system turn in front of each question of an environment, such as how to mark the answer."""
     weight: float = 1.0
     """What the source's score is multiplied by before scores are added."""
 
@@ -71,7 +145,12 @@ class Reward(Section):
     @property
     def tells_right(self) -> bool:
         """Whether its 1 says that an answer is right."""
-        return self.verifier is not None
+        return any((self.verifier, self.code, self.environment))
+
+    def opened(self, seed: int) -> Environment:
+        """Its environment. Raises UserError."""
+        assert self.environment is not None
+        return opened(self.environment, self.questions or QUESTIONS, seed, self.options)
 
     @model_validator(mode="after")
     def _one(self) -> Reward:
@@ -84,6 +163,10 @@ class Reward(Section):
         check_pattern(self.pattern)
         if self.json_schema is not None and self.verifier != "json":
             raise ValueError("schema is for verifier: json")
+        if not self.environment and (self.questions or self.options or self.system):
+            raise ValueError("questions, options and system are for an environment")
+        if {"size", "seed"} & self.options.keys():
+            raise ValueError("options: size is `questions`, and seed is the recipe's")
         if self.format is not None:
             pattern_of(self.format)
         return self
@@ -95,6 +178,8 @@ class Reward(Section):
             yield "verifier", package
         if self.json_schema is not None:
             yield "schema", "jsonschema"
+        if self.environment is not None:
+            yield "environment", PACKAGE
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Its fields that name a file whose content decides the result, each with the path."""

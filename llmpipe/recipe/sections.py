@@ -189,6 +189,9 @@ class Pairs(Templated):
 class Prompts(Templated):
     """Prompts to answer."""
 
+    train: list[Source] = []
+    """The sources to train on; none where a reward is an environment, which asks itself."""
+
     max_length: Length = 512
     """Longest prompt in tokens; a longer one is rejected."""
 

@@ -47,7 +47,7 @@ class GRPO:
             "val/ratio",
         )
         self.verifier = next(
-            (i for i, source in enumerate(self.recipe.reward) if source.verifier), None
+            (i for i, source in enumerate(self.recipe.reward) if source.tells_right), None
         )
         """Which source of reward says what is right, where one does."""
 
@@ -205,7 +205,7 @@ class Tally:
         self.scores += float(score.mean(1).sum())
 
     def metrics(self, *, knows_right: bool) -> Metrics:
-        """Shares of the groups; `knows_right`: whether a verifier is among the rewards."""
+        """Shares of the groups; `knows_right`: whether a reward tells what is right."""
         shares = {"mixed": self.mixed}
         if knows_right:
             shares |= {"all_right": self.all_right, "none_right": self.none_right}

@@ -27,7 +27,7 @@ from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import RLRecipe
-from llmpipe.rl import heldout
+from llmpipe.rl import heldout, solved
 from llmpipe.rl.build import build
 from llmpipe.rl.experience import Experience, measure
 from llmpipe.rl.fitting import fit_passes
@@ -41,6 +41,7 @@ from llmpipe.rl.rollout.local import Local
 from llmpipe.rl.rollout.vllm import PROBES, VLLM
 from llmpipe.rl.sampling import Sampler
 from llmpipe.rl.seeds import Place, Shuffled, Use
+from llmpipe.rl.solved import Pass, Rows
 from llmpipe.rl.state import State, record, restore, save_tensors
 from llmpipe.rl.tracking import accelerator
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, not_finite, warn
@@ -103,17 +104,18 @@ class Loop:
         self.say = training.say
         self.accelerator = ground.world.accelerator
         self.start = Start.of(training.model)
-        self.prompts = Shuffled(training.train_rows(), self.recipe.seed, Use.ORDER)
+        self.prompts = self._shuffled(training.train_rows())
         self.held_out = training.eval_rows()
         self._refuse_too_long()
+        self.journal = Journal(self.artifact, self.world, self.say)
         self.sampler = Sampler(self._engine(), training.tokenizer)
-        self.steps = _updates(self.recipe, training.prepared.rows.train)
+        self.prompts = self._shuffled(self._solved(training.train_rows()))
+        self.steps = _updates(self.recipe, len(self.prompts.rows))
         say_if_peak_is_missed(self.recipe, self.steps, self.say)
         mixture = _mixture_rows(training)
         self.learner = Learner(ground, method, self.steps, mixture)
         before = checkpoints.settings(self.artifact.checkpoints).get("micro_batch_size")
         self.learner.pass_size = PassSize.of(self.recipe.launch, self.hardware, before)
-        self.journal = Journal(self.artifact, self.world, self.say)
         self.say(
             f"update: {self.recipe.optim.batch_size} episodes, "
             f"in passes of up to {self.learner.pass_size.words} a process"
@@ -399,6 +401,23 @@ class Loop:
             "exact_resume": self.exact,
             "legs": [asdict(leg) for leg in self.legs],
         }
+
+    def _shuffled(self, rows: Rows) -> Shuffled:
+        return Shuffled(rows, self.recipe.seed, Use.ORDER)
+
+    def _solved(self, rows: Rows) -> Rows:
+        """The prompts that are neither too hard nor too easy, where the recipe asks for these."""
+        home = self.artifact
+        first = Pass(
+            self.recipe,
+            self.sampler,
+            self.rewards,
+            self.world,
+            home.path / solved.FILE,
+            self.say,
+            lambda done, count: self.journal.note(f"{done:,} of {count:,} prompts tried"),
+        )
+        return first.choose(rows, has_begun=any(home.checkpoints.glob("step-*")))
 
     def _engine(self) -> Engine:
         """What draws."""

@@ -20,7 +20,15 @@ from llmpipe.rl.actors import Actors
 from llmpipe.rl.sources.functions import of_function
 from llmpipe.rl.sources.models import of_model
 from llmpipe.rl.sources.source import Row, Score, Source, shortened
-from llmpipe.rl.sources.texts import of_form, of_length, of_schema, of_verifier
+from llmpipe.rl.sources.texts import (
+    of_code,
+    of_environment,
+    of_form,
+    of_judge,
+    of_length,
+    of_schema,
+    of_verifier,
+)
 from llmpipe.run.job import Job
 from llmpipe.scores.thinking import OPENING, behind_thought
 
@@ -43,7 +51,8 @@ class Rewards:
     ):
         self.thinks = job.recipe.rollout.think
         self.sources: list[Source] = []
-        ground = _Ground(prepared, load_tokenizer(prepared.folder(job.prepared) / "tokenizer"))
+        tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
+        ground = _Ground(prepared, tokenizer, job.recipe.seed)
         for i, section in enumerate(job.recipe.reward):
             model = None
             if section.model:
@@ -81,6 +90,7 @@ class _Ground:
     prepared: PreparedRows
     tokenizer: Tokenizer
     """The policy's."""
+    seed: int
 
 
 def _of_section(section: Reward, ground: _Ground) -> tuple[str, Score]:
@@ -92,6 +102,12 @@ def _of_section(section: Reward, ground: _Ground) -> tuple[str, Score]:
         return section.kind, of_form(section.format)
     if section.length:
         return section.kind, of_length(section.length, ground.tokenizer)
+    if section.code:
+        return section.kind, of_code(section.code)
+    if section.environment:
+        return section.environment, of_environment(section.opened(ground.seed))
+    if section.judge:
+        return section.kind, of_judge(section.judge)
     assert section.verifier  # the recipe names one of them
     if section.json_schema:
         return section.verifier, of_schema(section.json_schema)

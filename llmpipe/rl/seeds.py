@@ -30,6 +30,8 @@ class Use(IntEnum):
     """The order of the rows that are mixed in."""
     PROBE = 5
     """The tokens that two engines are compared by."""
+    SOLVED = 6
+    """The tokens of a response of the pass that says which prompts are learned from."""
 
 
 class Place(NamedTuple):

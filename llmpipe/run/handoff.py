@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe.sections import Prepared, Training
+from llmpipe.recipe.sections import Prepared, Source, Training
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
 from llmpipe.run.manifest import Manifest
@@ -17,22 +17,36 @@ if TYPE_CHECKING:
     from llmpipe.data.kinds import Kind
 
 
-def tokens(job: Job[Training], kind: Kind) -> PreparedRows:
-    """Rows -> tokens of a kind, the `prepare` of most stages that train.
+def tokens(job: Job[Training], kind: Kind, asked: Asked | None = None) -> PreparedRows:
+    """Rows -> tokens of a kind, the `prepare` of most stages that train; those of `data`, unless
+    they are `asked`.
 
     Raises UserError (3) when they do not fit what the model was trained with, and what `prepare` of
     the data raises.
     """
     _refuse_anothers_merge(job)
-    prepared = tokenized(job, job.recipe.data, kind)
+    prepared = tokenized(job, job.recipe.data, kind, asked)
     refuse_another_template(job, prepared)
     return prepared
 
 
-def tokenized(job: Job[Any], data: Prepared, kind: Kind) -> PreparedRows:
+class Asked(NamedTuple):
+    """Rows that the command itself has made."""
+
+    source: Source
+    sha256: str
+
+
+def tokenized(
+    job: Job[Any], data: Prepared, kind: Kind, asked: Asked | None = None
+) -> PreparedRows:
     """Prepare one section of rows."""
     from llmpipe.data.prepare import prepare
 
+    pinned = job.plan.content
+    if asked:
+        data = data.model_copy(update={"train": [asked.source]})
+        pinned = pinned | {f"data.train:{asked.source.path}": asked.sha256}
     return prepare(
         data,
         kind,
@@ -40,7 +54,7 @@ def tokenized(job: Job[Any], data: Prepared, kind: Kind) -> PreparedRows:
         job.prepared,
         seed=job.recipe.seed,
         say=job.say,
-        pinned=job.plan.content,
+        pinned=pinned,
     )
 
 

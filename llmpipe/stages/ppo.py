@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from llmpipe.errors import Mistake, UserError
@@ -19,12 +20,16 @@ from llmpipe.recipe.functions import check_function
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.rewards import Reward
+from llmpipe.scores import confined
+from llmpipe.scores.environments import PACKAGE
+from llmpipe.scores.judge import key_of
 from llmpipe.scores.references import Comparison
 from llmpipe.scores.schemas import schema_check
 from llmpipe.stages import CHECKPOINTS
 
 if TYPE_CHECKING:  # they read the whole of a run, which checking a recipe does not need
     from llmpipe.data.prepared import PreparedRows
+    from llmpipe.run.handoff import Asked
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
     from llmpipe.run.outlook import Outlook
@@ -42,13 +47,26 @@ class Schema(PPORecipe):
 def foresee(recipe: RLRecipe, outlook: Outlook) -> Iterator[Mistake]:
     """What is wrong with what scores answers, as far as files tell."""
     for i, source in enumerate(recipe.reward):
-        for field, path in source.files():
-            if not os.path.exists(expanded(path)):
-                continue  # which is said of the file
+        for field, check in _checks(source, recipe.seed, outlook):
             try:
-                _check_file(source, field, path)
+                check()
             except UserError as error:
                 yield Mistake(f"reward.{i}.{field}", error)
+
+
+def _checks(
+    source: Reward, seed: int, outlook: Outlook
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The fields of a source that can be looked at ahead, and what raises UserError for each."""
+    for field, path in source.files():
+        if os.path.exists(expanded(path)):  # or that is said of the file
+            yield field, partial(_check_file, source, field, path)
+    if source.code and outlook.works:
+        yield "code", confined.prove
+    if source.judge and outlook.works:
+        yield "judge.key_from", partial(key_of, source.judge.key_from)
+    if source.environment and importlib.util.find_spec(PACKAGE):  # or that is said of the field
+        yield "environment", partial(source.opened, seed)
 
 
 def _check_file(source: Reward, field: str, path: str) -> None:
@@ -76,7 +94,7 @@ def shapes(recipe: RLRecipe) -> dict[str, tuple[type, ...]]:
 
 def prepare(job: Job[RLRecipe]) -> PreparedRows:
     """Prompts -> tokens."""
-    from llmpipe.data.kinds.prompts import compared
+    from llmpipe.data.kinds.prompts import Needs, compared
     from llmpipe.data.kinds.rows import ROWS
     from llmpipe.run.context import of_folder, refuse_rollouts
     from llmpipe.run.handoff import tokenized, tokens
@@ -86,13 +104,29 @@ def prepare(job: Job[RLRecipe]) -> PreparedRows:
         Comparison(source.verifier, source.pattern) for source in recipe.reward if source.verifier
     ]
     all_read = not any(source.model or source.function for source in recipe.reward)
-    prepared = tokens(job, compared(comparisons, all_read=all_read, think=recipe.rollout.think))
+    needs = Needs(recipe.rollout.think, any(source.code for source in recipe.reward))
+    kind = compared(comparisons, all_read=all_read, needs=needs)
+    prepared = tokens(job, kind, _asked(job) if recipe.asks else None)
     if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there
         refuse_rollouts(context.tokens, prepared.lengths.max, recipe.rollout.max_new_tokens)
     if recipe.mixture:
         mixed = tokenized(job, recipe.mixture.data(recipe.data), ROWS)
         prepared = prepared.model_copy(update={"mixture": mixed})
     return prepared
+
+
+def _asked(job: Job[RLRecipe]) -> Asked:
+    """The questions of the recipe's environment."""
+    from llmpipe.data.asked import as_source
+    from llmpipe.data.template import template_source
+    from llmpipe.run.handoff import Asked
+
+    recipe = job.recipe
+    assert recipe.asks
+    environment = recipe.asks.opened(recipe.seed)
+    chats = template_source(job.model, recipe.data.template) is not None
+    source = as_source(environment, job.prepared, chats=chats, system=recipe.asks.system)
+    return Asked(*source)
 
 
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from llmpipe.data.kinds.prompts import compared
+from llmpipe.data.kinds.prompts import Needs, compared
 from llmpipe.data.prepare import prepare
 from llmpipe.data.template.shipped import shipped
 from llmpipe.errors import UserError
@@ -19,7 +19,7 @@ TRL = Path(find_spec("trl").origin).parent / "chat_templates"
 QWEN = (TRL / "qwen3.jinja").read_text()
 OPENS = (TRL / "qwen3_5_think.jinja").read_text()
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"]
-THINK = compared([], all_read=False, think=True)
+THINK = compared([], all_read=False, needs=Needs(think=True))
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
 WEATHER = {
     "type": "function",

@@ -13,6 +13,7 @@ from llmpipe.stages import schema
 from tests import life
 from tests.rl import test_ppo
 from tests.rl.test_ppo import GRPO, updates
+from tests.scores.test_judge import KEY, completion, served
 
 SHORT = {"length": {"unit": "characters", "limit": 30}}
 TAGS = {"format": "<think>...</think>..."}
@@ -68,6 +69,56 @@ def test_thought_is_learned_and_what_follows_it_is_scored(tmp_path, monkeypatch)
     assert second["answer"] == "so 1</think>\n1\n" and first["tokens"] > 0
 
 
+SUMS = [{"prompt": f"add {i}", "tests": [f"assert add(1) == {1 + i}"]} for i in range(9)]
+
+
+def test_programs_are_run_against_the_tests_of_their_rows(tmp_path, monkeypatch):
+    from llmpipe.rl.sampling import Sampler
+
+    answers = iter(range(1000))
+
+    def text(self, episode):
+        return "" if next(answers) % 2 else "```python\ndef add(x):\n    return x + 4\n```"
+
+    monkeypatch.setattr(Sampler, "text", text)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    how = GRPO | {"optim__steps": 1, "data__train": [{"path": str(rows)}]}
+    letters = {"function": f"{tmp_path}/rewards.py:brevity"}  # so that there is something to learn
+    reward = [{"code": {"seconds": 5}}, letters]
+    made = life.command(write(tmp_path / "run", reward=reward, **how))
+    (line,) = updates(made)
+    asked = {shown["prompt"] for shown in rollouts(made)}
+    assert line["scores/code"] == (0.25 if "add 4" in asked else 0)
+    assert line["groups/none_right"] == 1 - 2 * line["scores/code"]
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "?", "tests": "assert ("}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:10: no tests: test 1 is no Python: line 1"):
+        life.command(write(tmp_path / "other", reward=reward, **how))
+
+
+JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "wise", "prompt": "Rate {response}."}
+
+
+def test_a_judge_is_asked_by_the_command(tmp_path, monkeypatch):
+    """Its key is in no file of the run; one that is not there ends the training with a line."""
+    monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    with served(lambda n, body: completion(str(n))) as (url, asked):
+        judge = JUDGE | {"url": url, "key_from": "JUDGE_API_KEY"}
+        recipe = write(tmp_path / "run", reward=[{"judge": judge}], **GRPO)
+        made = life.command(recipe)
+        assert len(asked) == 16 and all(KEY in headers["Authorization"] for _, headers, _ in asked)
+    assert updates(made)[0]["objective/scores"] == 4.5, "the mean of 1 to 8"
+    texts = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any(KEY.encode() in text for text in texts)
+    gone = JUDGE | {"retries": 0}
+    with pytest.raises(UserError, match=r"judge: http://127.0.0.1:9/v1: .*refused") as refused:
+        life.command(write(tmp_path / "gone", reward=[{"judge": gone}], **GRPO))
+    assert refused.value.code == 5
+    monkeypatch.delenv("JUDGE_API_KEY")
+    with pytest.raises(UserError, match=r"reward.0.judge.key_from: JUDGE_API_KEY is not set"):
+        life.command(write(tmp_path / "other", reward=[{"judge": judge}], **GRPO))
+
+
 def test_who_sees_the_thought():
     made = rewards.Rewards.__new__(rewards.Rewards)
     response = ["a</think> b", "c"]
@@ -91,6 +142,12 @@ def test_who_sees_the_thought():
         ({"length": {}}, "give one of target and limit"),
         ({"length": {"target": 3, "limit": 4}}, "give one of target and limit"),
         ({"length": {"target": 0}}, "greater than or equal to 1"),
+        ({"judge": JUDGE | {"url": "localhost:8000"}}, "url: 'localhost:8000' is not http://HOST"),
+        ({"judge": JUDGE | {"prompt": "Rate it."}}, "prompt: holds no {response}"),
+        ({"judge": JUDGE | {"bounds": [5, 1]}}, "nothing lies between 5.0 and 1.0"),
+        ({"judge": JUDGE | {"key_from": "sk-1"}}, "key_from: is the name of a variable"),
+        ({"judge": JUDGE | {"key_from": "JUDGE"}}, "name it so, such as JUDGE_API_KEY"),
+        ({"code": {"seconds": 0}}, "greater than or equal to 1"),
         ({"verifier": "number", "schema": "./s.json"}, "schema is for verifier: json"),
     ],
 )

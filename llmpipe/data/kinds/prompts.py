@@ -4,7 +4,7 @@
 
 `row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, its
 other `columns`, as the recipe calls them, and, where there are verifiers, `right`: the answers that
-they compare with, any of which is right.
+they compare with, any of which is right. Where programs are run, `tests` are what against.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,26 @@ from llmpipe.data.formats import (
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
 from llmpipe.data.references import right_answers
+from llmpipe.scores.confined import tests_of
 from llmpipe.scores.references import Comparison
+
+
+class Needs(NamedTuple):
+    """What a recipe asks of prompts beside right answers."""
+
+    think: bool = False
+    """Whether an answer begins with a block of thought."""
+    tests: bool = False
+    """Whether there have to be tests, which a program is run against."""
+
+    @property
+    def settings(self) -> list[str]:
+        """As `Kind.settings` has them; nothing where nothing is needed, as before there were
+        needs."""
+        return [name for name, needed in self._asdict().items() if needed]
+
+
+NOTHING = Needs()
 
 
 def encode(
@@ -41,14 +60,14 @@ def encode(
     others: dict[str, Any],
     comparisons: Items[Comparison] = (),
     all_read: bool = False,
-    think: bool = False,
+    needs: Needs = NOTHING,
 ) -> Encoded:
     """A row that asks something -> its tokens up to where an answer begins, and the row, as JSON
     in UTF-8. Raises Rejected, also for what no answer can equal by the `comparisons`."""
     prompt, reference = prompt_and_reference(example)
     right = right_answers(reference, others, comparisons, all_read=all_read and not reference)
     tools = None if isinstance(example, Document | Completion) else example.tools
-    ids = encoder.prompt(prompt, tools, think=think)
+    ids = encoder.prompt(prompt, tools, think=needs.think)
     if len(ids) > encoder.max_length:
         detail = f"the prompt has {len(ids):,} tokens, {encoder.max_length:,} fit"
         raise Rejected("too long", detail, len(ids))
@@ -62,8 +81,17 @@ def encode(
     }
     if comparisons:
         row["right"] = right
+    if needs.tests:
+        row["tests"] = _tests(others)
     text = json.dumps(row, default=str).encode()
     return Encoded([(np.array(ids, np.int32), np.frombuffer(text, np.uint8))])
+
+
+def _tests(others: dict[str, Any]) -> list[str]:
+    try:
+        return tests_of(others.get("tests"))
+    except ValueError as error:
+        raise Rejected("no tests", str(error)) from None
 
 
 def length(piece: Piece) -> int:
@@ -101,12 +129,11 @@ PROMPTS = Kind(
 )
 
 
-def compared(comparisons: Items[Comparison], *, all_read: bool, think: bool = False) -> Kind:
+def compared(comparisons: Items[Comparison], *, all_read: bool, needs: Needs = NOTHING) -> Kind:
     """PROMPTS whose right answers are those that verifiers can give more than 0 for.
 
     `all_read`: nothing else reads the column `answer`, so that one which no verifier reads is a
-    mistake. `think`: answers begin with a block of thought.
+    mistake.
     """
-    check = partial(encode, comparisons=tuple(comparisons), all_read=all_read, think=think)
-    settings = (*comparisons, all_read, *(["think"] if think else []))
-    return replace(PROMPTS, encode=check, settings=settings)
+    check = partial(encode, comparisons=tuple(comparisons), all_read=all_read, needs=needs)
+    return replace(PROMPTS, encode=check, settings=(*comparisons, all_read, *needs.settings))

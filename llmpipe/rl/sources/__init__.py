@@ -2,5 +2,6 @@
 
 models      reward models
 functions   functions of the user's files
-texts       what a text alone tells: verifiers, forms, lengths
+texts       what a text tells, alone or with its row: verifiers, forms, lengths, programs, judges,
+            environments
 """

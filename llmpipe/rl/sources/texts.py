@@ -1,4 +1,6 @@
-"""What a text alone tells: verifiers, forms and lengths."""
+"""What a text alone tells, or with what its row has: verifiers, forms, lengths, programs,
+judges,
+environments."""
 
 from __future__ import annotations
 
@@ -7,11 +9,16 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from llmpipe.data.asked import NUMBER
+from llmpipe.data.references import COLUMN
 from llmpipe.files import expanded
-from llmpipe.recipe.rewards import AnswerLength
+from llmpipe.recipe.rewards import AnswerLength, Code, JudgeModel
 from llmpipe.rl.sources.source import Row, Score
 from llmpipe.scores import score
+from llmpipe.scores.confined import Limits, shares_passed
+from llmpipe.scores.environments import Environment
 from llmpipe.scores.form import has_form, pattern_of
+from llmpipe.scores.judge import Judge, in_words, key_of
 from llmpipe.scores.lengths import near_target, within_limit
 from llmpipe.scores.schemas import schema_check
 from llmpipe.scores.verifiers import Verifier
@@ -55,6 +62,58 @@ def of_length(length: AnswerLength, tokenizer: Tokenizer) -> Score:
         return within_limit(count(response), length.limit)
 
     return _each(scored)
+
+
+def of_code(code: Code) -> Score:
+    """The share of the row's tests that a response passes as a program."""
+    limits = Limits(code.seconds, code.megabytes)
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        return shares_passed(responses, [row["tests"] for row in rows], limits)
+
+    return scores
+
+
+def of_judge(section: JudgeModel) -> Score:
+    """What a model behind an address says."""
+    judge = Judge(
+        section.url,
+        section.model,
+        section.prompt,
+        key_of(section.key_from),
+        (section.bounds[0], section.bounds[1]) if section.bounds else None,
+        section.timeout,
+        section.retries,
+    )
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        questions = [
+            {
+                "prompt": in_words(row["prompt"]),
+                "response": response,
+                "reference": row["reference"] or str(row["columns"].get(COLUMN) or ""),
+            }
+            for row, response in zip(rows, responses, strict=True)
+        ]
+        return judge.scores(questions)
+
+    return scores
+
+
+def of_environment(environment: Environment) -> Score:
+    """What the environment says of answers to its questions."""
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        return [
+            environment.score(row["columns"][NUMBER], _question(row["prompt"]), response)
+            for row, response in zip(rows, responses, strict=True)
+        ]
+
+    return scores
+
+
+def _question(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _each(scored: Callable[[str], float]) -> Score:

@@ -1,0 +1,39 @@
+"""Questions of an environment as a source of rows: a file that is made anew whenever it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llmpipe.faults import writing
+from llmpipe.files import write_whole
+from llmpipe.recipe.sections import Source
+from llmpipe.scores.environments import Environment
+
+NUMBER = "number"
+"""The column that says which question it is."""
+
+
+def as_source(
+    environment: Environment, folder: Path, *, chats: bool, system: str | None
+) -> tuple[Source, str]:
+    """Every question as a row of a file in `folder`, and the file's sha256.
+
+    `chats`: as turns for a chat template, else as text.
+    """
+    lines = []
+    for number, question in enumerate(environment.questions()):
+        prompt: Any = question
+        if chats:
+            before = [{"role": "system", "content": system}] if system else []
+            prompt = [*before, {"role": "user", "content": question}]
+        lines.append(json.dumps({"prompt": prompt, NUMBER: number}, ensure_ascii=False) + "\n")
+    content = "".join(lines).encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = folder / f"{environment.name.replace('/', '-')}-{sha256[:12]}.jsonl"
+    with writing(folder, path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    return Source(path=str(path), format="prompt"), sha256
