@@ -1,0 +1,163 @@
+"""Environments by name: they ask, they score, and nothing is read from a file of the user's."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from datasets import Dataset
+
+from llmpipe.errors import UserError
+from llmpipe.recipe.check import load
+from llmpipe.scores.environments import Environment, opened
+from llmpipe.stages import schema
+from tests import life
+from tests.rl import test_ppo
+from tests.rl.test_ppo import GRPO
+
+SUMS = """
+import random
+
+class Sums:
+    def __init__(self, size, seed, most=9):
+        assert most > 1, "most must be above 1"
+        self.size, self.seed, self.most = size, seed, most
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        numbers = random.Random(self.seed + i)
+        a, b = numbers.randint(1, self.most), numbers.randint(1, self.most)
+        return {"question": f"What is {a} + {b}?", "answer": str(a + b), "metadata": {}}
+
+    def score_answer(self, answer, entry):
+        return 1.0 if answer == entry["answer"] else len(set(answer) & set("abcdefg")) / 10
+
+
+DATASETS = {"sums": Sums, "products": Sums}
+
+
+def create_dataset(name, **options):
+    return DATASETS[name](**options)
+"""
+NAME = "reasoning_gym/sums"
+
+
+@pytest.fixture
+def gym(tmp_path, monkeypatch):
+    """A double of the library, as far as it is called."""
+    package = tmp_path / "site" / "reasoning_gym"
+    package.mkdir(parents=True)
+    (package / "factory.py").write_text(SUMS)
+    (package / "__init__.py").write_text("from .factory import create_dataset\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(package.parent))
+    importlib.invalidate_caches()
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reasoning_gym"]:
+        del sys.modules[name]
+
+
+def write(run, source, **changes):
+    changes = {"data": {"max_length": 64, "eval": {"holdout": 0.2}}} | changes
+    reward = [{"environment": NAME, "questions": 30} | source]
+    how = {"reward": reward, "optim__steps": 2, "optim__batch_size": 8}
+    return test_ppo.write(run, **how | changes)
+
+
+@pytest.mark.parametrize("how", [{}, GRPO], ids=["ppo", "grpo"])
+def test_it_asks_and_it_scores(tmp_path, gym, how):
+    made = life.command(write(tmp_path / "run", {"system": "Be brief."}, **how))
+    environment = opened(NAME, 30, 42, {})
+    questions = list(environment.questions())
+    shown = list(map(json.loads, (made.path / "rollouts.jsonl").read_text().splitlines()))
+    for line in shown:
+        system, asked = line["prompt"]
+        assert system == {"role": "system", "content": "Be brief."} and asked["role"] == "user"
+        number = questions.index(asked["content"])
+        assert line["score"] == environment.score(number, asked["content"], line["answer"])
+    prepared = made.manifest().data
+    assert prepared.rows.read == 30 and prepared.rows.train + prepared.rows.eval == 30
+    assert "eval_score" in made.verify().final
+    assert str(tmp_path) not in (made.path / "manifest.json").read_text()
+
+
+def test_a_seed_asks_its_questions(tmp_path, gym):
+    """Which another seed does not."""
+    asked = []
+    for seed in (42, 43):
+        run = tmp_path / f"run{len(asked)}"
+        life.command(write(run, {}, seed=seed, optim__steps=1))
+        (arrow,) = run.glob(".prepared/*/train.arrow")
+        rows = Dataset.from_file(str(arrow)).to_list()
+        asked.append([row["prompt_ids"] for row in rows])
+    assert asked[0] != asked[1] and len(asked[0]) == len(asked[1])
+
+
+def test_what_a_run_goes_on_from_are_the_same_questions(tmp_path, gym, monkeypatch):
+    recipe = write(tmp_path / "run", {}, optim__steps=1)
+    life.command(recipe)
+    assert life.command(recipe).finished, "nothing is done again"
+    environment = opened(NAME, 30, 42, {})
+    with pytest.raises(UserError, match="asks otherwise than when") as refused:
+        environment.score(0, "What is 1 + 0?", "1")
+    assert refused.value.code == 3
+
+
+def test_the_answer_is_what_is_marked_as_one(gym):
+    environment = opened(NAME, 3, 1, {"most": 5})
+    entry = environment.dataset[2]
+    for answer in ("{}", " {}\n", "<answer>1</answer> no: <answer>\n{} </answer>."):
+        said = answer.format(entry["answer"])
+        assert environment.score(2, entry["question"], said) == 1
+    assert environment.score(2, entry["question"], f"It is {entry['answer']}.") < 1
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        ({"environment": "sums"}, {}, "should match pattern"),
+        ({"options": {"seed": 3}}, {}, "options: size is `questions`"),
+        ({}, {"data__train": [{"path": "./rows.jsonl"}]}, "data.train: the environment asks"),
+        ({}, {"data__eval": {"sources": [{"path": "./rows.jsonl"}]}}, "hold out a share"),
+        ({}, {"reward": [{"environment": NAME}] * 2}, "one environment asks"),
+        ({}, {"reward": [{"verifier": "number"}]}, "data.train: required, but missing"),
+        ({}, {"reward": [{"verifier": "number", "questions": 3}]}, "are for an environment"),
+    ],
+)
+def test_environments_that_cannot_be(tmp_path, source, changes, message):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path / "run", source, **changes), schema("ppo"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"environment": "reasoning_gym/sum"}, "no such environment; did you mean 'sums'"),
+        ({"options": {"least": 3}}, "options: .*unexpected keyword argument 'least'"),
+        ({"options": {"most": 1}}, "options: most must be above 1"),
+    ],
+)
+def test_what_it_does_not_know_is_said_ahead(tmp_path, gym, source, message):
+    with pytest.raises(UserError, match=rf"run-ppo.yaml:1: reward.0.environment: .*{message}"):
+        life.command(write(tmp_path / "run", source))
+    assert not (tmp_path / "run" / "ppo").exists()
+
+
+def test_reasoning_gym_is_as_it_was():
+    """What is called of the library; with the extra `rl` alone."""
+    pytest.importorskip("reasoning_gym")
+    environment = opened("reasoning_gym/chain_sum", 5, 42, {"min_terms": 2, "max_terms": 3})
+    again = opened("reasoning_gym/chain_sum", 9, 42, {"min_terms": 2, "max_terms": 3})
+    questions = list(environment.questions())
+    assert len(questions) == 5 and questions == list(again.questions())[:5]
+    entry = environment.dataset[3]
+    assert environment.score(3, questions[3], f"<answer>{entry['answer']}</answer>") == 1
+    assert environment.score(3, questions[3], "none at all") < 1
+    with pytest.raises(UserError, match="no such environment; did you mean 'chain_sum'"):
+        opened("reasoning_gym/chain_sums", 5, 42, {})
+    with pytest.raises(UserError, match=r"options: .*unexpected keyword argument 'terms'"):
+        opened("reasoning_gym/chain_sum", 5, 42, {"terms": 2})
+    assert isinstance(environment, Environment)
