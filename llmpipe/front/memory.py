@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmpipe.errors import UserError
 from llmpipe.files import expanded, parse_json, read_text
+from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Recipe, Training, is_local
 from llmpipe.run.folders import CONFIG
@@ -75,7 +76,8 @@ def plan(
     yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
     yield from _table(ways, processes, memory, offload=recipe.launch.offload)
     if isinstance(recipe, RLRecipe):
-        yield "critic and reward models are counted as large as the policy"
+        critic = "critic and " if isinstance(recipe, PPORecipe) else ""
+        yield f"{critic}reward models are counted as large as the policy"
     for name, problem in refusals.items():
         yield f"{name} is refused: {problem}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests import life
 
 RECIPES = life.ROOT / "recipes"
@@ -55,9 +57,10 @@ def test_a_plan_of_what_lies_in_the_hosts_memory(llmpipe):
     assert code == 0 and "host" not in out
 
 
-def test_a_plan_of_ppo_counts_all_of_its_models(llmpipe):
-    code, out, err = llmpipe("plan", str(RECIPES / "tiny" / "ppo.yaml"))
-    assert code == 0 and "critic and reward models are counted as large as the policy" in out, err
+@pytest.mark.parametrize(("stage", "models"), [("ppo", "critic and reward"), ("grpo", "reward")])
+def test_a_plan_counts_all_of_the_models(llmpipe, stage, models):
+    code, out, err = llmpipe("plan", str(RECIPES / "tiny" / f"{stage}.yaml"))
+    assert code == 0 and f"\n{models} models are counted as large as the policy" in out, err
 
 
 def test_a_plan_reads_the_model_that_lies_there(llmpipe, tmp_path):

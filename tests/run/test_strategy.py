@@ -150,6 +150,17 @@ def test_ppo_holds_its_actors_and_is_whole_while_it_draws():
     assert drawing.activations == 2 * 2 * 1024 * 32 * 10**4 * asked.longest
 
 
+def test_grpo_holds_a_policy_and_a_reference_where_there_is_one():
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1, bf16=True, kind="full")
+    held = load(RECIPES / "tiny" / "grpo.yaml", schema("grpo"))
+    none = held.reference.model_copy(update={"coefficient": 0.0})
+    free = held.model_copy(update={"reference": none})
+    weights, outside = shape.weights, shape.outside
+    alone, beside = (Held.of(shape, asked, longest, 1) for asked in (free, held))
+    assert alone.weights == 4 * weights and alone.moments == beside.moments == 8 * weights
+    assert beside.weights == alone.weights + 2 * (weights - outside) + 4 * outside
+
+
 # --- auto -----------------------------------------------------------------------------------------
 
 
