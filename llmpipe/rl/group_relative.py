@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmpipe.rl.method import Total
+
 # Added to a deviation. Answers that a reward model scores alike but for rounding would else be told
 # apart as if they were right and wrong.
 ROUNDING = 1e-4
@@ -33,18 +35,18 @@ def advantages(scores: Tensor, baseline: str, normalize: str) -> Tensor:
     return above / (scores.std(1, keepdim=True) + ROUNDING) if normalize == "std" else above
 
 
-def weights(lengths: Sequence[int], loss: str, tokens: float, answers: float, most: int) -> Tensor:
+def weights(lengths: Sequence[int], loss: str, total: Total, most: int) -> Tensor:
     """How much each token counts in the loss of a minibatch, so that this is a plain sum; float64
     [tokens of the responses of these `lengths`].
 
     token: 1 / all tokens (Yu 2025, eq. 12); sequence: 1 / (answers x the answer's own length) (Shao
-    2024, eq. 3); constant: 1 / (answers x `most`) (Liu 2025). `tokens` and `answers`: of the whole
-    minibatch, that of all processes; `most`: of an answer.
+    2024, eq. 3); constant: 1 / (answers x `most`) (Liu 2025). `total`: of the whole minibatch, that
+    of all processes; `most`: tokens of the longest answer that may be.
     """
     by_answer = {
-        "token": [1 / tokens for _ in lengths],
-        "sequence": [1 / (answers * length) for length in lengths],
-        "constant": [1 / (answers * most) for _ in lengths],
+        "token": [1 / total.tokens for _ in lengths],
+        "sequence": [1 / (total.answers * length) for length in lengths],
+        "constant": [1 / (total.answers * most) for _ in lengths],
     }[loss]
     each = torch.tensor(by_answer, dtype=torch.float64)
     return each.repeat_interleave(torch.tensor(lengths))

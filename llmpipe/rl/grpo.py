@@ -147,16 +147,9 @@ class GRPO:
         lengths = [len(each.old) for each in chosen]
         old = torch.cat([each.old for each in chosen])
         advantages = torch.cat([each.advantages for each in chosen])
-        weights = sent(
-            group_relative.weights(
-                lengths,
-                algorithm.loss,
-                total.tokens,
-                total.answers,
-                self.recipe.rollout.max_new_tokens,
-            ).to(old.dtype),
-            old.device,
-        )
+        most = self.recipe.rollout.max_new_tokens
+        weights = group_relative.weights(lengths, algorithm.loss, total, most)
+        weights = sent(weights.to(old.dtype), old.device)
         with self.hardware.autocast():
             log_probs, entropy, _ = self.actors.policy(batch)
         log_ratio = by_token = log_probs - old
@@ -164,8 +157,9 @@ class GRPO:
             log_ratio = group_relative.of_sequences(by_token, lengths)
         high = algorithm.clip if algorithm.clip_high is None else algorithm.clip_high
         losses, metrics = policy_gradient.policy_losses(log_ratio, advantages, algorithm.clip, high)
-        loss = (losses * weights).sum()
-        objective = loss - algorithm.entropy * (entropy * weights).sum()
+        objective = loss = (losses * weights).sum()
+        if algorithm.entropy:
+            objective = objective - algorithm.entropy * (entropy * weights).sum()
         if self.in_loss:
             reference = torch.cat([each.reference for each in chosen])
             estimates = policy_gradient.kl_penalty(log_probs, reference, "k3")
