@@ -6,9 +6,9 @@ and compare after it.
     python benchmarks/same_bytes.py compare before.json after.json
 
 Every stage that trains, one thread, fp32: pretrain, sft, packed sft, lora, its merge, qlora,
-reward, dpo and ppo, each with all weights and with an adapter, and eval. Hashed: every file in
-`model/`, samples, rejected rows, results, and metrics.jsonl less wall-clock figures. Equal on one
-machine, or the change changed something.
+reward, dpo, ppo and grpo, each with all weights and with an adapter, and eval. Hashed: every file
+in `model/`, samples, rejected rows, results, and metrics.jsonl less wall-clock figures. Equal on
+one machine, or the change changed something.
 """
 
 import argparse
@@ -57,11 +57,11 @@ def stage(kind: str, name: str, train: list[dict[str, str]], **more: Any) -> dic
     }
 
 
-def ppo(name: str, **more: Any) -> dict[str, Any]:
+def scored(kind: str, name: str, **more: Any) -> dict[str, Any]:
     """A policy that learns from the reward model and from a function, six updates."""
     optim = {"learning_rate": 1e-3, "batch_size": 8, "steps": 6, "precision": "fp32"}
     return stage(
-        "ppo",
+        kind,
         name,
         ROWS,
         model="artifact:sft",
@@ -108,8 +108,10 @@ def pipeline() -> dict[str, Any]:
             stage("reward", "reward-lora", PAIRS, model="artifact:sft", adapter=ADAPTER),
             stage("dpo", "dpo", PAIRS, model="artifact:sft"),
             stage("dpo", "dpo-lora", PAIRS, model="artifact:lora", adapter=ADAPTER),
-            ppo("ppo"),
-            ppo("ppo-lora", adapter=ADAPTER),
+            scored("ppo", "ppo"),
+            scored("ppo", "ppo-lora", adapter=ADAPTER),
+            scored("grpo", "grpo"),
+            scored("grpo", "grpo-lora", adapter=ADAPTER),
             {
                 "stage": "eval",
                 "models": measured,
