@@ -100,6 +100,8 @@ def shares_passed(
 
 def passed_of(answer: str, tests: list[str], limits: Limits) -> int:
     """How many tests an answer passes. Raises UserError (5) where no answer can be confined."""
+    if sys.platform != "linux":
+        raise _not_here()
     word = secrets.token_hex(16)
     request = {
         "code": code_in(answer),
@@ -112,12 +114,16 @@ def passed_of(answer: str, tests: list[str], limits: Limits) -> int:
     said = _said(json.dumps(request).encode(), word, limits)
     lines = said.decode(errors="replace").split("\n")
     if f"{word} begun" not in lines:
-        raise UserError(
-            "code: answers cannot be confined on this machine",
-            "it takes Linux on x86-64 or arm64 with seccomp, and memory for Python to start",
-            RESOURCES,
-        )
+        raise _not_here()
     return sum(f"{word} {number}" in lines for number in range(len(tests)))
+
+
+def _not_here() -> UserError:
+    return UserError(
+        "code: answers cannot be confined on this machine",
+        "it takes Linux on x86-64 or arm64 with seccomp, and memory for Python to start",
+        RESOURCES,
+    )
 
 
 def prove() -> None:
