@@ -6,7 +6,8 @@ network, no environment, and writes no file; its memory and its processor's time
 is what is read of it. However it ends, it is killed and waited for.
 
 An answer shares its process with the tests, as in any test suite: one that is written to deceive
-them can. Nothing else is within its reach.
+them can. It may read what this user may, though it has nobody to tell; nothing else is within its
+reach.
 """
 
 from __future__ import annotations
