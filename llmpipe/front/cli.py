@@ -535,7 +535,8 @@ def init(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="What to start from.")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="What to start from; SmolLM2-135M."),
     ] = None,
     foreign: Annotated[
         Path | None,
@@ -552,9 +553,9 @@ def init(
     elif what is None:
         raise UserError("init: of what?", "llmpipe init ROWS --model MODEL, or llmpipe init DIR")
     elif model or _names_rows(str(what)):
-        from llmpipe.front.proposal import MODEL, propose
+        from llmpipe.front.proposal import propose
 
-        propose(str(what), model or MODEL, say)
+        propose(str(what), model, say)
     else:
         from llmpipe.report.starter import write_starter
 

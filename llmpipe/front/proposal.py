@@ -33,15 +33,17 @@ from llmpipe.secrets import secrets_in
 from llmpipe.stages import schema
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FETCHED = "./models/SmolLM2-135M-Instruct.gguf"
+"""The same model, as `make models` leaves it."""
 
 BYTES_PER_TOKEN = 3
 """Of UTF-8: English has four and more, a Chinese character about three."""
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 
-FEW = 30  # rows of which none can be spared to measure with
+FEW = 100  # questions with answers, of which none can be spared, and which are learned by heart
 
-SHARES = ((100, 0.2), (1_000, 0.1), (10_000, 0.05), (math.inf, 0.01))
+SHARES = ((1_000, 0.1), (10_000, 0.05), (math.inf, 0.01))
 """Of fewer rows than this, the share that is held out."""
 
 LONGEST_SAMPLE = 200  # characters of a prompt to be answered before and after
@@ -68,8 +70,10 @@ class Look:
     """A first question."""
 
 
-def propose(path: str, model: str, say: Say) -> Path:
+def propose(path: str, model: str | None, say: Say) -> Path:
     """Write a recipe for the rows at a path beside this command's folder, and say what was seen.
+
+    Without a `model` it is a small one, that of `make models` where that is here.
 
     Raises UserError where they cannot be read or are no rows to train on, and where a file would be
     overwritten; nothing is written then.
@@ -79,6 +83,7 @@ def propose(path: str, model: str, say: Say) -> Path:
     target = Path(f"{name}.yaml")
     if os.path.lexists(target):
         raise UserError(f"{target}: is there already", "move it away; nothing was written")
+    model = model or (FETCHED if Path(FETCHED).is_file() else MODEL)
     look = _look(path)
     text = _recipe(path, name, model, look, target)
     values, where = parse(text, str(target))
@@ -127,13 +132,14 @@ def _look(path: str) -> Look:
     sizes = [_size(payload) for _, payload in chunk.rows]
     is_whole = next(origin.chunks, None) is None
     share = chunk.bytes / max(sum(file.bytes for file in origin.files), chunk.bytes, 1)
+    rows = len(sizes) if is_whole else round(len(sizes) / share)
     return Look(
-        stage=_stage(layout, origin.sample, path),
+        stage=_stage(layout, origin.sample, path, rows),
         format=layout.format,
         columns=layout.columns,
         guessed=bool(guessed),
         unused=[name for name in layout.unused if name != "label"],
-        rows=len(sizes) if is_whole else round(len(sizes) / share),
+        rows=rows,
         is_whole=is_whole,
         longest=max(sizes),
         prompt=_prompt(layout, origin.sample),
@@ -154,14 +160,16 @@ def _by_order(path: str) -> dict[str, str]:
     return dict(zip(texts, names, strict=True)) if names else {}
 
 
-def _stage(layout: Layout, sample: list[dict[str, Any]], path: str) -> str:
+def _stage(layout: Layout, sample: list[dict[str, Any]], path: str, rows: int) -> str:
     """Which stage learns from rows of a shape. Raises UserError for those that none does."""
     if layout.shape is Preference:
         return "dpo"
     if layout.shape is Document:
         return "sft"
     if layout.shape in (Completion, Conversation):
-        return "kto" if _are_judged(sample) else "sft"
+        if _are_judged(sample):
+            return "kto"
+        return "lora" if rows < FEW else "sft"
     problem = f"{path}: rows of format {layout.format} ask, and say no answer to learn"
     raise UserError(problem, "see recipes/ppo.yaml to learn by a reward, recipes/eval.yaml to test")
 
@@ -206,7 +214,9 @@ def _recipe(path: str, name: str, model: str, look: Look, target: Path) -> str:
     """Its text, with comments."""
     folder = _place(model)
     length, why = _length(look, folder)
+    is_few = look.stage == "lora"
     batch = next(size for size in (32, 16, 8, 4, 2) if size <= max(2, look.rows * 3 // 50))
+    batch = 1 if is_few else batch
     lines = [
         f"# llmpipe {look.stage} {target}",
         "#",
@@ -230,17 +240,22 @@ def _recipe(path: str, name: str, model: str, look: Look, target: Path) -> str:
     if folder and look.format != "text" and folder.is_dir() and own_template(folder) is None:
         lines += _noted("  template: chatml", "the model has no chat template of its own")
     lines += _noted(f"  max_length: {length}", why)
-    if look.stage == "sft":
+    if look.stage in ("sft", "lora"):
         lines += _noted("  packing: true", "short rows share a sequence, and do not see each other")
-    rate = "2.0e-5" if look.stage == "sft" else "1.0e-6"
+    rate, why = {
+        "lora": ("1.0e-3", "high, so that a small model knows few rows by heart; else 2.0e-4"),
+        "sft": ("2.0e-5", "of all weights; an adapter takes ten times as much"),
+    }.get(look.stage, ("1.0e-6", "of all weights; an adapter takes ten times as much"))
+    epochs = {"lora": 12, "sft": 3}.get(look.stage, 1)
+    beside = "adapter" if is_few else "# adapter"
     lines += [
         "",
         "optim:",
-        *_noted(f"  learning_rate: {rate}", "of all weights; an adapter takes ten times as much"),
+        *_noted(f"  learning_rate: {rate}", why),
         *_noted(f"  batch_size: {batch}", "sequences per step, whatever the number of GPUs"),
-        *_noted(f"  epochs: {3 if look.stage == 'sft' else 1}", "passes over the rows"),
+        *_noted(f"  epochs: {epochs}", "passes over the rows"),
         "",
-        *_noted("# adapter: {rank: 16}", "learn that alone, beside a model that is frozen"),
+        *_noted(f"{beside}: {{rank: 16}}", "learn that alone, beside a model that is frozen"),
         *_noted("checkpoint: {every: 50}", "kill it and run the same command again: it goes on"),
         *_noted(f"log: {{every: {1 if look.rows < 1_000 else 10}}}", "steps"),
     ]

@@ -31,9 +31,10 @@ def lines(*rows):
 
 TURNS = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]
 ROWS = {
-    "faq.csv": ("question,answer\nWas?,Das.\n", "sft", "alpaca"),
-    "frage.csv": ("frage,antwort\nWas?,Das.\n", "sft", "alpaca"),
-    "chat.jsonl": (lines({"messages": TURNS}), "sft", "messages"),
+    "faq.csv": ("question,answer\nWas?,Das.\n", "lora", "alpaca"),
+    "frage.csv": ("frage,antwort\nWas?,Das.\n", "lora", "alpaca"),
+    "many.csv": ("frage,antwort\n" + "Was?,Das.\n" * 100, "sft", "alpaca"),
+    "chat.jsonl": (lines({"messages": TURNS}), "lora", "messages"),
     "pairs.jsonl": (lines({"prompt": "p", "chosen": "c", "rejected": "r"}), "dpo", "preference"),
     "judged.jsonl": (
         lines({"prompt": "p", "completion": "c", "label": True}),
@@ -67,7 +68,9 @@ def test_what_is_written_can_be_prepared_and_names_what_was_guessed(llmpipe, her
     assert code == 0 and "40 rows, read as alpaca: frage -> instruction, antwort -> output" in out
     assert "their order had to do" in out
     recipe = read("mine.yaml")
-    assert recipe.samples.prompts == ["Was ist 0?"] and recipe.data.eval.holdout == 0.2
+    assert recipe.samples.prompts == ["Was ist 0?"]
+    assert recipe.adapter.rank == 16 and recipe.optim.epochs == 12  # few rows, by heart
+    assert recipe.data.eval.holdout == 0
     assert recipe.data.max_length == 128
     code, out, err = llmpipe("prepare", "mine.yaml", "--show-rows", 1)
     assert code == 0 and "[[Ein Ding.<|im_end|>]]" in out, err
@@ -185,3 +188,14 @@ def test_what_another_tool_says_and_nobody_can_is_refused(llmpipe, here):
     (here / "lf.yaml").write_text(yaml.safe_dump(FACTORY | {"lora_rank": -1}))
     code, _, err = llmpipe("init", "--from", "lf.yaml")
     assert code == 2 and "lf-llmpipe.yaml:" in err and "adapter.rank" in err
+
+
+def test_the_model_that_was_fetched_is_taken(llmpipe, here):
+    (here / "mine.csv").write_text("question,answer\nWas?,Das.\n")
+    assert llmpipe("init", "mine.csv")[0] == 0
+    assert read("mine.yaml").model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (here / "mine.yaml").unlink()
+    (here / "models").mkdir()
+    (here / "models" / "SmolLM2-135M-Instruct.gguf").touch()
+    assert llmpipe("init", "mine.csv")[0] == 0
+    assert read("mine.yaml").model == "./models/SmolLM2-135M-Instruct.gguf"
