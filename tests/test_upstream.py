@@ -395,7 +395,8 @@ def test_canary_attention():
 
 
 def test_canary_trainers_of_pairs():
-    """What `training/preferences.py`, `reference.py` and `policy.py` override or lean on."""
+    """What `training/preferences.py`, `reference.py`, `policy.py` and `reference_free.py` override
+    or lean on."""
     from trl import DPOTrainer, RewardTrainer
 
     for trainer in (RewardTrainer, DPOTrainer):
@@ -409,6 +410,9 @@ def test_canary_trainers_of_pairs():
         and '.replace(".default.", ".ref.")' in source
     )
     assert 'adapter_name="ref" if "ref" in' in source
+    assert (
+        "(args.precompute_ref_log_probs and not self.is_fsdp_enabled):" in source
+    )  # no second model
     assert (
         '{"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}' in source
     )  # all else goes to the model

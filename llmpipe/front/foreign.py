@@ -44,6 +44,8 @@ OPTIMIZERS = {
 }
 
 SCHEDULERS = ("cosine", "linear", "constant")
+OBJECTIVES = ("sigmoid", "hinge", "ipo", "simpo", "orpo")
+"""Of `dpo`, that are called the same there."""
 
 _SCHEDULER = Field("optim.scheduler", _one_of({name: name for name in SCHEDULERS}))
 _OPTIMIZER = Field("optim.optimizer", _one_of(OPTIMIZERS))
@@ -95,6 +97,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "peft_use_rslora": Field("adapter.rslora"),
         "dpo_beta": Field("beta"),
         "rl_beta": Field("beta"),
+        "orpo_alpha": Field("beta"),
+        "simpo_gamma": Field("gamma"),
     },
     LLAMA_FACTORY: BOTH
     | {
@@ -114,6 +118,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "use_rslora": Field("adapter.rslora"),
         "quantization_bit": Field("quantization.bits"),
         "pref_beta": Field("beta"),
+        "pref_loss": Field("objective", _one_of({name: name for name in OBJECTIVES})),
+        "simpo_gamma": Field("gamma"),
         "preprocessing_num_workers": Field("data.processes"),
     },
 }
@@ -161,7 +167,7 @@ WHY_NOT: dict[str, str] = {
 USED = {
     "datasets", "test_datasets", "dataset", "dataset_dir", "eval_dataset", "max_samples", "adapter",
     "finetuning_type", "stage", "rl", "reward_model", "load_in_4bit", "load_in_8bit", "report_to",
-    "gradient_accumulation_steps", "pref_loss", "use_wandb", "do_train",
+    "gradient_accumulation_steps", "use_wandb", "do_train",
 }  # fmt: skip
 """Keys that `_Reader` reads by itself."""
 
@@ -178,7 +184,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the tools take where nothing is said, and llmpipe does not."""
 
-ORDER = "stage run model data adapter quantization optim objective beta".split()
+ORDER = "stage run model data adapter quantization optim objective beta gamma".split()
 """Of the sections of a recipe; what is not named comes behind."""
 
 AXOLOTL_FORMATS = {
@@ -324,13 +330,13 @@ class _Reader:
         else:
             kind = theirs.get("finetuning_type", "lora")
             named, bits = theirs.get("stage", "sft"), None
-        stage = {"rm": "reward", "pt": "sft", "ipo": "dpo"}.get(named, named)
+        stage = {"rm": "reward", "pt": "sft"}.get(named, "dpo" if named in OBJECTIVES else named)
         if stage not in ("sft", "reward", "dpo", "kto"):
             line = self.where.get(("stage",), self.where.get(("rl",), f"{self.path}:1"))
             problem = f"{line}: {stage}: is not translated"
             raise UserError(problem, "recipes/ppo.yaml is one to begin with; nothing was written")
-        if named == "ipo":
-            self.put("objective", "ipo", "rl")
+        if named in OBJECTIVES:
+            self.put("objective", named, "rl")
         if kind in ("lora", "qlora"):
             bits = bits or theirs.get("quantization_bit") or (4 if kind == "qlora" else None)
             self.put("adapter", {})

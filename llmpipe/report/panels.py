@@ -99,13 +99,6 @@ def _gradient(told: Told) -> str:
     )
 
 
-def _margin(told: Told) -> str:
-    return (
-        "By how much more the chosen answer gained over the parent than the rejected one. "
-        f"{_courses(told)}"
-    )
-
-
 def _reward_margin(told: Told) -> str:
     return f"Reward of the chosen answer less that of the rejected one. {_courses(told)}"
 
@@ -119,6 +112,14 @@ def _both_rewards(told: Told) -> str:
     said = f"How much likelier the answers became than under the parent. {_courses(told)}"
     if chosen and around(chosen, at_end=True) < 0:
         said += " Chosen ones below zero: they became less likely, too."
+    return said
+
+
+def _likelihoods(told: Told) -> str:
+    said = f"How likely the policy finds a token of the answers. {_courses(told)}"
+    chosen = told.of("chosen")
+    if chosen and around(chosen, at_end=True) < around(chosen):
+        said += " Chosen ones became less likely, too."
     return said
 
 
@@ -164,7 +165,7 @@ LOSS = Panel({"train": "loss", "held out": "eval_loss"}, _loss)
 GRADIENT = Panel({"": "grad_norm"}, _gradient)
 SUPERVISED = [LOSS, Panel({"train": "mean_token_accuracy"}, _token_accuracy), GRADIENT]
 PREFERENCES = [
-    Panel({"train": "rewards/margins", "held out": "eval_rewards/margins"}, _margin),
+    Panel({"train": "rewards/margins", "held out": "eval_rewards/margins"}, _reward_margin),
     Panel({"train": "rewards/accuracies", "held out": "eval_rewards/accuracies"}, _accuracy),
     Panel(
         {
@@ -174,6 +175,15 @@ PREFERENCES = [
         },
         _both_rewards,
         "rewards of both answers",
+    ),
+    Panel(  # of objectives without a reference, which have no reward of one answer
+        {
+            "chosen": "logps_per_token/chosen",
+            "rejected": "logps_per_token/rejected",
+            "chosen, held out": "eval_logps_per_token/chosen",
+        },
+        _likelihoods,
+        "log-probability of a token",
     ),
     LOSS,
 ]

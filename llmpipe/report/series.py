@@ -46,6 +46,8 @@ NAMES = {
     "rewards/rejected": Named("reward of rejected answers", "β × nats"),
     "logps/chosen": Named("log-probability of chosen answers", PER_ANSWER),
     "logps/rejected": Named("log-probability of rejected answers", PER_ANSWER),
+    "logps_per_token/chosen": Named("log-probability of a chosen token", PER_TOKEN),
+    "logps_per_token/rejected": Named("log-probability of a rejected token", PER_TOKEN),
     "logits/chosen": Named("mean logit of chosen answers"),
     "logits/rejected": Named("mean logit of rejected answers"),
     "log_ratio_per_token": Named("log-ratio to the parent", PER_TOKEN),

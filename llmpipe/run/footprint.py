@@ -304,8 +304,9 @@ def _frozen(shape: Shape, recipe: Training, number: int, parts: int) -> float:
         if not recipe.has_reference:
             return ranked
         return ranked + (FP32 if parts > 1 else number) * layers + FP32 * shape.outside
-    is_compared = recipe.stage in ("dpo", "kto") and not getattr(recipe, "precompute", False)
-    return float(FP32 * shape.weights if is_compared else 0)
+    is_compared = recipe.stage in ("dpo", "kto") and getattr(recipe, "has_reference", True)
+    is_kept = is_compared and not getattr(recipe, "precompute", False)
+    return float(FP32 * shape.weights if is_kept else 0)
 
 
 def _cached(passed: Layer, recipe: Training, number: int) -> float:

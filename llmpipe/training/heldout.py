@@ -155,7 +155,7 @@ class HeldOut:
         # autocast by hand: before training, Accelerate has not put it around the model yet
         with self.hardware.autocast():
             measured = self.measure(self.trainer, batch)
-        return {name: _pair(value, count) for name, (value, count) in measured.items()}
+        return {name: as_sum(value, count) for name, (value, count) in measured.items()}
 
     def note(self, loss: float, step: int) -> bool:
         """Remember the loss of a step; whether it is the lowest so far."""
@@ -172,7 +172,7 @@ class HeldOut:
         self.worse = worse
 
 
-def _pair(value: Tensor | float, count: Tensor | int) -> Tensor:
+def as_sum(value: Tensor | float, count: Tensor | int) -> Tensor:
     """float64 [value, count], where they are computed: nobody waits for them before the end."""
     device = next((x.device for x in (value, count) if isinstance(x, Tensor)), None)
     pair = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in (value, count)]

@@ -23,8 +23,7 @@ from llmpipe.data.kinds.labels import FILLER, GOOD
 from llmpipe.parallel import looking
 from llmpipe.training.heldout import Batch, HeldOut, Measure, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.laid import told
-from llmpipe.training.preferences import Preferences, leave_out
+from llmpipe.training.preferences import Preferences, leave_out, scored
 from llmpipe.training.reference import Referenced
 from llmpipe.training.training import Training
 
@@ -98,8 +97,8 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
         z = torch.zeros(1, device=self.args.device)
         if self.calculate_KL:
             z = self.step_divergence.clamp(min=0)
-        routing = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = scored(model, inputs, "", **routing)
+        routing: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = scored(model, inputs, **routing)
         policy = outputs.log_probs.sum(1)
         with torch.no_grad(), self._reference() as reference:
             parent = log_probs(reference, inputs, "")
@@ -172,20 +171,6 @@ class JudgedTrainer(Durable, Preferences, Referenced, KTOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             yield self.model
-
-
-def scored(model: Any, batch: Batch, prefix: str, **options: Any) -> Any:
-    """TRL's outputs of whole responses: [rows, tokens - 1] each, 0 where nothing is learned."""
-    ids = batch[f"{prefix}input_ids"]
-    return model(
-        input_ids=ids,
-        attention_mask=batch[f"{prefix}attention_mask"],
-        labels=ids.masked_fill(batch[f"{prefix}completion_mask"] == 0, -100),
-        fused_lm_head=True,
-        use_cache=False,
-        **told(batch, prefix),
-        **options,
-    )
 
 
 def log_probs(model: Any, batch: Batch, prefix: str) -> Tensor:

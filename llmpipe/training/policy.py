@@ -10,8 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from llmpipe import upstream
 from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
-from llmpipe.training.laid import told
-from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs
+from llmpipe.training.preferences import Pair, Preferences, leave_out, real_pairs, scored
 from llmpipe.training.reference import Referenced, fingerprint
 from llmpipe.training.training import Training
 from llmpipe.upstream.later import with_later_logits
@@ -56,15 +55,7 @@ def improvement(trainer: Any, batch: Batch) -> dict[str, Sum]:
     section 4.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("examples", "margin")}
-    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    outputs = trainer.model(
-        **told(inputs),
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        labels=labels,
-        fused_lm_head=True,
-        use_cache=False,
-    )
+    outputs = scored(trainer.model, inputs)
     chosen, rejected = outputs.log_probs.sum(1).chunk(2)
     if "ref_chosen_logps" not in inputs:
         model = trainer.ref_model or trainer.model

@@ -21,7 +21,7 @@ from llmpipe import upstream
 from llmpipe.errors import UserError
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
-from llmpipe.training.laid import Placed
+from llmpipe.training.laid import Placed, told
 from llmpipe.upstream.attention import read_real_tokens
 from llmpipe.upstream.head import read_targets
 from llmpipe.upstream.later import now, reading_later
@@ -44,6 +44,23 @@ def leave_out(mask: Tensor, prompt: list[int], context: list[int]) -> None:
     """
     places = torch.tensor(context, dtype=torch.long) + len(prompt)
     mask[places[places < len(mask)]] = 0
+
+
+def scored(model: Any, batch: dict[str, Any], prefix: str = "", **options: Any) -> Any:
+    """TRL's outputs of whole responses: [rows, tokens - 1] each, 0 where nothing is learned.
+
+    `prefix`: of another response in the batch than its first.
+    """
+    ids = batch[f"{prefix}input_ids"]
+    return model(
+        input_ids=ids,
+        attention_mask=batch[f"{prefix}attention_mask"],
+        labels=ids.masked_fill(batch[f"{prefix}completion_mask"] == 0, -100),
+        fused_lm_head=True,
+        use_cache=False,
+        **told(batch, prefix),
+        **options,
+    )
 
 
 class Preferences(Trainer):

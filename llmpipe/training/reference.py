@@ -105,8 +105,7 @@ class Referenced(Trainer):
 
     def forget_reference(self) -> None:
         """Leave the policy's own adapter alone in the model."""
-        if "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")
+        forget(self.model)
 
 
 class _LogProbs:
@@ -141,6 +140,12 @@ class _LogProbs:
             settle(files_below(self.folder))
             seal(self.folder)
         World(self.accelerator).wait()
+
+
+def forget(model: Any) -> None:
+    """Delete the adapter `ref` that TRL puts beside one that learns."""
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
 
 
 def parent_as_reference(model: Any) -> None:

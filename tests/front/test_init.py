@@ -127,6 +127,7 @@ FACTORY = {
     "template": "qwen",
     "cutoff_len": 64,
     "pref_beta": 0.2,
+    "pref_loss": "orpo",
     "learning_rate": 5e-6,
     "output_dir": "saves/it",
 }
@@ -162,6 +163,22 @@ def test_an_axolotl_config_becomes_a_recipe(llmpipe, here):
     assert code == 0, err
 
 
+def test_an_objective_of_axolotls_is_one_of_dpo(llmpipe, here):
+    """With its own numbers: ORPO's weight, SimPO's margin."""
+    pairs = {"path": "pairs.jsonl", "split": "train"}
+    (here / "pairs.jsonl").write_bytes((life.TINY / "pairs.jsonl").read_bytes())
+    theirs = {"orpo": {"orpo_alpha": 0.2}, "simpo": {"rl_beta": 2.0, "simpo_gamma": 1.0}}
+    made = {}
+    for name, numbers in theirs.items():
+        config = AXOLOTL | numbers | {"rl": name, "datasets": [pairs]}
+        (here / f"{name}.yaml").write_text(yaml.safe_dump(config | {"sample_packing": False}))
+        code, _, err = llmpipe("init", "--from", f"{name}.yaml")
+        assert code == 0, err
+        made[name] = read(f"{name}-llmpipe.yaml")
+    assert (made["orpo"].stage, made["orpo"].objective, made["orpo"].beta) == ("dpo", "orpo", 0.2)
+    assert (made["simpo"].objective, made["simpo"].beta, made["simpo"].gamma) == ("simpo", 2.0, 1.0)
+
+
 def test_a_llama_factory_config_becomes_a_recipe(llmpipe, here):
     columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
     info = {"ours": {"file_name": "ours.json", "columns": columns}, "theirs": {"hf_hub_url": "a/b"}}
@@ -173,6 +190,7 @@ def test_a_llama_factory_config_becomes_a_recipe(llmpipe, here):
     assert code == 0, err
     recipe = read("lf-llmpipe.yaml")
     assert (recipe.stage, recipe.beta, recipe.adapter.alpha) == ("dpo", 0.2, 8)
+    assert recipe.objective == "orpo"
     assert (recipe.optim.epochs, recipe.optim.scheduler) == (3, "linear")  # as theirs, unsaid
     assert "not set -> optim.scheduler: linear (as LLaMA-Factory has it)" in out
     ours, theirs = recipe.data.train
@@ -184,7 +202,7 @@ def test_a_llama_factory_config_becomes_a_recipe(llmpipe, here):
 def test_what_another_tool_says_and_nobody_can_is_refused(llmpipe, here):
     (here / "lf.yaml").write_text(yaml.safe_dump(FACTORY | {"stage": "ppo"}))
     code, _, err = llmpipe("init", "--from", "lf.yaml")
-    assert code == 2 and "lf.yaml:9: ppo: is not translated" in err
+    assert code == 2 and "lf.yaml:10: ppo: is not translated" in err
     (here / "lf.yaml").write_text(yaml.safe_dump(FACTORY | {"lora_rank": -1}))
     code, _, err = llmpipe("init", "--from", "lf.yaml")
     assert code == 2 and "lf-llmpipe.yaml:" in err and "adapter.rank" in err

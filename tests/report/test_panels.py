@@ -77,6 +77,19 @@ def test_dpo_shows_margin_accuracy_and_both_rewards(tmp_path):
     assert [one.title for one in shown.more] == ["loss"] and shown.more[0].unit == "nats per pair"
 
 
+def test_dpo_without_a_reference_speaks_of_no_parent(tmp_path):
+    names = ("rewards/margins", "rewards/accuracies")
+    each = ("logps_per_token/chosen", "logps_per_token/rejected")
+    values = ([0.0, 0.5], [0.5, 1.0], [-1.0, -1.5], [-1.0, -3.0])
+    lines = steps(**dict(zip(names + each, values, strict=True)), loss=[0.7, 0.5])
+    shown = panels({"": part(tmp_path, "dpo", lines)})
+    titles = ["margin", "pairs told apart", "log-probability of a token"]
+    assert [one.title for one in shown.plots] == titles
+    assert shown.plots[2].unit == "nats per token"
+    assert "Chosen ones became less likely, too." in shown.plots[2].words
+    assert not any("parent" in one.words for one in shown.plots)
+
+
 def test_ppo_shows_the_score_against_what_it_costs(tmp_path):
     names = ("objective/scores", "objective/kl", "answers/tokens", "objective/entropy")
     values = ([0.0, 0.5, 1.0], [0.0, 1.0, 4.0], [9.0, 8.0, 3.0], [2.0, 1.5, 1.0])

@@ -157,6 +157,7 @@ OTHERS = [
     life.by_the_dozen("reward", {}),
     pytest.param("dpo", {"optim__steps": 3}, id="dpo"),
     life.by_the_dozen("dpo", {"precompute": True}),
+    life.by_the_dozen("dpo", {"objective": "orpo"}),
     life.by_the_dozen("kto", {}),
     pytest.param("lora", {"optim__steps": 3}, id="lora"),
     life.by_the_dozen("lora", PACKED),
@@ -178,7 +179,8 @@ def test_every_stage_in_parts_is_one_process(tmp_path, stage, changes):
     assert_alike(parts, alone)
     reference = manifest.final.get("reference")
     assert reference == alone.manifest().final.get("reference")
-    assert bool(reference) == (stage in ("dpo", "kto") and not changes.get("precompute"))
+    none = {"precompute", "objective"} & changes.keys()
+    assert bool(reference) == (stage in ("dpo", "kto") and not none)
 
 
 @pytest.mark.faults
