@@ -581,7 +581,8 @@ def test_canary_noise():
     from pathlib import Path
 
     for name, start in upstream.NOISE.items():
-        assert start.split(": [")[0] in Path(find_spec(name).origin).read_text(), name
+        if spec := find_spec(name):  # some are of an extra
+            assert start.split(": [")[0] in Path(spec.origin).read_text(), name
 
 
 def test_a_quantized_model_says_the_same_before_and_after_its_first_evaluation():

@@ -24,7 +24,7 @@ STAGES = {
     "qlora": "sft of an adapter on a model held in 4 or 8 bits",
     "reward": "reward modelling: learn which of two answers people prefer",
     "ppo": "proximal policy optimization: answer so that a reward is high",
-    "grpo": "group relative policy optimization: answer better than one's other answers",
+    "grpo": "group relative policy optimization: ppo without a critic",
     "dpo": "direct preference optimization: answer as people prefer",
     "kto": "Kahneman-Tversky optimization: answer as people judged good",
     "eval": "evaluation: measure models on the same items, with intervals",

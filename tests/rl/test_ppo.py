@@ -536,7 +536,7 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkey
 
     from llmpipe.models.load import load_any
     from llmpipe.models.pretrained import load_tokenizer
-    from llmpipe.rl import rewards
+    from llmpipe.rl.sources import models
 
     loaded = load_tokenizer
 
@@ -545,7 +545,7 @@ def test_a_shared_reward_adapter_scores_as_its_own_model(parents, scored, monkey
         tokenizer.pad_token = pad if "reward" in str(folder) else tokenizer.pad_token
         return tokenizer
 
-    monkeypatch.setattr(rewards, "load_tokenizer", padding)
+    monkeypatch.setattr(models, "load_tokenizer", padding)
     how = {
         "reward": [{"model": "artifact:reward-lora"}],
         "optim__learning_rate": 2e-2,
