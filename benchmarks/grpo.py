@@ -10,7 +10,6 @@ lines of conversations, whose first turns are asked as plain text.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 BARE = (
@@ -35,25 +33,21 @@ def brevity(prompts, completions, **_):
 def peer(told: dict) -> None:
     """One training by TRL; the last line printed is what was seen."""
     import torch
+    from clock import Clock
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(told["threads"])
     set_seed(0)
-    clock, lengths = [], []
+    lengths: list[float] = []
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            clock.append(time.perf_counter())
+    def note(logs):
+        if "completions/mean_length" in logs:
+            lengths.append(logs["completions/mean_length"])
 
-        def on_step_end(self, *_, **__):
-            clock.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "completions/mean_length" in (logs or {}):
-                lengths.append(logs["completions/mean_length"])
+    clock = Clock(note)
 
     def brevity(completions, **_):
         return [-len(text) / 100 for text in completions]
@@ -82,12 +76,11 @@ def peer(told: dict) -> None:
             processing_class=AutoTokenizer.from_pretrained(told["model"], padding_side="left"),
             train_dataset=Dataset.from_dict({"prompt": told["prompts"]}),
             peft_config=lora if told["lora"] else None,
-            callbacks=[Clock()],
+            callbacks=[clock],
         )
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = [after - before for before, after in itertools.pairwise(clock)]
-    print(json.dumps({"seconds": seconds, "peak": peak, "lengths": lengths}))
+    print(json.dumps({"seconds": clock.seconds, "peak": peak, "lengths": lengths}))
 
 
 def own(told: dict, home: Path) -> dict:

@@ -19,7 +19,6 @@ of scores at the same KL.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -29,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,13 +44,13 @@ BARE = (
 def peer(told: dict) -> None:
     """One training by TRL, in its own environment; the last line printed is what was seen."""
     import torch
+    from clock import Clock
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
-        TrainerCallback,
         set_seed,
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -75,19 +73,13 @@ def peer(told: dict) -> None:
         else None
     )
     reference = None if lora else load(told["model"], dtype=torch.float32)
-    clock, lines = [], []
+    lines: list[dict] = []
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            clock.append(time.perf_counter())
+    def note(logs):
+        if "objective/scores" in logs:
+            lines.append({"kl": logs["objective/kl"], "score": logs["objective/scores"]})
 
-        def on_step_end(self, *_, **__):
-            clock.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "objective/scores" in (logs or {}):
-                lines.append({"kl": logs["objective/kl"], "score": logs["objective/scores"]})
-
+    clock = Clock(note)
     with tempfile.TemporaryDirectory() as out:
         trainer = PPOTrainer(
             args=PPOConfig(
@@ -119,7 +111,7 @@ def peer(told: dict) -> None:
             reward_model=judge,
             value_model=value,
             peft_config=lora,
-            callbacks=[Clock()],
+            callbacks=[clock],
             train_dataset=Dataset.from_dict(
                 {"input_ids": [tokenizer(text)["input_ids"] for text in told["prompts"]]}
             ),
@@ -129,11 +121,7 @@ def peer(told: dict) -> None:
         )
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps(
-            {"seconds": [b - a for a, b in itertools.pairwise(clock)], "peak": peak, "lines": lines}
-        )
-    )
+    print(json.dumps({"seconds": clock.seconds, "peak": peak, "lines": lines}))
 
 
 def summing(values: list[float]):
