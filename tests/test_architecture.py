@@ -27,6 +27,7 @@ FLOORS = [
     {"kernels", "parallel", "peers", "report", "upstream", "zero"},
     {"models"},
     {"evaluation"},
+    {"export"},
     {"training"},
     {"rl"},
     {"stages"},
@@ -42,6 +43,7 @@ TORCH = {
     "zero",
     "models",
     "evaluation",
+    "export",
     "training",
     "rl",
 }  # rooms that import it

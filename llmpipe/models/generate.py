@@ -100,7 +100,7 @@ def generate(
         answering = f"answering {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
         shown = screen.doing(answering) if streamer is None else nullcontext()
         with upstream.generating(model), shown:
-            if streamer is None and _draws(model, sampling):
+            if streamer is None and draws(model, sampling):
                 rows = _greedy(model, tokenizer, prompts, sampling, replay)
             else:
                 rows = _generated(model, tokenizer, prompts, sampling, streamer)
@@ -115,12 +115,12 @@ def replayed(
 ) -> Replay | None:
     """What keeps the recorded steps of batch after batch, to be handed to `generate`; None where
     nothing would be recorded."""
-    devices = set(getattr(_causal(model), "hf_device_map", {}).values())
+    devices = set(getattr(causal_of(model), "hf_device_map", {}).values())
     records = model.device.type in replays.DEVICES and len(devices) < 2
-    if not records or not _draws(model, sampling):
+    if not records or not draws(model, sampling):
         return None
     ends = stop_tokens(model, tokenizer)
-    return Replay(_causal(model), sampling, ends, tokenizer.pad_token_id, say)
+    return Replay(causal_of(model), sampling, ends, tokenizer.pad_token_id, say)
 
 
 # --- greedy, token by token ---
@@ -131,10 +131,10 @@ STANDARD = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generatio
 INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 
 
-def _draws(model: Any, sampling: Sampling) -> bool:
+def draws(model: Any, sampling: Sampling) -> bool:
     """Whether a response is greedy, and an architecture is given by `draw` what `generate` gives
     it."""
-    causal = _causal(model)
+    causal = causal_of(model)
     kind = type(causal)
     standard = all(getattr(kind, name) is getattr(GenerationMixin, name) for name in STANDARD)
     text = causal.config.get_text_config(decoder=True)
@@ -150,7 +150,7 @@ def _draws(model: Any, sampling: Sampling) -> bool:
     )
 
 
-def _causal(model: Any) -> Any:
+def causal_of(model: Any) -> Any:
     """A model as transformers knows it; its layers hold the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -168,7 +168,7 @@ def _greedy(
         with replay.rollout_begun():
             return [episode.response for episode in replay.draw(prompts, unused)]
     ends, pad = stop_tokens(model, tokenizer), tokenizer.pad_token_id
-    drawn = draw(_causal(model), prompts, unused, sampling, ends, pad)
+    drawn = draw(causal_of(model), prompts, unused, sampling, ends, pad)
     return [episode.response for episode in drawn]
 
 
@@ -207,7 +207,7 @@ def _generated(
 @contextmanager
 def _configured_by(config: GenerationConfig, model: Any) -> Iterator[None]:
     """Let `config` alone decide: transformers fills what it leaves open from the model's own."""
-    holder = _causal(model)
+    holder = causal_of(model)
     of_model = holder.generation_config
     holder.generation_config = config
     try:

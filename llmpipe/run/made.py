@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmpipe.run.manifest import Document
+from llmpipe.run.probe import Probe
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Made:
     hardware: dict[str, Any] | None = None
     verified: dict[str, Any] | None = None
     """What was compared after reloading."""
+    probe: Probe | None = None
+    """What the model in memory said."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Of the rows and the tokenizer, see `PreparedRows.facts`."""
     merged: list[str] = field(default_factory=list)
@@ -33,5 +36,6 @@ class Made:
             "training": self.training,
             "hardware": self.hardware,
             "verified": self.verified,
+            "probe": self.probe and asdict(self.probe),
         }
         return self.facts | {name: value for name, value in values.items() if value is not None}

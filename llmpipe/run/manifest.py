@@ -14,6 +14,7 @@ from typing import Any, Literal
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
 from llmpipe.files import Table, check_names
 from llmpipe.recipe.names import is_name, is_reference
+from llmpipe.run.probe import Probe
 from llmpipe.typed import record
 
 Identity = dict[str, Any]
@@ -179,6 +180,8 @@ class Manifest:
     hardware: dict[str, Any] | None = None
     verified: dict[str, Any] | None = None
     """What was compared after reloading."""
+    probe: Probe | None = None
+    """What the model in memory said, by which it is known again; older ones have none."""
     llmpipe: str
     """Its version."""
     git: str | None

@@ -12,6 +12,7 @@ from safetensors.numpy import load, save_file
 from llmpipe import upstream
 from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
+from llmpipe.export.ask import ask
 from llmpipe.faults import reading, remembering
 from llmpipe.files import to_write
 from llmpipe.models.adapters import Base
@@ -26,6 +27,7 @@ from llmpipe.models.verify import Verified
 from llmpipe.parallel import World, is_sharded
 from llmpipe.recipe import sections
 from llmpipe.run.made import Made
+from llmpipe.run.probe import Probe
 from llmpipe.run.reference import Model
 from llmpipe.sums import content
 from llmpipe.training.training import Trained, Training
@@ -56,6 +58,8 @@ def conclude(
     with remembering(PUBLISHED_LATER):
         if writes or is_sharded(trainer.plain_model()):
             result.verified = _publish(trainer, training).record()
+        if writes and not is_sharded(trainer.plain_model()):
+            result.probe = _probe(trainer, training)
         world.wait()
         if writes and adapter and adapter.merge:
             result.merged = [_merge(training)]
@@ -128,6 +132,19 @@ def _publish(trainer: Trained, training: Training[sections.Training]) -> Verifie
     elif trained_on.kind == "gguf":
         say(f"adapter: for PEFT its base is {training.job.weights}")
     return verified
+
+
+def _probe(trainer: Trained, training: Training[sections.Training]) -> Probe | None:
+    """What the model that was trained says; None of one that gives scores."""
+    model, recipe = trainer.plain_model(), training.recipe
+    if not model.can_generate():
+        return None
+    kwargs = recipe.data.preparation.template_kwargs
+    precision = f"{recipe.quantization.bits} bits" if recipe.quantization else ""
+    probe = ask(model, training.tokenizer, kwargs, precision)
+    if probe.unasked:
+        training.say(f"probe: {probe.unasked}")
+    return probe
 
 
 def _true_base(training: Training[sections.Training]) -> Model:

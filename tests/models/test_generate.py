@@ -135,7 +135,7 @@ def both_ways(monkeypatch, model, tokenizer, sampling, **options):
     with isolated_rng(7):
         ours = generate(model, tokenizer, prompts, sampling, **options)
     with monkeypatch.context() as alone, isolated_rng(7):
-        alone.setattr(generation, "_draws", lambda *_: False)
+        alone.setattr(generation, "draws", lambda *_: False)
         expected = generate(model, tokenizer, prompts, sampling)
     return ours, expected, bool(calls)
 
