@@ -76,6 +76,7 @@ def test_they_are_all_found():
         "qlora.yaml",
         "quickstart.yaml",
         "qwen-32b-qlora.yaml",
+        "r1-zero.yaml",
         "reverse.yaml",
         "reward.yaml",
         "sentiment.yaml",

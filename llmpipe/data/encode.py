@@ -22,7 +22,7 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe.sections import Preparation
-from llmpipe.scores.thinking import CLOSING, OPENING, TAG
+from llmpipe.scores.thinking import OPENING, TAG
 
 SECONDS = 6.0
 """That a template may take in any case."""
@@ -171,8 +171,8 @@ class Encoder:
         return "".join(reading.text[start:end] for start, end in reading.spans)
 
     def prompt(self, prompt: str | Messages, tools: Tools, *, think: bool = False) -> list[int]:
-        """Tokens of a prompt, up to where an answer would begin; to `think`, with the tag that
-        opens a block of thought. Raises Rejected."""
+        """Tokens of a prompt, up to where an answer would begin; of a text, to `think`, with the tag
+        that opens a block of thought, which a template has itself. Raises Rejected."""
         if isinstance(prompt, str):
             return [*self.bos, *self.text(_to_think(prompt) if think else prompt)]
         renderer = self._renderer()
@@ -181,7 +181,7 @@ class Encoder:
         self.rendered += len(reading.text)
         self.noted |= reading.notes | self._spelled.check(reading, prompt, tools)
         self._check_tokens(reading.texts)
-        return self.tokenizer.ids(_to_think(reading.text) if think else reading.text)
+        return self.tokenizer.ids(reading.text)
 
     def answered(
         self,
@@ -253,9 +253,5 @@ class Encoder:
 
 
 def _to_think(prompt: str) -> str:
-    """A prompt that ends in the tag that opens a block of thought. Raises Rejected."""
-    written = prompt.rstrip()
-    if written.endswith(CLOSING):
-        detail = "the template closes the block of thought before an answer begins"
-        raise Rejected("template thinks not", f"{detail}: see data.chat_template_kwargs")
-    return prompt if written.endswith(TAG) else prompt + OPENING
+    """A text that ends in the tag that opens a block of thought."""
+    return prompt if prompt.rstrip().endswith(TAG) else prompt + OPENING

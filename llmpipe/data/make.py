@@ -55,7 +55,7 @@ def make(
     say: Say,
 ) -> PreparedRows:
     """Every file of a folder but prepared.json; what that will hold, but for key and seconds."""
-    choice = _save_tokenizer(data, model, folder, say)
+    choice = _save_tokenizer(data, kind, model, folder, say)
     intakes = _open(data, kind, origins, choice, say)
     encoding = Encoding(folder / "tokenizer", choice.ends, choice.text_eos, data.preparation)
     task = Task(kind, encoding, seed)
@@ -98,12 +98,14 @@ def make(
     )
 
 
-def _save_tokenizer(data: Prepared, model: Path, folder: Path, say: Say) -> template.Choice:
-    preparation = data.preparation
+def _save_tokenizer(
+    data: Prepared, kind: Kind, model: Path, folder: Path, say: Say
+) -> template.Choice:
+    name, kwargs = data.preparation.template, data.preparation.template_kwargs
     file = model / "tokenizer.json"
     if file.exists() and (size := file.stat().st_size) > LARGE_TOKENIZER:
         say(f"data: reading the tokenizer, {size / 1e6:.0f} MB")
-    choice = template.choose(model, preparation.template, preparation.template_kwargs)
+    choice = template.choose(model, name, kwargs, thinks=kind.thinks)
     for note in choice.notes:
         say(f"data: {note}")
     choice.tokenizer.save(folder / "tokenizer", choice.template)

@@ -54,8 +54,9 @@ class Rollout(Section):
     """Draw from so many of the likeliest tokens; 0 is no limit."""
     think: bool = False
     """Have each answer begin with a block of thought: the prompt ends in `<think>`, put there where
-    the template puts none, and the block is learned as all else is. Rewards look at what follows
-    `</think>`, and at nothing where that never came; `format` and `length` see all."""
+    the template puts none, also in the template of what is published, and the block is learned as
+    all else is. Rewards look at what follows `</think>`, and at nothing where that never came;
+    `format` and `length` see all."""
     solved: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     """`[0.1, 0.9]`: learn from prompts alone that the policy solves neither too rarely nor too
     often: that it answers rightly, before it learns, in a share of `tries` between these. What is

@@ -359,9 +359,10 @@ class Launch(Machine):
     machine to machine. `auto` is `ddp` where the smallest batch then fits the memory of a device by
     the model's shape, else `fsdp` where the stage allows it; in ppo and grpo it is `ddp`, and
     says where that does not fit; a resumed run keeps to its checkpoint. `zero2` and `zero3` are
-    DeepSpeed's stages of ZeRO, experimental: while the model trains each process holds a part of
-    gradients and moments, with `zero3` of the weights, too; before and after, all of it is in each.
-    They need `pip install 'llmpipe[zero]'`; not in ppo and grpo."""
+    DeepSpeed's stages of ZeRO, experimental, and asked for by name at each resumption: while the
+    model trains each process holds a part of gradients and moments, with `zero3` of the weights,
+    too; before and after, all of it is in each. They need `pip install 'llmpipe[zero]'`; not in ppo
+    and grpo."""
     offload: bool = False
     """Keep each process's part of the weights, gradients and moments in the host's memory, and
     compute the optimizer's step there: for what fits no device even in parts. Every layer is copied

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Prepared, Source, Training
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
@@ -70,11 +72,26 @@ def refuse_another_template(job: Job[Any], prepared: PreparedRows) -> None:
     if parent.tokenizer is None or not parent.tokenizer.template:
         return  # nothing was learned with a template yet
     trained, now = parent.tokenizer.template[:12], (prepared.template or "none")[:12]
-    if trained != now:
+    if trained != now and not _opens_thought(job, start, prepared):
         raise _differs("template", start, trained, now)
     kwargs = job.recipe.data.preparation.template_kwargs
     if parent.asked.chat_template_kwargs != kwargs:
         raise _differs("chat_template_kwargs", start, parent.asked.chat_template_kwargs, kwargs)
+
+
+def _opens_thought(job: Job[Training], start: Model, prepared: PreparedRows) -> bool:
+    """Whether the template is the parent's and `rollout.think` beside it, and nothing else."""
+    from llmpipe.data.template import thinking
+    from llmpipe.data.tokenizer import Tokenizer
+
+    recipe = job.recipe
+    if not isinstance(recipe, RLRecipe) or not recipe.rollout.think or start.folder is None:
+        return False
+    learned = Tokenizer(start.folder)
+    if learned.template is None:
+        return False
+    text = thinking(learned.template, learned.special, recipe.data.chat_template_kwargs)
+    return prepared.template == sha256(text.encode()).hexdigest()
 
 
 def _refuse_anothers_merge(job: Job[Training]) -> None:

@@ -4,7 +4,10 @@ ahead."""
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
+from llmpipe.data.template import thinking
+from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
 from llmpipe.rl import rewards
@@ -67,6 +70,52 @@ def test_thought_is_learned_and_what_follows_it_is_scored(tmp_path, monkeypatch)
     assert updates(made)[0]["scores/format"] == 0.5, "with the tag that the prompt ends in"
     first, second = rollouts(made)[:2]
     assert second["answer"] == "so 1</think>\n1\n" and first["tokens"] > 0
+
+
+def asked(model):
+    """What a model is asked, as whoever loads it with transformers has it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    question = [{"role": "user", "content": "What is 2 + 2?"}]
+    return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+
+
+def prepared_prompts(artifact):
+    """What was asked, of all prompts that are prepared in its run."""
+    from llmpipe.training.rows import dataset
+
+    backend = Tokenizer(artifact.model).backend
+    files = (artifact.run / ".prepared").glob("*/train.arrow")
+    tables = [table for table in map(dataset, files) if "prompt_ids" in table.column_names]
+    return [backend.decode(row["prompt_ids"], False) for table in tables for row in table]
+
+
+def test_what_learned_to_think_is_asked_to_wherever_it_goes(tmp_path):
+    """Published with a template that opens the block, after a parent whose template does not; the
+    next stage takes that as it is."""
+    run = tmp_path / "run"
+    sft = life.command(life.write(run, optim__steps=1))
+    thinks = {"optim__steps": 1, "rollout__think": True, "reward": [SHORT]} | GRPO
+    thinks["model"] = "artifact:sft"
+    first = life.command(write(run, **thinks))
+    told = f"{asked(sft.model)}<think>\n"
+    assert asked(first.model) == told
+    prompts = prepared_prompts(first)
+    assert prompts and all(prompt.endswith("<think>\n") for prompt in prompts)
+    again = life.command(write(run, **thinks | {"model": "artifact:grpo", "name": "again"}))
+    assert asked(again.model) == told, "one tag is enough"
+    other = tmp_path / "other.jinja"
+    other.write_text((sft.model / "chat_template.jinja").read_text() + "{{ '!' }}")
+    changed = thinks | {"name": "changed", "data__template": str(other)}
+    with pytest.raises(UserError, match="data.template: artifact:sft was trained with"):
+        life.command(write(run, **changed))
+
+
+def test_a_template_that_closes_the_thought():
+    closed = "{% for m in messages %}{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    with pytest.raises(UserError, match="closes the block of thought before an answer begins"):
+        thinking(closed, {}, {})
 
 
 SUMS = [{"prompt": f"add {i}", "tests": [f"assert add(1) == {1 + i}"]} for i in range(9)]

@@ -78,5 +78,7 @@ class Kind:
     """Whether some of its tokens are learned."""
     settings: tuple[Any, ...] = ()
     """What a recipe says beside `data` of how rows become pieces, as JSON has it."""
+    thinks: bool = False
+    """Whether the template opens a block of thought where an answer begins."""
     packing_field: str = "packing"
     """What `packing` is called in a recipe."""

@@ -39,7 +39,7 @@ from llmpipe.scores.references import Comparison
 class Needs(NamedTuple):
     """What a recipe asks of prompts beside right answers."""
 
-    think: bool = False
+    thinks: bool = False
     """Whether an answer begins with a block of thought."""
     tests: bool = False
     """Whether there have to be tests, which a program is run against."""
@@ -67,7 +67,7 @@ def encode(
     prompt, reference = prompt_and_reference(example)
     right = right_answers(reference, others, comparisons, all_read=all_read and not reference)
     tools = None if isinstance(example, Document | Completion) else example.tools
-    ids = encoder.prompt(prompt, tools, think=needs.think)
+    ids = encoder.prompt(prompt, tools, think=needs.thinks)
     if len(ids) > encoder.max_length:
         detail = f"the prompt has {len(ids):,} tokens, {encoder.max_length:,} fit"
         raise Rejected("too long", detail, len(ids))
@@ -136,4 +136,5 @@ def compared(comparisons: Items[Comparison], *, all_read: bool, needs: Needs = N
     mistake.
     """
     check = partial(encode, comparisons=tuple(comparisons), all_read=all_read, needs=needs)
-    return replace(PROMPTS, encode=check, settings=(*comparisons, all_read, *needs.settings))
+    settings = (*comparisons, all_read, *needs.settings)
+    return replace(PROMPTS, encode=check, settings=settings, thinks=needs.thinks)

@@ -15,7 +15,7 @@ Token ids equal `apply_chat_template(tokenize=True)` of transformers (a test hol
 comes with the model and is as untrusted as the model: render only within `bounded()`.
 """
 
-from llmpipe.data.template.choice import Choice, choose, template_source
+from llmpipe.data.template.choice import Choice, choose, template_source, thinking
 from llmpipe.data.template.rendering import Template, clean
 from llmpipe.data.template.sandbox import Span, bounded
 from llmpipe.data.template.spans import shared_prefix
@@ -36,5 +36,6 @@ __all__ = [
     "prompt",
     "shared_prefix",
     "template_source",
+    "thinking",
     "turns",
 ]

@@ -18,6 +18,7 @@ from llmpipe.faults import misread
 from llmpipe.files import expanded, read_text
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import TEMPLATES
+from llmpipe.scores.thinking import CLOSING, OPENING, TAG
 
 # Texts within a template that are meant to be one token each.
 _TOKEN = re.compile(r"<\|[^<>|\s'\"]{1,60}\|>|<(?:start|end)_of_turn>")
@@ -64,8 +65,11 @@ class Choice:
     """What a user should know of all this, a sentence each."""
 
 
-def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
+def choose(folder: Path, name: str, kwargs: dict[str, Any], *, thinks: bool = False) -> Choice:
     """The tokenizer in `folder` with the template `name` and the template's variables `kwargs`.
+
+    `thinks`: an answer begins in a block of thought, which the template then opens: what is taught
+    to think is asked in the same words wherever it is used.
 
     Raises UserError for a missing, broken, endless or hostile template, for a tokenizer without
     eos, and for a token that would stop a generation within ordinary text.
@@ -86,6 +90,8 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
             # a base model expects it before a conversation, too
             template = "{{- bos_token }}" + template
         added, ends = _fit(tokenizer, template, name, kwargs)
+        if thinks:
+            template = thinking(template, special, kwargs)
     text_eos = own_eos or special["eos_token"]
     stops = [*(tokenizer.last(end) for end in ends[:1]), text_eos, *tokenizer.stops]
     tokenizer.check_stops(stops)
@@ -105,6 +111,19 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any]) -> Choice:
         added_tokens=added,
         notes=notes,
     )
+
+
+def thinking(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> str:
+    """A template that opens a block of thought where an answer begins: the one given, or what it
+    says and then the tag. Raises UserError where it closes such a block there."""
+    asked = rendered(Template(text, special, kwargs), small_talk(1), open_turn=True).rstrip()
+    if asked.endswith(CLOSING):
+        problem = "rollout.think: the template closes the block of thought before an answer begins"
+        raise UserError(problem, "set data.chat_template_kwargs: {enable_thinking: true}")
+    if asked.endswith(TAG):
+        return text
+    opening = "{% if add_generation_prompt %}{{ " + repr(OPENING) + " }}{% endif %}"
+    return text.removesuffix("\n") + opening
 
 
 def _fit(
