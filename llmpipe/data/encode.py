@@ -171,8 +171,8 @@ class Encoder:
         return "".join(reading.text[start:end] for start, end in reading.spans)
 
     def prompt(self, prompt: str | Messages, tools: Tools, *, think: bool = False) -> list[int]:
-        """Tokens of a prompt, up to where an answer would begin; of a text, to `think`, with the tag
-        that opens a block of thought, which a template has itself. Raises Rejected."""
+        """Tokens of a prompt, up to where an answer would begin. To `think`, a text ends in the tag
+        that opens a block of thought; a template has it itself. Raises Rejected."""
         if isinstance(prompt, str):
             return [*self.bos, *self.text(_to_think(prompt) if think else prompt)]
         renderer = self._renderer()

@@ -106,7 +106,7 @@ def test_what_learned_to_think_is_asked_to_wherever_it_goes(tmp_path):
     other = tmp_path / "other.jinja"
     other.write_text((sft.model / "chat_template.jinja").read_text() + "{{ '!' }}")
     changed = thinks | {"name": "changed", "data__template": str(other)}
-    with pytest.raises(UserError, match="data.template: artifact:sft was trained with"):
+    with pytest.raises(UserError, match=r"data\.template: artifact:sft was trained with"):
         life.command(write(run, **changed))
 
 
