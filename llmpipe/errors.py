@@ -16,6 +16,7 @@ NUMERIC = 4  # NaN, Inf, nothing to learn from
 RESOURCES = 5  # disk, memory
 BUSY = 75  # another process holds the run directory (EX_TEMPFAIL)
 LOST = 75  # another process of the run is gone; the same command goes on (EX_TEMPFAIL)
+LATER = 75  # the Hub takes nothing at this moment; the same command goes on (EX_TEMPFAIL)
 SIGINT = 130
 SIGTERM = 143
 

@@ -494,6 +494,45 @@ def submit(  # noqa: PLR0913  # each is an option of the command
 
 
 @app.command()
+def push(
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="A finished artifact, such as runs/NAME/dpo.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What the Hub calls it.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write what would be pushed, and push nothing."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Of the model, where its base names none."),
+    ] = None,
+    data_licences: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data-license",
+            metavar="[ROWS=]ID",
+            help="Of rows of which none is recorded; repeatable.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAMESPACE/NAME", help="Where the Hub has an adapter's base."),
+    ] = None,
+) -> None:
+    """A verified artifact to the Hub, with a card made of manifests.
+
+    Private unless --public is given. The same command goes on with a push that was killed.
+    """
+    from llmpipe.front.push import push as sending
+    from llmpipe.front.push.licences import read_said
+
+    said = read_said(licence, data_licences or [])
+    sending.push(sending.Asked(artifact, repo, public, said, base, dry_run), say)
+
+
+@app.command()
 def completion(
     shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
 ) -> None:

@@ -1,0 +1,463 @@
+"""The model card: manifests in, Markdown with its metadata out. Nothing is read and nothing asked
+here, and no time of day is written, so that the same artifact has the same card.
+
+The metadata is what the Hub reads (https://huggingface.co/docs/hub/model-cards): licence, base,
+data sets, and `model-index` with every number as the evaluation's file has it. The text is
+card.md.jinja.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpipe import __version__
+from llmpipe.files import Table
+from llmpipe.front.push.ancestry import Ancestor, Ancestry, Link, Outside
+from llmpipe.front.push.licences import Licence, Licences
+from llmpipe.front.push.markdown import block, code, plain, table
+from llmpipe.front.push.measured import Measured
+from llmpipe.front.push.rows import Rows, RowsFile
+from llmpipe.report.measures import measure
+from llmpipe.report.scoreboard import less, verdict_of
+from llmpipe.report.text import in_words, number
+from llmpipe.run.manifest import Manifest
+from llmpipe.run.results import Cell, TaskResults
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+"""Whose versions are named."""
+
+MOST_FILES = 10
+"""Files of rows that are named one by one; the manifest has all."""
+
+QUESTION = "Why is the sky blue?"
+LONGEST_QUESTION = 80
+"""Characters of a prompt of the recipe's that stands in an example."""
+
+RANK_OF_VLLM = 16
+"""The highest rank of an adapter that vLLM takes unless it is told."""
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A base where others find it."""
+
+    name: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What is to be known of an adapter by who loads it."""
+
+    base: OnHub
+    rank: int
+    not_in_vllm: str
+    """Why vLLM does not take it; empty where nothing is known against that."""
+    rewritten: str
+    """What adapter_config.json was published with in the place of the base's name; or nothing."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card says."""
+
+    repo: str
+    ancestry: Ancestry
+    rows: list[Rows]
+    measured: list[Measured]
+    licences: Licences
+    files: Table
+    """Of the model, by their names in the repository."""
+    adapter: AdapterFacts | None = None
+    conversation: str | None = None
+    """How the template writes a question; None where there is no template."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.ancestry.itself.manifest
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores answers, and gives none."""
+        return self.manifest.kind == "reward-model"
+
+    @property
+    def base_on_hub(self) -> OnHub | None:
+        """The model that all of it began with, where it is the Hub's."""
+        base = self.ancestry.base
+        if self.adapter:
+            return self.adapter.base
+        if base and base.hub_name and base.revision:
+            return OnHub(base.hub_name, base.revision)
+        return None
+
+
+def card(facts: Facts) -> str:
+    """README.md of the repository."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"code": code, "plain": plain, "block": block, "json": _json}
+    manifest = facts.manifest
+    text = templates.get_template("card.md.jinja").render(
+        metadata=metadata(facts),
+        facts=facts,
+        manifest=manifest,
+        opening=_opening(facts),
+        question=question(facts.ancestry),
+        lineage=_lineage(facts.ancestry),
+        outside=[_outside(one) for one in facts.ancestry.outside],
+        rows=_rows_table(facts.rows, facts.licences.rows),
+        rows_files=_files_of_rows(facts.rows),
+        evaluations=[_evaluation(one) for one in facts.measured],
+        time=_time(facts.ancestry.made),
+        seconds=number(round(sum(one.manifest.seconds for one in facts.ancestry.made))),
+        files=_files(facts.files),
+        versions=_versions(manifest),
+        max_rank=_rank_to_tell(facts.adapter),
+    )
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text
+
+
+def question(ancestry: Ancestry) -> str:
+    """What an example asks: the first prompt of the recipes that is short."""
+    for one in reversed(ancestry.made):
+        samples = one.manifest.asked.recipe.get("samples")
+        prompts = samples.get("prompts", []) if isinstance(samples, dict) else []
+        for prompt in prompts:
+            if isinstance(prompt, str) and prompt.isprintable() and len(prompt) <= LONGEST_QUESTION:
+                return prompt
+    return QUESTION
+
+
+def _rank_to_tell(adapter: AdapterFacts | None) -> int | None:
+    """An adapter's rank where vLLM has to be told."""
+    return adapter.rank if adapter and adapter.rank > RANK_OF_VLLM else None
+
+
+def _json(text: str) -> str:
+    """A text as Python and JSON write it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def metadata(facts: Facts) -> str:
+    """The YAML that a card begins with, less its rules."""
+    from huggingface_hub import ModelCardData
+
+    licence, base = facts.licences.model, facts.base_on_hub
+    stages = [one.manifest.stage for one in facts.ancestry.made]
+    data = ModelCardData(
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        library_name="peft" if facts.adapter else "transformers",
+        pipeline_tag="text-classification" if facts.scores else "text-generation",
+        base_model=base.name if base else None,
+        base_model_relation=("adapter" if facts.adapter else "finetune") if base else None,
+        datasets=list(dict.fromkeys(one.path for one in facts.rows if one.is_of_hub)) or None,
+        tags=["llmpipe", *dict.fromkeys(stages)],
+        model_name=facts.repo.partition("/")[2],
+        eval_results=list(_eval_results(facts)) or None,
+    )
+    if data.eval_results is None:
+        data.pop("model_name")
+    text: str = data.to_yaml()
+    return text
+
+
+def _eval_results(facts: Facts) -> Iterator[EvalResult]:
+    """Every finite number of the artifact, as its evaluation's file has it."""
+    from huggingface_hub import EvalResult
+
+    for one in facts.measured:
+        for name, task in one.results.tasks.items():
+            for metric, cells in task.metrics.items():
+                cell = cells.get(one.label)
+                if cell is None or not math.isfinite(cell.value):
+                    continue
+                yield EvalResult(
+                    task_type="text-classification" if facts.scores else "text-generation",
+                    task_name=f"{one.name}: {task.task}",
+                    metric_type=metric,
+                    metric_name=measure(metric).title,
+                    metric_value=cell.value,
+                    metric_args=_bounds(cell, task),
+                    **_dataset(one, name),
+                )
+
+
+def _bounds(cell: Cell, task: TaskResults) -> dict[str, Any]:
+    """The interval, the items, and how many of these were asked in training."""
+    interval = {"low": cell.low, "high": cell.high} if cell.has_interval else {}
+    seen = max((task.overlap or {}).values(), default=0)
+    return interval | {"n": cell.n} | ({"asked_in_training": seen} if seen else {})
+
+
+def _dataset(one: Measured, task: str) -> dict[str, Any]:
+    """What a number was measured on, as `EvalResult` calls it."""
+    rows = one.rows.get(task, [])
+    sums = {name: sha256 for source in rows for name, sha256 in source.files}
+    of_hub = next((source for source in rows if source.is_of_hub), None)
+    values: dict[str, Any] = {
+        "dataset_name": task,
+        "dataset_type": of_hub.path if of_hub else task,
+        "dataset_revision": of_hub.revision if of_hub else None,
+    }
+    if sums:
+        values["dataset_args"] = {"sha256": sums}
+    return values
+
+
+# --- where it comes from --------------------------------------------------------------------------
+
+
+def _opening(facts: Facts) -> str:
+    """A sentence of what it is."""
+    manifest, base = facts.manifest, facts.ancestry.base
+    line = [one.manifest.stage for one in _main_line(facts.ancestry)]
+    what = {"adapter": "An adapter", "reward-model": "A reward model"}.get(manifest.kind, "A model")
+    if facts.adapter and facts.scores:
+        what = "A reward model, as an adapter"
+    whence = f"{plain(_short(base.reference))}" if base else "weights that were drawn"
+    return f"{what}, made from {whence} by {in_words([code(stage) for stage in line])}."
+
+
+def _main_line(ancestry: Ancestry) -> list[Ancestor]:
+    """The artifact and those that its weights began with, oldest first."""
+    by_fingerprint = {one.manifest.fingerprint: one for one in ancestry.made}
+    line = [ancestry.itself]
+    while True:
+        links = ancestry.links[line[0].manifest.fingerprint]
+        link = next((link for link in links if link.field == "model"), None)
+        if link is None or not link.fingerprint:
+            return line
+        line.insert(0, by_fingerprint[link.fingerprint])
+
+
+def _short(reference: str) -> str:
+    """A reference without the folders that lead to a file."""
+    is_file = reference.startswith((".", "/", "~"))
+    return reference.rstrip("/").rpartition("/")[2] if is_file else reference
+
+
+def _lineage(ancestry: Ancestry) -> str:
+    headings = ["artifact", "stage", "made with", "optimizer steps", "tokens", "fingerprint"]
+    rows = [_step(one, ancestry.links[one.manifest.fingerprint]) for one in ancestry.made]
+    return table(headings, rows, frozenset({3, 4}))
+
+
+def _step(one: Ancestor, links: list[Link]) -> list[str]:
+    manifest, training = one.manifest, one.manifest.training
+    made_with = [_made_with(link) for link in links]
+    merged = f" with {code(manifest.merged_from)} merged" if manifest.merged_from else ""
+    return [
+        code(manifest.name) + merged,
+        code(manifest.stage),
+        ", ".join(made_with) or "drawn weights",
+        number(training.published_step) if training else "",
+        number(training.tokens) if training else "",
+        code(manifest.fingerprint[:12]),
+    ]
+
+
+def _made_with(link: Link) -> str:
+    role = "" if link.field == "model" else f" ({plain(link.role)})"
+    return f"{code(_short(link.name))}{role}"
+
+
+def _outside(one: Outside) -> str:
+    """A model from elsewhere, with what tells it from others."""
+    kind = "of the Hub, at commit" if one.revision else "sha256"
+    where = "a GGUF file" if "gguf" in one.identity else "a folder"
+    what = kind if one.revision else f"{where}, {kind}"
+    field = "" if one.field == "model" else f" ({plain(one.field)} of {code(one.used_by.name)})"
+    return f"{code(_short(one.reference))}{field}: {what} {code(one.sum)}"
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _rows_table(rows: list[Rows], licences: dict[str, Licence]) -> str:
+    headings = ["rows", "used by", "read", "kept", "rejected", "truncated", "licence"]
+    cells = [_rows_cells(one, licences[one.path]) for one in rows]
+    return table(headings, cells, frozenset({2, 3, 4, 5})) if cells else ""
+
+
+def _rows_cells(one: Rows, licence: Licence) -> list[str]:
+    source = one.source
+    counts = [source.read, source.kept, one.rejected, source.truncated]
+    return [code(one.path), code(one.used_by), *map(number, counts), _licence(licence)]
+
+
+def _licence(licence: Licence) -> str:
+    return f"{plain(licence.title)} ({plain(licence.by)})"
+
+
+def _files_of_rows(rows: list[Rows]) -> list[str]:
+    """A line for every source with the sums of its files, each source once."""
+    sources = {(one.path, one.revision): one.source for one in rows}
+    lines = []
+    for (path, revision), source in sources.items():
+        if revision:
+            lines.append(f"{code(path)}: commit {code(revision)}")
+        named = [_rows_file(file) for file in source.files[:MOST_FILES]]
+        lines += [f"{code(path)}: {line}" for line in named]
+        if more := len(source.files) - MOST_FILES:
+            lines += [f"{code(path)}: {more:,} more files, in the manifest"] if more > 0 else []
+    return lines
+
+
+def _rows_file(file: RowsFile) -> str:
+    return f"{code(file.name)}, {number(file.rows)} rows, sha256 {code(file.sha256)}"
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """An evaluation as the card shows it."""
+
+    name: str
+    label: str
+    notes: list[str]
+    numbers: str
+    differences: str
+
+
+def _evaluation(one: Measured) -> EvaluationText:
+    notes = [_measured_with(one)]
+    if one.as_adapter:
+        notes.append(f"Measured as the adapter {code(one.as_adapter)}, before it was merged.")
+    if one.seen:
+        notes.append(f"Items that it was trained on: {plain(one.seen)}.")
+    if next(reversed(one.results.models)) == one.label:
+        failed = [plain(gate.text) for gate in one.gates if gate.failed]
+        notes += [f"The recipe's gate does not hold: {text}." for text in failed]
+    headings = ["task", "metric", "model", "value", "95 % interval", "items"]
+    numbers = [row for name, task in one.results.tasks.items() for row in _numbers(name, task, one)]
+    differences = [
+        row for name, task in one.results.tasks.items() for row in _differences(name, task, one)
+    ]
+    beside = ["task", "metric", "difference", "value", "95 % interval", "items", "reading"]
+    to_the_right = frozenset({3, 5})
+    return EvaluationText(
+        name=one.name,
+        label=one.label,
+        notes=notes,
+        numbers=table(headings, numbers, to_the_right),
+        differences=table(beside, differences, to_the_right) if differences else "",
+    )
+
+
+def _measured_with(one: Measured) -> str:
+    """In which precision, and what was measured beside it."""
+    others = []
+    for label in one.results.models:
+        reference = str(one.manifest.models.get(f"models.{label}", {}).get("reference", "unknown"))
+        if label != one.label:
+            others.append(f"{plain(label)} ({code(_short(reference))})")
+    beside = f"; beside it {in_words(others)}" if others else ""
+    return f"Measured in {plain(one.results.models[one.label].dtype)}{beside}."
+
+
+def _numbers(name: str, task: TaskResults, one: Measured) -> Iterator[list[str]]:
+    """The artifact's number of each metric, and then the others'."""
+    for metric, cells in task.metrics.items():
+        first = {one.label: cells[one.label]} if one.label in cells else {}
+        for label, cell in (first | cells).items() if first else ():
+            shown = f"**{plain(label)}**" if label == one.label else plain(label)
+            yield [code(name), _metric(metric), shown, *_cell(cell)]
+
+
+def _differences(name: str, task: TaskResults, one: Measured) -> Iterator[list[str]]:
+    """The artifact's numbers less those of the others, on the same items."""
+    for metric in task.metrics:
+        of_metric = task.differences.get(metric, {})
+        for other in one.results.models:
+            cell = less(of_metric, one.label, other) if other != one.label else None
+            if cell:
+                pair = f"{plain(one.label)} − {plain(other)}"
+                verdict = verdict_of(cell, measure(metric))
+                yield [code(name), _metric(metric), pair, *_cell(cell, "+"), verdict]
+
+
+def _metric(metric: str) -> str:
+    known = measure(metric)
+    direction = f", {known.direction}" if known.direction else ""
+    return f"{code(metric)} ({plain(known.title)}{direction})"
+
+
+def _cell(cell: Cell, sign: str = "") -> list[str]:
+    """Value, interval and items, with four digits; the exact ones are in the metadata."""
+    if not math.isfinite(cell.value):
+        return ["not a number", "", number(cell.n)]
+    interval = f"{_digits(cell.low, sign)} to {_digits(cell.high, sign)}"
+    return [
+        _digits(cell.value, sign),
+        interval if cell.has_interval else cell.lacks,
+        number(cell.n),
+    ]
+
+
+def _digits(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4g}".replace("-", "−")
+
+
+# --- time, files, versions ------------------------------------------------------------------------
+
+
+def _time(made: list[Ancestor]) -> str:
+    headings = ["artifact", "seconds", "of these in training", "processes", "device"]
+    return table(headings, [_time_cells(one) for one in made], frozenset({1, 2, 3}))
+
+
+def _time_cells(one: Ancestor) -> list[str]:
+    manifest, training = one.manifest, one.manifest.training
+    hardware = manifest.hardware or {}
+    return [
+        code(manifest.name),
+        number(manifest.seconds),
+        number(training.seconds) if training else "",
+        number(hardware.get("processes")),
+        plain(in_words(_devices(manifest))),
+    ]
+
+
+def _devices(manifest: Manifest) -> list[str]:
+    """Every device that computed some of its steps."""
+    legs = manifest.training.legs if manifest.training else []
+    names = [leg.platform["device"] for leg in legs if "device" in leg.platform]
+    hardware = manifest.hardware or {}
+    return list(dict.fromkeys(names)) or [str(hardware.get("device_name", "unknown"))]
+
+
+def _files(files: Table) -> str:
+    rows = [[code(name), f"{entry.size:,}", code(entry.sha256)] for name, entry in files.items()]
+    return table(["file", "bytes", "sha256"], rows, frozenset({1}))
+
+
+def _versions(manifest: Manifest) -> str:
+    """By what the artifact was made."""
+    commit = f" ({manifest.git})" if manifest.git else ""
+    known = [f"{name} {version}" for name in LIBRARIES if (version := manifest.versions.get(name))]
+    return plain(in_words([f"llmpipe {manifest.llmpipe or __version__}{commit}", *known]))
