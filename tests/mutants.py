@@ -78,6 +78,10 @@ def valid(stage: str, rng: random.Random) -> dict[str, Any]:
         tasks = [{"task": "perplexity", "window": 64, "stride": 32, **task}, generate]
         gate = {"perplexity": {"max": 1e9}}
         return values | {"models": {"base": MODEL}, "tasks": tasks, "gate": gate}
+    if stage == "sample":
+        reward = [{"function": "./rewards.py:brevity"}]
+        rollout = {"group": 2, "max_new_tokens": 4}
+        return values | {"model": MODEL, "data": _rows(), "reward": reward, "rollout": rollout}
     optim = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32"}
     values |= {"model": MODEL, "optim": optim, "checkpoint": {"every": 5}, "log": {"every": 1}}
     pairs = stage in ("reward", "dpo", "kto")

@@ -53,7 +53,7 @@ LIGHT = {
     ("evaluation", "tasks"),
 }  # and what in them does not: recipes are checked with it
 CHAT = PACKAGE / "front" / "chat.py"  # and the one file of the front that talks to a model
-NARROWS = {"lora": "sft", "qlora": "lora", "pretrain": "sft", "grpo": "ppo"}
+NARROWS = {"lora": "sft", "qlora": "lora", "pretrain": "sft", "grpo": "ppo", "sample": "ppo"}
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 
 

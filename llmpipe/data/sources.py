@@ -65,7 +65,7 @@ def identity_of(
     to read them.
     """
     identity = science(source)
-    if is_local(source.path):
+    if source.is_here:
         del identity["path"]
     identity["split"] = source.split or "train"
     identity["files"] = [[suffix_of(name), sha256] for name, sha256 in files]

@@ -23,10 +23,12 @@ from llmpipe.files import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here
-from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Training, is_local
+from llmpipe.recipe.sample import SampleRecipe
+from llmpipe.recipe.sections import TEMPLATES, Launch, Recipe, Rows, Training, is_local
 from llmpipe.run import hub
 from llmpipe.run.artifact import artifact_of, make_run
 from llmpipe.run.context import mistakes_in_lengths, of_folder
+from llmpipe.run.datasets import placed_rows, use_of
 from llmpipe.run.folders import check_folder, tensors_of
 from llmpipe.run.gguf import check_gguf
 from llmpipe.run.machine import (
@@ -214,14 +216,19 @@ def _lacks_template(recipe: Recipe) -> bool:
 
 
 def _in_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    run = artifact_of(recipe).run
     for field, source in recipe.rows().items():
+        at = f"{field}.path"
         pinned = outlook.begun or source.revision is not None
         try:
+            if source.artifact:
+                outlook.look(source.path, use_of(at, glance=True), run)
+                continue
             here = is_here(source.path, "data set", pinned=pinned)
             if here and not outlook.is_below(source.path):
                 named_files(source)
         except UserError as error:
-            yield Mistake(f"{field}.path", error)
+            yield Mistake(at, error)
 
 
 def _in_first_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
@@ -230,12 +237,31 @@ def _in_first_rows(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
 
     shapes = {} if outlook.finished else stage(recipe.stage).shapes(recipe)
     has_template = not (shapes and _lacks_template(recipe))
-    for field, source in recipe.rows().items():
-        if field in shapes and is_local(source.path) and not outlook.is_below(source.path):
-            try:
+    given = recipe.rows()
+    for field, source in placed_rows(recipe).items():
+        if field not in shapes:
+            continue
+        try:
+            _check_rows_to_come(given[field], shapes[field], recipe, outlook)
+            if source.is_here and not outlook.is_below(source.path):
                 check_first_rows(source, shapes[field], has_template)
-            except UserError as error:
-                yield Mistake(f"{field}.path", error)
+        except UserError as error:
+            yield Mistake(f"{field}.path", error)
+
+
+def _check_rows_to_come(
+    source: Rows, shapes: tuple[type, ...], recipe: Recipe, outlook: Outlook
+) -> None:
+    """Raises UserError where an earlier stage is going to make rows of none of these shapes."""
+    from llmpipe.data.layout import formats_of
+
+    maker = outlook.maker(source.path, artifact_of(recipe).run) if source.artifact else None
+    if maker is None or not isinstance(maker.recipe, SampleRecipe):
+        return
+    made, takes = maker.recipe.format, formats_of(shapes)
+    if made not in takes:
+        problem = f"{source.path}: stage {maker.number} makes rows of format {made} (write)"
+        raise UserError(problem, f"this stage takes {', '.join(takes)}")
 
 
 def _in_files(recipe: Recipe) -> Iterator[Mistake]:
@@ -387,7 +413,9 @@ def _not_on_the_hub(recipe: Recipe) -> Iterator[Mistake]:
             yield Mistake(field, error)
     for field, source in recipe.rows().items():
         try:
-            if not is_here(source.path, "data set", pinned=source.revision is not None):
+            if not source.artifact and not is_here(
+                source.path, "data set", pinned=source.revision is not None
+            ):
                 hub_revision(source)
         except UserError as error:
             yield Mistake(f"{field}.path", error)

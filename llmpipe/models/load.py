@@ -222,6 +222,12 @@ def _place(folder: Path, dtype: torch.dtype, alone: bool) -> str:
     return SPREAD if alone and not fits and torch.cuda.device_count() > 1 else "cuda"
 
 
+def stop_at(model: PreTrainedModel, tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> None:
+    """Let these tokens end a model's answers, as its template has them."""
+    ids = tokenizer.convert_tokens_to_ids(list(stop_tokens))
+    model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+
+
 def _load_whole(setup: Setup[Training], scores: bool = False) -> PreTrainedModel:
     torch.manual_seed(setup.recipe.seed)  # of a new head
     hardware = setup.hardware
@@ -337,9 +343,8 @@ def _made_ready(model: PreTrainedModel, setup: Setup[Training]) -> PreTrainedMod
     """
     tokenizer = setup.tokenizer
     if model.can_generate():
-        stop_ids = tokenizer.convert_tokens_to_ids(setup.prepared.stop_tokens)
+        stop_at(model, tokenizer, setup.prepared.stop_tokens)
         generation = model.generation_config
-        generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
         generation.pad_token_id = tokenizer.pad_token_id
         generation.do_sample = False
         generation.temperature = None

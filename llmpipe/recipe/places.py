@@ -129,10 +129,6 @@ def _without_dot(text: str, kind: Kind) -> UserError:
 
 def _neither(text: str) -> UserError:
     """What the Hub cannot have, and what does not begin like a path."""
-    if text.startswith(ARTIFACT):
-        name = text.removeprefix(ARTIFACT)
-        problem = f"{text}: rows are read from files and from the Hub, not from an artifact"
-        return UserError(problem, f"a file of one has a path, such as ./runs/RUN/{name}/FILE")
     near = f"./{text}" if re.search(r"[*?\[]", text) else nearest_here(text)
     hint = f"did you mean {near}?" if near else "a path starts with ./, ../, / or ~"
     return UserError(f"{text}: is no Hub id (NAME or OWNER/NAME), and no path", hint)

@@ -1,5 +1,6 @@
-"""What learning from rewards is asked for: the sections that `ppo` and `grpo` both have, without
-torch, for the stages and for the room `rl`."""
+"""What learning from rewards is asked for: the sections that `ppo` and `grpo` both have, and above
+them what all have that draw answers and score them. Without torch, for the stages and for the room
+`rl`."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from llmpipe.recipe.sections import (
     Optim,
     Positive,
     Prompts,
+    Recipe,
     Rows,
     Samples,
     Section,
@@ -37,13 +39,9 @@ class KL(Section):
     """Episodes over which the coefficient adapts."""
 
 
-class Rollout(Section):
-    """How answers are drawn."""
+class Drawn(Section):
+    """How answers are drawn that are scored."""
 
-    engine: Literal["local", "vllm"] = "local"
-    """What draws: `local` is the policy itself. `vllm` is a copy of it in vLLM, on the same GPU and
-    in one process, which is given the weights before each rollout and held to what the policy says
-    of a probe. The two round differently, and so draw different answers."""
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -57,6 +55,15 @@ class Rollout(Section):
     the template puts none, also in the template of what is published, and the block is learned as
     all else is. Rewards look at what follows `</think>`, and at nothing where that never came;
     `format` and `length` see all."""
+
+
+class Rollout(Drawn):
+    """How answers are drawn."""
+
+    engine: Literal["local", "vllm"] = "local"
+    """What draws: `local` is the policy itself. `vllm` is a copy of it in vLLM, on the same GPU and
+    in one process, which is given the weights before each rollout and held to what the policy says
+    of a probe. The two round differently, and so draw different answers."""
     solved: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     """`[0.1, 0.9]`: learn from prompts alone that the policy solves neither too rarely nor too
     often: that it answers rightly, before it learns, in a share of `tries` between these. What is
@@ -152,14 +159,70 @@ class RolloutLaunch(Launch):
     """Answers that a process draws at a time."""
 
 
-class RLRecipe(Training):
-    """What the loop of `rl` reads; a stage adds its name, its inputs and what is its own."""
+class Scored(Recipe):
+    """What all have that draw answers to prompts and score them."""
 
     model: Start
     data: Prompts
     """Prompts, and the columns that rewards read."""
     reward: Annotated[list[Reward], Field(min_length=1)]
     """Where scores come from; they are added."""
+    rollout: Drawn = Field(default_factory=Drawn)
+    """Sampling."""
+
+    @model_validator(mode="after")
+    def _thinks(self) -> Scored:
+        thinking = self.data.chat_template_kwargs.get("enable_thinking")
+        if self.rollout.think and thinking is False:
+            raise ValueError("rollout.think, and data.chat_template_kwargs.enable_thinking is off")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_asks(self) -> Scored:
+        environments = [source for source in self.reward if source.environment]
+        if len(environments) > 1:
+            raise ValueError("reward: one environment asks, and there are several")
+        if environments and self.data.train:
+            raise ValueError("data.train: the environment asks, and no rows are read: leave it out")
+        if environments and self.data.eval.sources:
+            raise ValueError("data.eval.sources: the environment asks; hold out a share (holdout)")
+        if not environments and not self.data.train:
+            raise ValueError("data.train: required, but missing: nobody asks anything")
+        return self
+
+    @property
+    def asks(self) -> Reward | None:
+        """The environment that asks, where there is one."""
+        return next((source for source in self.reward if source.environment), None)
+
+    def rows(self) -> dict[str, Rows]:
+        return {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
+
+    def references(self) -> dict[str, str]:
+        named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
+        return {"model": self.model} | {at: name for at, name in named.items() if name}
+
+    def packages(self) -> list[tuple[str, str]]:
+        return super().packages() + [
+            (f"reward.{i}.{field}", package)
+            for i, source in enumerate(self.reward)
+            for field, package in source.packages()
+        ]
+
+    def files(self) -> dict[str, str]:
+        return self.data.files() | {
+            f"reward.{i}.{field}": path
+            for i, source in enumerate(self.reward)
+            for field, path in source.files()
+        }
+
+
+class RLRecipe(Scored, Training):
+    """What the loop of `rl` reads; a stage adds its name, its inputs and what is its own."""
+
+    model: Start
+    data: Prompts
+    """Prompts, and the columns that rewards read."""
     reference: KL = Field(default_factory=KL)
     """How the policy is held to its parent."""
     rollout: Rollout = Field(default_factory=Rollout)
@@ -204,13 +267,6 @@ class RLRecipe(Training):
         return self
 
     @model_validator(mode="after")
-    def _thinks(self) -> RLRecipe:
-        thinking = self.data.chat_template_kwargs.get("enable_thinking")
-        if self.rollout.think and thinking is False:
-            raise ValueError("rollout.think, and data.chat_template_kwargs.enable_thinking is off")
-        return self
-
-    @model_validator(mode="after")
     def _solved_by(self) -> RLRecipe:
         solved = self.rollout.solved
         if solved is None:
@@ -222,19 +278,6 @@ class RLRecipe(Training):
                 "rollout.solved: no reward tells what is right: "
                 "that takes a verifier, an environment or code"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _somebody_asks(self) -> RLRecipe:
-        environments = [source for source in self.reward if source.environment]
-        if len(environments) > 1:
-            raise ValueError("reward: one environment asks, and there are several")
-        if environments and self.data.train:
-            raise ValueError("data.train: the environment asks, and no rows are read: leave it out")
-        if environments and self.data.eval.sources:
-            raise ValueError("data.eval.sources: the environment asks; hold out a share (holdout)")
-        if not environments and not self.data.train:
-            raise ValueError("data.train: required, but missing: nobody asks anything")
         return self
 
     @model_validator(mode="after")
@@ -270,11 +313,6 @@ class RLRecipe(Training):
         return self.optim.batch_size // self.group
 
     @property
-    def asks(self) -> Reward | None:
-        """The environment that asks, where there is one."""
-        return next((source for source in self.reward if source.environment), None)
-
-    @property
     def has_reference(self) -> bool:
         """Whether the parent is kept beside the policy."""
         return True
@@ -290,22 +328,13 @@ class RLRecipe(Training):
 
     def rows(self) -> dict[str, Rows]:
         mixed = self.mixture.train if self.mixture else []
-        return super().rows() | {f"mixture.train.{i}": source for i, source in enumerate(mixed)}
-
-    def references(self) -> dict[str, str]:
-        named = {f"reward.{i}.model": source.model for i, source in enumerate(self.reward)}
-        return super().references() | {at: name for at, name in named.items() if name}
+        held_out = self.data.eval.sources
+        return (
+            super().rows()
+            | {f"data.eval.sources.{i}": source for i, source in enumerate(held_out)}
+            | {f"mixture.train.{i}": source for i, source in enumerate(mixed)}
+        )
 
     def packages(self) -> list[tuple[str, str]]:
-        named = super().packages()
-        for i, source in enumerate(self.reward):
-            named += [(f"reward.{i}.{field}", package) for field, package in source.packages()]
-        if self.rollout.engine == "vllm":
-            named.append(("rollout.engine", "vllm"))
-        return named
-
-    def files(self) -> dict[str, str]:
-        named = super().files()
-        for i, source in enumerate(self.reward):
-            named |= {f"reward.{i}.{field}": path for field, path in source.files()}
-        return named
+        drawn_by = [("rollout.engine", "vllm")] if self.rollout.engine == "vllm" else []
+        return super().packages() + drawn_by

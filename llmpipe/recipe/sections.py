@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from llmpipe.errors import UserError, near
 from llmpipe.recipe.formats import FormatName
-from llmpipe.recipe.names import NAME, is_reference
+from llmpipe.recipe.names import ARTIFACT, NAME, is_name, is_reference
 from llmpipe.recipe.optimizers import OPTIMIZERS, OptimizerName
 from llmpipe.recipe.trainer import OF_BITSANDBYTES, TrainerConfig
 
@@ -57,11 +57,17 @@ class Section(BaseModel):
 TEMPLATES = ("chatml", "alpaca", "llama3")  # shipped; any other name but `auto` is a Jinja file
 
 
+def template_file(template: str) -> dict[str, str]:
+    """What `data.template` names, by its field, where it is a file."""
+    return {} if template in ("auto", *TEMPLATES) else {"data.template": template}
+
+
 class Rows(Section):
     path: str
     """Where rows come from: a Hub id, or a file, folder or glob (json, jsonl, ndjson, csv, tsv, txt
     and these as gz, bz2, xz, zst or lz4; parquet; arrow, as `save_to_disk` leaves it) starting with
-    `./`, `../`, `/` or `~` or ending in one of these suffixes."""
+    `./`, `../`, `/` or `~` or ending in one of these suffixes; or `artifact:NAME`, what a stage of
+    this run that makes rows has made."""
     format: FormatName = "auto"
     """How a row is laid out; `auto` decides by the columns of the first row and says what it found.
     A later row is read by its own columns, and has to say as much as the first one."""
@@ -81,9 +87,21 @@ class Rows(Section):
 
     @model_validator(mode="after")
     def _pins(self) -> Rows:
-        if self.revision is not None and is_local(self.path):
+        if self.artifact is not None and not is_name(self.artifact):
+            raise ValueError(f"{self.path!r:.120} is not artifact:NAME")
+        if self.revision is not None and self.is_here:
             raise ValueError(f"revision is of a dataset of the Hub, and {self.path} is a path here")
         return self
+
+    @property
+    def artifact(self) -> str | None:
+        """The name of the artifact of the run that has the rows, where one has."""
+        return self.path.removeprefix(ARTIFACT) if self.path.startswith(ARTIFACT) else None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the rows lie on this machine, and not on the Hub."""
+        return self.artifact is not None or is_local(self.path)
 
 
 class Source(Rows):
@@ -154,6 +172,10 @@ class Templated(Prepared):
     @property
     def preparation(self) -> Preparation:
         return Preparation(self.max_length, self.template, self.chat_template_kwargs)
+
+    def files(self) -> dict[str, str]:
+        """The template where it is a file, by its field."""
+        return template_file(self.template)
 
 
 class Data(Templated):
@@ -458,6 +480,10 @@ class Recipe(Section):
         """Every source of rows, by the path of its field."""
         return {}
 
+    def datasets(self) -> dict[str, str]:
+        """Every reference to rows that an artifact of the run has, by the path of its field."""
+        return {f"{at}.path": rows.path for at, rows in self.rows().items() if rows.artifact}
+
     def files(self) -> dict[str, str]:
         """Every other file or folder whose content decides the result, by the path of its field."""
         return {}
@@ -562,9 +588,7 @@ class Training(Recipe):
         return [*named, *((f"log.trackers.{i}", name) for i, name in enumerate(self.log.trackers))]
 
     def files(self) -> dict[str, str]:
-        template = self.data.preparation.template
-        shipped = template in ("auto", *TEMPLATES)
-        return {} if shipped else {"data.template": template}
+        return template_file(self.data.preparation.template)
 
 
 class Hosted(Training):

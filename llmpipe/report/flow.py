@@ -128,7 +128,8 @@ def _lost(rows: dict[str, object]) -> Iterator[Amount]:
 def _used(part: Part) -> list[Amount]:
     rows, tokens = part.known("data", "rows"), part.known("data", "tokens")
     trained = _tokens(tokens["train"], tokens["train_supervised"], part.stage)
-    used = [Amount("to train on", trained, _count(rows["train"]))]
+    use = "to answer" if part.stage == "sample" else "to train on"
+    used = [Amount(use, trained, _count(rows["train"]))]
     if held_out := _count(rows["eval"]):
         text = _tokens(tokens.get("eval", 0), tokens.get("eval_supervised", 0), part.stage)
         used.append(Amount("held out", text, held_out))
@@ -140,7 +141,7 @@ def _used(part: Part) -> list[Amount]:
 def _tokens(count: int, supervised: int, stage: str) -> str:
     if not count:
         return ""
-    if stage in ("ppo", "grpo"):
+    if stage in ("ppo", "grpo", "sample"):
         return f"{number(count)} tokens of prompts"
     learned = (200 * supervised + count) // (2 * count)  # in per cent, of numbers of any size
     return f"{number(count)} tokens, {number(learned)} % learned"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llmpipe.errors import UserError
 from llmpipe.files import SMALL, Table, in_bytes
 from llmpipe.report.curves import curves_of, rise_of
+from llmpipe.report.sampled import told
 from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact, artifacts
 
@@ -48,12 +49,15 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
         return [*lines, *labelled("status", status), *losses(artifact)]
     made = f"{manifest.kind} by {manifest.stage}, {manifest.fingerprint[:12]}"
     lines += labelled("status", f"{status} {manifest.finished}, {made}")
-    if manifest.data is None or manifest.training is None:
+    if manifest.data is None or (manifest.training is None and manifest.kind != "dataset"):
         return lines + _evaluation(artifact, in_full)
     parents = ", ".join(f"{p.name} ({p.fingerprint[:12]})" for p in manifest.parents)
     outside = ", ".join(model["reference"] for model in manifest.models.values())
     lines += labelled("from", parents or outside or "random weights")
-    lines += labelled("rows", _rows(manifest.data.rows))
+    use = "to answer" if manifest.kind == "dataset" else "to train on"
+    lines += labelled("rows", _rows(manifest.data.rows, use))
+    if manifest.training is None:
+        return lines + _sampled(manifest)
     tokens, training = manifest.data.tokens, manifest.training
     share = f"{tokens.train_supervised / max(tokens.train, 1):.0%} supervised"
     share = "prompts, to be answered" if manifest.stage in ("ppo", "grpo") else share
@@ -69,6 +73,13 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
     if rise := rise_of(held_out, training.published_step):
         lines += labelled("but", f"{rise}: see evaluation.keep_best")
     return lines
+
+
+def _sampled(manifest: Manifest) -> list[str]:
+    write = str(manifest.asked.recipe.get("write", "rows"))
+    return [
+        line for name, text in told(manifest.final, write).items() for line in labelled(name, text)
+    ]
 
 
 def ranked_by(manifest: Manifest) -> str:
@@ -93,7 +104,7 @@ def labelled(label: str, text: str) -> list[str]:
     )
 
 
-def _rows(rows: RowCounts) -> str:
+def _rows(rows: RowCounts, use: str) -> str:
     """What became of the rows that were read; what did not occur is not said."""
     why = ", ".join(f"{count:,} {reason}" for reason, count in rows.rejected_by_reason.items())
     rejected = f"{rows.rejected:,} rejected" + (f" ({why})" if why else "")
@@ -105,7 +116,7 @@ def _rows(rows: RowCounts) -> str:
         f"{rows.unseen:,} left out by weight": rows.unseen,
     }
     parts = [f"{rows.read:,} read", *(text for text, count in told.items() if count)]
-    return f"{', '.join(parts)}; {rows.train:,} to train on, {rows.eval:,} held out"
+    return f"{', '.join(parts)}; {rows.train:,} {use}, {rows.eval:,} held out"
 
 
 def status_of(artifact: Artifact) -> tuple[str, Manifest | None]:

@@ -20,8 +20,9 @@ from llmpipe.report.pieces import (
     Table,
     known_facts,
 )
+from llmpipe.report.sampled import told
 from llmpipe.report.terminal import duration_of, size_of
-from llmpipe.report.text import clip, counted, number, percent, text_of
+from llmpipe.report.text import Clipped, clip, counted, is_number, number, percent, text_of
 
 ITEMS = 24  # of a list
 CHARACTERS = 2000  # of a text
@@ -47,7 +48,7 @@ def trained(part: Part, scale: int) -> Trained:
         facts=known_facts(_facts(part)),
         panels=panels({"": part}, MOST // scale),
         calibration=_calibration(part),
-        rollouts=_rollouts(part, ITEMS // scale),
+        rollouts=_answers(part, ITEMS // scale),
     )
 
 
@@ -77,6 +78,8 @@ def _facts(part: Part) -> dict[str, str | None]:
         which = "held out" if dig(ranking, "held_out") is True else "trained on"
         pairs = f"{number(dig(ranking, 'n'))} pairs {which}"
         facts["ranks right"] = f"{percent(dig(ranking, 'accuracy'))} % ({low} to {high}) of {pairs}"
+    if part.known("kind") == "dataset":
+        facts |= told(part.known("final"), text_of(dig(asked, "write") or "rows"))
     return facts
 
 
@@ -97,21 +100,53 @@ def _calibration(part: Part) -> Table | None:
     return Table(f"pairs of {part.name} by margin", headings, [Group("", rows)])
 
 
+def _answers(part: Part, most: int) -> Fold | None:
+    """What it drew: of a stage that samples the first, of one that trains the last that it kept."""
+    return _sampled(part, most) if part.stage == "sample" else _rollouts(part, most)
+
+
+def _sampled(part: Part, most: int) -> Fold | None:
+    """The first prompts with all of their answers, the best first."""
+    lines = zip(range(most), part.lines("samples.jsonl"), strict=False)
+    cards = [_of_prompt(line) for _, line in lines]
+    title = f"The first {counted(len(cards), 'prompt')}, with all answers"
+    return Fold(title, cards) if cards else None
+
+
+def _of_prompt(line: dict[str, Any]) -> Card:
+    answers = line.get("answers")
+    given = [one for one in answers if isinstance(one, dict)] if isinstance(answers, list) else []
+    given.sort(key=lambda one: one["score"] if is_number(one.get("score")) else 0, reverse=True)
+    shown = [_answer(f"score {number(one.get('score'), digits=3)}", one, "text") for one in given]
+    if without := line.get("without"):
+        shown.append(Answer("made of them", clip(f"nothing: {text_of(without)}", CHARACTERS)))
+    return Card(_asked(line), shown)
+
+
+def _asked(line: dict[str, Any]) -> Clipped:
+    """The prompt of a line, a text or turns."""
+    prompt = line.get("prompt")
+    turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
+    return clip("\n\n".join(text_of(dig(turn, "content")) for turn in turns), CHARACTERS)
+
+
 def _rollouts(part: Part, most: int) -> Fold | None:
     """The last answers drawn in training that were written down."""
     cards = []
     lines = list(part.lines("rollouts.jsonl"))[-most:]
     for _, group in groupby(lines, key=lambda line: (line.get("step"), line.get("prompt"))):
         to_one = list(group)
-        prompt = to_one[0].get("prompt")
-        turns = prompt if isinstance(prompt, list) else [{"content": prompt}]
-        text = "\n\n".join(text_of(dig(turn, "content")) for turn in turns)
-        cards.append(Card(clip(text, CHARACTERS), [_drawn(line) for line in to_one]))
+        cards.append(Card(_asked(to_one[0]), [_drawn(line) for line in to_one]))
     title = f"The last {counted(len(lines), 'answer')} drawn in training that were kept"
     return Fold(title, cards) if cards else None
 
 
 def _drawn(line: dict[str, Any]) -> Answer:
     name = f"update {text_of(line.get('step'))}, score {number(line.get('score'), digits=3)}"
+    return _answer(name, line, "answer")
+
+
+def _answer(name: str, line: dict[str, Any], text: str) -> Answer:
+    """An answer under a name; `text`: which field of its record holds it."""
     note = None if line.get("ended") else "cut off"
-    return Answer(name, clip(text_of(line.get("answer")), CHARACTERS), note)
+    return Answer(name, clip(text_of(line.get(text)), CHARACTERS), note)

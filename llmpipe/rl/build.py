@@ -18,10 +18,11 @@ from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.parallel import looking, whole
 from llmpipe.recipe.ppo import Critic, PPORecipe
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.rl.actors import CRITIC, POLICY, REFERENCE, Actors, Cast, Distribution, Role
 from llmpipe.rl.packing import pack_episodes
 from llmpipe.run.artifact import is_reward_model
+from llmpipe.run.job import Job
 from llmpipe.run.machine import full_pass
 
 
@@ -44,7 +45,7 @@ def build(setup: Setup[RLRecipe]) -> Actors:
     """The actors of a recipe, on their device, in evaluation mode: probabilities are compared, and
     dropout is noise in them."""
     recipe, hardware = setup.recipe, setup.hardware
-    _refuse_no_reward_models(setup)
+    refuse_no_reward_models(setup.job)
     policy = load_policy(setup)
     causal = policy.get_base_model() if recipe.adapter else policy
     _refuse_embeddings(setup, causal)
@@ -211,10 +212,11 @@ def _learn_body_only(model: Any) -> None:
 # --- what is refused ---
 
 
-def _refuse_no_reward_models(setup: Setup[RLRecipe]) -> None:
-    for at, folder in setup.job.models.items():
+def refuse_no_reward_models(job: Job[Scored]) -> None:
+    """Raises UserError (3) where what should score is no reward model."""
+    for at, folder in job.models.items():
         if at != "model" and not is_reward_model(folder):
-            problem = f"{at}: {setup.recipe.references()[at]} is not a reward model"
+            problem = f"{at}: {job.recipe.references()[at]} is not a reward model"
             raise UserError(problem, "train one with `llmpipe reward`", INTEGRITY)
 
 

@@ -14,7 +14,7 @@ from llmpipe.models.hardware import Hardware
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World, gathered
 from llmpipe.recipe.places import portable
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import Scored
 from llmpipe.recipe.rewards import Reward
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.sources.functions import of_function
@@ -47,7 +47,7 @@ class Rewards:
     """Every source of a recipe's `reward`."""
 
     def __init__(
-        self, job: Job[RLRecipe], hardware: Hardware, actors: Actors, prepared: PreparedRows
+        self, job: Job[Scored], hardware: Hardware, actors: Actors, prepared: PreparedRows
     ):
         self.thinks = job.recipe.rollout.think
         self.sources: list[Source] = []

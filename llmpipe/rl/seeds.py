@@ -32,6 +32,8 @@ class Use(IntEnum):
     """The tokens that two engines are compared by."""
     SOLVED = 6
     """The tokens of a response of the pass that says which prompts are learned from."""
+    SAMPLE = 7
+    """The tokens of a response that `sample` draws."""
 
 
 class Place(NamedTuple):

@@ -17,7 +17,7 @@ from llmpipe.faults import reading
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import rows_of
 from llmpipe.parallel import within
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.rl.actors import Actors
 from llmpipe.run.job import Job
 
@@ -58,7 +58,7 @@ class SharedRanker:
 
 
 def shared_ranker(
-    actors: Actors, job: Job[RLRecipe], at: str, tokenizer: Tokenizer
+    actors: Actors, job: Job[Scored], at: str, tokenizer: Tokenizer
 ) -> SharedRanker | None:
     """The reward model that the recipe has `at`, on the policy's base; None where it needs a model
     of its own. `tokenizer`: the reward model's."""
@@ -90,11 +90,12 @@ def shared_ranker(
     return SharedRanker(actors, adapter, score.to(actors.device), pad)
 
 
-def _shares_base(actors: Actors, job: Job[RLRecipe], at: str, vocabulary: int) -> bool:
+def _shares_base(actors: Actors, job: Job[Scored], at: str, vocabulary: int) -> bool:
     """Whether it is an adapter on the very weights under the policy's adapter, which are as they
     were published and know all its tokens."""
     base = job.bases.get(at)
-    if base is None or not actors.adapted or job.recipe.quantization:
+    quantized = isinstance(job.recipe, RLRecipe) and job.recipe.quantization
+    if base is None or not actors.adapted or quantized:
         return False
     rows: int = actors.causal.get_input_embeddings().weight.shape[0]
     return base.resolve() == job.weights.resolve() and vocabulary <= rows

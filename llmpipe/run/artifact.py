@@ -83,6 +83,11 @@ class Artifact:
         return self.path / "model"
 
     @property
+    def rows(self) -> Path:
+        """What other stages read of an artifact that is a data set."""
+        return self.path / "rows.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import Scored
 from llmpipe.recipe.sections import Prepared, Source, Training
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.job import Job
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from llmpipe.data.kinds import Kind
 
 
-def tokens(job: Job[Training], kind: Kind, asked: Asked | None = None) -> PreparedRows:
-    """Rows -> tokens of a kind, the `prepare` of most stages that train; those of `data`, unless
+def tokens(job: Job[Any], kind: Kind, asked: Asked | None = None) -> PreparedRows:
+    """Rows -> tokens of a kind, the `prepare` of most stages; those of `data`, unless
     they are `asked`.
 
     Raises UserError (3) when they do not fit what the model was trained with, and what `prepare` of
     the data raises.
     """
-    _refuse_anothers_merge(job)
+    if isinstance(job.recipe, Training):
+        _refuse_anothers_merge(job)
     prepared = tokenized(job, job.recipe.data, kind, asked)
     refuse_another_template(job, prepared)
     return prepared
@@ -79,13 +80,13 @@ def refuse_another_template(job: Job[Any], prepared: PreparedRows) -> None:
         raise _differs("chat_template_kwargs", start, parent.asked.chat_template_kwargs, kwargs)
 
 
-def _opens_thought(job: Job[Training], start: Model, prepared: PreparedRows) -> bool:
+def _opens_thought(job: Job[Any], start: Model, prepared: PreparedRows) -> bool:
     """Whether the template is the parent's and `rollout.think` beside it, and nothing else."""
     from llmpipe.data.template import thinking
     from llmpipe.data.tokenizer import Tokenizer
 
     recipe = job.recipe
-    if not isinstance(recipe, RLRecipe) or not recipe.rollout.think or start.folder is None:
+    if not isinstance(recipe, Scored) or not recipe.rollout.think or start.folder is None:
         return False
     learned = Tokenizer(start.folder)
     if learned.template is None:

@@ -13,7 +13,7 @@ from typing import Any
 from llmpipe.data.sources import hub_key, identity_of
 from llmpipe.files import digest
 from llmpipe.recipe.places import portable, portable_paths, value_at, with_values
-from llmpipe.recipe.sections import Recipe, is_local, science
+from llmpipe.recipe.sections import Recipe, science
 from llmpipe.run.manifest import Asked
 
 HASH = re.compile(r"\S{64}")
@@ -26,7 +26,7 @@ def meanings(recipe: Recipe, asked: Asked) -> dict[str, Any]:
     """What each field stands for that names rows, a file or a model, by its path in the recipe."""
     meant: dict[str, Any] = dict(asked.models)
     for field, source in recipe.rows().items():
-        revision = None if is_local(source.path) else asked.content[hub_key(source)]
+        revision = None if source.is_here else asked.content[hub_key(source)]
         meant[field] = identity_of(source, asked.files(field), revision)
     for field, path in recipe.files().items():
         hashes = [sha256 for _, sha256 in asked.files(field)]

@@ -128,8 +128,8 @@ def for_memory(action: str, recipe: Recipe) -> str:
     if action == "convert":
         return "it takes the whole model in fp32, once: do it on a machine with more memory"
     if not isinstance(recipe, Training):
-        remedy = "lower launch.batch_size, or set launch.processes: 1, which has all GPUs"
-        return f"{remedy}; the same command goes on from what is scored"
+        alone = ", or set launch.processes: 1, which has all GPUs" * (recipe.stage == "eval")
+        return f"lower launch.batch_size{alone}; the same command goes on from what is scored"
     return f"{MEMORY}; {GO_ON}"
 
 

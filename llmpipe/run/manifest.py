@@ -26,7 +26,7 @@ Document = dict[str, Any]
 ModelKind = Literal["hub", "folder", "gguf", "artifact", "merged"]
 """What a reference to a model means."""
 
-ArtifactKind = Literal["model", "adapter", "reward-model", "evaluation"]
+ArtifactKind = Literal["model", "adapter", "reward-model", "dataset", "evaluation"]
 
 SHAPES: dict[str, re.Pattern[str]] = {
     "revision": re.compile(r"[0-9a-f]{40}"),
@@ -168,7 +168,8 @@ class Manifest:
     asked: Asked
     parents: list[Parent]
     models: dict[str, Identity]
-    """Reference and identity of every model that the recipe names, by the path of its field."""
+    """Reference and identity of every model that the recipe names, and of every artifact that it
+    has rows of, by the path of the field."""
     base: Base | None = None
     seed: int
     tokenizer: Tokenizer | None = None

@@ -122,6 +122,14 @@ class Outlook:
             return Artifact(path)
         return None
 
+    def maker(self, reference: str, run: Path) -> Coming | None:
+        """The stage of this command that is going to make an artifact."""
+        artifact = self.named(reference, run)
+        if artifact is None or self.lies_there(artifact):
+            return None
+        stage, _ = self.coming.get(_at(artifact.path), (None, ""))
+        return stage
+
     def is_below(self, path: str) -> bool:
         """Whether a path lies in what an earlier stage makes."""
         if not is_local(path):

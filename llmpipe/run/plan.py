@@ -32,8 +32,9 @@ from llmpipe.files import (
     write_json,
 )
 from llmpipe.recipe.places import paths_in, portable_paths, with_values
-from llmpipe.recipe.sections import Recipe, Training, is_local
+from llmpipe.recipe.sections import Recipe, Training
 from llmpipe.run.artifact import MANIFEST, PLAN, Artifact
+from llmpipe.run.datasets import placed_rows, resolved
 from llmpipe.run.identity import changed_fields, document, identity, meaning, meanings, short
 from llmpipe.run.manifest import Asked
 from llmpipe.run.reference import Kinds, Model, Use, resolve
@@ -59,8 +60,11 @@ class Plan:
     """The document that decides the result."""
     models: dict[str, Model]
     """What the recipe's references mean, by the path of the field."""
+    datasets: dict[str, Model] = dataclass_field(default_factory=dict)
+    """The artifacts that the recipe has rows of, by the path of the field."""
     places: dict[str, str] = dataclass_field(default_factory=dict)
-    """The recipe's paths that it has in full, of which `asked` holds less, by their fields."""
+    """Where what a recipe names lies, of which `asked` holds less: paths in full, and the rows of
+    artifacts, by their fields."""
     recipe_file: str = ""
     """sha256 of recipe.yaml, which lies beside plan.json; an older plan does not know it."""
     artifact: str = ""
@@ -87,6 +91,8 @@ class Plan:
         models = {field: model.record(folder) for field, model in self.models.items()}
         places = {field: os.path.relpath(path, folder) for field, path in self.places.items()}
         plan = {"identity": self.identity, "asked": self.asked, "models": models}
+        if self.datasets:
+            plan["datasets"] = {at: model.record(folder) for at, model in self.datasets.items()}
         plan |= {"places": places, "recipe_file": sha256_file(folder / RECIPE)}
         plan |= {"artifact": folder.name}
         write_json(folder / PLAN, plan | {"fingerprint": fingerprint(plan)})
@@ -110,14 +116,15 @@ class Plan:
             if plan.fingerprint not in (None, fingerprint(document)):
                 raise ValueError("it was changed")
             plan.asked.check()
-            models = {
-                at: Model.of_record(model, f"models.{at}", folder)
-                for at, model in plan.models.items()
-            }
+            models, datasets = (
+                {at: Model.of_record(each, f"{name}.{at}", folder) for at, each in named.items()}
+                for name, named in (("models", plan.models), ("datasets", plan.datasets))
+            )
         except ValueError as error:
             raise UserError(f"{path}: damaged: {error}", RESTORE, INTEGRITY) from None
         places = {at: os.path.abspath(folder / way) for at, way in plan.places.items()}
-        return cls(plan.identity, plan.asked, models, places, plan.recipe_file, plan.artifact)
+        known = (models, datasets, places, plan.recipe_file, plan.artifact)
+        return cls(plan.identity, plan.asked, *known)
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class _Recorded:
     identity: str
     asked: Asked
     models: dict[str, dict[str, Any]]
+    datasets: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
     places: dict[str, str] = dataclass_field(default_factory=dict)
     """The ways from the artifact."""
     recipe_file: str = ""
@@ -154,8 +162,8 @@ def content_of(recipe: Recipe, pinned: dict[str, str]) -> dict[str, str]:
     Commits in `pinned` stay. Raises UserError for a file that is not there.
     """
     content: dict[str, str] = {}
-    for field, source in recipe.rows().items():
-        if is_local(source.path):
+    for field, source in placed_rows(recipe).items():
+        if source.is_here:
             content |= {f"{field}:{file.name}": file.sha256 for file in files_of(source)}
         else:
             key = hub_key(source)
@@ -202,18 +210,21 @@ def plan_of(recipe: Recipe, run: Path, accepts: Accepts, old: Asked | None = Non
             use = Use(field, kinds_of(field, accepts), keep)
             model = resolve(reference, use, run, pinned.models.get(field))
             models[field] = replace(model, reference=held[field])
+        datasets = resolved(recipe, run)
+        content = content_of(recipe, pinned.content)
     asked = Asked(
         recipe=document(recipe, recipe.narrows or recipe.stage),
         models={field: model.identity for field, model in models.items()},
-        content=content_of(recipe, pinned.content),
+        content=content,
     )
-    return Plan(identity(recipe, asked), asked, models, places_of(recipe))
+    return Plan(identity(recipe, asked), asked, models, datasets, places_of(recipe))
 
 
 def places_of(recipe: Recipe) -> dict[str, str]:
-    """The paths of a recipe of which an artifact holds less, by their fields."""
+    """Where what a recipe names lies, as far as an artifact holds less of it, by the fields."""
     held = portable_paths(recipe)
     texts = paths_in(recipe)
+    texts |= {f"{field}.path": source.path for field, source in placed_rows(recipe).items()}
     return {field: text for field, text in texts.items() if text != held[field]}
 
 

@@ -40,7 +40,8 @@ def describe(job: Job[Any], kind: str, made: Made, seconds: float) -> Manifest:
     `kind` is the stage's, unless it made another one.
     """
     models = job.plan.models
-    parents = {parent.name: asdict(parent) for m in models.values() for parent in m.parents}
+    named = models | job.plan.datasets
+    parents = {parent.name: asdict(parent) for m in named.values() for parent in m.parents}
     document: Document = {
         "version": 1,
         "kind": made.kind or kind,
@@ -50,8 +51,7 @@ def describe(job: Job[Any], kind: str, made: Made, seconds: float) -> Manifest:
         "asked": asdict(job.plan.asked),
         "parents": list(parents.values()),
         "models": {
-            field: {"reference": model.reference} | model.identity
-            for field, model in models.items()
+            field: {"reference": model.reference} | model.identity for field, model in named.items()
         },
         "seed": job.recipe.seed,
         "llmpipe": __version__,
@@ -62,7 +62,7 @@ def describe(job: Job[Any], kind: str, made: Made, seconds: float) -> Manifest:
         "seconds": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    if trained_on := _trained_on(models.get("model")):
+    if document["kind"] != "dataset" and (trained_on := _trained_on(models.get("model"))):
         document["base"] = {
             "kind": trained_on.kind,
             "reference": trained_on.reference,

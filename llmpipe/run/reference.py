@@ -220,7 +220,7 @@ def parents_of(recipe: Recipe, run: Path) -> list[Artifact]:
     """The artifacts that a recipe names and the bases of those that are adapters, each once; of a
     chain without end, which `resolve` refuses, the beginning."""
     parents: dict[Path, Artifact] = {}
-    for reference in recipe.references().values():
+    for reference in (*recipe.references().values(), *recipe.datasets().values()):
         artifact = _named(reference, run)
         for _ in range(LONGEST_CHAIN):
             if artifact is None or artifact.path.resolve() in parents:

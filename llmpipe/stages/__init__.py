@@ -27,6 +27,7 @@ STAGES = {
     "grpo": "group relative policy optimization: ppo without a critic",
     "dpo": "direct preference optimization: answer as people prefer",
     "kto": "Kahneman-Tversky optimization: answer as people judged good",
+    "sample": "sampling: answers of a model, scored, as rows to learn from",
     "eval": "evaluation: measure models on the same items, with intervals",
 }
 

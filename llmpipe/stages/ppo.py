@@ -18,7 +18,7 @@ from llmpipe.errors import Mistake, UserError
 from llmpipe.files import expanded
 from llmpipe.recipe.functions import check_function
 from llmpipe.recipe.ppo import PPORecipe
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.recipe.rewards import Reward
 from llmpipe.scores import confined
 from llmpipe.scores.environments import PACKAGE
@@ -44,7 +44,7 @@ class Schema(PPORecipe):
     """Proximal policy optimization."""
 
 
-def foresee(recipe: RLRecipe, outlook: Outlook) -> Iterator[Mistake]:
+def foresee(recipe: Scored, outlook: Outlook) -> Iterator[Mistake]:
     """What is wrong with what scores answers, as far as files tell."""
     for i, source in enumerate(recipe.reward):
         for field, check in _checks(source, recipe.seed, outlook):
@@ -82,7 +82,7 @@ def _check_file(source: Reward, field: str, path: str) -> None:
         schema_check(expanded(path))
 
 
-def shapes(recipe: RLRecipe) -> dict[str, tuple[type, ...]]:
+def shapes(recipe: Scored) -> dict[str, tuple[type, ...]]:
     from llmpipe.data.kinds.prompts import PROMPTS
     from llmpipe.data.kinds.rows import ROWS
 
@@ -93,11 +93,22 @@ def shapes(recipe: RLRecipe) -> dict[str, tuple[type, ...]]:
 
 
 def prepare(job: Job[RLRecipe]) -> PreparedRows:
-    """Prompts -> tokens."""
-    from llmpipe.data.kinds.prompts import Needs, compared
+    """Prompts -> tokens, and rows that are mixed in."""
     from llmpipe.data.kinds.rows import ROWS
+    from llmpipe.run.handoff import tokenized
+
+    prepared = prompts(job)
+    if job.recipe.mixture:
+        mixed = tokenized(job, job.recipe.mixture.data(job.recipe.data), ROWS)
+        prepared = prepared.model_copy(update={"mixture": mixed})
+    return prepared
+
+
+def prompts(job: Job[Scored]) -> PreparedRows:
+    """Prompts -> tokens, with what the recipe's rewards read of their rows."""
+    from llmpipe.data.kinds.prompts import Needs, compared
     from llmpipe.run.context import of_folder, refuse_rollouts
-    from llmpipe.run.handoff import tokenized, tokens
+    from llmpipe.run.handoff import tokens
 
     recipe = job.recipe
     comparisons = [
@@ -109,13 +120,10 @@ def prepare(job: Job[RLRecipe]) -> PreparedRows:
     prepared = tokens(job, kind, _asked(job) if recipe.asks else None)
     if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there
         refuse_rollouts(context.tokens, prepared.lengths.max, recipe.rollout.max_new_tokens)
-    if recipe.mixture:
-        mixed = tokenized(job, recipe.mixture.data(recipe.data), ROWS)
-        prepared = prepared.model_copy(update={"mixture": mixed})
     return prepared
 
 
-def _asked(job: Job[RLRecipe]) -> Asked:
+def _asked(job: Job[Scored]) -> Asked:
     """The questions of the recipe's environment."""
     from llmpipe.data.asked import as_source
     from llmpipe.data.template import template_source

@@ -205,7 +205,7 @@ MISTAKES = {
     "rows of an artifact": Mistake(
         DPO,
         {f"path: {TINY}/pairs.jsonl": "path: artifact:sft"},
-        "rows are read from files and from the Hub",
+        "artifact:sft: stage 1 makes a model of it; this stage takes dataset",
     ),
     "a data set of the Hub, offline": Mistake(
         DPO, {f"path: {TINY}/pairs.jsonl": "path: nobody/nothing"}, "HF_HUB_OFFLINE is set"

@@ -79,11 +79,6 @@ def test_what_is_neither_says_what_to_write(folder, text):
     assert NEITHER[text] in refused.value.hint
 
 
-def test_rows_are_of_no_artifact(folder):
-    with pytest.raises(UserError, match=r"not from an artifact\n.*runs/RUN/sft/FILE"):
-        is_here("artifact:sft", "data set")
-
-
 @given(st.text("ab1/-_.é @", max_size=12) | st.from_regex(r"[\w./-]{0,100}", fullmatch=True))
 def test_ids_are_what_the_hub_takes(text):
     """Whatever passes here does not fail there, in a traceback."""

@@ -17,7 +17,7 @@ from llmpipe.evaluation.candidate import Candidate
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.recipe.reinforcement import RLRecipe
+from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.shared_reward import SharedRanker, shared_ranker
@@ -25,10 +25,11 @@ from llmpipe.rl.sources.source import Row, Score, shortened
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.context import tokens_of
 from llmpipe.run.job import Job
+from llmpipe.run.machine import full_pass
 
 
 def of_model(
-    job: Job[RLRecipe], i: int, name: str, hardware: Hardware, actors: Actors
+    job: Job[Scored], i: int, name: str, hardware: Hardware, actors: Actors
 ) -> tuple[Score, Any]:
     """The reward model that the recipe has as its source `i`, and what its weights lie in."""
     at = f"reward.{i}.model"
@@ -45,8 +46,7 @@ def of_model(
             )
             raise UserError(problem, "merge it (adapter.merge: true) and take NAME-merged")
         model = load_any(folder, base, tokenizer, bf16=hardware.bf16, spread=hardware.spread)
-    # a GPU is filled by tokens, those of like length together
-    full = PassSize.of(job.recipe.launch, hardware).tokens if hardware.device == "cuda" else None
+    full = _full_pass(job.recipe, hardware)
     ranker = Candidate(
         label=name,
         folder=folder,
@@ -54,7 +54,7 @@ def of_model(
         tokenizer=tokenizer,
         ranks=True,
         kwargs=template_kwargs(folder),
-        batch_size=hardware.micro_batch_size if full is None else job.recipe.optim.batch_size,
+        batch_size=_most(job.recipe, hardware, full),
         say=job.say,
     )
     longest = tokens_of(model.config.to_dict()) or math.inf
@@ -72,6 +72,22 @@ def of_model(
             return ranker.rewards(texts, full)
 
     return scores, model.actors.causal if isinstance(model, SharedRanker) else model
+
+
+def _full_pass(recipe: Scored, hardware: Hardware) -> int | None:
+    """Tokens that a GPU is filled by, those of like length together; None on a CPU."""
+    if hardware.device != "cuda":
+        return None
+    if isinstance(recipe, RLRecipe):
+        return PassSize.of(recipe.launch, hardware).tokens
+    return full_pass(on_gpu=True)
+
+
+def _most(recipe: Scored, hardware: Hardware, full: int | None) -> int:
+    """Texts that are read at once at most."""
+    if full is None or not isinstance(recipe, RLRecipe):
+        return hardware.micro_batch_size
+    return recipe.optim.batch_size
 
 
 def _as_read(ranker: Candidate, row: Row, response: str) -> list[int]:
