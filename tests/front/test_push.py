@@ -19,7 +19,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-from llmpipe.files import table, write_json
+from llmpipe.files import digest, table, write_json
 from llmpipe.front.push import hub as sending
 from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.sums import fingerprint
@@ -172,7 +172,7 @@ def test_the_numbers_are_the_evaluations(hub, run, llmpipe):
     assert "| **sft** | 0.4167 | 0.1933 to 0.6805 | 12 |" in text
     assert "| base | 0 | 0 to 0.2425 | 12 |" in text
     assert "| sft − base | +0.4167 | +0.1377 to +0.6956 | 12 | better |" in text
-    assert "11 of 12 items of generate" in text  # that it was trained on
+    assert "Asked in training, too, were 11 of 12 items of `generate`." in text
 
 
 def test_an_evaluation_of_what_it_was_before_is_left_out(hub, run, llmpipe):
@@ -201,6 +201,26 @@ def test_the_card_reads_the_same_tomorrow_and_whatever_files_are_called(run, llm
     (row,) = re.findall(r"^\| ``\./a.*$", text, re.M)
     assert len(re.findall(r"(?<!\\)\|", row)) == 8 and "a\\|b`c <b>ü 数据*.jsonl``" in row
     ModelCard(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{{ raise_exception('a system prompt, please') }}",
+            "refuses a question that stands alone",
+        ),
+        ("", "It has none: it goes on with a text."),
+    ],
+)
+def test_a_template_that_writes_no_question(run, llmpipe, template, said):
+    sft = Artifact(run / "sft")
+    (sft.model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    reseal(sft)
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert said in text and ("apply_chat_template" in text) == bool(template)
 
 
 def test_the_example_on_the_card_runs(run, llmpipe, capsys):
@@ -629,3 +649,64 @@ def test_the_stand_in_takes_no_other_bytes(hub, run, llmpipe):
     put = huggingface_hub.get_session().put
     assert put(f"{hub.url}/storage/{'0' * 64}", content=b"other").status_code == 400
     assert put(f"{hub.url}/api/models/{MODEL}/settings", json={}).status_code == 401
+
+
+# --- from strangers -------------------------------------------------------------------------------
+
+
+NO_NAME = {"reference": "artifact:x", "artifact": "../x", "fingerprint": "0"}
+NO_BASE = {"kind": "hub", "reference": "a b; rm", "identity": {"revision": "a" * 40}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {"model": {"reference": "artifact:x", "artifact": 7}}}, "models: artifact"),
+        ({"models": {"model": NO_NAME}}, "was made from ../x"),
+        ({"data": {"sources": [{"path": 1}]}}, "data.sources[0].path"),
+        ({"base": NO_BASE}, "a b; rm is none of the Hub's"),
+    ],
+)
+def test_what_a_forged_manifest_says_is_held_against_its_type(run, llmpipe, changes, said):
+    adapter = make_adapter(run, "lora", {"kind": "gguf", "reference": "x.gguf", "identity": {}}, "")
+    document = json.loads((adapter.path / "manifest.json").read_text(encoding="utf-8"))
+    if "data" in changes:
+        changes = {"data": document["data"] | changes["data"]}
+        changes["base"] = {"kind": "hub", "reference": "a/b", "identity": {"revision": "a" * 40}}
+    reseal(adapter, **changes)
+    code, _, err = llmpipe("push", adapter.path, MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 3 and said in err and "Traceback" not in err, err
+
+
+def test_a_ring_of_parents_is_refused(run, llmpipe):
+    """By a checkpoint, whose sums a forger can write first."""
+    sft = Artifact(run / "sft")
+    step = sft.checkpoints / "step-12"
+    step.mkdir(parents=True)
+    sums = {"step": 12, "identity": "0" * 64, "machine": {}, "exact": True, "legs": [], "files": {}}
+    write_json(step / "sums.json", sums | {"fingerprint": fingerprint(sums)})
+    model = {"reference": "artifact:sft@12", "artifact": "sft", "checkpoint": 12}
+    model["fingerprint"] = digest({})
+    reseal(sft, models={"model": model})
+    code, _, err = llmpipe("push", sft.path, MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 3 and "was made from itself" in err, err
+
+
+def test_no_torch_to_push(run):
+    """Nor any other library that takes seconds, with a card made and a folder written."""
+    probe = (
+        "import sys; from llmpipe.front.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code or 0\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets'}\n"
+        "print(code, sorted(heavy & set(sys.modules)))\n"
+    )
+    arguments = ["push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown"]
+    given = os.environ | {"PYTHONPATH": str(life.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *map(str, arguments)],
+        env=given,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr

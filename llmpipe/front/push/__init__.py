@@ -7,8 +7,9 @@
     measured.py   the evaluations of its run that scored it
     licences.py   under which licence base, rows and model are: recorded, or asked for
     adapter.py    an adapter's base, where others find it
-    card.py       the card: records in, Markdown out; card.md.jinja is its text, conversation.py
-                  how the template writes a question, markdown.py texts that may hold anything
+    template.py   how the chat template writes a question
+    card.py       the card: records in, Markdown out; card.md.jinja is its text, and markdown.py
+                  shows texts that may hold anything
     contents.py   the files of the repository, each with its sum; a dry run writes them
     hub.py        the repository: what is there, what is sent, one commit at the end
     refusals.py   what the Hub answers where it refuses, in a line with a remedy

@@ -14,13 +14,17 @@ from typing import Any
 
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import INTEGRITY, LATER, Say, UserError
-from llmpipe.files import sha256_file
+from llmpipe.files import read_json, sha256_file
 from llmpipe.front.push.ancestry import Ancestor, parent_of, place_of
 from llmpipe.front.push.card import AdapterFacts, OnHub
 from llmpipe.front.push.contents import MODEL, RepoFile
+from llmpipe.front.push.hub import in_our_words
 from llmpipe.front.push.named import check_repo
 from llmpipe.front.push.refusals import GO_ON, asking
+from llmpipe.recipe.places import is_hub_id
+from llmpipe.run.artifact import MANIFEST
 from llmpipe.run.manifest import Base
+from llmpipe.typed import record
 
 CONFIG = "adapter_config.json"
 
@@ -46,41 +50,73 @@ def adapted(one: Ancestor, files: list[RepoFile], base: str | None, say: Say) ->
         if base:
             raise UserError("--base: is of an adapter, and this is none", "leave it out")
         return None
-    config = json.loads(named[CONFIG].read())
+    document, config = _read(one)
     on_hub = _base_on_hub(one, base)
-    before = config.get("base_model_name_or_path"), config.get("revision")
     rewritten = ""
-    if before != (on_hub.name, on_hub.revision):
-        rewritten = str(before[0])
-        config |= {"base_model_name_or_path": on_hub.name, "revision": on_hub.revision}
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if (config.base_model_name_or_path, config.revision) != (on_hub.name, on_hub.revision):
+        rewritten = config.base_model_name_or_path or "nothing"
+        renamed = {"base_model_name_or_path": on_hub.name, "revision": on_hub.revision}
+        text = json.dumps(document | renamed, indent=2, ensure_ascii=False) + "\n"
         named[CONFIG] = RepoFile.of_text(CONFIG, text)
         say(f"{CONFIG}: the base {rewritten} is called {on_hub.name} at {on_hub.revision[:12]}")
-    facts = AdapterFacts(on_hub, int(config.get("r") or 0), _not_in_vllm(config), rewritten)
+    facts = AdapterFacts(on_hub, config.r, _not_in_vllm(config), rewritten)
     return Adapted(list(named.values()), facts)
 
 
-def _not_in_vllm(config: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class _Config:
+    """What is read of adapter_config.json."""
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = 0
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+
+
+def _read(one: Ancestor) -> tuple[dict[str, Any], _Config]:
+    """adapter_config.json of an adapter, whole and in part. Raises UserError (3)."""
+    path = one.artifact.model / CONFIG
+    document = read_json(path)
+    try:
+        return dict(document or {}), record(_Config, document)
+    except ValueError as error:
+        problem = f"{path}: {error}"
+        raise UserError(problem, "make the artifact again", INTEGRITY) from None
+
+
+def _not_in_vllm(config: _Config) -> str:
     """What of an adapter vLLM refuses (`vllm.lora.peft_helper`)."""
-    if config.get("use_dora"):
+    if config.use_dora:
         return "it is a DoRA adapter"
-    if config.get("modules_to_save"):
+    if config.modules_to_save:
         return "it holds whole modules beside the adapter's"
     return ""
 
 
 def _base_on_hub(one: Ancestor, named: str | None) -> OnHub:
     base = one.manifest.base
-    assert base is not None, "an adapter without a base is refused when it is verified"
+    if base is None:
+        problem = f"{one.artifact.path}: its manifest names no base, and model/ holds an adapter"
+        raise UserError(problem, "make the artifact again", INTEGRITY)
     revision = base.identity.get("revision")
     if base.kind == "hub" and revision:
         if named:
             raise UserError(f"--base: its base is {base.reference} of the Hub", "leave it out")
-        return OnHub(base.reference.partition("@")[0], revision)
+        return OnHub(_hub_name(one, base.reference), revision)
     if named is None:
         raise _not_to_be_found(one, base)
     check_repo("--base", named)
     return _verified(one, base, named)
+
+
+def _hub_name(one: Ancestor, reference: str) -> str:
+    """A reference less its revision, once it is one that may stand in a command."""
+    name = reference.partition("@")[0]
+    if not is_hub_id(name):
+        problem = f"{one.artifact.path / MANIFEST}: base: {reference} is none of the Hub's"
+        raise UserError(problem, "make the artifact again", INTEGRITY)
+    return name
 
 
 def _not_to_be_found(one: Ancestor, base: Base) -> UserError:
@@ -111,7 +147,7 @@ def _verified(one: Ancestor, base: Base, name: str) -> OnHub:
     from huggingface_hub import RepoFile as RemoteFile
 
     api = HfApi()
-    with asking(name, get_token() or ""):
+    with asking(name, get_token() or ""), in_our_words():
         commit = str(api.model_info(name).sha)
         listed = api.list_repo_tree(name, revision=commit)
         there = {

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, expanded, sha256_file, table
-from llmpipe.recipe.names import ARTIFACT
+from llmpipe.recipe.names import ARTIFACT, is_name
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import MANIFEST, Artifact
 from llmpipe.run.manifest import Base, Document, Identity, Manifest
 from llmpipe.run.reference import ways_to
+from llmpipe.typed import record
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,20 @@ def _gather(one: Ancestor, gathered: Ancestry) -> None:
         links.append(Link(at, f"{parent.name}{step}", parent.manifest.fingerprint))
         if parent.manifest.fingerprint not in gathered.links:
             _gather(parent, gathered)
+        elif all(parent.manifest != known.manifest for known in gathered.made):
+            problem = f"{parent.artifact.path / MANIFEST}: was made from itself"
+            raise UserError(problem, "make the artifact again", INTEGRITY)
     gathered.made.append(one)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """How a manifest names an artifact that something was made with."""
+
+    reference: str
+    artifact: str
+    fingerprint: str
+    checkpoint: int | None = None
 
 
 def parent_of(child: Ancestor, model: Document) -> Ancestor:
@@ -143,18 +156,21 @@ def parent_of(child: Ancestor, model: Document) -> Ancestor:
 
     `model`: reference and identity. Raises UserError (3) where it does not lie there.
     """
-    name = str(model["artifact"])
-    for folder in _places(child, name, str(model["reference"])):
+    try:
+        named = record(_Named, model)
+    except ValueError as error:
+        problem = f"{child.artifact.path / MANIFEST}: models: {error}"
+        raise UserError(problem, "make the artifact again", INTEGRITY) from None
+    for folder in _places(child, named):
         artifact = Artifact(folder)
         if not artifact.finished:
             continue
         manifest = artifact.manifest()
-        if _is_it(artifact, manifest, model):
+        if _is_it(artifact, manifest, named):
             return Ancestor(artifact, manifest)
-    wanted = str(model.get("fingerprint", ""))[:12]
     problem = (
-        f"{child.artifact.path}: was made from {name} ({wanted}), and no {MANIFEST} of it is in "
-        f"{child.artifact.run}"
+        f"{child.artifact.path}: was made from {named.artifact} ({named.fingerprint[:12]}), and no "
+        f"{MANIFEST} of it is in {child.artifact.run}"
     )
     hint = "a card says what went in: put its folder back, without the weights if you like"
     raise UserError(problem, hint, INTEGRITY)
@@ -171,21 +187,21 @@ def place_of(one: Ancestor, base: Base) -> Path | None:
     return None
 
 
-def _is_it(artifact: Artifact, manifest: Manifest, model: dict[str, Any]) -> bool:
-    if "checkpoint" not in model:
-        return manifest.fingerprint == model.get("fingerprint")
-    folder = checkpoints.folder(artifact.checkpoints, int(model["checkpoint"]))
-    sums = checkpoints.Sums.read(folder)
-    return sums is not None and digest(sums.files) == model.get("fingerprint")
+def _is_it(artifact: Artifact, manifest: Manifest, named: _Named) -> bool:
+    if named.checkpoint is None:
+        return manifest.fingerprint == named.fingerprint
+    sums = checkpoints.Sums.read(checkpoints.folder(artifact.checkpoints, named.checkpoint))
+    return sums is not None and digest(sums.files) == named.fingerprint
 
 
-def _places(child: Ancestor, name: str, reference: str) -> Iterator[Path]:
+def _places(child: Ancestor, named: _Named) -> Iterator[Path]:
     """Where a parent may lie: in the run, moved aside there, where it was named."""
     run = child.artifact.run
-    yield run / name
-    yield from sorted(run.glob(f"{name}.old-*"))
-    if not reference.startswith(ARTIFACT):
-        yield expanded(reference)
+    if is_name(named.artifact):
+        yield run / named.artifact
+        yield from sorted(run.glob(f"{named.artifact}.old-*"))
+    if not named.reference.startswith(ARTIFACT):
+        yield expanded(named.reference)
     base = child.manifest.base
     if base and base.folder:
         yield (child.artifact.path / base.folder).resolve().parent

@@ -66,6 +66,14 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True)
+class TemplateFacts:
+    """A chat template."""
+
+    example: str | None
+    """How it writes a question; None where it refuses one that stands alone."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that a card says."""
 
@@ -77,8 +85,7 @@ class Facts:
     files: Table
     """Of the model, by their names in the repository."""
     adapter: AdapterFacts | None = None
-    conversation: str | None = None
-    """How the template writes a question; None where there is no template."""
+    template: TemplateFacts | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -123,7 +130,7 @@ def card(facts: Facts) -> str:
         outside=[_outside(one) for one in facts.ancestry.outside],
         rows=_rows_table(facts.rows, facts.licences.rows),
         rows_files=_files_of_rows(facts.rows),
-        evaluations=[_evaluation(one) for one in facts.measured],
+        evaluations=[_evaluation(one, facts.ancestry) for one in facts.measured],
         time=_time(facts.ancestry.made),
         seconds=number(round(sum(one.manifest.seconds for one in facts.ancestry.made))),
         files=_files(facts.files),
@@ -139,8 +146,8 @@ def question(ancestry: Ancestry) -> str:
     """What an example asks: the first prompt of the recipes that is short."""
     for one in reversed(ancestry.made):
         samples = one.manifest.asked.recipe.get("samples")
-        prompts = samples.get("prompts", []) if isinstance(samples, dict) else []
-        for prompt in prompts:
+        prompts = samples.get("prompts") if isinstance(samples, dict) else None
+        for prompt in prompts if isinstance(prompts, list) else ():
             if isinstance(prompt, str) and prompt.isprintable() and len(prompt) <= LONGEST_QUESTION:
                 return prompt
     return QUESTION
@@ -200,15 +207,21 @@ def _eval_results(facts: Facts) -> Iterator[EvalResult]:
                     metric_type=metric,
                     metric_name=measure(metric).title,
                     metric_value=cell.value,
-                    metric_args=_bounds(cell, task),
+                    metric_args=_bounds(cell, _seen(task, facts.ancestry)),
                     **_dataset(one, name),
                 )
 
 
-def _bounds(cell: Cell, task: TaskResults) -> dict[str, Any]:
+def _seen(task: TaskResults, ancestry: Ancestry) -> int:
+    """How many items were asked in training of the artifact, or of what it was made from."""
+    names = {one.name for one in ancestry.made}
+    overlap = task.overlap or {}
+    return max((count for name, count in overlap.items() if name in names), default=0)
+
+
+def _bounds(cell: Cell, seen: int) -> dict[str, Any]:
     """The interval, the items, and how many of these were asked in training."""
     interval = {"low": cell.low, "high": cell.high} if cell.has_interval else {}
-    seen = max((task.overlap or {}).values(), default=0)
     return interval | {"n": cell.n} | ({"asked_in_training": seen} if seen else {})
 
 
@@ -344,15 +357,18 @@ class EvaluationText:
     differences: str
 
 
-def _evaluation(one: Measured) -> EvaluationText:
+def _evaluation(one: Measured, ancestry: Ancestry) -> EvaluationText:
     notes = [_measured_with(one)]
     if one.as_adapter:
         notes.append(f"Measured as the adapter {code(one.as_adapter)}, before it was merged.")
-    if one.seen:
-        notes.append(f"Items that it was trained on: {plain(one.seen)}.")
+    for name, task in one.results.tasks.items():
+        if seen := _seen(task, ancestry):
+            asked = f"{seen:,} of {task.n or 0:,} items of {code(name)}"
+            notes.append(f"Asked in training, too, were {asked}.")
     if next(reversed(one.results.models)) == one.label:
-        failed = [plain(gate.text) for gate in one.gates if gate.failed]
-        notes += [f"The recipe's gate does not hold: {text}." for text in failed]
+        verdicts = {True: "does not hold", False: "holds"}
+        gates = [(plain(gate.text), verdicts[gate.failed]) for gate in one.gates]
+        notes += [f"A gate of the recipe {verdict}: {text}." for text, verdict in gates]
     headings = ["task", "metric", "model", "value", "95 % interval", "items"]
     numbers = [row for name, task in one.results.tasks.items() for row in _numbers(name, task, one)]
     differences = [

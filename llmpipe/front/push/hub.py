@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub import RepoFile as RemoteFile
 
-LOADED = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+LOADED = (
+    *("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*config.json"),
+    *("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*"),
+)
 """What loaders look for: such a file of another model would be taken for one of this."""
 
 
@@ -135,8 +138,7 @@ def upload(api: HfApi, repo: str, files: list[RepoFile]) -> list[Any]:
         addition = CommitOperationAdd(file.path, source)
         addition.upload_info.sha256 = bytes.fromhex(file.entry.sha256)
         additions.append(addition)
-    with _in_our_words():
-        api.preupload_lfs_files(repo, additions, free_memory=False)
+    api.preupload_lfs_files(repo, additions, free_memory=False)
     return additions
 
 
@@ -150,15 +152,12 @@ def commit(
     from huggingface_hub import CommitOperationDelete
 
     operations = [*additions, *(CommitOperationDelete(name) for name in removed)]
-    with _in_our_words():
-        made = api.create_commit(
-            repo, operations, commit_message=message, parent_commit=remote.head
-        )
+    made = api.create_commit(repo, operations, commit_message=message, parent_commit=remote.head)
     return str(made.oid)
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def in_our_words() -> Iterator[None]:
     """Have huggingface_hub show its bars on a terminal alone, and its warnings without addresses,
     which may be signed."""
     from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS

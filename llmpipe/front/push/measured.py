@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from llmpipe.errors import Say
+from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.recipe.sections import is_local
 from llmpipe.report.evaluation import GateLine, evaluated
 from llmpipe.report.parts import read
-from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.run.artifact import MANIFEST, Artifact, artifacts
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.results import Results
+from llmpipe.typed import record
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Measured:
     rows: dict[str, list[TaskRows]]
     """By task, where llmpipe read them."""
     gates: tuple[GateLine, ...]
-    seen: str
-    """Items that were trained on, in words."""
+    """On the last model of the evaluation."""
 
     @property
     def name(self) -> str:
@@ -62,21 +61,20 @@ def measured(artifact: Artifact, manifest: Manifest, adapter: str, say: Say) -> 
     for other in artifacts(artifact.run):
         if not other.finished:
             continue
-        about = other.document()
-        if about.get("kind") != "evaluation":
+        if other.document().get("kind") != "evaluation":
             continue
-        record = other.manifest()
-        labels = dict(_labels(record, manifest, adapter))
+        about = other.manifest()
+        labels = dict(_labels(about, manifest, adapter))
         if labels:
-            evaluations += [_of(other, record, *one) for one in labels.items()]
-        elif _names_it(record, manifest):
+            evaluations += [_of(other, about, *one) for one in labels.items()]
+        elif _names_it(about, manifest):
             say(f"{other.path}: measured {manifest.name} as it was before; not on the card")
     return evaluations
 
 
-def _labels(record: Manifest, manifest: Manifest, adapter: str) -> Iterator[tuple[str, str]]:
+def _labels(about: Manifest, manifest: Manifest, adapter: str) -> Iterator[tuple[str, str]]:
     """What an evaluation calls the artifact, and the adapter by whose name it was measured."""
-    for at, model in record.models.items():
+    for at, model in about.models.items():
         label = at.partition(".")[2]
         if model.get("fingerprint") == manifest.fingerprint:
             yield label, ""
@@ -84,38 +82,59 @@ def _labels(record: Manifest, manifest: Manifest, adapter: str) -> Iterator[tupl
             yield label, str(model["artifact"])
 
 
-def _names_it(record: Manifest, manifest: Manifest) -> bool:
+def _names_it(about: Manifest, manifest: Manifest) -> bool:
     return any(
         model.get("artifact") == manifest.name and "checkpoint" not in model
-        for model in record.models.values()
+        for model in about.models.values()
     )
 
 
-def _of(artifact: Artifact, record: Manifest, label: str, as_adapter: str) -> Measured:
+def _of(artifact: Artifact, about: Manifest, label: str, as_adapter: str) -> Measured:
     path = artifact.published("results.json")
     assert path is not None, "an evaluation publishes its results"
     results = Results.from_file(path)
-    page = evaluated(read(artifact))
     return Measured(
         artifact=artifact,
-        manifest=record,
+        manifest=about,
         results=results,
         label=label,
         as_adapter=as_adapter,
-        rows=_rows(record, results),
-        gates=page.gates,
-        seen=page.seen,
+        rows=_rows(artifact, about, results),
+        gates=evaluated(read(artifact)).gates,
     )
 
 
-def _rows(record: Manifest, results: Results) -> dict[str, list[TaskRows]]:
+@dataclass(frozen=True)
+class _Source:
+    """What is read of a task's rows in a recipe."""
+
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    data: list[_Source] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What is read of the recipe of an evaluation."""
+
+    tasks: list[_Task]
+
+
+def _rows(artifact: Artifact, about: Manifest, results: Results) -> dict[str, list[TaskRows]]:
     """What each task read; the recipe has tasks in the order of the results."""
-    tasks: list[dict[str, Any]] = record.asked.recipe.get("tasks", [])
+    try:
+        tasks = record(_Recipe, about.asked.recipe).tasks
+    except ValueError as error:
+        problem = f"{artifact.path / MANIFEST}: asked.recipe.{error}"
+        raise UserError(problem, "measure again with --fresh", INTEGRITY) from None
     rows: dict[str, list[TaskRows]] = {}
     for i, (name, task) in enumerate(zip(results.tasks, tasks, strict=False)):
-        for j, source in enumerate(task.get("data") or []):
-            path, revision = str(source["path"]), source.get("revision")
-            commit = record.asked.content.get(f"{path}@{revision or ''}")
-            files = record.asked.files(f"tasks.{i}.data.{j}")
-            rows.setdefault(name, []).append(TaskRows(path, commit, files))
+        for j, source in enumerate(task.data):
+            commit = about.asked.content.get(f"{source.path}@{source.revision or ''}")
+            files = about.asked.files(f"tasks.{i}.data.{j}")
+            rows.setdefault(name, []).append(TaskRows(source.path, commit, files))
     return rows

@@ -34,12 +34,12 @@ from llmpipe.front.push.contents import (
     table_of,
     write,
 )
-from llmpipe.front.push.conversation import conversation
 from llmpipe.front.push.licences import Said, licences
 from llmpipe.front.push.measured import Measured, measured
 from llmpipe.front.push.named import artifact_named, check_repo
 from llmpipe.front.push.refusals import asking
 from llmpipe.front.push.rows import rows_of
+from llmpipe.front.push.template import template_of
 from llmpipe.report.text import counted
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.manifest import Manifest
@@ -78,7 +78,7 @@ def push(asked: Asked, say: Say) -> None:
     token = hub.token_of(asked.repo)
     message = f"Push {manifest.name} ({manifest.fingerprint[:12]}) with llmpipe"
     unchanged = partial(refuse_changed, artifact, before)
-    with asking(asked.repo, token):
+    with asking(asked.repo, token), hub.in_our_words():
         send(Push(asked.repo, asked.public, files, message, unchanged), token, say)
 
 
@@ -102,7 +102,7 @@ def contents(asked: Asked, artifact: Artifact, manifest: Manifest, say: Say) -> 
         licences=allowed,
         files=table_of(adapter.files if adapter else model),
         adapter=adapter.facts if adapter else None,
-        conversation=conversation(artifact.model, manifest, question(lineage)),
+        template=template_of(artifact.model, manifest, question(lineage)),
     )
     _say_licences(facts, say)
     text = RepoFile.of_text(CARD, card(facts))

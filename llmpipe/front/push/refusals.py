@@ -22,6 +22,9 @@ LONGEST = 300
 """Characters of an answer that are repeated."""
 
 
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+
+
 @contextmanager
 def asking(repo: str, token: str) -> Iterator[None]:
     """What the Hub refuses here, and a network that fails, is said in a line that holds no token.
@@ -49,6 +52,8 @@ def _refusal(error: Exception, repo: str, token: str) -> UserError | None:
         headers, status = answered.response.headers, answered.response.status_code
         said = _without(token, answered.server_message or "")
         return _of_status(status, repo, said, headers.get("Retry-After"))
+    if status := next(filter(None, map(_status_of_xet, causes)), None):
+        return _of_status(status, repo, "", None)
     if any(_is_of_network(cause) for cause in causes):
         why = _without(token, first_line(causes[-1]))
         return UserError(f"push: the Hub cannot be reached: {why}", GO_ON, LATER)
@@ -87,6 +92,12 @@ def _of_status(status: int, repo: str, said: str, retry_after: str | None) -> Us
         problem = f"push: the Hub fails at this moment (HTTP {status}){words}"
         return UserError(problem, f"see https://status.huggingface.co; {GO_ON}", LATER)
     return UserError(f"push: {repo}: the Hub does not take it (HTTP {status}){words}")
+
+
+def _status_of_xet(error: BaseException) -> int | None:
+    """What hf_xet, which knows no responses, writes of one in the text of an error."""
+    match = _XET_STATUS.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _is_of_network(error: BaseException) -> bool:
