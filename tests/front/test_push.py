@@ -418,6 +418,29 @@ def test_a_parent_that_is_not_there_is_missed(hub, run, llmpipe):
     assert code == 3 and f"was made from sft ({parent.fingerprint[:12]})" in err
 
 
+def test_rows_that_the_run_has_made_need_no_licence(run, llmpipe):
+    """They are known by their sum, and what they were made from is asked for as everything is."""
+    sample, dpo = Artifact(run / "sample"), Artifact(run / "dpo")
+    shutil.copytree(run / "sft", sample.path)
+    (sample.path / "rows.jsonl").write_text('{"prompt": "?"}\n', encoding="utf-8")
+    fingerprint_of_rows = reseal(sample, name="sample", kind="dataset", stage="sample")
+    shutil.copytree(run / "sft", dpo.path)
+    rows = {"reference": "artifact:sample", "artifact": "sample"}
+    models = {"data.train.0.path": rows | {"fingerprint": fingerprint_of_rows}}
+    data = json.loads((dpo.path / "manifest.json").read_text(encoding="utf-8"))["data"]
+    sums = sample.manifest().files["rows.jsonl"]
+    files = [{"name": "rows.jsonl", "sha256": sums.sha256, "rows": 1}]
+    data["sources"][0] |= {"path": "rows.jsonl", "files": files}
+    reseal(dpo, name="dpo", stage="dpo", models=models, data=data)
+    code, _, err = llmpipe("push", dpo.path, MODEL, "--license", "mit", "--dry-run", "shown")
+    assert code == 2 and "of the rows ./recipes/tiny/rows.jsonl, so" in err
+    code, _, err = llmpipe("push", dpo.path, MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert "| `artifact:sample` | `dpo` | 72 | 72 | 0 | 0 | made by `sample` from" in text
+    assert "| `dpo` | `dpo` | `sample` (data) |" in text
+
+
 # --- licences -------------------------------------------------------------------------------------
 
 

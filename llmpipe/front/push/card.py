@@ -311,14 +311,15 @@ def _outside(one: Outside) -> str:
 
 def _rows_table(rows: list[Rows], licences: dict[str, Licence]) -> str:
     headings = ["rows", "used by", "read", "kept", "rejected", "truncated", "licence"]
-    cells = [_rows_cells(one, licences[one.path]) for one in rows]
+    cells = [_rows_cells(one, licences.get(one.path)) for one in rows]
     return table(headings, cells, frozenset({2, 3, 4, 5})) if cells else ""
 
 
-def _rows_cells(one: Rows, licence: Licence) -> list[str]:
+def _rows_cells(one: Rows, licence: Licence | None) -> list[str]:
     source = one.source
     counts = [source.read, source.kept, one.rejected, source.truncated]
-    return [code(one.path), code(one.used_by), *map(number, counts), _licence(licence)]
+    by = _licence(licence) if licence else f"made by {code(one.made_by)} from the rows above"
+    return [code(one.path), code(one.used_by), *map(number, counts), by]
 
 
 def _licence(licence: Licence) -> str:

@@ -99,6 +99,7 @@ def licences(ancestry: Ancestry, rows: list[Rows], said: Said) -> Licences:
 
     Raises UserError (2) asking for every one that is neither recorded nor said.
     """
+    rows = [one for one in rows if not one.made_by]  # what a model of the lineage wrote has none
     sources = list(dict.fromkeys(one.path for one in rows))
     _check_sources(said, sources)
     base = ancestry.base

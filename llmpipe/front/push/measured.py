@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import is_local
 from llmpipe.report.evaluation import GateLine, evaluated
 from llmpipe.report.parts import read
@@ -27,7 +28,7 @@ class TaskRows:
 
     @property
     def is_of_hub(self) -> bool:
-        return not is_local(self.path)
+        return not is_local(self.path) and not self.path.startswith(ARTIFACT)
 
 
 @dataclass(frozen=True)

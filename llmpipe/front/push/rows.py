@@ -8,8 +8,10 @@ from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.front.push.ancestry import Ancestor, Ancestry
+from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import is_local
 from llmpipe.run.artifact import MANIFEST
+from llmpipe.run.datasets import DATASET
 from llmpipe.typed import record
 
 
@@ -40,10 +42,12 @@ class Rows:
 
     used_by: str
     source: Source
+    made_by: str
+    """The artifact of the lineage that has made the rows; empty of rows from elsewhere."""
 
     @property
     def path(self) -> str:
-        return self.source.path
+        return f"{ARTIFACT}{self.made_by}" if self.made_by else self.source.path
 
     @property
     def revision(self) -> str | None:
@@ -52,7 +56,7 @@ class Rows:
 
     @property
     def is_of_hub(self) -> bool:
-        return not is_local(self.path)
+        return not self.made_by and not is_local(self.path)
 
     @property
     def rejected(self) -> int:
@@ -64,7 +68,23 @@ def rows_of(ancestry: Ancestry) -> list[Rows]:
 
     Raises UserError (3) where a manifest has it in no form that is known.
     """
-    return [Rows(one.name, source) for one in ancestry.made for source in _sources(one)]
+    makers = {
+        entry.sha256: one.name
+        for one in ancestry.made
+        if one.manifest.kind == DATASET
+        for entry in one.manifest.files.values()
+    }
+    return [
+        Rows(one.name, source, _maker(source, makers))
+        for one in ancestry.made
+        for source in _sources(one)
+    ]
+
+
+def _maker(source: Source, makers: dict[str, str]) -> str:
+    """By whom rows were made, by their sums; a manifest has the name of their file alone."""
+    made_by = {makers.get(file.sha256, "") for file in source.files}
+    return made_by.pop() if len(made_by) == 1 else ""
 
 
 def _sources(one: Ancestor) -> Iterator[Source]:
