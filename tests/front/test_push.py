@@ -701,6 +701,13 @@ def test_what_a_forged_manifest_says_is_held_against_its_type(run, llmpipe, chan
     assert code == 3 and said in err and "Traceback" not in err, err
 
 
+def test_an_evaluation_without_results_is_no_evaluation(run, llmpipe):
+    (run / "eval" / "results.json").unlink()
+    reseal(Artifact(run / "eval"))
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 3 and "has no results of sft" in err
+
+
 def test_a_ring_of_parents_is_refused(run, llmpipe):
     """By a checkpoint, whose sums a forger can write first."""
     sft = Artifact(run / "sft")

@@ -104,7 +104,8 @@ def licences(ancestry: Ancestry, rows: list[Rows], said: Said) -> Licences:
     _check_sources(said, sources)
     base = ancestry.base
     of_base = _of_base(base) if base else None
-    of_rows = {one.path: licence for one in rows if (licence := _of_rows(one, said))}
+    each = {one.path: one for one in rows}.values()
+    of_rows = {one.path: licence for one in each if (licence := _of_rows(one, said))}
     lacking = [source for source in sources if source not in of_rows]
     of_model = of_base and replace(of_base, by=f"its base: {of_base.by}")
     if said.model:
@@ -162,8 +163,10 @@ def _of_base(base: Outside) -> Licence | None:
     if place is None:
         return None
     if place.is_file():
-        licence = check_gguf(place).metadata.get("general.license")
-        return _licence({"license": licence}, "the header of its GGUF file")
+        header = check_gguf(place).metadata
+        names = {"license": "", "license_name": ".name", "license_link": ".link"}
+        card = {name: header.get(f"general.license{end}") for name, end in names.items()}
+        return _licence(card, "the header of its GGUF file")
     return _licence(_card_in(place), "the card in its folder")
 
 

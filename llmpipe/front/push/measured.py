@@ -60,9 +60,7 @@ def measured(artifact: Artifact, manifest: Manifest, adapter: str, say: Say) -> 
     """
     evaluations = []
     for other in artifacts(artifact.run):
-        if not other.finished:
-            continue
-        if other.document().get("kind") != "evaluation":
+        if not other.finished or other.document().get("kind") != "evaluation":
             continue
         about = other.manifest()
         labels = dict(_labels(about, manifest, adapter))
@@ -76,7 +74,9 @@ def measured(artifact: Artifact, manifest: Manifest, adapter: str, say: Say) -> 
 def _labels(about: Manifest, manifest: Manifest, adapter: str) -> Iterator[tuple[str, str]]:
     """What an evaluation calls the artifact, and the adapter by whose name it was measured."""
     for at, model in about.models.items():
-        label = at.partition(".")[2]
+        role, _, label = at.partition(".")
+        if role != "models":
+            continue
         if model.get("fingerprint") == manifest.fingerprint:
             yield label, ""
         elif adapter and model.get("fingerprint") == adapter:
@@ -92,8 +92,10 @@ def _names_it(about: Manifest, manifest: Manifest) -> bool:
 
 def _of(artifact: Artifact, about: Manifest, label: str, as_adapter: str) -> Measured:
     path = artifact.published("results.json")
-    assert path is not None, "an evaluation publishes its results"
-    results = Results.from_file(path)
+    results = Results.from_file(path) if path else None
+    if results is None or label not in results.models:
+        problem = f"{artifact.path}: has no results of {label}, which it says that it measured"
+        raise UserError(problem, "measure again with --fresh", INTEGRITY)
     return Measured(
         artifact=artifact,
         manifest=about,
