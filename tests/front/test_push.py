@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -15,12 +16,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import gguf
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-from llmpipe.files import digest, table, write_json
+from llmpipe.errors import UserError
+from llmpipe.files import digest, sha256_file, table, write_json
 from llmpipe.front.push import hub as sending
+from llmpipe.front.push.refusals import asking
 from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.sums import fingerprint
 from tests import life, store
@@ -342,6 +346,41 @@ def test_a_killed_push_goes_on(hub, run, llmpipe, in_parts):
     assert len(hub.repos[MODEL].commits) == 2
 
 
+@pytest.mark.faults
+def test_killed_anywhere_it_goes_on(hub, run, llmpipe):
+    """Whenever it is killed, the repository has nothing of a model or all of it."""
+    hub.refuse = lambda request: time.sleep(0.1)
+    whole = time.monotonic()
+    shell(hub, run).communicate()
+    whole = time.monotonic() - whole
+    finished = hub.repos.pop(MODEL).files
+    dice = random.Random(7)
+    for _ in range(20 if life.FULL else 4):
+        hub.objects.clear()
+        process = shell(hub, run)
+        time.sleep(dice.uniform(0.3, 1) * whole)
+        process.kill()
+        process.communicate()
+        time.sleep(0.3)  # what the server was at
+        files = hub.repos[MODEL].files if MODEL in hub.repos else {}
+        assert len(files) <= 1 or files == finished
+        code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES)
+        assert code == 0, err
+        assert hub.repos.pop(MODEL).files == finished
+
+
+def test_two_at_a_time_make_no_mixture(hub, run, llmpipe):
+    def refuse(request):
+        if "preupload" in request.path and len(hub.repos[MODEL].commits) == 1:
+            hub.repos[MODEL].commits.append("Somebody else's")
+
+    hub.refuse = refuse
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES)
+    assert code == 75 and "somebody else writes there meanwhile (HTTP 412)" in err
+    assert llmpipe("push", run / "sft", MODEL, *LICENCES)[0] == 0
+    assert len(hub.repos[MODEL].commits) == 3
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -488,8 +527,50 @@ def test_what_the_hub_records_is_taken_over(hub, run, llmpipe):
     )
     assert (data.base_model, data.datasets) == ("org/base", ["org/rows"])
     assert b"cc-by-sa-4.0 (its card on the Hub)" in hub.repos[MODEL].files["README.md"]
-    code, out, _ = llmpipe("push", run / "sft", "me/other", "--license", "mit")
+    both = ("--license", "mit", "--data-license", "org/rows=cc0-1.0")
+    code, out, _ = llmpipe("push", run / "sft", "me/other", *both)
     assert code == 0 and "warning: the base is under base-1" in out
+    said = b"cc0-1.0 (said by whoever pushed it; its card on the Hub says cc-by-sa-4.0)"
+    assert said in hub.repos["me/other"].files["README.md"]
+
+
+def test_a_gguf_file_and_a_folder_say_their_licence(run, llmpipe):
+    """Where they are the ones that were trained on."""
+    writer = gguf.GGUFWriter(Path("base.gguf"), "llama")
+    writer.add_license("other")
+    writer.add_license_name("base-1")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Path("folder").mkdir()
+    Path("folder/README.md").write_text("---\r\nlicense: MIT\r\n---\r\n# A model\r\n", newline="")
+    of_file, of_folder = Path("base.gguf"), Path("folder")
+    kinds = {
+        "gguf": ("./base.gguf", sha256_file(of_file), "base-1 (its base: the header of its GGUF"),
+        "files": ("./folder", digest(table(of_folder)), "mit (its base: the card in its folder)"),
+    }
+    for kind, (reference, sha256, said) in kinds.items():
+        base = {"kind": "gguf" if kind == "gguf" else "folder", "reference": reference}
+        base["identity"] = {kind: sha256}
+        models = {"model": {"reference": reference, kind: sha256}}
+        reseal(Artifact(run / "sft"), base=base, models=models)
+        code, out, err = llmpipe("push", run / "sft", MODEL, *LICENCES[2:], "--dry-run", kind)
+        assert code == 0 and f"licence: {said}" in out, err
+    of_folder.joinpath("README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES[2:], "--dry-run", "other")
+    assert code == 2 and "no licence is recorded of ./folder, the base, so say it" in err
+
+
+def test_drawn_weights_have_no_base(run, llmpipe):
+    reseal(Artifact(run / "sft"), base=None, models={}, stage="pretrain")
+    code, _, err = llmpipe("push", run / "sft", MODEL, "--dry-run", "shown")
+    assert code == 2 and "of a model whose weights were drawn, so say it: --license" in err
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert "A model, made from weights that were drawn by `pretrain`." in text
+    assert "| `sft` | `pretrain` | drawn weights |" in text and "its base" not in text
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -615,6 +696,16 @@ def test_what_the_hub_answers_is_a_line(hub, run, llmpipe, path, status, code, h
     assert ended == code, err
     assert f"HTTP {status}" in err and SAID in err and hint in err
     assert TOKEN not in out + err and "Traceback" not in err
+
+
+def test_what_xet_is_answered_is_said_as_well():
+    """It knows no responses: the number stands in the text of its errors."""
+    told = "Request error: HTTP status client error (403 Forbidden), domain: https://x.y"
+    with pytest.raises(UserError) as caught, asking(MODEL, TOKEN):
+        raise RuntimeError(told)
+    assert caught.value.code == 2 and "may not write there (HTTP 403)" in caught.value.message
+    with pytest.raises(RuntimeError, match="a bug"), asking(MODEL, TOKEN):
+        raise RuntimeError("a bug of ours")
 
 
 def test_what_passes_is_waited_for(hub, run, llmpipe, monkeypatch):

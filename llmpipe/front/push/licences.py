@@ -133,8 +133,8 @@ def _check_sources(said: Said, sources: list[str]) -> None:
 
 
 def _ask_for_model(base: Outside | None) -> str:
-    whose = f"of {base.reference}, the base," if base else "of a model whose weights were drawn"
-    return f"push: no licence is recorded {whose} so say it: --license ID, such as apache-2.0"
+    whose = f"{base.reference}, the base" if base else "a model whose weights were drawn"
+    return f"push: no licence is recorded of {whose}, so say it: --license ID, such as apache-2.0"
 
 
 def _ask_for_rows(sources: list[str]) -> str:
@@ -148,12 +148,14 @@ def _ask_for_rows(sources: list[str]) -> str:
 
 
 def _of_rows(rows: Rows, said: Said) -> Licence | None:
-    by_name = dict(said.of_source)
-    if rows.path in by_name:
-        return Licence(by_name[rows.path], SAID)
-    if rows.is_of_hub and (recorded := _on_hub("dataset", rows.path, rows.revision)):
+    recorded = _on_hub("dataset", rows.path, rows.revision) if rows.is_of_hub else None
+    named = dict(said.of_source).get(rows.path)
+    if named and recorded:
+        return Licence(named, f"{SAID}; {recorded.by} says {recorded.title}")
+    if recorded:
         return recorded
-    return Licence(said.rows, SAID) if said.rows else None
+    stated = named or said.rows
+    return Licence(stated, SAID) if stated else None
 
 
 def _of_base(base: Outside) -> Licence | None:
