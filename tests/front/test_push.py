@@ -179,6 +179,23 @@ def test_the_numbers_are_the_evaluations(hub, run, llmpipe):
     assert "Asked in training, too, were 11 of 12 items of `generate`." in text
 
 
+def test_two_evaluations_keep_their_numbers_apart(run, llmpipe):
+    shutil.copytree(run / "eval", run / "again")
+    reseal(Artifact(run / "again"), name="again")
+    remeasure(run)
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    results = {one.metric_name: one for one in metadata(text).data.eval_results}
+    measured = {name: (one.dataset_type, one.metric_value) for name, one in results.items()}
+    assert measured == {
+        "exact match (eval)": ("llmpipe-eval-generate", 0.4166666666666667),
+        "exact match (again)": ("llmpipe-again-generate", 0.0),
+    }
+    assert "### eval" in text and "### again" in text
+    assert Path("shown/llmpipe/again/results.json").exists()
+
+
 def test_an_evaluation_of_what_it_was_before_is_left_out(hub, run, llmpipe):
     reseal(Artifact(run / "sft"), seed=43)
     code, out, err = llmpipe("push", run / "sft", MODEL, *LICENCES)
@@ -742,6 +759,10 @@ def test_no_network_and_no_token(hub, run, llmpipe, monkeypatch):
     monkeypatch.setattr(sending, "is_reachable", lambda: False)
     code, _, err = llmpipe(*push)
     assert code == 75 and "the Hub cannot be reached" in err
+    monkeypatch.setattr(sending, "is_reachable", lambda: True)  # and gone a moment later
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    code, _, err = llmpipe(*push)
+    assert code == 75 and "the Hub cannot be reached: [Errno 111]" in err, err
 
 
 def test_the_token_is_in_nothing(hub, run, llmpipe):

@@ -203,9 +203,9 @@ def _eval_results(facts: Facts) -> Iterator[EvalResult]:
                     continue
                 yield EvalResult(
                     task_type="text-classification" if facts.scores else "text-generation",
-                    task_name=f"{one.name}: {task.task}",
+                    task_name=task.task,
                     metric_type=metric,
-                    metric_name=measure(metric).title,
+                    metric_name=f"{measure(metric).title} ({one.name})",
                     metric_value=cell.value,
                     metric_args=_bounds(cell, _seen(task, facts.ancestry)),
                     **_dataset(one, name),
@@ -226,13 +226,17 @@ def _bounds(cell: Cell, seen: int) -> dict[str, Any]:
 
 
 def _dataset(one: Measured, task: str) -> dict[str, Any]:
-    """What a number was measured on, as `EvalResult` calls it."""
+    """What a number was measured on, as `EvalResult` calls it.
+
+    `dataset_type` is a name on the Hub; rows from elsewhere have one that is none, and of their
+    own, since the Hub keeps together what has the same.
+    """
     rows = one.rows.get(task, [])
     sums = {name: sha256 for source in rows for name, sha256 in source.files}
     of_hub = next((source for source in rows if source.is_of_hub), None)
     values: dict[str, Any] = {
         "dataset_name": task,
-        "dataset_type": of_hub.path if of_hub else task,
+        "dataset_type": of_hub.path if of_hub else f"llmpipe-{one.name}-{task}",
         "dataset_revision": of_hub.revision if of_hub else None,
     }
     if sums:
