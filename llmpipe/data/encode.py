@@ -35,6 +35,10 @@ SECONDS_PER_CHARACTER = 1e-5
 
 NO_TOKEN = "texts hold characters that the tokenizer has no token for, and these are lost"
 
+CANNOT_APPEND = "the chat template cannot append a turn"
+SAYINGS = ("So it is.", f"{OPENING}Let me see.\n{CLOSING}\n\nSo it is.")
+"""Stand for what a policy says: without a thought, and with one."""
+
 
 def hash_of(content: bytes, key: bytes = b"") -> int:
     """64 bits of a content."""
@@ -112,6 +116,15 @@ class Answered(NamedTuple):
         return [i - begin for i in inside if begin <= i < end]
 
 
+class Reply(NamedTuple):
+    """What follows an answer when somebody replies to it, as tokens."""
+
+    end: int
+    """The last token of what ends the answer."""
+    ids: list[int]
+    """Behind that, up to where the next answer would begin."""
+
+
 class Encoder:
     """Tokens as one preparation makes them. A row's own mistakes raise Rejected.
 
@@ -121,6 +134,8 @@ class Encoder:
 
     def __init__(self, encoding: Encoding):
         self.noted: set[str] = set()
+        self.at = ""
+        """File and line of the row, as a message names it."""
         self.seconds = 0.0
         """Of the processor, for templates; in that time `rows` with `rendered` characters."""
         self.rows = self.rendered = 0
@@ -205,6 +220,46 @@ class Encoder:
         _, end = conversation.spans[-1]
         return Answered(conversation.ids[: conversation.behind(end)], gaps)
 
+    def reply(self, prompt: Messages, replies: list[Messages], tools: Tools = None) -> Reply:
+        """What a template writes between an answer and the next when the last of these replies
+        stands there; `replies`: all so far, each to an answer. Raises Rejected.
+
+        Answers stand as they were drawn and are never rendered again. So the template has to write
+        behind an answer without touching what it wrote before: of answers that stand for any, with
+        a thought and without, that is proven each time, and with it, reply by reply, that the whole
+        is what the template renders of the conversation.
+        """
+        end, text = self._behind_answer(prompt, replies, tools, SAYINGS[0])
+        if (end, text) != self._behind_answer(prompt, replies, tools, SAYINGS[1]):
+            raise Rejected(CANNOT_APPEND, "what it writes behind an answer depends on the answer")
+        before, ids = self.tokenizer.ids(end), self.tokenizer.ids(end + text)
+        if ids[: len(before)] != before:
+            raise Rejected(CANNOT_APPEND, f"the tokenizer joins {end} and what follows it")
+        return Reply(before[-1], ids[len(before) :])
+
+    def _behind_answer(
+        self, prompt: Messages, replies: list[Messages], tools: Tools, saying: str
+    ) -> tuple[str, str]:
+        """What ends an answer, and the text behind it, where each answer is `saying`."""
+        renderer, answer = self._renderer(), {"role": "assistant", "content": saying}
+        *earlier, reply = replies
+        before = [*prompt, *(turn for each in earlier for turn in (answer, *each))]
+        messages = [*before, answer, *reply]
+        with self._timed():
+            sent = template.prompt(renderer, before, tools).text
+            reading = template.prompt(renderer, messages, tools)
+        self._spelled.check(reading, messages, tools)
+        self._check_tokens(reading.texts)
+        end = None
+        if reading.text.startswith(sent + saying):
+            end = renderer.end.match(reading.text, len(sent + saying))
+        if end is None:
+            detail = "a reply changes what it writes of the turns before"
+            if saying != SAYINGS[0]:
+                detail += ", such as one that leaves out what they think"
+            raise Rejected(CANNOT_APPEND, detail)
+        return end.group(), reading.text[end.end() :]
+
     def check_time(self, row: int) -> None:
         """Raise UserError (3) where the template takes longer than an honest one could, over all
         the rows so far, of which `row` is the last."""
@@ -250,6 +305,14 @@ class Encoder:
         if self.template is None:
             raise Rejected("template refuses", "there is no chat template")
         return self.template
+
+
+def encoder_of(folder: Path, kwargs: dict[str, Any]) -> Encoder:
+    """What encodes conversations as training does, uncut, by the tokenizer in a folder and its
+    template; `kwargs`: the template's."""
+    choice = template.choose(folder, "auto", kwargs)
+    uncut = Preparation(max_length=1 << 40, template_kwargs=kwargs)
+    return Encoder(Encoding(folder, choice.ends, choice.text_eos, uncut))
 
 
 def _to_think(prompt: str) -> str:

@@ -6,6 +6,7 @@ The result does not depend on how many processes there are.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
@@ -108,7 +109,7 @@ class Worker:
         self.encoder = Encoder(task.encoding)
         self.key = task.seed.to_bytes(8, "little")
 
-    def batch(self, rows: list[Row], layout: Layout) -> Batch:
+    def batch(self, rows: list[Row], layout: Layout, file: str) -> Batch:
         """Rows of one file -> pieces. A row's own mistakes end up in `rejected`."""
         names = self.schema.names
         pieces: list[list[Any]] = [[] for _ in names]
@@ -120,6 +121,7 @@ class Worker:
         counts["read"] = len(rows)
         for number, payload in rows:
             self.encoder.noted.clear()
+            self.encoder.at = f"{file}:{number}"
             try:
                 converted = layout.convert(parse(payload))
                 example = converted.example
@@ -185,7 +187,9 @@ def tokenized(
         return
     worker = Worker(task)
     for index, chunk in chunks:
-        yield Tokenized(index, chunk, worker.batch(chunk.rows, origins[index].layout))
+        origin = origins[index]
+        batch = worker.batch(chunk.rows, origin.layout, _file(origin, chunk))
+        yield Tokenized(index, chunk, batch)
 
 
 def _side_by_side(
@@ -203,7 +207,8 @@ def _side_by_side(
 
     try:
         for index, chunk in chunks:
-            future = pool.submit(_work, chunk.rows, origins[index].layout)
+            origin = origins[index]
+            future = pool.submit(_work, chunk.rows, origin.layout, _file(origin, chunk))
             under_way.append((index, chunk._replace(rows=[]), future))
             if len(under_way) > 3 * processes:
                 yield oldest()
@@ -231,5 +236,10 @@ def _start_worker(task: Task) -> None:
     _worker = Worker(task)
 
 
-def _work(rows: list[Row], layout: Layout) -> Batch:
-    return _worker.batch(rows, layout)
+def _work(rows: list[Row], layout: Layout, file: str) -> Batch:
+    return _worker.batch(rows, layout, file)
+
+
+def _file(origin: Origin, chunk: Chunk) -> str:
+    """The file that rows are of, without where it lies."""
+    return os.path.basename(origin.shown[chunk.file])

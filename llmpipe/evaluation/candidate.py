@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe import scores, upstream
 from llmpipe.data import template
-from llmpipe.data.encode import Answered, Encoder, Encoding
+from llmpipe.data.encode import Answered, Encoder, encoder_of
 from llmpipe.data.formats import Completion, Conversation, Document, Example, Rejected
 from llmpipe.data.kinds import rows
 from llmpipe.data.pack import IGNORED
@@ -37,7 +37,6 @@ from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.rng import isolated_rng
 from llmpipe.parallel import World
-from llmpipe.recipe.sections import Preparation
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 from llmpipe.run.context import tokens_of
 from llmpipe.run.results import MeasuredModel
@@ -89,9 +88,7 @@ class Candidate:
     @cached_property
     def encoder(self) -> Encoder:
         """Conversations as training encodes them, uncut."""
-        choice = template.choose(self.folder, "auto", self.kwargs)
-        uncut = Preparation(max_length=1 << 40, template_kwargs=self.kwargs)
-        return Encoder(Encoding(self.folder, choice.ends, choice.text_eos, uncut))
+        return encoder_of(self.folder, self.kwargs)
 
     # --- text and tokens --------------------------------------------------------------------------
 

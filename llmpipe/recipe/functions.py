@@ -1,4 +1,4 @@
-"""A function of a user's file, looked at without running the file."""
+"""A function or a class of a user's file, looked at without running the file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from llmpipe.errors import UserError, near
 
 VALUES = (ast.Constant, ast.JoinedStr, ast.List, ast.Dict, ast.Set, ast.Tuple)
+METHODS = {"reset": "(self, row)", "step": "(self, answer)"}  # of an environment
 
 
 def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
@@ -20,6 +21,34 @@ def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
     A name that only running the file could tell of passes, and so do the arguments of what is
     decorated or made by other code.
     """
+    node = _node_of(path, name, "function", ast.FunctionDef)
+    if node is not None:
+        _check_node(node, name, list(keywords))
+
+
+def check_environment(path: Path, name: str) -> None:
+    """Raises UserError (2) where a file has nothing of that name that makes an environment of
+    turns, or a class without `reset` and `step`; what is inherited, or a function returns, only
+    running the file tells."""
+    node = _node_of(path, name, "class", ast.ClassDef, ast.FunctionDef)
+    if not isinstance(node, ast.ClassDef):
+        if node is not None:
+            _check_node(node, name, [], "class")
+        return
+    methods = dict(_bound(node.body))
+    for method, arguments in METHODS.items():
+        bound = methods.get(method)
+        if isinstance(bound, ast.AsyncFunctionDef):
+            problem = f"line {bound.lineno}: {name}.{method} is async, and nobody would await it"
+            raise UserError(problem)
+        if bound is None and not node.bases and not node.decorator_list:
+            problem = f"line {node.lineno}: {name} has no method {method}"
+            raise UserError(problem, f"give it one: def {method}{arguments}")
+
+
+def _node_of(path: Path, name: str, what: str, *kinds: type[ast.stmt]) -> ast.AST | None:
+    """What a file binds to a name; None where that cannot be told. `what`, of these kinds, is what
+    a user may have meant. Raises UserError (2) where it binds nothing, or needs what is missing."""
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:  # a NUL is a ValueError
@@ -32,11 +61,10 @@ def check_function(path: Path, name: str, keywords: Iterable[str]) -> None:
     bound = list(_bound(tree.body))
     nodes = [node for other, node in bound if other == name]
     if not nodes and not any(other in ("*", "__getattr__") for other, _ in bound):
-        known = [other for other, node in bound if isinstance(node, ast.FunctionDef)]
-        hint = f"it has {', '.join(dict.fromkeys(known)) or 'no function'}"
+        known = [other for other, node in bound if isinstance(node, kinds)]
+        hint = f"it has {', '.join(dict.fromkeys(known)) or f'no {what}'}"
         raise UserError(f"the file has no attribute '{name}'{near(name, known)}", hint)
-    if len(nodes) == 1:  # of several it cannot be told which one will hold
-        _check_node(nodes[0], name, list(keywords))
+    return nodes[0] if len(nodes) == 1 else None  # of several it cannot be told which will hold
 
 
 def _check_imports(tree: ast.Module) -> None:
@@ -62,10 +90,10 @@ def _check_imports(tree: ast.Module) -> None:
                 )
 
 
-def _check_node(node: ast.AST, name: str, keywords: list[str]) -> None:
+def _check_node(node: ast.AST, name: str, keywords: list[str], what: str = "function") -> None:
     line = getattr(node, "lineno", 1)
     if isinstance(node, VALUES):
-        raise UserError(f"line {line}: {name} is no function")
+        raise UserError(f"line {line}: {name} is no {what}")
     if isinstance(node, ast.AsyncFunctionDef):
         raise UserError(f"line {line}: {name} is async, and nobody would await it")
     if isinstance(node, ast.FunctionDef | ast.Lambda):

@@ -52,7 +52,7 @@ class Relative(Algorithm):
     """What the loss is the mean over. token: all tokens of the minibatch (DAPO, Yu 2025).
     sequence: answers, each the mean of its tokens (Shao 2024), whose tokens count the less the
     longer it is. constant: answers, each the sum of its tokens by `max_new_tokens` (Dr. GRPO, Liu
-    2025)."""
+    2025), and by the turns that it may have."""
     ratio: Literal["token", "sequence"] = "token"
     """What is clipped: each token's ratio, or the geometric mean of an answer's (GSPO, Zheng 2025),
     whose bounds are far smaller: 0.0003 and 0.0004 there."""

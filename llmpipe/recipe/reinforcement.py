@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.recipe.rewards import Reward
+from llmpipe.recipe.rewards import TURNS, Reward
 from llmpipe.recipe.sections import (
     Data,
     Launch,
@@ -76,7 +76,8 @@ class Rollout(Drawn):
     such an answer as if it had ended there. (Huang 2024 puts it in the score's place instead.)"""
     overlong: Annotated[int, Field(ge=0)] = 0
     """The last so many of `max_new_tokens` cost an answer that needs them: from 0 before them down
-    to 1 of its score at the end, in equal steps (DAPO, Yu 2025, equation 13). 0 costs nothing."""
+    to 1 of its score at the end, in equal steps (DAPO, Yu 2025, equation 13). 0 costs nothing. Of
+    several turns it is the last so many that all of them together may have."""
 
     @property
     def is_partial(self) -> bool:
@@ -181,19 +182,24 @@ class Scored(Recipe):
     def _somebody_asks(self) -> Scored:
         environments = [source for source in self.reward if source.environment]
         if len(environments) > 1:
-            raise ValueError("reward: one environment asks, and there are several")
-        if environments and self.data.train:
+            raise ValueError("reward: one environment asks, or answers, and there are several")
+        if self.asks and self.data.train:
             raise ValueError("data.train: the environment asks, and no rows are read: leave it out")
-        if environments and self.data.eval.sources:
+        if self.asks and self.data.eval.sources:
             raise ValueError("data.eval.sources: the environment asks; hold out a share (holdout)")
-        if not environments and not self.data.train:
+        if not self.asks and not self.data.train:
             raise ValueError("data.train: required, but missing: nobody asks anything")
         return self
 
     @property
     def asks(self) -> Reward | None:
         """The environment that asks, where there is one."""
-        return next((source for source in self.reward if source.environment), None)
+        return next((source for source in self.reward if source.asks), None)
+
+    @property
+    def plays(self) -> Reward | None:
+        """The environment that answers the policy's turns, where there is one."""
+        return next((source for source in self.reward if source.plays), None)
 
     def rows(self) -> dict[str, Rows]:
         return {f"data.train.{i}": source for i, source in enumerate(self.data.train)}
@@ -281,6 +287,20 @@ class RLRecipe(Scored, Training):
         return self
 
     @model_validator(mode="after")
+    def _takes_turns(self) -> RLRecipe:
+        if self.plays and self.rollout.think:
+            raise ValueError(
+                "rollout.think opens a block of thought in the prompt alone, "
+                "and with an environment of turns every answer would need one"
+            )
+        if self.plays and self.rollout.engine == "vllm":
+            raise ValueError(
+                "rollout.engine: vllm draws single answers, and no turns with an environment: "
+                "take the engine local"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _vllm_can(self) -> RLRecipe:
         if self.rollout.engine != "vllm":
             return self
@@ -313,13 +333,23 @@ class RLRecipe(Scored, Training):
         return self.optim.batch_size // self.group
 
     @property
+    def turns(self) -> int:
+        """How often the policy speaks in an episode, at most."""
+        return self.plays.turns or TURNS if self.plays else 1
+
+    @property
+    def max_response(self) -> int:
+        """Tokens that the policy says in an episode, at most."""
+        return self.turns * self.rollout.max_new_tokens
+
+    @property
     def has_reference(self) -> bool:
         """Whether the parent is kept beside the policy."""
         return True
 
     @property
     def longest(self) -> int:
-        answered = self.data.max_length + self.rollout.max_new_tokens
+        answered = self.data.max_length + self.max_response
         return max(answered, self.mixture.max_length if self.mixture else 0)
 
     @property

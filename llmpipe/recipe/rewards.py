@@ -86,7 +86,9 @@ class JudgeModel(Section):
         return self
 
 
-QUESTIONS = 1000  # of an environment, where a recipe does not say how many
+QUESTIONS = 1000  # of an environment by name, where a recipe does not say how many
+TURNS = 8  # of the policy in an episode, where a recipe does not say how many
+FILE = r".+\.py:[A-Za-z_]\w*"  # a file and what it calls something
 SOURCES = ("model", "function", "verifier", "format", "length", "code", "judge", "environment")
 
 
@@ -124,16 +126,23 @@ class Reward(Section):
     judge: JudgeModel | None = None
     """Asks a model behind an address. It may answer otherwise when it is asked again, so that a
     training is no longer the same bit by bit."""
-    environment: Annotated[str, Field(pattern=f"^{NAME}$")] | None = None
+    environment: Annotated[str, Field(pattern=f"^({NAME}|{FILE})$")] | None = None
     """`reasoning_gym/chain_sum`: asks its own questions, in place of `data.train`, made with the
     recipe's seed, and scores answers itself: what stands in the last `<answer>...</answer>`, or all
-    (`pip install 'llmpipe[rl]'`)."""
+    (`pip install 'llmpipe[rl]'`). `./game.py:Guess`: a class of yours that answers what the policy
+    says, turn after turn, by `reset(row)` and `step(answer)` (llmpipe/rl/environment.py has their
+    form); its rewards are added up. The file is part of the result's identity."""
+    turns: Positive | None = None
+    """How often the policy speaks in an episode of `./game.py:Guess`, at most; 8 unless set. Each
+    turn has `rollout.max_new_tokens`. An episode that its environment has not ended by then, or
+    that the model has no context left for, is unfinished."""
     questions: Positive | None = None
-    """How many questions an environment asks; 1,000 unless set."""
+    """How many questions an environment by name asks; 1,000 unless set."""
     options: dict[str, Any] = {}
-    """What the environment takes beside: `{min_terms: 2, max_terms: 3}`."""
+    """What an environment by name takes beside: `{min_terms: 2, max_terms: 3}`."""
     system: str | None = None
-    """A system turn in front of each question of an environment, such as how to mark the answer."""
+    """A system turn in front of each question of an environment by name, such as how to mark the
+    answer."""
     weight: float = 1.0
     """What the source's score is multiplied by before scores are added."""
 
@@ -147,8 +156,18 @@ class Reward(Section):
         """Whether its 1 says that an answer is right."""
         return any((self.verifier, self.code, self.environment))
 
+    @property
+    def asks(self) -> bool:
+        """Whether it is an environment by name, which asks its own questions."""
+        return self.environment is not None and not self.plays
+
+    @property
+    def plays(self) -> bool:
+        """Whether it is an environment of the user's, which answers the policy's turns."""
+        return self.environment is not None and ".py:" in self.environment
+
     def opened(self, seed: int) -> Environment:
-        """Its environment. Raises UserError."""
+        """Its environment by name. Raises UserError."""
         assert self.environment is not None
         return opened(self.environment, self.questions or QUESTIONS, seed, self.options)
 
@@ -156,15 +175,17 @@ class Reward(Section):
     def _one(self) -> Reward:
         if sum(getattr(self, name) is not None for name in SOURCES) != 1:
             raise ValueError(f"give one of {', '.join(SOURCES[:-1])} and {SOURCES[-1]}")
-        if self.function is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.function):
+        if self.function is not None and not re.fullmatch(FILE, self.function):
             raise ValueError(f"function: '{self.function}' is not ./file.py:name")
         if (self.verifier == "regex") != (self.pattern is not None):
             raise ValueError("pattern is for verifier: regex, which needs it")
         check_pattern(self.pattern)
         if self.json_schema is not None and self.verifier != "json":
             raise ValueError("schema is for verifier: json")
-        if not self.environment and (self.questions or self.options or self.system):
-            raise ValueError("questions, options and system are for an environment")
+        if not self.asks and (self.questions or self.options or self.system):
+            raise ValueError("questions, options and system are for an environment by name")
+        if not self.plays and self.turns:
+            raise ValueError("turns are for an environment of a file, ./file.py:Name")
         if {"size", "seed"} & self.options.keys():
             raise ValueError("options: size is `questions`, and seed is the recipe's")
         if self.format is not None:
@@ -178,12 +199,14 @@ class Reward(Section):
             yield "verifier", package
         if self.json_schema is not None:
             yield "schema", "jsonschema"
-        if self.environment is not None:
+        if self.asks:
             yield "environment", PACKAGE
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Its fields that name a file whose content decides the result, each with the path."""
         if self.function is not None:
             yield "function", self.function.rpartition(":")[0]
+        if self.environment is not None and self.plays:
+            yield "environment", self.environment.rpartition(":")[0]
         if self.json_schema is not None:
             yield "schema", self.json_schema

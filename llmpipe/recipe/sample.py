@@ -55,6 +55,10 @@ class SampleRecipe(Scored):
     def _makes_something(self) -> SampleRecipe:
         if self.data.eval.holdout or self.data.eval.sources:
             raise ValueError("data.eval: every prompt is answered: leave it out, or use eval")
+        if self.plays:
+            raise ValueError(
+                f"reward: {self.plays.environment} takes turns, and {self.stage} keeps one answer"
+            )
         if self.write == "pairs" and self.rollout.group < 2:
             raise ValueError("rollout.group: a pair takes 2 answers")
         if self.write == "accepted" and self.at_least is None:

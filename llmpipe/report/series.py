@@ -68,6 +68,8 @@ NAMES = {
     "groups/skipped": Named("groups skipped"),
     "answers/tokens": Named("length of answers", "tokens"),
     "answers/ended": _share("answers that ended"),
+    "turns/policy": Named("turns of an episode"),
+    "turns/environment_tokens": Named("what the environment says", "tokens an episode"),
     "policy/approxkl": Named("KL within an update", PER_TOKEN),
     "policy/clipfrac": _share("tokens clipped"),
     "policy/entropy": Named("entropy while learning", PER_TOKEN),

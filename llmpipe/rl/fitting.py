@@ -35,7 +35,7 @@ def fit_passes(loop: Loop, prompt: int) -> None:
         return
     if "auto" not in (launch.micro_batch_size, launch.checkpointing):
         return
-    response = loop.recipe.rollout.max_new_tokens
+    response = loop.recipe.max_response
     ended = Episode([0] * prompt, [0] * response, True, torch.zeros(response), None)
     while problem := _try(loop, ended):
         size = loop.learner.pass_size

@@ -85,7 +85,7 @@ class GRPO:
         right = [self.verifier is not None and each[self.verifier] == 1 for each in by_source]
         scores = [answer.score for answer in answers]
         told = torch.tensor([scores, scores, right], dtype=torch.float64)
-        told[0] = worths(answers, self.recipe.rollout)
+        told[0] = worths(answers, self.recipe)
         return told
 
     def _of_all(self, answers: Sequence[Answer], values: Tensor) -> Tensor:
@@ -147,8 +147,7 @@ class GRPO:
         lengths = [len(each.old) for each in chosen]
         old = torch.cat([each.old for each in chosen])
         advantages = torch.cat([each.advantages for each in chosen])
-        most = self.recipe.rollout.max_new_tokens
-        weights = group_relative.weights(lengths, algorithm.loss, total, most)
+        weights = group_relative.weights(lengths, algorithm.loss, total, self.recipe.max_response)
         weights = sent(weights.to(old.dtype), old.device)
         with self.hardware.autocast():
             log_probs, entropy, _ = self.actors.policy(batch)

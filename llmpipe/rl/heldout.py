@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,15 +21,12 @@ def evaluate(
 ) -> Metrics:
     """Each response is drawn with the same numbers every time."""
     places = list(range(world.rank, len(held_out), world.size))
-    prompts = [held_out[i]["prompt_ids"] for i in places]
-    rows = [json.loads(held_out[i]["row"]) for i in places]
     numbers = [Place(Use.HELD_OUT, 0, i) for i in places]
-    episodes = sampler.draw(prompts, numbers, note)
-    responses = [sampler.text(episode) for episode in episodes]
-    scores = scored_together(rewards, rows, responses, world)
+    said = sampler.draw([held_out[i] for i in places], numbers, note)
+    scores = scored_together(rewards, said, world)
     sums = {
         "eval_score": sum(scores.total),
-        "eval_ended": sum(episode.ended for episode in episodes),
-        "eval_tokens": sum(len(episode.response) for episode in episodes),
+        "eval_ended": sum(each.episode.ended for each in said),
+        "eval_tokens": sum(len(each.episode.response) for each in said),
     }
     return {name: total / len(held_out) for name, total in world.totals(sums).items()}

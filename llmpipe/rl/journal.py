@@ -86,6 +86,8 @@ class Journal:
                     "ended": answer.episode.ended,
                     "tokens": len(answer.episode.response),
                 }
+                if answer.episode.inserted:
+                    line["turns"] = answer.episode.turns
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ episodes.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmpipe.data.encode import encoder_of
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
@@ -29,6 +29,7 @@ from llmpipe.parallel import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl import heldout, solved
 from llmpipe.rl.build import build
+from llmpipe.rl.environment import Environments
 from llmpipe.rl.experience import Experience, measure
 from llmpipe.rl.fitting import fit_passes
 from llmpipe.rl.journal import Journal
@@ -44,6 +45,7 @@ from llmpipe.rl.seeds import Place, Shuffled, Use
 from llmpipe.rl.solved import Pass, Rows
 from llmpipe.rl.state import State, record, restore, save_tensors
 from llmpipe.rl.tracking import accelerator
+from llmpipe.rl.turns import Turns
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, not_finite, warn
 from llmpipe.run import checkpoints
 from llmpipe.run.context import refuse_rollouts, tokens_of
@@ -108,7 +110,7 @@ class Loop:
         self.held_out = training.eval_rows()
         self._refuse_too_long()
         self.journal = Journal(self.artifact, self.world, self.say)
-        self.sampler = Sampler(self._engine(), training.tokenizer)
+        self.sampler = Sampler(self._engine(), training.tokenizer, self.world, self._turns())
         self.prompts = self._shuffled(self._solved(training.train_rows()))
         self.steps = _updates(self.recipe, len(self.prompts.rows))
         say_if_peak_is_missed(self.recipe, self.steps, self.say)
@@ -178,7 +180,7 @@ class Loop:
         rate = self.learner.schedule.set_rate(self.state.step)
         batch = self.method.rollout(self._draw)
         if not self.state.step:  # what drawing holds is in memory now
-            fit_passes(self, self._longest_prompt())
+            fit_passes(self, self._longest_prompt() + self._most_inserted(batch.drawn))
         experiences, metrics = self.judge(batch.answers)
         judged = time.monotonic()
         self._note("learning from them")
@@ -212,29 +214,29 @@ class Loop:
         prompts = [self.prompts[first + i] for i in range(len(slots))]
         places = [slot * group + number for slot in slots for number in range(group)]
         mine = [at for at, place in enumerate(places) if place % world.size == world.rank]
-        ids = [prompts[at // group]["prompt_ids"] for at in mine]
-        rows = [json.loads(prompts[at // group]["row"]) for at in mine]
         numbers = [Place(Use.DRAW, step, asked * group + at) for at in mine]
-        episodes = self.sampler.draw(ids, numbers, self._note_answers)
-        responses = [self.sampler.text(episode) for episode in episodes]
+        answered = [prompts[at // group] for at in mine]
+        said = self.sampler.draw(answered, numbers, self._note_answers)
         self._note("scoring answers")
-        scores = scored_together(self.rewards, rows, responses, world)
+        scores = scored_together(self.rewards, said, world)
         by_source = [
             dict(zip(scores.by_source, each, strict=True))
             for each in zip(*scores.by_source.values(), strict=True)
         ]
         return [
-            Answer(places[at], row, episode, response, score, each)
-            for at, row, episode, response, score, each in zip(
-                mine, rows, episodes, responses, scores.total, by_source, strict=True
-            )
+            Answer(places[at], each.row, each.episode, each.response, score, of_sources)
+            for at, each, score, of_sources in zip(mine, said, scores.total, by_source, strict=True)
         ]
 
     def _sums(self, answers: Sequence[Answer]) -> Metrics:
-        """Of this process's answers: how many, their tokens, and every source's scores, where there
-        are several."""
-        tokens = sum(len(answer.episode.response) for answer in answers)
+        """Of this process's answers: how many, their tokens, their turns and what an environment
+        said there, and every source's scores, where there are several."""
+        episodes = [answer.episode for answer in answers]
+        tokens = sum(len(episode.response) for episode in episodes)
         sums = {"answers": float(len(answers)), "tokens": float(tokens)}
+        if self.recipe.plays:
+            sums["turns/policy"] = sum(episode.turns for episode in episodes)
+            sums["turns/environment_tokens"] = sum(each.inserted_tokens for each in episodes)
         names = [source.name for source in self.rewards.sources]
         for name in names if len(names) > 1 else ():
             sums[f"scores/{name}"] = sum(answer.by_source[name] for answer in answers)
@@ -245,7 +247,7 @@ class Loop:
         watching in all processes."""
         episodes = [answer.episode for answer in answers]
         measured = measure(self.actors, episodes, self.learner.pass_size, self.hardware, self.world)
-        worth = worths(answers, self.recipe.rollout)
+        worth = worths(answers, self.recipe)
         self.state.sameness.add(
             -self.world.greatest(-float(worth.min())), self.world.greatest(float(worth.max()))
         )
@@ -441,6 +443,20 @@ class Loop:
         ]
         return VLLM(terms, probe, self._longest_prompt())
 
+    def _turns(self) -> Turns | None:
+        """How episodes of several turns are played, where an environment takes part in them."""
+        source = self.recipe.plays
+        if source is None or source.environment is None:
+            return None
+        kwargs = self.training.preparation.template_kwargs
+        return Turns(
+            Environments(source.environment),
+            encoder_of(self.training.folder / "tokenizer", kwargs),
+            self.recipe.turns,
+            self.recipe.rollout.max_new_tokens,
+            tokens_of(self.actors.causal.config.to_dict()),
+        )
+
     # --- what does not fit ---
 
     def _refuse_too_long(self) -> None:
@@ -448,6 +464,11 @@ class Loop:
         response = self.recipe.rollout.max_new_tokens
         context = tokens_of(self.actors.causal.config.to_dict())
         refuse_rollouts(context, self._longest_prompt(), response)
+
+    def _most_inserted(self, answers: Sequence[Answer]) -> int:
+        """Tokens that an environment said in one of these answers, in any process, at most."""
+        most = max((answer.episode.inserted_tokens for answer in answers), default=0)
+        return int(self.world.greatest(most)) if self.recipe.plays else 0
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest one."""

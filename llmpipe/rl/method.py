@@ -17,7 +17,7 @@ from torch import Tensor
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import World
-from llmpipe.recipe.reinforcement import RLRecipe, Rollout
+from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience, Measured
 from llmpipe.rl.sources.source import Row
@@ -52,15 +52,16 @@ class Answer:
     """Every source's own score, before its weight."""
 
 
-def worths(answers: Sequence[Answer], rollout: Rollout) -> Tensor:
+def worths(answers: Sequence[Answer], recipe: RLRecipe) -> Tensor:
     """Scores with what their lengths cost, float32 [answers]: `unfinished`, and the soft penalty of
     `overlong` (DAPO, Yu 2025, eq. 13), from 0 to -1 over the last so many tokens."""
+    rollout = recipe.rollout
     scores = torch.tensor([answer.score for answer in answers])
     ended = torch.tensor([float(answer.episode.ended) for answer in answers])
     scores = scores + rollout.unfinished * (1 - ended)
     if rollout.overlong:
         lengths = torch.tensor([float(len(answer.episode.response)) for answer in answers])
-        over = lengths - (rollout.max_new_tokens - rollout.overlong)
+        over = lengths - (recipe.max_response - rollout.overlong)
         scores = scores - over.clamp(min=0) / rollout.overlong
     return scores
 

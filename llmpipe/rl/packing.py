@@ -25,8 +25,9 @@ class Text:
 
     ids: Tensor
     """int64 [tokens]."""
-    prompt: int
-    """Tokens of the prompt."""
+    spans: list[tuple[int, int]]
+    """Where the response's tokens are, [start, end) of each of its turns: what is learned from.
+    All else is read only, an environment's turns as well."""
     allowed: Tensor | None
     """Token ids that could be drawn, one place of the response after the other, int32; None where
     all could."""
@@ -63,7 +64,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def texts_of(episodes: Sequence[Episode], device: torch.device) -> list[Text]:
     """Episodes on the device, sent at once."""
-    ids = torch.tensor([i for each in episodes for i in each.prompt + each.response])
+    ids = torch.tensor([i for each in episodes for i in each.ids])
     parts = sent(ids, device).split([each.tokens for each in episodes])
     counts = [[len(each) for each in episode.allowed or []] for episode in episodes]
     allowed: Sequence[Tensor | None] = [None] * len(episodes)
@@ -71,7 +72,7 @@ def texts_of(episodes: Sequence[Episode], device: torch.device) -> list[Text]:
         all_ids = torch.cat([ids for each in episodes for ids in each.allowed or []])
         allowed = sent(all_ids, device).split([sum(each) for each in counts])
     columns = zip(parts, episodes, allowed, counts, strict=True)
-    return [Text(ids, len(each.prompt), those, many) for ids, each, those, many in columns]
+    return [Text(ids, each.spans, those, many) for ids, each, those, many in columns]
 
 
 def pack(texts: Sequence[Text]) -> Packed:
@@ -81,14 +82,15 @@ def pack(texts: Sequence[Text]) -> Packed:
     starts = list(accumulate(lengths, initial=0))
     places = torch.arange(starts[-1], device=device)
     predictors = [
-        places[start + text.prompt - 1 : start + length - 1]
-        for text, start, length in zip(texts, starts, lengths, strict=False)
+        places[start + begin - 1 : start + end - 1]
+        for text, start in zip(texts, starts, strict=False)
+        for begin, end in text.spans
     ]
     return Packed(
         torch.cat([text.ids for text in texts])[None],
         torch.cat([places[:length] for length in lengths])[None],
         torch.cat(predictors),
-        torch.cat([text.ids[text.prompt :] for text in texts]),
+        torch.cat([text.ids[begin:end] for text in texts for begin, end in text.spans]),
         sent(torch.tensor(starts, dtype=torch.int32), device),
         max(lengths),
         _allowed(texts),

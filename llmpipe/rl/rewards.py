@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from llmpipe.recipe.places import portable
 from llmpipe.recipe.reinforcement import Scored
 from llmpipe.recipe.rewards import Reward
 from llmpipe.rl.actors import Actors
+from llmpipe.rl.sampling import Said
 from llmpipe.rl.sources.functions import of_function
 from llmpipe.rl.sources.models import of_model
 from llmpipe.rl.sources.source import Row, Score, Source, shortened
@@ -27,6 +29,7 @@ from llmpipe.rl.sources.texts import (
     of_judge,
     of_length,
     of_schema,
+    of_turns,
     of_verifier,
 )
 from llmpipe.run.job import Job
@@ -104,6 +107,8 @@ def _of_section(section: Reward, ground: _Ground) -> tuple[str, Score]:
         return section.kind, of_length(section.length, ground.tokenizer)
     if section.code:
         return section.kind, of_code(section.code)
+    if section.environment and section.plays:
+        return portable(section.environment), of_turns()
     if section.environment:
         return section.environment, of_environment(section.opened(ground.seed))
     if section.judge:
@@ -114,16 +119,15 @@ def _of_section(section: Reward, ground: _Ground) -> tuple[str, Score]:
     return section.verifier, of_verifier(section.verifier, section.pattern)
 
 
-def scored_together(
-    rewards: Rewards, rows: list[Row], responses: list[str], world: World
-) -> Scores:
-    """Scores of this process's responses. Raises UserError in all processes, since none may wait
-    for another, when a source of one fails, gives another number of scores (2), or one that is not
-    finite (4).
+def scored_together(rewards: Rewards, said: Sequence[Said], world: World) -> Scores:
+    """Scores of what was said in this process. Raises UserError in all processes, since none may
+    wait for another, when a source of one fails, gives another number of scores (2), or one that is
+    not finite (4).
 
     A reward model that is in parts is whole while it scores, one after the other; functions come
     last, since the next model's weights would wait for them.
     """
+    rows, responses = [each.row for each in said], [each.response for each in said]
     scores: dict[str, list[float]] = {}
     error = None
     for source in sorted(rewards.sources, key=lambda source: source.model is None):

@@ -118,7 +118,7 @@ def _drawing(
     return Drawing(
         job,
         hardware,
-        Sampler(Local(terms), tokenizer),
+        Sampler(Local(terms), tokenizer, book.world),
         Rewards(job, hardware, actors, prepared),
         book,
         dataset(folder / "train.arrow"),
@@ -188,23 +188,21 @@ class Drawing:
         group = self.job.recipe.rollout.group
         asked = [self.prompts[place] for place in places]
         rows = [json.loads(row["row"]) for row in asked]
-        ids = [row["prompt_ids"] for row in asked for _ in range(group)]
         numbers = [
             Place(Use.SAMPLE, 0, place * group + i) for place in places for i in range(group)
         ]
-        episodes = self.sampler.draw(ids, numbers, lambda *_: None)
-        texts = [self.sampler.text(episode) for episode in episodes]
-        each = [row for row in rows for _ in range(group)]
-        scores = scored_together(self.rewards, each, texts, self.book.world)
+        each = [row for row in asked for _ in range(group)]
+        said = self.sampler.draw(each, numbers, lambda *_: None)
+        scores = scored_together(self.rewards, said, self.book.world)
         answers = [
             Answer(
-                text,
+                one.response,
                 scores.total[i],
                 {name: values[i] for name, values in scores.by_source.items()},
-                len(episode.response),
-                episode.ended,
+                len(one.episode.response),
+                one.episode.ended,
             )
-            for i, (text, episode) in enumerate(zip(texts, episodes, strict=True))
+            for i, one in enumerate(said)
         ]
         return [
             self._line(place, row, answers[i * group : (i + 1) * group])

@@ -42,9 +42,15 @@ class Place(NamedTuple):
     use: Use
     update: int
     episode: int
+    turn: int = 0
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What tells it from all others; that of a first turn is the episode's own."""
+        return self if self.turn else self[:-1]
 
 
-def number(seed: int, use: Use, *place: int) -> int:
+def number(seed: int, use: int, *place: int) -> int:
     """A seed of its own for each seed, use and place, of 64 bits.
 
     NumPy's SeedSequence mixes them, which is made for this (O'Neill 2015).
@@ -54,7 +60,7 @@ def number(seed: int, use: Use, *place: int) -> int:
     return int(mixed)
 
 
-def generator(seed: int, use: Use, *place: int) -> torch.Generator:
+def generator(seed: int, use: int, *place: int) -> torch.Generator:
     """A generator of its own for each seed, use and place: an update, an episode of it."""
     return torch.Generator().manual_seed(number(seed, use, *place))
 

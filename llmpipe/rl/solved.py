@@ -103,15 +103,10 @@ class Pass:
     def _right(self, rows: Rows, mine: Sequence[int]) -> list[int]:
         """How many answers to each of these prompts are right. Collective."""
         tries = self.recipe.rollout.tries
-        asked = [rows[place] for place in mine]
-        ids = [row["prompt_ids"] for row in asked for _ in range(tries)]
-        whole = [
-            row for row in map(json.loads, (row["row"] for row in asked)) for _ in range(tries)
-        ]
+        asked = [rows[place] for place in mine for _ in range(tries)]
         numbers = [Place(Use.SOLVED, 0, place * tries + i) for place in mine for i in range(tries)]
-        episodes = self.sampler.draw(ids, numbers, lambda *_: None)
-        responses = [self.sampler.text(episode) for episode in episodes]
-        scores = scored_together(self.rewards, whole, responses, self.world)
+        said = self.sampler.draw(asked, numbers, lambda *_: None)
+        scores = scored_together(self.rewards, said, self.world)
         if not mine:
             return []
         which = next(i for i, source in enumerate(self.recipe.reward) if source.tells_right)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmpipe.errors import Mistake, UserError
 from llmpipe.files import expanded
-from llmpipe.recipe.functions import check_function
+from llmpipe.recipe.functions import check_environment, check_function
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.recipe.rewards import Reward
@@ -65,19 +65,22 @@ def _checks(
         yield "code", confined.prove
     if source.judge and outlook.works:
         yield "judge.key_from", partial(key_of, source.judge.key_from)
-    if source.environment and importlib.util.find_spec(PACKAGE):  # or that is said of the field
+    if source.asks and importlib.util.find_spec(PACKAGE):  # or that is said of the field
         yield "environment", partial(source.opened, seed)
 
 
 def _check_file(source: Reward, field: str, path: str) -> None:
     """Raises UserError for a file that is not what a source needs."""
-    if field == "function":
-        assert source.function
-        name = source.function.rpartition(":")[2]
+    named = source.function or source.environment
+    if named and field in ("function", "environment"):
+        name = named.rpartition(":")[2]
         try:
-            check_function(expanded(path), name, ("prompts", "completions", "reference"))
+            if field == "function":
+                check_function(expanded(path), name, ("prompts", "completions", "reference"))
+            else:
+                check_environment(expanded(path), name)
         except UserError as error:
-            raise UserError(f"{source.function}: {error.message}", error.hint) from None
+            raise UserError(f"{named}: {error.message}", error.hint) from None
     elif importlib.util.find_spec("jsonschema"):  # what is missing is said of the field
         schema_check(expanded(path))
 
@@ -114,8 +117,12 @@ def prompts(job: Job[Scored]) -> PreparedRows:
     comparisons = [
         Comparison(source.verifier, source.pattern) for source in recipe.reward if source.verifier
     ]
-    all_read = not any(source.model or source.function for source in recipe.reward)
-    needs = Needs(recipe.rollout.think, any(source.code for source in recipe.reward))
+    all_read = not any(source.model or source.function or source.plays for source in recipe.reward)
+    needs = Needs(
+        think=recipe.rollout.think,
+        tests=any(source.code for source in recipe.reward),
+        turns=recipe.plays is not None,
+    )
     kind = compared(comparisons, all_read=all_read, needs=needs)
     prepared = tokens(job, kind, _asked(job) if recipe.asks else None)
     if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from llmpipe.front.launch import free_port
-from llmpipe.models.drawing.draw import Episode
+from llmpipe.models.drawing.draw import Episode, Inserted
 from llmpipe.parallel import join
 from llmpipe.rl import group_relative
 from llmpipe.rl.experience import Measured
@@ -52,10 +52,16 @@ class Sample:
     prompt: int
     response: list[int]
     score: float
+    inserted: list[Inserted]
+    """What an environment says in it."""
 
     def steps(self) -> list[tuple[int, int]]:
-        """(the token before, the token) of each place of the answer."""
-        return list(itertools.pairwise([self.prompt, *self.response]))
+        """(the token before, the token) of each place of the answer; behind what an environment
+        says, the token before is its last."""
+        before = [self.prompt, *self.response[:-1]]
+        for at, others in self.inserted:
+            before[at] = others[-1]
+        return list(zip(before, self.response, strict=True))
 
 
 def log_prob(logits: TABLE, before: int, token: int) -> float:
@@ -235,8 +241,9 @@ class Tables:
     ended: list[bool]
 
     @classmethod
-    def drawn(cls, seed: int) -> Tables:
-        chance = random.Random(seed)
+    def drawn(cls, seed: int, turns: bool = False) -> Tables:
+        """`turns`: with what an environment says in most answers."""
+        chance, others = random.Random(seed), random.Random(seed)
 
         def table(like: TABLE | None = None) -> TABLE:
             return [
@@ -250,7 +257,9 @@ class Tables:
         for place in range(BATCH):
             response = [chance.randrange(WORDS) for _ in range(chance.randint(1, MOST))]
             right = float(chance.random() < 0.5) if place >= GROUP else 1.0  # one without spread
-            samples.append(Sample(place // GROUP, response, right))
+            places = sorted(others.sample(range(1, len(response)), min(2, len(response) - 1)))
+            inserted = [Inserted(at, others.choices(range(WORDS), k=2 + at)) for at in places]
+            samples.append(Sample(place // GROUP, response, right, inserted if turns else []))
         return cls(
             old,
             parent=table(old),
@@ -323,7 +332,7 @@ def engine(stage: str, settings: dict, tables: Tables, micro: int, rank: int = 0
     method = {"ppo": PPO, "grpo": GRPO}[stage](ground, State.begin(recipe.reference))
     answers = answers_of(tables)[rank::size]
     measured = measured_of(tables, answers, recipe.has_reference)
-    experiences, _ = method.judge(measured, answers, worths(answers, recipe.rollout))
+    experiences, _ = method.judge(measured, answers, worths(answers, recipe))
     learner = Learner(ground, method, 1, None)
     steps = []
     optimizer_step = learner.optimizer_step
@@ -351,7 +360,8 @@ def engine(stage: str, settings: dict, tables: Tables, micro: int, rank: int = 0
 def answers_of(tables: Tables) -> list[Answer]:
     answers = []
     for place, (sample, ended) in enumerate(zip(tables.samples, tables.ended, strict=True)):
-        episode = Episode([sample.prompt], sample.response, ended, torch.zeros(0), None)
+        inserted = tuple(sample.inserted)
+        episode = Episode([sample.prompt], sample.response, ended, torch.zeros(0), None, inserted)
         scores = {"number": sample.score}
         answers.append(Answer(place, {}, episode, "", sample.score, scores))
     return answers
@@ -367,10 +377,7 @@ def measured_of(tables: Tables, answers: list[Answer], has_reference: bool) -> M
 
     episodes = [answer.episode for answer in answers]
     log_p = padded([log_probs(tables.old, sample) for sample in samples])
-    drawn = [
-        Episode(each.prompt, each.response, each.ended, log_p[i, : lengths[i]], None)
-        for i, each in enumerate(episodes)
-    ]
+    drawn = [replace(each, log_probs=log_p[i, : lengths[i]]) for i, each in enumerate(episodes)]
     return Measured(
         drawn,
         texts_of(drawn, torch.device("cpu")),
@@ -584,6 +591,49 @@ def test_the_engine_computes_the_equations(stage, settings):
         given = engine(stage, settings, tables, micro)
         assert given[0].keys() == right[0].keys()
         agree(given, right)
+
+
+@pytest.mark.parametrize(("stage", "settings"), EVERY, ids=IDS)
+def test_what_an_environment_says_is_read_and_never_learned(stage, settings):
+    """Masks are ragged: answers of one turn, of two and of three, in one batch. Every count, mean,
+    advantage and gradient is over the policy's own tokens."""
+    tables = Tables.drawn(seed=7, turns=True)
+    assert {len(sample.inserted) for sample in tables.samples} == {0, 1, 2}
+    right = BY_HAND[stage](tables, settings)
+    for micro in (2, BATCH):
+        agree(engine(stage, settings, tables, micro), right)
+    # with other words there, of other lengths, but for the last, by which a table goes on
+    for sample in tables.samples:
+        sample.inserted = [Inserted(at, [0, 0, 0, ids[-1]]) for at, ids in sample.inserted]
+    agree(engine(stage, settings, tables, BATCH), right)
+    for sample in tables.samples:
+        sample.inserted = [Inserted(at, [(ids[-1] + 1) % WORDS]) for at, ids in sample.inserted]
+    with pytest.raises(AssertionError):
+        agree(engine(stage, settings, tables, BATCH), right)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_no_bit_of_the_mask_may_be_another(stage, monkeypatch):
+    """One more, and nothing fits; one in the place of another, and the numbers are others."""
+    tables = Tables.drawn(seed=7, turns=True)
+    right = BY_HAND[stage](tables, {})
+    spans = Episode.spans.fget
+
+    def flipped(self):
+        (start, end), *others = spans(self)
+        return [(start, end + 1), *others] if others else [(start, end)]
+
+    def swapped(self):
+        (start, end), *others = spans(self)
+        return [(start + 1, end + 1), *others] if others else [(start, end)]
+
+    agree(engine(stage, {}, tables, BATCH), right)
+    monkeypatch.setattr(Episode, "spans", property(flipped))
+    with pytest.raises(RuntimeError, match="size"):
+        engine(stage, {}, tables, BATCH)
+    monkeypatch.setattr(Episode, "spans", property(swapped))
+    with pytest.raises(AssertionError):
+        agree(engine(stage, {}, tables, BATCH), right)
 
 
 def rank_of_two(rank: int, port: int, queue: multiprocessing.Queue) -> None:

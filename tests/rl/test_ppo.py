@@ -503,9 +503,9 @@ def scored(monkeypatch):
 
     seen, call = [], loop.scored_together
 
-    def spied(rewards, rows, answers, world):
-        out = call(rewards, rows, answers, world)
-        seen.append((rows, answers, out.total))
+    def spied(rewards, said, world):
+        out = call(rewards, said, world)
+        seen.append(([each.row for each in said], [each.response for each in said], out.total))
         return out
 
     for module in (loop, heldout):

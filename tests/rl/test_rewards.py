@@ -8,6 +8,7 @@ import pytest
 
 from llmpipe.errors import UserError
 from llmpipe.rl import rewards
+from llmpipe.rl.sampling import Said
 from llmpipe.run.checkpoints import Alone
 
 
@@ -48,8 +49,12 @@ def sources(seen, fails=""):
     return made
 
 
+def said(*responses):
+    return [Said({}, None, response) for response in responses]
+
+
 def test_one_reward_model_is_whole_at_a_time_and_functions_come_last(seen):
-    scores = rewards.scored_together(sources(seen), [{}, {}], ["x", "y"], World())
+    scores = rewards.scored_together(sources(seen), said("x", "y"), World())
     assert seen == ["A whole", "a", "A in parts", "B whole", "b", "B in parts", "f"]
     assert scores.total == [2 + 3 + 2] * 2
     assert list(scores.by_source) == ["f", "a", "b"], "as the recipe has them"
@@ -57,10 +62,10 @@ def test_one_reward_model_is_whole_at_a_time_and_functions_come_last(seen):
 
 def test_who_has_no_rows_or_fails_is_there_when_the_next_is_gathered(seen):
     """All processes gather as often: a collective that one skips would hold the others."""
-    assert rewards.scored_together(sources(seen), [], [], World()).total == []
+    assert rewards.scored_together(sources(seen), [], World()).total == []
     gatherings = ["A whole", "A in parts", "B whole", "B in parts"]
     assert seen == gatherings
     seen.clear()
     with pytest.raises(UserError, match="a fails"):
-        rewards.scored_together(sources(seen, "a"), [{}], ["x"], World())
+        rewards.scored_together(sources(seen, "a"), said("x"), World())
     assert seen == [gatherings[0], "a", *gatherings[1:]]

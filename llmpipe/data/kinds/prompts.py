@@ -4,7 +4,8 @@
 
 `row` holds the prompt (text or messages), its tools, the `reference` answer that the row has, its
 other `columns`, as the recipe calls them, and, where there are verifiers, `right`: the answers that
-they compare with, any of which is right. Where programs are run, `tests` are what against.
+they compare with, any of which is right. Where programs are run, `tests` are what against; where an
+environment takes turns, `at` is the row's file and line.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Needs(NamedTuple):
     """Whether an answer begins with a block of thought."""
     tests: bool = False
     """Whether there have to be tests, which a program is run against."""
+    turns: bool = False
+    """Whether an environment answers what the policy says, and so needs a conversation."""
 
     @property
     def settings(self) -> list[str]:
@@ -65,6 +68,8 @@ def encode(
     """A row that asks something -> its tokens up to where an answer begins, and the row, as JSON
     in UTF-8. Raises Rejected, also for what no answer can equal by the `comparisons`."""
     prompt, reference = prompt_and_reference(example)
+    if needs.turns and isinstance(prompt, str):
+        raise Rejected("no conversation", "the environment takes turns, and the prompt is a text")
     right = right_answers(reference, others, comparisons, all_read=all_read and not reference)
     tools = None if isinstance(example, Document | Completion) else example.tools
     ids = encoder.prompt(prompt, tools, think=needs.thinks)
@@ -83,6 +88,8 @@ def encode(
         row["right"] = right
     if needs.tests:
         row["tests"] = _tests(others)
+    if needs.turns:
+        row["at"] = encoder.at
     text = json.dumps(row, default=str).encode()
     return Encoded([(np.array(ids, np.int32), np.frombuffer(text, np.uint8))])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,23 +43,63 @@ class Sampling:
         return {"max_new_tokens": self.max_new_tokens}
 
 
+class Inserted(NamedTuple):
+    """What somebody else says in the middle of a response."""
+
+    at: int
+    """How many tokens of the response stand before it."""
+    ids: list[int]
+
+
 @dataclass(frozen=True)
 class Episode:
-    """A prompt and a response to it, as token ids."""
+    """A prompt and a response to it, as token ids. What an environment says between the turns of a
+    response is no part of it: nothing there was drawn, and nothing there is learned."""
 
     prompt: list[int]
     response: list[int]
+    """The policy's own tokens, those of all its turns."""
     ended: bool
-    """Whether the last token of the response is an end token."""
+    """Whether the last token of the response is an end token, and no environment waits for more."""
     log_probs: Tensor
     """Of the response's tokens as they were drawn, float32 [tokens]."""
     allowed: list[Tensor] | None
     """Token ids that could be drawn at each place; None where all could."""
+    inserted: tuple[Inserted, ...] = ()
+    """The environment's turns, in their order; one behind each turn of the policy but the last."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt) + len(self.response)
+        """Tokens of the whole text."""
+        return len(self.prompt) + len(self.response) + self.inserted_tokens
+
+    @property
+    def inserted_tokens(self) -> int:
+        return sum(len(ids) for _, ids in self.inserted)
+
+    @property
+    def turns(self) -> int:
+        """Of the policy."""
+        return 1 + len(self.inserted)
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole text: the prompt, and the response with the environment's turns in it."""
+        ids, begin = [*self.prompt], 0
+        for at, others in self.inserted:
+            ids += self.response[begin:at] + others
+            begin = at
+        return ids + self.response[begin:]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where in `ids` the response's tokens are, [start, end) of each turn."""
+        spans, start, begin = [], len(self.prompt), 0
+        for at, others in self.inserted:
+            end = start + at - begin
+            spans.append((start, end))
+            start, begin = end + len(others), at
+        return [*spans, (start, start + len(self.response) - begin)]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Local:
         length = self.terms.sampling.max_new_tokens
         rows = []
         for place in places:
-            numbers = generator(self.terms.seed, *place)
+            numbers = generator(self.terms.seed, *place.key)
             rows.append(torch.rand(length, generator=numbers, dtype=torch.float64))
         return torch.stack(rows)
 

@@ -155,7 +155,7 @@ class VLLM:
         how = [
             SamplingParams(
                 temperature=self.terms.sampling.temperature,
-                seed=number(self.terms.seed, *place) >> 1,  # of 63 bits
+                seed=number(self.terms.seed, *place.key) >> 1,  # of 63 bits
                 max_tokens=tokens,
                 logprobs=0,  # that of the drawn token alone
                 stop_token_ids=ends,

@@ -1,4 +1,4 @@
-"""Functions of the user's files, which give scores."""
+"""Functions of the user's files, which give scores, and how anything is taken from such a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmpipe.rl.sources.source import Row, Score
 def of_function(name: str, every: set[str]) -> Score:
     """A function of the user's file, `./file.py:name`, and the columns that any row has."""
     path, _, attribute = name.rpartition(":")
-    function = _imported(name, path, attribute)
+    function = imported(name, path, attribute)
 
     def scores(rows: list[Row], responses: list[str]) -> list[Any]:
         columns = _columns(name, rows, every)
@@ -27,12 +27,12 @@ def of_function(name: str, every: set[str]) -> Score:
             values = function(prompts=prompts, completions=list(responses), **columns)
             return [value.item() if hasattr(value, "item") else value for value in values]
         except Exception as error:  # the user's: whatever it raises is named with its line
-            raise UserError(f"reward: {name}: {_where(error, path)}") from error
+            raise UserError(f"reward: {name}: {where(error, path)}") from error
 
     return scores
 
 
-def _imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
+def imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
     """What the user's file calls `attribute`; it runs once, here."""
     file = expanded(path)
     module_name = f"llmpipe_rewards_{file.stem}"
@@ -44,7 +44,7 @@ def _imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
         function: Callable[..., Any] = getattr(module, attribute)
     except Exception as error:  # the user's: whatever it raises is named with its line
-        raise UserError(f"reward: {name}: {_where(error, path)}") from error
+        raise UserError(f"reward: {name}: {where(error, path)}") from error
     return function
 
 
@@ -63,7 +63,7 @@ def _columns(name: str, rows: list[Row], every: set[str]) -> dict[str, list[Any]
     return columns
 
 
-def _where(error: Exception, path: str) -> str:
+def where(error: BaseException, path: str) -> str:
     """An error of the user's file, with its line."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"

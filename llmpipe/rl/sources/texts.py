@@ -112,6 +112,15 @@ def of_environment(environment: Environment) -> Score:
     return scores
 
 
+def of_turns() -> Score:
+    """What an environment of turns gave while the answers were drawn."""
+
+    def scores(rows: list[Row], responses: list[str]) -> list[float]:
+        return [row["earned"] for row in rows]
+
+    return scores
+
+
 def _question(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
