@@ -66,6 +66,7 @@ def test_they_are_all_found():
         "gpt2-hellaswag.yaml",
         "grpo.yaml",
         "gsm8k.yaml",
+        "guess.yaml",
         "kto.yaml",
         "llama-1b.yaml",
         "llama-8b-fsdp.yaml",
@@ -94,6 +95,7 @@ def test_they_are_all_found():
         "tiny/reward.yaml",
         "tiny/sample.yaml",
         "tiny/sft.yaml",
+        "tiny/turns.yaml",
         "tldr.yaml",
         "zephyr.yaml",
     ]
@@ -116,7 +118,15 @@ def test_local_files_exist(path):
         sources = [source.path for source in recipe.rows().values()]
         for name in [*recipe.references().values(), *sources]:
             made_by_a_command = name.startswith(
-                ("./models/", "./from-zero/", "./runs/", "./sums/", "./sentiment/", "./reverse/")
+                (
+                    "./models/",
+                    "./from-zero/",
+                    "./runs/",
+                    "./sums/",
+                    "./sentiment/",
+                    "./reverse/",
+                    "./guess/",
+                )
             )
             if is_local(name) and not made_by_a_command:
                 assert (ROOT / name).exists(), f"{path}: {name}"

@@ -55,6 +55,7 @@ NAMES = {
     "score": Named("score"),
     "ended": _share("answers that ended"),
     "tokens": Named("length of answers", "tokens"),
+    "turns": Named("turns of an episode"),
     "objective/scores": Named("score"),
     "objective/scores_std": Named("spread of scores"),
     "objective/kl": Named("KL from the reference", PER_ANSWER),

@@ -25,17 +25,17 @@ KINDS = ("none", "selective", "full")
 """Of what is computed again, by their time."""
 
 
-def fit_passes(loop: Loop, prompt: int) -> None:
+def fit_passes(loop: Loop, prompt: int, response: int) -> None:
     """Cut the passes of a training until they fit, where the recipe leaves that to us. Collective.
 
-    `prompt`: tokens of the longest one. Raises torch's OutOfMemoryError where not one episode fits.
+    `prompt`, `response`: tokens of the longest episode. Raises torch's OutOfMemoryError where not
+    even that one fits alone.
     """
     launch = loop.recipe.launch
     if loop.hardware.device not in DEVICES:
         return
     if "auto" not in (launch.micro_batch_size, launch.checkpointing):
         return
-    response = loop.recipe.max_response
     ended = Episode([0] * prompt, [0] * response, True, torch.zeros(response), None)
     while problem := _try(loop, ended):
         size = loop.learner.pass_size

@@ -29,4 +29,6 @@ def evaluate(
         "eval_ended": sum(each.episode.ended for each in said),
         "eval_tokens": sum(len(each.episode.response) for each in said),
     }
+    if sampler.turns:
+        sums["eval_turns"] = sum(each.episode.turns for each in said)
     return {name: total / len(held_out) for name, total in world.totals(sums).items()}

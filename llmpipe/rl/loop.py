@@ -1,5 +1,6 @@
 """One update after the other: draw responses, score them, judge them, learn from them. Checkpoints
-lie between updates. `ppo` and `grpo` say how they are judged, and what of them is learned.
+lie between updates. `ppo` and `grpo` say how they are judged, and what of them is learned. Where an
+environment of turns takes part (`turns`), a response is what the policy says in all of its turns.
 
 Nothing random has a state to keep: what an update draws depends on the seed, the update and the
 episode alone, so that a resumed run goes on bit by bit, and every way to cut a batch gives the same
@@ -180,7 +181,7 @@ class Loop:
         rate = self.learner.schedule.set_rate(self.state.step)
         batch = self.method.rollout(self._draw)
         if not self.state.step:  # what drawing holds is in memory now
-            fit_passes(self, self._longest_prompt() + self._most_inserted(batch.drawn))
+            fit_passes(self, *self._longest_episode(batch.drawn))
         experiences, metrics = self.judge(batch.answers)
         judged = time.monotonic()
         self._note("learning from them")
@@ -465,10 +466,16 @@ class Loop:
         context = tokens_of(self.actors.causal.config.to_dict())
         refuse_rollouts(context, self._longest_prompt(), response)
 
-    def _most_inserted(self, answers: Sequence[Answer]) -> int:
-        """Tokens that an environment said in one of these answers, in any process, at most."""
-        most = max((answer.episode.inserted_tokens for answer in answers), default=0)
-        return int(self.world.greatest(most)) if self.recipe.plays else 0
+    def _longest_episode(self, drawn: Sequence[Answer]) -> tuple[int, int]:
+        """Tokens of the longest one that may come: those that are read, an environment's as many as
+        in one of these answers, and those that are learned."""
+        inserted = max((answer.episode.inserted_tokens for answer in drawn), default=0)
+        read = self._longest_prompt() + int(self.world.greatest(inserted))
+        context = tokens_of(self.actors.causal.config.to_dict())
+        if context is None:
+            return read, self.recipe.max_response
+        read = min(read, context - self.recipe.rollout.max_new_tokens)
+        return read, min(self.recipe.max_response, context - read)
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest one."""

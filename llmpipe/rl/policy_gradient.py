@@ -4,6 +4,11 @@ has in their place.
 An episode is one answer; a step of it is a token y_t in the state s_t = prompt, y_1 ... y_(t-1).
 Episodes of several lengths lie in [episodes, tokens] with a mask that is 1 for their tokens; losses
 take flat [tokens].
+
+Of an episode of several turns these are the policy's own tokens, one turn's behind another's. What
+an environment says in between is no step: it is part of the state of the tokens behind it, as if it
+were drawn by the world. So no loss, mean or count has a place for it, and an advantage goes from
+the last token of a turn straight to the first of the next.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ def advantages(
     """Generalized advantage estimates and returns (Schulman 2016, eq. 16), [episodes, tokens] each.
 
     delta_t = r_t + discount V(s_(t+1)) - V(s_t), and nothing follows the last token; A_t = delta_t
-    + discount smoothing A_(t+1); the return is A_t + V(s_t).
+    + discount smoothing A_(t+1); the return is A_t + V(s_t). At the end of a turn t + 1 is the next
+    turn's first token, and s_(t+1) has what the environment said: discount and smoothing count the
+    policy's own tokens alone.
     """
     estimates = torch.zeros_like(rewards)
     next_value = torch.zeros(len(rewards))

@@ -113,7 +113,7 @@ def of_environment(environment: Environment) -> Score:
 
 
 def of_turns() -> Score:
-    """What an environment of turns gave while the answers were drawn."""
+    """What an environment of turns gave while the answers were drawn; see `llmpipe.rl.turns`."""
 
     def scores(rows: list[Row], responses: list[str]) -> list[float]:
         return [row["earned"] for row in rows]
