@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 MOST, GUESSES = 7, 3
-PARTS = {"form": 400, "asks": 640, "test": 70}
+PARTS = {"form": 400, "asks": 640, "test": 35}
 
 
 class Guess:

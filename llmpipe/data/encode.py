@@ -22,7 +22,7 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe.sections import Preparation
-from llmpipe.scores.thinking import OPENING, TAG
+from llmpipe.scores.thinking import CLOSING, OPENING, TAG
 
 SECONDS = 6.0
 """That a template may take in any case."""

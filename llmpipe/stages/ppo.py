@@ -119,7 +119,7 @@ def prompts(job: Job[Scored]) -> PreparedRows:
     ]
     all_read = not any(source.model or source.function or source.plays for source in recipe.reward)
     needs = Needs(
-        think=recipe.rollout.think,
+        thinks=recipe.rollout.think,
         tests=any(source.code for source in recipe.reward),
         turns=recipe.plays is not None,
     )
