@@ -49,7 +49,7 @@ class Sampler:
         Collective; raises UserError in all processes where an environment of one fails."""
         rows = [json.loads(prompt["row"]) for prompt in prompts]
         ids = [prompt["prompt_ids"] for prompt in prompts]
-        answers = partial(self._answers, note)
+        answers = partial(self.answers, note)
         if self.turns is None:
             with self.engine.begun():
                 episodes = answers(ids, places)
@@ -59,7 +59,7 @@ class Sampler:
             games = self.turns.play(answers, self.text, rows, ids, places)
         return [Said(game.said(), game.episode(), game.answers[-1]) for game in games]
 
-    def _answers(self, note: Note, prompts: list[list[int]], places: list[Place]) -> list[Episode]:
+    def answers(self, note: Note, prompts: list[list[int]], places: list[Place]) -> list[Episode]:
         """Answers to tokenized prompts, in their order."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         episodes: dict[int, Episode] = {}

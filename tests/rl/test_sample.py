@@ -172,7 +172,7 @@ SCRIPT = {
 def scripted(monkeypatch):
     """Answers as `SCRIPT` has them, in the place of those that are drawn."""
 
-    def draw(self, prompts, places, note):
+    def answers(self, note, prompts, places):
         episodes = []
         for ids, place in zip(prompts, places, strict=True):
             text = SCRIPT[self.tokenizer.decode(ids, skip_special_tokens=True)][place.episode % 4]
@@ -182,7 +182,7 @@ def scripted(monkeypatch):
             episodes.append(Episode(ids, said + end, ended, None, None))
         return episodes
 
-    monkeypatch.setattr(Sampler, "draw", draw)
+    monkeypatch.setattr(Sampler, "answers", answers)
 
 
 def test_exactly_these_rows_of_these_answers(tmp_path, scripted, capsys):
