@@ -270,7 +270,8 @@ def test_stopped_anywhere(tmp_path, straight, number):
             process.kill() if number == signal.SIGKILL else process.terminate()
         stops += bool(hit)
         codes = {ended(process, processes) for process in processes}
-        assert codes <= {0, LOST, 143, -signal.SIGKILL, -signal.SIGTERM}, codes
+        said = "\n".join(out.read_text() for out in sorted(tmp_path.glob(f"{path.stem}.*.out")))
+        assert codes <= {0, LOST, 143, -signal.SIGKILL, -signal.SIGTERM}, said
         if codes == {0}:
             assert_straight(path, straight.made)
             path = write(tmp_path / f"run-{stops}", **straight.settings)
