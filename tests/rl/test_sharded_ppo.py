@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,8 @@ def test_stopped_anywhere(tmp_path, straight, number):
     stops, path = 0, write(tmp_path / "run-0", **straight.settings)
     while stops < (30 if life.FULL else 3):
         processes = life.started(path)
-        time.sleep(rng.uniform(0.2, straight.seconds))
+        any_end = [process.sentinel for process in processes]
+        wait(any_end, rng.uniform(0.2, straight.seconds))
         chosen = rng.choice([processes[:1], processes[1:], processes])
         hit = [process for process in chosen if process.is_alive()]
         for process in hit:
