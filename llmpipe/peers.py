@@ -18,15 +18,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from torch.distributed import DistError, PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous
 
 from llmpipe.errors import DONE, LOST, UserError
 from llmpipe.faults import GO_ON
@@ -74,7 +74,9 @@ class Peers:
         return f"{self.launch}.{self._turns}"
 
     def say(self, key: str, text: str) -> None:
-        self.store.set(key, text)
+        """Say something under a key. Raises UserError (75) where the store is gone."""
+        with _missing_rank_0():
+            self.store.set(key, text)
 
     def hear(self, key: str, of: int) -> str:
         """What a rank says under a key, as soon as it does: it may hash a model first, or prepare
@@ -84,7 +86,7 @@ class Peers:
         that is gone without a word `watch` takes notice; where the store is gone with it, the next
         look does.
         """
-        try:
+        with _missing_rank_0():
             while not self.store.check([key]):
                 if self.store.check([_left(of)]) and not self.store.check([key]):
                     code = int(_text(self.store, _left(of)))
@@ -92,8 +94,6 @@ class Peers:
                     raise UserError(f"rank {of} has ended with {code}", hint, code or LOST)
                 time.sleep(PAUSE)
             return _text(self.store, key)
-        except DistError as error:
-            raise UserError(f"rank 0 is gone: {CLOSED}", GO_ON, LOST) from error
 
     def gather(self, key: str, text: str) -> list[str]:
         """What every process says under a key, in the order of ranks, once all have said it."""
@@ -101,10 +101,15 @@ class Peers:
         return [self.hear(f"{key}/{number}", number) for number in range(world_size())]
 
     def watch(self) -> None:
-        """Give signs of life from now on, and end where another process gives none."""
+        """Give signs of life from now on, and end where another process gives none.
+
+        Raises UserError (75) where rank 0 is gone before the first one.
+        """
         if on_several_machines():
             self.say(_machine(rank()), machine_rank())
-        Thread(target=_Watch(self, self._left, self._end).run, daemon=True).start()
+        with _missing_rank_0():
+            watch = _Watch(self, self._left, self._end)
+        Thread(target=watch.run, daemon=True).start()
 
     def leave(self, code: int, last: bool) -> None:
         """Say that this process ends, and how. `last`: let others hear what the first one has said,
@@ -162,7 +167,7 @@ class _Watch:
         while not self.left.wait(EVERY) and not self.gone and self.others:
             try:
                 self.gone = self._look()
-            except (DistError, RuntimeError):
+            except RuntimeError:
                 self.gone = Loss(f"rank 0 is gone: {CLOSED}")
             self.rounds += 1
         while not self.left.wait(EVERY):
@@ -201,6 +206,15 @@ class _Watch:
         return None
 
 
+@contextmanager
+def _missing_rank_0() -> Iterator[None]:
+    """A store that is gone is rank 0, who holds it, or the launcher that does."""
+    try:
+        yield
+    except RuntimeError as error:  # DistError is one
+        raise UserError(f"rank 0 is gone: {CLOSED}", GO_ON, LOST) from error
+
+
 @cache
 def meet() -> Peers:
     """The processes of this launch, of which there are several. Collective.
@@ -211,7 +225,7 @@ def meet() -> Peers:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         store = PrefixStore("llmpipe", store)
         launch = _ask(store, rank()) if rank() else _answer(store, world_size())
-    except DistError as error:
+    except RuntimeError as error:
         raise _missing() from error
     return Peers(store, launch)
 

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from llmpipe import peers
 from llmpipe.errors import LOST, UserError
+from llmpipe.front.launch import free_port
 from llmpipe.run.outcome import Outcome
 
 
@@ -50,6 +51,22 @@ def test_a_word_of_another_launch_is_never_believed(store):
 def test_rank_0_does_not_go_on_before_all_have_heard(store):
     with pytest.raises(UserError, match="not all of"):
         peers._answer(store, 3, never)
+
+
+def test_rank_0_that_dies_at_any_word_is_missed_with_the_same_line(monkeypatch):
+    """Whoever holds the store may be gone when one says, hears, or begins to watch."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    port = free_port()
+    held = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    ours = peers.Peers(TCPStore("127.0.0.1", port, is_master=False), "now")
+    ours.say("early", "heard")
+    monkeypatch.setattr(type(ours.store), "clone", lambda store: store)  # it was there a moment ago
+    del held
+    for act in (lambda: ours.hear("late", of=0), lambda: ours.say("late", "lost"), ours.watch):
+        with pytest.raises(UserError, match="rank 0 is gone: its store has closed") as refused:
+            act()
+        assert refused.value.code == LOST
 
 
 class Clones(HashStore):

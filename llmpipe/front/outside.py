@@ -98,7 +98,8 @@ def make_together(session: Session) -> None:
     except BaseException as error:
         code = getattr(error, "code", 1)
         if rank() == 0 and not turn.trains:
-            turn.tell("end", code)
+            with suppress(UserError):  # where the launcher is gone, nobody hears it
+                turn.tell("end", code)
         if peers:
             peers.leave(code, last=not turn.trains)
         raise
