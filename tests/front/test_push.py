@@ -577,6 +577,7 @@ def test_a_gguf_file_and_a_folder_say_their_licence(run, llmpipe):
     of_folder.joinpath("README.md").write_text("---\nlicense: apache-2.0\n---\n")
     code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES[2:], "--dry-run", "other")
     assert code == 2 and "no licence is recorded of ./folder, the base, so say it" in err
+    assert "./folder lies not where it was, so that nothing was read of it" in err
 
 
 def test_drawn_weights_have_no_base(run, llmpipe):

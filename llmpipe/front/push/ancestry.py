@@ -178,6 +178,8 @@ def parent_of(child: Ancestor, model: Document) -> Ancestor:
 
 def place_of(one: Ancestor, base: Base) -> Path | None:
     """Where a base lies that is a file or a folder here; None where the very one does not."""
+    if base.kind not in ("gguf", "folder"):
+        return None
     for way in reversed(ways_to(one.artifact, base)):
         path = expanded(way)
         if path.is_file() and sha256_file(path) == base.identity.get("gguf"):

@@ -103,7 +103,8 @@ def licences(ancestry: Ancestry, rows: list[Rows], said: Said) -> Licences:
     sources = list(dict.fromkeys(one.path for one in rows))
     _check_sources(said, sources)
     base = ancestry.base
-    of_base = _of_base(base) if base else None
+    place = place_of(base.used_by, base.base) if base and base.base else None
+    of_base = _of_base(base, place) if base else None
     each = {one.path: one for one in rows}.values()
     of_rows = {one.path: licence for one in each if (licence := _of_rows(one, said))}
     lacking = [source for source in sources if source not in of_rows]
@@ -120,6 +121,8 @@ def licences(ancestry: Ancestry, rows: list[Rows], said: Said) -> Licences:
         of_hub = [one for one in rows if one.is_of_hub] or (base and base.hub_name)
         if of_hub and kept_offline():
             hint += "; HF_HUB_OFFLINE is set, so that no card on the Hub was read"
+        if base and not base.hub_name and place is None:
+            hint += f"; {base.reference} lies not where it was, so that nothing was read of it"
         raise UserError("\n".join(problems), hint)
     return Licences(of_model, of_base, of_rows)
 
@@ -158,10 +161,10 @@ def _of_rows(rows: Rows, said: Said) -> Licence | None:
     return Licence(stated, SAID) if stated else None
 
 
-def _of_base(base: Outside) -> Licence | None:
+def _of_base(base: Outside, place: Path | None) -> Licence | None:
+    """`place`: where it lies, if it lies here."""
     if base.hub_name:
         return _on_hub("model", base.hub_name, base.revision)
-    place = place_of(base.used_by, base.base) if base.base else None
     if place is None:
         return None
     if place.is_file():
