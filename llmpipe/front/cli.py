@@ -307,7 +307,8 @@ def plan(
     from llmpipe.recipe.check import load
     from llmpipe.stages import schema
 
-    asked = load(recipe, schema(stage_in(recipe, "plan")), overrides(sets, None))
+    given = load(recipe, schema(stage_in(recipe, "plan")), overrides(sets, None))
+    asked = footprint.training_of(given)
     shape = footprint.shape_of(asked, config)
     for line in footprint.plan(asked, shape, processes, machines, memory * 2**30):
         say(line)

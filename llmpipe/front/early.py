@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.recipe.sections import Recipe, Training
 from llmpipe.run.signals import heed, hold, stopping
 
@@ -25,6 +26,8 @@ def libraries(recipe: Recipe) -> str:
     """A module that imports most of what a stage's `train` needs."""
     if isinstance(recipe, Training):
         return "llmpipe.training.conclude"
+    if isinstance(recipe, SampleRecipe):
+        return "llmpipe.rl.sample"
     return "llmpipe.evaluation.candidate"
 
 

@@ -22,7 +22,14 @@ USUAL = 8
 """Processes, where neither a recipe nor a command says how many."""
 
 
-def shape_of(recipe: Recipe, config: Path | None) -> Shape:
+def training_of(recipe: Recipe) -> Training:
+    """A recipe that trains. Raises UserError (2) for another one."""
+    if not isinstance(recipe, Training):
+        raise UserError(f"{recipe.stage}: plan knows stages that train", "give another")
+    return recipe
+
+
+def shape_of(recipe: Training, config: Path | None) -> Shape:
     """Of what a recipe trains: of the model in a folder of this machine, or by a `config`.json.
     Raises UserError (2) where neither says it.
     """
@@ -50,13 +57,11 @@ def _of_model(reference: str | None) -> Shape:
 
 
 def plan(
-    recipe: Recipe, shape: Shape, processes: int | None, machines: int, memory: float
+    recipe: Training, shape: Shape, processes: int | None, machines: int, memory: float
 ) -> Iterator[str]:
     """Lines that say what a process holds, whole and in parts; `memory`: of a device, in bytes.
     `processes`: over all machines; None: the recipe's, or `USUAL`.
     """
-    if not isinstance(recipe, Training):
-        raise UserError(f"{recipe.stage}: plan knows stages that train", "give another")
     asked = recipe.launch.processes
     processes = processes or (asked if isinstance(asked, int) else USUAL)
     if processes % machines:

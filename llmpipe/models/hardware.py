@@ -193,7 +193,7 @@ def choose(
         hardware = decide(recipe, host, None, before=before, shape=shape)
     torch.set_num_threads(hardware.threads)
     if hardware.device == "cuda":
-        _make_exact()
+        make_exact()
     announce(hardware, recipe, say)
     return hardware
 
@@ -214,7 +214,7 @@ def take_device() -> None:
     torch.cuda.set_device(machine.local_rank())
 
 
-def _make_exact() -> None:
+def make_exact() -> None:
     """Let a GPU compute the same bits each time, where it has a way to.
 
     What stays fp32 beside bf16 stays so: it is small, and tensor cores would round it to 19 bits.

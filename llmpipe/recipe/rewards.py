@@ -1,4 +1,5 @@
-"""Where the scores of answers come from, for `ppo` and `grpo`: a section for each source."""
+"""Where the scores of answers come from, for `ppo`, `grpo` and `sample`: a section for each
+source."""
 
 from __future__ import annotations
 

@@ -52,10 +52,9 @@ class Outcome:
     """Why there is no row: one of `REASONS`."""
 
 
-def outcome(
-    recipe: SampleRecipe, prompt: str | list[Row], tools: Any, answers: Sequence[Answer]
-) -> Outcome:
-    """The rows that a prompt's answers become.
+def outcome(recipe: SampleRecipe, asked: Row, answers: Sequence[Answer]) -> Outcome:
+    """The rows that a prompt's answers become; `asked`: the prompt, a text or turns, and the tools
+    beside it where there are some, as rows have them.
 
     An answer that never ended would be learned with an end that it did not have, and one that is
     no text as other tokens than were drawn: neither takes part. Of equal texts the first one
@@ -73,11 +72,12 @@ def outcome(
     least = best.score if recipe.at_least is None else recipe.at_least
     if best.score < least:
         return Outcome([], TOO_LOW)
-    asked: Row = {"prompt": prompt} | ({"tools": tools} if tools else {})
 
     def spoken(answer: Answer) -> Any:
         text = f"{OPENING}{answer.text}" if recipe.rollout.think else answer.text
-        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        return (
+            text if isinstance(asked["prompt"], str) else [{"role": "assistant", "content": text}]
+        )
 
     if recipe.write == "pairs":
         if best.score == worst.score:

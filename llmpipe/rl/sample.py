@@ -24,7 +24,7 @@ from llmpipe.evaluation.book import Book, Line, Settings
 from llmpipe.evaluation.candidate import settings_of
 from llmpipe.files import write_whole
 from llmpipe.models.drawing.draw import Sampling
-from llmpipe.models.hardware import Hardware, keep_imports, take_device
+from llmpipe.models.hardware import Hardware, keep_imports, make_exact, take_device
 from llmpipe.models.load import load_any, stop_at
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel import World
@@ -48,6 +48,9 @@ from llmpipe.training.rows import dataset
 TASK = "sample"
 """What the lines of the book are of."""
 
+ASKED = ("prompt", "tools")
+"""What a line has of its prompt, as the rows made of it have it."""
+
 PARTS = 10
 """Lines that the log has of all answers."""
 
@@ -63,6 +66,8 @@ def train(job: Job[SampleRecipe], prepared: PreparedRows) -> Made:
     take_device()
     recipe, say = job.recipe, job.say
     settings = settings_of(recipe.precision, recipe.launch.batch_size, bool(job.bases))
+    if settings.device == "cuda":
+        make_exact()
     world = World.of(settings.device)
     book = Book(job.artifact.path / "samples.jsonl", settings, job.plan.identity, say, world)
     job.plan.refuse_changed_models()  # it may be a while ago that they were verified
@@ -210,10 +215,11 @@ class Drawing:
         ]
 
     def _line(self, place: int, row: dict[str, Any], answers: Sequence[Answer]) -> Line:
-        made = outcome(self.job.recipe, row["prompt"], row["tools"], answers)
-        shown = {"prompt": row["prompt"], "answers": [asdict(answer) for answer in answers]}
-        became = {"without": made.without} if made.without else {"rows": made.rows}
-        return Line(TASK, self.label, place, shown=shown | became)
+        asked = {name: row[name] for name in ASKED if row[name]}
+        made = outcome(self.job.recipe, asked, answers)
+        shown = asked | {"answers": [asdict(answer) for answer in answers]}
+        why = {"without": made.without} if made.without else {}
+        return Line(TASK, self.label, place, shown=shown | why)
 
 
 def _written(job: Job[SampleRecipe], drawing: Drawing) -> dict[str, Any]:
@@ -227,10 +233,11 @@ def _written(job: Job[SampleRecipe], drawing: Drawing) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for line in sorted(book.lines.values(), key=lambda line: line.order):
         answers = [Answer(**answer) for answer in line.shown["answers"]]
-        made = line.shown.get("rows", [])
-        without.update([line.shown["without"]] if not made else [])
-        rows += made
-        tally.add(answers, len(made), drawing.teller)
+        asked = {name: value for name, value in line.shown.items() if name in ASKED}
+        made = outcome(job.recipe, asked, answers)
+        without.update([made.without] if made.without else [])
+        rows += made.rows
+        tally.add(answers, len(made.rows), drawing.teller)
     counted = {reason: without[reason] for reason in REASONS if without[reason]}
     said = "".join(f"; {count:,} without: {reason}" for reason, count in counted.items())
     say(f"{tally.prompts:,} prompts, {tally.rows:,} rows of {job.recipe.write}{said}")

@@ -147,7 +147,8 @@ def test_a_machine_that_takes_no_process_more_is_no_hindrance(asked, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "name", ["sft", *map(life.by_the_dozen, ("dpo", "kto", "reward", "ppo", "grpo", "eval"))]
+    "name",
+    ["sft", *map(life.by_the_dozen, ("dpo", "kto", "reward", "ppo", "grpo", "sample", "eval"))],
 )
 def test_what_is_imported_early_is_what_takes_its_time(name):
     """Of the large libraries a stage's `train` imports none that the early worker has not."""
@@ -155,7 +156,7 @@ def test_what_is_imported_early_is_what_takes_its_time(name):
     large = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate")
     of_stage = {"sft": "supervised", "dpo": "policy", "kto": "judged", "reward": "ranking"}
     later = f"llmpipe.training.{of_stage[name]}" if name in of_stage else "llmpipe.models.load"
-    by_name = {name: f"llmpipe.rl.{name}" for name in ("ppo", "grpo")}
+    by_name = {name: f"llmpipe.rl.{name}" for name in ("ppo", "grpo", "sample")}
     later = (by_name | {"eval": "llmpipe.evaluation.book"}).get(name, later)
     code = f"""
         import importlib, sys, time

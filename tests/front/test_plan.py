@@ -71,3 +71,9 @@ def test_a_plan_reads_the_model_that_lies_there(llmpipe, tmp_path):
     assert code == 2 and "give its config.json with --config" in err
     code, _, err = llmpipe("plan", str(recipe), "--config", str(recipe))
     assert code == 2 and "no shape of a model" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("stage", ["eval", "sample"])
+def test_what_does_not_train_has_no_plan(llmpipe, stage):
+    code, out, err = llmpipe("plan", str(RECIPES / "tiny" / f"{stage}.yaml"))
+    assert (code, out) == (2, "") and f"{stage}: plan knows stages that train" in err

@@ -137,7 +137,7 @@ SEVERAL = answers(("b", 1), ("a", 2), ("c...", 9), (" ", 8), ("\ufffd.", 7), ("d
     ],
 )
 def test_what_becomes_of_answers(fields, given, made):
-    became = outcome(recipe(**fields), "p", None, given)
+    became = outcome(recipe(**fields), {"prompt": "p"}, given)
     assert (became.without or became.rows) == made
     assert bool(became.rows) != bool(became.without)
 
@@ -146,7 +146,7 @@ def test_turns_stay_turns():
     """With the tools of the row, and the thought that the prompt begins."""
     given = answers(("a</think>b", 1), ("c</think>d", 0))
     thinking = recipe(rollout={"think": True})
-    (row,) = outcome(thinking, TURN, [{"name": "f"}], given).rows
+    (row,) = outcome(thinking, {"prompt": TURN, "tools": [{"name": "f"}]}, given).rows
     assert row == {
         "prompt": TURN,
         "tools": [{"name": "f"}],

@@ -1,4 +1,4 @@
-"""Prompts to answer, for `ppo` and `grpo`, with what rewards read of a row.
+"""Prompts to answer, for `ppo`, `grpo` and `sample`, with what rewards read of a row.
 
     train.arrow   prompt_ids: list<int32>; row: string, JSON
 
