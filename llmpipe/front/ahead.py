@@ -54,6 +54,8 @@ EXTRAS = {
     "reasoning_gym": "llmpipe[rl]",
     "vllm": "llmpipe[vllm]",
     "deepspeed": "llmpipe[zero]",
+    "llama_cpp": "llmpipe[gguf]",
+    "torchao": "llmpipe[torchao]",
 }
 """What to install for a module, where that is not called as the module is."""
 

@@ -26,7 +26,7 @@ Document = dict[str, Any]
 ModelKind = Literal["hub", "folder", "gguf", "artifact", "merged"]
 """What a reference to a model means."""
 
-ArtifactKind = Literal["model", "adapter", "reward-model", "dataset", "evaluation"]
+ArtifactKind = Literal["model", "adapter", "reward-model", "dataset", "evaluation", "export"]
 
 SHAPES: dict[str, re.Pattern[str]] = {
     "revision": re.compile(r"[0-9a-f]{40}"),

@@ -29,6 +29,7 @@ STAGES = {
     "kto": "Kahneman-Tversky optimization: answer as people judged good",
     "sample": "sampling: answers of a model, scored, as rows to learn from",
     "eval": "evaluation: measure models on the same items, with intervals",
+    "export": "for other engines: write, read back there, and compare",
 }
 
 # what an unfinished artifact of a stage that trains goes on from

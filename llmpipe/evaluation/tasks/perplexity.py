@@ -88,7 +88,7 @@ class Perplexity(OnItems):
         return Passage(**place._asdict(), **fields)
 
     def score_batch(self, model: Candidate, batch: list[Passage], seed: int) -> list[Scored]:
-        parts = [list(windows(_marked(model, item), self.window, self.stride)) for item in batch]
+        parts = [list(windows(marked(model, item), self.window, self.stride)) for item in batch]
         sums = iter(model.log_probs([part for parts_of_item in parts for part in parts_of_item]))
         scored = []
         for item, parts_of_item in zip(batch, parts, strict=True):
@@ -110,7 +110,7 @@ class Perplexity(OnItems):
         return scored
 
 
-def _marked(model: Candidate, item: Passage) -> Marked:
+def marked(model: Candidate, item: Passage) -> Marked:
     """Every token of a text; of a conversation or a completion those that training teaches."""
     if item.text is not None:
         ids = model.tokenizer(item.text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,267 @@
+"""Every format of an export: written, read back by its reader, compared, and only then given its
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmpipe import screen
+from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.evaluation.candidate import Candidate
+from llmpipe.evaluation.task import Marked
+from llmpipe.evaluation.tasks.perplexity import Passage, marked, windows
+from llmpipe.export.adapter import write_adapter
+from llmpipe.export.gguf_file import TYPES, check_weights, write_gguf
+from llmpipe.export.measure import Yardstick, of_probe, yardstick
+from llmpipe.export.merged import DTYPES, write_merged
+from llmpipe.export.modelfile import write_modelfile
+from llmpipe.export.readers import Reader
+from llmpipe.export.readers.of_transformers import (
+    predictions,
+    read_adapter,
+    read_gguf,
+    read_model,
+)
+from llmpipe.export.source import Source, load_source
+from llmpipe.files import differences, in_bytes, publishing, remove, table
+from llmpipe.run.exports import Export, read_exports, write_exports
+from llmpipe.run.probe import compare
+
+if TYPE_CHECKING:
+    from llmpipe.run.job import Job
+    from llmpipe.stages.export import Accept, Schema
+
+WEIGHTS = (".safetensors", ".gguf")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: how it is written, and who reads it."""
+
+    name: str
+    write: Callable[[Source, Path], list[str]]
+    """Returns what its user has to know."""
+    read: Callable[[Path, Source], Reader]
+    dtype: torch.dtype | None
+    """To which weights and sums are rounded; None where they have fewer bits."""
+
+
+def formats_of(recipe: Schema) -> Iterator[Format]:
+    """What a recipe asks for, in the order of `Formats.names`."""
+    for precision in recipe.formats.merged:
+        dtype = DTYPES[precision]
+        yield Format(
+            name=f"merged-{precision}",
+            write=partial(write_merged, dtype=dtype),
+            read=partial(read_model, dtype=dtype),
+            dtype=dtype,
+        )
+    if recipe.formats.adapter:
+        yield Format("adapter", write_adapter, read_adapter, torch.float32)
+    for numbers in recipe.formats.gguf:
+        dtype = GGUF_DTYPES.get(numbers)
+        yield Format(
+            name=f"gguf-{numbers}",
+            write=partial(_write_gguf, numbers=numbers),
+            read=partial(_read_gguf, dtype=dtype),
+            dtype=dtype,
+        )
+    for bits in recipe.formats.torchao:
+        yield Format(
+            name=f"torchao-{bits}",
+            write=_write_weight_only,
+            read=_read_weight_only,
+            dtype=None,
+        )
+
+
+def _write_weight_only(source: Source, folder: Path) -> list[str]:
+    from llmpipe.export.weight_only import write_weight_only  # torchao may not be installed
+
+    return write_weight_only(source, folder)
+
+
+def _read_weight_only(folder: Path, source: Source) -> Reader:
+    from llmpipe.export.weight_only import read_weight_only
+
+    return read_weight_only(folder, source)
+
+
+GGUF_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _write_gguf(source: Source, folder: Path, numbers: str) -> list[str]:
+    """A GGUF file and its Modelfile; what is not written here llama.cpp makes of an f32 file."""
+    file = folder / f"model-{numbers}.gguf"
+    if numbers in TYPES:
+        write_gguf(source, file, numbers)
+    else:
+        from llmpipe.export.readers.of_llama_cpp import quantize
+
+        whole = folder / "whole.gguf"
+        write_gguf(source, whole, "f32")
+        quantize(whole, file, numbers)
+        whole.unlink()
+    return write_modelfile(source, file)
+
+
+def _read_gguf(folder: Path, source: Source, dtype: torch.dtype | None) -> Reader:
+    """By llama.cpp where it is installed, else by transformers."""
+    [file] = folder.glob("*.gguf")
+    tensors = check_weights(source, file, dtype)
+    if not find_spec("llama_cpp"):
+        return read_gguf(file, source, dtype)
+    from llmpipe.export.readers.of_llama_cpp import LlamaCpp
+
+    return LlamaCpp(file, source, tensors)
+
+
+def export_all(job: Job[Schema], passages: list[Passage]) -> list[Export]:
+    """Every format of the recipe that is not there already, as exports.jsonl has it.
+
+    Raises UserError (3) naming each format that is too far from the model; those that are not are
+    kept, and made no second time.
+    """
+    recipe, home, say = job.recipe, job.artifact.path, job.say
+    job.plan.refuse_changed_models()
+    source = load_source(job.model, job.bases.get("model"), say)
+    standard = _yardstick(source, passages, recipe.task is None, say)
+    done = {export.format: export for export in read_exports(home) if _is_whole(home, export)}
+    refused = []
+    for form in formats_of(recipe):
+        if form.name in done:
+            say(f"{form.name}: is there already")
+            continue
+        try:
+            done[form.name] = export_one(form, source, standard, home, recipe.accept, say)
+        except TooFar as far:
+            refused.append(far.args[0])
+            continue
+        write_exports(home, list(done.values()))
+    if refused:
+        hint = "take more bits, or say in `accept:` what is near enough; the others are kept"
+        raise UserError("\n".join(refused), hint, INTEGRITY)
+    return [done[name] for name in recipe.formats.names]
+
+
+class TooFar(Exception):
+    """A format that is not near enough to the model, in words."""
+
+
+def export_one(
+    form: Format, source: Source, standard: Yardstick, home: Path, accept: Accept, say: Say
+) -> Export:
+    """Write one format, and publish it once its reader says what the model says.
+
+    Raises UserError (3) where it does not, and TooFar where its fewer bits say something else.
+    """
+    folder = home / form.name
+    remove(folder)
+    with publishing(folder) as staging:
+        with screen.doing(f"writing {form.name}"):
+            notes = form.write(source, staging)
+        with screen.doing(f"reading {form.name} back"):
+            export = read_back(form, source, standard, staging)
+        problem = too_far(export, accept)
+        if problem and accept.otherwise == "refuse":
+            raise TooFar(f"the export is refused: {problem}")
+    if problem:
+        say(f"warning: {problem}")
+    export = replace(export, notes=notes, files=table(folder))
+    for line in told(export):
+        say(line)
+    return export
+
+
+def read_back(form: Format, source: Source, standard: Yardstick, folder: Path) -> Export:
+    """What the reader makes of a format, compared with the model. Raises UserError (3)."""
+    reader = form.read(folder, source)
+    try:
+        rounded = (form.dtype, reader.computes_in)
+        most = max(map(source.tolerance, filter(None, rounded))) if form.dtype else None
+        agreement = compare(source.probe, reader.probe(), f"{form.name}, {reader.name}", most)
+        measured, rate = standard.measure(reader.predicts)
+    finally:
+        reader.close()
+    return Export(
+        format=form.name,
+        lossless=form.dtype is not None,
+        size=sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS),
+        tensors=reader.tensors,
+        reader=reader.name,
+        agreement=agreement,
+        measured=measured,
+        tokens_per_second=rate,
+    )
+
+
+def too_far(export: Export, accept: Accept) -> str:
+    """How a format with fewer bits is further from the model than is accepted, in words."""
+    if export.lossless:
+        return ""
+    kl, ratio = export.measured.mean_kl, export.measured.perplexity_ratio
+    problems = []
+    if not kl <= accept.mean_kl:
+        problems.append(f"a mean KL of {kl:.3g} nats per token, not at most {accept.mean_kl:g}")
+    if not ratio <= accept.perplexity_ratio:
+        limit = f"{accept.perplexity_ratio:g}"
+        problems.append(f"{ratio:.3f} times the model's perplexity, not at most {limit}")
+    return f"{export.format} has {' and '.join(problems)}" if problems else ""
+
+
+def told(export: Export) -> Iterator[str]:
+    """What is said of a format that was published."""
+    far = export.measured
+    numbers = (
+        f"KL {far.mean_kl:.2g}, perplexity x {far.perplexity_ratio:.4f}, "
+        f"{export.agreement.equal_answers} of {export.agreement.answers} answers equal"
+    )
+    size = in_bytes(export.size)
+    yield f"{export.format}: {size}, {export.tensors} tensors; {export.reader}: {numbers}"
+    yield from (f"{export.format}: {note}" for note in export.notes)
+
+
+def _is_whole(home: Path, export: Export) -> bool:
+    """Whether a format that exports.jsonl lists lies there as it was written."""
+    folder = home / export.format
+    return folder.is_dir() and not differences(folder, export.files)
+
+
+def _yardstick(source: Source, passages: list[Passage], few: bool, say: Say) -> Yardstick:
+    """What readers are measured with, said."""
+    sequences = of_probe(source.probe) if few else list(_sequences(source, passages, say))
+    with screen.doing("computing the model's own predictions"):
+        standard = yardstick(sequences, partial(predictions, source.model))
+    what = "the probe's continuations, since held_out: names no rows" if few else "held-out rows"
+    say(f"measured on {what}: {standard.words}")
+    if not standard.tokens:
+        raise UserError("held_out: no token of these rows is scored", "take other rows")
+    return standard
+
+
+def _sequences(source: Source, passages: list[Passage], say: Say) -> Iterator[Marked]:
+    """Rows as training encodes them, what they teach marked."""
+    candidate = Candidate(
+        label="the model",
+        folder=source.folder,
+        model=source.model,
+        tokenizer=source.tokenizer,
+        ranks=False,
+        kwargs=source.template_kwargs,
+        batch_size=1,
+        say=say,
+    )
+    for passage in passages:
+        yield from windows(marked(candidate, passage), WINDOW, WINDOW // 2)
+
+
+WINDOW = 1024
+"""Most tokens of a row that are read at once."""

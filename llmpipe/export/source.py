@@ -1,0 +1,108 @@
+"""What is exported: the model in fp32, its adapter merged, once it is seen to be the one that was
+published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from llmpipe import screen, upstream
+from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.export.ask import ask
+from llmpipe.export.tensors import weights_of
+from llmpipe.models.adapters import is_tied, merged, on_base
+from llmpipe.models.pretrained import load_model, load_tokenizer
+from llmpipe.run.artifact import manifest_beside
+from llmpipe.run.manifest import Manifest
+from llmpipe.run.probe import Probe, compare
+
+FP32 = 256
+"""Units in the last place of the largest logit, in fp32, that each layer may move one by where sums
+are computed in another order: on another device, in another batch, with an adapter merged."""
+
+HALF = 1
+"""The same where weights were rounded to half precision: most of these errors cancel out."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Source:
+    """The model that every format is made of, and that every reader is held against."""
+
+    folder: Path
+    """Of the model, or the adapter."""
+    base: Path | None
+    """What lies under the adapter."""
+    model: PreTrainedModel
+    """In fp32 on the CPU, the adapter merged."""
+    tokenizer: Tokenizer
+    template_kwargs: dict[str, Any]
+    """Variables of the chat template in training."""
+    probe: Probe
+    """What the model says."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights by name, as `weights_of` lists them."""
+        return weights_of(self.model)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Nats that a log-probability may move by where weights or sums are rounded to `dtype`."""
+        units = FP32 if dtype == torch.float32 else HALF
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)
+        least = min((min(said.log_probs, default=0.0) for said in self.probe.said), default=0.0)
+        return units * torch.finfo(dtype).eps * (layers + 1) ** 0.5 * max(-least, 1.0)
+
+
+@screen.doing("loading the model that is to be exported")
+def load_source(folder: Path, base: Path | None, say: Say) -> Source:
+    """Load a model, and an adapter on its base, and compare it with what its manifest says of it.
+
+    Raises UserError (3) where it says something else than when it was published.
+    """
+    upstream.silence()
+    manifest = manifest_beside(folder)
+    kwargs = manifest.asked.chat_template_kwargs if manifest else {}
+    tokenizer = load_tokenizer(folder)
+    model: Any = load_model(base or folder).eval()
+    if base:
+        model = on_base(model, folder, tokenizer).eval()
+    probe = ask(model, tokenizer, kwargs)
+    if base:
+        model = merged(model)
+        model.config.tie_word_embeddings = is_tied(model)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    source = Source(folder, base, model, tokenizer, kwargs, probe)
+    if base:
+        again = ask(model, tokenizer, kwargs)
+        compare(probe, again, "the adapter, merged", source.tolerance(torch.float32))
+    if probe.unasked:
+        say(f"probe: {probe.unasked}")
+    if not probe.asked:
+        problem = f"{folder}: not one question of the probe fits the model's context"
+        raise UserError(problem, "nothing would show that an export is the model", INTEGRITY)
+    _as_published(manifest, source, say)
+    return source
+
+
+def _as_published(manifest: Manifest | None, source: Source, say: Say) -> None:
+    """Hold a model against the probe that was taken when it was published."""
+    recorded = manifest.probe if manifest else None
+    if recorded is None:
+        say("probe: none was taken when the model was published, so it is taken of what lies there")
+        return
+    dtype = PRECISIONS.get(recorded.precision)
+    most = source.tolerance(dtype) if dtype else None
+    agreement = compare(recorded, source.probe, str(source.folder), most)
+    difference = f"log-probabilities differ by {agreement.log_prob_difference:.1e}"
+    answers = f"{agreement.equal_answers} of {agreement.answers} answers are equal"
+    say(f"probe: as published in {recorded.precision}: {difference}, {answers}")

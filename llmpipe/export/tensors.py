@@ -1,0 +1,68 @@
+"""Whether the weights that a reader holds are the source's, each by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmpipe.errors import INTEGRITY, UserError
+
+UNLIKE = 0.5
+"""Of its own length that a weight may be away from the source's at most, however few bits it has:
+another weight of the same size is 1.4 lengths away, and three bits move one by 0.15."""
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's weights by name; of those that share their numbers the first one."""
+    weights: dict[str, Tensor] = {}
+    places = set()
+    for name, weight in model.state_dict().items():
+        place = weight.data_ptr() or id(weight)  # what is quantized lies in several places
+        if place not in places:
+            places.add(place)
+            weights[name] = weight
+    return weights
+
+
+def same_weights(
+    expected: Mapping[str, Tensor], seen: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> int:
+    """Compare weights by name; returns how many there are.
+
+    `dtype`: to which they were rounded, and nothing else was done to them; None where they are
+    quantized. Raises UserError (3) naming the first that is missing, left over, or another one.
+    """
+    for name in sorted(expected.keys() | seen.keys()):
+        if name not in seen:
+            refuse(f"{name} is missing")
+        if name not in expected:
+            refuse(f"{name} is left over")
+        _same(name, expected[name], seen[name], dtype)
+    return len(expected)
+
+
+def _same(name: str, expected: Tensor, seen: Tensor, dtype: torch.dtype | None) -> None:
+    if expected.shape != seen.shape:
+        refuse(f"{name} has the shape {list(seen.shape)}, not {list(expected.shape)}")
+    if not seen.isfinite().all():
+        refuse(f"{name} holds NaN or Inf")
+    if dtype is not None:
+        # norms may be kept in fp32 beside rounded matrices
+        rounded = expected.to(dtype).float()
+        if not (torch.equal(seen.float(), rounded) or torch.equal(seen.float(), expected.float())):
+            refuse(f"{name} is not the weight that was published")
+        return
+    distance = float((seen.float() - expected.float()).norm())
+    length = float(expected.float().norm())
+    if distance > UNLIKE * length:
+        share = distance / max(length, 1e-30)
+        refuse(f"{name} is not the weight that was published: {share:.2f} of its length away")
+
+
+def refuse(problem: str) -> NoReturn:
+    hint = "what was written is not the model that was published"
+    raise UserError(f"the export is refused: {problem}", hint, INTEGRITY)
