@@ -31,6 +31,7 @@ BESIDE = frozenset(
     ".md .rst .html .css .svg .py .ipynb .sh .toml .cfg .ini .yaml .yml .lock .bib .sha256 .md5"
     " .crc .png .jpg .jpeg .gif .webp .ico .log".split()
 )
+ARTIFACT = ("manifest.json", "recipe.yaml")  # what every finished one has
 DOCUMENTS = ("readme", "license", "licence", "notice", "changelog", "citation", "copying")
 PLAIN = (*DOCUMENTS, "makefile", "dockerfile", "_success")
 OTHERS = {"config.json", "requirements.txt", "robots.txt"}
@@ -86,10 +87,21 @@ def select(source: Rows) -> Selection:
         notes = _of_no_use(source, path.name) + _named_to_train_on(source, split_of(path.name))
         selection = Selection([Named(path, path.name, source.path)], notes)
     else:
+        _refuse_artifact(source.path, path)
         selection = _selected(source, _tree(source.path, path))
     for file in selection.files:
         _check(file)
     return selection
+
+
+def _refuse_artifact(given: str, path: Path) -> None:
+    """Raises UserError for what a stage has made: its files are no rows of one kind."""
+    if all(os.path.isfile(path / name) for name in ARTIFACT):
+        rows = path / "rows.jsonl"
+        hint = "name a file in it; one that `sample` has made has rows.jsonl"
+        if rows.is_file():
+            hint = f"its rows are {given.rstrip('/')}/rows.jsonl; in its run, artifact:{path.name}"
+        raise UserError(f"{given}: is an artifact, not a folder of rows", hint)
 
 
 def hashed(file: Named) -> File:

@@ -514,6 +514,17 @@ def test_a_pipeline_is_told_ahead_that_rows_do_not_fit(tmp_path, write, reader, 
     assert refused.value.code == 2
 
 
+def test_the_folder_of_one_is_no_folder_of_rows(run):
+    """Every file of it would be read; what to write is said."""
+    path = run / "sample"
+    with pytest.raises(UserError, match="is an artifact, not a folder of rows") as refused:
+        life.command(learn(run, str(path)))
+    assert f"its rows are {path}/rows.jsonl; in its run, artifact:sample" in str(refused.value)
+    assert refused.value.code == 2
+    made = life.command(learn(run, f"{path}/rows.jsonl"))
+    assert made.manifest().data.rows.read == len(lines(path / "rows.jsonl"))
+
+
 def test_a_data_set_is_no_model_and_a_model_no_data_set(run):
     with pytest.raises(UserError, match="is of kind 'dataset'; this stage takes") as refused:
         life.command(learn(run, model="artifact:sample"))
