@@ -19,7 +19,7 @@ TRL = Path(find_spec("trl").origin).parent / "chat_templates"
 QWEN = (TRL / "qwen3.jinja").read_text()
 OPENS = (TRL / "qwen3_5_think.jinja").read_text()
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"]
-THINK = compared([], all_read=False, needs=Needs(think=True))
+THINK = compared([], all_read=False, needs=Needs(thinks=True))
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"}]
 WEATHER = {
     "type": "function",
@@ -68,7 +68,7 @@ def test_a_template_that_opens_the_block_is_left_alone(here):
 def test_a_template_that_closes_it_is_refused(here):
     """As one does whose thinking is off."""
     off = {"chat_template_kwargs": {"enable_thinking": False}}
-    with pytest.raises(UserError, match=r"rows.jsonl:1: .*closes the block of thought") as refused:
+    with pytest.raises(UserError, match=r"rollout\.think: the template closes") as refused:
         asked(here, QWEN, {"prompt": ASKED}, **off)
     assert refused.value.code == 2
 
