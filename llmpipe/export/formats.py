@@ -31,7 +31,7 @@ from llmpipe.export.readers.of_transformers import (
     read_model,
 )
 from llmpipe.export.source import Source, load_source
-from llmpipe.files import differences, in_bytes, publishing, remove, table
+from llmpipe.files import differences, publishing, remove, table
 from llmpipe.run.exports import Export, read_exports, write_exports
 from llmpipe.run.probe import compare
 
@@ -176,8 +176,9 @@ def export_one(
     if problem:
         say(f"warning: {problem}")
     export = replace(export, notes=notes, files=table(folder))
-    for line in told(export):
-        say(line)
+    say(f"{export.format}: {export.told}")
+    for note in export.notes:
+        say(f"{export.format}: {note}")
     return export
 
 
@@ -215,18 +216,6 @@ def too_far(export: Export, accept: Accept) -> str:
         limit = f"{accept.perplexity_ratio:g}"
         problems.append(f"{ratio:.3f} times the model's perplexity, not at most {limit}")
     return f"{export.format} has {' and '.join(problems)}" if problems else ""
-
-
-def told(export: Export) -> Iterator[str]:
-    """What is said of a format that was published."""
-    far = export.measured
-    numbers = (
-        f"KL {far.mean_kl:.2g}, perplexity x {far.perplexity_ratio:.4f}, "
-        f"{export.agreement.equal_answers} of {export.agreement.answers} answers equal"
-    )
-    size = in_bytes(export.size)
-    yield f"{export.format}: {size}, {export.tensors} tensors; {export.reader}: {numbers}"
-    yield from (f"{export.format}: {note}" for note in export.notes)
 
 
 def _is_whole(home: Path, export: Export) -> bool:

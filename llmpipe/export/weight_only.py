@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from llmpipe.errors import INTEGRITY
+from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.export.merged import write_merged
 from llmpipe.export.readers.of_transformers import Loaded, named
 from llmpipe.export.source import Source
@@ -28,11 +29,18 @@ def _config() -> TorchAoConfig:
 
 
 def write_weight_only(source: Source, folder: Path) -> list[str]:
-    """Save the model with linear layers in 8 bits, a scale a row; all else stays in fp32."""
+    """Save the model with linear layers in 8 bits, a scale a row; all else stays in fp32.
+
+    Raises UserError (2) for a model that has none.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         whole = Path(place)
         write_merged(source, whole, torch.float32)
         model = _load(whole, _config())
+    if not any(type(weight) is not nn.Parameter for weight in model.parameters()):
+        kind = source.model.config.model_type
+        problem = f"formats.torchao: no layer of {kind} is a linear one: nothing would be in 8 bits"
+        raise UserError(problem, "take gguf, or merged")
     model.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
     return []

@@ -22,6 +22,7 @@ from llmpipe.files import write_whole
 from llmpipe.report import answers, flow, lineage, origin, summary, training
 from llmpipe.report.compare import comparison
 from llmpipe.report.evaluation import Evaluated, evaluated
+from llmpipe.report.exported import Exported, exported
 from llmpipe.report.parts import Run, is_one, parts_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RunPage:
     prefix: str
     summary: summary.Summary
     evaluation: list[Evaluated]
+    exports: list[Exported]
     answers: answers.Answers
     training: list[training.Trained]
     data: list[flow.Flow]
@@ -53,6 +55,7 @@ class RunPage:
         titles = {
             "data": ("Data, in and out", self.data),
             "numbers": ("All numbers", self.evaluation),
+            "exports": ("For other engines", self.exports),
             "answers": ("All answers", self.answers.folds),
             "lineage": ("Lineage", True),
             "recipes": ("Recipes, versions, machine", True),
@@ -67,6 +70,7 @@ def run_page(run: Run) -> RunPage:
         prefix=run.prefix,
         summary=summary.summary(run, evaluations),
         evaluation=evaluations,
+        exports=exported(run),
         answers=answers.answers(run),
         training=[training.trained(part, run.scale) for part in run.trained],
         data=flow.flows(run),

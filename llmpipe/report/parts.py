@@ -43,6 +43,10 @@ class Part:
     def is_evaluation(self) -> bool:
         return self.stage == "eval"
 
+    @property
+    def is_export(self) -> bool:
+        return self.stage == "export"
+
     def known(self, *keys: str) -> Any:
         """The value at a path of the manifest; an empty dict where there is none."""
         return dig(self.manifest, *keys)
@@ -64,7 +68,8 @@ class Run:
 
     @property
     def trained(self) -> list[Part]:
-        return [part for part in self.parts if not part.is_evaluation]
+        others = (part for part in self.parts if not part.is_evaluation)
+        return [part for part in others if not part.is_export]
 
     @property
     def evaluations(self) -> list[Part]:

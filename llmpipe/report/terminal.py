@@ -15,6 +15,7 @@ from llmpipe.report.curves import curves_of, rise_of
 from llmpipe.report.sampled import told
 from llmpipe.report.text import counted, in_words
 from llmpipe.run.artifact import Artifact, artifacts
+from llmpipe.run.exports import read_exports
 
 if TYPE_CHECKING:
     from llmpipe.data.counts import RowCounts
@@ -47,6 +48,9 @@ def describe(artifact: Artifact, *, in_full: bool = False) -> list[str]:
     lines = [str(artifact.path)]
     if manifest is None:
         return [*lines, *labelled("status", status), *losses(artifact)]
+    if manifest.kind == "export":
+        exports = _exports(artifact)
+        return [*lines, *labelled("status", f"{status} {manifest.finished}"), *exports]
     made = f"{manifest.kind} by {manifest.stage}, {manifest.fingerprint[:12]}"
     lines += labelled("status", f"{status} {manifest.finished}, {made}")
     if manifest.data is None or (manifest.training is None and manifest.kind != "dataset"):
@@ -80,6 +84,15 @@ def _sampled(manifest: Manifest) -> list[str]:
     return [
         line for name, text in told(manifest.final, write).items() for line in labelled(name, text)
     ]
+
+
+def _exports(artifact: Artifact) -> list[str]:
+    """What each format is, and how far from the model."""
+    try:
+        exports = read_exports(artifact.path)
+    except UserError as error:
+        return labelled("formats", error.message.removeprefix(f"{artifact.path}/"))
+    return [line for one in exports for line in labelled(one.format, one.told)]
 
 
 def ranked_by(manifest: Manifest) -> str:

@@ -7,12 +7,13 @@ line is made again.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import Table, json_object, write_whole
+from llmpipe.files import Table, in_bytes, json_object, write_whole
 from llmpipe.run.probe import Agreement
 from llmpipe.typed import record
 
@@ -33,7 +34,9 @@ class Measured:
 
     @property
     def perplexity_ratio(self) -> float:
-        return self.perplexity / self.perplexity_of_source
+        """How many times as high it is."""
+        least = self.perplexity_of_source  # at least 1, unless a file says otherwise
+        return self.perplexity / least if least else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,16 @@ class Export:
     notes: list[str] = field(default_factory=list)
     """What its user has to know."""
     files: Table = field(default_factory=dict)
+
+    @property
+    def told(self) -> str:
+        """In a line."""
+        far, same = self.measured, self.agreement
+        size = f"{in_bytes(self.size)}, {self.tensors:,} tensors"
+        away = f"KL {far.mean_kl:.2g}, perplexity x {far.perplexity_ratio:.4f}"
+        answers = f"{same.equal_answers} of {same.answers} answers equal"
+        rate = f"{self.tokens_per_second:,.0f} tok/s"
+        return f"{size}; {self.reader}: {away}, {answers}, {rate}"
 
     def numbers(self) -> dict[str, float]:
         """What a manifest says of it."""
