@@ -82,6 +82,10 @@ def valid(stage: str, rng: random.Random) -> dict[str, Any]:
         reward = [{"function": "./rewards.py:brevity"}]
         rollout = {"group": 2, "max_new_tokens": 4}
         return values | {"model": MODEL, "data": _rows(), "reward": reward, "rollout": rollout}
+    if stage == "export":
+        held_out = [{"path": "./rows.jsonl", "limit": 4}]
+        formats = {"merged": ["bf16"], "gguf": ["f16"]}
+        return values | {"model": MODEL, "formats": formats, "held_out": held_out}
     optim = {"learning_rate": 1e-3, "batch_size": 4, "steps": 1, "precision": "fp32"}
     values |= {"model": MODEL, "optim": optim, "checkpoint": {"every": 5}, "log": {"every": 1}}
     pairs = stage in ("reward", "dpo", "kto")

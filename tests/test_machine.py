@@ -108,7 +108,7 @@ def test_want_of_memory_has_the_remedy_of_its_moment(tmp_path):
         with refusal as refused, remembering("a larger machine"), held:
             raise MemoryError
         assert refused.value.hint == "a larger machine"
-    launch = SimpleNamespace(launch=None)
+    launch = SimpleNamespace(stage="eval", launch=None)
     remedies = {for_memory(action, launch) for action in ("prepare", "convert", "train")}
     assert len(remedies) == 3
 
