@@ -24,6 +24,7 @@ import numpy as np
 from llmpipe.evaluation import paired
 from llmpipe.evaluation.book import Line, Reported, Score
 from llmpipe.run.results import LEAST_ITEMS, Cell, Cells
+from llmpipe.scores.thinking import answer_to
 
 RESAMPLES = 2000
 
@@ -130,7 +131,8 @@ def corpus_scores(
     library = BLEU() if metric == "bleu" else CHRF()
 
     def value(lines: list[Line]) -> float:
-        answers = [line.shown["answers"][0] for line in lines]
+        shown = [line.shown for line in lines]
+        answers = [answer_to(each["prompt"], each["answers"][0]) for each in shown]
         references = [_listed(line.shown["reference"]) for line in lines]
         streams = zip_longest(*references)  # the first one of each, the second one of each, ...
         return float(library.corpus_score(answers, [list(stream) for stream in streams]).score)

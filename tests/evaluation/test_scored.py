@@ -2,14 +2,18 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from llmpipe.data.formats import Completion, Conversation, Document, Preference
 from llmpipe.errors import UserError
+from llmpipe.evaluation.book import Line
 from llmpipe.evaluation.candidate import Candidate
+from llmpipe.evaluation.statistics import corpus_scores
 from llmpipe.evaluation.task import Ask, Marked, check_scored
 from llmpipe.evaluation.tasks.choice import Choice, Question
+from llmpipe.evaluation.tasks.generate import Generate, Prompt
 from llmpipe.evaluation.tasks.perplexity import Passage, Perplexity
 from llmpipe.recipe.sections import TEMPLATES
 from tests.life import TINY
@@ -100,6 +104,33 @@ class Silent:
 
     def log_probs(self, sequences):
         return []
+
+
+class Thinks(Silent):
+    """A model whose template opens a block of thought."""
+
+    def prompt(self, ask, tools, at):
+        return "What?<think>\n"
+
+    def responses(self, prompts, sampling, seed):
+        texts = ("It is 4, I think.", "4 or 5?</think>\n4", "4.</think>\n5")
+        return [SimpleNamespace(text=text, ended=True) for text in texts]
+
+
+def test_what_follows_a_thought_is_scored():
+    """As in training: nothing where the thought never ended, whatever it says."""
+    task = {"task": "generate", "data": ROWS, "score": ["exact_match", "number", "bleu"]}
+    items = [
+        Prompt(id=i, at=f"rows.jsonl:{i}", asks=0, ask=Ask(text="What?"), reference="4")
+        for i in range(3)
+    ]
+    scored = Generate.model_validate(task).score_batch(Thinks(), items, 0)
+    assert [one.scores["exact_match"] for one in scored] == [0, 1, 0]
+    assert [one.scores["number"] for one in scored] == [0, 1, 0]
+    assert scored[0].shown["answers"] == ["It is 4, I think."], "what is kept is all of it"
+    lines = [Line("it", "mute", i, shown=one.shown) for i, one in enumerate(scored)]
+    ((right, thought), _) = corpus_scores("chrf", [[lines[1]] * 2, [lines[0]] * 2], 0)
+    assert right == 100 and thought == 0
 
 
 def test_an_item_of_which_nothing_is_scored_is_refused():

@@ -22,6 +22,7 @@ from llmpipe.evaluation.task import Ask, Item, OnItems, Place, Template, tools_o
 from llmpipe.recipe.sections import Positive
 from llmpipe.scores import pass_at, score
 from llmpipe.scores.references import Comparison
+from llmpipe.scores.thinking import answer_to
 from llmpipe.scores.verifiers import VERIFIERS
 from llmpipe.scores.verifiers.regex import check_pattern
 
@@ -77,8 +78,9 @@ class Generate(OnItems):
     """exact_match, contains, number (the one that the answer says, exactly: what a number is stands
     in llmpipe/scores/numbers.py), math_verify: against the reference; regex: the first match of
     `pattern` in the answer, its group against the reference; json: parses; rouge, bleu, chrf: the
-    libraries' scores, bleu and chrf of the first answer to a prompt. A row whose reference no
-    answer can equal is refused."""
+    libraries' scores, bleu and chrf of the first answer to a prompt. Where the prompt ends in
+    `<think>`, what follows `</think>` is scored, and nothing where that never came. A row whose
+    reference no answer can equal is refused."""
     pattern: str | None = None
     """What `regex` looks for. With groups, what the first of them that took part in the match holds
     must equal the reference."""
@@ -144,7 +146,8 @@ class Generate(OnItems):
                 "answers": answers,
                 "ended": [response.ended for response in drawn],
             }
-            scores = self._scores(answers, item.references)
+            said = [answer_to(prompt, answer) for answer in answers]
+            scores = self._scores(said, item.references)
             corpus = [kind for kind in self.score if kind in CORPUS]
             scored.append(Scored(shown, scores, corpus))
         return scored
