@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmpipe.recipe.sample import SampleRecipe
-from llmpipe.scores.thinking import OPENING
 
 Row = dict[str, Any]
 
@@ -20,6 +19,33 @@ TOO_LOW = "no answer scores at_least"
 ALIKE = "answers score alike"
 REASONS = (UNFINISHED, NO_TEXT, TOO_LOW, ALIKE)
 """Why nothing is learned from a prompt."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, as rows and samples.jsonl have it."""
+
+    prompt: Any
+    """A text or turns."""
+    tools: Any = None
+    opening: str = ""
+    """Where its template opens a block of thought, or the recipe has it do so: the tag, which the
+    model did not say and which a row has to have in front of what it said."""
+
+    @property
+    def columns(self) -> Row:
+        """Of each row that is made of it."""
+        return {"prompt": self.prompt} | ({"tools": self.tools} if self.tools else {})
+
+    @property
+    def shown(self) -> Row:
+        """In samples.jsonl."""
+        return self.columns | ({"opening": self.opening} if self.opening else {})
+
+    def answered(self, text: str) -> Any:
+        """An answer beside it, as a row has it."""
+        text = self.opening + text
+        return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 @dataclass(frozen=True)
@@ -36,11 +62,14 @@ class Answer:
     """With the one that ended it."""
     ended: bool
     """Whether a token ended it, and not the limit."""
+    whole: bool = True
+    """Whether the text has all of it; it leaves out special tokens."""
 
     @property
     def is_text(self) -> bool:
-        """Whether it says something, all of which is characters: tokens may end within one."""
-        return bool(self.text.strip()) and REPLACEMENT not in self.text
+        """Whether it says something, all of which is characters: tokens may end within one, or
+        stand for none."""
+        return self.whole and bool(self.text.strip()) and REPLACEMENT not in self.text
 
 
 @dataclass(frozen=True)
@@ -52,9 +81,8 @@ class Outcome:
     """Why there is no row: one of `REASONS`."""
 
 
-def outcome(recipe: SampleRecipe, asked: Row, answers: Sequence[Answer]) -> Outcome:
-    """The rows that a prompt's answers become; `asked`: the prompt, a text or turns, and the tools
-    beside it where there are some, as rows have them.
+def outcome(recipe: SampleRecipe, asked: Asked, answers: Sequence[Answer]) -> Outcome:
+    """The rows that a prompt's answers become.
 
     An answer that never ended would be learned with an end that it did not have, and one that is
     no text as other tokens than were drawn: neither takes part. Of equal texts the first one
@@ -73,20 +101,17 @@ def outcome(recipe: SampleRecipe, asked: Row, answers: Sequence[Answer]) -> Outc
     if best.score < least:
         return Outcome([], TOO_LOW)
 
-    def spoken(answer: Answer) -> Any:
-        text = f"{OPENING}{answer.text}" if recipe.rollout.think else answer.text
-        return (
-            text if isinstance(asked["prompt"], str) else [{"role": "assistant", "content": text}]
-        )
-
     if recipe.write == "pairs":
         if best.score == worst.score:
             return Outcome([], ALIKE)
-        return Outcome([asked | {"chosen": spoken(best), "rejected": spoken(worst)}])
+        pair = {"chosen": asked.answered(best.text), "rejected": asked.answered(worst.text)}
+        return Outcome([asked.columns | pair])
     learned = [best]
     if recipe.write == "accepted":
         learned = [answer for answer in candidates if answer.score >= least]
-    return Outcome([asked | {"completion": spoken(answer)} for answer in learned])
+    return Outcome(
+        [asked.columns | {"completion": asked.answered(answer.text)} for answer in learned]
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,27 @@ from llmpipe.parallel import World
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.rl.actors import Actors, Cast, Distribution, Role
 from llmpipe.rl.build import refuse_no_reward_models
-from llmpipe.rl.chosen import REASONS, Answer, Tally, outcome
+from llmpipe.rl.chosen import REASONS, Answer, Asked, Tally, outcome
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.rollout.engine import Terms
 from llmpipe.rl.rollout.local import Local
-from llmpipe.rl.sampling import Sampler
+from llmpipe.rl.sampling import Said, Sampler
 from llmpipe.rl.seeds import Place, Use
+from llmpipe.rl.sources.source import Row
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.job import Job
 from llmpipe.run.machine import local_world_size, thread_count
 from llmpipe.run.made import Made
 from llmpipe.run.progress import Progress, duration
+from llmpipe.scores.thinking import ENDING, TAG, opening_of
 from llmpipe.sums import content
 from llmpipe.training.rows import dataset
 
 TASK = "sample"
 """What the lines of the book are of."""
 
-ASKED = ("prompt", "tools")
-"""What a line has of its prompt, as the rows made of it have it."""
+ASKED = [field.name for field in fields(Asked)]
+"""What a line has of its prompt."""
 
 PARTS = 10
 """Lines that the log has of all answers."""
@@ -191,12 +193,11 @@ class Drawing:
     def _answered(self, places: Sequence[int]) -> list[Line]:
         """A line for each of these prompts. Collective."""
         group = self.job.recipe.rollout.group
-        asked = [self.prompts[place] for place in places]
-        rows = [json.loads(row["row"]) for row in asked]
+        prompts = [self.prompts[place] for place in places]
         numbers = [
             Place(Use.SAMPLE, 0, place * group + i) for place in places for i in range(group)
         ]
-        each = [row for row in asked for _ in range(group)]
+        each = [row for row in prompts for _ in range(group)]
         said = self.sampler.draw(each, numbers, lambda *_: None)
         scores = scored_together(self.rewards, said, self.book.world)
         answers = [
@@ -206,18 +207,32 @@ class Drawing:
                 {name: values[i] for name, values in scores.by_source.items()},
                 len(one.episode.response),
                 one.episode.ended,
+                self._is_whole(one),
             )
             for i, one in enumerate(said)
         ]
         return [
-            self._line(place, row, answers[i * group : (i + 1) * group])
-            for i, (place, row) in enumerate(zip(places, rows, strict=True))
+            self._line(place, self._asked(row), answers[i * group : (i + 1) * group])
+            for i, (place, row) in enumerate(zip(places, prompts, strict=True))
         ]
 
-    def _line(self, place: int, row: dict[str, Any], answers: Sequence[Answer]) -> Line:
-        asked = {name: row[name] for name in ASKED if row[name]}
+    def _asked(self, prompt: Row) -> Asked:
+        """A prepared prompt, with the tag behind it that opens a block of thought."""
+        row = json.loads(prompt["row"])
+        text = self.sampler.tokenizer.decode(prompt["prompt_ids"][-ENDING:])
+        is_in_it = isinstance(row["prompt"], str) and row["prompt"].rstrip().endswith(TAG)
+        return Asked(row["prompt"], row["tools"], "" if is_in_it else opening_of(text))
+
+    def _is_whole(self, said: Said) -> bool:
+        """Whether its text has all of an answer but the token that ended it."""
+        tokens = said.episode.response
+        tokens = tokens[:-1] if said.episode.ended else tokens
+        every: str = self.sampler.tokenizer.decode(tokens)
+        return every == said.response
+
+    def _line(self, place: int, asked: Asked, answers: Sequence[Answer]) -> Line:
         made = outcome(self.job.recipe, asked, answers)
-        shown = asked | {"answers": [asdict(answer) for answer in answers]}
+        shown = asked.shown | {"answers": [asdict(answer) for answer in answers]}
         why = {"without": made.without} if made.without else {}
         return Line(TASK, self.label, place, shown=shown | why)
 
@@ -233,7 +248,7 @@ def _written(job: Job[SampleRecipe], drawing: Drawing) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for line in sorted(book.lines.values(), key=lambda line: line.order):
         answers = [Answer(**answer) for answer in line.shown["answers"]]
-        asked = {name: value for name, value in line.shown.items() if name in ASKED}
+        asked = Asked(**{name: value for name, value in line.shown.items() if name in ASKED})
         made = outcome(job.recipe, asked, answers)
         without.update([made.without] if made.without else [])
         rows += made.rows

@@ -4,9 +4,11 @@ that other stages read."""
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from llmpipe.data.encode import encoder_of
 from llmpipe.errors import UserError
 from llmpipe.evaluation.book import Book
 from llmpipe.front import ahead
@@ -15,7 +17,7 @@ from llmpipe.recipe.check import load, load_pipeline
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import describe
-from llmpipe.rl.chosen import ALIKE, NO_TEXT, TOO_LOW, UNFINISHED, Answer, outcome
+from llmpipe.rl.chosen import ALIKE, NO_TEXT, TOO_LOW, UNFINISHED, Answer, Asked, outcome
 from llmpipe.rl.sampling import Sampler
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
@@ -134,19 +136,19 @@ SEVERAL = answers(("b", 1), ("a", 2), ("c...", 9), (" ", 8), ("\ufffd.", 7), ("d
         ),
         ({}, answers(("a...", 1), ("b...", 0)), UNFINISHED),
         ({}, answers(("a...", 1), ("", 0)), NO_TEXT),
+        ({}, [replace(answer, whole=False) for answer in SEVERAL], NO_TEXT),
     ],
 )
 def test_what_becomes_of_answers(fields, given, made):
-    became = outcome(recipe(**fields), {"prompt": "p"}, given)
+    became = outcome(recipe(**fields), Asked("p"), given)
     assert (became.without or became.rows) == made
     assert bool(became.rows) != bool(became.without)
 
 
 def test_turns_stay_turns():
-    """With the tools of the row, and the thought that the prompt begins."""
+    """With the tools of the row, and the thought that the template opens, as it writes it."""
     given = answers(("a</think>b", 1), ("c</think>d", 0))
-    thinking = recipe(rollout={"think": True})
-    (row,) = outcome(thinking, {"prompt": TURN, "tools": [{"name": "f"}]}, given).rows
+    (row,) = outcome(recipe(), Asked(TURN, [{"name": "f"}], "<think>\n"), given).rows
     assert row == {
         "prompt": TURN,
         "tools": [{"name": "f"}],
@@ -222,6 +224,58 @@ def test_exactly_these_rows_of_these_answers(tmp_path, scripted, capsys):
     assert texts == [[text.removesuffix("...") for text in given] for given in SCRIPT.values()]
     first = samples[0]["answers"][1]
     assert list(first["scores"].values()) == [2.0, 1.0] and first["score"] == 2.0
+
+
+SAID = "so.</think>4"
+THINKS = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant:\nOPENS{% endif %}"
+)
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize(
+    ("opens", "prompt", "opening"),
+    [
+        ("<think>", TURN, "<think>"),
+        ("<think>\n", TURN, "<think>\n"),
+        ("", TURN, "<think>\n"),
+        ("", "2 + 2 is\n", "<think>\n"),
+        ("", "2 + 2 is\n<think>", ""),
+    ],
+)
+def test_a_row_is_what_was_asked_and_drawn(tmp_path, monkeypatch, think, opens, prompt, opening):
+    """Whoever opens the block of thought: with the tag in front of the answer, token by token the
+    text that the model saw and went on with."""
+    if not opens and not think:
+        opening = ""
+    (tmp_path / "thinks.jinja").write_text(THINKS.replace("OPENS", opens))
+    asked = []
+
+    def answers(self, note, prompts, places):
+        asked.extend(prompts)
+        episodes = []
+        for ids in prompts:
+            said = [*self.tokenizer(SAID)["input_ids"], self.tokenizer.eos_token_id]
+            episodes.append(Episode(ids, said, True, None, None))
+        return episodes
+
+    monkeypatch.setattr(Sampler, "answers", answers)
+    changes = {"write": "best", "rollout__think": think, "reward": [{"length": {"limit": 9}}]}
+    changes |= {"data__template": f"{tmp_path}/thinks.jinja"}
+    made = life.command(write(tmp_path / "run", [{"prompt": prompt}], **changes))
+    (row,) = lines(made.rows)
+    spoken = opening + SAID
+    is_text = isinstance(prompt, str)
+    turn = {"role": "assistant", "content": spoken}
+    assert row == {"prompt": prompt, "completion": spoken if is_text else [turn]}
+    assert lines(made.path / "samples.jsonl")[0].get("opening", "") == opening
+    untold = "rewards look at the block of thought as well" in (made.path / "log.txt").read_text()
+    assert untold == (not think and (bool(opens) or "<think>" in str(prompt)))
+    (prepared,) = (made.run / ".prepared").glob("*/tokenizer")
+    encoder = encoder_of(prepared, {})
+    whole = encoder.answered(row["prompt"], row["completion"]).ids
+    assert whole[: len(asked[0])] == asked[0]
+    assert whole[len(asked[0]) :] == [*encoder.tokenizer.ids(SAID), encoder.eos]
 
 
 def test_where_nothing_is_made(tmp_path):

@@ -35,6 +35,7 @@ from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
 from llmpipe.data.references import right_answers
 from llmpipe.scores.confined import tests_of
 from llmpipe.scores.references import Comparison
+from llmpipe.scores.thinking import ENDING, opening_of
 
 
 class Needs(NamedTuple):
@@ -55,6 +56,10 @@ class Needs(NamedTuple):
 
 
 NOTHING = Needs()
+
+UNTOLD = (
+    "prompts end in <think>, and rollout.think is off: rewards look at the block of thought as well"
+)
 
 
 def encode(
@@ -78,6 +83,8 @@ def encode(
         raise Rejected("too long", detail, len(ids))
     if not ids:
         raise Rejected("empty text", "the prompt has no token")
+    if not needs.thinks and opening_of(encoder.tokenizer.backend.decode(ids[-ENDING:], False)):
+        encoder.noted.add(UNTOLD)
     row: dict[str, Any] = {
         "prompt": prompt,
         "tools": tools,
