@@ -22,7 +22,7 @@ from llmpipe.data.formats import Rejected
 from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.recipe.sections import Preparation
-from llmpipe.scores.thinking import CLOSING, OPENING, TAG
+from llmpipe.scores.thinking import CLOSING, OPENING, TAG, opening_of
 
 SECONDS = 6.0
 """That a template may take in any case."""
@@ -255,7 +255,9 @@ class Encoder:
             end = renderer.end.match(reading.text, len(sent + saying))
         if end is None:
             detail = "a reply changes what it writes of the turns before"
-            if saying != SAYINGS[0]:
+            if opening_of(sent):
+                detail = "it opens a block of thought where an answer begins, not in earlier turns"
+            elif saying != SAYINGS[0]:
                 detail += ", such as one that leaves out what they think"
             raise Rejected(CANNOT_APPEND, detail)
         return end.group(), reading.text[end.end() :]

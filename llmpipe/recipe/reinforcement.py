@@ -68,7 +68,7 @@ class Rollout(Drawn):
     """`[0.1, 0.9]`: learn from prompts alone that the policy solves neither too rarely nor too
     often: that it answers rightly, before it learns, in a share of `tries` between these. What is
     left out is counted. An answer is right that the first verifier, environment or code among the
-    rewards gives 1."""
+    rewards gives 1; of an environment of turns, where its rewards add up to 1."""
     tries: Positive = 8
     """Answers to each prompt that `solved` counts."""
     unfinished: float = 0.0

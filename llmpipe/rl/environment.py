@@ -94,7 +94,7 @@ class Environments:
         if not isinstance(value, tuple | list) or len(value) != 3:
             raise self._bad(row, f"step returned {_shown(value)}, not (turn, reward, done)")
         turn, reward, done = value
-        reward, done = (each.item() if hasattr(each, "item") else each for each in (reward, done))
+        reward, done = _unwrapped(reward), _unwrapped(done)
         if not isinstance(reward, int | float) or not math.isfinite(reward):
             code = NUMERIC if isinstance(reward, float) else DATA
             raise self._bad(row, f"step gave {_shown(reward)} as reward", code)
@@ -112,10 +112,14 @@ class Environments:
         if isinstance(turn, str):
             turn = {"role": "user", "content": turn}
         turns = [turn] if isinstance(turn, dict) else turn
+        values = Values({"turn": turns})
         try:
-            messages = messages_of(Values({"turn": turns}), "turn")
+            messages = messages_of(values, "turn")
         except Rejected as error:
             raise self._bad(row, f"{method}: {error}") from None
+        if values.unread:
+            unread = ", ".join(sorted(values.unread))
+            raise self._bad(row, f"{method}: gave {unread}, which no template would be shown")
         if any(message["role"] == "assistant" for message in messages):
             raise self._bad(row, f"{method}: gave a turn of the assistant's, who is the policy")
         return messages
@@ -142,6 +146,14 @@ class Environments:
     def _bad(self, row: Row, problem: str, code: int = DATA) -> UserError:
         """With the file and line of the prompt that was played."""
         return UserError(f"reward: {self.name}: {problem}, at {row['at']}", code=code)
+
+
+def _unwrapped(value: Any) -> Any:
+    """The number in what NumPy and torch have for one; anything else as it is."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except Exception:  # of several numbers
+        return value
 
 
 def _shown(value: Any) -> str:

@@ -467,10 +467,11 @@ class Loop:
         refuse_rollouts(context, self._longest_prompt(), response)
 
     def _longest_episode(self, drawn: Sequence[Answer]) -> tuple[int, int]:
-        """Tokens of the longest one that may come: those that are read, an environment's as many as
-        in one of these answers, and those that are learned."""
-        inserted = max((answer.episode.inserted_tokens for answer in drawn), default=0)
-        read = self._longest_prompt() + int(self.world.greatest(inserted))
+        """Tokens of the longest one that may come: those that are read, an environment's as many in
+        each of its turns as in any of these answers, and those that are learned."""
+        turns = [ids for answer in drawn for _, ids in answer.episode.inserted]
+        inserted = int(self.world.greatest(max(map(len, turns), default=0)))
+        read = self._longest_prompt() + inserted * (self.recipe.turns - 1)
         context = tokens_of(self.actors.causal.config.to_dict())
         if context is None:
             return read, self.recipe.max_response

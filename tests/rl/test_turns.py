@@ -34,6 +34,8 @@ from tests.rl.test_ppo import GRPO, metrics, updates
 GAME = '''
 import time
 
+import torch
+
 begun = []
 
 
@@ -99,6 +101,8 @@ Silent = returning((None, 1.0, False))
 Policy = returning(([{"role": "assistant", "content": "I."}], 1.0, False))
 Control = returning(("<|im_end|>", 1.0, False))
 Number = returning((7, 1.0, False))
+Several = returning(("more", torch.ones(2), False))
+Unread = returning(({"role": "tool", "content": "42", "is_error": True}, 1.0, False))
 '''
 
 
@@ -183,8 +187,8 @@ def test_every_answer_has_an_environment_of_its_own(speaks, tmp_path, judged, mo
         assert answer.episode.ended == (len(game.heard) == 3 and answer.episode.response[-1] == 2)
     assert made.verify().finished
     prompt = made.manifest().data.lengths.max
-    inserted = max(answer.episode.inserted_tokens for answer in judged.answers[:8])
-    assert longest == [(prompt + inserted, 8 * 12)] and inserted, "what a pass has to hold"
+    inserted = max(len(ids) for each in judged.answers[:8] for _, ids in each.episode.inserted)
+    assert longest == [(prompt + 7 * inserted, 8 * 12)], "what a pass has to hold of eight turns"
 
 
 def test_other_rewards_look_at_the_last_answer(speaks, tmp_path):
@@ -436,6 +440,18 @@ def test_templates_that_cannot_append_are_refused(tmp_path, name, role, says):
     assert [*before, *said, reply.end, *reply.ids] == after
 
 
+def test_what_learned_to_think_in_single_answers_takes_no_turns(tmp_path):
+    """Its template opens the thought of the answer that begins, and writes the turns before as the
+    row has them: without the tag, which the model saw."""
+    from llmpipe.data.template import choose
+
+    choice = choose(life.TINY / "model", "chatml", {}, thinks=True)
+    choice.tokenizer.save(tmp_path / "saved", choice.template)
+    encoder = encoder_of(tmp_path / "saved", {})
+    with pytest.raises(Rejected, match="it opens a block of thought where an answer begins"):
+        encoder.reply(ROW["prompt"], [[{"role": "user", "content": "42"}]])
+
+
 def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
     changes = GRPO | {"model": str(speaks / "sft" / "model")}
     changes |= {"data__template": str(TEMPLATES / "qwen.jinja"), "optim__batch_size": 64}
@@ -451,9 +467,9 @@ def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("Raises", 2, "line 35: ValueError: no such thing"),
-        ("Begins", 2, "line 40: ZeroDivisionError"),
-        ("Exits", 2, "line 45: SystemExit: 3"),
+        ("Raises", 2, "line 37: ValueError: no such thing"),
+        ("Begins", 2, "line 42: ZeroDivisionError"),
+        ("Exits", 2, "line 47: SystemExit: 3"),
         ("Hangs", 2, "did not return within 0.2 seconds"),
         ("Pair", 2, r"step returned \('more', 1.0\), not \(turn, reward, done\)"),
         ("NaN", 4, "step gave nan as reward"),
@@ -462,6 +478,8 @@ def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
         ("Silent", 2, "step gave no turn, and the episode is not done"),
         ("Policy", 2, "a turn of the assistant's"),
         ("Number", 2, "turn is a number, not a list of messages"),
+        ("Several", 2, r"step gave tensor\(\[1., 1.\]\) as reward"),
+        ("Unread", 2, "step: gave is_error of messages, which no template"),
     ],
 )
 def test_an_environment_that_fails(tmp_path, monkeypatch, name, code, words):
@@ -503,7 +521,7 @@ def test_recipes(tmp_path, source, changes, message):
     ("name", "message"),
     [
         ("Letter", "the file has no attribute 'Letter'; did you mean 'Letters'"),
-        ("begun", "line 4: begun is no class"),
+        ("begun", "line 6: begun is no class"),
         ("Half", "line 2: Half has no method step"),
         ("Later", "line 6: Later.step is async"),
     ],

@@ -1,5 +1,4 @@
-"""What a text alone tells, or with what its row has: verifiers, forms, lengths, programs,
-judges,
+"""What a text tells, alone or with its row: verifiers, forms, lengths, programs, judges,
 environments."""
 
 from __future__ import annotations
