@@ -71,8 +71,8 @@ def train(seed: int, home: Path) -> Path:
 
 def tell(run: Path) -> None:
     """Shares right and paired differences, and what each took."""
-    found = json.loads((run / "eval" / "results.json").read_text())["tasks"]["answers"]
-    right, differences = found["metrics"]["number"], found["differences"]["number"]
+    answers = json.loads((run / "eval" / "results.json").read_text())["tasks"]["answers"]
+    right, differences = answers["metrics"]["number"], answers["differences"]["number"]
     for name in BESIDE:
         gain = differences[f"{name} - sft"]
         lines = curve(run, name)
