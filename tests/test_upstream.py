@@ -1009,3 +1009,29 @@ def test_how_far_a_gguf_is_read(tmp_path):
     assert "from gguf import GGUFReader, dequantize" in text and "in tqdm(reader.tensors," in text
     text = inspect.getsource(ggufs_of_transformers.get_gguf_hf_weights_map)
     assert "from gguf import MODEL_ARCH_NAMES, get_tensor_name_map" in text
+
+
+def test_what_the_server_of_transformers_leaves_open():
+    """Each is what `upstream.serving` settles; where one is settled there, its line here goes."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    from transformers.cli.serving import chat_completion, completion, model_manager, utils
+
+    turns = [
+        {"role": "assistant", "content": "I look.", "tool_calls": []},
+        {"role": "tool", "name": "look", "content": "1", "tool_call_id": "a"},
+    ]
+    of = utils.BaseHandler.get_processor_inputs_from_messages
+    called, heard = of(turns, utils.Modality.LLM)
+    assert called["content"] == "" and "name" not in heard
+    text = inspect.getsource(utils.BaseHandler._build_generation_config)
+    assert "do_sample = False" in text and "do_sample = True" not in text
+    text = inspect.getsource(chat_completion.ChatCompletionHandler._build_generation_config)
+    assert "{(int(k),): v for k, v in" in text  # a bias that is no float
+    assert 'repetition_penalty = 1.0 + float(body["frequency_penalty"])' in text
+    assert "logit_bias" not in inspect.getsource(completion.CompletionHandler)
+    assert {"n", "logprobs"} <= chat_completion.UNUSED_CHAT_COMPLETION_FIELDS
+    text = inspect.getsource(utils.CBGenerateManager)
+    assert "temperature" not in text.partition("def init_cb")[2]  # of each request
+    parameters = inspect.signature(model_manager.TimedModel).parameters
+    assert list(parameters) == ["model", "timeout_seconds", "processor", "on_unload"]

@@ -534,6 +534,29 @@ def push(
 
 
 @app.command()
+def serve(
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="A finished artifact, such as runs/NAME/dpo.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen: 127.0.0.1 is this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_from: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="Of the environment: holds the key to be shown."),
+    ] = None,
+) -> None:
+    """An artifact behind OpenAI's interface, once it answers as published.
+
+    The server is that of transformers; it is asked the probe before anybody else may ask.
+    """
+    from llmpipe.front.serve import serve as serving
+
+    sys.exit(serving.serve(serving.Asked(artifact, host, port, api_key_from), say))
+
+
+@app.command()
 def completion(
     shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
 ) -> None:

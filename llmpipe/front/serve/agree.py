@@ -1,0 +1,184 @@
+"""The probe by HTTP: what a server answers, held against what the model said when it was published.
+
+A question goes the way of any client's: its conversation and tools to chat completions, a text to
+completions. Compared are
+
+- how many tokens the server made of the question, where it says so: another template, or a second
+  token of beginning, is seen by that;
+- the likeliest answer, word by word. Where it departs, it has to depart at a token that another one
+  was nearly as likely as, by the margin that the manifest keeps: both may have moved by what the
+  rounding of the server's precision, or of the probe's, explains (`tolerance`);
+- what ended it: an answer that a stop token ended is asked with room behind it, and has to end.
+
+Where weights have few bits no margin tells; then half of the answers have to be equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.faults import reading
+from llmpipe.front.serve.asking import CHAT, TEXT, Line, Reply, Unheard, reply_of
+from llmpipe.front.serve.named import Served
+from llmpipe.run.probe import ANSWER_TOKENS, Said
+
+BEHIND = 8
+"""Tokens that an answer may go on for which a stop token has to end."""
+
+DATE = {"date_string": "26 Jul 2024"}
+"""What templates took for today that ask for it, when the probe was taken (`export.ask`)."""
+
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+"""Of a number between 1 and 2, by precision."""
+
+HALF = "\ufffd"
+"""What stands for a character of which an answer's last token is a part."""
+
+SUMS_IN_FP32 = 256
+"""Epsilons: sums are long and in another order, but nothing is rounded on the way."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How the server answered."""
+
+    equal: int
+    nearly: int
+    """That depart where two tokens were as likely, as far as the precisions tell."""
+    asked: int
+
+    def __str__(self) -> str:
+        other = self.asked - self.equal
+        ties = ", where two were as likely" if self.nearly else ""
+        departs = f"; {other} otherwise{ties}" if other else ""
+        return f"{self.equal} of {self.asked} answers equal{departs}"
+
+
+def agree(line: Line, model: Served, precision: str) -> Agreed:
+    """Ask a server the questions of the probe. Raises UserError (3) where it does not answer as the
+    model did."""
+    most = tolerance(model, precision)
+    file = model.folder / "tokenizer.json"
+    with reading(file, "tokenizer", Exception, code=INTEGRITY):
+        tokenizer = Tokenizer.from_file(str(file))
+    equal = 0
+    departing: list[str] = []
+    asked = model.probe.asked
+    for said in asked:
+        try:
+            problem = _departs(line, model, said, tokenizer, most)
+        except Unheard as error:
+            problem = f"the server ended while it was asked '{said.question.name}': {error}"
+            raise UserError(problem, code=INTEGRITY) from None
+        equal += not problem
+        departing += [problem] if problem else []
+    if most is None and equal * 2 < len(asked):
+        few = f"{equal} of {len(asked)} answers are equal, where half of them have to be"
+        raise _refused(f"{few}; {departing[0]}")
+    return Agreed(equal, len(departing) if most is not None else 0, len(asked))
+
+
+def tolerance(model: Served, precision: str) -> float | None:
+    """Nats that a log-probability may move by where one of the two precisions rounds; None where
+    weights have fewer bits.
+
+    Each layer rounds what it adds, and the errors add up like steps of a random walk.
+    """
+    if not {precision, model.probe.precision} <= set(EPSILON):
+        return None
+    least = min((min(said.log_probs, default=0.0) for said in model.probe.said), default=0.0)
+    walk = math.sqrt(model.layers + 1) * max(-least, 1.0)
+    return max(
+        EPSILON[one] * (SUMS_IN_FP32 if one == "float32" else 1) * walk
+        for one in (precision, model.probe.precision)
+    )
+
+
+def _departs(
+    line: Line, model: Served, said: Said, tokenizer: Tokenizer, most: float | None
+) -> str:
+    """How an answer departs that may, in words; nothing where it is equal. Raises UserError (3)
+    where nothing explains it."""
+    name = said.question.name
+    reply = _ask(line, model, said)
+    if reply.prompt_tokens not in (None, len(said.tokens)):
+        numbers = f"{len(said.tokens)} tokens when published, {reply.prompt_tokens} here"
+        raise _refused(f"its template writes the question '{name}' otherwise: {numbers}")
+    if reply.text != said.words and said.question.tools and model.has_template:
+        # a call may have been taken out of the text
+        reply = reply_of(line.post(TEXT, _text(model, said)))
+    ended = said.answer[-1] in model.probe.stops
+    if reply.text.rstrip(HALF) == said.words.rstrip(HALF):
+        if ended and reply.finish == "length":
+            raise _refused(f"it does not stop where its answer to '{name}' ended")
+        return ""
+    at = _same_tokens(reply.text, said.answer[:-1] if ended else said.answer, tokenizer)
+    margin = said.margins[at] if at < len(said.margins) else math.inf
+    problem = f"'{name}': {said.words!r} when published, {reply.text!r} here"
+    if most is not None and margin > 2 * most:
+        reason = f"one token was likelier by {margin:.2g} nats, and {2 * most:.2g} may be rounding"
+        raise _refused(f"{problem}; {reason}")
+    return problem
+
+
+def _same_tokens(text: str, answer: list[int], tokenizer: Tokenizer) -> int:
+    """How many of an answer's tokens a text begins with."""
+    for count in range(len(answer), 0, -1):
+        begun = tokenizer.decode(answer[:count], skip_special_tokens=True)
+        if text.startswith(begun.rstrip(HALF)):
+            return count
+    return 0
+
+
+def _refused(problem: str) -> UserError:
+    hint = "nobody was let in: what is served is not the model that was published"
+    return UserError(f"serve: {problem}", hint, INTEGRITY)
+
+
+# --- the questions, as clients ask them -----------------------------------------------------------
+
+
+def _ask(line: Line, model: Served, said: Said) -> Reply:
+    if said.question.text is not None or not model.has_template:
+        return reply_of(line.post(TEXT, _text(model, said)))
+    messages = [_as_clients_say(message) for message in said.question.messages]
+    body: dict[str, Any] = {"messages": messages, "chat_template_kwargs": DATE}
+    if said.question.tools:
+        body["tools"] = said.question.tools
+    return reply_of(line.post(CHAT, body | _greedily(model, said)))
+
+
+def _text(model: Served, said: Said) -> dict[str, Any]:
+    return {"prompt": said.text} | _greedily(model, said)
+
+
+def _greedily(model: Served, said: Said) -> dict[str, Any]:
+    ended = said.answer[-1] in model.probe.stops
+    longest = ANSWER_TOKENS + BEHIND if ended else len(said.answer)
+    return {"model": model.name, "temperature": 0, "max_tokens": longest}
+
+
+def _as_clients_say(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in OpenAI's form: arguments are text, and calls and answers have an id."""
+    said = {name: value for name, value in message.items() if name != "tool_calls"}
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [
+            {
+                "id": "call_0",
+                "type": "function",
+                "function": {
+                    "name": call["function"]["name"],
+                    "arguments": json.dumps(call["function"]["arguments"]),
+                },
+            }
+            for call in calls
+        ]
+    if message["role"] == "tool":
+        said["tool_call_id"] = "call_0"
+    return said

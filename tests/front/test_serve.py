@@ -1,0 +1,512 @@
+"""`llmpipe serve`: asked by OpenAI's own client, and refused where it is not what was published."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llmpipe.errors import INTEGRITY, RESOURCES, UserError
+from llmpipe.front.serve import host, named, serve, server
+from llmpipe.front.serve.agree import Agreed, agree, tolerance
+from llmpipe.front.serve.asking import Line
+from llmpipe.front.serve.gate import Gate
+from llmpipe.run.artifact import Artifact
+from tests import life, store
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+
+KEY, WORD = "a-key", "a-word"
+USER = {"role": "user", "content": "Is it warm in Bern?"}
+GRASS = [{"role": "user", "content": "What colour is grass?"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Bern"}}}
+WEATHER = {
+    "messages": [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "get_weather", "content": '{"celsius": 21}'},
+        {"role": "assistant", "content": "It is 21 degrees."},
+    ],
+    "tools": [TOOL],
+}
+TEMPLATE = """
+{%- if tools %}
+    {{- '<|im_start|>system' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {{- message.content or '' }}
+            {%- for call in message.tool_calls or [] %}
+                {%- set call = call.function or call %}
+                {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+                {{- (call.arguments | tojson) + '}\\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """A tiny model that knows by heart how to ask for the weather, and what colour grass is."""
+    home = tmp_path_factory.mktemp("serve")
+    lines = (life.TINY / "rows.jsonl").read_text(encoding="utf-8").splitlines()[:16]
+    rows = home / "rows.jsonl"
+    rows.write_text("\n".join([json.dumps(WEATHER)] * 16 + lines) + "\n", encoding="utf-8")
+    (home / "short.jinja").write_text(TEMPLATE)
+    return store.made(
+        life.write(
+            home / "run",
+            data={"train": [{"path": str(rows)}], "template": str(home / "short.jinja")},
+            data__max_length=384,
+            optim__learning_rate=1e-2,
+            optim__batch_size=8,
+            optim__steps=40,
+            checkpoint__every=99,
+            log__every=40,
+            evaluation={},
+            launch__micro_batch_size=8,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def model(artifact):
+    return named.served(str(artifact.path), artifact.run, print)
+
+
+def order(model, **changes):
+    """What the server's process is told."""
+    values = server.Order(
+        name=model.name,
+        folder=str(model.folder),
+        base=str(model.base) if model.base else None,
+        template_kwargs=model.template_kwargs,
+        stops=model.probe.stops,
+        writes_calls=model.writes_calls,
+        descriptor=-1,
+        key=KEY,
+        word=WORD,
+    )
+    return dataclasses.replace(values, **changes)
+
+
+@contextmanager
+def hosted(order, is_open=True):
+    """What the server's process runs, in a thread of this one: the gate and its address."""
+    app, precision = host._of_transformers(order)
+    gate = Gate(app, order.key, order.word, precision)
+    gate.is_open = is_open
+    listening = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(gate, log_level="critical"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield gate, Line("127.0.0.1", listening.getsockname()[1], WORD)
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def line(model):
+    with hosted(order(model)) as (_, line):
+        yield line
+
+
+def client_of(line, key=KEY):
+    url = f"http://{line.host}:{line.port}/v1"
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(line):
+    with client_of(line) as client:
+        yield client
+
+
+def ask(client, messages, **more):
+    return client.chat.completions.create(
+        model="sft", messages=messages, **{"temperature": 0, **more}
+    )
+
+
+def streamed(client, messages, **more):
+    """The text of an answer, and what ended it."""
+    chunks = [chunk.choices[0] for chunk in ask(client, messages, stream=True, **more)]
+    return "".join(one.delta.content or "" for one in chunks), chunks[-1].finish_reason
+
+
+# --- what a client gets ---------------------------------------------------------------------------
+
+
+def test_a_client_gets_the_answers_of_the_probe(client, model):
+    """Streamed and not, up to the stop token, which ends them."""
+    plain = [
+        said
+        for said in model.probe.asked
+        if said.question.messages
+        and not said.question.tools
+        and said.answer[-1] in model.probe.stops
+        and min(said.margins) > 2 * tolerance(model, "bfloat16")
+    ]
+    assert plain
+    for said in plain:
+        whole = ask(client, said.question.messages)
+        assert whole.choices[0].message.content == said.words
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.completion_tokens == len(said.answer)
+        assert whole.usage.prompt_tokens == len(said.tokens)
+        assert streamed(client, said.question.messages) == (said.words, "stop")
+
+
+def test_a_text_is_completed(client, model):
+    (said,) = (said for said in model.probe.asked if said.question.text)
+    answer = client.completions.create(
+        model="sft", prompt=said.text, temperature=0, max_tokens=len(said.answer)
+    )
+    assert answer.choices[0].text == said.words
+
+
+def test_a_tool_is_called_and_its_answer_heard(client):
+    asked = ask(client, [USER], tools=[TOOL]).choices[0]
+    (call,) = asked.message.tool_calls
+    assert asked.finish_reason == "tool_calls"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Bern"}
+    heard = {"role": "tool", "tool_call_id": call.id, "content": '{"celsius": 21}'}
+    turns = [USER, asked.message.model_dump(exclude_none=True), heard]
+    assert ask(client, turns, tools=[TOOL]).choices[0].message.content == "It is 21 degrees."
+    chunks = list(ask(client, [USER], tools=[TOOL], stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [call.function.name for call in calls] == ["get_weather"]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_call_that_is_cut_off_is_text(client):
+    cut = ask(client, [USER], tools=[TOOL], max_tokens=12).choices[0]
+    assert cut.finish_reason == "length" and not cut.message.tool_calls
+    assert cut.message.content.startswith("<tool_call>")
+
+
+def test_32_streams_at_once(client):
+    answers = {}
+    expected = ask(client, GRASS).choices[0].message.content
+
+    def one(number):
+        answers[number] = streamed(client, GRASS)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 32 and set(answers.values()) == {(expected, "stop")}
+
+
+def test_a_temperature_draws(client):
+    """transformers' own server takes one, and answers greedily all the same."""
+    answers = {
+        ask(client, GRASS, temperature=2, max_tokens=6, seed=seed).choices[0].message.content
+        for seed in range(8)
+    }
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("frequency_penalty", 0.5),
+        ("response_format", {"type": "json_object"}),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(client, field, value):
+    with pytest.raises(openai.BadRequestError, match=f"{field}: .* is not supported"):
+        ask(client, GRASS, **{field: value})
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        client.completions.create(model="sft", prompt="a", logit_bias={"1": 1})
+
+
+@pytest.mark.parametrize("page", ["serve.md", "serve.zh.md"])
+def test_the_page_says_how_to_ask(line, page, capsys):
+    """Its lines of Python, asked here, with the name and the key of what is served here."""
+    (code,) = re.findall(r"```python\n(.*?)```", (life.ROOT / "docs" / page).read_text(), re.S)
+    for said, here in (("8000", str(line.port)), ('"none"', f'"{KEY}"'), ('"dpo"', '"sft"')):
+        assert said in code
+        code = code.replace(said, here)
+    exec(code, {})
+    with client_of(line) as client:
+        expected = ask(client, GRASS).choices[0].message.content
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_another_model_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="other"):
+        client.chat.completions.create(model="other", messages=GRASS)
+
+
+# --- who is let in --------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_is_401(line, client):
+    assert [one.id for one in client.models.list()] == ["sft"]
+    with client_of(line, "another") as stranger, pytest.raises(openai.AuthenticationError):
+        ask(stranger, GRASS)
+    nobody = Line(line.host, line.port, None)
+    assert nobody.get("/v1/models")[0] == 401
+    assert nobody.get("/health") == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    "path", ["/reset", "/load_model", "/docs", "/v1/responses", "/openapi.json"]
+)
+def test_what_would_unload_the_model_is_nobodys(line, path):
+    assert line.get(path)[0] == 404
+
+
+def test_nobody_is_let_in_before_the_probe(model):
+    with hosted(order(model), is_open=False) as (gate, line):
+        with client_of(line) as client, pytest.raises(openai.InternalServerError, match="probe"):
+            ask(client, GRASS)
+        assert Line(line.host, line.port, KEY).get("/health")[0] == 503
+        assert line.get("/health")[1]["open"] is False
+        assert agree(line, model, gate.precision).asked == len(model.probe.asked)
+
+
+# --- what is not the model that was published -----------------------------------------------------
+
+
+def refusal(model, **changes):
+    with hosted(order(model, **changes)) as (gate, line), pytest.raises(UserError) as refused:
+        agree(line, model, gate.precision)
+    assert refused.value.code == INTEGRITY
+    return str(refused.value)
+
+
+def test_other_weights_are_seen(model, tmp_path):
+    """With the artifact's own tokenizer and template."""
+    folder = tmp_path / "model"
+    shutil.copytree(model.folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = {name: weight.flip(0).contiguous() for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    assert "when published" in refusal(model, folder=str(folder))
+
+
+def test_another_template_is_seen(model, tmp_path):
+    shutil.copytree(model.folder, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{{- '\\n' }}")
+    assert "its template writes the question" in refusal(model, folder=str(tmp_path / "model"))
+
+
+def test_an_end_that_is_not_taken_for_one_is_seen(model):
+    said = refusal(model, stops=[])
+    assert "does not stop" in said or "when published" in said
+
+
+def test_an_adapter_is_in_effect_or_refused(artifact, tmp_path):
+    """Served on its base it is what was published; its base alone is not."""
+    run = tmp_path / "run"
+    rows = [{"path": str(life.TINY / "rows.jsonl")}]
+    lora = life.command(
+        life.write(
+            run,
+            stage="lora",
+            data={"train": rows, "max_length": 64},
+            adapter={"rank": 8, "alpha": 64},
+            optim__learning_rate=2e-2,
+            optim__batch_size=16,
+            optim__steps=12,
+            checkpoint__every=99,
+            evaluation={},
+            launch__micro_batch_size=16,
+        )
+    )
+    model = named.served(str(lora.path), tmp_path, print)
+    assert model.base
+    with hosted(order(model)) as (gate, line):
+        agreed = agree(line, model, gate.precision)
+    assert agreed.asked == len(model.probe.asked) and agreed.equal + agreed.nearly == agreed.asked
+    assert "when published" in refusal(model, folder=str(model.base), base=None)
+
+
+def test_what_agreed_is_said():
+    assert str(Agreed(16, 0, 16)) == "16 of 16 answers equal"
+    assert str(Agreed(15, 1, 16)) == "15 of 16 answers equal; 1 otherwise, where two were as likely"
+
+
+# --- what is refused before anything is loaded ----------------------------------------------------
+
+
+def test_a_key_is_not_shown(monkeypatch):
+    monkeypatch.delenv("SECRET_OF_MINE", raising=False)
+    with pytest.raises(UserError, match="no such variable") as refused:
+        named.key_in("SECRET_OF_MINE")
+    assert "SECRET_OF_MINE" not in str(refused.value)
+    monkeypatch.setenv("SECRET_OF_MINE", " a-key\n")
+    assert named.key_in("SECRET_OF_MINE") == "a-key" and named.key_in(None) is None
+    monkeypatch.setenv("SECRET_OF_MINE", "two words")
+    with pytest.raises(UserError, match="without blanks"):
+        named.key_in("SECRET_OF_MINE")
+
+
+def test_a_port_that_is_taken():
+    with named.Address("127.0.0.1", 0) as address:
+        assert address.url == f"http://127.0.0.1:{address.port}" and address.is_local
+        with pytest.raises(UserError, match=f"port {address.port} of .* is taken") as refused:
+            named.Address("127.0.0.1", address.port)
+    assert refused.value.code == RESOURCES
+    with pytest.raises(UserError, match="--host 192"):
+        named.Address("192.0.2.1", 0)
+
+
+def test_what_is_no_finished_artifact(artifact, tmp_path):
+    for name, words, code in (
+        (str(tmp_path / "none"), "no such artifact", 2),
+        (str(artifact.model), "no manifest.json", 2),
+        ("artifact:sft", "knows of none", 2),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            named.served(name, tmp_path, print)
+        assert refused.value.code == code
+    copy = Artifact(tmp_path / "run" / "sft")
+    shutil.copytree(artifact.path, copy.path)
+    weights = copy.model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"model\.safetensors") as refused:
+        named.served(str(copy.path), tmp_path, print)
+    assert refused.value.code == INTEGRITY
+    (copy.path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not finished") as refused:
+        named.served(str(copy.path), tmp_path, print)
+    assert refused.value.code == INTEGRITY
+
+
+def test_packages_that_are_not_here(monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="fastapi, openai, uvicorn") as refused:
+        serve.refuse_missing()
+    assert refused.value.hint == "pip install 'llmpipe[serve]'"
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def ended(code):
+    """A process that has run some Python."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.wait()
+        yield server.Server(process, Line("127.0.0.1", 1, None))
+
+
+def test_what_the_server_ends_with_is_the_commands_error():
+    said = json.dumps({"message": "no room", "hint": "make some", "code": 5})
+    told = f"print({said!r}); exit(5)"
+    with ended(told) as one, pytest.raises(UserError, match="no room") as refused:
+        one.answers()
+    assert (refused.value.hint, refused.value.code) == ("make some", 5)
+    with ended("exit(1)") as one, pytest.raises(UserError, match="ended with exit code 1"):
+        one.answers()
+    killed = "import os; os.kill(os.getpid(), 9)"
+    with ended(killed) as one, pytest.raises(UserError, match="ended with signal SIGKILL"):
+        one.wait(print)
+
+
+@contextmanager
+def command(artifact, tmp_path, **environment):
+    """`llmpipe serve`, ready: its process and its address."""
+    path = os.pathsep.join([str(life.ROOT), os.environ.get("PYTHONPATH", "")])
+    arguments = ["serve", str(artifact.path), "--port", "0", "--api-key-from", "A_KEY"]
+    with (tmp_path / "errors.txt").open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmpipe", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "A_KEY": KEY, **environment},
+        )
+    try:
+        said = []
+        for text in process.stdout:
+            said.append(text)
+            if "ready at" in text:
+                break
+        assert said, (tmp_path / "errors.txt").read_text()
+        port = int(said[-1].rpartition(":")[2].removesuffix("/v1\n"))
+        yield process, Line("127.0.0.1", port, None), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_sigterm_lets_a_stream_come_to_its_end(artifact, tmp_path):
+    stops = artifact.manifest().probe.stops
+    with command(artifact, tmp_path) as (process, line, said):
+        assert any(text.startswith("probe: ") for text in said)
+        with client_of(line) as client:
+            stream = ask(
+                client,
+                GRASS,
+                max_tokens=300,
+                logit_bias={str(stop): -100 for stop in stops},  # they would end it
+                stream=True,
+            )
+            first = next(stream)
+            process.send_signal(signal.SIGTERM)
+            chunks = [first, *stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == 300
+        assert process.wait(60) == 143
+        assert process.stdout.read() == "stopped\n"
+    assert (tmp_path / "errors.txt").read_text() == ""
+    assert KEY not in "".join(said)
+
+
+@pytest.mark.faults
+def test_the_server_ends_with_a_command_that_is_killed(artifact, tmp_path):
+    with command(artifact, tmp_path) as (process, line, _):
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((line.host, line.port)).close()
+            except ConnectionRefusedError:
+                return
+            time.sleep(0.1)
+    pytest.fail("it still listens")
