@@ -20,7 +20,6 @@ same task, and a resumed run goes on bit by bit.
 
 from __future__ import annotations
 
-import math
 import queue
 from collections.abc import Callable
 from copy import deepcopy
@@ -32,7 +31,7 @@ from llmpipe.data.examples import Messages
 from llmpipe.data.fields import Rejected, Values
 from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.rl.sources.functions import imported, where
-from llmpipe.rl.sources.source import Row, shortened
+from llmpipe.rl.sources.source import Row, is_score, shortened
 
 SECONDS = 300.0  # that a call may take: who waits for longer, waits for nobody
 
@@ -95,7 +94,7 @@ class Environments:
             raise self._bad(row, f"step returned {_shown(value)}, not (turn, reward, done)")
         turn, reward, done = value
         reward, done = _unwrapped(reward), _unwrapped(done)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
+        if not is_score(reward):
             code = NUMERIC if isinstance(reward, float) else DATA
             raise self._bad(row, f"step gave {_shown(reward)} as reward", code)
         if not isinstance(done, bool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from llmpipe.rl.actors import Actors
 from llmpipe.rl.sampling import Said
 from llmpipe.rl.sources.functions import of_function
 from llmpipe.rl.sources.models import of_model
-from llmpipe.rl.sources.source import Row, Score, Source, shortened
+from llmpipe.rl.sources.source import Row, Score, Source, is_score, shortened
 from llmpipe.rl.sources.texts import (
     of_code,
     of_environment,
@@ -149,7 +148,7 @@ def _checked(source: Source, rows: list[Row], responses: list[str]) -> list[floa
             f"reward: {source.name} gave {len(scores)} scores for {len(responses)} answers"
         )
     for value, row, response in zip(scores, rows, responses, strict=True):
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_score(value):
             raise UserError(
                 f"reward: {source.name} gave {value!r} "
                 f"for {shortened(response)!r} to {shortened(row['prompt'])!r}",

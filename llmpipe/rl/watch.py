@@ -144,10 +144,12 @@ def warn(line: Metrics, first: Metrics, target: float | None, warned: list[str],
     if nats < 0 and NEGATIVE not in warned:
         warned.append(NEGATIVE)
         say(NEGATIVE)
+    # more turns are no longer answers
+    length, at_first = (each[tokens] / each.get("turns/policy", 1.0) for each in (line, first))
     signs = [
         _Sign("KL ran away", kl, nats - max(before, 0) > 4 * (target or 12.5)),
-        _Sign("answers grow", tokens, line[tokens] > 2 * first[tokens] + 8),
-        _Sign("answers shrink", tokens, line[tokens] < 0.4 * first[tokens] - 1),
+        _Sign("answers grow", tokens, length > 2 * at_first + 8),
+        _Sign("answers shrink", tokens, length < 0.4 * at_first - 1),
         _Sign("entropy collapsed", entropy, line[entropy] < 0.1 * first[entropy]),
     ]
     for sign in signs:

@@ -223,7 +223,11 @@ def test_signs_of_a_gamed_reward_are_said_once():
     partial = line | {"objective/kl": 60.0}  # at the parent, as top_p below 1 has it
     more: list[str] = []
     warn(partial | {"objective/kl": 80.0}, partial, None, [], more.append)
-    assert not more
+    one = line | {"turns/policy": 1.0}
+    warn(one | {"answers/tokens": 60.0, "turns/policy": 3.0}, one, None, [], more.append)
+    assert not more, "episodes grow by turns"
+    warn(one | {"answers/tokens": 150.0, "turns/policy": 3.0}, one, None, [], more.append)
+    assert "answers grow" in more[0]
 
 
 def test_scores_are_one_until_one_differs():

@@ -101,6 +101,7 @@ Silent = returning((None, 1.0, False))
 Policy = returning(([{"role": "assistant", "content": "I."}], 1.0, False))
 Control = returning(("<|im_end|>", 1.0, False))
 Number = returning((7, 1.0, False))
+Beyond = returning(("more", 10**400, False))
 Several = returning(("more", torch.ones(2), False))
 Unread = returning(({"role": "tool", "content": "42", "is_error": True}, 1.0, False))
 '''
@@ -478,6 +479,7 @@ def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
         ("Silent", 2, "step gave no turn, and the episode is not done"),
         ("Policy", 2, "a turn of the assistant's"),
         ("Number", 2, "turn is a number, not a list of messages"),
+        ("Beyond", 2, "step gave 10000.* as reward"),
         ("Several", 2, r"step gave tensor\(\[1., 1.\]\) as reward"),
         ("Unread", 2, "step: gave is_error of messages, which no template"),
     ],

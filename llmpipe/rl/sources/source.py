@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,14 @@ class Source:
     """What its weights lie in, of a reward model."""
     sees_thought: bool = False
     """Whether it looks at the block of thought as well, where there is one."""
+
+
+def is_score(value: Any) -> bool:
+    """Whether it is a finite number, of which a float is made."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def shortened(text: str | list[dict[str, Any]]) -> str:
