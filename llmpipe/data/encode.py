@@ -38,6 +38,8 @@ NO_TOKEN = "texts hold characters that the tokenizer has no token for, and these
 CANNOT_APPEND = "the chat template cannot append a turn"
 SAYINGS = ("So it is.", f"{OPENING}Let me see.\n{CLOSING}\n\nSo it is.")
 """Stand for what a policy says: without a thought, and with one."""
+ASKING: Messages = [{"role": "user", "content": "Is it so?"}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
 def hash_of(content: bytes, key: bytes = b"") -> int:
@@ -315,6 +317,20 @@ def encoder_of(folder: Path, kwargs: dict[str, Any]) -> Encoder:
     choice = template.choose(folder, "auto", kwargs)
     uncut = Preparation(max_length=1 << 40, template_kwargs=kwargs)
     return Encoder(Encoding(folder, choice.ends, choice.text_eos, uncut))
+
+
+def refuse_no_reply(encoder: Encoder) -> None:
+    """Raise UserError (2) where the template can append neither a user's turn nor a tool's: answers
+    that end, and so are replied to, may come late in a training."""
+    refusals = []
+    for role, tools in (("user", None), ("tool", [TOOL])):
+        try:
+            encoder.reply(ASKING, [[{"role": role, "content": "Look."}]], tools)
+        except Rejected as refusal:
+            refusals.append(refusal)
+    if len(refusals) == 2:
+        problem = f"data.template: the environment takes turns, and {refusals[0]}"
+        raise UserError(problem, "name another template; chatml can")
 
 
 def _to_think(prompt: str) -> str:

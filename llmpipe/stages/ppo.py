@@ -109,6 +109,7 @@ def prepare(job: Job[RLRecipe]) -> PreparedRows:
 
 def prompts(job: Job[Scored]) -> PreparedRows:
     """Prompts -> tokens, with what the recipe's rewards read of their rows."""
+    from llmpipe.data.encode import encoder_of, refuse_no_reply
     from llmpipe.data.kinds.prompts import Needs, compared
     from llmpipe.run.context import of_folder, refuse_rollouts
     from llmpipe.run.handoff import tokens
@@ -125,6 +126,9 @@ def prompts(job: Job[Scored]) -> PreparedRows:
     )
     kind = compared(comparisons, all_read=all_read, needs=needs)
     prepared = tokens(job, kind, _asked(job) if recipe.asks else None)
+    if recipe.plays:
+        tokenizer = prepared.folder(job.prepared) / "tokenizer"
+        refuse_no_reply(encoder_of(tokenizer, recipe.data.chat_template_kwargs))
     if context := of_folder(job.weights):  # with the held-out ones, too, once a model is there
         refuse_rollouts(context.tokens, prepared.lengths.max, recipe.rollout.max_new_tokens)
     return prepared

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from llmpipe.data.encode import encoder_of
+from llmpipe.data.encode import encoder_of, refuse_no_reply
 from llmpipe.data.formats import Rejected
 from llmpipe.errors import UserError
 from llmpipe.models.drawing.draw import Episode, Inserted
@@ -451,6 +451,23 @@ def test_what_learned_to_think_in_single_answers_takes_no_turns(tmp_path):
     encoder = encoder_of(tmp_path / "saved", {})
     with pytest.raises(Rejected, match="it opens a block of thought where an answer begins"):
         encoder.reply(ROW["prompt"], [[{"role": "user", "content": "42"}]])
+
+
+@pytest.mark.parametrize("name", ["qwen", "gemma", "llama", "deepseek", "mistral"])
+def test_a_template_that_appends_nobodys_turn_is_refused_ahead(tmp_path, name):
+    """No model is loaded, and no answer has to end first. Who appends a tool's turn alone, or a
+    user's, is tried."""
+    from llmpipe.data.template import choose
+
+    choice = choose(life.TINY / "model", str(TEMPLATES / f"{name}.jinja"), {})
+    choice.tokenizer.save(tmp_path / "saved", choice.template)
+    if name in ("qwen", "gemma", "llama"):
+        return refuse_no_reply(encoder_of(tmp_path / "saved", {}))
+    changes = GRPO | {"data__template": str(TEMPLATES / f"{name}.jinja")}
+    path = write(tmp_path, tmp_path / "run", **changes, model=str(life.TINY / "model"))
+    with pytest.raises(UserError, match="takes turns, and the chat template cannot append") as no:
+        life.command(path, only_prepare=True)
+    assert no.value.code == 2
 
 
 def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
