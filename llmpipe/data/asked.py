@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmpipe.errors import UserError
 from llmpipe.faults import writing
 from llmpipe.files import write_whole
 from llmpipe.recipe.sections import Source
@@ -14,6 +15,11 @@ from llmpipe.scores.environments import Environment
 
 NUMBER = "number"
 """The column that says which question it is."""
+
+
+def as_user(text: str) -> dict[str, str]:
+    """A text as the turn of a user."""
+    return {"role": "user", "content": text}
 
 
 def as_source(
@@ -28,7 +34,11 @@ def as_source(
         prompt: Any = question
         if chats:
             before = [{"role": "system", "content": system}] if system else []
-            prompt = [*before, {"role": "user", "content": question}]
+            asked = question if isinstance(question, list) else [as_user(question)]
+            prompt = [*before, *asked]
+        elif isinstance(question, list):
+            problem = f"{environment.name}: asks in turns, and the model has no chat template"
+            raise UserError(problem, "set data.template: chatml")
         lines.append(json.dumps({"prompt": prompt, NUMBER: number}, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
     sha256 = hashlib.sha256(content).hexdigest()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmpipe.recipe.sections import Positive, Reference, Section, cosmetic
-from llmpipe.scores.environments import NAME, PACKAGE, Environment, opened
+from llmpipe.scores.environments import NAME, Environment, library_of, opened
 from llmpipe.scores.form import pattern_of
 from llmpipe.scores.verifiers import VERIFIERS, Verifier
 from llmpipe.scores.verifiers.regex import check_pattern
@@ -130,9 +130,11 @@ class Reward(Section):
     environment: Annotated[str, Field(pattern=f"^({NAME}|{FILE})$")] | None = None
     """`reasoning_gym/chain_sum`: asks its own questions, in place of `data.train`, made with the
     recipe's seed, and scores answers itself: what stands in the last `<answer>...</answer>`, or all
-    (`pip install 'llmpipe[rl]'`). `./game.py:Guess`: a class of yours that answers what the policy
-    says, turn after turn, by `reset(row)` and `step(answer)` (llmpipe/rl/environment.py has their
-    form); its rewards are added up. The file is part of the result's identity."""
+    (`pip install 'llmpipe[rl]'`). `verifiers/NAME`: an installed taskset of the library verifiers,
+    whose tasks ask once and are scored by the answer alone. `./game.py:Guess`: a class of yours
+    that answers what the policy says, turn after turn, by `reset(row)` and `step(answer)`
+    (llmpipe/rl/environment.py has their form); its rewards are added up. The file is part of the
+    result's identity."""
     turns: Positive | None = None
     """How often the policy speaks in an episode of `./game.py:Guess`, at most; 8 unless set. Each
     turn has `rollout.max_new_tokens`. An episode that its environment has not ended by then, or
@@ -201,7 +203,7 @@ class Reward(Section):
         if self.json_schema is not None:
             yield "schema", "jsonschema"
         if self.asks:
-            yield "environment", PACKAGE
+            yield "environment", library_of(str(self.environment))
 
     def files(self) -> Iterator[tuple[str, str]]:
         """Its fields that name a file whose content decides the result, each with the path."""

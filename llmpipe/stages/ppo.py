@@ -21,7 +21,7 @@ from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.recipe.rewards import Reward
 from llmpipe.scores import confined
-from llmpipe.scores.environments import PACKAGE
+from llmpipe.scores.environments import library_of
 from llmpipe.scores.judge import key_of
 from llmpipe.scores.references import Comparison
 from llmpipe.scores.schemas import schema_check
@@ -65,7 +65,8 @@ def _checks(
         yield "code", confined.prove
     if source.judge and outlook.works:
         yield "judge.key_from", partial(key_of, source.judge.key_from)
-    if source.asks and importlib.util.find_spec(PACKAGE):  # or that is said of the field
+    asks = source.asks and library_of(str(source.environment))
+    if asks and importlib.util.find_spec(asks):  # or that is said of the field
         yield "environment", partial(source.opened, seed)
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
-from llmpipe.scores.environments import Environment, opened
+from llmpipe.scores.environments import opened
 from llmpipe.stages import schema
 from tests import life
 from tests.rl import test_ppo
@@ -160,4 +160,87 @@ def test_reasoning_gym_is_as_it_was():
         opened("reasoning_gym/chain_sums", 5, 42, {})
     with pytest.raises(UserError, match=r"options: .*unexpected keyword argument 'terms'"):
         opened("reasoning_gym/chain_sum", 5, 42, {"terms": 2})
-    assert isinstance(environment, Environment)
+
+
+TASKSET = """
+import verifiers.v1 as vf
+
+
+class Config(vf.TasksetConfig):
+    most: int = 9
+
+
+class Data(vf.TaskData):
+    answer: int
+
+
+class Sum(vf.Task[Data]):
+    @vf.reward(weight=2.0)
+    async def right(self, task, trace):
+        return float(str(task.answer) in trace.last_message.content)
+
+    @vf.reward
+    async def brief(self, trace):
+        return 0.5 if len(trace.last_message.content) < 20 else 0.0
+
+
+class Sums(vf.Taskset[Sum, Config]):
+    def load(self):
+        for a in range(1, self.config.most + 1):
+            for b in range(1, self.config.most + 1):
+                yield Sum(Data(prompt=f"What is {a} + {b}?", system_prompt="Add.", answer=a + b))
+"""
+
+
+@pytest.fixture
+def taskset(tmp_path, monkeypatch):
+    """A package with a taskset, as whoever uses the library has it."""
+    pytest.importorskip("verifiers")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sums_of_two.py").write_text(f"{TASKSET}\n\n__all__ = ['Sums']\n")
+    needy = TASKSET.replace("def right(self, task, trace)", "def right(self, task, trace, runtime)")
+    (site / "needy.py").write_text(f"{needy}\n\n__all__ = ['Sums']\n")
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+    yield "verifiers/sums_of_two"
+    for name in ("sums_of_two", "needy"):
+        sys.modules.pop(name, None)
+
+
+def test_a_taskset_of_verifiers_asks_and_scores(tmp_path, taskset):
+    """By its own rewards, each times its weight, in the order of the seed."""
+    source = {"environment": taskset, "options": {"most": 5}}
+    made = life.command(write(tmp_path / "run", source, **GRPO))
+    environment = opened(taskset, 30, 42, {"most": 5})
+    asked = [question[-1]["content"] for question in environment.questions()]
+    assert len(asked) == len(set(asked)) == 25, "there are no more"
+    shown = list(map(json.loads, (made.path / "rollouts.jsonl").read_text().splitlines()))
+    for line in shown:
+        system, user = line["prompt"]
+        assert system == {"role": "system", "content": "Add."}
+        number = asked.index(user["content"])
+        assert line["score"] == environment.score(number, user["content"], line["answer"])
+    total = environment.tasks[3].data.answer
+    assert environment.score(3, asked[3], f"{total}") == 2.5
+    assert environment.score(3, asked[3], f"I have thought of it: {total}") == 2.0
+    assert environment.score(3, asked[3], "none") == 0.5
+    with pytest.raises(UserError, match="asks otherwise than when"):
+        environment.score(3, asked[4], "none")
+    assert asked != [
+        question[-1]["content"] for question in opened(taskset, 30, 43, {}).questions()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("verifiers/sums_of_three", {}, "no such taskset is installed"),
+        ("verifiers/sums_of_two", {"least": 3}, "validation error"),
+        ("verifiers/sums_of_two", {"most": 0}, "has no task"),
+        ("verifiers/needy", {}, "its tasks need a runtime for right, which is not there"),
+    ],
+)
+def test_tasksets_that_cannot_be(tmp_path, taskset, name, options, message):
+    with pytest.raises(UserError, match=rf"run-ppo.yaml:1: reward.0.environment: .*{message}"):
+        life.command(write(tmp_path / "run", {"environment": name, "options": options}))
