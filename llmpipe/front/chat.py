@@ -30,6 +30,7 @@ from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.context import tokens_of
 from llmpipe.run.reference import Model, model_folder
+from llmpipe.scores.thinking import opening_of
 
 HELP = (
     "/system TEXT  set the system turn   /reset  start over   "
@@ -79,7 +80,9 @@ class Voice:
         context = tokens_of(self.model.config.to_dict())
         fitting = sampling if context is None else _fitting(sampling, len(ids), context)
         (response,) = generate(self.model, tokenizer, [ids], fitting, streamer)
-        self.turns.append({"role": "assistant", "content": response.text})
+        # the next turn is asked behind all that the model saw, a tag of the template's as well
+        said = opening_of(text) + response.text
+        self.turns.append({"role": "assistant", "content": said})
         if response.ended:
             return Reply(response.text)
         why = "--max-new-tokens allows no more"

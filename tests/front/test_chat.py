@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,23 @@ def test_one_answers_with_its_template_and_stops_at_its_stop_token(voice, monkey
     )
     assert text.endswith("<|im_start|>assistant\n")
     assert out == "Green.\n" and one.turns[1] == {"role": "assistant", "content": "Green."}
+
+
+def test_a_thought_that_the_template_opens_stays_open_in_the_turns_before(voice, monkeypatch):
+    one = chat.open_voice("one", voice.model)
+    one.tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    asked = []
+
+    def generate(model, tokenizer, ids, *_):
+        asked.append(tokenizer.decode(ids[0]))
+        return [SimpleNamespace(text="so.</think>4", ended=True)]
+
+    monkeypatch.setattr(chat, "generate", generate)
+    for line in ("2 + 2?", "Sure?"):
+        one.turns.append({"role": "user", "content": line})
+        assert one.reply(chat.Sampling(4), stream=False).text == "so.</think>4"
+    assert asked[0].endswith("<think>\n")
+    assert asked[1].startswith(f"{asked[0]}so.</think>4<|im_end|>")
 
 
 def test_two_answer_side_by_side(voice, monkeypatch, capsys):
