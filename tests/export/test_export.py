@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llmpipe.data.train_tokenizer import train_tokenizer
 from llmpipe.errors import INTEGRITY, UserError
@@ -359,7 +360,9 @@ def from_zero(tmp_path_factory):
     folder = tmp_path_factory.mktemp("from-zero") / "model"
     texts = ["In 2026 they'LL say 1234, 12345 and it's     so.\n\n\n"] * 50
     train_tokenizer(texts, 320, folder)
-    load_model(TINY / "model").save_pretrained(folder)
+    model = load_model(TINY / "model")
+    model.generation_config.eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
+    model.save_pretrained(folder)
     return load_source(folder, None, print)
 
 
