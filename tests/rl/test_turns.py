@@ -411,7 +411,7 @@ def test_what_reset_says_follows_the_prompt(monkeypatch, extra):
     ("name", "role", "says"),
     [
         ("qwen", "user", "leaves out what they think"),
-        ("deepseek", "user", "changes what it writes of the turns before"),
+        ("deepseek", "user", "opens a block of thought where an answer begins"),
         ("mistral", "user", "changes what it writes of the turns before"),
         ("gemma", "tool", "drops"),
         ("gemma", "user", None),
