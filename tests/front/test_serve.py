@@ -110,6 +110,7 @@ def order(model, **changes):
         name=model.name,
         folder=str(model.folder),
         base=str(model.base) if model.base else None,
+        gguf=str(model.gguf) if model.gguf else None,
         template_kwargs=model.template_kwargs,
         stops=model.probe.stops,
         writes_calls=model.writes_calls,
@@ -123,7 +124,7 @@ def order(model, **changes):
 @contextmanager
 def hosted(order, is_open=True):
     """What the server's process runs, in a thread of this one: the gate and its address."""
-    app, precision = host._of_transformers(order)
+    app, precision = host.application(order)
     gate = Gate(app, order.key, order.word, precision)
     gate.is_open = is_open
     listening = socket.create_server(("127.0.0.1", 0))
@@ -367,6 +368,59 @@ def test_what_agreed_is_said():
     assert str(Agreed(15, 1, 16)) == "15 of 16 answers equal; 1 otherwise, where two were as likely"
 
 
+# --- of an export ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(artifact):
+    """Its formats; f16 is as near as bf16."""
+    recipe = artifact.run.parent / "export.yaml"
+    formats = {"gguf": ["f16", "q8_0"], "merged": ["bf16"]}
+    asked = {"stage": "export", "run": str(artifact.run), "model": "artifact:sft"}
+    recipe.write_text(json.dumps(asked | {"formats": formats}))
+    return life.command(recipe)
+
+
+# llama-cpp-python's server leaves the reading end of each stream to the garbage collector
+@pytest.mark.filterwarnings("ignore:Unclosed <MemoryObjectReceiveStream:ResourceWarning")
+@pytest.mark.parametrize("form", ["gguf-f16", "gguf-q8_0"])
+def test_a_gguf_file_is_served_by_llama_cpp(exported, form):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("sse_starlette")
+    model = named.served(str(exported.path / form), exported.run, print)
+    assert model.gguf and model.gguf.parent.name == form
+    with hosted(order(model)) as (gate, line):
+        agreed = agree(line, model, gate.precision)
+        assert agreed.equal >= agreed.asked - 2
+        with client_of(line) as client:
+            answers = {}
+
+            def one(number):
+                answers[number] = streamed(client, GRASS, max_tokens=16)
+
+            threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert len(answers) == 8 and len(set(answers.values())) == 1
+        assert {finish for _, finish in answers.values()} == {"stop"}
+    other = exported.run / "other.gguf"
+    other.write_bytes(model.gguf.read_bytes()[:-4096])
+    with pytest.raises(UserError, match="does not load it"):
+        host.application(order(model, gguf=str(other)))
+
+
+def test_what_of_an_export_is_not_served(exported, tmp_path):
+    with pytest.raises(UserError, match="its GGUF formats are served"):
+        named.served(str(exported.path / "merged-bf16"), tmp_path, print)
+    alone = tmp_path / "run" / "export"
+    shutil.copytree(exported.path, alone)
+    with pytest.raises(UserError, match="what it was made of is not in") as refused:
+        named.served(str(alone / "gguf-f16"), tmp_path, print)
+    assert refused.value.code == INTEGRITY
+
+
 # --- what is refused before anything is loaded ----------------------------------------------------
 
 
@@ -414,11 +468,14 @@ def test_what_is_no_finished_artifact(artifact, tmp_path):
     assert refused.value.code == INTEGRITY
 
 
-def test_packages_that_are_not_here(monkeypatch):
+def test_packages_that_are_not_here(model, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="fastapi, openai, uvicorn") as refused:
-        serve.refuse_missing()
+        serve.refuse_missing(model)
     assert refused.value.hint == "pip install 'llmpipe[serve]'"
+    with pytest.raises(UserError, match="llama_cpp") as refused:
+        serve.refuse_missing(dataclasses.replace(model, gguf=model.folder))
+    assert refused.value.hint == "pip install 'llmpipe[serve,gguf]'"
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""`llmpipe serve`: an artifact behind the interface of OpenAI, by the server of transformers.
+"""`llmpipe serve`: an artifact behind the interface of OpenAI, by the server of transformers,
+or of llama-cpp-python for a GGUF file.
 
     serve.py      the story from top to bottom
     named.py      what the command line names: an artifact and what it said, a key, an address

@@ -35,7 +35,9 @@ DATE = {"date_string": "26 Jul 2024"}
 """What templates took for today that ask for it, when the probe was taken (`export.ask`)."""
 
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Of a number between 1 and 2, by precision."""
+EPSILON |= dict.fromkeys(("f32", "f16"), EPSILON["float16"]) | {"bf16": EPSILON["bfloat16"]}
+"""Of a number between 1 and 2, by precision; of a GGUF file by its kind of numbers: keys and values
+are of 16 bits in llama.cpp, whatever it is."""
 
 HALF = "\ufffd"
 """What stands for a character of which an answer's last token is a part."""

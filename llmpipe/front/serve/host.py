@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe.ties import PARENT, die_with_parent
@@ -49,7 +50,7 @@ def _serve(order: Order) -> None:
     from llmpipe.front.serve.gate import Gate
     from llmpipe.front.serve.server import GRACE
 
-    app, precision = _of_transformers(order)
+    app, precision = application(order)
     gate = Gate(app, order.key, order.word, precision)
     threading.Thread(target=_obey, args=(gate,), daemon=True).start()
     config = uvicorn.Config(
@@ -69,11 +70,30 @@ def _obey(gate: Gate) -> None:
         gate.is_open = True
 
 
+def application(order: Order) -> tuple[Any, str]:
+    """What answers, and what it computes in. Raises UserError."""
+    return _of_llama_cpp(order) if order.gguf else _of_transformers(order)
+
+
+def _of_llama_cpp(order: Order) -> tuple[Any, str]:
+    """The application of llama-cpp-python's server, and the kind of numbers that the file holds."""
+    from llmpipe.errors import INTEGRITY, UserError
+    from llmpipe.run.machine import gpus
+    from llmpipe.upstream import llama_cpp_server
+
+    file = Path(order.gguf or "")
+    terms = str(file), order.name, order.template_kwargs, bool(gpus())
+    try:
+        app = llama_cpp_server.application(*terms)
+    except (ValueError, RuntimeError) as error:
+        problem = f"serve: {file}: llama.cpp does not load it: {error}"
+        raise UserError(problem, code=INTEGRITY) from None
+    return app, file.stem.rpartition("-")[2]
+
+
 def _of_transformers(order: Order) -> tuple[Any, str]:
     """The application of `transformers serve` around the artifact, loaded as `chat` loads it, and
     what it computes in. Raises UserError."""
-    from pathlib import Path
-
     from transformers.utils import logging
 
     from llmpipe import upstream

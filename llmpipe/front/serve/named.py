@@ -36,9 +36,11 @@ class Served:
     name: str
     """By which clients ask for it."""
     folder: Path
-    """Of the model, or of the adapter."""
+    """Of the model, or of the adapter: its tokenizer is the one of training."""
     base: Path | None
     """What lies under the adapter."""
+    gguf: Path | None = None
+    """The model for llama.cpp, made of the other."""
     probe: Probe
     has_template: bool
     """Whether it takes conversations."""
@@ -71,6 +73,9 @@ def served(name: str, converted: Path, say: Say) -> Served:
     path = Path(os.path.abspath(os.path.expanduser(name)))
     if not path.exists():
         raise UserError(f"serve: {name}: no such artifact", "give its folder: runs/NAME/sft")
+    gguf = None
+    if is_artifact(path.parent) and Artifact(path.parent).document().get("kind") == "export":
+        path, gguf = _exported(name, path)
     if not is_artifact(path):
         raise _no_artifact(name, path)
     with screen.doing("verifying the model"):
@@ -89,10 +94,30 @@ def served(name: str, converted: Path, say: Say) -> Served:
         name=manifest.name,
         folder=folder,
         base=base,
+        gguf=gguf,
         probe=manifest.probe,
         has_template=bool(manifest.tokenizer and manifest.tokenizer.template),
         template_kwargs=manifest.asked.chat_template_kwargs,
     )
+
+
+def _exported(name: str, folder: Path) -> tuple[Path, Path]:
+    """The artifact that a format was made of, which says what it answers, and the file of the
+    format. Raises UserError (2) for another format than GGUF, and (3)."""
+    export = Artifact(folder.parent)
+    with screen.doing("verifying the export"):
+        manifest = export.verify()
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        hint = "serve what it was made of; a merged folder is for vLLM, which takes it as it is"
+        raise UserError(f"serve: {name}: of an export its GGUF formats are served", hint)
+    for parent in manifest.parents:
+        source = Artifact(export.run / parent.name.partition("@")[0])
+        if source.finished and source.manifest().fingerprint == parent.fingerprint:
+            return source.path, files[0]
+    problem = f"serve: {name}: what it was made of is not in {export.run} any more"
+    hint = "its manifest says what the model answers: put it back, or export again"
+    raise UserError(problem, hint, INTEGRITY)
 
 
 def _no_artifact(name: str, path: Path) -> UserError:

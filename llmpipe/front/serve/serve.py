@@ -18,11 +18,14 @@ from tempfile import TemporaryDirectory
 from llmpipe import screen
 from llmpipe.errors import Say, UserError
 from llmpipe.front.serve.agree import agree
-from llmpipe.front.serve.named import Address, key_in, served
+from llmpipe.front.serve.named import Address, Served, key_in, served
 from llmpipe.front.serve.server import running
 
 PACKAGES = ("fastapi", "openai", "uvicorn")
 """What the server of transformers needs."""
+
+OF_LLAMA_CPP = ("llama_cpp", "fastapi", "pydantic_settings", "sse_starlette", "starlette_context")
+"""What that of llama-cpp-python needs."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Asked:
 
 def serve(asked: Asked, say: Say) -> int:
     """Serve an artifact until a signal ends it; the exit code of that. Raises UserError."""
-    refuse_missing()
     key = key_in(asked.api_key_from)
     with TemporaryDirectory() as converted, Address(asked.host, asked.port) as address:
         model = served(asked.artifact, Path(converted), say)
+        refuse_missing(model)
         if not key and not address.is_local:
             say(f"warning: whoever reaches {address.host} may ask: --api-key-from sets a key")
         with running(model, address, key) as server:
@@ -55,8 +58,10 @@ def serve(asked: Asked, say: Say) -> int:
             return server.wait(say)
 
 
-def refuse_missing() -> None:
+def refuse_missing(model: Served) -> None:
     """Raise UserError (2) where a package is not installed that the server needs."""
-    if missing := [name for name in PACKAGES if not find_spec(name)]:
+    packages = OF_LLAMA_CPP if model.gguf else PACKAGES
+    extra = "llmpipe[serve,gguf]" if model.gguf else "llmpipe[serve]"
+    if missing := [name for name in packages if not find_spec(name)]:
         problem = f"serve: needs {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not"
-        raise UserError(f"{problem} installed here", "pip install 'llmpipe[serve]'")
+        raise UserError(f"{problem} installed here", f"pip install '{extra}'")

@@ -42,6 +42,8 @@ class Order:
     name: str
     folder: str
     base: str | None
+    gguf: str | None
+    """The file for llama.cpp, which is served in their place."""
     template_kwargs: dict[str, Any]
     stops: list[int]
     """Tokens that end an answer."""
@@ -136,6 +138,7 @@ def running(model: Served, address: Address, key: str | None) -> Iterator[Server
         name=model.name,
         folder=str(model.folder),
         base=str(model.base) if model.base else None,
+        gguf=str(model.gguf) if model.gguf else None,
         template_kwargs=model.template_kwargs,
         stops=model.probe.stops,
         writes_calls=model.writes_calls,
@@ -159,6 +162,10 @@ def running(model: Served, address: Address, key: str | None) -> Iterator[Server
             process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
             process.stdin.flush()
         yield server
+    except UserError:
+        if server.signals:  # which is why nobody answers any more
+            raise SystemExit(code_of(server.signals[0])) from None
+        raise
     finally:
         process.kill()
         with suppress(BrokenPipeError):  # it may be gone, and no word is left for it
