@@ -1,5 +1,6 @@
 """Prompts that end in the tag which opens a block of thought, whatever the template."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,9 +32,16 @@ WEATHER = {
 }
 
 
-def asked(here, template, row, kind=THINK, **settings):
-    """The text of the one prompt that a row becomes, and its tokens."""
+def asked(here, template, row, kind=THINK, shown=True, **settings):
+    """The text of the one prompt that a row becomes, and its tokens. `shown`: whether texts show
+    the tags, as Qwen3's do."""
     model = make_model(here / "model", special=SPECIAL, template=template)
+    if shown:
+        path = model / "tokenizer.json"
+        vocabulary = json.loads(path.read_text())
+        for token in vocabulary["added_tokens"]:
+            token["special"] = "think" not in token["content"]
+        path.write_text(json.dumps(vocabulary))
     write(here / "rows.jsonl", [row])
     data = Prompts(train=[{"path": str(here / "rows.jsonl")}], max_length=4096, **settings)
     ready = prepare(data, kind, model, here / "cache", seed=0, say=lambda _: None)
@@ -76,3 +84,9 @@ def test_a_template_that_closes_it_is_refused(here):
 def test_a_text_is_continued_with_a_thought(here):
     text, _, _ = asked(here, None, {"prompt": "2 + 3 ="})
     assert text.endswith("2 + 3 =<think>\n")
+
+
+def test_a_thought_whose_end_no_text_shows_is_refused(here):
+    """Nothing would ever follow it, and every answer be worth nothing."""
+    with pytest.raises(UserError, match="calls </think> special, and no text shows it"):
+        asked(here, QWEN, {"prompt": ASKED}, shown=False)

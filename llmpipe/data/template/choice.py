@@ -92,6 +92,8 @@ def choose(folder: Path, name: str, kwargs: dict[str, Any], *, thinks: bool = Fa
         added, ends = _fit(tokenizer, template, name, kwargs)
         if thinks:
             template = thinking(template, special, kwargs)
+    if thinks:
+        _refuse_silent_thoughts(tokenizer)
     text_eos = own_eos or special["eos_token"]
     stops = [*(tokenizer.last(end) for end in ends[:1]), text_eos, *tokenizer.stops]
     tokenizer.check_stops(stops)
@@ -124,6 +126,14 @@ def thinking(text: str, special: dict[str, str], kwargs: dict[str, Any]) -> str:
         return text
     opening = "{% if add_generation_prompt %}{{ " + repr(OPENING) + " }}{% endif %}"
     return text.removesuffix("\n") + opening
+
+
+def _refuse_silent_thoughts(tokenizer: Tokenizer) -> None:
+    """Raise UserError where the end of a thought is left out of every text that a person reads, and
+    so nothing would ever follow it."""
+    if CLOSING in tokenizer.special_tokens():
+        problem = f"rollout.think: the tokenizer calls {CLOSING} special, and no text shows it"
+        raise UserError(problem, 'set its "special" to false in tokenizer.json')
 
 
 def _fit(
