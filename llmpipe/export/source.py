@@ -27,8 +27,9 @@ FP32 = 256
 """Units in the last place of the largest logit, in fp32, that each layer may move one by where sums
 are computed in another order: on another device, in another batch, with an adapter merged."""
 
-HALF = 1
-"""The same where weights were rounded to half precision: most of these errors cancel out."""
+HALF = 2
+"""The same where weights were rounded to half precision: most of these errors cancel out. Of
+SmolLM2-135M in bf16 1.1 were seen; what is sharp is that every weight is compared by itself."""
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

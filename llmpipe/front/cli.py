@@ -547,7 +547,7 @@ def serve(
         typer.Option(metavar="VARIABLE", help="Of the environment: holds the key to be shown."),
     ] = None,
 ) -> None:
-    """An artifact behind OpenAI's interface, once it answers as published.
+    """Answer by OpenAI's interface, once the probe agrees.
 
     The server is that of transformers; it is asked the probe before anybody else may ask.
     """
