@@ -2,6 +2,7 @@
 it."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,10 @@ if "LLMPIPE_TESTS_WITH_GPU" not in os.environ:
 # What a power cut would take no test can see, and a third of a run's seconds here would go by
 # waiting for the disk. tests/test_files.py holds what is synced; real processes sync, too.
 os.fsync = lambda descriptor: None
+
+# A shell that starts something in the background lets it ignore SIGINT, and so its children do.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # how long an example takes is the machine's affair, which may have other work
 settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
