@@ -24,13 +24,10 @@ from llmpipe.models.pretrained import rows_of
 from llmpipe.models.rng import isolated_rng
 from llmpipe.parallel import device_of
 from llmpipe.run.context import tokens_of
-from llmpipe.run.probe import ANSWER_TOKENS, DECIMALS, QUESTIONS, Probe, Question, Said
+from llmpipe.run.probe import ANSWER_TOKENS, DATE, DECIMALS, QUESTIONS, Probe, Question, Said
 
 LIKE = 64
 """Tokens that the prompts of a batch may differ by: those with tools are far longer than others."""
-
-DATE = {"date_string": "26 Jul 2024"}
-"""What a template takes for today that asks for it, or another one would be written tomorrow."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from llmpipe.errors import INTEGRITY, UserError
 ANSWER_TOKENS = 8
 """Tokens of an answer at most: it is drawn again by every reader."""
 
+DATE = {"date_string": "26 Jul 2024"}
+"""What a template takes for today that asks for it, or another one would be written tomorrow."""
+
 DECIMALS = 5
 """Of the numbers that a manifest keeps: less than what rounding moves in fp32."""
 

@@ -17,11 +17,11 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from torch import Tensor
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.export.ask import DATE, until_stop
+from llmpipe.export.ask import until_stop
 from llmpipe.export.source import Source
 from llmpipe.export.tensors import refuse
 from llmpipe.export.vocabulary import battery_of
-from llmpipe.run.probe import ANSWER_TOKENS, DECIMALS, Probe, Question, Said
+from llmpipe.run.probe import ANSWER_TOKENS, DATE, DECIMALS, Probe, Question, Said
 
 CONTEXT = 1024
 """Tokens of a row that is measured at most; longer questions of the probe have room as well."""

@@ -26,13 +26,10 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.front.serve.asking import CHAT, TEXT, Line, Reply, Unheard, reply_of
 from llmpipe.front.serve.named import Served
-from llmpipe.run.probe import ANSWER_TOKENS, Said
+from llmpipe.run.probe import ANSWER_TOKENS, DATE, Said
 
 BEHIND = 8
 """Tokens that an answer may go on for which a stop token has to end."""
-
-DATE = {"date_string": "26 Jul 2024"}
-"""What templates took for today that ask for it, when the probe was taken (`export.ask`)."""
 
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 EPSILON |= dict.fromkeys(("f32", "f16"), EPSILON["float16"]) | {"bf16": EPSILON["bfloat16"]}
