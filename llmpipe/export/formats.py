@@ -33,6 +33,7 @@ from llmpipe.export.readers.of_transformers import (
 from llmpipe.export.source import Source, load_source
 from llmpipe.files import differences, publishing, remove, table
 from llmpipe.run.exports import Export, read_exports, write_exports
+from llmpipe.run.made import Made
 from llmpipe.run.probe import compare
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def _read_gguf(folder: Path, source: Source, dtype: torch.dtype | None) -> Reade
     return LlamaCpp(file, source, tensors)
 
 
-def export_all(job: Job[Schema], passages: list[Passage]) -> list[Export]:
-    """Every format of the recipe that is not there already, as exports.jsonl has it.
+def export_all(job: Job[Schema], passages: list[Passage]) -> Made:
+    """Make every format of the recipe that is not there already.
 
     Raises UserError (3) naming each format that is too far from the model; those that are not are
     kept, and made no second time.
@@ -149,7 +150,8 @@ def export_all(job: Job[Schema], passages: list[Passage]) -> list[Export]:
     if refused:
         hint = "take more bits, or say in `accept:` what is near enough; the others are kept"
         raise UserError("\n".join(refused), hint, INTEGRITY)
-    return [done[name] for name in recipe.formats.names]
+    numbers = {name: done[name].numbers() for name in recipe.formats.names}
+    return Made(final=numbers, probe=source.probe)
 
 
 class TooFar(Exception):
@@ -201,6 +203,7 @@ def read_back(form: Format, source: Source, standard: Yardstick, folder: Path) -
         agreement=agreement,
         measured=measured,
         tokens_per_second=rate,
+        template_kwargs=source.template_kwargs,
     )
 
 

@@ -61,6 +61,8 @@ class Export:
     """At which the reader read the rows."""
     notes: list[str] = field(default_factory=list)
     """What its user has to know."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template in training, which whoever serves it has to give as well."""
     files: Table = field(default_factory=dict)
 
     @property

@@ -358,7 +358,7 @@ def _of_artifact(parent: Artifact, reference: str, use: Use) -> Model:
         lacks = "base: is missing" if manifest.base is None else "kind: is model"
         problem = f"{parent.path / MANIFEST}: {lacks}, and model/ holds an adapter"
         raise UserError(problem, "make the artifact again", INTEGRITY)
-    base = _base_of(parent, manifest.base, use)
+    base = base_of(parent, manifest.base, use)
     if use.keep:
         return Model("artifact", reference, identity, parent.model, parents, base, before)
     identity["merged"] = True
@@ -401,7 +401,7 @@ def _names_another_kind(base: Base) -> bool:
     return base.kind == "folder" and named and not (base.folder or "").endswith(".gguf")
 
 
-def _base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
+def base_of(adapter: Artifact, trained_on: Base, use: Use) -> Model:
     """The very model that an adapter was trained on.
 
     Raises UserError (3) when another one lies in its place.

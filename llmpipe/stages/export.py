@@ -165,5 +165,4 @@ def train(job: Job[Schema], prepared: PreparedPassages) -> Made:
 
     task = job.recipe.task
     passages: list[Any] = task.read(prepared.folder(job.prepared) / ITEMS) if task else []
-    exports = export_all(job, passages)
-    return Made(final={export.format: export.numbers() for export in exports})
+    return export_all(job, passages)
