@@ -12,13 +12,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
+
+from llmpipe.front.push.licence_ids import LICENCES
 
 TOKEN = "hf_" + "Wr1teT0ken" * 3
 """That may write to the namespaces of the stand-in."""
@@ -73,6 +75,7 @@ class Hub:
         """What was sent by Git LFS, by its sha256, whether a commit names it or not."""
         self.parts: dict[str, dict[int, bytes]] = {}
         self.namespaces = {"me"}
+        self.licences = set(LICENCES)
         self.requests: list[Request] = []
         self.refuse: Refuse = lambda request: None
         self.in_parts = False
@@ -190,6 +193,8 @@ def create(hub: Hub, request: Request, body: bytes):
         said = "You don't have the rights to create a model under the namespace "
         return 403, {"error": f'{said}"{asked["organization"]}"'}
     name = f"{asked['organization']}/{asked['name']}"
+    if not re.fullmatch(r"(?!.*(--|\.\.|\.git$))\w[\w.-]{0,94}\w|\w", asked["name"], re.ASCII):
+        return 400, {"error": f"Invalid repository name: {asked['name']}"}
     if name in hub.repos:
         return 409, {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
     hub.repos[name] = Repo(private=asked.get("visibility") == "private")
@@ -222,23 +227,48 @@ def _listed(path: str, content: bytes, repo: Repo) -> dict:
     return entry
 
 
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+
+TASKS = ("text-generation", "text-classification", "text-ranking", "feature-extraction", "other")
+"""Of the Hub's tasks those of texts."""
+
+
 def validate(hub: Hub, request: Request, body: bytes):
     """As the Hub looks at the metadata of a card."""
-    content = json.loads(body)["content"]
-    match = re.match(r"---\n(.*?)\n---\n", content, re.S)
-    if not match:
+    data = _metadata(json.loads(body)["content"])
+    if data is None:
         return 200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
-    data = yaml.safe_load(match[1])
-    errors = []
-    if not re.fullmatch(r"[a-z0-9.+-]+", str(data.get("license"))):
-        errors.append({"message": '"license" must be one of a list of licenses'})
-    for result in (data.get("model-index") or [{"results": []}])[0]["results"]:
-        complete = (
-            result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]
-        )
-        if not complete or not all("type" in m and "value" in m for m in result["metrics"]):
-            errors.append({"message": '"model-index" is not complete'})
+    errors = [{"message": message} for message in _refused(hub, data)]
     return (400 if errors else 200), {"errors": errors, "warnings": []}
+
+
+def _metadata(card: str) -> dict | None:
+    match = re.match(r"---\n(.*?)\n---\n", card, re.S)
+    return yaml.safe_load(match[1]) if match else None
+
+
+def _refused(hub: Hub, data: dict) -> Iterator[str]:
+    """What of a card's metadata is none that the Hub knows."""
+    if data.get("license") not in hub.licences:
+        yield f'"license" must be one of [{", ".join(sorted(hub.licences))}]'
+    name = data.get("license_name")
+    if name is not None and (data["license"] != "other" or not re.fullmatch(r"[\w.+-]+", name)):
+        yield '"license_name" is of license: other, and an id'
+    if data.get("pipeline_tag") not in TASKS:
+        yield f'"pipeline_tag" must be one of [{", ".join(TASKS)}]'
+    bases = data.get("base_model", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+            yield f'"base_model" with value "{base}" is not valid. Use a model id from the Hub'
+    if data.get("base_model_relation", RELATIONS[0]) not in RELATIONS:
+        yield f'"base_model_relation" must be one of [{", ".join(RELATIONS)}]'
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        yield '"tags" must be an array of strings'
+    for result in (data.get("model-index") or [{"results": []}])[0]["results"]:
+        task, rows = result["task"], result["dataset"]
+        complete = task["type"] and rows["type"] and rows["name"]
+        if not complete or not all("type" in m and "value" in m for m in result["metrics"]):
+            yield '"model-index" is not complete'
 
 
 def preupload(hub: Hub, request: Request, body: bytes, name: str, _revision: str):
@@ -323,6 +353,9 @@ def commit(hub: Hub, request: Request, body: bytes, name: str, _revision: str):
         else:
             files[path] = base64.b64decode(value["content"])
             large.discard(path)
+    card = _metadata(files["README.md"].decode()) if "README.md" in files else None
+    if errors := list(_refused(hub, card)) if card else []:
+        return 400, {"error": f"Invalid metadata in README.md: {errors[0]}"}
     repo.files, repo.large = files, large
     repo.commits.append(header["summary"])
     url = f"{hub.url}/{name}/commit/{repo.head}"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,40 @@ def test_a_template_that_writes_no_question(run, llmpipe, template, said):
     assert said in text and ("apply_chat_template" in text) == bool(template)
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_variables_and_thoughts_are_in_every_command(run, llmpipe, thinks):
+    """A model is asked as it was trained: with the template's variables, and room to think."""
+    sft = Artifact(run / "sft")
+    opening = "<think>\n" if thinks else ""
+    template = f"{{{{ messages[0].content }}}}<|end|>{opening}"
+    (sft.model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    asked = json.loads((sft.path / "manifest.json").read_text(encoding="utf-8"))["asked"]
+    asked["recipe"]["data"] |= {"chat_template_kwargs": {"enable_thinking": thinks, "name": "it's"}}
+    reseal(sft, asked=asked)
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert f'return_dict=True, enable_thinking={thinks}, name="it\'s"\n' in text
+    for command in ("vllm serve me/tiny --default-", "llama-cli -m model.gguf --jinja --"):
+        (line,) = [line for line in text.splitlines() if line.startswith(command)]
+        given = shlex.split(line)[-1]
+        assert json.loads(given) == {"enable_thinking": thinks, "name": "it's"}
+    assert ('.partition("</think>")' in text) == thinks
+    assert f"max_new_tokens={1024 if thinks else 64})" in text
+    assert ("begins with a thought" in text) == thinks
+
+
+def test_no_variable_is_code(run, llmpipe):
+    sft = Artifact(run / "sft")
+    asked = json.loads((sft.path / "manifest.json").read_text(encoding="utf-8"))["asked"]
+    asked["recipe"]["data"] |= {"chat_template_kwargs": {"x=exit(), y": 1}}
+    reseal(sft, asked=asked)
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert "return_dict=True, **{'x=exit(), y': 1}\n" in text
+
+
 def test_the_example_on_the_card_runs(run, llmpipe, capsys):
     """As it stands there, where the repository lies under its name."""
     code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--dry-run", MODEL)
@@ -271,6 +306,7 @@ def test_the_examples_of_adapters_and_reward_models_run(
     assert llmpipe("push", run / "reward", "me/reward", *LICENCES, *dry)[0] == 0
     run_example(Path("me/lora"))
     assert capsys.readouterr().out
+    assert Path("merged/model.safetensors").exists() and Path("merged/tokenizer.json").exists()
     run_example(Path("me/reward"))
     assert float(capsys.readouterr().out)
 
@@ -278,8 +314,11 @@ def test_the_examples_of_adapters_and_reward_models_run(
 def run_example(folder: Path) -> None:
     """The Python on a card."""
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
-    exec(program, {})
+    programs = re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
+    assert programs
+    names: dict = {}
+    for program in programs:
+        exec(program, names)
 
 
 # --- again ----------------------------------------------------------------------------------------
@@ -448,10 +487,22 @@ def test_an_unfinished_one_and_others_that_are_none(hub, run, llmpipe, tmp_path)
     assert not hub.requests
 
 
-@pytest.mark.parametrize("name", ["tiny", "me/you/tiny", "me/ti ny", "me/..", "https://x.y/z"])
-def test_names_that_are_none(run, llmpipe, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tiny", ""),
+        ("me/you/tiny", ""),
+        ("https://x.y/z", ""),
+        ("me/ti ny", "alphanumeric"),
+        ("me/..", "alphanumeric"),
+        ("me/ti--ny", "--"),
+        ("me/tiny.git", ".git"),
+        ("me/" + "tiny" * 25, "maximum length"),
+    ],
+)
+def test_names_that_are_none(hub, run, llmpipe, name, why):
     code, _, err = llmpipe("push", run / "sft", name)
-    assert code == 2 and "is no NAMESPACE/NAME" in err
+    assert code == 2 and "is no NAMESPACE/NAME" in err and why in err and not hub.requests
 
 
 def test_a_parent_that_is_not_there_is_missed(hub, run, llmpipe):
@@ -506,7 +557,11 @@ def test_licences_are_asked_for_and_never_invented(hub, run, llmpipe):
     assert "no licence is recorded of ./recipes/tiny/model, the base, so say it: --license" in err
     assert "rows ./recipes/tiny/rows.jsonl, so say it: --data-license ID" in err
     code, _, err = llmpipe("push", run / "sft", MODEL, "--license", "Apache 2.0")
-    assert code == 2 and "did you mean apache-2.0?" in err
+    assert code == 2 and "did you mean 'apache-2.0'?" in err
+    meant = {"cc-by4": "cc-by-4.0", "apache2": "apache-2.0", "llama-3": "llama3"}
+    for typo, licence in meant.items():
+        code, _, err = llmpipe("push", run / "nowhere", MODEL, "--license", typo)
+        assert code == 2 and f"no licence of the Hub's; did you mean '{licence}'?" in err
     code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--data-license", "rows=mit")
     assert code == 2 and "no rows of that name" in err
     code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES, "--data-license", "mit")
@@ -549,6 +604,29 @@ def test_what_the_hub_records_is_taken_over(hub, run, llmpipe):
     assert code == 0 and "warning: the base is under base-1" in out
     said = b"cc0-1.0 (said by whoever pushed it; its card on the Hub says cc-by-sa-4.0)"
     assert said in hub.repos["me/other"].files["README.md"]
+
+
+def test_a_licence_that_the_hub_does_not_list_is_another_one(hub, run, llmpipe):
+    """By its name, as the Hub wants it; and beside one that it lists stands no name."""
+    of_hub(run)
+    hub.cards |= {"model:org/base": {"license": "qwen"}, "dataset:org/rows": {"license": "mit"}}
+    code, out, err = llmpipe("push", run / "sft", MODEL)
+    assert code == 0, err
+    assert "licence: qwen (its base" in out and "qwen is not on the Hub's list: there it is" in out
+    data = metadata(hub.repos[MODEL].files["README.md"]).data
+    assert (data.license, data.license_name) == ("other", "qwen")
+    hub.cards["model:org/base"] = {"license": "mit", "license_name": "MIT License"}
+    assert llmpipe("push", run / "sft", MODEL)[0] == 0
+    data = metadata(hub.repos[MODEL].files["README.md"]).data
+    assert (data.license, data.license_name) == ("mit", None)
+
+
+def test_a_card_that_the_hub_refuses_is_refused_before_anything_is_made(hub, run, llmpipe):
+    hub.licences -= {"mit"}
+    code, _, err = llmpipe("push", run / "sft", MODEL, *LICENCES)
+    assert code == 2 and f'{MODEL}: the Hub refuses the card: "license" must be one of' in err
+    assert not hub.repos and not hub.objects and "Traceback" not in err
+    assert [one.path for one in hub.requests] == ["/api/validate-yaml"]
 
 
 def test_a_gguf_file_and_a_folder_say_their_licence(run, llmpipe):

@@ -16,7 +16,7 @@ from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import INTEGRITY, LATER, Say, UserError
 from llmpipe.files import read_json, sha256_file
 from llmpipe.front.push.ancestry import Ancestor, parent_of, place_of
-from llmpipe.front.push.card import AdapterFacts, OnHub
+from llmpipe.front.push.card import RANKS_OF_VLLM, AdapterFacts, OnHub
 from llmpipe.front.push.contents import MODEL, RepoFile
 from llmpipe.front.push.hub import in_our_words
 from llmpipe.front.push.named import check_repo
@@ -72,6 +72,7 @@ class _Config:
     r: int = 0
     use_dora: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: Any = None
 
 
 def _read(one: Ancestor) -> tuple[dict[str, Any], _Config]:
@@ -91,6 +92,10 @@ def _not_in_vllm(config: _Config) -> str:
         return "it is a DoRA adapter"
     if config.modules_to_save:
         return "it holds whole modules beside the adapter's"
+    if config.trainable_token_indices:
+        return "it holds rows of the embeddings beside the adapter's"
+    if config.r > RANKS_OF_VLLM[-1]:
+        return f"its rank is {config.r}, and vLLM takes {RANKS_OF_VLLM[-1]} at most"
     return ""
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from llmpipe.report.scoreboard import less, verdict_of
 from llmpipe.report.text import in_words, number
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.results import Cell, TaskResults
+from llmpipe.scores.thinking import opening_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -41,8 +44,12 @@ QUESTION = "Why is the sky blue?"
 LONGEST_QUESTION = 80
 """Characters of a prompt of the recipe's that stands in an example."""
 
-RANK_OF_VLLM = 16
-"""The highest rank of an adapter that vLLM takes unless it is told."""
+RANKS_OF_VLLM = (16, 32, 64, 128, 256, 320, 512)
+"""Highest ranks of adapters that vLLM can be told; the first one it takes unless it is told."""
+
+ROOM = 64
+ROOM_TO_THINK = 1024
+"""Tokens that an example leaves for an answer."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,25 @@ class TemplateFacts:
 
     example: str | None
     """How it writes a question; None where it refuses one that stands alone."""
+    kwargs: dict[str, Any]
+    """Variables that it was given in training."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it opens a block of thought, in which an answer begins."""
+        return bool(self.example and opening_of(self.example))
+
+    @property
+    def arguments(self) -> str:
+        """Its variables as Python writes arguments, behind others."""
+        if all(name.isidentifier() and not iskeyword(name) for name in self.kwargs):
+            return "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+        return f", **{self.kwargs!r}"
+
+    def option(self, name: str) -> str:
+        """Its variables as an option of a command, behind others."""
+        given = json.dumps(self.kwargs, ensure_ascii=False)
+        return f" {name} {shlex.quote(given)}" if self.kwargs else ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,11 @@ class Facts:
     @property
     def manifest(self) -> Manifest:
         return self.ancestry.itself.manifest
+
+    @property
+    def stops(self) -> list[str]:
+        """Tokens that end an answer."""
+        return self.manifest.tokenizer.stop_tokens if self.manifest.tokenizer else []
 
     @property
     def scores(self) -> bool:
@@ -119,7 +150,7 @@ def card(facts: Facts) -> str:
         keep_trailing_newline=True,
     )
     templates.filters |= {"code": code, "plain": plain, "block": block, "json": _json}
-    manifest = facts.manifest
+    manifest, template = facts.manifest, facts.template
     text = templates.get_template("card.md.jinja").render(
         metadata=metadata(facts),
         facts=facts,
@@ -135,7 +166,11 @@ def card(facts: Facts) -> str:
         seconds=number(round(sum(one.manifest.seconds for one in facts.ancestry.made))),
         files=_files(facts.files),
         versions=_versions(manifest),
+        use="scores" if facts.scores else "answers",
         max_rank=_rank_to_tell(facts.adapter),
+        for_vllm=template.option("--default-chat-template-kwargs") if template else "",
+        for_llama_cpp=f" --jinja{template.option('--chat-template-kwargs')}" if template else "",
+        room=ROOM_TO_THINK if template and template.thinks else ROOM,
     )
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
@@ -154,13 +189,15 @@ def question(ancestry: Ancestry) -> str:
 
 
 def _rank_to_tell(adapter: AdapterFacts | None) -> int | None:
-    """An adapter's rank where vLLM has to be told."""
-    return adapter.rank if adapter and adapter.rank > RANK_OF_VLLM else None
+    """What vLLM has to be told of an adapter's rank, which it takes in steps."""
+    if adapter is None or adapter.rank <= RANKS_OF_VLLM[0]:
+        return None
+    return next((rank for rank in RANKS_OF_VLLM if rank >= adapter.rank), None)
 
 
-def _json(text: str) -> str:
-    """A text as Python and JSON write it."""
-    return json.dumps(text, ensure_ascii=False)
+def _json(value: str | list[str]) -> str:
+    """Texts as Python and JSON write them."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 # --- metadata -------------------------------------------------------------------------------------
@@ -170,12 +207,10 @@ def metadata(facts: Facts) -> str:
     """The YAML that a card begins with, less its rules."""
     from huggingface_hub import ModelCardData
 
-    licence, base = facts.licences.model, facts.base_on_hub
+    base = facts.base_on_hub
     stages = [one.manifest.stage for one in facts.ancestry.made]
     data = ModelCardData(
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link,
+        **facts.licences.model.metadata,
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-classification" if facts.scores else "text-generation",
         base_model=base.name if base else None,

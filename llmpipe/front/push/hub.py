@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmpipe import __version__, screen
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import LATER, UserError, first_line
+from llmpipe.files import json_object
 from llmpipe.front.push.contents import RepoFile, is_record
 from llmpipe.front.push.refusals import GO_ON, TOKENS
 from llmpipe.secrets import redacted
@@ -69,6 +70,20 @@ def api_of(token: str) -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(token=token, library_name="llmpipe", library_version=__version__)
+
+
+def check_card(repo: str, text: str) -> None:
+    """Have the Hub look at a card's metadata, which it does at a commit: before anything is made or
+    sent there. Raises UserError (2) where it refuses them."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        answer = json_object(str(error).encode()) or {}
+        said = [str(one.get("message")) for one in answer.get("errors", [])]
+        problem = f"push: {repo}: the Hub refuses the card: {'; '.join(said) or first_line(error)}"
+        raise UserError(problem, "look at it: --dry-run DIR writes it") from None
 
 
 def make(api: HfApi, repo: str, public: bool) -> Remote:

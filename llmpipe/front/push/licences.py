@@ -19,12 +19,15 @@ from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import UserError, near
 from llmpipe.files import read_text
 from llmpipe.front.push.ancestry import Ancestry, Outside, place_of
+from llmpipe.front.push.licence_ids import AS_OF, LICENCES
 from llmpipe.front.push.rows import Rows
 from llmpipe.run.gguf import check_gguf
 from llmpipe.run.hub import HTTP_CLIENTS
 
 ID = re.compile(r"[a-z0-9][a-z0-9.+-]{1,60}")
 """How the Hub writes a licence: apache-2.0, cc-by-4.0, llama3.2, other, unknown."""
+
+OTHER = "other"
 
 SAID = "said by whoever pushed it"
 
@@ -34,14 +37,23 @@ class Licence:
     """A licence, and who says so."""
 
     id: str
+    """As it was recorded or said: the Hub's identifier, or another one."""
     by: str
     name: str | None = None
-    """Of one that has no identifier on the Hub, `id` is then other."""
+    """Beside the identifier `other`."""
     link: str | None = None
 
     @property
     def title(self) -> str:
         return self.name or self.id
+
+    @property
+    def metadata(self) -> dict[str, str | None]:
+        """As a card has it, where what is none of the Hub's is `other` with a name."""
+        if self.id in LICENCES and self.id != OTHER:
+            return {"license": self.id}
+        name = self.name if self.id == OTHER else self.id
+        return {"license": OTHER, "license_name": name, "license_link": self.link}
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,12 @@ def read_said(model: str | None, of_rows: Iterable[str]) -> Said:
 
 
 def _check(option: str, text: str) -> None:
-    if ID.fullmatch(text):
+    if text in LICENCES:
         return
-    lower = text.strip().lower().replace(" ", "-")
-    meant = f"; did you mean {lower}?" if ID.fullmatch(lower) else ""
-    hint = "as the Hub has it, such as apache-2.0, cc-by-4.0, other or unknown"
-    raise UserError(f"{option}: {text!r} is no licence{meant}", hint)
+    plain = text.strip().lower().replace(" ", "-")
+    problem = f"{option}: {text!r} is no licence of the Hub's{near(plain, sorted(LICENCES))}"
+    hint = f"`other` is one that is not on its list ({AS_OF}), `unknown` one that nobody knows"
+    raise UserError(problem, hint)
 
 
 def licences(ancestry: Ancestry, rows: list[Rows], said: Said) -> Licences:

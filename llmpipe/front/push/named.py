@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.errors import INTEGRITY, UserError, first_line
 from llmpipe.recipe.names import ARTIFACT
-from llmpipe.recipe.places import is_hub_id
 from llmpipe.run.artifact import MANIFEST, Artifact, artifacts, is_artifact
 
 KINDS = ("model", "adapter", "reward-model")
@@ -17,10 +16,18 @@ MEASURED = "push what it measured: its numbers are on that card"
 
 
 def check_repo(option: str, repo: str) -> None:
-    """Raises UserError (2) for what is no name of a repository."""
-    if repo.count("/") != 1 or not is_hub_id(repo):
-        hint = "your name on the Hub or an organization's, a /, and the name of the model"
+    """Raises UserError (2) for what is no name of a repository, as huggingface_hub has it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    hint = "your name on the Hub or an organization's, a /, and the name of the model"
+    if repo.count("/") != 1:
         raise UserError(f"{option}: {repo}: is no NAMESPACE/NAME", hint)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        why = first_line(error)
+        raise UserError(f"{option}: {repo}: is no NAMESPACE/NAME: {why}", hint) from None
 
 
 def artifact_named(name: str) -> Artifact:

@@ -34,7 +34,8 @@ from llmpipe.front.push.contents import (
     table_of,
     write,
 )
-from llmpipe.front.push.licences import Said, licences
+from llmpipe.front.push.licence_ids import LICENCES
+from llmpipe.front.push.licences import OTHER, Said, licences
 from llmpipe.front.push.measured import Measured, measured
 from llmpipe.front.push.named import artifact_named, check_repo
 from llmpipe.front.push.refusals import asking
@@ -112,6 +113,8 @@ def contents(asked: Asked, artifact: Artifact, manifest: Manifest, say: Say) -> 
 def _say_licences(facts: Facts, say: Say) -> None:
     licence, base = facts.licences.model, facts.licences.base
     say(f"licence: {licence.title} ({licence.by})")
+    if licence.id not in LICENCES:
+        say(f"licence: {licence.id} is not on the Hub's list: there it is {OTHER}, with that name")
     if base and base.id != licence.id:
         say(f"warning: the base is under {base.title} ({base.by}), which may not allow another one")
 
@@ -155,10 +158,15 @@ class Push:
     refuse_changed: Callable[[], None]
     """Raises UserError (3) where the artifact was written to since it was verified."""
 
+    @property
+    def card(self) -> str:
+        return next(file.read().decode() for file in self.files if file.path == CARD)
+
 
 def send(push: Push, token: str, say: Say) -> None:
     """Send what the Hub lacks, and look at what it has then."""
     api, repo, files = hub.api_of(token), push.repo, push.files
+    hub.check_card(repo, push.card)
     remote = hub.make(api, repo, push.public)
     lacking, removed = hub.changed(files, remote), hub.stale(files, remote)
     if lacking or removed:

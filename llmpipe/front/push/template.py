@@ -22,11 +22,12 @@ def template_of(model: Path, manifest: Manifest, question: str) -> TemplateFacts
     if text is None:
         return None
     special = Tokenizer(model).special
-    variables = manifest.asked.chat_template_kwargs | {"strftime_now": _pattern}
+    kwargs = manifest.asked.chat_template_kwargs
+    variables = kwargs | {"strftime_now": _pattern}
     with bounded():
         template = Template(text, special, variables)
         example = template.attempt([{"role": "user", "content": question}], open_turn=True)
-    return TemplateFacts(example)
+    return TemplateFacts(example, kwargs)
 
 
 def _pattern(layout: str) -> str:
