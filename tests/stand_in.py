@@ -107,6 +107,17 @@ class Hub:
             thread.join()
 
 
+def environment(hub: Hub) -> dict[str, str]:
+    """What a command is given to find the stand-in, and nothing else."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
 class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"

@@ -177,7 +177,7 @@ def export_one(
             raise TooFar(f"the export is refused: {problem}")
     if problem:
         say(f"warning: {problem}")
-    export = replace(export, notes=notes, files=table(folder))
+    export = replace(export, notes=notes, warning=problem, files=table(folder))
     say(f"{export.format}: {export.told}")
     for note in export.notes:
         say(f"{export.format}: {note}")

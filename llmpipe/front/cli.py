@@ -496,8 +496,12 @@ def submit(  # noqa: PLR0913  # each is an option of the command
 
 @app.command()
 def push(
-    artifact: Annotated[
-        str, typer.Argument(metavar="ARTIFACT", help="A finished artifact, such as runs/NAME/dpo.")
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT",
+            help="A finished artifact, such as runs/NAME/dpo, or formats of an export.",
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="What the Hub calls it.")],
     public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
@@ -519,7 +523,7 @@ def push(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="NAMESPACE/NAME", help="Where the Hub has an adapter's base."),
+        typer.Option(metavar="NAMESPACE/NAME", help="Where the Hub has what it was made of."),
     ] = None,
 ) -> None:
     """A verified artifact to the Hub, with a card made of manifests.
@@ -530,7 +534,7 @@ def push(
     from llmpipe.front.push.licences import read_said
 
     said = read_said(licence, data_licences or [])
-    sending.push(sending.Asked(artifact, repo, public, said, base, dry_run), say)
+    sending.push(sending.Asked(artifacts, repo, public, said, base, dry_run), say)
 
 
 @app.command()

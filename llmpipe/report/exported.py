@@ -30,5 +30,5 @@ def _of(part: Part) -> Exported:
         exports = read_exports(part.path)
     except UserError as error:
         return Exported(part.name, problem=error.message.removeprefix(f"{part.path}/"))
-    facts = (Fact(one.format, "; ".join([one.told, *one.notes])) for one in exports)
+    facts = (Fact(one.format, "; ".join([one.told, *one.remarks])) for one in exports)
     return Exported(part.name, tuple(facts))

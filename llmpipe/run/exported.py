@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,18 @@ class Exported:
     """Of the export; its probe is what the model that was exported says."""
     export: Export
     """Its line in exports.jsonl."""
-    model: Model
-    """What there is to load: a folder, a GGUF file, or an adapter with its base."""
+    asker: str
+    """The command that takes it, for messages."""
+    stamp: str
+    """Of its folder before it was hashed, see `files.stamp`."""
+
+    @cached_property
+    def model(self) -> Model:
+        """What there is to load: a folder, a GGUF file, or an adapter with its base.
+
+        Raises UserError (3) where an adapter's base lies not here, or is another one.
+        """
+        return _model(self.artifact, self.manifest, self.export, self.stamp, self.asker)
 
     @property
     def kind(self) -> str:
@@ -53,10 +64,10 @@ def exported(name: str, asker: str) -> Exported | None:
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         return None
-    if _is_export(Artifact(folder)):
+    if is_export(Artifact(folder)):
         raise _whole(Artifact(folder), f"{asker}: {name}")
     artifact = Artifact(folder.parent)
-    if not _is_export(artifact):
+    if not is_export(artifact):
         return None
     if not artifact.finished:
         problem = f"{asker}: {name}: the export {artifact.path} is not finished"
@@ -72,12 +83,16 @@ def exported(name: str, asker: str) -> Exported | None:
         problem = "\n".join(f"{folder}/{problem}" for problem in problems)
         hint = "it is not what was exported: restore it, or export again with --fresh"
         raise UserError(problem, hint, INTEGRITY)
-    manifest = artifact.manifest()
-    model = _model(artifact, manifest, export, before, asker)
-    return Exported(artifact=artifact, manifest=manifest, export=export, model=model)
+    return Exported(
+        artifact=artifact,
+        manifest=artifact.manifest(),
+        export=export,
+        asker=asker,
+        stamp=before,
+    )
 
 
-def _is_export(artifact: Artifact) -> bool:
+def is_export(artifact: Artifact) -> bool:
     """Whether it is an export, finished or begun."""
     if artifact.finished:
         return bool(artifact.document().get("kind") == KIND)

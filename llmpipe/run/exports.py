@@ -61,6 +61,9 @@ class Export:
     """At which the reader read the rows."""
     notes: list[str] = field(default_factory=list)
     """What its user has to know."""
+    warning: str = ""
+    """How it is further from the model than its recipe accepts, where that was no reason to refuse
+    it."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template in training, which whoever serves it has to give as well."""
     files: Table = field(default_factory=dict)
@@ -74,6 +77,11 @@ class Export:
         answers = f"{same.equal_answers} of {same.answers} answers equal"
         rate = f"{self.tokens_per_second:,.0f} tok/s"
         return f"{size}; {self.reader}: {away}, {answers}, {rate}"
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of it, the warning first."""
+        return [f"warning: {self.warning}", *self.notes] if self.warning else self.notes
 
     def numbers(self) -> dict[str, float]:
         """What a manifest says of it."""

@@ -29,38 +29,12 @@ from llmpipe.front.push.refusals import asking
 from llmpipe.run.artifact import SCRATCH, Artifact
 from llmpipe.sums import fingerprint
 from tests import life, store
-from tests.stand_in import TOKEN, Answer, Hub, git_sha1
+from tests.stand_in import TOKEN, Answer, Hub, environment, git_sha1
 from tests.training import test_preference
 
 OLD = life.ROOT / "tests" / "fixtures" / "run-0.1" / "run"
 LICENCES = ("--license", "mit", "--data-license", "cc-by-4.0")
 MODEL = "me/tiny"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The stand-in, and a process that is logged in there."""
-    with Hub().serving() as stand_in:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-        for name, value in environment(stand_in).items():
-            monkeypatch.setenv(name, value)
-        yield stand_in
-    huggingface_hub.close_session()
-
-
-def environment(stand_in: Hub) -> dict[str, str]:
-    """What a command is given to find the stand-in, and nothing else."""
-    return {
-        "HF_ENDPOINT": stand_in.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
 
 
 @pytest.fixture

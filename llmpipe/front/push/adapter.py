@@ -14,10 +14,10 @@ from typing import Any
 
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import INTEGRITY, LATER, Say, UserError
-from llmpipe.files import read_json, sha256_file
+from llmpipe.files import json_object, sha256_file
 from llmpipe.front.push.ancestry import Ancestor, parent_of, place_of
-from llmpipe.front.push.card import RANKS_OF_VLLM, AdapterFacts, OnHub
 from llmpipe.front.push.contents import MODEL, RepoFile
+from llmpipe.front.push.facts import RANKS_OF_VLLM, AdapterFacts, OnHub
 from llmpipe.front.push.hub import in_our_words
 from llmpipe.front.push.named import check_repo
 from llmpipe.front.push.refusals import GO_ON, asking
@@ -50,7 +50,7 @@ def adapted(one: Ancestor, files: list[RepoFile], base: str | None, say: Say) ->
         if base:
             raise UserError("--base: is of an adapter, and this is none", "leave it out")
         return None
-    document, config = _read(one)
+    document, config = _read(named[CONFIG])
     on_hub = _base_on_hub(one, base)
     rewritten = ""
     if (config.base_model_name_or_path, config.revision) != (on_hub.name, on_hub.revision):
@@ -75,14 +75,13 @@ class _Config:
     trainable_token_indices: Any = None
 
 
-def _read(one: Ancestor) -> tuple[dict[str, Any], _Config]:
+def _read(file: RepoFile) -> tuple[dict[str, Any], _Config]:
     """adapter_config.json of an adapter, whole and in part. Raises UserError (3)."""
-    path = one.artifact.model / CONFIG
-    document = read_json(path)
+    document = json_object(file.read())
     try:
-        return dict(document or {}), record(_Config, document)
+        return document or {}, record(_Config, document)
     except ValueError as error:
-        problem = f"{path}: {error}"
+        problem = f"{file.path}: {error}"
         raise UserError(problem, "make the artifact again", INTEGRITY) from None
 
 
@@ -111,8 +110,7 @@ def _base_on_hub(one: Ancestor, named: str | None) -> OnHub:
         return OnHub(_hub_name(one, base.reference), revision)
     if named is None:
         raise _not_to_be_found(one, base)
-    check_repo("--base", named)
-    return _verified(one, base, named)
+    return on_hub(one, base, named)
 
 
 def _hub_name(one: Ancestor, reference: str) -> str:
@@ -137,12 +135,16 @@ def _not_to_be_found(one: Ancestor, base: Base) -> UserError:
     return UserError(f"{problem}, where others find none", "; or ".join(ways))
 
 
-def _verified(one: Ancestor, base: Base, name: str) -> OnHub:
-    """A repository that has the very weights of a base."""
+def on_hub(one: Ancestor, base: Base, name: str) -> OnHub:
+    """A repository that has the very weights of what an artifact was made of.
+
+    Raises UserError (2), and (3) where it has others.
+    """
+    check_repo("--base", name)
     weights = _weights_of(one, base)
     if not weights:
         problem = f"--base: {base.reference}: is a {base.kind}, which no repository is held against"
-        raise UserError(problem, "push it merged: adapter: {merge: true}")
+        raise UserError(problem, "push it merged, or leave --base out")
     if kept_offline():
         problem = f"--base: {name}: HF_HUB_OFFLINE is set, so that it cannot be looked at"
         raise UserError(problem, "unset it")
@@ -169,6 +171,8 @@ def _verified(one: Ancestor, base: Base, name: str) -> OnHub:
 
 def _weights_of(one: Ancestor, base: Base) -> dict[str, str]:
     """The sums of a base's weights, by the name of the file; nothing where it has no such files."""
+    if "checkpoint" in base.identity:
+        return {}
     if base.kind == "artifact":
         parent = parent_of(one, {"reference": base.reference} | base.identity)
         files = {

@@ -17,6 +17,7 @@ from llmpipe.files import digest, expanded, sha256_file, table
 from llmpipe.recipe.names import ARTIFACT, is_name
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import MANIFEST, Artifact
+from llmpipe.run.exported import KIND as EXPORT
 from llmpipe.run.manifest import Base, Document, Identity, Manifest
 from llmpipe.run.reference import ways_to
 from llmpipe.typed import record
@@ -94,6 +95,16 @@ class Ancestry:
     @property
     def itself(self) -> Ancestor:
         return self.made[-1]
+
+    @property
+    def model(self) -> Ancestor:
+        """The artifact whose model it is: of an export the one that was exported, or the export
+        where that was a model from elsewhere."""
+        if self.itself.manifest.kind != EXPORT:
+            return self.itself
+        links = self.links[self.itself.manifest.fingerprint]
+        parent = next(link.fingerprint for link in links if link.field == "model")
+        return next((one for one in self.made if one.manifest.fingerprint == parent), self.itself)
 
     @property
     def base(self) -> Outside | None:

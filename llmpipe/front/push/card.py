@@ -1,38 +1,38 @@
 """The model card: manifests in, Markdown with its metadata out. Nothing is read and nothing asked
 here, and no time of day is written, so that the same artifact has the same card.
 
-The metadata is what the Hub reads (https://huggingface.co/docs/hub/model-cards): licence, base,
-data sets, and `model-index` with every number as the evaluation's file has it. The text is
-card.md.jinja.
+The metadata is `metadata`'s, the text card.md.jinja.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from keyword import iskeyword
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from llmpipe import __version__
-from llmpipe.files import Table
+from llmpipe.files import Table, in_bytes
 from llmpipe.front.push.ancestry import Ancestor, Ancestry, Link, Outside
-from llmpipe.front.push.licences import Licence, Licences
+from llmpipe.front.push.facts import (
+    GGUF,
+    RANKS_OF_VLLM,
+    AdapterFacts,
+    ExportFacts,
+    Facts,
+    FormatFacts,
+)
+from llmpipe.front.push.licences import Licence
 from llmpipe.front.push.markdown import block, code, plain, table
-from llmpipe.front.push.measured import Measured
+from llmpipe.front.push.measured import Measured, asked_in_training
+from llmpipe.front.push.metadata import metadata
 from llmpipe.front.push.rows import Rows, RowsFile
 from llmpipe.report.measures import measure
 from llmpipe.report.scoreboard import less, verdict_of
 from llmpipe.report.text import in_words, number
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.results import Cell, TaskResults
-from llmpipe.scores.thinking import opening_of
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 """Whose versions are named."""
@@ -44,98 +44,9 @@ QUESTION = "Why is the sky blue?"
 LONGEST_QUESTION = 80
 """Characters of a prompt of the recipe's that stands in an example."""
 
-RANKS_OF_VLLM = (16, 32, 64, 128, 256, 320, 512)
-"""Highest ranks of adapters that vLLM can be told; the first one it takes unless it is told."""
-
 ROOM = 64
 ROOM_TO_THINK = 1024
 """Tokens that an example leaves for an answer."""
-
-
-@dataclass(frozen=True)
-class OnHub:
-    """A base where others find it."""
-
-    name: str
-    revision: str
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What is to be known of an adapter by who loads it."""
-
-    base: OnHub
-    rank: int
-    not_in_vllm: str
-    """Why vLLM does not take it; empty where nothing is known against that."""
-    rewritten: str
-    """What adapter_config.json was published with in the place of the base's name; or nothing."""
-
-
-@dataclass(frozen=True)
-class TemplateFacts:
-    """A chat template."""
-
-    example: str | None
-    """How it writes a question; None where it refuses one that stands alone."""
-    kwargs: dict[str, Any]
-    """Variables that it was given in training."""
-
-    @property
-    def thinks(self) -> bool:
-        """Whether it opens a block of thought, in which an answer begins."""
-        return bool(self.example and opening_of(self.example))
-
-    @property
-    def arguments(self) -> str:
-        """Its variables as Python writes arguments, behind others."""
-        if all(name.isidentifier() and not iskeyword(name) for name in self.kwargs):
-            return "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
-        return f", **{self.kwargs!r}"
-
-    def option(self, name: str) -> str:
-        """Its variables as an option of a command, behind others."""
-        given = json.dumps(self.kwargs, ensure_ascii=False)
-        return f" {name} {shlex.quote(given)}" if self.kwargs else ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """All that a card says."""
-
-    repo: str
-    ancestry: Ancestry
-    rows: list[Rows]
-    measured: list[Measured]
-    licences: Licences
-    files: Table
-    """Of the model, by their names in the repository."""
-    adapter: AdapterFacts | None = None
-    template: TemplateFacts | None = None
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.ancestry.itself.manifest
-
-    @property
-    def stops(self) -> list[str]:
-        """Tokens that end an answer."""
-        return self.manifest.tokenizer.stop_tokens if self.manifest.tokenizer else []
-
-    @property
-    def scores(self) -> bool:
-        """Whether it scores answers, and gives none."""
-        return self.manifest.kind == "reward-model"
-
-    @property
-    def base_on_hub(self) -> OnHub | None:
-        """The model that all of it began with, where it is the Hub's."""
-        base = self.ancestry.base
-        if self.adapter:
-            return self.adapter.base
-        if base and base.hub_name and base.revision:
-            return OnHub(base.hub_name, base.revision)
-        return None
 
 
 def card(facts: Facts) -> str:
@@ -155,18 +66,22 @@ def card(facts: Facts) -> str:
         metadata=metadata(facts),
         facts=facts,
         manifest=manifest,
+        tokenizer=facts.model.tokenizer,
         opening=_opening(facts),
         question=question(facts.ancestry),
         lineage=_lineage(facts.ancestry),
         outside=[_outside(one) for one in facts.ancestry.outside],
         rows=_rows_table(facts.rows, facts.licences.rows),
         rows_files=_files_of_rows(facts.rows),
-        evaluations=[_evaluation(one, facts.ancestry) for one in facts.measured],
+        evaluations=[_evaluation(one, facts) for one in facts.measured],
         time=_time(facts.ancestry.made),
         seconds=number(round(sum(one.manifest.seconds for one in facts.ancestry.made))),
         files=_files(facts.files),
         versions=_versions(manifest),
-        use="scores" if facts.scores else "answers",
+        use=_use(facts),
+        formats=_formats(facts.export) if facts.export else "",
+        remarks=list(_remarks(facts)),
+        measured_on=_measured_on(facts),
         max_rank=_rank_to_tell(facts.adapter),
         for_vllm=template.option("--default-chat-template-kwargs") if template else "",
         for_llama_cpp=f" --jinja{template.option('--chat-template-kwargs')}" if template else "",
@@ -200,85 +115,6 @@ def _json(value: str | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# --- metadata -------------------------------------------------------------------------------------
-
-
-def metadata(facts: Facts) -> str:
-    """The YAML that a card begins with, less its rules."""
-    from huggingface_hub import ModelCardData
-
-    base = facts.base_on_hub
-    stages = [one.manifest.stage for one in facts.ancestry.made]
-    data = ModelCardData(
-        **facts.licences.model.metadata,
-        library_name="peft" if facts.adapter else "transformers",
-        pipeline_tag="text-classification" if facts.scores else "text-generation",
-        base_model=base.name if base else None,
-        base_model_relation=("adapter" if facts.adapter else "finetune") if base else None,
-        datasets=list(dict.fromkeys(one.path for one in facts.rows if one.is_of_hub)) or None,
-        tags=["llmpipe", *dict.fromkeys(stages)],
-        model_name=facts.repo.partition("/")[2],
-        eval_results=list(_eval_results(facts)) or None,
-    )
-    if data.eval_results is None:
-        data.pop("model_name")
-    text: str = data.to_yaml()
-    return text
-
-
-def _eval_results(facts: Facts) -> Iterator[EvalResult]:
-    """Every finite number of the artifact, as its evaluation's file has it."""
-    from huggingface_hub import EvalResult
-
-    for one in facts.measured:
-        for name, task in one.results.tasks.items():
-            for metric, cells in task.metrics.items():
-                cell = cells.get(one.label)
-                if cell is None or not math.isfinite(cell.value):
-                    continue
-                yield EvalResult(
-                    task_type="text-classification" if facts.scores else "text-generation",
-                    task_name=task.task,
-                    metric_type=metric,
-                    metric_name=f"{measure(metric).title} ({one.name})",
-                    metric_value=cell.value,
-                    metric_args=_bounds(cell, _seen(task, facts.ancestry)),
-                    **_dataset(one, name),
-                )
-
-
-def _seen(task: TaskResults, ancestry: Ancestry) -> int:
-    """How many items were asked in training of the artifact, or of what it was made from."""
-    names = {one.name for one in ancestry.made}
-    overlap = task.overlap or {}
-    return max((count for name, count in overlap.items() if name in names), default=0)
-
-
-def _bounds(cell: Cell, seen: int) -> dict[str, Any]:
-    """The interval, the items, and how many of these were asked in training."""
-    interval = {"low": cell.low, "high": cell.high} if cell.has_interval else {}
-    return interval | {"n": cell.n} | ({"asked_in_training": seen} if seen else {})
-
-
-def _dataset(one: Measured, task: str) -> dict[str, Any]:
-    """What a number was measured on, as `EvalResult` calls it.
-
-    `dataset_type` is a name on the Hub; rows from elsewhere have one that is none, and of their
-    own, since the Hub keeps together what has the same.
-    """
-    rows = one.rows.get(task, [])
-    sums = {name: sha256 for source in rows for name, sha256 in source.files}
-    of_hub = next((source for source in rows if source.is_of_hub), None)
-    values: dict[str, Any] = {
-        "dataset_name": task,
-        "dataset_type": of_hub.path if of_hub else f"llmpipe-{one.name}-{task}",
-        "dataset_revision": of_hub.revision if of_hub else None,
-    }
-    if sums:
-        values["dataset_args"] = {"sha256": sums}
-    return values
-
-
 # --- where it comes from --------------------------------------------------------------------------
 
 
@@ -287,6 +123,10 @@ def _opening(facts: Facts) -> str:
     manifest, base = facts.manifest, facts.ancestry.base
     line = [one.manifest.stage for one in _main_line(facts.ancestry)]
     what = {"adapter": "An adapter", "reward-model": "A reward model"}.get(manifest.kind, "A model")
+    if facts.export:
+        what = {"adapter": "An adapter", GGUF: "GGUF files of a model"}.get(
+            facts.export.kind, "A model"
+        )
     if facts.adapter and facts.scores:
         what = "A reward model, as an adapter"
     whence = f"{plain(_short(base.reference))}" if base else "weights that were drawn"
@@ -345,6 +185,66 @@ def _outside(one: Outside) -> str:
     return f"{code(_short(one.reference))}{field}: {what} {code(one.sum)}"
 
 
+# --- formats of an export -------------------------------------------------------------------------
+
+
+def _use(facts: Facts) -> str:
+    """Which text says how to use it."""
+    if facts.export and facts.export.kind == GGUF:
+        return GGUF
+    return "scores" if facts.scores else "answers"
+
+
+def _formats(export: ExportFacts) -> str:
+    """How far each format is from the model; exports.jsonl has all digits."""
+    names = ["file", "called"] if export.kind == GGUF else []
+    headings = ["format", *names, "size", "read by", "mean KL", "perplexity", "equal answers"]
+    first = 1 + len(names)
+    to_the_right = frozenset({first, first + 2, first + 3, first + 4})
+    return table(headings, [_format(one) for one in export.formats], to_the_right)
+
+
+def _format(one: FormatFacts) -> list[str]:
+    measured, agreement = one.export.measured, one.export.agreement
+    names = [code(one.file), code(one.tag)] if one.file else []
+    return [
+        code(one.export.format),
+        *names,
+        in_bytes(one.export.size),
+        plain(one.export.reader),
+        _digits(measured.mean_kl),
+        f"× {_digits(measured.perplexity_ratio)}",
+        f"{agreement.equal_answers} of {agreement.answers}",
+    ]
+
+
+def _remarks(facts: Facts) -> Iterator[str]:
+    """What is to be known of formats; what is to be of an adapter stands above."""
+    exports = [one.export for one in facts.export.formats] if facts.export else []
+    for export in exports:
+        if export.warning:
+            yield f"**Warning**: {plain(export.warning)}."
+    notes = dict.fromkeys(note for export in exports for note in export.notes)
+    for note in notes if not facts.adapter else ():
+        whose = [code(export.format) for export in exports if note in export.notes]
+        yield f"{in_words(whose)}: {plain(note)}"
+
+
+def _measured_on(facts: Facts) -> str:
+    """The tokens on which formats were held against the model."""
+    if facts.export is None:
+        return ""
+    measured = facts.export.formats[0].export.measured
+    rows = facts.manifest.asked.recipe.get("held_out")
+    named = [str(one.get("path")) for one in rows or () if isinstance(one, dict)]
+    what = (
+        f"rows of {in_words([code(_short(name)) for name in named])}"
+        if named
+        else ("continuations of the probe's questions")
+    )
+    return f"{number(measured.tokens)} tokens of {number(measured.rows)} {what}"
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -397,12 +297,15 @@ class EvaluationText:
     differences: str
 
 
-def _evaluation(one: Measured, ancestry: Ancestry) -> EvaluationText:
+def _evaluation(one: Measured, facts: Facts) -> EvaluationText:
+    ancestry = facts.ancestry
     notes = [_measured_with(one)]
+    if facts.export and not facts.adapter:
+        notes.append(f"Measured was {code(facts.model.name)}, and not what was made of it here.")
     if one.as_adapter:
         notes.append(f"Measured as the adapter {code(one.as_adapter)}, before it was merged.")
     for name, task in one.results.tasks.items():
-        if seen := _seen(task, ancestry):
+        if seen := asked_in_training(task, ancestry):
             asked = f"{seen:,} of {task.n or 0:,} items of {code(name)}"
             notes.append(f"Asked in training, too, were {asked}.")
     if next(reversed(one.results.models)) == one.label:

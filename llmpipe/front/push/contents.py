@@ -2,9 +2,11 @@
 records that the card was made of.
 
     README.md                                    the card
-    config.json  model.safetensors  ...          `model/` of the artifact, as it is
+    config.json  model.safetensors  ...          `model/` of the artifact, as it is; of an export
+                                                 see `formats`
     llmpipe/NAME/manifest.json, recipe.yaml      of it, and of everything that it was made from
     llmpipe/NAME/results.json                    of every evaluation on the card
+    llmpipe/NAME/exports.jsonl                   of an export
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ CARD = "README.md"
 RECORDS = "llmpipe"
 """The folder of the repository that holds what the card was made of."""
 
-_RECORD = re.compile(rf"{RECORDS}/[^/]+/(manifest\.json|recipe\.yaml|results\.json)")
+_RECORD = re.compile(rf"{RECORDS}/[^/]+/(manifest\.json|recipe\.yaml|results\.json|exports\.jsonl)")
 
 MODEL = "model/"
 RECIPE = "recipe.yaml"

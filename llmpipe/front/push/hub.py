@@ -21,6 +21,7 @@ from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import LATER, UserError, first_line
 from llmpipe.files import json_object
 from llmpipe.front.push.contents import RepoFile, is_record
+from llmpipe.front.push.ollama import FILES as OLLAMA
 from llmpipe.front.push.refusals import GO_ON, TOKENS
 from llmpipe.secrets import redacted
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 LOADED = (
     *("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*config.json"),
     *("*token*.json", "*.model", "vocab.*", "merges.txt", "chat_template*"),
+    *OLLAMA,
 )
 """What loaders look for: such a file of another model would be taken for one of this."""
 
@@ -137,7 +139,10 @@ def refuse_mixture(files: list[RepoFile], remote: Remote) -> None:
     loaded = [name for name in others if any(fnmatch(name, pattern) for pattern in LOADED)]
     if loaded:
         problem = f"push: the repository holds files of another model: {', '.join(loaded)}"
-        raise UserError(problem, "remove them there, or push to a name of its own")
+        hint = "remove them there, or push to a name of its own"
+        if any(name.endswith(".gguf") for name in ours):
+            hint += "; of one export name every GGUF format at once"
+        raise UserError(problem, hint)
 
 
 def upload(api: HfApi, repo: str, files: list[RepoFile]) -> list[Any]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llmpipe.errors import INTEGRITY, Say, UserError
+from llmpipe.front.push.ancestry import Ancestry
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import is_local
 from llmpipe.report.evaluation import GateLine, evaluated
 from llmpipe.report.parts import read
 from llmpipe.run.artifact import MANIFEST, Artifact, artifacts
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.results import Results
+from llmpipe.run.results import Results, TaskResults
 from llmpipe.typed import record
 
 
@@ -88,6 +89,14 @@ def _names_it(about: Manifest, manifest: Manifest) -> bool:
         model.get("artifact") == manifest.name and "checkpoint" not in model
         for model in about.models.values()
     )
+
+
+def asked_in_training(task: TaskResults, ancestry: Ancestry) -> int:
+    """How many items of a task were asked in training of the artifact, or of what it was made
+    from."""
+    names = {one.name for one in ancestry.made}
+    overlap = task.overlap or {}
+    return max((count for name, count in overlap.items() if name in names), default=0)
 
 
 def _of(artifact: Artifact, about: Manifest, label: str, as_adapter: str) -> Measured:

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from llmpipe import screen
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import in_bytes, stamp
+from llmpipe.files import in_bytes
 from llmpipe.front.push import hub
 from llmpipe.front.push.adapter import adapted
 from llmpipe.front.push.ancestry import Ancestry, ancestry
-from llmpipe.front.push.card import Facts, card, question
+from llmpipe.front.push.card import card, question
 from llmpipe.front.push.contents import (
     CARD,
     RECIPE,
@@ -34,64 +33,65 @@ from llmpipe.front.push.contents import (
     table_of,
     write,
 )
+from llmpipe.front.push.facts import AdapterFacts, ExportFacts, Facts, TemplateFacts
+from llmpipe.front.push.formats import export_facts, files_of, template_for
 from llmpipe.front.push.licence_ids import LICENCES
 from llmpipe.front.push.licences import OTHER, Said, licences
 from llmpipe.front.push.measured import Measured, measured
-from llmpipe.front.push.named import artifact_named, check_repo
+from llmpipe.front.push.named import Named, check_repo, verified
 from llmpipe.front.push.refusals import asking
 from llmpipe.front.push.rows import rows_of
 from llmpipe.front.push.template import template_of
 from llmpipe.report.text import counted
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.exports import EXPORTS
 from llmpipe.run.manifest import Manifest
+
+ADAPTER = "adapter"
+"""The format of an export that is one."""
 
 
 @dataclass(frozen=True)
 class Asked:
     """What the command line says."""
 
-    artifact: str
+    names: list[str]
+    """An artifact, or formats of an export."""
     repo: str
     """NAMESPACE/NAME."""
     public: bool
     said: Said
     base: str | None
-    """NAMESPACE/NAME of an adapter's base, where its manifest names none on the Hub."""
+    """NAMESPACE/NAME of what it was made of, where no manifest says where the Hub has it."""
     dry_run: Path | None
 
 
 def push(asked: Asked, say: Say) -> None:
     """Push an artifact, or write what would be pushed. Raises UserError."""
     check_repo("push", asked.repo)
-    artifact = artifact_named(asked.artifact)
+    named = verified(asked.names, say)
     if asked.dry_run:
-        check_target(asked.dry_run, artifact.path)
-    before = stamp(artifact.path)
-    with screen.doing("hashing the artifact"):
-        manifest = artifact.verify()
-    say(f"{artifact.path}: verified, {len(manifest.files):,} files as in the manifest")
-    files = contents(asked, artifact, manifest, say)
+        check_target(asked.dry_run, named.artifact.path)
+    files = contents(asked, named, say)
     if asked.dry_run:
         write(files, asked.dry_run)
         size = in_bytes(size_of(files))
         say(f"{asked.dry_run}: {len(files):,} files, {size}, as {asked.repo} would have them")
         return
     token = hub.token_of(asked.repo)
-    message = f"Push {manifest.name} ({manifest.fingerprint[:12]}) with llmpipe"
-    unchanged = partial(refuse_changed, artifact, before)
+    message = f"Push {named.title} with llmpipe"
     with asking(asked.repo, token), hub.in_our_words():
-        send(Push(asked.repo, asked.public, files, message, unchanged), token, say)
+        send(Push(asked.repo, asked.public, files, message, named.refuse_changed), token, say)
 
 
 # --- what is pushed -------------------------------------------------------------------------------
 
 
-def contents(asked: Asked, artifact: Artifact, manifest: Manifest, say: Say) -> list[RepoFile]:
+def contents(asked: Asked, named: Named, say: Say) -> list[RepoFile]:
     """The files of the repository, the card among them. Raises UserError (2, 3)."""
-    lineage = ancestry(artifact, manifest)
-    evaluations = measured(artifact, manifest, _merged_fingerprint(artifact, manifest), say)
-    model = model_files(artifact, manifest)
-    adapter = adapted(lineage.itself, model, asked.base, say)
+    lineage = ancestry(named.artifact, named.manifest)
+    evaluations = _evaluations(lineage, say)
+    shown = _shown(asked, named, lineage, say)
     rows = rows_of(lineage)
     with screen.doing("looking for licences"):
         allowed = licences(lineage, rows, asked.said)
@@ -101,13 +101,58 @@ def contents(asked: Asked, artifact: Artifact, manifest: Manifest, say: Say) -> 
         rows=rows,
         measured=evaluations,
         licences=allowed,
-        files=table_of(adapter.files if adapter else model),
-        adapter=adapter.facts if adapter else None,
-        template=template_of(artifact.model, manifest, question(lineage)),
+        files=table_of(shown.files),
+        adapter=shown.adapter,
+        template=shown.template,
+        export=shown.export,
     )
     _say_licences(facts, say)
+    for one in shown.export.formats if shown.export else ():
+        if one.export.warning:
+            say(f"warning: {one.export.warning}, which the card says")
     text = RepoFile.of_text(CARD, card(facts))
-    return [*(adapter.files if adapter else model), text, *_records(lineage, evaluations)]
+    return [*shown.files, text, *_records(lineage, evaluations)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The files of a model, and what a card says of them."""
+
+    files: list[RepoFile]
+    adapter: AdapterFacts | None
+    template: TemplateFacts | None
+    export: ExportFacts | None = None
+
+
+def _shown(asked: Asked, named: Named, lineage: Ancestry, say: Say) -> Shown:
+    """Of an artifact or of formats of an export. Raises UserError (2, 3)."""
+    if not named.formats:
+        model = model_files(named.artifact, named.manifest)
+        adapter = adapted(lineage.itself, model, asked.base, say)
+        kwargs = named.manifest.asked.chat_template_kwargs
+        template = template_of(named.artifact.model, kwargs, question(lineage))
+        files = adapter.files if adapter else model
+        return Shown(files, adapter.facts if adapter else None, template)
+    files, formats = files_of(named, asked.repo)
+    template = template_for(named, lineage, question(lineage))
+    if named.formats[0].kind == ADAPTER:
+        adapter = adapted(lineage.model, files, asked.base, say)
+        assert adapter
+        export = export_facts(named, formats, lineage, None)
+        return Shown(adapter.files, adapter.facts, template, export)
+    export = export_facts(named, formats, lineage, asked.base)
+    if export.modelfile:
+        files += export.modelfile.files(export.chosen.file)
+    return Shown(files, None, template, export)
+
+
+def _evaluations(lineage: Ancestry, say: Say) -> list[Measured]:
+    """Of the model, as it is; a checkpoint that was exported is another one."""
+    of_export = lineage.links[lineage.itself.manifest.fingerprint]
+    if lineage.model is not lineage.itself and any("@" in link.name for link in of_export):
+        return []
+    artifact, manifest = lineage.model.artifact, lineage.model.manifest
+    return measured(artifact, manifest, _merged_fingerprint(artifact, manifest), say)
 
 
 def _say_licences(facts: Facts, say: Say) -> None:
@@ -140,7 +185,7 @@ def _records(lineage: Ancestry, evaluations: list[Measured]) -> list[RepoFile]:
         name = ancestor.name
         if name in files:
             name = f"{name}-{ancestor.manifest.fingerprint[:12]}"
-        files[name] = records(ancestor.artifact, ancestor.manifest, name, [RECIPE])
+        files[name] = records(ancestor.artifact, ancestor.manifest, name, [RECIPE, EXPORTS])
     return [file for of_one in files.values() for file in of_one]
 
 
@@ -195,10 +240,3 @@ def refuse_other(repo: str, lacking: list[RepoFile]) -> None:
         names = ", ".join(file.path for file in lacking)
         problem = f"push: {repo}: the Hub has not what was sent: {names}"
         raise UserError(problem, "see whether a .gitignore is there; else run it again", INTEGRITY)
-
-
-def refuse_changed(artifact: Artifact, before: str) -> None:
-    """Raises UserError (3) where an artifact was written to since it was verified."""
-    if stamp(artifact.path) != before:
-        problem = f"{artifact.path}: was changed since it was verified; nothing was committed"
-        raise UserError(problem, "run the same command again", INTEGRITY)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from llmpipe.front.push.card import TemplateFacts
-from llmpipe.run.manifest import Manifest
+from llmpipe.front.push.facts import TemplateFacts
+from llmpipe.run.probe import Probe
 
 
-def template_of(model: Path, manifest: Manifest, question: str) -> TemplateFacts | None:
+def template_of(model: Path, kwargs: dict[str, Any], question: str) -> TemplateFacts | None:
     """The template in a model's folder, with a question as the model reads it; None without one.
+
+    `kwargs`: variables that it was given in training.
 
     A date that it writes stands as its pattern (`%d %b %Y`), so that the card says the same
     tomorrow. Raises UserError where tokenizer or template cannot be read.
@@ -22,12 +25,18 @@ def template_of(model: Path, manifest: Manifest, question: str) -> TemplateFacts
     if text is None:
         return None
     special = Tokenizer(model).special
-    kwargs = manifest.asked.chat_template_kwargs
     variables = kwargs | {"strftime_now": _pattern}
     with bounded():
         template = Template(text, special, variables)
         example = template.attempt([{"role": "user", "content": question}], open_turn=True)
     return TemplateFacts(example, kwargs)
+
+
+def template_in(probe: Probe, kwargs: dict[str, Any]) -> TemplateFacts:
+    """The template by what it was seen to make of a probe's questions: the model that was exported
+    has not to lie here still."""
+    asked = [said for said in probe.said if said.question.messages and not said.question.tools]
+    return TemplateFacts(next((said.text for said in asked if said.text is not None), None), kwargs)
 
 
 def _pattern(layout: str) -> str:
