@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import re
 import shlex
@@ -182,6 +183,41 @@ def test_commands_run_as_written(checkout):
     for line in TYPED:
         typed(line, folder, environment)
     promised_files_are_there(folder / "runs" / "tiny")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("page", ["serve.md", "serve.zh.md"])
+def test_the_server_of_the_page_answers_what_the_page_asks(checkout, page):
+    """The command and the curl of docs/serve.md, with another artifact and a port that is free."""
+    pytest.importorskip("uvicorn", reason="pip install 'llmpipe[serve]'")
+    folder, environment = checkout
+    typed("llmpipe sft recipes/tiny/sft.yaml", folder, environment)
+    shown = blocks(text_of(DOCS / page), "")
+    serve = next(line for block in shown for line in block.splitlines() if "llmpipe serve" in line)
+    (curl,) = [block for block in shown if block.startswith("curl ")]
+    assert serve == "llmpipe serve runs/alpaca/dpo" and '"model": "dpo"' in curl
+    process = subprocess.Popen(
+        ["llmpipe", "serve", "runs/tiny/sft", "--port", "0"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        ready = next(line for line in process.stdout if "ready at" in line)
+        address = re.search(r"http://[\d.:]+", ready)[0]
+        asked = curl.replace("http://127.0.0.1:8000", address).replace('"dpo"', '"sft"')
+        assert address in asked
+        done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60)
+    finally:
+        process.terminate()
+        left = process.communicate(timeout=60)[0]
+    chunks = re.findall(r"^data: (\{.*)$", done.stdout, re.M)
+    assert chunks, done.stdout + done.stderr
+    choices = [choice for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    assert "".join(one["delta"].get("content") or "" for one in choices)
+    assert choices[-1]["finish_reason"] in ("stop", "length")
+    assert process.returncode == 143 and left.endswith("stopped\n")
 
 
 def in_prose(text: str) -> list[str]:

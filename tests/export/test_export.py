@@ -193,8 +193,9 @@ def test_fewer_bits_are_refused_or_warned_of_as_asked(source, standard, tmp_path
     said = []
     [form] = formats_of(recipe(gguf=["q8_0"]))
     warned = strict.model_copy(update={"otherwise": "warn"})
-    export_one(form, source, standard, tmp_path, warned, said.append)
+    export = export_one(form, source, standard, tmp_path, warned, said.append)
     assert said[0].startswith("warning: gguf-q8_0 has a mean KL")
+    assert said[0] == f"warning: {export.warning}" == export.remarks[0]
 
 
 def test_a_refused_format_ends_the_stage_and_the_others_stay(trained):
