@@ -30,7 +30,7 @@ from llmpipe.data.conversation import messages_of
 from llmpipe.data.examples import Messages
 from llmpipe.data.fields import Rejected, Values
 from llmpipe.errors import DATA, NUMERIC, UserError
-from llmpipe.rl.sources.functions import imported, where
+from llmpipe.rl.sources.functions import UserFiles, where
 from llmpipe.rl.sources.source import Row, is_score, shortened
 
 SECONDS = 300.0  # that a call may take: who waits for longer, waits for nobody
@@ -70,11 +70,11 @@ class Environments:
     left behind there.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, files: UserFiles):
         """`name`: ./file.py:Name."""
         self.name = name
         self._path, _, attribute = name.rpartition(":")
-        self._make = imported(name, self._path, attribute)
+        self._make = files.take(name, self._path, attribute)
         self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         Thread(target=self._serve, name=name, daemon=True).start()

@@ -451,7 +451,7 @@ class Loop:
             return None
         kwargs = self.training.preparation.template_kwargs
         return Turns(
-            Environments(source.environment),
+            Environments(source.environment, self.rewards.files),
             encoder_of(self.training.folder / "tokenizer", kwargs),
             self.recipe.turns,
             self.recipe.rollout.max_new_tokens,

@@ -18,7 +18,7 @@ from llmpipe.recipe.reinforcement import Scored
 from llmpipe.recipe.rewards import Reward
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.sampling import Said
-from llmpipe.rl.sources.functions import of_function
+from llmpipe.rl.sources.functions import UserFiles, of_function
 from llmpipe.rl.sources.models import of_model
 from llmpipe.rl.sources.source import Row, Score, Source, is_score, shortened
 from llmpipe.rl.sources.texts import (
@@ -53,8 +53,9 @@ class Rewards:
     ):
         self.thinks = job.recipe.rollout.think
         self.sources: list[Source] = []
+        self.files = UserFiles()
         tokenizer = load_tokenizer(prepared.folder(job.prepared) / "tokenizer")
-        ground = _Ground(prepared, tokenizer, job.recipe.seed)
+        ground = _Ground(prepared, tokenizer, job.recipe.seed, self.files)
         for i, section in enumerate(job.recipe.reward):
             model = None
             if section.model:
@@ -93,13 +94,14 @@ class _Ground:
     tokenizer: Tokenizer
     """The policy's."""
     seed: int
+    files: UserFiles
 
 
 def _of_section(section: Reward, ground: _Ground) -> tuple[str, Score]:
     """A source that is no model: what it is called, and how it scores."""
     if section.function:
         columns = {name for rows in ground.prepared.sources for name in rows.kept_columns}
-        return portable(section.function), of_function(section.function, columns)
+        return portable(section.function), of_function(section.function, columns, ground.files)
     if section.format:
         return section.kind, of_form(section.format)
     if section.length:

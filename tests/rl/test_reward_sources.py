@@ -2,6 +2,7 @@
 ahead."""
 
 import json
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,6 +12,7 @@ from llmpipe.data.tokenizer import Tokenizer
 from llmpipe.errors import UserError
 from llmpipe.recipe.check import load
 from llmpipe.rl import rewards
+from llmpipe.rl.sources.functions import UserFiles
 from llmpipe.rl.sources.source import Source
 from llmpipe.stages import schema
 from tests import life
@@ -28,6 +30,24 @@ def write(run, **changes):
 
 def rollouts(artifact):
     return list(map(json.loads, (artifact.path / "rollouts.jsonl").read_text().splitlines()))
+
+
+def test_a_file_runs_once_whatever_is_taken_from_it(tmp_path):
+    """By whichever way it is named; another file of that name is another module."""
+    text = "calls = []\n\n\ndef one(): return calls\n\n\ndef other(): return calls\n"
+    places = [tmp_path / "mine" / "rewards.py", tmp_path / "yours" / "rewards.py"]
+    for place in places:
+        place.parent.mkdir()
+        place.write_text(text)
+    (tmp_path / "link.py").symlink_to(places[0])
+    files = UserFiles()
+    ways = [(places[0], "one"), (places[0], "other"), (tmp_path / "link.py", "one")]
+    mine = [files.take("", str(path), name)() for path, name in ways]
+    assert mine[0] is mine[1] is mine[2]
+    yours = files.take("", str(places[1]), "one")
+    assert yours() is not mine[0] and sys.modules[yours.__module__].one is yours
+    with pytest.raises(UserError, match=r"^reward: x: AttributeError: .*has no attribute 'gone'"):
+        files.take("x", str(places[0]), "gone")
 
 
 @pytest.mark.parametrize("how", [{}, GRPO], ids=["ppo", "grpo"])

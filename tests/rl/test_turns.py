@@ -23,6 +23,7 @@ from llmpipe.rl.environment import Environments
 from llmpipe.rl.loop import Loop
 from llmpipe.rl.rewards import of_turns
 from llmpipe.rl.seeds import Place, Use, number
+from llmpipe.rl.sources.functions import UserFiles
 from llmpipe.rl.turns import Turns
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
@@ -193,14 +194,19 @@ def test_every_answer_has_an_environment_of_its_own(speaks, tmp_path, judged, mo
 
 
 def test_other_rewards_look_at_the_last_answer(speaks, tmp_path):
-    """And at all that was said before it, as its prompt."""
-    (tmp_path / "last.py").write_text(
-        "def last(prompts, completions, **columns):\n"
-        "    return [len(prompt) + len(text) / 100 for prompt, text in zip(prompts, completions)]\n"
-    )
+    """And at all that was said before it, as its prompt. A function of the environment's file finds
+    there what the environment has left."""
     path = write(speaks, tmp_path / "run", **GRPO)
     recipe = json.loads(path.read_text())
-    recipe["reward"].append({"function": f"{tmp_path}/last.py:last"})
+    file = recipe["reward"][0]["environment"].rpartition(":")[0]
+    with open(file, "a") as game:
+        game.write(
+            "\n\ndef last(prompts, completions, **columns):\n"
+            "    assert len(begun) >= len(completions), 'the file was run a second time'\n"
+            "    pairs = zip(prompts, completions)\n"
+            "    return [len(prompt) + len(text) / 100 for prompt, text in pairs]\n"
+        )
+    recipe["reward"].append({"function": f"{file}:last"})
     path.write_text(json.dumps(recipe))
     made = life.command(path)
     for line in rollouts(made):
@@ -209,7 +215,7 @@ def test_other_rewards_look_at_the_last_answer(speaks, tmp_path):
             and len(line["prompt"]) > 2 * line.get("turns", 1) - 2
         )
         assert line["score"] > len(line["prompt"])
-    assert {"scores/.../game.py:Letters", "scores/.../last.py:last"} < updates(made)[0].keys()
+    assert {"scores/.../game.py:Letters", "scores/.../game.py:last"} < updates(made)[0].keys()
 
 
 def test_a_tools_result_stands_where_the_template_has_it(speaks, tmp_path, judged):
@@ -332,11 +338,11 @@ class Scripted:
         return self.steps.pop(0)
 
 
-def play(monkeypatch, script, drawn, most=3, context=None):
+def play(script, drawn, most=3, context=None):
     """The one episode of a script of answers, and the texts that were asked."""
-    monkeypatch.setattr(environment, "imported", lambda *_: script)
     encoder = encoder_of(life.TINY / "model", {})
-    turns = Turns(Environments("./game.py:Scripted"), encoder, most, 4, context)
+    files = SimpleNamespace(take=lambda *_: script)
+    turns = Turns(Environments("./game.py:Scripted", files), encoder, most, 4, context)
     prompt = encoder.prompt(ROW["prompt"], None)
     asked = []
 
@@ -350,9 +356,9 @@ def play(monkeypatch, script, drawn, most=3, context=None):
     return game, asked, encoder
 
 
-def test_an_episode_is_its_answers_with_the_replies_between_them(monkeypatch):
+def test_an_episode_is_its_answers_with_the_replies_between_them():
     script = Scripted([("Lower.", 0.5, False), ("Higher.", 0.0, False), ("Right!", 1.0, True)])
-    game, asked, encoder = play(monkeypatch, script, [[10, END], [11, 12, END], [13, END]])
+    game, asked, encoder = play(script, [[10, END], [11, 12, END], [13, END]])
     episode, tokenizer = game.episode(), encoder.tokenizer
     lower, higher = (
         tokenizer.ids(f"\n<|im_start|>user\n{word}.<|im_end|>\n<|im_start|>assistant\n")
@@ -383,17 +389,17 @@ def test_an_episode_is_its_answers_with_the_replies_between_them(monkeypatch):
     ],
     ids=["turns", "in time", "cut off", "done, cut off", "context", "another end"],
 )
-def test_what_is_unfinished(monkeypatch, steps, drawn, changes, ended):
+def test_what_is_unfinished(steps, drawn, changes, ended):
     """The answer that was the last is heard and scored, whatever it is."""
     script = Scripted(list(steps))
-    game, asked, _ = play(monkeypatch, script, drawn, **changes)
+    game, asked, _ = play(script, drawn, **changes)
     assert len(asked) == 2 and not script.steps and game.reward == 2
     assert game.episode().ended == ended and len(game.episode().inserted) == 1
 
 
 @pytest.mark.parametrize("extra", ["From 1 to 9.", [{"role": "system", "content": "So."}], []])
-def test_what_reset_says_follows_the_prompt(monkeypatch, extra):
-    game, asked, encoder = play(monkeypatch, Scripted([(None, 1, True)], extra), [[10, END]])
+def test_what_reset_says_follows_the_prompt(extra):
+    game, asked, encoder = play(Scripted([(None, 1, True)], extra), [[10, END]])
     turns = [{"role": "user", "content": extra}] if isinstance(extra, str) else extra
     assert asked == [encoder.prompt([*ROW["prompt"], *turns], None)]
     assert game.said()["prompt"] == [*ROW["prompt"], *turns]
@@ -401,7 +407,7 @@ def test_what_reset_says_follows_the_prompt(monkeypatch, extra):
         with pytest.raises(
             UserError, match=r"no room for an answer of 4 in .* 20, at rows.jsonl:3"
         ):
-            play(monkeypatch, Scripted([], extra), [], context=20)
+            play(Scripted([], extra), [], context=20)
 
 
 # --- templates ---
@@ -504,7 +510,7 @@ def test_a_template_that_cannot_append_ends_the_training(speaks, tmp_path):
 def test_an_environment_that_fails(tmp_path, monkeypatch, name, code, words):
     (tmp_path / "game.py").write_text(GAME)
     monkeypatch.setattr(environment, "SECONDS", 0.2)
-    environments = Environments(f"{tmp_path}/game.py:{name}")
+    environments = Environments(f"{tmp_path}/game.py:{name}", UserFiles())
     message = rf"^reward: .*game.py:{name}: .*{words}.*, at rows.jsonl:3$"
     with pytest.raises(UserError, match=message) as refused:
         game, _ = environments.begin(ROW)

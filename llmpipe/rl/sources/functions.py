@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llmpipe.errors import UserError
@@ -15,10 +16,46 @@ from llmpipe.files import expanded
 from llmpipe.rl.sources.source import Row, Score
 
 
-def of_function(name: str, every: set[str]) -> Score:
+class UserFiles:
+    """Files of the user's, each of which runs once for a job, whatever is taken from it: what it
+    loads or counts is one for all of its functions and environments."""
+
+    def __init__(self) -> None:
+        self._modules: dict[Path, ModuleType] = {}
+
+    def take(self, name: str, path: str, attribute: str) -> Callable[..., Any]:
+        """What a file calls `attribute`; `name`: ./file.py:attribute, for messages.
+
+        Raises UserError, with the line at which the file fails.
+        """
+        try:
+            taken: Callable[..., Any] = getattr(self._module(expanded(path)), attribute)
+        except Exception as error:  # the user's: whatever it raises is named with its line
+            raise UserError(f"reward: {name}: {where(error, path)}") from error
+        return taken
+
+    def _module(self, file: Path) -> ModuleType:
+        itself = file.resolve()
+        if itself not in self._modules:
+            self._modules[itself] = self._imported(file)
+        return self._modules[itself]
+
+    def _imported(self, file: Path) -> ModuleType:
+        name = f"llmpipe_rewards_{file.stem}"
+        if any(module.__name__ == name for module in self._modules.values()):
+            name += f"_{len(self._modules)}"  # of another folder
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec and spec.loader  # the recipe takes only names that end in .py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # as dataclasses expect
+        spec.loader.exec_module(module)
+        return module
+
+
+def of_function(name: str, every: set[str], files: UserFiles) -> Score:
     """A function of the user's file, `./file.py:name`, and the columns that any row has."""
     path, _, attribute = name.rpartition(":")
-    function = imported(name, path, attribute)
+    function = files.take(name, path, attribute)
 
     def scores(rows: list[Row], responses: list[str]) -> list[Any]:
         columns = _columns(name, rows, every)
@@ -30,22 +67,6 @@ def of_function(name: str, every: set[str]) -> Score:
             raise UserError(f"reward: {name}: {where(error, path)}") from error
 
     return scores
-
-
-def imported(name: str, path: str, attribute: str) -> Callable[..., Any]:
-    """What the user's file calls `attribute`; it runs once, here."""
-    file = expanded(path)
-    module_name = f"llmpipe_rewards_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec and spec.loader  # the recipe takes only names that end in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as dataclasses expect
-    try:
-        spec.loader.exec_module(module)
-        function: Callable[..., Any] = getattr(module, attribute)
-    except Exception as error:  # the user's: whatever it raises is named with its line
-        raise UserError(f"reward: {name}: {where(error, path)}") from error
-    return function
 
 
 def _columns(name: str, rows: list[Row], every: set[str]) -> dict[str, list[Any]]:
