@@ -1,6 +1,6 @@
 """vLLM draws: a copy of the policy on the same GPU, in this process.
 
-It is given the weights before each rollout, by vLLM's own `load_weights`, and sleeps while the
+It is given the weights before each rollout, by vLLM's own `reload_weights`, and sleeps while the
 policy learns: level 2, which keeps neither weights nor cache. After every push a probe, a few
 prompts with fixed seeds, is answered, and what vLLM says of its tokens is held to what the policy
 says of them: an engine that goes on with old weights, or tells of another distribution than it
@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,7 +31,7 @@ from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.rng import isolated_rng
 from llmpipe.rl.packing import pack_episodes
 from llmpipe.rl.rollout.engine import Terms
-from llmpipe.rl.rollout.weights import Named, weights_of
+from llmpipe.rl.rollout.weights import weights_of
 from llmpipe.rl.seeds import Place, Use, number
 
 SLEEPS = {"cuda"}  # devices whose memory vLLM can give back
@@ -135,8 +135,9 @@ class VLLM:
     @contextmanager
     def begun(self) -> Iterator[None]:
         self._wake("weights")
-        for named in weights_of(self.terms.actors):
-            self.llm.apply_model(partial(_load, named))
+        # layer by layer: what vLLM made of the last ones for its kernels, it makes anew
+        pushed = chain.from_iterable(weights_of(self.terms.actors))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pushed})
         self.pushes += 1
         self._wake("kv_cache")
         self._refuse_stale()
@@ -221,11 +222,6 @@ class VLLM:
         with self.terms.hardware.autocast():
             said = actors.policy(pack_episodes(episodes, actors.device))[0]
         return said.float().cpu()
-
-
-def _load(named: Named, model: Any) -> None:
-    """Let vLLM's model take weights by a checkpoint's names, as it takes those of a file."""
-    model.load_weights(named)
 
 
 def _episode(prompt: list[int], drawn: Any, ends: list[int]) -> Episode:

@@ -46,22 +46,22 @@ class LLM:
         self.model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, asked.dtype)
         ).eval()
-        self.model.load_weights = self.load_weights
         self.asleep: set[str] = set()
         self.pushed: dict[str, int] = {}
         self.answered: list[int] = []
         self.made.append(self)
 
-    def load_weights(self, weights):
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights" and kwargs.keys() == {"weights_iterator"}
+        self.reload_weights(kwargs["weights_iterator"])
+
+    def reload_weights(self, weights):
         assert "weights" not in self.asleep
         own = dict(self.model.named_parameters())
         for name, weight in weights:
             with torch.no_grad():
                 own[name].copy_(weight)
             self.pushed[name] = self.pushed.get(name, 0) + 1
-
-    def apply_model(self, function):
-        return [function(self.model)]
 
     def sleep(self, level):
         assert self.options.enable_sleep_mode and level == 2 and not self.asleep
@@ -105,9 +105,9 @@ class LLM:
 class Deaf(LLM):
     """Takes the weights of one push, and goes on with them."""
 
-    def load_weights(self, weights):
-        if all(count < 1 for name, count in self.pushed.items() if name in dict(weights)):
-            super().load_weights(weights)
+    def reload_weights(self, weights):
+        if not self.pushed:
+            super().reload_weights(weights)
 
     def sleep(self, level):
         self.asleep = {"weights", "kv_cache"}

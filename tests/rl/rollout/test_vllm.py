@@ -1,10 +1,12 @@
 """A copy of the policy draws: what it is given, how it is held to the policy, how it resumes."""
 
+import shutil
 import signal
+from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpipe import upstream
 from llmpipe.errors import UserError
@@ -49,6 +51,25 @@ def test_a_training_draws_with_it(tmp_path, monkeypatch, capsys, sleeps, how):
         write(tmp_path / "local", **HOW[how], optim__steps=3, rollout__engine="local")
     )
     assert [line["objective/scores"] for line in updates(local)] != scores, "it draws by itself"
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore")  # whatever vLLM says of its kernels
+@pytest.mark.skipif(not find_spec("vllm"), reason="vLLM is not installed")
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_the_real_one_says_what_the_policy_says(tmp_path, how):
+    """After every push, or the run would end with 3; heads of 32, the fewest that it has."""
+    model = tmp_path / "model"
+    shutil.copytree(life.TINY / "model", model)
+    config = AutoConfig.from_pretrained(
+        model, num_attention_heads=2, num_key_value_heads=1, head_dim=32
+    )
+    config.tie_word_embeddings = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    changes = {"model": str(model), "optim__steps": 3, "data__eval": {"holdout": 0.1}}
+    artifact = life.command(write(tmp_path / "run", **HOW[how], **changes, rollout=ROLLOUT))
+    lines = updates(artifact)
+    assert len(lines) == 3 and max(line["val/rollout_difference"] for line in lines) < 1e-4
 
 
 def test_the_same_seed_draws_the_same_however_it_is_asked(tmp_path, monkeypatch):
