@@ -1,9 +1,9 @@
 """`llmpipe reward`: a reward model from preferences.
 
 By Bradley and Terry's model (Christiano 2017; Ouyang 2022).
-Inputs: a model, of which everything but the head is taken over, and pairs of answers. Makes: a
-`reward-model`, which gives a conversation one score. An adapter as `model:` is merged into its base
-first.
+Inputs: a model, of which everything but the head is taken over, and pairs of answers, of which the
+thoughts in front are left out, as `ppo` and `grpo` do. Makes: a `reward-model`, which gives a
+conversation one score. An adapter as `model:` is merged into its base first.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ class Schema(Hosted):
 
 
 def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
-    from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.data.kinds.pairs import JUDGED
 
-    return dict.fromkeys(recipe.rows(), PAIRS.shapes)
+    return dict.fromkeys(recipe.rows(), JUDGED.shapes)
 
 
 def prepare(job: Job[Schema]) -> PreparedRows:
     """Preferences -> tokens."""
-    from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.data.kinds.pairs import JUDGED
     from llmpipe.run.handoff import tokens
 
-    return tokens(job, PAIRS)
+    return tokens(job, JUDGED)
 
 
 def train(job: Job[Schema], prepared: PreparedRows) -> Made:
     """Train, publish `model/` and return what the manifest says of it."""
     from trl import RewardConfig
 
-    from llmpipe.data.kinds.pairs import PAIRS
+    from llmpipe.data.kinds.pairs import JUDGED
     from llmpipe.models.load import load_ranker, set_up
     from llmpipe.training.arguments import arguments
     from llmpipe.training.conclude import conclude
@@ -88,7 +88,7 @@ def train(job: Job[Schema], prepared: PreparedRows) -> Made:
 
     recipe = job.recipe
     setup = set_up(job, prepared)
-    training = Training(setup, PAIRS, load_ranker(setup))
+    training = Training(setup, JUDGED, load_ranker(setup))
     configuration = arguments(
         RewardConfig,
         training,

@@ -687,7 +687,10 @@ def test_a_reward_model_ranks(run, rewards, tmp_path):
         {name: [{"role": role, "content": pair[name]}] for name, role in turns.items()}
         for pair in PAIRS
     ]
-    tasks = [{"task": "preference", "data": jsonl(tmp_path / "pairs.jsonl", pairs)}]
+    with_thought = json.loads(json.dumps(pairs))
+    answer = with_thought[0]["chosen"][0]
+    answer["content"] = f"<think>so</think>{answer['content']}"  # which a judge does not see
+    tasks = [{"task": "preference", "data": jsonl(tmp_path / "pairs.jsonl", with_thought)}]
     artifact = life.command(write(run, tasks, models, name="ranked"))
     found = results(artifact)["tasks"]
     assert list(found["preference"]["metrics"]["accuracy"]) == ["rm"]
@@ -696,7 +699,8 @@ def test_a_reward_model_ranks(run, rewards, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(rewards)
     tokenizer = AutoTokenizer.from_pretrained(rewards)
     ranked = [x for x in lines(artifact) if x["model"] == "rm"]
-    assert len(ranked) == len(pairs)
+    assert len(ranked) == len(pairs) and "<think>" not in ranked[0]["chosen"]
+    assert "<think>so" in next(x for x in lines(artifact) if x["model"] == "sft")["chosen"]
     for line, pair in zip(ranked, pairs, strict=True):
         for side, value in zip(("chosen", "rejected"), line["values"]["accuracy"], strict=True):
             ids = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_dict=False)

@@ -150,6 +150,25 @@ def test_what_others_say_in_an_answer_is_read_and_not_learned():
     assert batch["KL_completion_mask"].tolist() == [[0, 0, 1, 0]]  # cut where max_length ends
 
 
+def test_a_reward_model_is_the_same_whatever_was_thought(tmp_path, capsys):
+    """`ppo` and `grpo` do not show it thoughts, so it learns from none."""
+    bare = [json.loads(line) for line in PAIRS.read_text().splitlines()[:24]]
+    thoughts = json.loads(json.dumps(bare))
+    for i, pair in enumerate(thoughts):
+        turn = pair["chosen" if i % 2 else "rejected"][0]
+        turn["content"] = f"<think>\nso {i}\n</think>\n\n{turn['content']}"
+    made = []
+    for name, rows in (("bare", bare), ("thoughts", thoughts)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        short = {"data__train": [{"path": str(path)}], "optim__steps": 2, "log__every": 1}
+        made.append(life.command(write(tmp_path / name, "reward", **short, evaluation={})))
+    assert losses(made[0]) == losses(made[1]) and len(losses(made[0])) == 2
+    assert "thoughts in front of answers are left out" in capsys.readouterr().out
+    model = made[0].manifest().files["model/model.safetensors"].sha256
+    assert made[1].manifest().files["model/model.safetensors"].sha256 == model
+
+
 def test_pairs_that_teach_nothing_are_named(tmp_path):
     long = "word " * 80
     rows = [

@@ -5,12 +5,13 @@
 
 A context holds which tokens of an answer are the user's and the tools', between turns of the
 assistant's: read, and not learned; the answer's first token is number 0. `margin` says by how much
-the chosen answer is better, 0 where a row does not say.
+the chosen answer is better, 0 where a row does not say. `reward` has JUDGED, without thoughts.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from llmpipe.data.encode import Encoder
 from llmpipe.data.formats import Example, Preference, Rejected
+from llmpipe.data.judged import judged, notes_on
 from llmpipe.data.kinds import Encoded, Kind, Table
 from llmpipe.data.pack import LIST, Layout, Piece, Sequence, one_each
 from llmpipe.data.template import shared_prefix
@@ -51,6 +53,15 @@ def encode(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encode
     prompt = np.array(chosen.ids[:begin], np.int32)
     piece = (prompt, better, worse, np.array(margin, np.float32), *contexts)
     return Encoded([piece], truncated)
+
+
+def encode_judged(encoder: Encoder, example: Example, others: dict[str, Any]) -> Encoded:
+    """The same of what a judge sees of the answers, see `judged`. Raises Rejected."""
+    assert isinstance(example, Preference)
+    shown = judged(example)
+    encoded = encode(encoder, shown, others)
+    encoder.noted |= notes_on(example, shown)
+    return encoded
 
 
 def length(piece: Piece) -> int:
@@ -117,3 +128,6 @@ PAIRS = Kind(
     lacks="chosen and rejected answers",
     mapping="{better: chosen, worse: rejected}",
 )
+
+JUDGED = replace(PAIRS, encode=encode_judged, settings=("as a judge sees them",))
+"""Pairs for a reward model."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llmpipe.data import examples
 from llmpipe.data.examples import Tools
 from llmpipe.data.formats import Example, Rejected
+from llmpipe.data.judged import answer
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.evaluation.book import Scored
 from llmpipe.evaluation.task import Answer, Ask, Item, OnItems, Place, check_scored, tools_of
@@ -57,8 +58,8 @@ class Preference(OnItems):
         for item, values in zip(batch, measure(model, batch), strict=True):
             shown = {
                 "prompt": model.prompt(item.ask, item.tools, item.at),
-                "chosen": _text(item.chosen),
-                "rejected": _text(item.rejected),
+                "chosen": _text(_read(model, item.chosen)),
+                "rejected": _text(_read(model, item.rejected)),
                 "values": values,
             }
             scores = {metric: _ranked_first(*pair) for metric, pair in values.items()}
@@ -110,12 +111,17 @@ def _answered(model: Candidate, batch: list[Pair]) -> list[Answered]:
     for item in batch:
         try:
             sequences += [
-                model.answered(item.ask, item.tools, item.chosen),
-                model.answered(item.ask, item.tools, item.rejected),
+                model.answered(item.ask, item.tools, _read(model, item.chosen)),
+                model.answered(item.ask, item.tools, _read(model, item.rejected)),
             ]
         except Rejected as error:
             raise UserError(f"{item.at}: {model.label}: {error}") from None
     return sequences
+
+
+def _read(model: Candidate, given: Answer) -> Answer:
+    """What a model reads of an answer: a reward model what a judge sees."""
+    return answer(given) if model.ranks else given
 
 
 def _ranked_first(chosen: float, rejected: float) -> float:
