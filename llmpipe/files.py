@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import IO, Any, Literal
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.faults import writing
+from llmpipe.faults import reading, writing
 
 LEFTOVER = re.compile(r"\.(outcome|plan|prepared|manifest)\.json\.\d+")
 """Name of what a `write_json` leaves that was killed."""
@@ -308,6 +308,13 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def json_lines(path: Path) -> list[Any]:
+    """What the lines of a .jsonl file say. Raises UserError (3) where one says nothing."""
+    with reading(path, "lines of JSON", ValueError):
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        return [json.loads(line) for line in text.split("\n")] if text else []
 
 
 @dataclass(frozen=True)

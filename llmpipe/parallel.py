@@ -55,6 +55,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmpipe import zero
 from llmpipe.errors import UserError
+from llmpipe.files import FileEntry
+from llmpipe.mirror import copy_of, mirrors
 from llmpipe.peers import meet
 from llmpipe.run.machine import on_several_machines, rank, world_size
 from llmpipe.run.signals import Signals
@@ -230,6 +232,14 @@ class World:
         dist.all_gather_object(values, value, patient())
         return values
 
+    def told(self, value: Callable[[], T]) -> T:
+        """What rank 0 finds, which alone looks for it. Collective, also of what it raises."""
+        values: list[T] = []
+        with self.as_one():
+            if self.is_first:
+                values.append(value())
+        return next(iter(self.gather(values)[0]))
+
     def agree(self, error: UserError | None) -> None:
         """Raise in all processes what one of them has met, the first by rank: none may wait for
         another.
@@ -250,6 +260,53 @@ class World:
         except UserError as met:
             error = met
         self.agree(error)
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether a machine does not see what rank 0 writes."""
+        return self.size > 1 and mirrors() is not None
+
+    def place(self, path: Path | None) -> Path:
+        """Where rank 0's path, which it alone has to know, is for this process. Collective."""
+        known = mirrors() if self.size > 1 else None
+        told = str(known.way(path) if known and path else path)
+        told = self.gather(told)[0]
+        return known.run / told if known else Path(told)
+
+    def bring(self, path: Path | None) -> Path:
+        """Let every process see what lies in rank 0's folder at a path, if anything: where it is
+        for this one. Collective. Raises UserError in all, where a machine cannot have it.
+        """
+        place = self.place(path)
+        if self.is_mirrored and (known := mirrors()):
+            with self.as_one():
+                known.bring(lambda: [copy_of(place, known.run)])
+        return place
+
+    def staged(self, path: Path | None) -> Path:
+        """A folder that rank 0 has made: where this process writes its part of it. Collective."""
+        place = self.place(path)
+        if self.is_mirrored and (known := mirrors()):
+            with self.as_one():
+                known.clear(place)
+        return place
+
+    def collect(self, folder: Path, hashed: Mapping[str, FileEntry]) -> None:
+        """Let rank 0 see what all processes have written into a folder that `staged` gave.
+        `hashed`: what the writers have hashed. Collective; raises as `bring` does.
+        """
+        if self.is_mirrored and (known := mirrors()):
+            with self.as_one():
+                known.collect(folder, hashed)
+
+    def keep(self, folder: Path, target: Path) -> None:
+        """Let machines that do not see what rank 0 has published as `target` keep their part of it,
+        which they need not be sent again. Collective.
+        """
+        if self.is_mirrored and (known := mirrors()):
+            self.wait()
+            with self.as_one():
+                known.keep(folder, target)
 
     def stop_code(self, signals: Signals) -> int:
         """The exit code of a signal that any process was sent, 0 for none; the same in all

@@ -75,7 +75,7 @@ class Peers:
 
     def say(self, key: str, text: str) -> None:
         """Say something under a key. Raises UserError (75) where the store is gone."""
-        with _missing_rank_0():
+        with missing_rank_0():
             self.store.set(key, text)
 
     def hear(self, key: str, of: int) -> str:
@@ -86,14 +86,25 @@ class Peers:
         that is gone without a word `watch` takes notice; where the store is gone with it, the next
         look does.
         """
-        with _missing_rank_0():
+        with missing_rank_0():
             while not self.store.check([key]):
-                if self.store.check([_left(of)]) and not self.store.check([key]):
-                    code = int(_text(self.store, _left(of)))
-                    hint = GO_ON if code in (DONE, LOST) else "see what it says"
-                    raise UserError(f"rank {of} has ended with {code}", hint, code or LOST)
+                self.refuse_gone(of, key)
                 time.sleep(PAUSE)
             return _text(self.store, key)
+
+    def refuse_gone(self, other: int, key: str) -> None:
+        """Raise UserError where a rank has ended and said nothing under a key, with its exit code,
+        or 75 where it was done."""
+        with missing_rank_0():
+            if self.store.check([_left(other)]) and not self.store.check([key]):
+                code = int(_text(self.store, _left(other)))
+                hint = GO_ON if code in (DONE, LOST) else "see what it says"
+                raise UserError(f"rank {other} has ended with {code}", hint, code or LOST)
+
+    def known(self, key: str) -> str | None:
+        """What was said under a key, if anything was by now."""
+        with missing_rank_0():
+            return _text(self.store, key) if self.store.check([key]) else None
 
     def gather(self, key: str, text: str) -> list[str]:
         """What every process says under a key, in the order of ranks, once all have said it."""
@@ -107,7 +118,7 @@ class Peers:
         """
         if on_several_machines():
             self.say(_machine(rank()), machine_rank())
-        with _missing_rank_0():
+        with missing_rank_0():
             watch = _Watch(self, self._left, self._end)
         Thread(target=watch.run, daemon=True).start()
 
@@ -207,8 +218,8 @@ class _Watch:
 
 
 @contextmanager
-def _missing_rank_0() -> Iterator[None]:
-    """A store that is gone is rank 0, who holds it, or the launcher that does."""
+def missing_rank_0() -> Iterator[None]:
+    """A store that is gone is rank 0, who holds it, or the launcher that does: UserError (75)."""
     try:
         yield
     except RuntimeError as error:  # DistError is one

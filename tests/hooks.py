@@ -609,3 +609,29 @@ def two_machines():
 def two_machines_and_term_in_step(step):
     two_machines()
     term_in_step(step)
+
+
+def _at_arrival(number, action):
+    """Before so many files that another machine sends, the first is 1, are written."""
+    from llmpipe import mirror
+
+    arrived = []
+
+    def count(path, *_):
+        arrived.append(path)
+        if len(arrived) == number:
+            action(path)
+
+    _before(mirror, "_write", count)
+
+
+def kill_at_arrival(number):
+    """In the middle of a transfer."""
+    _at_arrival(number, lambda path: kill_now())
+
+
+def full_at_arrival(number):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    _at_arrival(number, full)

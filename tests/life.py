@@ -153,6 +153,7 @@ def _trial(
     hook: str | None,
     rank: dict[str, str] | None = None,
     inexact: bool = False,
+    fresh: bool = False,
 ) -> None:
     os.environ |= rank or {}
     sys.stdout = sys.stderr = os.fdopen(
@@ -165,7 +166,7 @@ def _trial(
 
         getattr(tests.hooks, hook)()
     try:
-        command(Path(path), sets, inexact=inexact)
+        command(Path(path), sets, inexact=inexact, fresh=fresh)
     except UserError as error:
         print(f"error: {error}")
         os._exit(error.code)
@@ -224,6 +225,33 @@ def started(path: Path, sets=(), hooks=(None, None), inexact=False) -> list:
         arguments = (str(path), str(outs[rank]), tuple(sets), hook, environment, inexact)
         processes.append(forked(_trial, *arguments))
     return processes
+
+
+def started_apart(paths: list[Path], hooks=(None, None), each=1, fresh=False) -> list:
+    """A rank of each recipe, or `each`, as on machines of their own: what differs is their run."""
+    size = len(paths) * each
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "127.0.0.1"}
+    world |= {"MASTER_PORT": str(launch.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = []
+    for rank in range(size):
+        machine, local = divmod(rank, each)
+        numbers = {"RANK": rank, "GROUP_RANK": machine, "LOCAL_RANK": local}
+        environment = world | {name: str(number) for name, number in numbers.items()}
+        out = str(paths[machine].with_suffix(f".{rank}.out"))
+        hook = hooks[rank] if rank < len(hooks) else None
+        arguments = (str(paths[machine]), out, (), hook, environment, False, fresh)
+        processes.append(forked(_trial, *arguments))
+    return processes
+
+
+def apart(paths: list[Path], hooks=(None, None), each=1, fresh=False) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of the ranks that `started_apart` starts."""
+    processes = started_apart(paths, hooks, each, fresh)
+    codes = ends(processes, 120)
+    outs = [paths[r // each].with_suffix(f".{r}.out") for r in range(len(processes))]
+    texts = [out.read_text() if out.exists() else "" for out in outs]
+    assert None not in codes, "\n---\n".join(texts)
+    return list(zip(codes, texts, strict=True))
 
 
 def ranks(path: Path, sets=(), hooks=(None, None), inexact=False) -> list[tuple[int, str]]:

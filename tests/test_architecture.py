@@ -24,7 +24,7 @@ FLOORS = [
     {"sums"},
     {"data"},
     {"run"},
-    {"kernels", "parallel", "peers", "report", "upstream", "zero"},
+    {"kernels", "mirror", "parallel", "peers", "report", "upstream", "zero"},
     {"models"},
     {"evaluation"},
     {"export"},
@@ -37,6 +37,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH = {
     "kernels",
+    "mirror",
     "parallel",
     "peers",
     "upstream",

@@ -1,7 +1,10 @@
-"""Two machines with one cable and one file system: equal to one, and what ends one ends both."""
+"""Two machines with one cable, and one file system or a run directory each: equal to one machine,
+and what ends one ends both.
+"""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -121,19 +124,87 @@ def test_a_launcher_that_starts_all_anew_goes_on_from_the_checkpoint(tmp_path, n
     assert artifact.verify().training.exact_resume
 
 
-def test_two_machines_with_two_folders_of_one_name_are_refused(tmp_path, names):
-    """Before rows are read; the first machine says so."""
-    path = write(tmp_path / "run", "ddp")
-    other = tmp_path / "other"
-    other.mkdir()
-    (tmp_path / "run").mkdir()
-    hidden = f'mount --bind {other} {tmp_path / "run"} && exec "$@"'
-    running = machines.start(names, path, hides=((), ["unshare", "-m", "sh", "-c", hidden, "-"]))
+# --- a run directory on each ----------------------------------------------------------------------
+
+
+def apart(tmp_path, write, *arguments, **settings):
+    """A recipe that both machines see, and within what each starts it: what lies in `home`, the run
+    among it, the second one has in `other`.
+    """
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir(exist_ok=True)
+    other.mkdir(exist_ok=True)
+    path = write(home / "run", *arguments, **settings).rename(tmp_path / "run.yaml")
+    hidden = f'mount --bind {other} {home} && exec "$@"'
+    return path, ((), ["unshare", "-m", "sh", "-c", hidden, "-"])
+
+
+def made_apart(names, path, hides, launcher=torchrun, stage="sft"):
+    codes, texts = machines.ends(machines.start(names, path, launcher, stage=stage, hides=hides))
+    assert codes == [0, 0], "\n---\n".join(texts)
+    artifact = Artifact(path.parent / "home" / "run" / stage)
+    assert artifact.verify().hardware["processes"] == 2
+    mirror = path.parent / "other" / ".run.mirror"
+    assert mirror.exists() and not list(mirror.rglob("manifest.json"))
+    assert not (path.parent / "home" / ".run.mirror").exists()
+    return artifact
+
+
+@pytest.mark.parametrize(
+    ("launcher", "strategy"), [(torchrun, "fsdp"), (accelerate, "ddp"), (srun, "fsdp")]
+)
+def test_two_machines_with_a_run_directory_each_are_one(
+    tmp_path, names, one_machine, launcher, strategy
+):
+    """And the first of them says what that means, once."""
+    path, hides = apart(tmp_path, write, strategy)
+    artifact = made_apart(names, path, hides, launcher)
+    assert life.essence(artifact) == life.essence(one_machine[strategy])
+    first, second = [machines.out_of(path, number).read_text() for number in (0, 1)]
+    assert first.count("is not seen on machine 1: what is made lies here") == 1
+    assert "mirror" not in second and "step" not in second, second
+
+
+APART = [("ddp", kill_second, torchrun), ("fsdp", unplug, srun)]
+APART += [("ddp", unplug, srun), ("fsdp", kill_first, torchrun)] if life.FULL else []
+
+
+@pytest.mark.parametrize(("strategy", "fault", "launcher"), APART)
+def test_with_a_run_directory_each_the_same_command_goes_on(
+    tmp_path, names, one_machine, strategy, fault, launcher
+):
+    """Though the second machine has lost what it had."""
+    path, hides = apart(tmp_path, write, strategy, **LONG)
+    artifact = Artifact(tmp_path / "home" / "run" / "sft")
+    running = machines.start(names, path, launcher, hides=hides)
+    machines.wait_until(lambda: last_step(artifact) > 3, running)
+    fault(names, running)
+    begun = time.monotonic()
     codes, texts = machines.ends(running)
-    assert all(codes), texts
-    assert "run directory must be shared: rank 1 on another machine" in texts[0], texts
-    assert "error: " not in texts[1].partition(LAUNCHER)[0], texts[1]
-    assert not (tmp_path / "run" / "sft" / "prepared.json").exists()
+    assert time.monotonic() - begun < 60, texts
+    assert codes == [75, 75] if launcher is srun else all(codes), texts
+    for text in texts:
+        assert "Traceback" not in text.partition(LAUNCHER)[0], text
+    subprocess.run(["ip", "-n", names[1], "link", "set", "cable", "up"], check=True)
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    again = path.with_name("again.yaml")
+    again.write_text(path.read_text())
+    artifact = made_apart(names, again, hides, launcher)
+    assert "resuming from step-" in machines.out_of(again, 0).read_text()
+    assert artifact.manifest().training.exact_resume
+
+
+def test_ppo_with_a_run_directory_each_is_ppo_on_one(tmp_path, names):
+    settings = LONGER | {"launch__processes": "auto", "optim__steps": 3}
+    (tmp_path / "one").mkdir()
+    alone = life.pair(write_ppo(tmp_path / "one" / "run", **settings))
+    path, hides = apart(tmp_path, write_ppo, **settings)
+    together = made_apart(names, path, hides, stage="ppo")
+    assert life.essence(together) == life.essence(alone)
+
+
+# --- names and addresses --------------------------------------------------------------------------
 
 
 def test_a_first_machine_that_is_127_0_1_1_to_itself(tmp_path, names):

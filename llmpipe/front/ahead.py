@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,8 +35,10 @@ from llmpipe.run.gguf import check_gguf
 from llmpipe.run.machine import (
     gpus,
     micro_batch_size,
+    on_several_machines,
     outside,
     process_count,
+    rank,
 )
 from llmpipe.run.outlook import Coming, Command, Outlook
 from llmpipe.run.plan import kinds_of
@@ -67,10 +70,33 @@ def check(
     only_prepare: bool = False,
     pipeline: Pipeline | None = None,
 ) -> None:
-    """`look`, and make the run directories. Raises UserError (5) where that cannot be done."""
+    """`look`, and make the run directories, of several machines the first one. Raises UserError (5)
+    where that cannot be done.
+    """
     look(stages, fresh=fresh, only_prepare=only_prepare, pipeline=pipeline)
-    for located in filter(None, stages):
+    for located in filter(None, stages if leads() else ()):
         make_run(artifact_of(located.recipe).run)
+
+
+@contextmanager
+def others_hear() -> Iterator[None]:
+    """Around what a process looks at by itself: on several machines the others hear where it ends
+    there, and do not wait for it."""
+    try:
+        yield
+    except UserError as error:
+        if on_several_machines():
+            from llmpipe.front.outside import leave
+
+            leave(error.code)
+        raise
+
+
+def leads() -> bool:
+    """Whether this process looks at models, rows and the run: another machine need not have them,
+    since it is sent what it reads of them.
+    """
+    return rank() == 0 or not on_several_machines()
 
 
 def look(
@@ -97,6 +123,8 @@ def look(
         problems += _lines(found, located[this.number])
     _raise(problems)
     for this in coming:
+        if not leads():
+            break
         outlook = Outlook(command, this)
         if not outlook.begun and (this.number > 1 or kept_offline()):
             problems += _lines(_not_on_the_hub(this.recipe), located[this.number])
@@ -115,15 +143,23 @@ def kind_made(recipe: Recipe) -> str:
 
 def mistakes(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
     """What is wrong with a stage in the place that it has."""
-    yield from _in_models(recipe, outlook)
-    yield from _in_ggufs(recipe, outlook)
-    yield from _in_rows(recipe, outlook)
+    if leads():
+        yield from _in_models(recipe, outlook)
+        yield from _in_ggufs(recipe, outlook)
+        yield from _in_rows(recipe, outlook)
     yield from _in_files(recipe)
     yield from _in_packages(recipe, outlook)
     if outlook.works and not outlook.finished and not outside():
         yield from _in_processes(recipe)
     if isinstance(recipe, Training) and not outlook.finished:
         yield from _in_launch(recipe)
+    if leads():
+        yield from _in_beginning(recipe, outlook)
+
+
+def _in_beginning(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
+    """What does not go with what a stage begins from, and what it knows more."""
+    if isinstance(recipe, Training) and not outlook.finished:
         yield from _in_start(recipe, outlook)
     module = stage(recipe.stage)
     if isinstance(module, Foreseeing):

@@ -97,7 +97,7 @@ def read_recipe(
     located = obeying_launcher(locate(path, schema(name), overrides(sets, run)))
     from llmpipe.front import ahead  # not for a recipe that is not valid
 
-    with screen.doing(LOOKING):
+    with screen.doing(LOOKING), ahead.others_hear():
         ahead.check([located], fresh=fresh, only_prepare=only_prepare)
     return located
 
@@ -252,7 +252,7 @@ def make_stages(
     from llmpipe.run.machine import rank
 
     asked = replace(asked, stages=[each and obeying_launcher(each) for each in asked.stages])
-    with screen.doing(LOOKING):
+    with screen.doing(LOOKING), ahead.others_hear():
         ahead.check(asked.stages, fresh=fresh, pipeline=asked)
     stages = [located for located in asked.stages if located]
     for i, located in enumerate(stages, 1):

@@ -5,29 +5,42 @@ Rank 0 does what the ordinary command does, but trains within this process, toge
 others. These wait for its word in the launch's store (`llmpipe.peers`), never in a collective,
 which would time out while rows are prepared.
 
-All machines have to see one run directory: rank 0 prepares the rows and publishes, and the others
-read there what it has made. Where one sees another folder, that is refused before rows are read.
+Rank 0 prepares the rows and publishes, and the others read there what it has made. A machine that
+does not see rank 0's run directory has a mirror of it (`front.mirrored`).
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llmpipe.errors import DONE, UserError
-from llmpipe.files import write_whole
+from llmpipe.errors import DONE, LOST, UserError
+from llmpipe.faults import writing
+from llmpipe.files import in_bytes, write_whole
 from llmpipe.front.launch import library_environment
+from llmpipe.front.mirrored import (
+    Sight,
+    copies_for,
+    keepers,
+    look,
+    look_path,
+    progress_of,
+    refuse_behind,
+    refuse_other_models,
+)
 from llmpipe.front.session import Session
 from llmpipe.front.worker import act, as_kept, end_of
-from llmpipe.run.artifact import Artifact
+from llmpipe.run.artifact import Artifact, mirror_of
 from llmpipe.run.ends import read_ends, verdict, write_end
+from llmpipe.run.lock import Lock
 from llmpipe.run.machine import (
     local_world_size,
     on_several_machines,
@@ -39,14 +52,13 @@ from llmpipe.run.outcome import LAUNCH, Outcome, new_launch
 from llmpipe.run.signals import Signals
 
 if TYPE_CHECKING:
+    from llmpipe.mirror import Mirrors
     from llmpipe.peers import Peers
 
 PAUSE = 0.2
 """Seconds between two looks at a file."""
 LAST_WORDS = 3.0
 """Seconds in which one that was lost may still say why."""
-SIGHT = 60.0
-"""Seconds in which a file of another machine has to be seen."""
 
 THREADS = os.environ.get("OMP_NUM_THREADS")
 """Of each process, where the launcher says it: torchrun does where it starts several."""
@@ -67,6 +79,8 @@ class Turn:
         """A word that no other launch, and no other artifact of this one, has."""
         self.trains = False
         """Whether they train: then they miss who ends."""
+        self.mirrors: Mirrors | None = None
+        """Where machines do not see rank 0's run."""
         self._words = 0
 
     def tell(self, action: Action, code: int = DONE) -> None:
@@ -83,6 +97,65 @@ class Turn:
     def _next(self) -> str:
         self._words += 1
         return f"{self.launch}/word/{self._words}"
+
+    def look(self, artifact: Artifact) -> Artifact:
+        """Find out which machines see rank 0's run; the artifact as this process has it.
+
+        Every process calls it, and rank 0 has written the launch's word by then.
+        """
+        assert self.peers is not None
+        if rank():
+            self.peers.say(self._sight_of(rank()), look(artifact, self.launch).told())
+        others = range(1, world_size())
+        told = [self.peers.hear(self._sight_of(other), of=other) for other in others]
+        sights = [Sight.of(each) for each in told]
+        if machines := keepers(sights):
+            self.mirrors = self._mirrors(artifact, sights, machines)
+            return Artifact(self.mirrors.run / artifact.name)
+        return artifact
+
+    def _mirrors(
+        self, artifact: Artifact, sights: Sequence[Sight], machines: dict[int, str]
+    ) -> Mirrors:
+        from llmpipe.mirror import Mirrors
+
+        assert self.peers is not None
+        word = f"{self.launch}/mirror"
+        if rank() == 0 or sights[rank() - 1].sees:
+            return Mirrors(self.peers, word, artifact.run, machines)
+        mine = sights[rank() - 1].machine
+        keeper = next(other for other, machine in machines.items() if machine == mine)
+        return Mirrors(self.peers, word, mirror_of(artifact.run), machines, keeper)
+
+    def _sight_of(self, other: int) -> str:
+        return f"{self.launch}/sight/{other}"
+
+    def say_of_mirror(self, problem: UserError | None) -> None:
+        """Say that this machine's mirror holds all that is read, or why it does not."""
+        assert self.peers is not None
+        told = [problem.message, problem.hint, problem.code] if problem else None
+        self.peers.say(f"{self.launch}/mirrored/{rank()}", json.dumps(told))
+
+    def hear_of_mirror(self, keeper: int) -> UserError | None:
+        """Why a machine has no mirror of all that is read; None as soon as it has."""
+        assert self.peers is not None
+        told = json.loads(self.peers.hear(f"{self.launch}/mirrored/{keeper}", of=keeper))
+        return UserError(*told) if told else None
+
+    def say_end(self, end: dict[str, object]) -> None:
+        """Say how this process ends to those that do not see its files."""
+        if self.peers and self.mirrors:
+            with suppress(UserError):  # where rank 0 is gone, nobody hears it
+                self.peers.say(f"{self.launch}/end/{rank()}", json.dumps(end))
+
+    def ends_said(self) -> list[object]:
+        """How others have ended that this process does not see the files of."""
+        if not self.peers or not self.mirrors:
+            return []
+        with suppress(UserError):
+            told = [self.peers.known(f"{self.launch}/end/{n}") for n in range(world_size())]
+            return [json.loads(each) for each in told if each]
+        return []
 
 
 def make_together(session: Session) -> None:
@@ -105,6 +178,12 @@ def make_together(session: Session) -> None:
         raise
 
 
+def leave(code: int) -> None:
+    """Let the other processes hear that this one ends, and how, before they wait for it."""
+    with suppress(UserError):  # of those that do not come
+        _peers().leave(code, last=True)
+
+
 @cache
 def _peers() -> Peers:
     """The other processes, which have come."""
@@ -118,50 +197,134 @@ def _peers() -> Peers:
 
 def lead(session: Session, turn: Turn) -> None:
     """What rank 0 does."""
+    artifact = session.artifact
     with session.locked():
-        refuse_unshared(session.artifact, turn)
+        find_mirrors(session, turn)
         decision = session.plan()
         works = decision.action != "skip"
         if works:
             session.prepare(decision)
         together = works and not session.only_prepare
-        Outcome.clear(session.artifact)
+        Outcome.clear(artifact)
         turn.tell("train" if together else "skip")
         if session.only_prepare:
             return
         if together:
-            train(session, turn)
+            if turn.mirrors:
+                send_mirrors(session, turn.mirrors, turn)
+            train(session, artifact, turn)
         session.judge()
+
+
+def find_mirrors(session: Session, turn: Turn) -> None:
+    """Find out which machines have a run directory of their own, and say what that means."""
+    artifact = session.artifact
+    if not turn.peers or not on_several_machines():
+        return
+    path = look_path(artifact, 0)
+    write_whole(path, turn.launch.encode())
+    try:
+        turn.tell("look")
+        turn.look(artifact)
+    finally:
+        path.unlink(missing_ok=True)
+    if turn.mirrors:
+        machines = ", ".join(turn.mirrors.machines.values())
+        session.say(
+            f"{artifact.run}: is not seen on machine {machines}: what is made lies here, on the "
+            f"machine of rank 0; there .{Path(os.path.abspath(artifact.run)).name}.mirror, beside "
+            "the run, is sent what is read"
+        )
 
 
 def follow(session: Session, turn: Turn) -> None:
     """What the other ranks do."""
+    artifact = session.artifact
     action, code = turn.heard()
     if action == "look":
-        seen = sees(session.artifact, turn.launch)
-        assert turn.peers is not None
-        turn.peers.say(f"{turn.launch}/seen/{rank()}", "yes" if seen else "no")
+        artifact = turn.look(artifact)
         action, code = turn.heard()
     if action == "train":
-        train(session, turn)
+        with mirrored(session, artifact, turn):
+            train(session, artifact, turn)
     elif action == "end":
         sys.exit(code)  # rank 0 says why
 
 
-def train(session: Session, turn: Turn) -> None:
+@contextmanager
+def mirrored(session: Session, artifact: Artifact, turn: Turn) -> Iterator[None]:
+    """Have what rank 0 sends to this machine. Once the artifact is published nothing of it stays
+    there, but what the next one may have use for.
+    """
+    mirrors = turn.mirrors
+    if mirrors is None or mirrors.keeper is None:
+        yield
+    elif not mirrors.keeps:
+        if problem := turn.hear_of_mirror(mirrors.keeper):
+            sys.exit(problem.code)
+        yield
+    else:
+        # of a launch that was killed a process may not have ended yet
+        with writing(artifact.path), Lock(artifact, "write").acquire(wait=10):
+            keep_mirror(session, artifact, turn)
+            yield
+            mirrors.forget(artifact)
+
+
+def keep_mirror(session: Session, artifact: Artifact, turn: Turn) -> None:
+    """Take what rank 0 sends; where that cannot be, rank 0 says why."""
+
+    def heed(about: str) -> None:
+        if about:
+            refuse_behind(about, session.artifact)
+
+    assert turn.mirrors is not None
+    try:
+        turn.mirrors.bring(list, heed=heed)
+        refuse_other_models(artifact)
+    except UserError as error:
+        if error.code == LOST:
+            raise
+        turn.say_of_mirror(error)
+        sys.exit(error.code)
+    turn.say_of_mirror(None)
+
+
+def send_mirrors(session: Session, mirrors: Mirrors, turn: Turn) -> None:
+    """What rank 0 does for the machines that do not see its run, before all train.
+
+    Raises UserError as one of them meets it.
+    """
+    artifact = session.artifact
+    about = "" if session.fresh else progress_of(artifact)
+    if about:
+        refuse_behind(about, artifact)
+    files, size = mirrors.bring(lambda: copies_for(artifact, session.recipe), about)
+    for keeper in mirrors.machines:
+        if problem := turn.hear_of_mirror(keeper):
+            raise problem
+    session.say(f"mirrored: {files:,} files were sent, {in_bytes(size)}")
+
+
+def train(session: Session, artifact: Artifact, turn: Turn) -> None:
     """Train in this process, which the launcher made one of several."""
-    artifact, launch = session.artifact, turn.launch
+    launch = turn.launch
     turn.trains = True
     signals = Signals().install()
     os.environ[LAUNCH] = launch
     threads = thread_count(session.recipe.launch, local_world_size())
     os.environ["OMP_NUM_THREADS"] = THREADS or str(threads)  # else Accelerate has an opinion
+    if turn.peers:
+        from llmpipe import mirror
+
+        mirror.use(turn.mirrors)
 
     def leave_end(outcome: Outcome) -> None:
-        write_end(artifact, launch, rank(), as_kept(outcome, artifact))
+        turn.say_end(write_end(artifact, launch, rank(), as_kept(outcome, artifact)))
 
     def speak_for_all(outcome: Outcome) -> Outcome:
-        first = verdict(read_ends(artifact, launch, world_size()), {}) or outcome
+        ends = read_ends(artifact, launch, world_size(), turn.ends_said())
+        first = verdict(ends, {}) or outcome
         as_kept(first, artifact).deliver(artifact, launch)
         return first
 
@@ -181,69 +344,23 @@ def train(session: Session, turn: Turn) -> None:
     if outcome.code == DONE and rank() != 0:
         return
     if outcome.kind == "peer":
-        outcome = who_was_lost(artifact, launch, outcome)
+        outcome = who_was_lost(artifact, turn, outcome)
     speak_for_all(outcome)
     outcome.check()
 
 
 def who_was_lost(
     artifact: Artifact,
-    launch: str,
+    turn: Turn,
     outcome: Outcome,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Outcome:
     """The end of a process that lost another one: with what that one says, where it can."""
     for _ in range(round(LAST_WORDS / PAUSE)):
-        first = verdict(read_ends(artifact, launch, world_size()), {})
+        ends = read_ends(artifact, turn.launch, world_size(), turn.ends_said())
+        first = verdict(ends, {})
         if first and first.kind != "peer" and first.code != DONE and not first.was_stopped:
             message = f"another process ended first: {first.message}"
             return Outcome(first.code, message, first.hint, "peer")
         sleep(PAUSE)
     return outcome
-
-
-# --- one run directory ---
-
-
-def refuse_unshared(artifact: Artifact, turn: Turn) -> None:
-    """Raise UserError (2) where another machine has another folder in the place of the run."""
-    if not turn.peers or not on_several_machines():
-        return
-    path = _look_path(artifact, 0)
-    write_whole(path, turn.launch.encode())
-    try:
-        turn.tell("look")
-        seen = [
-            turn.peers.hear(f"{turn.launch}/seen/{other}", of=other)
-            for other in range(1, world_size())
-        ]
-    finally:
-        path.unlink(missing_ok=True)
-    blind = [str(other) for other, answer in enumerate(seen, 1) if answer == "no"]
-    if blind:
-        ranks = f"rank{'s' * (len(blind) > 1)} {', '.join(blind)}"
-        raise UserError(
-            f"{artifact.run}: the run directory must be shared: {ranks} on another machine "
-            "cannot see what rank 0 writes there",
-            "name a folder of a file system that all machines have in one place: --run DIR",
-        )
-
-
-def sees(artifact: Artifact, launch: str, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Whether this process sees what rank 0 has written."""
-    ours, theirs = _look_path(artifact, rank()), _look_path(artifact, 0)
-    try:
-        for _ in range(round(SIGHT / PAUSE)):
-            # NFS looks anew into a folder that this machine itself has changed
-            write_whole(ours, launch.encode())
-            with suppress(OSError):
-                if theirs.read_bytes() == launch.encode():
-                    return True
-            sleep(PAUSE)
-        return False
-    finally:
-        ours.unlink(missing_ok=True)
-
-
-def _look_path(artifact: Artifact, rank: int) -> Path:
-    return artifact.run / ".locks" / f"{artifact.name}.{rank}.look"

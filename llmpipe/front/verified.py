@@ -18,6 +18,7 @@ from llmpipe.record import Record
 from llmpipe.run.job import Job
 from llmpipe.run.machine import local_rank, machine_rank, rank
 from llmpipe.run.outcome import this_launch
+from llmpipe.run.plan import Plan
 from llmpipe.run.reference import Model, model_folder
 from llmpipe.run.whereabouts import cache
 from llmpipe.sums import Kept, Verification
@@ -41,7 +42,7 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
     path = job.artifact.run / ".locks" / f"{job.artifact.name}.{machine_rank()}.verdict"
     if local_rank() > 0:
         return lambda: _wait(path)
-    verification = Verification([*prepared.kept(job.prepared), *converted(job)])
+    verification = Verification([*prepared.kept(job.prepared), *converted(job.plan, job.prepared)])
     verification.start()
 
     def finish() -> None:
@@ -58,13 +59,13 @@ def verifying(job: Job[Any], prepared: PreparedFolder) -> Callable[[], None]:
     return finish
 
 
-def converted(job: Job[Any]) -> Iterator[Kept]:
-    """The folders of models that were made readable for this run, or for all."""
+def converted(plan: Plan, home: Path) -> Iterator[Kept]:
+    """The folders of models that were made readable for this run, in its `home`, or for all."""
     model: Model | None
-    for model in job.plan.models.values():
+    for model in plan.models.values():
         while model:
             if model.kind in ("gguf", "merged"):
-                folder = model_folder(model, job.prepared)
+                folder = model_folder(model, home)
                 yield Kept(folder, in_cache=folder.is_relative_to(cache()))
             model = model.base if model.is_adapter else None
 

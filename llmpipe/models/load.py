@@ -118,6 +118,7 @@ def _drawn_in_parts(setup: Setup[Training], shape: Architecture, spread: Spread)
     except UserError as error:
         refused = error
     world.agree(refused)
+    world.bring(folder)
     hardware = setup.hardware
     model = load_model(folder, hardware.attention, device=hardware.place, spread=spread)
     world.wait()

@@ -90,7 +90,7 @@ def publish_sharded(
     upstream.as_loaded(model)
     trained = Seen.of(model, tokenizer)
     with publishing(folder) if world.is_first else nullcontext() as staging:
-        place = Path(world.gather(str(staging))[0])
+        place = world.place(staging)
         tensors = whole_tensors(model)
         with world.as_one(), _to_the_end(tensors):
             if world.is_first:
@@ -99,6 +99,7 @@ def publish_sharded(
                     _save_parts(_described(model), _layers(tensors), place, most)
                     tokenizer.save_pretrained(place)
         let_go(model)
+        world.bring(place)
         verified = compare_sharded(trained, tokenizer, place, world, spread)
     difference = f"{verified.max_logit_difference:.1e}"
     say(f"verified: {verified.tensors} tensors, logits differ by {difference} after reloading")
@@ -131,11 +132,12 @@ def publish_adapter_on_parts(
     upstream.as_loaded(model)
     reshard(model)
     with publishing(folder) if world.is_first else nullcontext() as staging:
-        place = Path(world.gather(str(staging))[0])
+        place = world.place(staging)
         with world.as_one():
             if world.is_first:
                 with writing(folder, place):
                     _save_adapter(model, tokenizer, place, base)
+        world.bring(place)
         verified = compare_adapter_on_parts(model, tokenizer, place, base, world)
     _say_of_adapter(verified, say)
     return verified

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmpipe.errors import Say
-from llmpipe.faults import reading
-from llmpipe.files import cut_back, fsync, to_write
+from llmpipe.files import cut_back, fsync, json_lines, to_write
 from llmpipe.models.hardware import memory_gb
 from llmpipe.parallel import World
 from llmpipe.rl.method import Answer
@@ -26,6 +25,7 @@ class Journal:
     def __init__(self, artifact: Artifact, world: World, say: Say):
         self.metrics = artifact.path / "metrics.jsonl"
         self.rollouts = artifact.path / "rollouts.jsonl"
+        self.world = world
         self.writes = world.is_first
         self.trackers = world.accelerator.trackers
         self.begun = time.monotonic()
@@ -91,9 +91,8 @@ class Journal:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line of metrics.jsonl."""
-        with reading(self.metrics, "lines of JSON", ValueError):
-            return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """Every line of metrics.jsonl, which rank 0 has. Collective."""
+        return self.world.told(lambda: json_lines(self.metrics))
 
     def sizes(self) -> dict[str, int]:
         """Of both files, by name, once they are on the disk."""

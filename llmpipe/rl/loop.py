@@ -286,7 +286,7 @@ class Loop:
         self.journal.write(self.state.step, metrics)
 
     def _final(self) -> Metrics:
-        """The last metrics, as the manifest has them."""
+        """The last metrics, as the manifest has them. Collective."""
         lines = self.journal.lines()
         last = [line for line in lines if "objective/scores" in line][-1]
         names = ("loss", "objective/scores", "objective/kl")
@@ -318,12 +318,16 @@ class Loop:
         hashed: Table = {}
         with self._checkpoint(hashed) if self.world.is_first else nullcontext() as staging:
             if self.learner.is_sharded:
-                folder = Path(self.world.gather(str(staging))[0])
+                folder = self.world.staged(staging)
                 save_tensors(self.learner, folder)
                 hashed |= checkpoints.parts_in(folder, self.world)
+                self.world.collect(folder, hashed)
             elif staging:
                 save_tensors(self.learner, staging)
         self.world.wait()
+        if self.learner.is_sharded:
+            target = checkpoints.folder(self.artifact.checkpoints, self.state.step)
+            self.world.keep(folder, target)
 
     @contextmanager
     def _checkpoint(self, hashed: Table) -> Iterator[Path]:

@@ -72,7 +72,9 @@ def train(job: Job[SampleRecipe], prepared: PreparedRows) -> Made:
         make_exact()
     world = World.of(settings.device)
     book = Book(job.artifact.path / "samples.jsonl", settings, job.plan.identity, say, world)
-    job.plan.refuse_changed_models()  # it may be a while ago that they were verified
+    with world.as_one():
+        if world.is_first:  # on another machine a copy may have times of its own
+            job.plan.refuse_changed_models()  # it may be a while ago that they were verified
     drawing = _drawing(job, prepared, book, settings)
     begun = time.monotonic()
     drawing.answer_all()

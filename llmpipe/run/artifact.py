@@ -223,6 +223,14 @@ def artifact_of(recipe: Recipe) -> Artifact:
     return Artifact(expanded(recipe.run) / recipe.artifact)
 
 
+def mirror_of(run: Path) -> Path:
+    """Where a machine that does not see a run keeps what it is sent of it (`llmpipe.mirror`):
+    beside it, so that the ways that lead out of the two are the same.
+    """
+    path = Path(os.path.abspath(run))
+    return path.with_name(f".{path.name}.mirror")
+
+
 def make_run(run: Path) -> Path:
     """The folder of a run's locks, made with the run where it is not there.
 

@@ -138,16 +138,23 @@ class Together(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def is_mirrored(self) -> bool: ...
     def gather(self, value: T) -> list[T]: ...
+    def bring(self, path: Path | None) -> Path: ...
 
 
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, is_mirrored = 0, 1, False
 
     def gather(self, value: T) -> list[T]:
         return [value]
+
+    def bring(self, path: Path | None) -> Path:
+        assert path is not None
+        return path
 
 
 ALONE = Alone()
@@ -214,7 +221,15 @@ def verify(checkpoint: Path, seen: Seen | None = None, rank: int = 0, size: int 
 
 
 def verify_together(checkpoint: Path, world: Together) -> list[str]:
-    """What any process finds wrong with a checkpoint, each as far as it reads it. Collective."""
+    """What any process finds wrong with a checkpoint, each as far as it reads it. Collective.
+
+    A machine that does not see rank 0's is sent what it lacks of one that is whole there.
+    """
+    if world.is_mirrored:
+        problems = verify(checkpoint) if world.rank == 0 else []
+        if problems := world.gather(problems)[0]:
+            return problems
+        world.bring(checkpoint)
     return _of_any(verify(checkpoint, None, world.rank, world.size), world)
 
 
@@ -289,7 +304,7 @@ def pick(
         if problems := verify_together(path, world):
             say(f"checkpoint {path.name} is damaged ({problems[0]}); looking for an older one")
             continue
-        if problems := _of_any(verify_lines(path), world):
+        if problems := world.gather(verify_lines(path) if world.rank == 0 else [])[0]:
             say(f"checkpoint {path.name} is of no use ({problems[0]}); looking for an older one")
             without_lines = without_lines or f"{checkpoints.parent}/{problems[0]}"
             continue

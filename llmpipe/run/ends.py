@@ -35,15 +35,16 @@ class End:
     outcome: Outcome
 
 
-def write_end(artifact: Artifact, launch: str, rank: int, outcome: Outcome) -> None:
-    """Say how this process ended, of those that `launch` started."""
+def write_end(artifact: Artifact, launch: str, rank: int, outcome: Outcome) -> dict[str, object]:
+    """Say how this process ended, of those that `launch` started; what was written."""
     # the time of day may be set meanwhile, and is all that several machines share
     at = time.time() if on_several_machines() else time.monotonic()
-    values = {"launch": launch, "rank": rank, "at": at, **outcome.values()}
+    values: dict[str, object] = {"launch": launch, "rank": rank, "at": at, **outcome.values()}
     try:
         write_json(_path(artifact, rank), values)
     except OSError:
         say_to_command(values)
+    return values
 
 
 def read_ends(

@@ -75,6 +75,18 @@ def memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/
     return most
 
 
+def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The kind of file system that a folder is on, or is to be made on; empty where nobody says."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    device = there.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    for fields in (line.split() for line in lines):  # proc_pid_mountinfo(5)
+        if fields[2] == number:
+            return fields[fields.index("-") + 1]
+    return ""
+
+
 def thread_count(launch: Machine, processes: int) -> int:
     """CPU threads of each of so many processes."""
     if isinstance(launch.threads, int):

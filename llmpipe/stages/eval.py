@@ -290,7 +290,9 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     models = {}
     for label in recipe.models:
         at = f"models.{label}"
-        job.plan.models[at].refuse_changed()  # it may be hours ago that it was verified
+        with world.as_one():
+            if world.is_first:  # on another machine a copy may have times of its own
+                job.plan.models[at].refuse_changed()  # it may be hours ago that it was verified
         folders = (job.models[at], job.bases.get(at))
         with candidate(label, *folders, settings, world, say) as model:
             models[label] = model.describe(parent_of(label, job.plan.models))

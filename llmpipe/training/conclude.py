@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.export.ask import ask
 from llmpipe.faults import reading, remembering
-from llmpipe.files import to_write
+from llmpipe.files import json_lines, to_write
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import (
     merge,
@@ -77,12 +76,13 @@ def conclude(
 def _refuse_unmoved(trainer: Trained, training: Training[sections.Training]) -> None:
     """Raise UserError (4), in every process, when not one weight is another than before."""
     moved = trainer.start.moved(trainer.plain_model())
-    if World(trainer.accelerator).greatest(moved):  # of parts of a model, some may rest
+    world = World(trainer.accelerator)
+    if world.greatest(moved):  # of parts of a model, some may rest
         return
     steps, optim = trainer.facts()["steps"], training.recipe.optim
     start = training.recipe.model or "the weights that were drawn"
-    lines = (training.artifact.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    norms = [norm for line in lines if (norm := json.loads(line).get("grad_norm")) is not None]
+    lines = world.told(lambda: json_lines(training.artifact.path / "metrics.jsonl"))
+    norms = [norm for line in lines if (norm := line.get("grad_norm")) is not None]
     if any(norms) or not norms:
         reason = (
             f"optim.learning_rate ({optim.learning_rate:g}) over {steps:,} steps is too small to "

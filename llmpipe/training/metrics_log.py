@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from llmpipe import screen
 from llmpipe.errors import Say
-from llmpipe.faults import reading
-from llmpipe.files import cut_back, fsync, to_write
+from llmpipe.files import cut_back, fsync, json_lines, to_write
 from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
 from llmpipe.parallel import World
 from llmpipe.run.progress import Progress
@@ -130,12 +129,12 @@ class MetricsLog:
             self.progress.close()
 
     def lines(self) -> list[dict[str, Any]]:
-        with reading(self.path, "lines of JSON", ValueError):
-            return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """Every line of the file, which rank 0 has. Collective."""
+        return self.world.told(lambda: json_lines(self.path))
 
     def final(self, published_step: int) -> dict[str, Any]:
         """The last metrics as the manifest has them: the held-out ones are those of the weights
-        that are published, beside the loss before the first step.
+        that are published, beside the loss before the first step. Collective.
         """
         lines = self.lines()
         losses = [line["loss"] for line in lines if "loss" in line]

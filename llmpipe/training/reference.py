@@ -80,10 +80,10 @@ class Referenced(Trainer):
         dataset._fingerprint = digest(key)[:32]
         kept = _LogProbs(self.training.job.prepared, self.accelerator)
         dataset._get_cache_file_path = kept.path
+        self.accelerator.wait_for_everyone = kept.seal  # before all read what the first has written
         with looking(self.model):
             with_reference = super()._precompute_ref_logps(dataset, *args)
-        del dataset._get_cache_file_path
-        kept.seal()
+        del dataset._get_cache_file_path, self.accelerator.wait_for_everyone
         return with_reference
 
     def reference_hash(self) -> str | None:
@@ -117,6 +117,7 @@ class _LogProbs:
     def __init__(self, prepared: Path, accelerator: Accelerator):
         self.prepared = prepared
         self.accelerator = accelerator
+        self.world = World(accelerator)
         self.folder = prepared
 
     def path(self, fingerprint: str) -> str:
@@ -124,22 +125,23 @@ class _LogProbs:
 
         Raises UserError (3) where they are not as they were written.
         """
-        self.folder = self.prepared / f"reference-{fingerprint[:16]}"
-        if is_sealed(self.folder):
-            if self.accelerator.is_local_main_process:
-                check(Kept(self.folder))
-        elif self.accelerator.is_main_process:
-            remove(self.folder)  # of a process that was killed
-            self.folder.mkdir(parents=True)
-        World(self.accelerator).wait()
+        folder = self.prepared / f"reference-{fingerprint[:16]}"
+        if self.accelerator.is_main_process and not is_sealed(folder):
+            remove(folder)  # of a process that was killed
+            folder.mkdir(parents=True)
+        self.folder = self.world.bring(folder)
+        if is_sealed(self.folder) and self.accelerator.is_local_main_process:
+            check(Kept(self.folder))
+        self.world.wait()
         return str(self.folder / "log_probs.arrow")
 
     def seal(self) -> None:
-        """Write the table, where they were computed just now."""
-        if self.accelerator.is_main_process and not is_sealed(self.folder):
+        """Write the table of what was computed just now, and let all see it."""
+        if self.accelerator.is_main_process:
             settle(files_below(self.folder))
             seal(self.folder)
-        World(self.accelerator).wait()
+        self.world.wait()
+        self.world.bring(self.folder)
 
 
 def forget(model: Any) -> None:

@@ -151,12 +151,15 @@ class Resume:
         hashed: Table = {}
         published = checkpoints.writing(self.home, step, origin, state.model_dump, lines, hashed)
         with published if self.world.is_first else nullcontext():
+            staging = self.world.staged(self.staging(step))
             self.world.wait()
             yield
-            saved = self.staging(step) / f"checkpoint-{step}"
+            saved = staging / f"checkpoint-{step}"
             hashed |= checkpoints.parts_in(saved, self.world)
+            self.world.collect(saved, hashed)
             if self.world.is_first:
                 _move_up(saved)
+        self.world.keep(saved, checkpoints.folder(self.home, step))
 
     def rotate(self, best: Best | None) -> None:
         """Remove old checkpoints, but not the `best` one."""

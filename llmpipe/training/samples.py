@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.faults import reading
-from llmpipe.files import write_whole
+from llmpipe.files import json_lines, write_whole
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.rng import isolated_rng
@@ -34,8 +32,8 @@ def answer_samples(trainer: Trained, tokenizer: Tokenizer, when: When) -> None:
     if not writes:
         return
     path = trainer.artifact.path / "samples.jsonl"
-    before = [line for line in _read(path) if line["when"] == "before"] if when == "after" else []
-    lines = before + answers
+    there = json_lines(path) if when == "after" and path.exists() else []
+    lines = [line for line in there if line["when"] == "before"] + answers
     if when == "after":
         for line in lines:
             cut = "" if line["ended"] else " (cut)"
@@ -48,14 +46,6 @@ def samples_size(artifact: Artifact) -> dict[str, int]:
     """Bytes of samples.jsonl, by its name; nothing where there are none."""
     path = artifact.path / "samples.jsonl"
     return {path.name: path.stat().st_size} if path.exists() else {}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with reading(path, "lines of JSON", ValueError):
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
 
 
 def _answers(trainer: Trained, tokenizer: Tokenizer, when: When) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Under an outside launcher the processes of one launch find one another, and nobody else."""
 
 import time
-from contextlib import nullcontext
 
 import pytest
 
@@ -31,59 +30,6 @@ def soon():
     return sleep
 
 
-def test_what_rank_0_writes_is_seen_or_not(artifact, monkeypatch):
-    """Two folders that have one name on two machines, or one that both have."""
-    monkeypatch.setenv("RANK", "1")
-    outside._look_path(artifact, 0).write_text("this")
-    assert outside.sees(artifact, "this", soon())
-    waits = []
-    assert not outside.sees(artifact, "another launch", waits.append)
-    assert sum(waits) == pytest.approx(outside.SIGHT)
-    left = [path.name for path in (artifact.run / ".locks").iterdir()]
-    assert left == ["sft.0.look"]
-
-
-class Told:
-    """Other processes, in their words."""
-
-    launch = "this"
-
-    def __init__(self, **answers):
-        self.answers = answers
-        self.said = {}
-
-    def turn(self):
-        return "this.1"
-
-    def say(self, key, text):
-        self.said[key] = text
-
-    def hear(self, key, of):
-        return self.answers[key.rpartition("/")[2]]
-
-
-@pytest.mark.parametrize(("answer", "refused"), [("yes", False), ("no", True)])
-def test_a_run_directory_that_another_machine_does_not_see_is_refused(
-    artifact, monkeypatch, answer, refused
-):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    peers = Told(**{"1": "yes", "2": answer})
-    with pytest.raises(UserError) if refused else nullcontext() as error:
-        outside.refuse_unshared(artifact, outside.Turn(peers))
-    assert peers.said == {"this.1/word/1": "look 0"}
-    assert not list((artifact.run / ".locks").iterdir())
-    if refused:
-        assert error.value.code == 2 and "rank 2 on another machine" in error.value.message
-
-
-def test_one_machine_is_not_asked_what_it_sees(artifact, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    peers = Told()
-    outside.refuse_unshared(artifact, outside.Turn(peers))
-    assert peers.said == {}
-
-
 def test_others_end_as_rank_0_does_and_it_alone_says_why(tmp_path):
     """Before there is anything to train: here another command is at work."""
     path = life.write(tmp_path / "run", launch__processes="auto")
@@ -96,11 +42,13 @@ def test_others_end_as_rank_0_does_and_it_alone_says_why(tmp_path):
 def test_one_that_lost_another_says_what_that_one_says(artifact, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     lost = Outcome(5, "another process ended", None, "peer")
-    assert outside.who_was_lost(artifact, "this", lost, soon()) == lost
+    turn = outside.Turn(None)
+    turn.launch = "this"
+    assert outside.who_was_lost(artifact, turn, lost, soon()) == lost
     write_end(artifact, "other", 1, Outcome(4, "of an earlier launch"))
-    assert outside.who_was_lost(artifact, "this", lost, soon()) == lost
+    assert outside.who_was_lost(artifact, turn, lost, soon()) == lost
     write_end(artifact, "this", 1, Outcome.of(UserError("out of memory", "lower it", 5)))
-    known = outside.who_was_lost(artifact, "this", lost, soon())
+    known = outside.who_was_lost(artifact, turn, lost, soon())
     assert known == Outcome(5, "another process ended first: out of memory", "lower it", "peer")
 
 

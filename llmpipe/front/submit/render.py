@@ -93,7 +93,7 @@ def _sky(job: Job, options: Options) -> dict[str, Any]:
     volume, image = resources.pop("volume", None), resources.pop("image", None)
     bucket = resources.pop("bucket", None) or f"llmpipe-{job.name}"
     if job.nodes > 1 and not volume:
-        problem = "sky: several machines share one run directory, and a bucket is no such folder"
+        problem = "sky: on several machines the run is on the first one's disk, and gone with that"
         raise UserError(problem, "--option volume=NAME, one that `sky volumes apply` has made")
     if image:
         resources["image_id"] = image if ":" in image.split("/")[0] else f"docker:{image}"
