@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from llmpipe.files import sha256_file
+from llmpipe.files import sha256_file, table
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.exports import EXPORTS, read_exports, write_exports
 from tests import life, store
@@ -180,7 +181,10 @@ def test_what_is_further_away_than_was_accepted_says_so(run, llmpipe):
     assert code == 0 and f"warning: {far}, which the card says" in out, err
     text = Path("shown/README.md").read_text(encoding="utf-8")
     shown = far.replace("_", r"\_")
-    assert f"- **Warning**: {shown}." in text and "hf.co/me/tiny-GGUF:F16" in text
+    assert (
+        f"- **Further from the model than its recipe accepts**: {shown}." in text
+        and "hf.co/me/tiny-GGUF:F16" in text
+    )
     assert "FROM ./tiny-F16.gguf" in Path("shown/Modelfile").read_text(encoding="utf-8")
 
 
@@ -218,6 +222,24 @@ def test_a_merged_format_is_a_model_like_any_other(hub, run, llmpipe, capsys):
     capsys.readouterr()
     run_example(Path("me/bf16"))
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["torchao", "compressed-tensors"])
+def test_what_another_package_has_packed_says_who_reads_it(run, llmpipe, method):
+    """By config.json, which is all that a loader goes by."""
+    home = run / "export"
+    path = home / "merged-bf16" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(config))
+    first, *others = read_exports(home)
+    write_exports(home, [replace(first, files=table(path.parent)), *others])
+    reseal(Artifact(home))
+    code, _, err = llmpipe("push", path.parent, "me/small", *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert f"With transformers and {method}:" in text and method in ModelCard(text).data.tags
+    assert "convert_hf_to_gguf" not in text
+    assert ("vllm serve me/small" in text) == (method != "torchao")
 
 
 def test_an_adapter_and_its_sum_name_what_they_were_made_of(hub, run, llmpipe):

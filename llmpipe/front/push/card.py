@@ -79,6 +79,7 @@ def card(facts: Facts) -> str:
         files=_files(facts.files),
         versions=_versions(manifest),
         use=_use(facts),
+        packages=facts.export.packages if facts.export else [],
         formats=_formats(facts.export) if facts.export else "",
         remarks=list(_remarks(facts)),
         measured_on=_measured_on(facts),
@@ -223,7 +224,7 @@ def _remarks(facts: Facts) -> Iterator[str]:
     exports = [one.export for one in facts.export.formats] if facts.export else []
     for export in exports:
         if export.warning:
-            yield f"**Warning**: {plain(export.warning)}."
+            yield f"**Further from the model than its recipe accepts**: {plain(export.warning)}."
     notes = dict.fromkeys(note for export in exports for note in export.notes)
     for note in notes if not facts.adapter else ():
         whose = [code(export.format) for export in exports if note in export.notes]

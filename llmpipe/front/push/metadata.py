@@ -48,8 +48,9 @@ def _library(facts: Facts) -> str:
 def _tags(facts: Facts) -> Iterator[str]:
     yield "llmpipe"
     yield from (one.manifest.stage for one in facts.ancestry.made)
-    if facts.export and facts.export.kind != "merged":
-        yield facts.export.kind
+    if facts.export:
+        yield from facts.export.packages
+        yield from [GGUF] if facts.export.kind == GGUF else []
     if facts.template and not facts.scores:
         yield "conversational"
 
