@@ -140,13 +140,14 @@ def export(artifact: Path, rows: Path, home: Path, formats: dict) -> None:
         "stage": "export",
         "name": label,
         "run": str(home / "exports"),
-        "model": str(artifact),
+        "model": str(artifact.resolve()),
         "formats": {**formats, "adapter": adapter},
-        "held_out": [{"path": str(rows)}],
+        "held_out": [{"path": str(rows.resolve())}],
         "accept": {"otherwise": "warn"},
     }
     refused = run(recipe, home)
-    for line in (home / "exports" / label / "exports.jsonl").read_text().splitlines():
+    lines = home / "exports" / label / "exports.jsonl"
+    for line in lines.read_text().splitlines() if lines.exists() else ():
         print(row(artifact.name, json.loads(line)), flush=True)
     if refused:
         print(f"{artifact.name}: {refused}", flush=True)

@@ -44,7 +44,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-UNTESTED = {"vllm", "zero", "rl"}  # what needs a GPU, is experimental, or is skipped where absent
+UNTESTED = {"zero", "rl"}  # what needs a GPU, is experimental, or is skipped where absent
 
 
 def requirements() -> list[Requirement]:

@@ -55,12 +55,22 @@ EXTRAS = {
     "lm_eval": "llmpipe[harness]",
     "jsonschema": "llmpipe[rl]",
     "reasoning_gym": "llmpipe[rl]",
-    "vllm": "llmpipe[vllm]",
     "deepspeed": "llmpipe[zero]",
     "llama_cpp": "llmpipe[gguf]",
     "torchao": "llmpipe[torchao]",
 }
 """What to install for a module, where that is not called as the module is."""
+
+OPTIONAL = (*EXTRAS, "vllm", "tensorboard", "wandb", "flash_attn")
+"""Packages that some recipes need."""
+
+
+def to_install(package: str) -> str:
+    """How a package is installed that a recipe needs."""
+    if package == "vllm":  # asks for an older transformers than ours, and runs with ours
+        return "pip install vllm && pip install llmpipe"
+    return f"pip install '{EXTRAS.get(package, package.replace('_', '-'))}'"
+
 
 
 def check(
@@ -342,8 +352,7 @@ def _in_packages(recipe: Recipe, outlook: Outlook) -> Iterator[Mistake]:
         return
     for field, package in recipe.packages():
         if importlib.util.find_spec(package) is None:
-            what = EXTRAS.get(package, package)
-            problem = UserError(f"{package} is not installed", f"pip install '{what}'")
+            problem = UserError(f"{package} is not installed", to_install(package))
             yield Mistake(field, problem)
         elif package == "wandb" and not _may_log_in():
             problem = UserError(

@@ -28,7 +28,7 @@ from llmpipe import __version__, screen
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import RESOURCES, Say, UserError
 from llmpipe.files import in_bytes
-from llmpipe.front.ahead import EXTRAS
+from llmpipe.front.ahead import OPTIONAL, to_install
 from llmpipe.front.launch import library_environment
 from llmpipe.run.machine import gpus
 from llmpipe.run.provenance import installed
@@ -43,9 +43,6 @@ PROBE = [sys.executable, "-m", "llmpipe.models.probe"]
 
 TITLE = 12
 """Columns before what is said."""
-
-OPTIONAL = {**EXTRAS, "tensorboard": "tensorboard", "wandb": "wandb", "flash_attn": "flash-attn"}
-"""Packages that some recipes need, and what to install for each."""
 
 
 class Fact(NamedTuple):
@@ -170,7 +167,7 @@ def _of_libraries() -> Iterator[Fact]:
     present = ", ".join(f"{name} {installed(name)}" for name in OPTIONAL if name not in absent)
     yield Fact("optional", present or "nothing of it is installed")
     if absent:
-        ways = ", ".join(f"{name} (pip install '{OPTIONAL[name]}')" for name in absent)
+        ways = ", ".join(f"{name} ({to_install(name)})" for name in absent)
         yield Fact("optional", f"not installed: {ways}")
 
 

@@ -63,7 +63,8 @@ class Rollout(Drawn):
     engine: Literal["local", "vllm"] = "local"
     """What draws: `local` is the policy itself. `vllm` is a copy of it in vLLM, on the same GPU and
     in one process, which is given the weights before each rollout and held to what the policy says
-    of a probe. The two round differently, and so draw different answers."""
+    of a probe. The two round differently, and so draw different answers. vLLM asks for an older
+    transformers than llmpipe does, and runs with its: install vLLM first."""
     solved: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     """`[0.1, 0.9]`: learn from prompts alone that the policy solves neither too rarely nor too
     often: that it answers rightly, before it learns, in a share of `tries` between these. What is

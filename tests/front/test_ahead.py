@@ -512,7 +512,7 @@ def test_an_engine_that_is_not_installed_is_named_without_torch(here):
     command = [sys.executable, "-c", code, "ppo", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "False\n")
-    what = "rollout.engine: vllm is not installed; pip install 'llmpipe[vllm]'"
+    what = "rollout.engine: vllm is not installed; pip install vllm && pip install llmpipe"
     assert done.stderr.strip().endswith(f"{path}:{line}: {what}")
 
 
