@@ -18,7 +18,7 @@ def python_of(command: str) -> str | None:
     """The Python that a command belongs to, which lies beside this Python or on PATH; None where
     there is none.
 
-    With PATH=$PATH:/opt/vllm/bin what is installed in the environment /opt/vllm is known.
+    With PATH=$PATH:./vllm/bin what is installed in the environment ./vllm is known.
     """
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     place = shutil.which(command, path=places)

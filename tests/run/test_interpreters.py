@@ -31,6 +31,6 @@ def test_a_command_on_path_tells_its_python(tmp_path, monkeypatch):
 
 def test_its_process_sees_none_of_our_packages(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
-    theirs = environment_of("/opt/engine/bin/python")
+    theirs = environment_of("/srv/engine/bin/python")
     assert "PYTHONPATH" not in theirs and theirs["HF_HUB_OFFLINE"] == "1"
     assert environment_of(sys.executable)["PYTHONPATH"] == "/ours"
