@@ -72,7 +72,6 @@ def to_install(package: str) -> str:
     return f"pip install '{EXTRAS.get(package, package.replace('_', '-'))}'"
 
 
-
 def check(
     stages: Sequence[Located | None],
     *,
