@@ -34,7 +34,8 @@ def _notes_on(folder: Path) -> list[str]:
     config: Any = read_json(folder / ADAPTER)
     notes = []
     base = config.get("base_model_name_or_path")
-    notes.append(f"its base is {base}; vLLM: --enable-lora --lora-modules NAME=FOLDER")
+    vllm = "--tokenizer FOLDER --enable-lora --lora-modules NAME=FOLDER"
+    notes.append(f"its base is {base}; vLLM: {vllm}")
     if config.get("r", 0) > LARGEST_RANK:
         notes.append(f"vLLM needs --max-lora-rank {config['r']}")
     beside = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]

@@ -30,9 +30,12 @@ from llmpipe.export.readers.of_transformers import (
     read_gguf,
     read_model,
 )
+from llmpipe.export.readers.of_vllm import VLLM, Unread
 from llmpipe.export.source import Source, load_source
 from llmpipe.files import differences, publishing, remove, table
-from llmpipe.run.exports import Export, read_exports, write_exports
+from llmpipe.run.exports import Export, Reading, read_exports, write_exports
+from llmpipe.run.interpreters import VLLM as COMMAND
+from llmpipe.run.interpreters import python_of
 from llmpipe.run.made import Made
 from llmpipe.run.probe import compare
 
@@ -53,6 +56,11 @@ class Format:
     read: Callable[[Path, Source], Reader]
     dtype: torch.dtype | None
     """To which weights and sums are rounded; None where they have fewer bits."""
+
+    @property
+    def for_vllm(self) -> bool:
+        """Whether vLLM takes it, where it takes the model."""
+        return not self.name.startswith("gguf-")
 
 
 def formats_of(recipe: Schema) -> Iterator[Format]:
@@ -172,13 +180,15 @@ def export_one(
             notes = form.write(source, staging)
         with screen.doing(f"reading {form.name} back"):
             export = read_back(form, source, standard, staging)
+        export = replace(export, also=read_by_vllm(form, source, standard, staging, say))
         problem = too_far(export, accept)
         if problem and accept.otherwise == "refuse":
             raise TooFar(f"the export is refused: {problem}")
     if problem:
         say(f"warning: {problem}")
     export = replace(export, notes=notes, warning=problem, files=table(folder))
-    say(f"{export.format}: {export.told}")
+    for told in (export.told, *(reading.told for reading in export.also)):
+        say(f"{export.format}: {told}")
     for note in export.notes:
         say(f"{export.format}: {note}")
     return export
@@ -188,10 +198,7 @@ def read_back(form: Format, source: Source, standard: Yardstick, folder: Path) -
     """What the reader makes of a format, compared with the model. Raises UserError (3)."""
     reader = form.read(folder, source)
     try:
-        rounded = (form.dtype, reader.computes_in)
-        most = max(map(source.tolerance, filter(None, rounded))) if form.dtype else None
-        agreement = compare(source.probe, reader.probe(), f"{form.name}, {reader.name}", most)
-        measured, rate = standard.measure(reader.predicts)
+        reading = _held_against(reader, form, source, standard)
     finally:
         reader.close()
     return Export(
@@ -199,25 +206,71 @@ def read_back(form: Format, source: Source, standard: Yardstick, folder: Path) -
         lossless=form.dtype is not None,
         size=sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS),
         tensors=reader.tensors,
-        reader=reader.name,
-        agreement=agreement,
-        measured=measured,
-        tokens_per_second=rate,
+        reader=reading.reader,
+        agreement=reading.agreement,
+        measured=reading.measured,
+        tokens_per_second=reading.tokens_per_second,
         template_kwargs=source.template_kwargs,
     )
+
+
+def _held_against(reader: Reader, form: Format, source: Source, standard: Yardstick) -> Reading:
+    """How far what a reader says is what the model says. Raises UserError (3)."""
+    most = _most(reader, form, source)
+    agreement = compare(source.probe, reader.probe(), f"{form.name}, {reader.name}", most)
+    measured, rate = standard.measure(reader.predicts)
+    return Reading(
+        reader=reader.name, agreement=agreement, measured=measured, tokens_per_second=rate
+    )
+
+
+def _most(reader: Reader, form: Format, source: Source) -> float | None:
+    """Nats that rounding may move a log-probability by; None where weights have fewer bits."""
+    return source.tolerance(form.dtype, reader.computes_in) if form.dtype else None
+
+
+def read_by_vllm(
+    form: Format, source: Source, standard: Yardstick, folder: Path, say: Say
+) -> list[Reading]:
+    """What vLLM makes of a format, where it is installed and takes the model; said, if it does not.
+
+    Raises UserError (3) where it makes something else of it.
+    """
+    python = python_of(COMMAND) if form.for_vllm else None
+    if python is None:
+        return []
+    with screen.doing(f"reading {form.name} by vLLM"):
+        try:
+            reader = VLLM(python, folder, source, form.dtype)
+        except Unread as why:
+            say(f"{form.name}: vLLM does not read it: {why}")
+            return []
+        try:
+            reading = _held_against(reader, form, source, standard)
+            if reader.is_adapter:
+                reader.refuse_unapplied(_most(reader, form, source) or 0.0, say)
+        except Unread as why:
+            say(f"{form.name}: vLLM does not read it: {why}")
+            return []
+        finally:
+            reader.close()
+    return [reading]
 
 
 def too_far(export: Export, accept: Accept) -> str:
     """How a format with fewer bits is further from the model than is accepted, in words."""
     if export.lossless:
         return ""
-    kl, ratio = export.measured.mean_kl, export.measured.perplexity_ratio
     problems = []
-    if not kl <= accept.mean_kl:
-        problems.append(f"a mean KL of {kl:.3g} nats per token, not at most {accept.mean_kl:g}")
-    if not ratio <= accept.perplexity_ratio:
-        limit = f"{accept.perplexity_ratio:g}"
-        problems.append(f"{ratio:.3f} times the model's perplexity, not at most {limit}")
+    for reading in (export.reading, *export.also):
+        kl, ratio = reading.measured.mean_kl, reading.measured.perplexity_ratio
+        by = f" by {reading.reader}" if export.also else ""
+        if not kl <= accept.mean_kl:
+            limit = f"not at most {accept.mean_kl:g}"
+            problems.append(f"a mean KL of {kl:.3g} nats per token{by}, {limit}")
+        if not ratio <= accept.perplexity_ratio:
+            limit = f"not at most {accept.perplexity_ratio:g}"
+            problems.append(f"{ratio:.3f} times the model's perplexity{by}, {limit}")
     return f"{export.format} has {' and '.join(problems)}" if problems else ""
 
 

@@ -21,15 +21,7 @@ from llmpipe.models.adapters import is_tied, merged, on_base
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.run.artifact import manifest_beside
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.probe import Probe, compare
-
-FP32 = 256
-"""Units in the last place of the largest logit, in fp32, that each layer may move one by where sums
-are computed in another order: on another device, in another batch, with an adapter merged."""
-
-HALF = 2
-"""The same where weights were rounded to half precision: most of these errors cancel out. Of
-SmolLM2-135M in bf16 1.1 were seen; what is sharp is that every weight is compared by itself."""
+from llmpipe.run.probe import Probe, compare, tolerance
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,12 +47,13 @@ class Source:
         """Its weights by name, as `weights_of` lists them."""
         return weights_of(self.model)
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Nats that a log-probability may move by where weights or sums are rounded to `dtype`."""
-        units = FP32 if dtype == torch.float32 else HALF
+    def tolerance(self, *dtypes: torch.dtype) -> float:
+        """Nats that a log-probability may move by where weights or sums are rounded to these."""
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)
-        least = min((min(said.log_probs, default=0.0) for said in self.probe.said), default=0.0)
-        return units * torch.finfo(dtype).eps * (layers + 1) ** 0.5 * max(-least, 1.0)
+        kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        most = tolerance(self.probe, layers, *kinds)
+        assert most is not None, kinds
+        return most
 
 
 @screen.doing("loading the model that is to be exported")

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 # typer imports pydantic; looking for its plugins takes longer than help
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -542,6 +542,10 @@ def serve(
     artifact: Annotated[
         str, typer.Argument(metavar="ARTIFACT", help="A finished artifact, such as runs/NAME/dpo.")
     ],
+    engine: Annotated[
+        Literal["auto", "transformers", "vllm", "llama-cpp"],
+        typer.Option(help="Which server; auto: llama-cpp for GGUF, vllm where there is a GPU."),
+    ] = "auto",
     host: Annotated[
         str, typer.Option(help="Where to listen: 127.0.0.1 is this machine alone.")
     ] = "127.0.0.1",
@@ -553,11 +557,12 @@ def serve(
 ) -> None:
     """Answer by OpenAI's interface, once the probe agrees.
 
-    The server is that of transformers; it is asked the probe before anybody else may ask.
+    The server is that of transformers, vLLM or llama.cpp; it is asked the probe before anybody
+    else may ask.
     """
     from llmpipe.front.serve import serve as serving
 
-    sys.exit(serving.serve(serving.Asked(artifact, host, port, api_key_from), say))
+    sys.exit(serving.serve(serving.Asked(artifact, engine, host, port, api_key_from), say))
 
 
 @app.command()

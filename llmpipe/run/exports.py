@@ -40,6 +40,28 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What somebody made of a format."""
+
+    reader: str
+    """Who read it back, with the version."""
+    agreement: Agreement
+    """On the questions of the probe."""
+    measured: Measured
+    """On held-out rows, or on the probe's continuations where the recipe names no rows."""
+    tokens_per_second: float
+    """At which the rows were read."""
+
+    @property
+    def told(self) -> str:
+        """In a line."""
+        far, same = self.measured, self.agreement
+        away = f"KL {far.mean_kl:.2g}, perplexity x {far.perplexity_ratio:.4f}"
+        answers = f"{same.equal_answers} of {same.answers} answers equal"
+        return f"{self.reader}: {away}, {answers}, {self.tokens_per_second:,.0f} tok/s"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """One format of a model."""
 
@@ -59,6 +81,8 @@ class Export:
     """On held-out rows, or on the probe's continuations where the recipe names no rows."""
     tokens_per_second: float
     """At which the reader read the rows."""
+    also: list[Reading] = field(default_factory=list)
+    """By what else is installed that takes it: vLLM."""
     notes: list[str] = field(default_factory=list)
     """What its user has to know."""
     warning: str = ""
@@ -71,12 +95,17 @@ class Export:
     @property
     def told(self) -> str:
         """In a line."""
-        far, same = self.measured, self.agreement
-        size = f"{in_bytes(self.size)}, {self.tensors:,} tensors"
-        away = f"KL {far.mean_kl:.2g}, perplexity x {far.perplexity_ratio:.4f}"
-        answers = f"{same.equal_answers} of {same.answers} answers equal"
-        rate = f"{self.tokens_per_second:,.0f} tok/s"
-        return f"{size}; {self.reader}: {away}, {answers}, {rate}"
+        return f"{in_bytes(self.size)}, {self.tensors:,} tensors; {self.reading.told}"
+
+    @property
+    def reading(self) -> Reading:
+        """That of the one reader that every format has."""
+        return Reading(
+            reader=self.reader,
+            agreement=self.agreement,
+            measured=self.measured,
+            tokens_per_second=self.tokens_per_second,
+        )
 
     @property
     def remarks(self) -> list[str]:

@@ -18,11 +18,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
-from llmpipe.front.serve import host, named, serve, server
-from llmpipe.front.serve.agree import Agreed, agree, tolerance
+from llmpipe.front.serve import engines, host, named, server
+from llmpipe.front.serve.agree import Agreed, agree
 from llmpipe.front.serve.asking import Line
 from llmpipe.front.serve.gate import Gate
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.probe import tolerance
 from tests import life, store
 
 pytest.importorskip("fastapi")
@@ -157,9 +158,8 @@ def client(line):
 
 
 def ask(client, messages, **more):
-    return client.chat.completions.create(
-        model="sft", messages=messages, **{"temperature": 0, **more}
-    )
+    asked = {"model": "sft", "temperature": 0, **more}
+    return client.chat.completions.create(messages=messages, **asked)
 
 
 def streamed(client, messages, **more):
@@ -179,7 +179,7 @@ def test_a_client_gets_the_answers_of_the_probe(client, model):
         if said.question.messages
         and not said.question.tools
         and said.answer[-1] in model.probe.stops
-        and min(said.margins) > 2 * tolerance(model, "bfloat16")
+        and min(said.margins) > tolerance(model.probe, model.layers, "bfloat16")
     ]
     assert plain
     for said in plain:
@@ -413,13 +413,28 @@ def test_a_gguf_file_is_served_by_llama_cpp(exported, form):
         host.application(order(model, gguf=str(other)))
 
 
+def test_a_merged_folder_is_served_by_its_own_probe(exported, tmp_path):
+    """What it was made of may be gone."""
+    shutil.copytree(exported.path, tmp_path / "run" / "export")
+    model = named.served(str(tmp_path / "run" / "export" / "merged-bf16"), tmp_path, print)
+    assert model.name == "sft" and model.rounded == "bf16" and model.has_template
+    with hosted(order(model)) as (gate, line):
+        agreed = agree(line, model, gate.precision)
+    assert agreed.asked == 16 and agreed.equal >= 14
+
+
 def test_what_of_an_export_is_not_served(exported, tmp_path):
-    with pytest.raises(UserError, match="its GGUF formats are served"):
-        named.served(str(exported.path / "merged-bf16"), tmp_path, print)
+    with pytest.raises(UserError, match="one format of it is taken"):
+        named.served(str(exported.path), tmp_path, print)
     alone = tmp_path / "run" / "export"
     shutil.copytree(exported.path, alone)
     with pytest.raises(UserError, match="what it was made of is not in") as refused:
         named.served(str(alone / "gguf-f16"), tmp_path, print)
+    assert refused.value.code == INTEGRITY
+    weights = alone / "merged-bf16" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"model\.safetensors") as refused:
+        named.served(str(alone / "merged-bf16"), tmp_path, print)
     assert refused.value.code == INTEGRITY
 
 
@@ -470,13 +485,39 @@ def test_what_is_no_finished_artifact(artifact, tmp_path):
     assert refused.value.code == INTEGRITY
 
 
+def test_which_server_answers(model, monkeypatch):
+    gguf = dataclasses.replace(model, gguf=model.folder)
+    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.setattr(engines, "gpus", lambda: 0)
+    monkeypatch.setattr(engines, "python_of", lambda command: "/opt/vllm/bin/python")
+    assert engines.engine_for(model, "auto").name == "transformers"
+    assert engines.engine_for(gguf, "auto").name == "llama-cpp"
+    asked = engines.engine_for(model, "vllm")
+    assert asked.command[0] == "/opt/vllm/bin/python" and os.path.isfile(asked.command[1])
+    assert "PYTHONPATH" not in asked.environment
+    monkeypatch.setattr(engines, "gpus", lambda: 1)
+    assert engines.engine_for(model, "auto").name == "vllm"
+    assert engines.engine_for(gguf, "auto").name == "llama-cpp"
+    monkeypatch.setattr(engines, "python_of", lambda command: None)
+    assert engines.engine_for(model, "auto").name == "transformers"
+    for one, name, words in (
+        (model, "vllm", "no command vllm on PATH"),
+        (model, "llama-cpp", "takes a GGUF file alone"),
+        (gguf, "vllm", "takes no GGUF file"),
+        (gguf, "transformers", "takes no GGUF file"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            engines.engine_for(one, name)
+        assert refused.value.code == 2
+
+
 def test_packages_that_are_not_here(model, monkeypatch):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="fastapi, openai, uvicorn") as refused:
-        serve.refuse_missing(model)
+        engines.engine_for(model, "transformers")
     assert refused.value.hint == "pip install 'llmpipe[serve]'"
     with pytest.raises(UserError, match="llama_cpp") as refused:
-        serve.refuse_missing(dataclasses.replace(model, gguf=model.folder))
+        engines.engine_for(dataclasses.replace(model, gguf=model.folder), "auto")
     assert refused.value.hint == "pip install 'llmpipe[serve,gguf]'"
 
 
@@ -506,10 +547,10 @@ def test_what_the_server_ends_with_is_the_commands_error():
 
 
 @contextmanager
-def command(artifact, tmp_path, **environment):
+def command(artifact, tmp_path, *more, **environment):
     """`llmpipe serve`, ready: its process and its address."""
     path = os.pathsep.join([str(life.ROOT), os.environ.get("PYTHONPATH", "")])
-    arguments = ["serve", str(artifact.path), "--port", "0", "--api-key-from", "A_KEY"]
+    arguments = ["serve", str(artifact.path), "--port", "0", "--api-key-from", "A_KEY", *more]
     with (tmp_path / "errors.txt").open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "llmpipe", *arguments],

@@ -7,7 +7,7 @@ completions. Compared are
   token of beginning, is seen by that;
 - the likeliest answer, word by word. Where it departs, it has to depart at a token that another one
   was nearly as likely as, by the margin that the manifest keeps: both may have moved by what the
-  rounding of the server's precision, or of the probe's, explains (`tolerance`);
+  rounding of the server's precision, of the weights, or of the probe's, explains (`tolerance`);
 - what ended it: an answer that a stop token ended is asked with room behind it, and has to end.
 
 Where weights have few bits no margin tells; then half of the answers have to be equal.
@@ -15,7 +15,6 @@ Where weights have few bits no margin tells; then half of the answers have to be
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +25,13 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.front.serve.asking import CHAT, TEXT, Line, Reply, Unheard, reply_of
 from llmpipe.front.serve.named import Served
-from llmpipe.run.probe import ANSWER_TOKENS, DATE, Said
+from llmpipe.run.probe import ANSWER_TOKENS, DATE, Said, as_clients_say, tolerance
 
 BEHIND = 8
 """Tokens that an answer may go on for which a stop token has to end."""
 
-EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-EPSILON |= dict.fromkeys(("f32", "f16"), EPSILON["float16"]) | {"bf16": EPSILON["bfloat16"]}
-"""Of a number between 1 and 2, by precision; of a GGUF file by its kind of numbers: keys and values
-are of 16 bits in llama.cpp, whatever it is."""
-
-HALF = "\ufffd"
+PART = "\ufffd"
 """What stands for a character of which an answer's last token is a part."""
-
-SUMS_IN_FP32 = 256
-"""Epsilons: sums are long and in another order, but nothing is rounded on the way."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +52,12 @@ class Agreed:
 
 def agree(line: Line, model: Served, precision: str) -> Agreed:
     """Ask a server the questions of the probe. Raises UserError (3) where it does not answer as the
-    model did."""
-    most = tolerance(model, precision)
+    model did.
+
+    `precision`: what the server computes in, as far as it says so.
+    """
+    computed = [precision] if precision else []
+    most = tolerance(model.probe, model.layers, model.rounded, *computed)
     file = model.folder / "tokenizer.json"
     with reading(file, "tokenizer", Exception, code=INTEGRITY):
         tokenizer = Tokenizer.from_file(str(file))
@@ -83,22 +78,6 @@ def agree(line: Line, model: Served, precision: str) -> Agreed:
     return Agreed(equal, len(departing) if most is not None else 0, len(asked))
 
 
-def tolerance(model: Served, precision: str) -> float | None:
-    """Nats that a log-probability may move by where one of the two precisions rounds; None where
-    weights have fewer bits.
-
-    Each layer rounds what it adds, and the errors add up like steps of a random walk.
-    """
-    if not {precision, model.probe.precision} <= set(EPSILON):
-        return None
-    least = min((min(said.log_probs, default=0.0) for said in model.probe.said), default=0.0)
-    walk = math.sqrt(model.layers + 1) * max(-least, 1.0)
-    return max(
-        EPSILON[one] * (SUMS_IN_FP32 if one == "float32" else 1) * walk
-        for one in (precision, model.probe.precision)
-    )
-
-
 def _departs(
     line: Line, model: Served, said: Said, tokenizer: Tokenizer, most: float | None
 ) -> str:
@@ -113,15 +92,15 @@ def _departs(
         # a call may have been taken out of the text
         reply = reply_of(line.post(TEXT, _text(model, said)))
     ended = said.answer[-1] in model.probe.stops
-    if reply.text.rstrip(HALF) == said.words.rstrip(HALF):
+    if reply.text.rstrip(PART) == said.words.rstrip(PART):
         if ended and reply.finish == "length":
             raise _refused(f"it does not stop where its answer to '{name}' ended")
         return ""
     at = _same_tokens(reply.text, said.answer[:-1] if ended else said.answer, tokenizer)
     margin = said.margins[at] if at < len(said.margins) else math.inf
     problem = f"'{name}': {said.words!r} when published, {reply.text!r} here"
-    if most is not None and margin > 2 * most:
-        reason = f"one token was likelier by {margin:.2g} nats, and {2 * most:.2g} may be rounding"
+    if most is not None and margin > most:
+        reason = f"one token was likelier by {margin:.2g} nats, and {most:.2g} may be rounding"
         raise _refused(f"{problem}; {reason}")
     return problem
 
@@ -130,7 +109,7 @@ def _same_tokens(text: str, answer: list[int], tokenizer: Tokenizer) -> int:
     """How many of an answer's tokens a text begins with."""
     for count in range(len(answer), 0, -1):
         begun = tokenizer.decode(answer[:count], skip_special_tokens=True)
-        if text.startswith(begun.rstrip(HALF)):
+        if text.startswith(begun.rstrip(PART)):
             return count
     return 0
 
@@ -146,7 +125,7 @@ def _refused(problem: str) -> UserError:
 def _ask(line: Line, model: Served, said: Said) -> Reply:
     if said.question.text is not None or not model.has_template:
         return reply_of(line.post(TEXT, _text(model, said)))
-    messages = [_as_clients_say(message) for message in said.question.messages]
+    messages = [as_clients_say(message) for message in said.question.messages]
     body: dict[str, Any] = {"messages": messages, "chat_template_kwargs": DATE}
     if said.question.tools:
         body["tools"] = said.question.tools
@@ -161,23 +140,3 @@ def _greedily(model: Served, said: Said) -> dict[str, Any]:
     ended = said.answer[-1] in model.probe.stops
     longest = ANSWER_TOKENS + BEHIND if ended else len(said.answer)
     return {"model": model.name, "temperature": 0, "max_tokens": longest}
-
-
-def _as_clients_say(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in OpenAI's form: arguments are text, and calls and answers have an id."""
-    said = {name: value for name, value in message.items() if name != "tool_calls"}
-    if calls := message.get("tool_calls"):
-        said["tool_calls"] = [
-            {
-                "id": "call_0",
-                "type": "function",
-                "function": {
-                    "name": call["function"]["name"],
-                    "arguments": json.dumps(call["function"]["arguments"]),
-                },
-            }
-            for call in calls
-        ]
-    if message["role"] == "tool":
-        said["tool_call_id"] = "call_0"
-    return said

@@ -3,6 +3,8 @@ agreed everybody.
 
 An ASGI application around another one (https://asgi.readthedocs.io). Kept of its paths are
 those that answer; what loads or unloads models is nobody's.
+
+Needs Python alone: vLLM's Python, which has nothing of llmpipe, loads it as a file.
 """
 
 from __future__ import annotations
@@ -16,6 +18,12 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LET_IN = "let others in"
+"""What the command says to the server's process when the probe has agreed."""
+
+GRACE = 25
+"""Seconds in which answers that have begun may come to their end: Kubernetes kills after 30."""
 
 HEALTH = "/health"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", HEALTH)

@@ -47,8 +47,7 @@ def _serve(order: Order) -> None:
     """Answer until a signal comes; then what has begun, as far as `GRACE` allows."""
     import uvicorn
 
-    from llmpipe.front.serve.gate import Gate
-    from llmpipe.front.serve.server import GRACE
+    from llmpipe.front.serve.gate import GRACE, Gate
 
     app, precision = application(order)
     gate = Gate(app, order.key, order.word, precision)
@@ -64,7 +63,7 @@ def _serve(order: Order) -> None:
 
 def _obey(gate: Gate) -> None:
     """Let others in when the command says so."""
-    from llmpipe.front.serve.server import LET_IN
+    from llmpipe.front.serve.gate import LET_IN
 
     if sys.stdin.readline().strip() == LET_IN:
         gate.is_open = True
@@ -76,7 +75,7 @@ def application(order: Order) -> tuple[Any, str]:
 
 
 def _of_llama_cpp(order: Order) -> tuple[Any, str]:
-    """The application of llama-cpp-python's server, and the kind of numbers that the file holds."""
+    """The application of llama-cpp-python's server, and what its keys and values are."""
     from llmpipe.errors import INTEGRITY, UserError
     from llmpipe.run.machine import gpus
     from llmpipe.upstream import llama_cpp_server
@@ -88,7 +87,7 @@ def _of_llama_cpp(order: Order) -> tuple[Any, str]:
     except (ValueError, RuntimeError) as error:
         problem = f"serve: {file}: llama.cpp does not load it: {error}"
         raise UserError(problem, code=INTEGRITY) from None
-    return app, file.stem.rpartition("-")[2]
+    return app, "float16"
 
 
 def _of_transformers(order: Order) -> tuple[Any, str]:

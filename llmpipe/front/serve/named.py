@@ -12,13 +12,16 @@ from types import TracebackType
 from typing import Any
 
 from llmpipe import screen
+from llmpipe.data.tokenizer import own_template
 from llmpipe.errors import INTEGRITY, RESOURCES, Say, UserError
 from llmpipe.files import read_json
 from llmpipe.front.readable import make_readable
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.artifact import Artifact, is_artifact
+from llmpipe.run.exported import Exported, exported
+from llmpipe.run.manifest import Manifest
 from llmpipe.run.probe import Probe
-from llmpipe.run.reference import Use, model_folder, resolve
+from llmpipe.run.reference import Model, Use, model_folder, resolve
 
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 """Addresses that stand for every one of a machine, and where it reaches itself."""
@@ -40,7 +43,9 @@ class Served:
     base: Path | None
     """What lies under the adapter."""
     gguf: Path | None = None
-    """The model for llama.cpp, made of the other."""
+    """The file for llama.cpp; `folder` is then that of its tokenizer."""
+    rounded: str = "fp32"
+    """To which kind of numbers an export rounded the weights."""
     probe: Probe
     has_template: bool
     """Whether it takes conversations."""
@@ -62,7 +67,7 @@ class Served:
 
 
 def served(name: str, converted: Path, say: Say) -> Served:
-    """A finished artifact that gives answers, verified and readable.
+    """A finished artifact that gives answers, or a format of an export, verified and readable.
 
     `converted`: for what has to be made readable first. Raises UserError (2), and (3) for one that
     is not finished, is damaged, or was never asked the probe.
@@ -73,50 +78,77 @@ def served(name: str, converted: Path, say: Say) -> Served:
     path = Path(os.path.abspath(os.path.expanduser(name)))
     if not path.exists():
         raise UserError(f"serve: {name}: no such artifact", "give its folder: runs/NAME/sft")
-    gguf = None
-    if is_artifact(path.parent) and Artifact(path.parent).document().get("kind") == "export":
-        path, gguf = _exported(name, path)
-    if not is_artifact(path):
-        raise _no_artifact(name, path)
     with screen.doing("verifying the model"):
+        part = exported(name, "serve")
+        if part is not None:
+            return _of_export(name, part, converted, say)
+        if not is_artifact(path):
+            raise _no_artifact(name, path)
         model = resolve(str(path), Use("serve", ("model", "adapter")), Path())
-    artifact = Artifact(path)
+    return _of_artifact(name, Artifact(path), model, converted, say)
+
+
+def _of_artifact(name: str, artifact: Artifact, model: Model, converted: Path, say: Say) -> Served:
+    """An artifact, as its manifest has it."""
     manifest = artifact.manifest()
-    if manifest.probe is None or not manifest.probe.asked:
-        problem = f"serve: {name}: its manifest does not say what the model answers"
-        hint = "an older llmpipe published it, or its context is too short: make it again"
-        raise UserError(problem, hint, INTEGRITY)
-    folder = make_readable(model, converted, say)
-    base = None
-    if model.base and model.is_adapter:
-        base = model_folder(model.base, converted)
+    folder, base = _readable(model, converted, say)
     return Served(
         name=manifest.name,
         folder=folder,
         base=base,
-        gguf=gguf,
-        probe=manifest.probe,
-        has_template=bool(manifest.tokenizer and manifest.tokenizer.template),
+        probe=_probe_of(name, manifest),
+        has_template=own_template(folder) is not None,
         template_kwargs=manifest.asked.chat_template_kwargs,
     )
 
 
-def _exported(name: str, folder: Path) -> tuple[Path, Path]:
-    """The artifact that a format was made of, which says what it answers, and the file of the
-    format. Raises UserError (2) for another format than GGUF, and (3)."""
-    export = Artifact(folder.parent)
-    with screen.doing("verifying the export"):
-        manifest = export.verify()
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        hint = "serve what it was made of; a merged folder is for vLLM, which takes it as it is"
-        raise UserError(f"serve: {name}: of an export its GGUF formats are served", hint)
-    for parent in manifest.parents:
-        source = Artifact(export.run / parent.name.partition("@")[0])
+def _of_export(name: str, part: Exported, converted: Path, say: Say) -> Served:
+    """A format of an export, which answers by the probe of the model that was exported."""
+    manifest, export = part.manifest, part.export
+    parents = [parent.name.partition("@")[0] for parent in manifest.parents]
+    gguf = part.model.folder if part.kind == "gguf" else None
+    if gguf:
+        folder, base = _tokenizer_of(name, part), None
+    else:
+        folder, base = _readable(part.model, converted, say)
+    return Served(
+        name=parents[0] if parents else manifest.name,
+        folder=folder,
+        base=base,
+        gguf=gguf,
+        rounded=export.format.partition("-")[2] or "fp32",
+        probe=_probe_of(name, manifest),
+        has_template=own_template(folder) is not None,
+        template_kwargs=export.template_kwargs,
+    )
+
+
+def _readable(model: Model, converted: Path, say: Say) -> tuple[Path, Path | None]:
+    """The folder of a model, and that of what lies under an adapter."""
+    folder = make_readable(model, converted, say)
+    is_adapter = model.base is not None and model.is_adapter
+    return folder, model_folder(model.base, converted) if model.base and is_adapter else None
+
+
+def _probe_of(name: str, manifest: Manifest) -> Probe:
+    """What a model says. Raises UserError (3) where nobody has asked it."""
+    if manifest.probe is None or not manifest.probe.asked:
+        problem = f"serve: {name}: its manifest does not say what the model answers"
+        hint = "an older llmpipe published it, or its context is too short: make it again"
+        raise UserError(problem, hint, INTEGRITY)
+    return manifest.probe
+
+
+def _tokenizer_of(name: str, part: Exported) -> Path:
+    """Where the tokenizer of a GGUF file lies as a file of its own, by which answers are cut: with
+    the model that was exported. Raises UserError (3) where that is gone."""
+    run = part.artifact.run
+    for parent in part.manifest.parents:
+        source = Artifact(run / parent.name.partition("@")[0])
         if source.finished and source.manifest().fingerprint == parent.fingerprint:
-            return source.path, files[0]
-    problem = f"serve: {name}: what it was made of is not in {export.run} any more"
-    hint = "its manifest says what the model answers: put it back, or export again"
+            return source.model
+    problem = f"serve: {name}: what it was made of is not in {run} any more"
+    hint = "its tokenizer tells where an answer departs: put it back, or export again"
     raise UserError(problem, hint, INTEGRITY)
 
 

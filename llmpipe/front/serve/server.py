@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,18 +20,14 @@ from typing import Any
 
 from llmpipe.errors import RESOURCES, Say, UserError
 from llmpipe.front.serve.asking import Line, Unheard
-from llmpipe.front.serve.gate import HEALTH
+from llmpipe.front.serve.engines import Engine
+from llmpipe.front.serve.gate import HEALTH, LET_IN
 from llmpipe.front.serve.named import Address, Served
 from llmpipe.run.signals import code_of, stopping
 from llmpipe.ties import PARENT
 
 PAUSE = 0.1
 """Seconds between two looks at whether it answers."""
-
-GRACE = 25
-"""Seconds in which answers that have begun may come to their end: Kubernetes kills after 30."""
-
-LET_IN = "let others in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +126,7 @@ def _ended_with(code: int, process: subprocess.Popen[bytes]) -> UserError:
 
 
 @contextmanager
-def running(model: Served, address: Address, key: str | None) -> Iterator[Server]:
+def running(model: Served, engine: Engine, address: Address, key: str | None) -> Iterator[Server]:
     """The server in a process of its own, which is killed in the end if it is still there."""
     word = secrets.token_urlsafe(32)
     order = Order(
@@ -147,12 +142,12 @@ def running(model: Served, address: Address, key: str | None) -> Iterator[Server
         word=word,
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmpipe.front.serve.host"],
+        engine.command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=[order.descriptor],
         start_new_session=True,  # Ctrl-C comes by this command alone
-        env=os.environ | {PARENT: str(os.getpid())},
+        env=engine.environment | {PARENT: str(os.getpid())},
     )
     server = Server(process, Line(address.near, address.port, word))
     before = {number: signal.signal(number, server.serve_signal) for number in stopping()}
@@ -167,7 +162,8 @@ def running(model: Served, address: Address, key: str | None) -> Iterator[Server
             raise SystemExit(code_of(server.signals[0])) from None
         raise
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM has processes of its own
         with suppress(BrokenPipeError):  # it may be gone, and no word is left for it
             process.communicate()
         for number, handler in before.items():
