@@ -506,7 +506,7 @@ def publishing(target: Path) -> Iterator[Path]:
     A target that exists is replaced: it is moved aside first, so that no moment shows a mixture.
     Raises UserError (5) when the disk is full; nothing of the target is lost then.
     """
-    staging = target.with_name(f".{target.name}.staging")
+    staging = staging_of(target)
     try:
         with writing(target, staging):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -519,6 +519,11 @@ def publishing(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def staging_of(target: Path) -> Path:
+    """Where what is published as `target` lies until it is whole."""
+    return target.with_name(f".{target.name}.staging")
 
 
 def _flush(folder: Path) -> None:

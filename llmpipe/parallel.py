@@ -20,6 +20,7 @@ What speaks to the other processes is collective: every process has to call it, 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -40,14 +41,17 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.futures import Future
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -186,6 +190,14 @@ class World:
     def greatest(self, value: float) -> float:
         """The greatest of the processes' numbers, the same in all of them."""
         return float(self._reduced(torch.tensor(float(value)), dist.ReduceOp.MAX))
+
+    def all(self, value: bool) -> bool:
+        """Whether this is so in every process. No device is asked, nor waited for."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(int(value))
+        dist.all_reduce(shared, dist.ReduceOp.MIN, patient())
+        return bool(shared)
 
     def totals(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """The sum over processes of every number, added in float64. All processes have the same
@@ -608,30 +620,46 @@ def let_go(model: nn.Module) -> None:
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by ranks
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Save weights and moments, each process its part. Raises the error of the first that fails."""
+Write = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
+"""Has a file of safetensors hold these tensors, and words beside them, now or later."""
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, write: Write) -> None:
+    """Save weights and moments, each process its part."""
     reshard(model)
     moments = _tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
-    save_tensors(folder, _weights(model) | moments)
+    save_tensors(folder, _weights(model) | moments, write)
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Save tensors by names, of those in parts each process its part. Raises as `save` does."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+def save_tensors(folder: Path, tensors: dict[str, Tensor], write: Write) -> None:
+    """Save tensors by names, of those in parts each process its part."""
     with _failing_as_one():
-        dcp.save(_unshared(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        writer = _Writer(folder, write)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of one process as safetensors takes them: where two share memory, one is copied."""
-    seen: set[int] = set()
-    copies: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        memory = part_of(tensor).untyped_storage().data_ptr()
-        shared = memory in seen and not is_part(tensor)
-        copies[name] = tensor.clone() if shared else tensor
-        seen.add(memory)
-    return copies
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Asks for one file of this process's tensors. The library's own writes them at once, and holds
+    all of them a second time.
+    """
+
+    def __init__(self, folder: Path, write: Write):
+        super().__init__(str(folder), save_distributed=True)
+        self.write = write
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors, offsets = {}, {}
+        for item in plan.items:
+            assert item.tensor_data is not None  # there is nothing else
+            tensors[item.index.fqn] = planner.resolve_data(item)
+            offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
+        if plan.items:
+            name = f"shard-{plan.storage_data['shard_index']:05}-model-00001-of-00001.safetensors"
+            # what the reader asks for; of several words the order would be chance
+            self.write(tensors, Path(self.path, name), {"DCP_SHARDING_INFO": json.dumps(offsets)})
+        results: Future[list[WriteResult]] = Future()
+        results.set_result([])
+        return results
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

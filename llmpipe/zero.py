@@ -27,7 +27,6 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_outputs_to_fp32
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -170,9 +169,9 @@ def whole(weight: nn.Parameter) -> Tensor:
 # --- its checkpoints: one file of safetensors for each process, of whole tensors ---
 
 
-def save(folder: Path, model: nn.Module, engine: DeepSpeedEngine) -> None:
-    """Save what learns, and its moments: each process every so many tensors, so that no more of a
-    model is whole in one than its share of it.
+def file_of(model: nn.Module, engine: DeepSpeedEngine) -> tuple[str, dict[str, Tensor]]:
+    """The file of this process, by its name, and what it holds of what learns, and of its moments:
+    every so many tensors, so that no more of a model is whole in one than its share of it.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -188,12 +187,11 @@ def save(folder: Path, model: nn.Module, engine: DeepSpeedEngine) -> None:
     if rank == 0:
         optimizer: Any = engine.optimizer
         mine[STEP] = next(iter(optimizer.optimizer.state.values()))[STEP].cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(mine, folder / f"shard-{rank + 1:05}-of-{size:05}.safetensors")
+    return f"shard-{rank + 1:05}-of-{size:05}.safetensors", mine
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load what `save` has saved of what learns, in any number of processes, into plain weights."""
+    """Load what files hold of what learns, in any number of processes, into plain weights."""
     weights = dict(_learned(model))
     for name, tensor in _tensors(folder, "model."):
         weights.pop(name).data.copy_(tensor)
@@ -201,7 +199,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizer(folder: Path, model: nn.Module, engine: DeepSpeedEngine) -> None:
-    """Load what `save` has saved of an optimizer: its moments, not its rates."""
+    """Load what files hold of an optimizer: its moments, not its rates."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     zero: Any = engine.optimizer

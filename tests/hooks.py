@@ -8,7 +8,9 @@ import sys
 
 
 def __getattr__(name):
-    """`kill_after_checkpoint_6` is `kill_after_checkpoint` with 6."""
+    """`kill_after_checkpoint_6` is `kill_after_checkpoint` with 6; `one__other` is both."""
+    if "__" in name.strip("_"):
+        return lambda: [getattr(sys.modules[__name__], each)() for each in name.split("__")]
     found = re.fullmatch(r"(.+?)_(\d+)", name)
     if not found or found[1] not in globals():
         raise AttributeError(name)
@@ -47,7 +49,7 @@ def kill_after_checkpoint(step):
 
 
 def kill_in_save(step):
-    """When the library has saved the model, and pickled its arguments beside it."""
+    """When the library has pickled its arguments beside the model."""
     from llmpipe.training import hosted
 
     def action(self, *_):
@@ -55,6 +57,59 @@ def kill_in_save(step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     _before(hosted.Durable, "_save_rng_state", action)
+
+
+def _before_file(step, number, act):
+    """`act` with the path of the last of so many files that a process writes of a checkpoint."""
+    from llmpipe.training.host_copy import File
+
+    paths = []
+
+    def action(self):
+        if f"step-{step}." in str(self.path):
+            paths.append(self.path)
+            if len(paths) == number:
+                act(self.path)
+
+    _before(File, "write", action)
+
+
+def kill_in_writing(step):
+    """When a process has written one of its files, and not the next."""
+    _before_file(step, 2, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def slow_writing(hundredths):
+    """Each file takes so long, at least, that is written beside steps."""
+    import threading
+    import time
+
+    from llmpipe.training.host_copy import File
+
+    def action(_):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(hundredths / 100)
+
+    _before(File, "write", action)
+
+
+def kill_in_part(step):
+    """When a process is about to write its part of a model."""
+    _before_file(step, 1, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def disk_full_at(step):
+    """When a process has written one of its files."""
+    _before_file(step, 2, _disk_is_full)
+
+
+def disk_full_in_parts(step):
+    """When a process is about to write its part of a model."""
+    _before_file(step, 1, _disk_is_full)
+
+
+def _disk_is_full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _signal_in_step(step, number):
@@ -216,19 +271,6 @@ def nan_gradient(step):
     Trainer._clip_grad_norm = clip
 
 
-def disk_full_at(step):
-    from transformers import Trainer
-
-    original = Trainer._save_optimizer_and_scheduler
-
-    def save(self, output_dir):
-        if self.state.global_step == step:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self, output_dir)
-
-    Trainer._save_optimizer_and_scheduler = save
-
-
 def never_in_parts_again():
     """What only looked at a model in parts leaves its last weights whole."""
     from llmpipe import parallel
@@ -266,28 +308,6 @@ def small_machine():
     from llmpipe.run import machine
 
     machine.memory = lambda: 1 << 28
-
-
-def disk_full_in_parts(step):
-    """When a process has begun to write its part of a model."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-
-    def action(self, *_):
-        if f"step-{step}." in str(self.path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    _before(HuggingFaceStorageWriter, "write_data", action)
-
-
-def disk_full_under_zero(step):
-    """When a process has begun to write its part of a checkpoint."""
-    from llmpipe import zero
-
-    def action(_, path):
-        if f"step-{step}." in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    _before(zero, "save_file", action)
 
 
 def another_stage_of_zero():
@@ -422,7 +442,7 @@ def ppo_kill_after(step):
     _after(
         Loop,
         "save",
-        lambda self: os.kill(os.getpid(), signal.SIGKILL) if self.state.step == step else None,
+        lambda self, **_: os.kill(os.getpid(), signal.SIGKILL) if self.state.step == step else None,
     )
 
 
@@ -452,7 +472,7 @@ def ppo_term_in_save(step):
     _before(
         Loop,
         "save",
-        lambda self: os.kill(os.getpid(), signal.SIGTERM) if self.state.step == step else None,
+        lambda self, **_: os.kill(os.getpid(), signal.SIGTERM) if self.state.step == step else None,
     )
 
 

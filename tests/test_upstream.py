@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -464,6 +465,29 @@ def test_canary_durable_trainers():
         source = inspect.getsource(trainer)
         assert 'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source
         assert "self._total_train_tokens = 0" in source
+
+
+def test_canary_of_files_of_checkpoints():
+    """transformers and PEFT write what `upstream.writing_by` catches, and PyTorch's reader of parts
+    asks for the one word that `parallel` writes beside them.
+    """
+    from peft import peft_model
+    from torch.distributed.checkpoint import _hf_utils, hf_storage
+
+    for place in (modeling_utils.PreTrainedModel.save_pretrained, peft_model.PeftModel):
+        assert "safe_save_file(" in inspect.getsource(place)
+    reader = inspect.getsource(hf_storage.HuggingFaceStorageReader)
+    asked = set(re.findall(r"\b[A-Z_]+_KEY\b", reader))
+    assert asked == {"CUSTOM_METADATA_KEY", "SAVED_OFFSETS_KEY"}
+    assert _hf_utils.CUSTOM_METADATA_KEY == "DCP_SHARDING_INFO"
+    assert _hf_utils.SAVED_OFFSETS_KEY == "saved_offsets"
+    name = _hf_utils._gen_file_name(1, 1, 3)
+    assert name == "shard-00003-model-00001-of-00001.safetensors"
+    writer = inspect.getsource(hf_storage.HuggingFaceStorageWriter.finish)
+    assert "if self.save_distributed and not self.enable_consolidation:" in writer
+    saving = inspect.getsource(transformers.Trainer._save_optimizer_and_scheduler)
+    for name in ("optimizer", "lr_scheduler"):
+        assert f"torch.save(self.{name}.state_dict(), os.path.join(output_dir, " in saving
 
 
 def test_canary_zero():

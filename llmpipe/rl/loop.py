@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llmpipe.data.encode import encoder_of
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped, UserError
-from llmpipe.files import Table
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.models.load import set_up
@@ -53,10 +50,12 @@ from llmpipe.run.context import refuse_rollouts, tokens_of
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.run.manifest import Leg
+from llmpipe.run.signals import Signals
 from llmpipe.training.conclude import conclude
 from llmpipe.training.resume import refuse_another_strategy
 from llmpipe.training.rows import dataset
 from llmpipe.training.samples import answer_samples, samples_size
+from llmpipe.training.saving import Content, Saving
 from llmpipe.training.schedule import say_if_peak_is_missed
 from llmpipe.training.training import Training
 
@@ -125,6 +124,8 @@ class Loop:
         )
         if self.recipe.rollout.is_partial:
             self.say(PARTIAL)
+        checkpoint, device = self.recipe.checkpoint, self.hardware.device
+        self.saving = Saving(self.artifact.checkpoints, checkpoint, device, self.world, self.say)
         self.resumes = False
         self.exact = True
         self._go_on_from_checkpoint()
@@ -151,19 +152,10 @@ class Loop:
             self.say(f"resuming from step-{self.state.step} of {self.steps}")
         self._evaluate_before()
         self.journal.begin(self.state.step, self.steps)
-        while self.state.step < self.steps:
-            metrics = self.update()
-            if self._due(self.recipe.log.every):
-                self.journal.write(self.state.step, metrics)
-            self.state.evaluation_due = self._evaluates_now()
-            stop = self.world.stop_code(signals)
-            if self.state.evaluation_due and not stop:
-                self._evaluate()
-                stop = self.world.stop_code(signals)
-            if stop or self._due(self.recipe.checkpoint.every):
-                self.save()
-            if stop:
-                raise Stopped(stop, f"stopped at step {self.state.step}, checkpoint written")
+        with self.saving:
+            stop = self._update_to_the_end(signals)
+        if stop:
+            raise Stopped(stop, f"stopped at step {self.state.step}, checkpoint written")
         signals.deferred = False
         self.sampler.engine.release()
         self.journal.close()
@@ -174,6 +166,23 @@ class Loop:
         if self.recipe.mixture is None:
             self.state.sameness.refuse()
         return self._final()
+
+    def _update_to_the_end(self, signals: Signals) -> int:
+        """Update to the end, or until a signal is served; its exit code, 0 for none."""
+        stop = 0
+        while self.state.step < self.steps and not stop:
+            metrics = self.update()
+            self.saving.poll()
+            if self._due(self.recipe.log.every):
+                self.journal.write(self.state.step, metrics)
+            self.state.evaluation_due = self._evaluates_now()
+            stop = self.world.stop_code(signals)
+            if self.state.evaluation_due and not stop:
+                self._evaluate()
+                stop = self.world.stop_code(signals)
+            if stop or self._due(self.recipe.checkpoint.every):
+                self.save(last=bool(stop) or self.state.step == self.steps)
+        return stop
 
     def update(self) -> Metrics:
         """Draw, score, judge, learn; what there is to say of it."""
@@ -313,42 +322,25 @@ class Loop:
 
     # --- checkpoints ---
 
-    def save(self) -> None:
+    def save(self, *, last: bool) -> None:
         """A checkpoint. Rank 0 writes it, but for the other processes' parts of models."""
-        hashed: Table = {}
-        with self._checkpoint(hashed) if self.world.is_first else nullcontext() as staging:
-            if self.learner.is_sharded:
-                folder = self.world.staged(staging)
-                save_tensors(self.learner, folder)
-                hashed |= checkpoints.parts_in(folder, self.world)
-                self.world.collect(folder, hashed)
-            elif staging:
-                save_tensors(self.learner, staging)
-        self.world.wait()
-        if self.learner.is_sharded:
-            target = checkpoints.folder(self.artifact.checkpoints, self.state.step)
-            self.world.keep(folder, target)
-
-    @contextmanager
-    def _checkpoint(self, hashed: Table) -> Iterator[Path]:
-        """The folder of one, published on leaving, when its parts are `hashed`."""
-        home = self.artifact.checkpoints
         self.journal.note(f"saving step {self.state.step}")
+        content = self._content() if self.world.is_first else None
+        with self.saving.checkpoint(self.state.step, content, at_once=last) as folder:
+            if self.learner.is_sharded or content:
+                save_tensors(self.learner, folder, self.saving.tensors)
+
+    def _content(self) -> Content:
+        """What a checkpoint has beside its tensors."""
         sizes = self.journal.sizes()
-        seconds = self.journal.seconds
-        kept = record(self.state, self.learner, seconds, list(sizes.values()))
-        lines = sizes | samples_size(self.artifact)
+        kept = record(self.state, self.learner, self.journal.seconds, list(sizes.values()))
         origin = checkpoints.Origin(
             identity=self.training.identity,
             machine=self._machine(),
             exact=self.exact,
             legs=self.legs,
         )
-        with checkpoints.writing(
-            home, self.state.step, origin, kept.model_dump, lines, hashed
-        ) as staging:
-            yield staging
-        checkpoints.rotate(home, self.recipe.checkpoint.keep, set())
+        return Content(origin, kept.model_dump(), sizes | samples_size(self.artifact))
 
     def _go_on_from_checkpoint(self) -> None:
         """Go on from the newest checkpoint, where there is one, or begin anew."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmpipe import parallel
@@ -99,16 +99,17 @@ def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> 
     )
 
 
-def save_tensors(learner: Learner, folder: Path) -> None:
+def save_tensors(learner: Learner, folder: Path, write: parallel.Write) -> None:
     """Weights and moments, as two files of `folder`. Collective where they are in parts: each
     process saves its part."""
     learned = {name: weight.detach() for name, weight in learner.weights.items()}
     moments = tensors_of(learner.optimizer.state_dict()["state"])
     if learner.is_sharded:
-        parallel.save_tensors(folder / checkpoints.SHARDED, _together(learned, moments))
+        parts = folder / checkpoints.SHARDED
+        parallel.save_tensors(parts, _together(learned, moments), write)
         return
-    save_file(_unshared(learned), folder / LEARNED)
-    save_file(_unshared(moments), folder / OPTIMIZER)
+    write(learned, folder / LEARNED, {})
+    write(moments, folder / OPTIMIZER, {})
 
 
 def restore(folder: Path, state: State, learner: Learner) -> StateRecord:
@@ -196,15 +197,3 @@ def with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value.keys() == {"tensor"}:
         return tensors[value["tensor"]]
     return {key: with_tensors(inner, tensors) for key, inner in value.items()}
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them: those that share memory, as bitsandbytes' maps do, are
-    copied."""
-    seen: set[int] = set()
-    copies: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        copies[name] = (tensor.clone() if memory in seen else tensor).cpu().contiguous()
-        seen.add(memory)
-    return copies

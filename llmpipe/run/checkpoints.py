@@ -30,7 +30,6 @@ from llmpipe.files import (
     publishing,
     read_written,
     remove,
-    sha256_file,
     table,
     write_json,
 )
@@ -176,8 +175,7 @@ def writing(
     """
     with publishing(folder(checkpoints, step)) as staging:
         yield staging
-        for name in UNREAD:
-            (staging / name).unlink(missing_ok=True)
+        leave_out(staging)
         write_json(staging / STATE, state())
         sums = {"step": step, **asdict(origin), "files": table(staging, known=hashed)}
         begun = {name: _beginning(checkpoints.parent / name, size) for name, size in lines.items()}
@@ -185,12 +183,10 @@ def writing(
         write_json(staging / SUMS, sums | {"fingerprint": fingerprint(sums)})
 
 
-def parts_in(folder: Path, world: Together) -> Table:
-    """Of a checkpoint in parts, all: each process hashes what it has written. Collective."""
-    paths = sorted((folder / SHARDED).glob(f"{_part(world.rank)}*"))
-    sizes = ((path, path.stat().st_size) for path in paths)
-    mine = {f"{SHARDED}/{path.name}": FileEntry(n, sha256_file(path)) for path, n in sizes}
-    return dict(chain(*(parts.items() for parts in world.gather(mine))))
+def leave_out(folder: Path) -> None:
+    """Remove what nothing reads of what a library has saved in a folder."""
+    for name in UNREAD:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _part(rank: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmpipe.errors import UserError
@@ -64,15 +65,43 @@ def memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/
     groups that they are in allow (cgroups of version 2).
     """
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for folder in _groups_of(groups, root):
+        limit = folder / "memory.max"
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            most = min(most, int(text))
+    return most
+
+
+def free_memory(
+    groups: Path = Path("/proc/self/cgroup"),
+    root: Path = Path("/sys/fs/cgroup"),
+    system: Path = Path("/proc/meminfo"),
+) -> int:
+    """Bytes of it that nobody has taken, or the system gives back when they are asked for, as pages
+    of files; all of it where the system does not say.
+    """
+    free = memory(groups, root)
+    if not system.is_file():
+        return free
+    lines = [line.split() for line in system.read_text().splitlines()]
+    kilobytes = {words[0]: int(words[1]) for words in lines}
+    free = min(free, 1024 * kilobytes.get("MemAvailable:", free // 1024))
+    for folder in _groups_of(groups, root):
+        limit, used, kinds = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            sizes = dict(line.split() for line in kinds.read_text().splitlines())
+            files = int(sizes["active_file"]) + int(sizes["inactive_file"])
+            free = min(free, int(text) - int(used.read_text()) + files)
+    return max(0, free)
+
+
+def _groups_of(groups: Path, root: Path) -> Iterator[Path]:
+    """The control groups that this process is in (of version 2), the innermost first."""
     lines = groups.read_text().splitlines() if groups.is_file() else []
     for line in lines:
         version, _, name = line.partition("::/")
-        group = root / name
-        for folder in (group, *group.parents) if version == "0" else ():
-            limit = folder / "memory.max"
-            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-                most = min(most, int(text))
-    return most
+        if version == "0":
+            yield from (root / name, *(root / name).parents)
 
 
 def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:

@@ -40,6 +40,7 @@ from llmpipe.training.memory import fit_memory
 from llmpipe.training.metrics_log import MetricsLog
 from llmpipe.training.resume import Resume, State, as_numbers
 from llmpipe.training.rows import Order, longest, with_fillers
+from llmpipe.training.saving import Saving
 from llmpipe.training.schedule import (
     make_scheduler,
     refuse_another_schedule,
@@ -85,6 +86,9 @@ class Durable(Sharded):
         self.metrics_log = MetricsLog(self.artifact.path / "metrics.jsonl", self.world, self.say)
         self.held_out = HeldOut(self, measure, self.hardware, self.world, self.stop_asked)
         self.resume = Resume(training, self.world)
+        checkpoint = self.recipe.checkpoint
+        home, device = self.artifact.checkpoints, self.hardware.device
+        self.saving = Saving(home, checkpoint, device, self.world, self.say)
         self.metrics_log.cut(self.resume.state.metrics_bytes if self.resume.state else 0)
         self._rows = self.train_dataset
         self._even_out_batches()
@@ -165,7 +169,8 @@ class Durable(Sharded):
             self._evaluate_at_first()
         if not done:
             checkpoint = self.resume.checkpoint
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with self.saving:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self._raise_if_stopped()
         self.leave_zero()
         self.signals.deferred = False
@@ -379,9 +384,14 @@ class Durable(Sharded):
         """The library's own checkpoint, published whole."""
         state = self.gather_state()
         self.metrics_log.note(f"saving step {self.state.global_step}")
-        with self.resume.writing(self, state):
+        step, last = self.state.global_step, self.control.should_training_stop
+        first = self.world.is_first
+        content = self.resume.content(state, self._kept_best()) if first else None
+        below = f"checkpoint-{step}"
+        with self.saving.checkpoint(step, content, below=below, at_once=last):
             super()._save_checkpoint(model, trial)
-        self.resume.rotate(self._kept_best())
+        if first:
+            release_memory()
         self.show_step()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -417,7 +427,10 @@ class Durable(Sharded):
         self.metrics_log.at(self.state.global_step, self._last_loss, rate)
 
     def stop_asked(self) -> bool:
-        """Whether any process was told to stop; all processes get the same answer."""
+        """Whether any process was told to stop; all processes get the same answer. Whoever asks
+        is between two steps, or two batches of an evaluation, and so are the others.
+        """
+        self.saving.poll()
         code = self.world.stop_code(self.signals)
         self.stop_code = code or self.stop_code
         return bool(code)

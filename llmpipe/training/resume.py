@@ -8,8 +8,7 @@ lie in llmpipe.json, with llmpipe's own counters.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from transformers import Trainer, TrainerState
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.files import Table
-from llmpipe.models.hardware import Hardware, platform_of, release_memory
+from llmpipe.files import staging_of
+from llmpipe.models.hardware import Hardware, platform_of
 from llmpipe.parallel import World
 from llmpipe.recipe import sections
 from llmpipe.record import Record
@@ -28,6 +27,7 @@ from llmpipe.run import checkpoints
 from llmpipe.run.manifest import Leg
 from llmpipe.training.heldout import Best
 from llmpipe.training.samples import samples_size
+from llmpipe.training.saving import Content
 from llmpipe.training.training import Training
 from llmpipe.upstream.later import now
 
@@ -130,15 +130,12 @@ class Resume:
 
     def staging(self, step: int) -> Path:
         """Where the library saves to."""
-        return self.home / f".step-{step}.staging"
+        return staging_of(checkpoints.folder(self.home, step))
 
-    @contextmanager
-    def writing(self, trainer: Trainer, state: State) -> Iterator[None]:
-        """Let the library save into a checkpoint's staging folder, then publish that whole.
-
-        Every process writes its part; the first one publishes.
+    def content(self, state: State, best: Best | None) -> Content:
+        """What a checkpoint has beside the library's files. The `best` one so far is kept: what is
+        gone on from there may go back to it.
         """
-        step = trainer.state.global_step
         origin = checkpoints.Origin(
             identity=self.training.identity,
             machine=self.training.hardware.resume_key(),
@@ -148,26 +145,7 @@ class Resume:
         lines = {"metrics.jsonl": state.metrics_bytes} | samples_size(self.training.artifact)
         if state.stream and state.stream.rejected_bytes is not None:
             lines["rejected.jsonl"] = state.stream.rejected_bytes
-        hashed: Table = {}
-        published = checkpoints.writing(self.home, step, origin, state.model_dump, lines, hashed)
-        with published if self.world.is_first else nullcontext():
-            staging = self.world.staged(self.staging(step))
-            self.world.wait()
-            yield
-            saved = staging / f"checkpoint-{step}"
-            hashed |= checkpoints.parts_in(saved, self.world)
-            self.world.collect(saved, hashed)
-            if self.world.is_first:
-                _move_up(saved)
-        self.world.keep(saved, checkpoints.folder(self.home, step))
-
-    def rotate(self, best: Best | None) -> None:
-        """Remove old checkpoints, but not the `best` one."""
-        if self.world.is_first:
-            release_memory()
-            keep = self.training.recipe.checkpoint.keep
-            checkpoints.rotate(self.home, keep, {best.step} if best else set())
-        self.world.wait()
+        return Content(origin, state.model_dump(), lines, best.step if best else None)
 
 
 def refuse_another_strategy(home: Path, hardware: Hardware, *, adapts: bool) -> None:
@@ -184,13 +162,6 @@ def refuse_another_strategy(home: Path, hardware: Hardware, *, adapts: bool) -> 
             "set it back, or begin anew: --fresh moves what is there aside",
             INTEGRITY,
         )
-
-
-def _move_up(folder: Path) -> None:
-    """Put what is in a folder beside it, and remove the folder."""
-    for path in folder.iterdir():
-        path.rename(folder.parent / path.name)
-    folder.rmdir()
 
 
 def as_numbers(averages: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]:

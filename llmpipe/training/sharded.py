@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llmpipe import parallel, zero
-from llmpipe.faults import reading, writing
+from llmpipe.faults import reading
 from llmpipe.files import write_json
 from llmpipe.models.hardware import Hardware
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints
 from llmpipe.run.machine import rank
+from llmpipe.training.saving import Saving
 from llmpipe.training.training import Training
+from llmpipe.upstream import writing_by
 
 SCHEDULE = "schedule.json"
 
@@ -33,6 +36,7 @@ class Sharded(Trainer):
 
     training: Training[sections.Hosted]
     world: parallel.World
+    saving: Saving
     optimizer: Any
     lr_scheduler: Any
 
@@ -103,22 +107,28 @@ class Sharded(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """An adapter without its base in parts, which PEFT would gather first."""
+        """The model, whose tensors are written with the rest; an adapter without its base in parts,
+        which PEFT would gather first.
+        """
         if self.hardware.spread:
             state_dict = parallel.beside_parts(self.training.model)
-        super()._save(output_dir, state_dict)
+        with writing_by(self.saving.tensors):
+            super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.saves_parts:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+        """What the library saves, in its files; of a model in parts that, too."""
         folder = Path(output_dir)
+        if not self.saves_parts:
+            if rank() == 0:
+                self.saving.pickled(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
+                self.saving.pickled(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            return
         model, parts = self.training.model, folder / checkpoints.SHARDED
         if self.hardware.zero:
-            with self.world.as_one(), writing(parts):
-                zero.save(parts, model, self.model_wrapped)
+            name, tensors = zero.file_of(model, self.model_wrapped)
+            self.saving.tensors(tensors, parts / name)
         else:
-            parallel.save(parts, model, self._plain_optimizer())
+            parallel.save(parts, model, self._plain_optimizer(), self.saving.tensors)
         if rank() == 0:
             write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
 

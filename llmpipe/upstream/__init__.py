@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,6 +230,27 @@ def of_size(model: type[PreTrainedModel], most: int) -> Iterator[None]:
         del model._load_pretrained_model  # the library's is seen again
         if kept is not None:
             model._load_pretrained_model = kept
+
+
+@contextmanager
+def writing_by(write: Callable[[dict[str, Tensor], Path, dict[str, str]], None]) -> Iterator[None]:
+    """Let `write` have the tensors that transformers and PEFT would write to a file of safetensors,
+    with its path and its words. All else of what they save they write.
+    """
+    from peft import peft_model
+
+    def save_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+        write(tensors, Path(path), metadata)
+
+    places: tuple[Any, ...] = (modeling_utils, peft_model)
+    kept = [place.safe_save_file for place in places]
+    for place in places:
+        place.safe_save_file = save_file
+    try:
+        yield
+    finally:
+        for place, function in zip(places, kept, strict=True):
+            place.safe_save_file = function
 
 
 def with_bias(model: Any) -> Any:

@@ -220,3 +220,21 @@ def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):
     (tmp_path / "cgroup").write_text("1:name=systemd:/other\n0::/job/step\n")
     assert machine.memory(tmp_path / "cgroup", tmp_path) == 2**20
     assert machine.memory(tmp_path / "absent", tmp_path) >= most
+
+
+def test_what_is_free_counts_what_the_system_gives_back(tmp_path):
+    """Of the machine, and of a control group: pages of files go when others are asked for."""
+    system = tmp_path / "meminfo"
+    system.write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 3000 kB\nHugePages: 0\n")
+    (tmp_path / "cgroup").write_text("0::/job\n")
+    group = tmp_path / "job"
+    group.mkdir()
+    assert machine.free_memory(tmp_path / "cgroup", tmp_path, system) == 3000 << 10
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 200000\nactive_file 300000\ninactive_file 50000\n")
+    assert machine.free_memory(tmp_path / "cgroup", tmp_path, system) == 450_000
+    (group / "memory.current").write_text("1400000\n")
+    assert machine.free_memory(tmp_path / "cgroup", tmp_path, system) == 0
+    most = machine.memory(tmp_path / "cgroup", tmp_path)
+    assert machine.free_memory(tmp_path / "cgroup", tmp_path, tmp_path / "none") == most

@@ -196,9 +196,7 @@ def test_another_engine_than_the_one_asked_for_is_no_training(tmp_path):
 
 @needs_deepspeed
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "hooks", [("disk_full_under_zero_6", None), (None, "disk_full_under_zero_6")]
-)
+@pytest.mark.parametrize("hooks", [("disk_full_in_parts_6", None), (None, "disk_full_in_parts_6")])
 def test_a_disk_that_fills_up_under_one_part(tmp_path, hooks):
     for code, text in life.ranks(write(tmp_path / "run", "zero2"), hooks=hooks):
         assert code == 5 and "No space left" in text, text
