@@ -35,15 +35,11 @@ def main() -> None:
 def compress(order: dict[str, Any]) -> int:
     """Write the folder; how many layers have fewer bits in it."""
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _pin_nothing_on_a_cpu()
-    place = {"trust_remote_code": False, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(order["model"], dtype="auto", **place)
-    tokenizer = AutoTokenizer.from_pretrained(order["model"], **place)
     looks = order["algorithm"] in LOOKS_AT_ROWS
     by = {"dataset": _rows(Path(order["rows"]))} if looks else {"pipeline": "datafree"}
-    oneshot(model=model, tokenizer=tokenizer, recipe=_modifiers(order), **by)
+    model = oneshot(model=order["model"], recipe=_modifiers(order), **by)
     model.save_pretrained(order["into"], save_compressed=True)
     (Path(order["into"]) / "recipe.yaml").unlink(missing_ok=True)  # as artifacts have one
     return sum(hasattr(module, "quantization_scheme") for module in model.modules())

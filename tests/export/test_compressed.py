@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmpipe.errors import DATA, INTEGRITY, UserError
@@ -82,8 +83,9 @@ def test_llm_compressor_writes_and_transformers_reads(source, standard, tmp_path
     export = exported(source, standard, tmp_path, scheme, ROWS if "_" in scheme else ())
     assert 0 < export.measured.mean_kl < 0.5 and export.tensors == 20
     assert "14 layers" in export.notes[0]
-    whole = sum(weight.numel() for weight in source.weights.values()) * 2  # in bf16
-    assert export.size < 0.9 * whole
+    tensors = load_file(tmp_path / export.format / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert not any(name.startswith("lm_head") for name in tensors)
 
 
 # --- with a stand-in ------------------------------------------------------------------------------
