@@ -21,9 +21,13 @@ from llmpipe.models.adapters import is_tied, merged, on_base
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.run.artifact import manifest_beside
 from llmpipe.run.manifest import Manifest
-from llmpipe.run.probe import Probe, compare, tolerance
+from llmpipe.run.probe import Probe, agreement_of, compare, tolerance
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SPREAD = 2
+"""Times as far as bf16 is seen to move a model it may move it elsewhere, where it rounds weights,
+and sums in another order."""
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Source:
     """Variables of the chat template in training."""
     probe: Probe
     """What the model says."""
+    in_bf16: Probe
+    """What it says where its sums are rounded to bf16, an adapter beside its base."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -48,12 +54,20 @@ class Source:
         return weights_of(self.model)
 
     def tolerance(self, *dtypes: torch.dtype) -> float:
-        """Nats that a log-probability may move by where weights or sums are rounded to these."""
+        """Nats that a log-probability may move by where weights or sums are rounded to these.
+
+        Where half precision moves this very model further than most, as preferences make it that
+        are learned with vigour, what was seen counts.
+        """
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)
         kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         most = tolerance(self.probe, layers, *kinds)
         assert most is not None, kinds
-        return most
+        epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
+        if epsilon <= torch.finfo(torch.float32).eps:
+            return most
+        seen = agreement_of(self.probe, self.in_bf16).log_prob_difference
+        return max(most, SPREAD * seen * epsilon / torch.finfo(torch.bfloat16).eps)
 
 
 @screen.doing("loading the model that is to be exported")
@@ -70,12 +84,14 @@ def load_source(folder: Path, base: Path | None, say: Say) -> Source:
     if base:
         model = on_base(model, folder, tokenizer).eval()
     probe = ask(model, tokenizer, kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16 = ask(model, tokenizer, kwargs)
     if base:
         model = merged(model)
         model.config.tie_word_embeddings = is_tied(model)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    source = Source(folder, base, model, tokenizer, kwargs, probe)
+    source = Source(folder, base, model, tokenizer, kwargs, probe, in_bf16)
     if base:
         again = ask(model, tokenizer, kwargs)
         compare(probe, again, "the adapter, merged", source.tolerance(torch.float32))
@@ -89,14 +105,15 @@ def load_source(folder: Path, base: Path | None, say: Say) -> Source:
 
 
 def _as_published(manifest: Manifest | None, source: Source, say: Say) -> None:
-    """Hold a model against the probe that was taken when it was published."""
+    """Hold a model against the probe that was taken when it was published, in its precision."""
     recorded = manifest.probe if manifest else None
     if recorded is None:
         say("probe: none was taken when the model was published, so it is taken of what lies there")
         return
     dtype = PRECISIONS.get(recorded.precision)
     most = source.tolerance(dtype) if dtype else None
-    agreement = compare(recorded, source.probe, str(source.folder), most)
+    seen = source.in_bf16 if dtype == torch.bfloat16 else source.probe
+    agreement = compare(recorded, seen, str(source.folder), most)
     difference = f"log-probabilities differ by {agreement.log_prob_difference:.1e}"
     answers = f"{agreement.equal_answers} of {agreement.answers} answers are equal"
     say(f"probe: as published in {recorded.precision}: {difference}, {answers}")

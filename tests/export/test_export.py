@@ -20,10 +20,12 @@ from llmpipe.export import formats, gguf_file
 from llmpipe.export.formats import TooFar, export_one, formats_of
 from llmpipe.export.measure import of_probe, yardstick
 from llmpipe.export.readers.of_transformers import predictions
-from llmpipe.export.source import load_source
+from llmpipe.export.source import _as_published, load_source
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import load_model
+from llmpipe.run.artifact import manifest_beside
 from llmpipe.run.exports import EXPORTS, read_exports
+from llmpipe.run.probe import agreement_of
 from llmpipe.stages.export import Accept, Formats, Schema
 from tests import life
 from tests.life import TINY
@@ -423,6 +425,31 @@ def test_a_model_that_says_something_else_than_its_probe_is_refused(trained, tmp
     lines = []
     load_source(trained / "sft" / "model", None, lines.append)
     assert "none was taken when the model was published" in lines[0]
+
+
+def test_rounding_is_what_it_was_seen_to_be(source):
+    """A model that bf16 moves further than most is given the room; fp32 gives none of it."""
+    usual = source.tolerance(torch.bfloat16)
+    seen = agreement_of(source.probe, source.in_bf16).log_prob_difference
+    assert 0 < 2 * seen < usual, "of the toy little was seen"
+    first, *others = source.in_bf16.said
+    moved = replace(first, log_probs=[value - usual for value in source.probe.said[0].log_probs])
+    shaken = replace(source, in_bf16=replace(source.in_bf16, said=[moved, *others]))
+    assert shaken.tolerance(torch.float32, torch.bfloat16) == pytest.approx(2 * usual)
+    assert shaken.tolerance(torch.float16) == pytest.approx(2 * usual / 8)
+    assert shaken.tolerance(torch.float32) == source.tolerance(torch.float32)
+
+
+def test_a_probe_in_bf16_is_held_against_bf16(trained, source):
+    """And a model that says in fp32 what another one said in bf16 is not it."""
+    manifest = manifest_beside(trained / "sft" / "model")
+    recorded = replace(source.in_bf16, precision="bfloat16")
+    lines = []
+    _as_published(replace(manifest, probe=recorded), source, lines.append)
+    assert "differ by 0.0e+00, 16 of 16" in lines[0]
+    far = replace(source, in_bf16=source.probe)
+    _as_published(replace(manifest, probe=recorded), far, lines.append)
+    assert "differ by 0.0e+00" not in lines[1]
 
 
 def test_formats_are_named():
