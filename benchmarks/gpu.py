@@ -53,6 +53,7 @@ PARTS = [
     Part("reads", "host reads of a step of sft, of an update of ppo", 60, whole.reads),
     Part("memory", "peak memory of sft of 135 M over 50 steps", 40, whole.memory),
     Part("ppo_rm", "ppo as above, a reward model of 1.7 B scores", 90, parts.ppo_rm),
+    Part("checkpoints", "how long sft of 135 M stands still for one", 60, whole.checkpoints),
     Part("zero", "sft and dpo of a tiny model under DeepSpeed: losses, resume", 150, whole.zero),
     Part("sft_unpacked", "sft of 1.7 B, a row per sequence, beside TRL", 100, parts.sft_unpacked),
     Part("tests", "the tests of what computes, with the card", 120, whole.tests),

@@ -166,6 +166,36 @@ def term_after_hundredths(hundredths):
     _after_hundredths(hundredths, signal.SIGTERM)
 
 
+def _at_tenth(tenth, number):
+    """Within a step, or in what follows it: after so many tenths of one."""
+    import threading
+    import time
+
+    from llmpipe.training import hosted
+
+    began = []
+
+    def action(self, *_):
+        now = time.monotonic()
+        began.append((self.state.global_step, now))
+        step, part = divmod(tenth, 10)
+        if self.state.global_step == step and len([at for at, _ in began if at == step]) == 1:
+            last = now - next((then for at, then in began if at == step - 1), now - 0.1)
+            timer = threading.Timer(last * part / 10, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+
+    _before(hosted.Durable, "training_step", action)
+
+
+def kill_at_tenth(tenth):
+    _at_tenth(tenth, signal.SIGKILL)
+
+
+def term_at_tenth(tenth):
+    _at_tenth(tenth, signal.SIGTERM)
+
+
 def kill_in_publish():
     """When an adapter is saved and nobody has looked at it yet."""
     from llmpipe.models import publish

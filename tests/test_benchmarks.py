@@ -204,7 +204,7 @@ def test_without_a_card_nothing_is_measured_unless_in_tiny(tmp_path):
 def test_a_walk_through_the_parts(tmp_path):
     """In tiny, on a CPU: llmpipe's commands and bare TRL, whole stages, resume to the byte."""
     path = tmp_path / "card.json"
-    parts = ["sft", "ppo", "stages"]
+    parts = ["sft", "ppo", "stages", "checkpoints"]
     told = ("--tiny", "--json", str(path), "--home", str(tmp_path / "home"), "--limit", "3000")
     done = run(*parts, *told, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -214,5 +214,6 @@ def test_a_walk_through_the_parts(tmp_path):
     assert all(rows[name]["own"] > 0 and rows[name]["ratio"] > 0 for name in ("sft", "start"))
     assert rows["ppo"]["own"] > 0 and rows["ppo: draw"]["own"] > 0
     assert (rows["stages"]["own"], rows["resume"]["own"]) == (5, 2)
+    assert rows["saved beside"]["own"] > 0 and rows["saved at once"]["own"] > 0
     for name, row in rows.items():
         assert f"\n{name} " in done.stdout.split("\n\n")[1], row

@@ -223,6 +223,35 @@ def memory(bench: Bench) -> Iterator[Row]:
     )
 
 
+def checkpoints(bench: Bench) -> Iterator[Row]:
+    """Seconds that the steps of a packed sft stand still for a checkpoint, by either way."""
+    recipe = bench.recipe(
+        "checkpoints",
+        "sft",
+        model=bench.model("small"),
+        data={"train": [{"path": bench.rows()}], "max_length": bench.scale.length, "packing": True},
+        optim=bench.optim(),
+    )
+    out = Path(recipe["run"]).parent / "checkpoints.json"
+    out.unlink(missing_ok=True)
+    asked = ["--recipe", commands.write_recipe(recipe), "--processes", "1", "--json", out]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "checkpoints.py", *asked],
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+        timeout=commands.LIMIT,
+    )
+    if done.returncode or not out.exists():
+        raise Failed(f"checkpoints: exit code {done.returncode}: {commands.last_line(done.stderr)}")
+    told = json.loads(out.read_text())
+    for way in ("at once", "beside"):
+        each = [interval for interval in told["intervals"] if interval["way"] == way]
+        still, seconds = (median(of[name] for of in each) for name in ("still", "seconds"))
+        note = f"of {told['bytes'] / 1e9:.2f} GB; {seconds:.2f} s from one to the next"
+        yield Row(f"saved {way}", "s still", own=still, note=note, details={"intervals": each})
+
+
 APART, FIRST = 2e-3, 4
 """By which share of itself a loss, or a norm of gradients, may differ, and in how many steps that
 is looked at, where an engine is around the very same arithmetic: in bf16 rounding parts any two

@@ -18,6 +18,9 @@ from llmpipe.run.folders import CONFIG
 from llmpipe.run.footprint import USED, Held, Pass, Shape, of_llama
 from llmpipe.run.strategy import Room, against_offload, against_parts, against_zero, longest_pass
 
+OF_HOST = ("host", "checkpoint")
+"""What of `Held` is no device's."""
+
 USUAL = 8
 """Processes, where neither a recipe nor a command says how many."""
 
@@ -79,7 +82,7 @@ def plan(
     if "fsdp" not in refusals and machines > 1 and not isinstance(recipe, RLRecipe):
         ways["hsdp"] = Held.of(shape, parted, longest, processes, processes // machines)
     yield f"{recipe.stage}: {shape.weights / 1e9:,.2f} B weights; {_batch(longest)}"
-    yield from _table(ways, processes, memory, offload=recipe.launch.offload)
+    yield from _table(ways, processes, memory)
     if isinstance(recipe, RLRecipe):
         critic = "critic and " if isinstance(recipe, PPORecipe) else ""
         yield f"{critic}reward models are counted as large as the policy"
@@ -92,19 +95,21 @@ def _as_strategy(recipe: Training, strategy: str) -> Training:
     return recipe.model_copy(update={"launch": launch})
 
 
-def _table(ways: dict[str, Held], processes: int, memory: float, *, offload: bool) -> Iterator[str]:
+def _table(ways: dict[str, Held], processes: int, memory: float) -> Iterator[str]:
     """A column for each way to hold a model, and which of them do not fit."""
     yield _row(f"GiB of each of {processes} processes", ways)
     held = ways.values()
     for name in asdict(ways["ddp"]):
-        if name == "host":
+        if name in OF_HOST:
             continue
         yield _row(name, _in_gib(getattr(each, name) for each in held))
     yield _row("in all", _in_gib(each.total for each in held))
     room = f"headroom, {USED:.0%} of {memory / 2**30:g}"
     yield _row(room, _in_gib(USED * memory - each.total for each in held))
-    if offload:
+    if any(each.host for each in held):
         yield _row("in the host's memory", _in_gib(each.host for each in held))
+    if any(each.checkpoint for each in held):
+        yield _row("host's memory, a checkpoint", _in_gib(each.checkpoint for each in held))
     for name, each in ways.items():
         if each.total > USED * memory:
             yield f"{name} does not fit"

@@ -356,9 +356,9 @@ class Checkpoint(Section):
     """Keep this many checkpoints; older ones are removed after a newer one is verified."""
     asynchronous: bool | Literal["auto"] = cosmetic("auto")
     """Write a checkpoint while the next steps run, from a copy in the host's memory: of what
-    learns 4 bytes a weight, and its moments, 8 with adamw. The steps stand still for the copy
-    alone, and a kill meanwhile goes back to the checkpoint before. `auto` where a GPU computes the
-    steps: on a CPU the writing takes from them what it saves. The files are the same. Where the
+    learns 4 bytes a weight, and its moments, 8 with adamw. The steps stand still for the copy and
+    for publishing; a kill meanwhile goes back to the checkpoint before. `auto` where a GPU computes
+    the steps: on a CPU the writing takes from them what it saves. The files are the same. Where the
     copy does not fit, and after the last step, it is written at once."""
 
 

@@ -210,6 +210,9 @@ class Held:
     host: float = 0.0
     """Of the host's memory, with `launch.offload`: weights, gradients and moments, which no device
     holds then."""
+    checkpoint: float = 0.0
+    """Of the host's memory, the copy of a checkpoint that is written while steps run; of a model
+    that is whole in each process the first one's alone."""
 
     @property
     def total(self) -> float:
@@ -245,6 +248,7 @@ class Held:
             moments=OPTIMIZERS[recipe.optim.optimizer].moments * learned / cut,
             copies=float(copies),
             activations=max(passed, _cached(shape.passed, recipe, number)),
+            checkpoint=_copied(recipe) * learned / cut,
         )
         return held.offloaded() if recipe.launch.offload and parts > 1 else held
 
@@ -269,6 +273,7 @@ class Held:
             gradients=share,
             moments=plain.moments / processes,
             copies=copies,
+            checkpoint=plain.checkpoint / processes,
         )
 
     def offloaded(self) -> Held:
@@ -284,6 +289,17 @@ def _learned(shape: Shape, recipe: Training) -> int:
     if not isinstance(recipe, PPORecipe) or recipe.critic.start == "trunk":
         return learned
     return learned + (recipe.critic.rank * shape.sides if adapter else shape.weights)
+
+
+def _copied(recipe: Training) -> int:
+    """Bytes that a copy of a checkpoint takes of a number that learns, with its moments; 0 where it
+    is written at once. `auto` is taken for that of a GPU.
+    """
+    if recipe.checkpoint.asynchronous is False:
+        return 0
+    unpaged = recipe.optim.optimizer.removeprefix("paged_")  # whose moments are somewhere, too
+    moments = next(each.moments for name, each in OPTIMIZERS.items() if name == unpaged)
+    return FP32 + moments
 
 
 def _frozen(shape: Shape, recipe: Training, number: int, parts: int) -> float:

@@ -16,7 +16,9 @@ def test_a_plan_says_what_fits(llmpipe):
     lines = out.splitlines()
     assert lines[0].startswith("sft: 8.03 B weights; 4,096 tokens a pass in bf16")
     assert lines[7].split() == ["in", "all", "179.9", "37.8"]
-    assert lines[8].split()[-2:] == ["-107.9", "34.2"] and lines[9] == "ddp does not fit"
+    assert lines[8].split()[-2:] == ["-107.9", "34.2"]
+    assert lines[9].split() == ["host's", "memory,", "a", "checkpoint", "89.7", "11.2"]
+    assert lines[10] == "ddp does not fit"
 
 
 def test_a_plan_is_of_as_many_processes_as_the_recipe_has(llmpipe, tmp_path):
@@ -53,7 +55,8 @@ def test_a_plan_of_what_lies_in_the_hosts_memory(llmpipe):
         assert float(rows[name][0]) > 20 and rows[name][1] == "0.0"
     assert rows["in the host's memory"] == ["0.0", "15.0"], "16 bytes a weight, over 8 processes"
     assert rows["in all"] == ["179.9", "22.8"]
-    code, out, _ = llmpipe("plan", recipe, *config)
+    assert rows["host's memory, a checkpoint"] == ["89.7", "11.2"], "12 bytes a weight"
+    code, out, _ = llmpipe("plan", recipe, *config, "--set", "checkpoint.asynchronous=false")
     assert code == 0 and "host" not in out
 
 

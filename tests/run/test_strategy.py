@@ -86,6 +86,26 @@ def test_parts_in_the_hosts_memory():
     assert Held.of(shape, recipe(offload=True), longest, 8) == whole and whole.host == 0
 
 
+def test_a_checkpoint_is_copied_with_its_moments():
+    """12 bytes of each number that learns, which an adapter has few of; none where it is written
+    at once."""
+    shape, longest = shape_of("llama-3.1-8b.json"), Pass(1024, bf16=True, kind="full")
+    whole, parts = (Held.of(shape, recipe(), longest, 8, count) for count in (1, 8))
+    assert (whole.checkpoint, parts.checkpoint) == (12 * shape.weights, 12 * shape.weights / 8)
+    assert Held.under_zero(shape, recipe(strategy="zero2"), longest, 8).checkpoint == (
+        parts.checkpoint
+    )
+    at_once = recipe()
+    at_once = at_once.model_copy(
+        update={"checkpoint": at_once.checkpoint.model_copy(update={"asynchronous": False})}
+    )
+    assert Held.of(shape, at_once, longest, 8).checkpoint == 0
+    asked = recipe()
+    optim = asked.optim.model_copy(update={"optimizer": "paged_adamw_8bit"})
+    eight = Held.of(shape, asked.model_copy(update={"optim": optim}), longest, 8)
+    assert eight.checkpoint == (4 + 2) * shape.weights and eight.moments == 0
+
+
 @pytest.mark.parametrize(("stage", "weights"), [(2, 4 + 4 / 8), (3, 4 / 8)])
 def test_parts_under_zero(stage, weights):
     """Gradients and moments, with stage 3 weights; with stage 2 a part of these is there twice."""

@@ -4,6 +4,7 @@ whatever happens meanwhile leaves what it leaves of these."""
 import io
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -325,3 +326,63 @@ def test_a_stop_of_two_finishes_what_is_being_written(tmp_path, by_two, rank):
         assert code == 143, text
     assert Artifact(tmp_path / "run" / "sft").steps == [3, 5]
     assert life.essence(life.pair(path)) == life.essence(by_two)
+
+
+# --- stopped at random ---
+
+SEED = 20261128
+NUMBERS = range(30 if life.FULL else 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{way: what is made when nobody stops it, and in how many seconds with threads that take
+    their time}, when asked for."""
+    known = {}
+
+    def make(way):
+        if way not in known:
+            home = tmp_path_factory.mktemp(way)
+            straight = life.command(WAYS[way](home / "run"))
+            trial = life.Trial(WAYS[way](home / "timed", **BESIDE), hook=SLOWLY)
+            begun = time.monotonic()
+            assert trial.wait() == 0, trial.text()
+            known[way] = straight, time.monotonic() - begun
+        return known[way]
+
+    return make
+
+
+SLOWLY = "slow_writing_10"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+@pytest.mark.parametrize("way", ["sft", "ppo"])
+def test_a_stop_at_random_leaves_no_trace(tmp_path, made, way, how, number):
+    straight, seconds = made(way)
+    path = WAYS[way](tmp_path / "run", **BESIDE)
+    trial = life.Trial(path, hook=SLOWLY)
+    time.sleep(random.Random(f"{SEED} {how} {way} {number}").uniform(0.2, seconds))
+    getattr(trial.process, how)()
+    code = trial.wait()
+    ends = {-signal.SIGKILL} if how == "kill" else {143, -signal.SIGTERM}
+    assert code in {0, *ends}, trial.text()
+    assert life.essence(life.command(path)) == life.essence(straight)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("how", ["kill", "term"])
+def test_one_of_two_stopped_at_random_leaves_no_trace(tmp_path, by_two, how, number):
+    """At any time from the first step on, about."""
+    draw = random.Random(f"{SEED} {how} {number}")
+    hooks = [SLOWLY, SLOWLY]
+    hooks[draw.randrange(2)] += f"__{how}_at_tenth_{draw.randrange(120)}"
+    path = parts(tmp_path / "run")
+    ends = life.ranks(path, hooks=hooks)
+    codes = {code for code, _ in ends}
+    assert codes <= ({0, LOST, -signal.SIGKILL} if how == "kill" else {0, 143}), ends
+    assert life.essence(life.pair(path)) == life.essence(by_two)
+    assert not list(Artifact(tmp_path / "run" / "sft").checkpoints.glob(".*"))
