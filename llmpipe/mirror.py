@@ -20,7 +20,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -71,12 +70,15 @@ class Channel:
     of which the sender is at most WINDOW ahead.
     """
 
-    def __init__(self, peers: Peers, word: str, other: int):
-        """`word`: the way's, which both name alike; `other`: the rank at its other end."""
+    def __init__(self, peers: Peers, word: str, other: int, where: str = ""):
+        """`word`: the way's, which both name alike; `other`: the rank at its other end, and `where`
+        that is, as it is said of what is met there.
+        """
         self.peers = peers
         self.store: Store = peers.store.clone()  # one that waits keeps no other waiting
         self.word = word
         self.other = other
+        self.where = where
         self._chunks = 0
         self._taken = 0
 
@@ -109,7 +111,7 @@ class Channel:
                 self.store.set(f"{key}/taken", b"ok")
             kind, data = chunk[:1], chunk[1:]
             if kind == FAILED:
-                raise _as_told(data)
+                raise self._as_told(data)
             if kind == END:
                 return
             yield data
@@ -133,7 +135,11 @@ class Channel:
         with missing_rank_0():
             self.store.delete_key(key)
         if answer.startswith(FAILED):
-            raise _as_told(answer[len(FAILED) :])
+            raise self._as_told(answer[len(FAILED) :])
+
+    def _as_told(self, told: bytes) -> UserError:
+        message, hint, code = json.loads(told)
+        return UserError(f"{self.where}: {message}" if self.where else message, hint, code)
 
     def _waited_for(self, key: str) -> bytes:
         """What lies in the store under a key, as soon as something does."""
@@ -149,11 +155,6 @@ class Channel:
 
 def _told(error: UserError) -> bytes:
     return json.dumps([error.message, error.hint, error.code]).encode()
-
-
-def _as_told(told: bytes) -> UserError:
-    message, hint, code = json.loads(told)
-    return UserError(message, hint, code)
 
 
 # --- files that are to be the same in two places --------------------------------------------------
@@ -365,11 +366,11 @@ class Mirrors:
         if rank() == 0:
             told = copies()
             for keeper in self.machines:
-                with self._naming(keeper, "sending what the run holds to"):
-                    sent = offer(*self._ways(keeper, keeper), self.run, told, about)
+                with screen.doing(f"sending what the run holds to machine {self.machines[keeper]}"):
+                    sent = offer(*self._ways(keeper), self.run, told, about)
                 files, size = files + sent[0], size + sent[1]
         elif self.keeps:
-            accept(*self._ways(rank(), 0), self.run, lacking, heed)
+            accept(*self._ways(rank()), self.run, lacking, heed)
         return files, size
 
     def collect(self, folder: Path, hashed: Mapping[str, FileEntry]) -> None:
@@ -381,11 +382,11 @@ class Mirrors:
         self._turns += 1
         if rank() == 0:
             for keeper in self.machines:
-                with self._naming(keeper, "taking the parts of a checkpoint of"):
-                    back, way = self._ways(keeper, keeper)
+                with screen.doing(f"taking what machine {self.machines[keeper]} has written"):
+                    back, way = self._ways(keeper)
                     accept(way, back, self.run, absent)
         elif self.keeps:
-            back, way = self._ways(rank(), 0)
+            back, way = self._ways(rank())
             here = {name: entry for name, entry in hashed.items() if (folder / name).exists()}
             offer(way, back, self.run, [Copy(self.way(folder), table(folder, known=here))])
 
@@ -412,21 +413,12 @@ class Mirrors:
         if self.keeps:
             remove(artifact.path)
 
-    def _ways(self, keeper: int, other: int) -> tuple[Channel, Channel]:
+    def _ways(self, keeper: int) -> tuple[Channel, Channel]:
         """From rank 0 to a keeper, and back."""
-        words = [f"{self.word}/{self._turns}/{keeper}/{way}" for way in ("there", "back")]
-        there, back = (Channel(self.peers, word, other) for word in words)
+        other, where = (0, "") if rank() else (keeper, f"machine {self.machines[keeper]}")
+        word = f"{self.word}/{self._turns}/{keeper}"
+        there, back = (Channel(self.peers, f"{word}/{way}", other, where) for way in (0, 1))
         return there, back
-
-    @contextmanager
-    def _naming(self, keeper: int, what: str) -> Iterator[None]:
-        """Say of which machine it is that something is met."""
-        machine = f"machine {self.machines[keeper]}"
-        with screen.doing(f"{what} {machine}"):
-            try:
-                yield
-            except UserError as error:
-                raise UserError(f"{machine}: {error.message}", error.hint, error.code) from error
 
 
 _mirrors: Mirrors | None = None

@@ -6,6 +6,7 @@ between them.
 """
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -41,7 +42,7 @@ def nodes(tmp_path, strategy="fsdp", stage="sft", **changes):
 
 
 def run_of(path):
-    return path.with_suffix("")
+    return path.parent / "run"
 
 
 def made(paths, stage="sft", each=1):
@@ -220,7 +221,7 @@ def test_a_checkpoint_that_is_damaged_at_rank_0_is_named_and_an_older_one_taken(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [1, 9, 12])  # of the rows, of the plan, of the saved model
+@pytest.mark.parametrize("number", [1, 12, 15])  # of the rows, the plan, the saved model
 def test_a_kill_in_the_middle_of_a_transfer_leaves_no_trace(tmp_path, straight, number):
     paths = nodes(tmp_path)
     began = time.monotonic()
@@ -234,8 +235,8 @@ def test_a_kill_in_the_middle_of_a_transfer_leaves_no_trace(tmp_path, straight, 
 FULL = [
     # where, at which file that arrives there, what the first machine says
     (1, 2, r"error: machine 1: .*No space left on device"),
-    (1, 12, r"error: .*No space left on device"),
-    (0, 3, r"error: .*No space left on device"),
+    (1, 15, r"error: machine 1: .*No space left on device"),
+    (0, 3, r"error: /.*No space left on device"),
 ]
 
 
@@ -248,7 +249,7 @@ def test_a_disk_that_fills_up_ends_both_with_5(tmp_path, straight, rank, number,
     hooks[rank] = f"full_at_arrival_{number}"
     ends = life.apart(paths, hooks=hooks)
     assert [code for code, _ in ends] == [5, 5], ends
-    assert "No space left" in ends[0][1] and "Traceback" not in ends[0][1], ends
+    assert re.search(line, ends[0][1]) and "Traceback" not in ends[0][1], ends
     artifact = Artifact(run_of(paths[0]) / "sft")
     assert artifact.steps == ([3] if rank == 0 else artifact.steps)
     assert number == 2 or Outcome.read(artifact).code == 5

@@ -1059,3 +1059,43 @@ def test_what_the_server_of_transformers_leaves_open():
     assert "temperature" not in text.partition("def init_cb")[2]  # of each request
     parameters = inspect.signature(model_manager.TimedModel).parameters
     assert list(parameters) == ["model", "timeout_seconds", "processor", "on_unload"]
+
+
+def test_canary_server_of_llama_cpp():
+    """What `upstream.llama_cpp_server` takes hold of is there, and still as it settles it."""
+    for package in ("llama_cpp", "sse_starlette", "starlette_context", "pydantic_settings"):
+        pytest.importorskip(package)
+    from llama_cpp import Llama
+    from llama_cpp.server import app, settings, types
+    from sse_starlette.sse import AppStatus
+
+    from llmpipe.upstream import llama_cpp_server
+
+    for kind in (types.CreateCompletionRequest, types.CreateChatCompletionRequest):
+        asked = kind(prompt="x") if "prompt" in kind.model_fields else kind(messages=[])
+        assert asked.model_dump().items() >= llama_cpp_server.DEFAULTS.items()
+    assert settings.ServerSettings.model_fields["interrupt_requests"].default is True
+    assert "CONFIG_FILE" in inspect.getsource(app.create_app)
+    taken = "model_alias n_ctx n_gpu_layers n_threads_batch logits_all chat_template_kwargs"
+    assert set(taken.split()) <= settings.ModelSettings.model_fields.keys()
+    assert callable(AppStatus.disable_automatic_graceful_drain)
+    proxy = inspect.getsource(app.get_llama_proxy)
+    assert "_llama_proxy" in vars(app) and "_llama_proxy" in proxy
+    made = inspect.getsource(Llama.__init__)
+    assert "self._chat_handlers" in made and "self.chat_handler = " in made
+    call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    meant = llama_cpp_server._meant({"role": "assistant", "tool_calls": [call]})
+    assert meant["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+
+
+def test_canary_bars_of_compressed_tensors():
+    """The bars that `upstream.show_no_bars` takes away are where it takes them."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.offload import dispatch
+    from compressed_tensors.quantization.lifecycle import apply
+
+    for module, function in ((dispatch, "dispatch_with_map"), (apply, "apply_quantization_config")):
+        assert "in tqdm(" in inspect.getsource(getattr(module, function))
+    upstream.show_no_bars()
+    for module in (dispatch, apply):
+        assert module.tqdm([1, 2], desc="x", disable=False, position=0) == [1, 2]

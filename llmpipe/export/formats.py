@@ -4,7 +4,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +19,8 @@ from llmpipe.evaluation.candidate import Candidate
 from llmpipe.evaluation.task import Marked
 from llmpipe.evaluation.tasks.perplexity import Passage, marked, windows
 from llmpipe.export.adapter import write_adapter
+from llmpipe.export.calibration import rows_to_look_at
+from llmpipe.export.compressed import Scheme, read_compressed, write_compressed
 from llmpipe.export.gguf_file import TYPES, check_weights, write_gguf
 from llmpipe.export.measure import Yardstick, of_probe, yardstick
 from llmpipe.export.merged import DTYPES, write_merged
@@ -63,8 +65,11 @@ class Format:
         return not self.name.startswith("gguf-")
 
 
-def formats_of(recipe: Schema) -> Iterator[Format]:
-    """What a recipe asks for, in the order of `Formats.names`."""
+def formats_of(recipe: Schema, looked_at: Sequence[list[int]] = ()) -> Iterator[Format]:
+    """What a recipe asks for, in the order of `Formats.names`.
+
+    `looked_at`: tokens of the rows for calibration.
+    """
     for precision in recipe.formats.merged:
         dtype = DTYPES[precision]
         yield Format(
@@ -88,6 +93,14 @@ def formats_of(recipe: Schema) -> Iterator[Format]:
             name=f"torchao-{bits}",
             write=_write_weight_only,
             read=_read_weight_only,
+            dtype=None,
+        )
+    for name in recipe.formats.compressed_tensors:
+        scheme = Scheme(name)
+        yield Format(
+            name=f"compressed-tensors-{name}",
+            write=partial(write_compressed, scheme=scheme, rows=list(looked_at)),
+            read=partial(read_compressed, scheme=scheme),
             dtype=None,
         )
 
@@ -133,8 +146,10 @@ def _read_gguf(folder: Path, source: Source, dtype: torch.dtype | None) -> Reade
     return LlamaCpp(file, source, tensors)
 
 
-def export_all(job: Job[Schema], passages: list[Passage]) -> Made:
+def export_all(job: Job[Schema], passages: list[Passage], looked_at: list[Passage]) -> Made:
     """Make every format of the recipe that is not there already.
+
+    `passages`: what is measured on; `looked_at`: the rows for calibration.
 
     Raises UserError (3) naming each format that is too far from the model; those that are not are
     kept, and made no second time.
@@ -144,8 +159,14 @@ def export_all(job: Job[Schema], passages: list[Passage]) -> Made:
     source = load_source(job.model, job.bases.get("model"), say)
     standard = _yardstick(source, passages, recipe.task is None, say)
     done = {export.format: export for export in read_exports(home) if _is_whole(home, export)}
+    candidate = _candidate(source, say)
+    rows = (
+        []
+        if not looked_at
+        else rows_to_look_at(looked_at, passages, lambda row: marked(candidate, row).ids, say)
+    )
     refused = []
-    for form in formats_of(recipe):
+    for form in formats_of(recipe, rows):
         if form.name in done:
             say(f"{form.name}: is there already")
             continue
@@ -294,7 +315,14 @@ def _yardstick(source: Source, passages: list[Passage], few: bool, say: Say) -> 
 
 def _sequences(source: Source, passages: list[Passage], say: Say) -> Iterator[Marked]:
     """Rows as training encodes them, what they teach marked."""
-    candidate = Candidate(
+    candidate = _candidate(source, say)
+    for passage in passages:
+        yield from windows(marked(candidate, passage), WINDOW, WINDOW // 2)
+
+
+def _candidate(source: Source, say: Say) -> Candidate:
+    """The model, by which rows are encoded."""
+    return Candidate(
         label="the model",
         folder=source.folder,
         model=source.model,
@@ -304,8 +332,6 @@ def _sequences(source: Source, passages: list[Passage], say: Say) -> Iterator[Ma
         batch_size=1,
         say=say,
     )
-    for passage in passages:
-        yield from windows(marked(candidate, passage), WINDOW, WINDOW // 2)
 
 
 WINDOW = 1024

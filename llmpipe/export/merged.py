@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmpipe.export.source import Source
+from llmpipe.files import read_json, write_json
+from llmpipe.run.folders import CONFIG
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,13 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def write_merged(source: Source, folder: Path, dtype: torch.dtype) -> list[str]:
     """Save the model in `dtype`, with tokenizer, template and generation configuration."""
     model = source.model
-    config = model.config
-    model.config = copy.deepcopy(config)
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
-    finally:
-        model.config = config
+    model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
+    # transformers says there what the model in memory has
+    path = folder / CONFIG
+    write_json(path, read_json(path) | {"dtype": str(dtype).removeprefix("torch.")})
     source.tokenizer.save_pretrained(folder)
     return []
 

@@ -29,20 +29,41 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def same_weights(
-    expected: Mapping[str, Tensor], seen: Mapping[str, Tensor], dtype: torch.dtype | None
+    expected: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    *,
+    moves_scales: bool = False,
 ) -> int:
     """Compare weights by name; returns how many there are.
 
     `dtype`: to which they were rounded, and nothing else was done to them; None where they are
-    quantized. Raises UserError (3) naming the first that is missing, left over, or another one.
+    quantized. `moves_scales`: they are also scaled by row and by column. Raises UserError (3)
+    naming the first that is missing, left over, or another one.
     """
     for name in sorted(expected.keys() | seen.keys()):
         if name not in seen:
             refuse(f"{name} is missing")
         if name not in expected:
             refuse(f"{name} is left over")
-        _same(name, expected[name], seen[name], dtype)
+        ours, theirs = expected[name], seen[name]
+        if moves_scales and ours.shape == theirs.shape:
+            theirs = unscaled(ours, theirs)
+        _same(name, ours, theirs, dtype)
     return len(expected)
+
+
+def unscaled(expected: Tensor, seen: Tensor) -> Tensor:
+    """Weights with the scales of their rows and columns taken back, as far as such, none of them
+    negative, explain what differs; each number of a vector has one."""
+    ours, theirs = expected.float(), seen.float()
+    if ours.dim() == 1:
+        return torch.where(ours * theirs >= 0, ours, theirs)
+    for dim in (0, 1, 0, 1):
+        along = (theirs * ours).sum(dim, keepdim=True)
+        square = theirs.square().sum(dim, keepdim=True).clamp(min=1e-30)
+        theirs = theirs * (along / square).clamp(min=0)
+    return theirs
 
 
 def _same(name: str, expected: Tensor, seen: Tensor, dtype: torch.dtype | None) -> None:

@@ -58,6 +58,7 @@ EXTRAS = {
     "deepspeed": "llmpipe[zero]",
     "llama_cpp": "llmpipe[gguf]",
     "torchao": "llmpipe[torchao]",
+    "compressed_tensors": "llmpipe[compressed-tensors]",
 }
 """What to install for a module, where that is not called as the module is."""
 

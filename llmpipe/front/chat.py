@@ -15,21 +15,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llmpipe.errors import Say, UserError
+from llmpipe.front.chat_named import Named
 from llmpipe.front.readable import make_readable
 from llmpipe.models.drawing.draw import Sampling
-from llmpipe.models.generate import generate, render
+from llmpipe.models.generate import Response, generate, render
 from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs
 from llmpipe.run.context import tokens_of
-from llmpipe.run.reference import Model, model_folder
+from llmpipe.run.reference import model_folder
 from llmpipe.scores.thinking import opening_of
 
 HELP = (
@@ -54,14 +55,58 @@ class Reply:
     """Why it ends where it does, unless the model ended it."""
 
 
+class Engine(Protocol):
+    """A model that answers."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it takes, with its answer."""
+
+    def written(self, turns: list[dict[str, str]]) -> str:
+        """A conversation as the model sees it. Raises UserError (2) where its template refuses."""
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a conversation that is written."""
+
+    def answer(self, ids: list[int], sampling: Sampling, stream: bool) -> Response:
+        """What comes behind them; shown as it comes where it is to `stream`."""
+
+
+@dataclass
+class Transformers:
+    """A model in transformers."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template_kwargs: dict[str, Any]
+
+    @property
+    def context(self) -> int | None:
+        return tokens_of(self.model.config.to_dict())
+
+    def written(self, turns: list[dict[str, str]]) -> str:
+        return render(self.tokenizer, {"messages": turns}, self.template_kwargs)
+
+    def tokens(self, text: str) -> list[int]:
+        # a template writes the special tokens itself
+        bare = not self.tokenizer.chat_template
+        ids: list[int] = self.tokenizer(text, add_special_tokens=bare)["input_ids"]
+        return ids
+
+    def answer(self, ids: list[int], sampling: Sampling, stream: bool) -> Response:
+        streamer = None
+        if stream:
+            streamer = _Stream(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        responses: list[Response] = generate(self.model, self.tokenizer, [ids], sampling, streamer)
+        return responses[0]
+
+
 @dataclass
 class Voice:
     """One model and its side of the conversation."""
 
     label: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    template_kwargs: dict[str, Any]
+    engine: Engine
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def reply(self, sampling: Sampling, stream: bool) -> Reply:
@@ -70,16 +115,12 @@ class Voice:
 
         Raises UserError (2) where the conversation fills the context.
         """
-        tokenizer = self.tokenizer
-        text = render(tokenizer, {"messages": self.turns}, self.template_kwargs)
-        # a template writes the special tokens itself
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        streamer = None
-        if stream:
-            streamer = _Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        context = tokens_of(self.model.config.to_dict())
+        engine = self.engine
+        text = engine.written(self.turns)
+        ids = engine.tokens(text)
+        context = engine.context
         fitting = sampling if context is None else _fitting(sampling, len(ids), context)
-        (response,) = generate(self.model, tokenizer, [ids], fitting, streamer)
+        response = engine.answer(ids, fitting, stream)
         # the next turn is asked behind all that the model saw, a tag of the template's as well
         said = opening_of(text) + response.text
         self.turns.append({"role": "assistant", "content": said})
@@ -105,23 +146,38 @@ def _fitting(sampling: Sampling, prompt: int, context: int) -> Sampling:
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, context - prompt))
 
 
-def open_voice(label: str, folder: Path, base: Path | None = None) -> Voice:
-    """`folder`: of a model, or of an adapter on `base`."""
+def open_voice(
+    label: str, folder: Path, base: Path | None = None, kwargs: dict[str, Any] | None = None
+) -> Voice:
+    """`folder`: of a model, or of an adapter on `base`; `kwargs`: variables of the chat template in
+    training, where the folder does not know them."""
     tokenizer = load_tokenizer(folder)
     model = load_any(folder, base, tokenizer, bf16=has_bf16(), alone=True)
-    return Voice(label, model, tokenizer, template_kwargs(folder))
+    kwargs = template_kwargs(folder) if kwargs is None else kwargs
+    return Voice(label, Transformers(model, tokenizer, kwargs))
 
 
-def open_voices(labels: list[str], models: list[Model], say: Say) -> list[Voice]:
-    """Load models of any kind; an adapter that has to be merged first is not kept so."""
+def open_voices(named: list[Named], seed: int, say: Say) -> list[Voice]:
+    """Load models of any kind; an adapter that has to be merged first is not kept so.
+
+    `seed`: of what llama.cpp draws.
+    """
     voices = []
     with TemporaryDirectory() as converted:
-        for label, model in zip(labels, models, strict=True):
-            folder = make_readable(model, Path(converted), say)
+        for one in named:
+            model = one.model
+            if one.in_llama_cpp:
+                from llmpipe.models.in_llama_cpp import LlamaCpp  # which may not be installed
+
+                assert model.folder is not None
+                engine = LlamaCpp(model.folder, one.template_kwargs or {}, seed)
+                voices.append(Voice(one.label, engine))
+                continue
+            folder = make_readable(model, Path(converted), say, few_bits=True)
             base = None
             if model.base and model.is_adapter:
                 base = model_folder(model.base, Path(converted))
-            voices.append(open_voice(label, folder, base))
+            voices.append(open_voice(one.label, folder, base, one.template_kwargs))
     return voices
 
 

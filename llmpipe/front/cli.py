@@ -405,7 +405,10 @@ def report(
 def chat(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="ARTIFACT [ARTIFACT]", help="An artifact or a model folder."),
+        typer.Argument(
+            metavar="ARTIFACT [ARTIFACT]",
+            help="An artifact, a format of an export, or a model folder.",
+        ),
     ],
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest word each time.")
@@ -417,18 +420,10 @@ def chat(
     if len(models) > 2:
         raise UserError("chat takes one model, or two side by side")
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from llmpipe.recipe.names import ARTIFACT
-    from llmpipe.run.reference import Use, resolve
+    from llmpipe.front.chat_named import named
 
-    for name in models:
-        if name.startswith(ARTIFACT):
-            hint = f"give its path, such as runs/NAME/{name.removeprefix(ARTIFACT)}"
-            raise UserError(f"chat: {name}: is of a run, and chat knows of none", hint)
-    # a folder needs no ./ here
-    named = [str(Path(name).absolute()) if os.path.exists(name) else name for name in models]
-    use = Use("chat", ("model", "adapter"))
     with screen.doing("verifying the model"):
-        resolved = [resolve(name, use, Path()) for name in named]
+        spoken_to = [named(name, say) for name in models]
 
     with screen.doing("importing the libraries"):
         from llmpipe import upstream
@@ -438,7 +433,7 @@ def chat(
         from llmpipe.models.drawing.draw import Sampling
 
     with screen.doing("loading"):
-        voices = conversation.open_voices(models, resolved, say)
+        voices = conversation.open_voices(spoken_to, seed, say)
     conversation.chat(voices, Sampling(max_new_tokens, temperature), seed)
 
 

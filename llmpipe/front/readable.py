@@ -36,11 +36,18 @@ FP32 = 4
 
 
 def make_readable(
-    model: Model, kept: Path, say: Say, *, weights: bool = True, in_run: bool = False
+    model: Model,
+    kept: Path,
+    say: Say,
+    *,
+    weights: bool = True,
+    in_run: bool = False,
+    few_bits: bool = False,
 ) -> Path:
     """Make of a model, and of its base, a folder that can be loaded, if it is none yet.
 
-    `kept`: where a run has such folders; `in_run`: there alone. Returns the model's own. Raises
+    `kept`: where a run has such folders; `in_run`: there alone; `few_bits`: its weights may be
+    quantized as `export` has it done. Returns the model's own. Raises
     UserError where it is damaged.
     """
     base = make_readable(model.base, kept, say, in_run=in_run) if model.base else None
@@ -52,7 +59,7 @@ def make_readable(
     else:
         readable = model_folder(model, kept, weights)
     snapshots = readable.parent.parent if model.kind == "hub" else None  # its files are links
-    check_folder(readable, snapshots, weights=weights)
+    check_folder(readable, snapshots, weights=weights, few_bits=few_bits)
     for name in unused_code(readable):
         say(f"{model.reference}: auto_map of {name} is not used: transformers' own classes are")
     check_tokenizer(readable / "tokenizer.json")

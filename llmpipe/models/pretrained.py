@@ -26,7 +26,7 @@ from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.parallel import Spread, refuse_uncut, unpin
 from llmpipe.run.artifact import is_reward_model
-from llmpipe.run.folders import tensors_of
+from llmpipe.run.folders import COMPRESSED, quantized_by, tensors_of
 
 PACKED = 4
 """Numbers of a weight that one number of a file may stand for: two in a byte, and a head that is
@@ -96,6 +96,8 @@ def load_model(
     heads = upstream.as_reward_model(known) if new_head else nullcontext()
     offloads = spread is not None and spread.offload
     place = upstream.to_host() if offloads else nullcontext()
+    if quantized_by(folder) == COMPRESSED:
+        upstream.show_no_bars()
     with (
         reading(folder, "a model", Exception, code=DATA),
         upstream.of_size(known, most * PACKED * torch.float64.itemsize + SLACK),

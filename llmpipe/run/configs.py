@@ -57,6 +57,26 @@ DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 QUANTIZED = ("bitsandbytes", "mxfp4")
 """Weights that can be trained on as they lie there: the latter are unpacked as they are read."""
 
+OF_TORCHAO = {
+    "quant_method",
+    "quant_type",
+    "include_input_output_embeddings",
+    "modules_to_not_convert",
+    "untie_embedding_weights",
+}
+NOT_EXPORTED = ("kv_cache_scheme", "sparsity_config", "transform_config")
+OF_COMPRESSED = {
+    "quant_method",
+    "config_groups",
+    "format",
+    "global_compression_ratio",
+    "ignore",
+    "quantization_status",
+    "version",
+    *NOT_EXPORTED,
+}
+"""What an export says of weights that others read and nobody trains on."""
+
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Each of them has a tensor at least."""
 
@@ -310,14 +330,18 @@ INDEX: Mapping[str, Rule] = {
 }
 
 
-def check_model(path: Path, config: Config, tensors: int | None = None) -> None:
+def check_model(
+    path: Path, config: Config, tensors: int | None = None, *, few_bits: bool = False
+) -> None:
     """Hold a config.json against what it may say, with those that it is made of.
 
-    `tensors`: how many the weights have, where there are weights. Raises UserError (3) naming the
-    key.
+    `tensors`: how many the weights have, where there are weights; `few_bits`: whether these may be
+    quantized as `export` has it done. Raises UserError (3) naming the key.
     """
     for name, part in _parts(config):
         check(path, part, MODEL, name)
+        if not (few_bits and not name and _is_exported(config.get("quantization_config"))):
+            _check_quantization(path, part, name)
         _check_sources(path, part, name)
         _check_sizes(path, part, name, tensors)
 
@@ -427,7 +451,7 @@ def _every(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _check_sources(path: Path, config: Config, within: str) -> None:
-    """Where attention, experts and quantized weights come from."""
+    """Where attention and experts come from."""
     for name, value in config.items():
         bare = name.lstrip("_").removesuffix("_internal")
         implementations = value.values() if isinstance(value, dict) else [value]
@@ -439,6 +463,24 @@ def _check_sources(path: Path, config: Config, within: str) -> None:
             raise refusal(path, f"{within}{name}: names an implementation to be fetched")
         if name.startswith("__"):
             raise refusal(path, f"{within}{name}: is no name of a configuration")
+
+
+def _is_exported(quantization: Any) -> bool:
+    """Whether weights are quantized as `export` has it done by torchao or llm-compressor."""
+    match quantization:
+        case {"quant_method": "torchao", "quant_type": {"default": {"_type": str(kind)} as only}}:
+            known = quantization.keys() <= OF_TORCHAO and len(quantization["quant_type"]) == 1
+            return known and kind == "Int8WeightOnlyConfig" and "_data" in only
+        case {"quant_method": "compressed-tensors", "config_groups": {"group_0": dict(group)}}:
+            few = quantization.keys() <= OF_COMPRESSED and len(quantization["config_groups"]) == 1
+            left = quantization.get("ignore")
+            plain = not any(quantization.get(name) for name in NOT_EXPORTED)
+            return few and plain and group.get("targets") == ["Linear"] and _lists(_is_word)(left)
+    return False
+
+
+def _check_quantization(path: Path, config: Config, within: str) -> None:
+    """How weights are quantized that can be trained on as they lie there."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return

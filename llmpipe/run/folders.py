@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import parse_json, read_text
+from llmpipe.files import parse_json, read_json, read_text
 from llmpipe.run import configs
 from llmpipe.run.configs import Rule, check, refusal
 from llmpipe.run.weights import Tensor, tensors_in
@@ -32,12 +32,20 @@ OTHERS: dict[str, Mapping[str, Rule]] = {
 SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Weights as several processes saved them, which transformers reads by way of torch."""
 
+COMPRESSED, TORCHAO = "compressed-tensors", "torchao"
+"""By what weights have few bits, as transformers calls it."""
+
 MOST_ENTRIES = 100_000
 """Files and folders below a model's."""
 
 
-def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True) -> None:
+def check_folder(
+    folder: Path, home: Path | None = None, *, weights: bool = True, few_bits: bool = False
+) -> None:
     """Refuse a model folder that is not plain safetensors + JSON. Raises UserError (3).
+
+    `few_bits`: its weights may be quantized as `export` has it done, which nothing can be trained
+    on.
 
     A snapshot in the Hub's cache is made of links into `home`, the cache of that repository; no
     other link is followed. A folder that is there for its tokenizer needs no `weights`.
@@ -59,7 +67,16 @@ def check_folder(folder: Path, home: Path | None = None, *, weights: bool = True
         _check_rank(folder / ADAPTER, adapter, tensors)
     if config is not None:
         own = weights and adapter is None
-        configs.check_model(folder / CONFIG, config, len(tensors) if own else None)
+        count = len(tensors) if own else None
+        configs.check_model(folder / CONFIG, config, count, few_bits=few_bits)
+
+
+def quantized_by(folder: Path) -> str | None:
+    """By what the weights of a model folder have few bits; None where its config names nothing."""
+    match read_json(folder / CONFIG):
+        case {"quantization_config": {"quant_method": str(method)}}:
+            return method
+    return None
 
 
 def unused_code(folder: Path) -> list[str]:

@@ -7,20 +7,24 @@ predictions are from the model's. The story is `export.formats.export_all`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmpipe.data.prepared import RECORD, PreparedFolder
+from llmpipe.errors import Mistake, UserError
 from llmpipe.evaluation.tasks.perplexity import Perplexity
 from llmpipe.files import publishing
 from llmpipe.recipe.sections import Machine, Recipe, Rows, Section, Start, cosmetic
 from llmpipe.run.exports import EXPORTS
+from llmpipe.run.interpreters import LLM_COMPRESSOR, python_of
 from llmpipe.sums import Kept, check, is_sealed, seal
 
 if TYPE_CHECKING:
     from llmpipe.run.job import Job
     from llmpipe.run.made import Made
+    from llmpipe.run.outlook import Outlook
 
 ACCEPTS = ("model", "adapter")
 MAKES = "export"
@@ -32,6 +36,10 @@ Ggml = Literal[
 ]
 WRITTEN = ("f32", "f16", "bf16", "q8_0")
 """What needs no llama.cpp to be written."""
+
+Compressed = Literal["fp8", "w4a16", "w4a16_gptq", "w4a16_awq"]
+LOOK_AT_ROWS = ("w4a16_gptq", "w4a16_awq")
+"""Which choose how to round by rows that go through the layers."""
 
 
 class Formats(Section):
@@ -50,10 +58,28 @@ class Formats(Section):
     """Model folders with linear layers in 8 bits by torchao, for transformers
     (`pip install 'llmpipe[torchao]'`)."""
 
+    compressed_tensors: list[Compressed] = []
+    """Model folders for vLLM and transformers, in the form of compressed-tensors, made by
+    llm-compressor from an environment of its own, whose bin/ is on PATH, and read back by
+    transformers (`pip install 'llmpipe[compressed-tensors]'`). `fp8`: 8 bits, and 8 for what goes
+    through the layers; `w4a16`: 4 bits, each rounded to the nearest; `w4a16_gptq` and `w4a16_awq`:
+    rounded by what goes through the layers when the rows of `calibration` do."""
+
+    @field_validator("torchao", mode="before")
+    @classmethod
+    def _reads_on_cpu(cls, asked: Any) -> Any:
+        if isinstance(asked, list) and "int4" in asked:
+            raise ValueError(
+                "int4: torchao 0.18 computes 4 bits on CUDA and XPU alone, and an export is read"
+                " back on the CPU; take compressed_tensors: [w4a16], or gguf: [q4_k_m]"
+            )
+        return asked
+
     @model_validator(mode="after")
     def _some(self) -> Formats:
         if not self.names:
-            raise ValueError("name a format: merged, adapter, gguf or torchao")
+            known = "merged, adapter, gguf, torchao or compressed_tensors"
+            raise ValueError(f"name a format: {known}")
         return self
 
     @property
@@ -64,7 +90,13 @@ class Formats(Section):
             *(["adapter"] if self.adapter else []),
             *(f"gguf-{numbers}" for numbers in self.gguf),
             *(f"torchao-{bits}" for bits in self.torchao),
+            *(f"compressed-tensors-{scheme}" for scheme in self.compressed_tensors),
         ]
+
+    @property
+    def looks_at_rows(self) -> bool:
+        """Whether one of them is made by rows that go through the layers."""
+        return not set(LOOK_AT_ROWS).isdisjoint(self.compressed_tensors)
 
 
 class Accept(Section):
@@ -94,15 +126,34 @@ class Schema(Recipe):
     held_out: list[Rows] = []
     """Rows to measure on, the first 2,048 tokens of them; without any the continuations of the
     probe are taken, which are few."""
+    calibration: list[Rows] = []
+    """Rows that go through the layers for GPTQ and AWQ, such as were trained on: the first 512 of
+    them, up to 1,024 tokens of each. Those that are held out as well are left out, and counted."""
     accept: Accept = cosmetic(default_factory=Accept)
     """How far from the model a format with fewer bits may be."""
     launch: OneProcess = cosmetic(default_factory=OneProcess)
     """The machine: never part of the result's identity."""
 
+    @model_validator(mode="after")
+    def _calibrated(self) -> Schema:
+        looked_at = ", ".join(LOOK_AT_ROWS)
+        if self.formats.looks_at_rows and not self.calibration:
+            raise ValueError(f"calibration: name rows: {looked_at} look at some")
+        if self.calibration and not self.formats.looks_at_rows:
+            raise ValueError(f"calibration: nobody looks at these rows: {looked_at} would")
+        if any(rows in self.held_out for rows in self.calibration):
+            raise ValueError("calibration: names rows that are held out")
+        return self
+
     @property
     def task(self) -> Perplexity | None:
         """What is measured, in the words of `eval`."""
-        return Perplexity(task="perplexity", data=self.held_out) if self.held_out else None
+        return _passages(self.held_out)
+
+    @property
+    def looked_at(self) -> Perplexity | None:
+        """The rows of `calibration`, in the same words."""
+        return _passages(self.calibration)
 
     def references(self) -> dict[str, str]:
         return {"model": self.model}
@@ -116,10 +167,34 @@ class Schema(Recipe):
                 if numbers not in WRITTEN
             ),
             *((f"formats.torchao.{i}", "torchao") for i in range(len(formats.torchao))),
+            *(
+                (f"formats.compressed_tensors.{i}", "compressed_tensors")
+                for i in range(len(formats.compressed_tensors))
+            ),
         ]
 
     def rows(self) -> dict[str, Rows]:
-        return {f"held_out.{i}": source for i, source in enumerate(self.held_out)}
+        named = {"held_out": self.held_out, "calibration": self.calibration}
+        return {
+            f"{field}.{i}": source
+            for field, sources in named.items()
+            for i, source in enumerate(sources)
+        }
+
+
+def _passages(rows: list[Rows]) -> Perplexity | None:
+    return Perplexity(task="perplexity", data=rows) if rows else None
+
+
+def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
+    """Whether llm-compressor is there, where it is asked for."""
+    if outlook.works and recipe.formats.compressed_tensors and not python_of(LLM_COMPRESSOR):
+        hint = (
+            "python -m venv lc && lc/bin/pip install llmcompressor, and put lc/bin on PATH, last:"
+            " its versions are not llmpipe's"
+        )
+        problem = f"llm-compressor is not installed: no {LLM_COMPRESSOR} on PATH"
+        yield Mistake("formats.compressed_tensors", UserError(problem, hint))
 
 
 class PreparedPassages(PreparedFolder):
@@ -131,6 +206,7 @@ class PreparedPassages(PreparedFolder):
 
 PREPARED = PreparedPassages
 ITEMS = "passages.jsonl"
+LOOKED_AT = "calibration.jsonl"
 
 
 def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
@@ -138,20 +214,27 @@ def shapes(recipe: Schema) -> dict[str, tuple[type, ...]]:
 
 
 def prepare(job: Job[Schema]) -> PreparedPassages:
-    """Held-out rows -> passages."""
+    """Held-out rows, and those for calibration -> passages."""
     from llmpipe.evaluation.items import items_of
 
-    task = job.recipe.task
     folder = job.prepared / f"export-{job.plan.identity[:16]}"
     if is_sealed(folder):
         check(Kept(folder))
+    read = 0
     with publishing(folder) as staging:
-        passages = items_of(task, job.plan.content, job.say) if task else []
-        if task:
-            task.write(passages, staging / ITEMS)
-        PreparedPassages(passages=len(passages)).to_file(staging / RECORD)
+        for task, name in _files(job.recipe):
+            passages = items_of(task, job.plan.content, job.say)
+            task.write(passages, staging / name)
+            read += len(passages)
+        PreparedPassages(passages=read).to_file(staging / RECORD)
         seal(staging, folder.name)
     return PreparedPassages.of_folder(folder)
+
+
+def _files(recipe: Schema) -> list[tuple[Perplexity, str]]:
+    """What rows become, and in which file."""
+    named = [(recipe.task, ITEMS), (recipe.looked_at, LOOKED_AT)]
+    return [(task, name) for task, name in named if task]
 
 
 def train(job: Job[Schema], prepared: PreparedPassages) -> Made:
@@ -163,6 +246,8 @@ def train(job: Job[Schema], prepared: PreparedPassages) -> Made:
         return Made(final={})
     from llmpipe.export.formats import export_all
 
-    task = job.recipe.task
-    passages: list[Any] = task.read(prepared.folder(job.prepared) / ITEMS) if task else []
-    return export_all(job, passages)
+    folder = prepared.folder(job.prepared)
+    passages: dict[str, list[Any]] = {
+        name: task.read(folder / name) for task, name in _files(job.recipe)
+    }
+    return export_all(job, passages.get(ITEMS, []), passages.get(LOOKED_AT, []))

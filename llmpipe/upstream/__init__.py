@@ -528,6 +528,17 @@ def quiet(logger: str) -> Iterator[None]:
         logging.getLogger(logger).removeFilter(drop)
 
 
+def show_no_bars() -> None:
+    """Let compressed-tensors show no bars, when it reads a model and when that computes first: it
+    asks nobody whether to."""
+    from compressed_tensors.offload import dispatch
+    from compressed_tensors.quantization.lifecycle import apply
+
+    modules: tuple[Any, ...] = (apply, dispatch)
+    for module in modules:
+        module.tqdm = lambda steps, **_: steps
+
+
 def _without(words: str) -> Callable[[logging.LogRecord], bool]:
     """A filter of lines that hold these words."""
     return lambda record: words not in record.getMessage()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llmpipe.data.train_tokenizer import train_tokenizer
 from llmpipe.errors import INTEGRITY, UserError
@@ -148,6 +148,8 @@ def test_merged_is_the_adapter_on_its_base(adapted, tmp_path, precision):
     export = exported(adapted, standard, tmp_path, merged=[precision])
     weights = load_file(tmp_path / f"merged-{precision}" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {formats.DTYPES[precision]}
+    config = json.loads((tmp_path / f"merged-{precision}" / "config.json").read_text())
+    assert config["dtype"] == str(formats.DTYPES[precision]).removeprefix("torch.")
     assert export.tensors == len(weights) == 20
     assert export.measured.mean_kl < 1e-4 and export.agreement.greedy > 0.8
 
@@ -176,6 +178,24 @@ def test_llama_cpp_quantizes_and_reads(source, standard, tmp_path):
         "Modelfile",
         "model-q4_k_m.gguf",
     ]
+
+
+def test_gguf_f32_rounds_nothing(source, standard, tmp_path):
+    export = exported(source, standard, tmp_path, gguf=["f32"])
+    assert export.lossless and export.measured.mean_kl < 1e-6 and export.agreement.greedy == 1
+    assert export.size > sum(weight.numel() for weight in source.weights.values()) * 4
+
+
+@TORCHAO
+def test_a_model_without_linear_layers_is_refused_by_torchao(standard, tmp_path):
+    folder = tmp_path / "gpt2"
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 512, "vocab_size": 512}
+    GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=2)).save_pretrained(folder)
+    gpt2 = load_source(folder, None, lambda line: None)
+    with pytest.raises(UserError, match="no layer of gpt2 is a linear one: nothing would be in 8"):
+        exported(gpt2, standard, tmp_path / "home", torchao=["int8"])
+    assert not list((tmp_path / "home").iterdir())
 
 
 @TORCHAO

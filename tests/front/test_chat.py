@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from llmpipe.errors import UserError
-from llmpipe.front import chat
+from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.front import chat, chat_named, cli
 from tests import life, store
 
 
@@ -53,7 +56,7 @@ def talk(monkeypatch, capsys, artifact, lines, count=1, stdin=io.StringIO, new_t
 
 def test_one_answers_with_its_template_and_stops_at_its_stop_token(voice, monkeypatch, capsys):
     out, (one,) = talk(monkeypatch, capsys, voice, ["What colour is grass?"])
-    text = one.tokenizer.apply_chat_template(
+    text = one.engine.tokenizer.apply_chat_template(
         one.turns[:1], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>assistant\n")
@@ -62,7 +65,9 @@ def test_one_answers_with_its_template_and_stops_at_its_stop_token(voice, monkey
 
 def test_a_thought_that_the_template_opens_stays_open_in_the_turns_before(voice, monkeypatch):
     one = chat.open_voice("one", voice.model)
-    one.tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    one.engine.tokenizer.chat_template += (
+        "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    )
     asked = []
 
     def generate(model, tokenizer, ids, *_):
@@ -167,6 +172,98 @@ def test_a_typed_turn_without_an_answer_is_taken_back(voice, monkeypatch, capsys
     out, (one,) = talk(monkeypatch, capsys, voice, lines, stdin=Typed)
     assert "leaves no room" in out and "taken back" in out
     assert [turn["content"] for turn in one.turns] == ["What colour is grass?", "Green."]
+
+
+# --- formats of an export -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exports(voice):
+    """The model that knows some rows by heart, for other engines."""
+    values = {
+        "stage": "export",
+        "run": str(voice.run),
+        "model": f"artifact:{voice.name}",
+        "formats": {"merged": ["bf16"], "gguf": ["f32", "q8_0"]},
+    }
+    path = voice.run.parent / "export.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return store.made(path)
+
+
+def asked(monkeypatch, capsys, *arguments) -> str:
+    """What the whole command answers to a piped turn."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("What colour is grass?\n"))
+    capsys.readouterr()
+    cli.chat(list(map(str, arguments)), temperature=0, max_new_tokens=16, seed=0)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["merged-bf16", "gguf-f32", "gguf-q8_0"])
+def test_every_format_answers_as_it_was_trained(exports, monkeypatch, capsys, name):
+    out = asked(monkeypatch, capsys, exports.path / name)
+    assert out.splitlines()[-1] == "Green."
+    reads_gguf = name.startswith("gguf") and not find_spec("llama_cpp")
+    assert ("read by transformers; for llama.cpp" in out) == reads_gguf
+
+
+@pytest.mark.skipif(not find_spec("llama_cpp"), reason="pip install 'llmpipe[gguf]'")
+def test_llama_cpp_answers_by_the_file_and_beside_another(exports, voice, monkeypatch, capsys):
+    from llmpipe.models.in_llama_cpp import LlamaCpp
+
+    [one] = (exports.path / "gguf-f32").glob("*.gguf")
+    engine = LlamaCpp(one, {}, seed=0)
+    assert engine.context == 512
+    turns = [{"role": "user", "content": "What colour is grass?"}]
+    text = engine.written(turns)
+    assert text.endswith("<|im_start|>assistant\n")
+    theirs = chat.open_voice("it", voice.model).engine
+    assert text == theirs.written(turns) and engine.tokens(text) == theirs.tokens(text)
+    short = engine.answer(engine.tokens(text), chat.Sampling(2), stream=False)
+    assert (short.tokens, short.ended) == (2, False) and "Green.".startswith(short.text)
+    whole = engine.answer(engine.tokens(text), chat.Sampling(16), stream=False)
+    assert (whole.text, whole.ended) == ("Green.", True)
+    out = asked(monkeypatch, capsys, exports.path / "gguf-f32", voice.path)
+    assert [cell.strip() for cell in out.splitlines()[-1].split("|")] == ["Green.", "Green."]
+
+
+def test_an_adapter_of_an_export_lies_on_its_base(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    adapter = {"rank": 4, "embeddings": "none"}
+    quick = {"optim__steps": 2, "evaluation": {}, "samples": {}}
+    made = store.made(life.write(run, name="low-rank", adapter=adapter, **quick))
+    values = {
+        "stage": "export",
+        "run": str(run),
+        "model": "artifact:low-rank",
+        "formats": {"merged": ["fp32"], "adapter": True, "gguf": ["f16"]},
+    }
+    path = tmp_path / "export.yaml"
+    path.write_text(yaml.safe_dump(values))
+    export = store.made(path)
+    out = asked(monkeypatch, capsys, export.path / "adapter")
+    assert out.strip() and out == asked(monkeypatch, capsys, made.path)
+
+
+def test_what_an_export_needs_and_is_not_there_is_said(exports, monkeypatch, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(exports.run, run)
+    folder = run / exports.name / "merged-bf16"
+    changed = folder / "config.json"
+    changed.write_text(changed.read_text() + " ")
+    with pytest.raises(UserError, match=f"{changed}: .* bytes, recorded") as damaged:
+        asked(monkeypatch, capsys, folder)
+    assert damaged.value.code == INTEGRITY
+    (run / exports.name / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        asked(monkeypatch, capsys, folder)
+    monkeypatch.setattr(chat_named, "quantized_by", lambda folder: "compressed-tensors")
+    monkeypatch.setattr(chat_named, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="compressed_tensors is not installed, which reads"
+    ) as needs:
+        asked(monkeypatch, capsys, exports.path / "merged-bf16")
+    assert needs.value.hint == "pip install 'llmpipe[compressed-tensors]'"
 
 
 def test_columns():

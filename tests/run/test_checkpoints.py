@@ -38,8 +38,14 @@ class Two:
 
     rank, size = 0, 2
 
-    def __init__(self, of_other):
+    def __init__(self, of_other, is_mirrored=False):
         self.of_other = of_other
+        self.is_mirrored = is_mirrored
+        self.brought = []
+
+    def bring(self, path):
+        self.brought.append(path)
+        return path
 
     def gather(self, mine):
         return [mine, self.of_other(mine)]
@@ -56,6 +62,18 @@ def test_what_another_process_does_not_see_whole_is_passed_over(tmp_path):
     asked = iter([[3, 6, 9], [], [], []])  # one that only the other process sees
     assert checkpoints.pick(tmp_path, *origin, world=other).path == tmp_path / "step-6"
     assert "checkpoint step-9 is damaged (sums.json: damaged or missing)" in lines[1]
+
+
+def test_another_machine_is_sent_what_is_whole_and_no_more(tmp_path):
+    """What rank 0 finds damaged is named, also in a part that it does not read itself."""
+    for step in (3, 6):
+        write(tmp_path, step, [Leg(after=0, platform=HERE)])
+    (tmp_path / "step-6" / "weights").write_text("others")
+    world = Two(lambda mine: [], is_mirrored=True)
+    lines = []
+    origin = ("a", {"threads": 1}, HERE, lines.append)
+    assert checkpoints.pick(tmp_path, *origin, world=world).path == tmp_path / "step-3"
+    assert world.brought == [tmp_path / "step-3"] and "step-6 is damaged (weights" in lines[0]
 
 
 def test_a_part_that_is_not_seen_as_it_was_written_is_no_checkpoint(tmp_path):
