@@ -317,3 +317,13 @@ def test_a_model_outside_of_the_run_has_to_be_there_and_the_same(tmp_path):
     assert "base: is another one on machine 1 than at rank 0" in ends[0][1], ends
     shutil.copy(bases[0] / "generation_config.json", config)
     made(paths)
+
+
+@pytest.mark.faults
+def test_a_mistake_that_the_first_one_finds_ahead_is_not_waited_for(tmp_path):
+    """The second one looks at no rows: it need not have them."""
+    paths = nodes(tmp_path, data__train=[{"path": str(tmp_path / "none.jsonl")}])
+    began = time.monotonic()
+    ends = life.apart(paths)
+    assert [code for code, _ in ends] == [2, 2] and time.monotonic() - began < 60, ends
+    assert "none.jsonl: no such file" in ends[0][1] and "none.jsonl" not in ends[1][1], ends
