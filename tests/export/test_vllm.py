@@ -1,7 +1,7 @@
 """vLLM reads what is exported, and what is not the model is refused by name.
 
 Each test is run with a double for the package, in a Python of its own as vLLM is, and with vLLM
-itself where it is installed (`PATH=$PATH:/opt/vllm/bin`).
+itself where it is installed (`PATH=$PATH:./vllm/bin`).
 """
 
 import shutil

@@ -489,11 +489,11 @@ def test_which_server_answers(model, monkeypatch):
     gguf = dataclasses.replace(model, gguf=model.folder)
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
     monkeypatch.setattr(engines, "gpus", lambda: 0)
-    monkeypatch.setattr(engines, "python_of", lambda command: "/opt/vllm/bin/python")
+    monkeypatch.setattr(engines, "python_of", lambda command: "/srv/vllm/bin/python")
     assert engines.engine_for(model, "auto").name == "transformers"
     assert engines.engine_for(gguf, "auto").name == "llama-cpp"
     asked = engines.engine_for(model, "vllm")
-    assert asked.command[0] == "/opt/vllm/bin/python" and os.path.isfile(asked.command[1])
+    assert asked.command[0] == "/srv/vllm/bin/python" and os.path.isfile(asked.command[1])
     assert "PYTHONPATH" not in asked.environment
     monkeypatch.setattr(engines, "gpus", lambda: 1)
     assert engines.engine_for(model, "auto").name == "vllm"
