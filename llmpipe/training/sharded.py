@@ -130,6 +130,7 @@ class Sharded(Trainer):
         else:
             parallel.save(parts, model, self._plain_optimizer(), self.saving.tensors)
         if rank() == 0:
+            folder.mkdir(exist_ok=True)  # no file is written yet
             write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
