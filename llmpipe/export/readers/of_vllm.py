@@ -122,10 +122,17 @@ class VLLM:
 
     def _probe(self, stops: list[int], *, adapted: bool) -> Probe:
         expected = self.source.probe.said
-        questions = [self._question(said) for said in expected]
-        heard = self._ask({"questions": questions, "adapted": adapted})["said"]
-        pairs = zip(expected, heard, strict=True)
-        said = [_said(before, after, stops) for before, after in pairs]
+        # nothing is asked that exceeds the model's context, and what a template refuses is
+        questions = [
+            None if said.tokens and not said.continuation else self._question(said)
+            for said in expected
+        ]
+        asked = [question for question in questions if question]
+        heard = iter(self._ask({"questions": asked, "adapted": adapted})["said"])
+        said = [
+            _said(before, next(heard), stops) if question else before
+            for before, question in zip(expected, questions, strict=True)
+        ]
         return Probe(precision=str(self.computes_in), stops=stops, said=said)
 
     def _question(self, said: Said) -> dict[str, Any]:
