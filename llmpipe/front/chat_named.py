@@ -12,11 +12,8 @@ from llmpipe.errors import Say, UserError
 from llmpipe.front.ahead import EXTRAS
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.exported import exported
-from llmpipe.run.folders import COMPRESSED, TORCHAO, quantized_by
+from llmpipe.run.folders import reader_of
 from llmpipe.run.reference import Model, Use, resolve
-
-READ_BY = {TORCHAO: "torchao", COMPRESSED: "compressed_tensors"}
-"""The package that reads weights of few bits, by what made them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def named(name: str, say: Say) -> Named:
 
 def _refuse_unread(name: str, folder: Path) -> None:
     """Raise UserError (2) where the package is not installed that reads weights of few bits."""
-    package = READ_BY.get(quantized_by(folder) or "")
+    package = reader_of(folder)
     if package and find_spec(package) is None:
         problem = f"chat: {name}: {package} is not installed, which reads its weights"
         raise UserError(problem, f"pip install '{EXTRAS[package]}'")

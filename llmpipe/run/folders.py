@@ -35,6 +35,9 @@ SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 COMPRESSED, TORCHAO = "compressed-tensors", "torchao"
 """By what weights have few bits, as transformers calls it."""
 
+READ_BY = {TORCHAO: "torchao", COMPRESSED: "compressed_tensors"}
+"""The package by which transformers reads them."""
+
 MOST_ENTRIES = 100_000
 """Files and folders below a model's."""
 
@@ -69,6 +72,11 @@ def check_folder(
         own = weights and adapter is None
         count = len(tensors) if own else None
         configs.check_model(folder / CONFIG, config, count, few_bits=few_bits)
+
+
+def reader_of(folder: Path) -> str | None:
+    """The package that transformers needs to read a folder's weights of few bits."""
+    return READ_BY.get(quantized_by(folder) or "")
 
 
 def quantized_by(folder: Path) -> str | None:

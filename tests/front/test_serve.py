@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -421,6 +422,33 @@ def test_a_merged_folder_is_served_by_its_own_probe(exported, tmp_path):
     with hosted(order(model)) as (gate, line):
         agreed = agree(line, model, gate.precision)
     assert agreed.asked == 16 and agreed.equal >= 14
+
+
+@pytest.mark.skipif(not find_spec("torchao"), reason="pip install 'llmpipe[torchao]'")
+def test_eight_bits_are_served_too(artifact, tmp_path):
+    recipe = tmp_path / "export.yaml"
+    asked = {"stage": "export", "name": "few", "run": str(artifact.run), "model": "artifact:sft"}
+    recipe.write_text(json.dumps(asked | {"formats": {"torchao": ["int8"]}}))
+    folder = life.command(recipe).path / "torchao-int8"
+    model = named.served(str(folder), tmp_path, print)
+    assert model.rounded == "int8"
+    with hosted(order(model)) as (gate, line):
+        agreed = agree(line, model, gate.precision)
+    assert agreed.asked == 16 and agreed.equal >= 14
+
+
+def test_what_reads_few_bits_is_named_where_it_is_missing(exported, tmp_path, monkeypatch):
+    folder = tmp_path / "few"
+    shutil.copytree(exported.path / "merged-bf16", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (folder / "config.json").write_text(json.dumps(config))
+    merged = named.served(str(exported.path / "merged-bf16"), tmp_path, print)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name != "torchao")
+    with pytest.raises(UserError, match="serve: needs torchao, which is not") as refused:
+        engines.engine_for(dataclasses.replace(merged, folder=folder), "transformers")
+    assert refused.value.hint == "pip install 'llmpipe[torchao]'"
+    assert engines.engine_for(merged, "transformers").name == "transformers"
 
 
 def test_what_of_an_export_is_not_served(exported, tmp_path):

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llmpipe.errors import UserError
+from llmpipe.front import ahead
 from llmpipe.front.serve.named import Served
+from llmpipe.run.folders import reader_of
 from llmpipe.run.interpreters import VLLM, environment_of, python_of
 from llmpipe.run.machine import gpus
 
@@ -47,9 +49,13 @@ def engine_for(model: Served, asked: str) -> Engine:
         raise UserError(f"serve: --engine {name}: takes {takes}", "leave --engine out")
     if name == "vllm":
         return _vllm()
-    if missing := [package for package in PACKAGES[name] if not find_spec(package)]:
+    reader = None if model.gguf else reader_of(model.folder)
+    needed = dict.fromkeys(PACKAGES[name], EXTRAS[name])
+    needed |= {reader: ahead.EXTRAS[reader]} if reader else {}
+    if missing := [package for package in needed if not find_spec(package)]:
         problem = f"serve: needs {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not"
-        raise UserError(f"{problem} installed here", f"pip install '{EXTRAS[name]}'")
+        extras = " ".join(f"'{extra}'" for extra in {needed[package]: 0 for package in missing})
+        raise UserError(f"{problem} installed here", f"pip install {extras}")
     command = [sys.executable, "-m", "llmpipe.front.serve.host"]
     return Engine(name, command, dict(os.environ))
 

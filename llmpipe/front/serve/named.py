@@ -110,22 +110,24 @@ def _of_export(name: str, part: Exported, converted: Path, say: Say) -> Served:
     if gguf:
         folder, base = _tokenizer_of(name, part), None
     else:
-        folder, base = _readable(part.model, converted, say)
+        folder, base = _readable(part.model, converted, say, few_bits=True)
     return Served(
         name=parents[0] if parents else manifest.name,
         folder=folder,
         base=base,
         gguf=gguf,
-        rounded=export.format.partition("-")[2] or "fp32",
+        rounded=export.format.rpartition("-")[2] if part.kind != "adapter" else "fp32",
         probe=_probe_of(name, manifest),
         has_template=own_template(folder) is not None,
         template_kwargs=export.template_kwargs,
     )
 
 
-def _readable(model: Model, converted: Path, say: Say) -> tuple[Path, Path | None]:
+def _readable(
+    model: Model, converted: Path, say: Say, *, few_bits: bool = False
+) -> tuple[Path, Path | None]:
     """The folder of a model, and that of what lies under an adapter."""
-    folder = make_readable(model, converted, say)
+    folder = make_readable(model, converted, say, few_bits=few_bits)
     is_adapter = model.base is not None and model.is_adapter
     return folder, model_folder(model.base, converted) if model.base and is_adapter else None
 
