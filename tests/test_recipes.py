@@ -58,6 +58,7 @@ def test_they_are_all_found():
     names = [str(path.relative_to(ROOT / "recipes")) for path in SHIPPED]
     assert names == [
         "alpaca.yaml",
+        "compressed.yaml",
         "d12.yaml",
         "dpo.yaml",
         "eval.yaml",

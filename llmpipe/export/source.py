@@ -4,6 +4,7 @@ published.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class Source:
         if epsilon <= torch.finfo(torch.float32).eps:
             return most
         seen = agreement_of(self.probe, self.in_bf16).log_prob_difference
+        if not math.isfinite(seen):
+            return most  # nothing was seen
         return max(most, SPREAD * seen * epsilon / torch.finfo(torch.bfloat16).eps)
 
 
@@ -114,6 +117,11 @@ def _as_published(manifest: Manifest | None, source: Source, say: Say) -> None:
     most = source.tolerance(dtype) if dtype else None
     seen = source.in_bf16 if dtype == torch.bfloat16 else source.probe
     agreement = compare(recorded, seen, str(source.folder), most)
+    if most is None and 2 * agreement.equal_answers < agreement.answers:
+        same = f"{agreement.equal_answers} of {agreement.answers} answers are those"
+        problem = f"{source.folder}: {same} of the model that was published"
+        hint = f"its weights had fewer bits then ({recorded.precision}), but half should be equal"
+        raise UserError(problem, hint, INTEGRITY)
     difference = f"log-probabilities differ by {agreement.log_prob_difference:.1e}"
     answers = f"{agreement.equal_answers} of {agreement.answers} answers are equal"
     say(f"probe: as published in {recorded.precision}: {difference}, {answers}")

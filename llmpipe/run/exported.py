@@ -61,8 +61,9 @@ def exported(name: str, asker: str) -> Exported | None:
     of its formats, and (3) for one that is not finished, or not as it was written.
     """
     path = Path(os.path.abspath(expanded(name)))
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir():
+    # not pathlib's, which raise for a name that is too long
+    folder = path.parent if os.path.isfile(path) else path
+    if not os.path.isdir(folder):
         return None
     if is_export(Artifact(folder)):
         raise _whole(Artifact(folder), f"{asker}: {name}")

@@ -438,6 +438,23 @@ def test_rounding_is_what_it_was_seen_to_be(source):
     assert shaken.tolerance(torch.float32, torch.bfloat16) == pytest.approx(2 * usual)
     assert shaken.tolerance(torch.float16) == pytest.approx(2 * usual / 8)
     assert shaken.tolerance(torch.float32) == source.tolerance(torch.float32)
+    lost = replace(first, log_probs=[float("nan")] * len(first.log_probs))
+    blind = replace(source, in_bf16=replace(source.in_bf16, said=[lost, *others]))
+    assert blind.tolerance(torch.bfloat16) == usual, "what is no number gives no room"
+
+
+def test_a_model_of_few_bits_says_half_of_what_it_said(trained, source):
+    """There log-probabilities tell nothing, but another model's answers are others."""
+    manifest = manifest_beside(trained / "sft" / "model")
+    recorded = replace(source.probe, precision="4 bits")
+    lines = []
+    _as_published(replace(manifest, probe=recorded), source, lines.append)
+    assert "16 of 16" in lines[0]
+    others = [replace(said, answer=[5, *said.answer]) for said in recorded.said[:9]]
+    another = replace(recorded, said=[*others, *recorded.said[9:]])
+    with pytest.raises(UserError, match="7 of 16 answers are those") as refused:
+        _as_published(replace(manifest, probe=another), source, print)
+    assert refused.value.code == INTEGRITY
 
 
 def test_a_probe_in_bf16_is_held_against_bf16(trained, source):

@@ -257,7 +257,7 @@ def test_what_an_export_needs_and_is_not_there_is_said(exports, monkeypatch, cap
     (run / exports.name / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         asked(monkeypatch, capsys, folder)
-    monkeypatch.setattr(chat_named, "quantized_by", lambda folder: "compressed-tensors")
+    monkeypatch.setattr(chat_named, "reader_of", lambda folder: "compressed_tensors")
     monkeypatch.setattr(chat_named, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="compressed_tensors is not installed, which reads"
