@@ -279,9 +279,8 @@ def read_by_vllm(
 
 
 def too_far(export: Export, accept: Accept) -> str:
-    """How a format with fewer bits is further from the model than is accepted, in words."""
-    if export.lossless:
-        return ""
+    """How a format is further from the model than is accepted, in words: one with fewer bits for
+    these, and any other for what nothing else has shown to be lost."""
     problems = []
     for reading in (export.reading, *export.also):
         kl, ratio = reading.measured.mean_kl, reading.measured.perplexity_ratio

@@ -130,7 +130,7 @@ class Schema(Recipe):
     """Rows that go through the layers for GPTQ and AWQ, such as were trained on: the first 512 of
     them, up to 1,024 tokens of each. Those that are held out as well are left out, and counted."""
     accept: Accept = cosmetic(default_factory=Accept)
-    """How far from the model a format with fewer bits may be."""
+    """How far from the model a format may be; rounding to half precision has a bound besides."""
     launch: OneProcess = cosmetic(default_factory=OneProcess)
     """The machine: never part of the result's identity."""
 

@@ -226,8 +226,8 @@ def test_a_refused_format_ends_the_stage_and_the_others_stay(trained):
         "name": "strict",
         "run": str(trained),
         "model": "artifact:sft",
-        "formats": {"merged": ["bf16"], "gguf": ["q8_0"]},
-        "accept": {"mean_kl": 1e-9},
+        "formats": {"merged": ["fp32"], "gguf": ["q8_0"]},
+        "accept": {"mean_kl": 1e-7},
     }
     path = trained.parent / "strict.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -235,7 +235,7 @@ def test_a_refused_format_ends_the_stage_and_the_others_stay(trained):
         life.command(path)
     assert caught.value.code == INTEGRITY
     home = trained / "strict"
-    assert {path.name for path in home.glob("[!.]*")} >= {"merged-bf16", EXPORTS}
+    assert {path.name for path in home.glob("[!.]*")} >= {"merged-fp32", EXPORTS}
     assert not (home / "gguf-q8_0").exists() and not (home / "manifest.json").exists()
     life.command(path, sets=["accept.mean_kl=0.1"])
     assert (home / "gguf-q8_0").exists()
