@@ -20,7 +20,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +99,15 @@ class Channel:
     def fail(self, error: UserError) -> None:
         """Say why nothing more comes."""
         self._put(FAILED + _told(error))
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Around what is to be sent: say what is met there, for which the other one waits."""
+        try:
+            yield
+        except UserError as error:
+            self.fail(error)
+            raise
 
     def take(self) -> Iterator[bytes]:
         """The parts of the next message. Raises UserError as the sender met it, or (75) where that
@@ -211,6 +222,13 @@ def offer(
     told = {"about": about, "copies": [each._asdict() for each in copies]}
     way.send([json.dumps(told, default=asdict).encode()])
     asked: list[Name] = [(at, name) for at, name in json.loads(b"".join(back.take()))]
+    offered = {(at, name) for at, each in enumerate(copies) for name in each.files}
+    for at, name in asked:
+        if (at, name) not in offered:
+            hint = "let all machines have the same version of llmpipe"
+            fault = UserError(f"{name[:60]!r}: is asked for, and was not offered", hint, INTEGRITY)
+            way.fail(fault)
+            raise fault
     try:
         for at, name in asked:
             way.send(_content(run / copies[at].folder / name))
@@ -269,6 +287,10 @@ def lacking(run: Path, copy: Copy) -> list[str]:
     so is the one that vouches for it, until all have come.
     """
     folder = run / copy.folder
+    known = {name.partition("/")[0] for name in copy.files} | {*copy.spares}
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in known:
+            remove(path)  # a folder goes with its files: an empty one would count as a checkpoint
     for path in list(paths_below(folder, {*copy.spares})):
         name = path.relative_to(folder).as_posix()
         if name.partition("/")[0] not in copy.spares and (
@@ -362,16 +384,19 @@ class Mirrors:
         Raises UserError as `accept` does, in both.
         """
         self._turns += 1
-        files = size = 0
+        sent: list[tuple[int, int]] = []
         if rank() == 0:
-            told = copies()
-            for keeper in self.machines:
-                with screen.doing(f"sending what the run holds to machine {self.machines[keeper]}"):
-                    sent = offer(*self._ways(keeper), self.run, told, about)
-                files, size = files + sent[0], size + sent[1]
+            once = cache(copies)
+
+            def send(there: Channel, back: Channel) -> None:
+                with there.failing():
+                    told = once()
+                sent.append(offer(there, back, self.run, told, about))
+
+            self._serve("sending what the run holds to", send)
         elif self.keeps:
             accept(*self._ways(rank()), self.run, lacking, heed)
-        return files, size
+        return sum(files for files, _ in sent), sum(size for _, size in sent)
 
     def collect(self, folder: Path, hashed: Mapping[str, FileEntry]) -> None:
         """Let rank 0 have what other machines have written in a folder, where it has no such file.
@@ -381,14 +406,16 @@ class Mirrors:
         """
         self._turns += 1
         if rank() == 0:
-            for keeper in self.machines:
-                with screen.doing(f"taking what machine {self.machines[keeper]} has written"):
-                    back, way = self._ways(keeper)
-                    accept(way, back, self.run, absent)
+            self._serve(
+                "taking what was written by",
+                lambda there, back: accept(back, there, self.run, absent),
+            )
         elif self.keeps:
-            back, way = self._ways(rank())
+            there, back = self._ways(rank())
             here = {name: entry for name, entry in hashed.items() if (folder / name).exists()}
-            offer(way, back, self.run, [Copy(self.way(folder), table(folder, known=here))])
+            with back.failing():
+                written = Copy(self.way(folder), table(folder, known=here))
+            offer(back, there, self.run, [written])
 
     def keep(self, folder: Path, target: Path) -> None:
         """Give what this machine has written its name, once rank 0 has published it, in the place
@@ -412,6 +439,24 @@ class Mirrors:
         """Remove what this machine mirrors of an artifact that is published."""
         if self.keeps:
             remove(artifact.path)
+
+    def _serve(self, doing: str, serve: Callable[[Channel, Channel], None]) -> None:
+        """Let rank 0 serve one keeper after the other, each by its two ways. All of them wait for
+        their turn: once one has failed, the others are told why theirs does not come.
+        """
+        failed: UserError | None = None
+        for keeper, machine in self.machines.items():
+            there, back = self._ways(keeper)
+            if failed:
+                there.fail(failed)
+                continue
+            try:
+                with screen.doing(f"{doing} machine {machine}"):
+                    serve(there, back)
+            except UserError as error:
+                failed = error
+        if failed:
+            raise failed
 
     def _ways(self, keeper: int) -> tuple[Channel, Channel]:
         """From rank 0 to a keeper, and back."""

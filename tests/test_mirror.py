@@ -4,7 +4,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Event, local
 
 import pytest
 from torch.distributed import HashStore
@@ -12,9 +12,9 @@ from torch.distributed import HashStore
 from llmpipe import mirror, sums
 from llmpipe.errors import INTEGRITY, LOST, RESOURCES, UserError
 from llmpipe.files import table
-from llmpipe.mirror import Channel, Copy, absent, copy_of, lacking
+from llmpipe.mirror import Channel, Copy, Mirrors, absent, copy_of, lacking
 from llmpipe.peers import Peers
-from llmpipe.run.artifact import mirror_of
+from llmpipe.run.artifact import Artifact, mirror_of
 
 LARGE = os.urandom(3 * mirror.CHUNK + 17)
 
@@ -165,6 +165,7 @@ def test_what_rank_0_has_not_any_more_is_removed_but_for_what_is_spared(peers, r
         path = ours / "sft" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
+    (ours / "sft" / "checkpoints" / "step-9" / "sharded").mkdir(parents=True)
     (theirs / "sft").mkdir()
     (theirs / "sft" / "plan.json").write_text("new")
     entry = mirror.entry_of(theirs / "sft" / "plan.json")
@@ -172,6 +173,7 @@ def test_what_rank_0_has_not_any_more_is_removed_but_for_what_is_spared(peers, r
     sent(peers, theirs, ours, [tables, Copy("sft", {"plan.json": entry}, ["checkpoints"])])
     left = [path.relative_to(ours / "sft").as_posix() for path in mirror.paths_below(ours / "sft")]
     assert left == ["plan.json", "checkpoints/step-6/part"]
+    assert Artifact(ours / "sft").steps == [6], "a folder without files is no checkpoint, either"
     assert (ours / "sft" / "plan.json").read_text() == "new"
 
 
@@ -239,6 +241,107 @@ def test_nothing_is_written_outside_of_the_run(tmp_path, way):
     for folder, name in ((way, "file"), ("folder", way)):
         with pytest.raises(ValueError, match="is no file of the folder"):
             mirror._checked({"folder": folder, "files": {name: entry}, "spares": []})
+
+
+def test_what_was_not_offered_is_not_sent(peers, runs):
+    """Not by a name that leads out of the run, and nothing of the rest."""
+    copies = [copy_of(runs[0] / ".prepared" / "abc", runs[0])]
+    secret = runs[0].parent / "secret"
+    secret.write_text("somebody's")
+    with ThreadPoolExecutor(1) as pool:
+        ways = [Channel(peers, word, 1) for word in ("there", "back")]
+        sends = pool.submit(mirror.offer, *ways, runs[0], copies)
+        way, back = (Channel(peers, word, 0) for word in ("there", "back"))
+        list(way.take())
+        back.send([b'[[0, "empty"], [0, "../../../secret"]]'])
+        with pytest.raises(UserError, match="secret': is asked for, and was not offered"):
+            list(way.take())
+        assert sends.exception(10).code == INTEGRITY
+
+
+# --- rank 0, and two machines that wait for their turn ---
+
+
+@pytest.fixture
+def three(peers, tmp_path, monkeypatch):
+    """What each of them meets, who see a run each: threads, whose rank is their own."""
+    known = local()
+    monkeypatch.setattr(mirror, "rank", lambda: known.rank)
+    machines = {1: "1", 2: "2"}
+
+    def meet(act):
+        def one(rank):
+            known.rank = rank
+            run = tmp_path / f"run{rank}"
+            run.mkdir(exist_ok=True)
+            return act(Mirrors(peers, "word", run, machines, rank or None), rank)
+
+        with ThreadPoolExecutor(3) as pool:
+            acts = [pool.submit(one, rank) for rank in range(3)]
+            try:
+                return [each.exception(10) or each.result() for each in acts]
+            finally:
+                for rank in range(3):  # so that one that waits still does not for ever
+                    peers.store.set(f"left/{rank}", "75")
+
+    return meet
+
+
+def says(error):
+    assert isinstance(error, UserError), error
+    return error.message
+
+
+def test_each_machine_is_brought_what_rank_0_has(three):
+    def act(mirrors, rank):
+        file = mirrors.run / "made" / "file"
+        if rank == 0:
+            file.parent.mkdir()
+            file.write_text("rank 0's")
+        return mirrors.bring(lambda: [copy_of(file.parent, mirrors.run)]), file.read_text()
+
+    assert three(act) == [((2, 16), "rank 0's"), ((0, 0), "rank 0's"), ((0, 0), "rank 0's")]
+
+
+def test_what_rank_0_cannot_offer_is_said_to_all(three):
+    asked = []
+
+    def copies():
+        asked.append(1)
+        raise UserError("a link inside an artifact")
+
+    for error in three(lambda mirrors, rank: mirrors.bring(copies)):
+        assert says(error) == "a link inside an artifact"
+    assert asked == [1], "of rank 0, once"
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_one_meets_of_three_is_waited_for_by_none(three, rank, monkeypatch):
+    """Rank 0's disk is full, or a machine has a link among what it has written."""
+
+    def full(path, entry, parts):
+        raise OSError(28, os.strerror(28), str(path))
+
+    if rank == 0:
+        monkeypatch.setattr(mirror, "_write", full)
+
+    def act(mirrors, me):
+        folder = mirrors.run / "step"
+        folder.mkdir()
+        (folder / f"part{me}").write_text("state")
+        if me == rank != 0:
+            (folder / "link").symlink_to(folder / f"part{me}")
+        mirrors.collect(folder, {})
+
+    ends = three(act)
+    words = "No space left" if rank == 0 else "link: a link inside an artifact"
+    told = [end for me, end in enumerate(ends) if not (rank == 2 and me == 1)]
+    assert all(words in says(error) for error in told), ends
+    assert rank != 2 or ends[1] is None, "it was served before"
+    assert rank == 0 or says(ends[0]).startswith(f"machine {rank}: ")
+
+
+# --- one process, and another one ---
 
 
 def test_who_sends_is_never_far_ahead(peers):

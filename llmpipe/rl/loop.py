@@ -416,7 +416,9 @@ class Loop:
             self.say,
             lambda done, count: self.journal.note(f"{done:,} of {count:,} prompts tried"),
         )
-        return first.choose(rows, has_begun=any(home.checkpoints.glob("step-*")))
+        # rank 0's alone are told: a mirror may have lost its own
+        has_begun = self.world.told(lambda: any(home.checkpoints.glob("step-*")))
+        return first.choose(rows, has_begun=has_begun)
 
     def _engine(self) -> Engine:
         """What draws."""
