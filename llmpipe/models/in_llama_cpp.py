@@ -20,9 +20,6 @@ from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import Response
 from llmpipe.run.gguf import check_gguf
 
-CONTEXT = 8192
-"""Tokens that there is memory for, of a model that takes more: it is all taken ahead."""
-
 WHOLE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 """All of the model's distribution, as others draw from it."""
 
@@ -47,7 +44,8 @@ class LlamaCpp:
             "verbose": False,
         }
         try:
-            self.llama: Any = llama_cpp.Llama(str(file), n_ctx=_context_of(file), **options)
+            context = check_gguf(file).context
+            self.llama: Any = llama_cpp.Llama(str(file), n_ctx=context, **options)
         except (ValueError, RuntimeError) as error:
             problem = f"{file}: llama.cpp does not load it: {error}"
             raise UserError(problem, code=INTEGRITY) from None
@@ -100,10 +98,3 @@ class LlamaCpp:
         if stream:
             print(words[-1], flush=True)
         return Response("".join(words), len(said), ended)
-
-
-def _context_of(file: Path) -> int:
-    """Tokens that a file's model takes, as far as there is memory for them."""
-    metadata = check_gguf(file).metadata
-    length = metadata.get(f"{metadata['general.architecture']}.context_length")
-    return min(int(length), CONTEXT) if length else CONTEXT

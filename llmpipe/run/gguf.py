@@ -16,6 +16,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from mmap import ACCESS_READ, mmap
@@ -79,6 +80,14 @@ SIZES = re.compile(r"\w+\.(block_count|expert_count|expert_used_count|nextn_pred
 
 MOST_PARTS = 32_768
 
+CONTEXT = 8192
+"""Tokens that llama.cpp has memory for, of a model that takes more: it is all taken ahead."""
+
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+
+CONTROL = 3
+"""Of `TOKEN_TYPES`: a token that is no text."""
+
 
 @dataclass
 class Header:
@@ -93,6 +102,25 @@ class Header:
         """Whether it has a chat template."""
         return bool(str(self.metadata.get("tokenizer.chat_template", "")).strip())
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the model takes; 0 where it is not said."""
+        return self._of_model("context_length")
+
+    @property
+    def context(self) -> int:
+        """Tokens that are taken, as far as there is memory for them."""
+        return min(self.longest or CONTEXT, CONTEXT)
+
+    @property
+    def layers(self) -> int:
+        """1 where it is not said."""
+        return self._of_model("block_count") or 1
+
+    def _of_model(self, name: str) -> int:
+        value = self.metadata.get(f"{self.metadata['general.architecture']}.{name}")
+        return value if type(value) is int and value > 0 else 0
+
     def refuse_unread(self, path: Path) -> None:
         """Raise UserError (2) for a kind of model that transformers does not read of a GGUF file,
         and for a file without a vocabulary."""
@@ -100,7 +128,7 @@ class Header:
         if known and _plain(kind) not in set(map(_plain, known)) and "t5" not in kind:
             problem = f"{path}: transformers reads no GGUF of the kind {kind}"
             raise UserError(problem, "take the model as safetensors")
-        if not self.metadata.get("tokenizer.ggml.tokens"):
+        if not self.metadata.get(TOKENS):
             raise UserError(f"{path}: has no vocabulary", "take the model as safetensors")
 
 
@@ -176,15 +204,49 @@ def check_gguf(path: Path) -> Header:
 
     Raises UserError (2) where it says what the file does not hold.
     """
+    with _reading(path) as reader:
+        return _header(reader)
+
+
+def arrays_of(path: Path, *names: str) -> list[list[Any]]:
+    """The arrays of these names, whole, of a file whose header was checked.
+
+    Raises UserError (2) where it has none of a name.
+    """
+    arrays: dict[str, list[Any]] = {}
+    with _reading(path) as reader:
+        _, values = _counts(reader)
+        for _ in range(values):
+            name, kind = reader.text(), reader.number("I")
+            if name in names and kind == ARRAY:
+                arrays[name] = _array(reader)
+            else:
+                _value(reader, kind, name)
+        if missing := [name for name in names if name not in arrays]:
+            raise ValueError(f"{missing[0]} is missing")
+    return [arrays[name] for name in names]
+
+
+def _array(reader: _Reader) -> list[Any]:
+    kind, count = reader.number("I"), reader.number("Q")
+    if kind == TEXT:
+        return [reader.text() for _ in range(count)]
+    return [reader.number(NUMBERS[kind]) for _ in range(count)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[_Reader]:
+    """A file from its beginning. Raises UserError (2) for what is wrong with it."""
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            return _header(_Reader(data))
+            yield _Reader(data)
     except (OSError, ValueError) as error:
         problem = f"{path}: cannot be read as GGUF: {error}"
         raise UserError(problem, "fetch it again, or restore it from a copy") from None
 
 
-def _header(reader: _Reader) -> Header:
+def _counts(reader: _Reader) -> tuple[int, int]:
+    """How many tensors and metadata a file says that it has."""
     if reader.data[:4] != MAGIC:
         raise ValueError("it does not begin with GGUF")
     reader.skip(4)
@@ -195,6 +257,11 @@ def _header(reader: _Reader) -> Header:
     # each takes so many bytes at least
     if tensors * 24 + values * 13 > reader.size:
         raise ValueError(f"{tensors:,} tensors and {values:,} metadata in {reader.size:,} bytes")
+    return tensors, values
+
+
+def _header(reader: _Reader) -> Header:
+    tensors, values = _counts(reader)
     header = Header(tensors=tensors)
     for _ in range(values):
         name = reader.text()

@@ -33,8 +33,13 @@ for _kind in (types.CreateCompletionRequest, types.CreateChatCompletionRequest):
     _kind.model_rebuild(force=True)
 
 
-def application(file: str, name: str, template_kwargs: dict[str, Any], on_gpu: bool) -> Any:
-    """What answers. Raises ValueError and RuntimeError where llama.cpp does not load the file."""
+def application(
+    file: str, name: str, template_kwargs: dict[str, Any], context: int, on_gpu: bool
+) -> Any:
+    """What answers, with memory for `context` tokens.
+
+    Raises ValueError and RuntimeError where llama.cpp does not load the file.
+    """
     from llama_cpp.server import app as server  # which reads the defaults when it is imported
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
@@ -44,7 +49,7 @@ def application(file: str, name: str, template_kwargs: dict[str, Any], on_gpu: b
     model = ModelSettings(
         model=file,
         model_alias=name,
-        n_ctx=0,  # the model's own
+        n_ctx=context,
         n_gpu_layers=-1 if on_gpu else 0,
         n_threads=threads,
         n_threads_batch=threads,

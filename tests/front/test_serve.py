@@ -21,9 +21,12 @@ from safetensors.torch import load_file, save_file
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 from llmpipe.front.serve import engines, host, named, server
 from llmpipe.front.serve.agree import Agreed, agree
+from llmpipe.front.serve.agree import _words_of as words_of
 from llmpipe.front.serve.asking import Line
 from llmpipe.front.serve.gate import Gate
+from llmpipe.run import gguf
 from llmpipe.run.artifact import Artifact
+from llmpipe.run.gguf import CONTROL, TOKEN_TYPES, TOKENS, arrays_of, check_gguf
 from llmpipe.run.probe import tolerance
 from tests import life, store
 
@@ -409,9 +412,71 @@ def test_a_gguf_file_is_served_by_llama_cpp(exported, form):
         assert {finish for _, finish in answers.values()} == {"stop"}
     gc.collect()  # the streams, while their warnings are filtered
     other = exported.run / "other.gguf"
-    other.write_bytes(model.gguf.read_bytes()[:-4096])
-    with pytest.raises(UserError, match="does not load it"):
-        host.application(order(model, gguf=str(other)))
+    whole = model.gguf.read_bytes()
+    for changed, words in (
+        (whole[:-4096], "cannot be read as GGUF: its tensors end at"),
+        (whole.replace(b"llama", b"zlama"), "llama.cpp does not load it"),
+    ):
+        other.write_bytes(changed)
+        with pytest.raises(UserError, match=words):
+            host.application(order(model, gguf=str(other)))
+
+
+def test_llama_cpp_takes_no_memory_for_more_than_is_said(exported, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("sse_starlette")
+    from llmpipe.upstream import llama_cpp_server
+
+    model = named.served(str(exported.path / "gguf-f16"), exported.run, print)
+    longest = check_gguf(model.gguf).longest
+    said, asked = [], []
+    model.tell_context(said.append)
+    monkeypatch.setattr(llama_cpp_server, "application", lambda **terms: asked.append(terms))
+    host.application(order(model))
+    monkeypatch.setattr(gguf, "CONTEXT", 100)
+    model.tell_context(said.append)
+    host.application(order(model))
+    assert [terms["context"] for terms in asked] == [min(longest, 8192), 100]
+    assert said == [f"context: 100 of the {longest:,} tokens that it takes"]
+
+
+def test_a_gguf_file_is_served_wherever_its_source_is(exported, model, tmp_path):
+    """Its vocabulary says the words of the tokenizer, and its header how deep it is."""
+    shutil.copytree(exported.path, tmp_path / "run" / "export")
+    alone = named.served(str(tmp_path / "run" / "export" / "gguf-q8_0"), tmp_path, print)
+    assert alone.has_template and alone.as_exported is not None
+    assert alone.layers == model.layers > 1
+    ours, theirs = words_of(model), words_of(alone)
+    texts, types = arrays_of(alone.gguf, TOKENS, TOKEN_TYPES)
+    assert {1, CONTROL} <= set(types)
+    for token in range(len(texts)):
+        if not texts[token].startswith("[PAD"):
+            assert ours([token]) == theirs([token])
+    for said in model.probe.asked:
+        assert ours(said.answer) == theirs(said.answer)
+    with pytest.raises(UserError, match="none is missing"):
+        arrays_of(alone.gguf, "none")
+
+
+@pytest.mark.parametrize(("kept", "least"), [(16, 8), (10, 8), (6, 4), (1, 0), (None, 8)])
+def test_few_bits_are_held_to_what_they_said_when_exported(line, model, kept, least):
+    """Of sixteen answers as many are equal as have to be, and then one less."""
+    few = dataclasses.replace(model, rounded="int8", as_exported=kept)
+    assert agree(line, otherwise(few, 16 - least), "float32") == Agreed(least, 0, 16)
+    if least:
+        with pytest.raises(UserError, match=f"{least - 1} of 16 .* where {least} have to be"):
+            agree(line, otherwise(few, 17 - least), "float32")
+
+
+def otherwise(model, count):
+    """A model that said something else to so many questions."""
+    asked = model.probe.asked
+    changed = {said.question.name for said in asked[:count]}
+    said = [
+        dataclasses.replace(one, words=f"?{one.words}") if one.question.name in changed else one
+        for one in model.probe.said
+    ]
+    return dataclasses.replace(model, probe=dataclasses.replace(model.probe, said=said))
 
 
 def test_a_merged_folder_is_served_by_its_own_probe(exported, tmp_path):
@@ -456,9 +521,6 @@ def test_what_of_an_export_is_not_served(exported, tmp_path):
         named.served(str(exported.path), tmp_path, print)
     alone = tmp_path / "run" / "export"
     shutil.copytree(exported.path, alone)
-    with pytest.raises(UserError, match="what it was made of is not in") as refused:
-        named.served(str(alone / "gguf-f16"), tmp_path, print)
-    assert refused.value.code == INTEGRITY
     weights = alone / "merged-bf16" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(UserError, match=r"model\.safetensors") as refused:
@@ -514,25 +576,25 @@ def test_what_is_no_finished_artifact(artifact, tmp_path):
 
 
 def test_which_server_answers(model, monkeypatch):
-    gguf = dataclasses.replace(model, gguf=model.folder)
+    of_gguf = dataclasses.replace(model, gguf=model.folder)
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
     monkeypatch.setattr(engines, "gpus", lambda: 0)
     monkeypatch.setattr(engines, "python_of", lambda command: "/srv/vllm/bin/python")
     assert engines.engine_for(model, "auto").name == "transformers"
-    assert engines.engine_for(gguf, "auto").name == "llama-cpp"
+    assert engines.engine_for(of_gguf, "auto").name == "llama-cpp"
     asked = engines.engine_for(model, "vllm")
     assert asked.command[0] == "/srv/vllm/bin/python" and os.path.isfile(asked.command[1])
     assert "PYTHONPATH" not in asked.environment
     monkeypatch.setattr(engines, "gpus", lambda: 1)
     assert engines.engine_for(model, "auto").name == "vllm"
-    assert engines.engine_for(gguf, "auto").name == "llama-cpp"
+    assert engines.engine_for(of_gguf, "auto").name == "llama-cpp"
     monkeypatch.setattr(engines, "python_of", lambda command: None)
     assert engines.engine_for(model, "auto").name == "transformers"
     for one, name, words in (
         (model, "vllm", "no command vllm on PATH"),
         (model, "llama-cpp", "takes a GGUF file alone"),
-        (gguf, "vllm", "takes no GGUF file"),
-        (gguf, "transformers", "takes no GGUF file"),
+        (of_gguf, "vllm", "takes no GGUF file"),
+        (of_gguf, "transformers", "takes no GGUF file"),
     ):
         with pytest.raises(UserError, match=words) as refused:
             engines.engine_for(one, name)
@@ -572,6 +634,19 @@ def test_what_the_server_ends_with_is_the_commands_error():
     killed = "import os; os.kill(os.getpid(), 9)"
     with ended(killed) as one, pytest.raises(UserError, match="ended with signal SIGKILL"):
         one.wait(print)
+
+
+def test_no_key_stands_in_the_environment_of_the_server(model):
+    """Whatever it prints, or starts."""
+    keys = {"A_KEY": KEY, "HF_TOKEN": "hf_a", "HUGGING_FACE_HUB_TOKEN": "hf_b"}
+    tell = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+    engine = engines.Engine("any", tell, {**os.environ, **keys, "ANOTHER": "stays"})
+    with (
+        named.Address("127.0.0.1", 0) as address,
+        server.running(model, engine, address, KEY, "A_KEY") as one,
+    ):
+        environment = json.loads(one.process.stdout.read())
+    assert not environment.keys() & keys and environment["ANOTHER"] == "stays"
 
 
 @contextmanager

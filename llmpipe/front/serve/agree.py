@@ -10,25 +10,35 @@ completions. Compared are
   rounding of the server's precision, of the weights, or of the probe's, explains (`tolerance`);
 - what ended it: an answer that a stop token ended is asked with room behind it, and has to end.
 
-Where weights have few bits no margin tells; then half of the answers have to be equal.
+Where weights have few bits no margin tells; then half of the answers have to be equal, or as many
+as were when it was exported, less two: one may be exported that says fewer, with a warning.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.front.serve.asking import CHAT, TEXT, Line, Reply, Unheard, reply_of
 from llmpipe.front.serve.named import Served
+from llmpipe.run.gguf import CONTROL, TOKEN_TYPES, TOKENS, arrays_of
 from llmpipe.run.probe import ANSWER_TOKENS, DATE, Said, as_clients_say, tolerance
 
 BEHIND = 8
 """Tokens that an answer may go on for which a stop token has to end."""
+
+ENGINES_APART = 2
+"""Answers in which two engines may depart that read the same weights of few bits."""
+
+Words = Callable[[list[int]], str]
+"""What tokens say, special ones left out."""
 
 PART = "\ufffd"
 """What stands for a character of which an answer's last token is a part."""
@@ -58,29 +68,46 @@ def agree(line: Line, model: Served, precision: str) -> Agreed:
     """
     computed = [precision] if precision else []
     most = tolerance(model.probe, model.layers, model.rounded, *computed)
-    file = model.folder / "tokenizer.json"
-    with reading(file, "tokenizer", Exception, code=INTEGRITY):
-        tokenizer = Tokenizer.from_file(str(file))
+    words = _words_of(model)
     equal = 0
     departing: list[str] = []
     asked = model.probe.asked
     for said in asked:
         try:
-            problem = _departs(line, model, said, tokenizer, most)
+            problem = _departs(line, model, said, words, most)
         except Unheard as error:
             problem = f"the server ended while it was asked '{said.question.name}': {error}"
             raise UserError(problem, code=INTEGRITY) from None
         equal += not problem
         departing += [problem] if problem else []
-    if most is None and equal * 2 < len(asked):
-        few = f"{equal} of {len(asked)} answers are equal, where half of them have to be"
+    if most is None and equal < (least := _least(model)):
+        few = f"{equal} of {len(asked)} answers are equal, where {least} have to be"
         raise _refused(f"{few}; {departing[0]}")
     return Agreed(equal, len(departing) if most is not None else 0, len(asked))
 
 
-def _departs(
-    line: Line, model: Served, said: Said, tokenizer: Tokenizer, most: float | None
-) -> str:
+def _least(model: Served) -> int:
+    """Answers of weights with few bits that have to be equal."""
+    half = math.ceil(len(model.probe.asked) / 2)
+    if model.as_exported is None:
+        return half
+    return min(half, max(model.as_exported - ENGINES_APART, 0))
+
+
+def _words_of(model: Served) -> Words:
+    """By the tokenizer of the folder, or the vocabulary of a GGUF file: byte-level BPE, as `export`
+    writes no other. Raises UserError (3) for a tokenizer that cannot be read."""
+    if model.gguf:
+        texts, types = arrays_of(model.gguf, TOKENS, TOKEN_TYPES)
+        decoder = ByteLevel()
+        return lambda ids: decoder.decode([texts[i] for i in ids if types[i] != CONTROL])
+    file = model.folder / "tokenizer.json"
+    with reading(file, "tokenizer", Exception, code=INTEGRITY):
+        tokenizer = Tokenizer.from_file(str(file))
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _departs(line: Line, model: Served, said: Said, words: Words, most: float | None) -> str:
     """How an answer departs that may, in words; nothing where it is equal. Raises UserError (3)
     where nothing explains it."""
     name = said.question.name
@@ -96,7 +123,7 @@ def _departs(
         if ended and reply.finish == "length":
             raise _refused(f"it does not stop where its answer to '{name}' ended")
         return ""
-    at = _same_tokens(reply.text, said.answer[:-1] if ended else said.answer, tokenizer)
+    at = _same_tokens(reply.text, said.answer[:-1] if ended else said.answer, words)
     margin = said.margins[at] if at < len(said.margins) else math.inf
     problem = f"'{name}': {said.words!r} when published, {reply.text!r} here"
     if most is not None and margin > most:
@@ -105,11 +132,10 @@ def _departs(
     return problem
 
 
-def _same_tokens(text: str, answer: list[int], tokenizer: Tokenizer) -> int:
+def _same_tokens(text: str, answer: list[int], words: Words) -> int:
     """How many of an answer's tokens a text begins with."""
     for count in range(len(answer), 0, -1):
-        begun = tokenizer.decode(answer[:count], skip_special_tokens=True)
-        if text.startswith(begun.rstrip(PART)):
+        if text.startswith(words(answer[:count]).rstrip(PART)):
             return count
     return 0
 

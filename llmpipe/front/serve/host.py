@@ -77,13 +77,19 @@ def application(order: Order) -> tuple[Any, str]:
 def _of_llama_cpp(order: Order) -> tuple[Any, str]:
     """The application of llama-cpp-python's server, and what its keys and values are."""
     from llmpipe.errors import INTEGRITY, UserError
+    from llmpipe.run.gguf import check_gguf
     from llmpipe.run.machine import gpus
     from llmpipe.upstream import llama_cpp_server
 
     file = Path(order.gguf or "")
-    terms = str(file), order.name, order.template_kwargs, bool(gpus())
     try:
-        app = llama_cpp_server.application(*terms)
+        app = llama_cpp_server.application(
+            file=str(file),
+            name=order.name,
+            template_kwargs=order.template_kwargs,
+            context=check_gguf(file).context,
+            on_gpu=bool(gpus()),
+        )
     except (ValueError, RuntimeError) as error:
         problem = f"serve: {file}: llama.cpp does not load it: {error}"
         raise UserError(problem, code=INTEGRITY) from None

@@ -19,6 +19,7 @@ from llmpipe.front.readable import make_readable
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.artifact import Artifact, is_artifact
 from llmpipe.run.exported import Exported, exported
+from llmpipe.run.gguf import check_gguf
 from llmpipe.run.manifest import Manifest
 from llmpipe.run.probe import Probe
 from llmpipe.run.reference import Model, Use, model_folder, resolve
@@ -39,13 +40,15 @@ class Served:
     name: str
     """By which clients ask for it."""
     folder: Path
-    """Of the model, or of the adapter: its tokenizer is the one of training."""
+    """Of the model, of the adapter, whose tokenizer is the one of training, or of the file."""
     base: Path | None
     """What lies under the adapter."""
     gguf: Path | None = None
-    """The file for llama.cpp; `folder` is then that of its tokenizer."""
+    """The file for llama.cpp, which has its tokenizer."""
     rounded: str = "fp32"
     """To which kind of numbers an export rounded the weights."""
+    as_exported: int | None = None
+    """Answers that an export's readers gave as the model did, where the fewest were."""
     probe: Probe
     has_template: bool
     """Whether it takes conversations."""
@@ -59,11 +62,18 @@ class Served:
 
     @cached_property
     def layers(self) -> int:
+        if self.gguf:
+            return check_gguf(self.gguf).layers
         config = read_json((self.base or self.folder) / "config.json")
         config = config if isinstance(config, dict) else {}
         text = config.get("text_config", config)
         layers = text.get("num_hidden_layers", 1)
         return layers if isinstance(layers, int) else 1
+
+    def tell_context(self, say: Say) -> None:
+        """Say where llama.cpp has memory for fewer tokens than the model takes."""
+        if self.gguf and (header := check_gguf(self.gguf)).context < header.longest:
+            say(f"context: {header.context:,} of the {header.longest:,} tokens that it takes")
 
 
 def served(name: str, converted: Path, say: Say) -> Served:
@@ -108,17 +118,20 @@ def _of_export(name: str, part: Exported, converted: Path, say: Say) -> Served:
     parents = [parent.name.partition("@")[0] for parent in manifest.parents]
     gguf = part.model.folder if part.kind == "gguf" else None
     if gguf:
-        folder, base = _tokenizer_of(name, part), None
+        folder, base = part.folder, None
+        has_template = check_gguf(gguf).has_template
     else:
         folder, base = _readable(part.model, converted, say, few_bits=True)
+        has_template = own_template(folder) is not None
     return Served(
         name=parents[0] if parents else manifest.name,
         folder=folder,
         base=base,
         gguf=gguf,
         rounded=export.format.rpartition("-")[2] if part.kind != "adapter" else "fp32",
+        as_exported=min(one.agreement.equal_answers for one in (export.reading, *export.also)),
         probe=_probe_of(name, manifest),
-        has_template=own_template(folder) is not None,
+        has_template=has_template,
         template_kwargs=export.template_kwargs,
     )
 
@@ -139,19 +152,6 @@ def _probe_of(name: str, manifest: Manifest) -> Probe:
         hint = "an older llmpipe published it, or its context is too short: make it again"
         raise UserError(problem, hint, INTEGRITY)
     return manifest.probe
-
-
-def _tokenizer_of(name: str, part: Exported) -> Path:
-    """Where the tokenizer of a GGUF file lies as a file of its own, by which answers are cut: with
-    the model that was exported. Raises UserError (3) where that is gone."""
-    run = part.artifact.run
-    for parent in part.manifest.parents:
-        source = Artifact(run / parent.name.partition("@")[0])
-        if source.finished and source.manifest().fingerprint == parent.fingerprint:
-            return source.model
-    problem = f"serve: {name}: what it was made of is not in {run} any more"
-    hint = "its tokenizer tells where an answer departs: put it back, or export again"
-    raise UserError(problem, hint, INTEGRITY)
 
 
 def _no_artifact(name: str, path: Path) -> UserError:

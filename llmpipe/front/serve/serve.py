@@ -43,11 +43,12 @@ def serve(asked: Asked, say: Say) -> int:
         engine = engine_for(model, asked.engine)
         if not key and not address.is_local:
             say(f"warning: whoever reaches {address.host} may ask: --api-key-from sets a key")
-        with running(model, engine, address, key) as server:
+        with running(model, engine, address, key, asked.api_key_from) as server:
             with screen.doing(f"loading {model.name}"):
                 precision = server.answers()
             with screen.doing("asking the questions of the probe"):
                 agreed = agree(server.line, model, precision)
+            model.tell_context(say)
             numbers = precision if model.rounded == "fp32" else f"{model.rounded} in {precision}"
             say(f"probe: {engine.name}, {numbers}: {agreed}")
             server.let_in()

@@ -26,6 +26,9 @@ from llmpipe.front.serve.named import Address, Served
 from llmpipe.run.signals import code_of, stopping
 from llmpipe.ties import PARENT
 
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Variables with a key of the Hub, of which a server asks nothing."""
+
 PAUSE = 0.1
 """Seconds between two looks at whether it answers."""
 
@@ -125,9 +128,18 @@ def _ended_with(code: int, process: subprocess.Popen[bytes]) -> UserError:
     return UserError(f"serve: the server ended with {how}", hint, RESOURCES)
 
 
+def _without(names: tuple[str | None, ...], environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
 @contextmanager
-def running(model: Served, engine: Engine, address: Address, key: str | None) -> Iterator[Server]:
-    """The server in a process of its own, which is killed in the end if it is still there."""
+def running(
+    model: Served, engine: Engine, address: Address, key: str | None, key_from: str | None = None
+) -> Iterator[Server]:
+    """The server in a process of its own, which is killed in the end if it is still there.
+
+    `key_from`: the variable that holds the key, which is none of the process's.
+    """
     word = secrets.token_urlsafe(32)
     order = Order(
         name=model.name,
@@ -147,7 +159,7 @@ def running(model: Served, engine: Engine, address: Address, key: str | None) ->
         stdout=subprocess.PIPE,
         pass_fds=[order.descriptor],
         start_new_session=True,  # Ctrl-C comes by this command alone
-        env=engine.environment | {PARENT: str(os.getpid())},
+        env=_without((*TOKENS, key_from), engine.environment) | {PARENT: str(os.getpid())},
     )
     server = Server(process, Line(address.near, address.port, word))
     before = {number: signal.signal(number, server.serve_signal) for number in stopping()}
