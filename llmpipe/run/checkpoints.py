@@ -266,6 +266,12 @@ def _beginning(path: Path, size: int) -> FileEntry:
     return FileEntry(len(data), sha256(data).hexdigest())
 
 
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what kills have left of checkpoints that were being written. Nobody writes one."""
+    for path in checkpoints.glob(".step-*.staging"):
+        remove(path)
+
+
 def rotate(checkpoints: Path, keep: int, also: set[int]) -> None:
     """Remove all but the newest `keep` checkpoints and those in `also`."""
     for step in steps_of(checkpoints)[:-keep]:

@@ -69,7 +69,8 @@ class Saving:
         self.beside = 0
         """Checkpoints that were written while steps ran."""
         self.waited = 0
-        """Times that a checkpoint was due while the one before was still being written."""
+        """Times that a checkpoint was due while the one before was still being written, and steps
+        were to follow."""
         self._memory = HostMemory(pinned=device == "cuda")
         self._files: list[File] = []
         self._pending: _Pending | None = None
@@ -131,6 +132,9 @@ class Saving:
                 self._finish()
 
     def __enter__(self) -> Saving:
+        if self.world.is_first:  # others write only where this one has made a folder
+            with writing(self.home):
+                checkpoints.remove_unfinished(self.home)
         return self
 
     def __exit__(
@@ -147,13 +151,13 @@ class Saving:
             with suppress(Exception):
                 self._finish()
         elif self._pending:
-            self._pending.give_up()
+            self._pending.give_up(wait=self.world.size == 1)
         self._memory.free()
 
     def _wait_for_another(self, step: int, *, tell: bool) -> None:
         """Finish the checkpoint before, which may still be being written. Collective."""
         if self._pending and not self.world.all(self._pending.is_written):
-            self.waited += 1
+            self.waited += not tell
             if tell or self.waited == 1:
                 before = f"that of step {self._pending.step}, which is still being written"
                 self.say(f"checkpoint: step {step} waits for {before}")
@@ -174,7 +178,7 @@ class Saving:
                 pending.hashed |= table
             self.world.collect(pending.saved, pending.hashed)
         except BaseException:
-            pending.give_up()
+            pending.give_up(wait=self.world.size == 1)
             raise
         with pending.published:
             if self.world.is_first:
@@ -200,10 +204,12 @@ class Saving:
 
     def _reserve(self, size: int) -> bool:
         """Have room for a copy of so many bytes, if all processes can; say which. Collective."""
-        told = self.world.gather((max(0, size - self._memory.size), free_memory()))
-        sizes, free = zip(*told, strict=True)
-        needed = max(sizes) * min(local_world_size(), sum(each > 0 for each in sizes))
-        fits = needed <= USED * min(free) and self.world.all(self._memory.reserve(size))
+        more = max(0, size - self._memory.size)
+        told = self.world.gather((more, free_memory(), local_world_size()))
+        sizes, free, together = zip(*told, strict=True)
+        needed = max(sizes) * min(max(together), sum(each > 0 for each in sizes))
+        is_free = needed <= USED * min(free)
+        fits = self.world.all(is_free and self._memory.reserve(size))
         if self._said is not fits:
             self._said = fits
             copies = f"of {in_bytes(size)} in the host's memory"
@@ -264,8 +270,13 @@ class _Pending:
     def begin(self) -> None:
         """Write beside what comes."""
         if self.files:
-            self.thread = Thread(target=self.write, name=f"checkpoint {self.step}")
-            self.thread.start()
+            thread = Thread(target=self.write, name=f"checkpoint {self.step}")
+            try:
+                thread.start()
+            except RuntimeError as error:  # none can be had: what is not written is not published
+                self.error = error
+                raise
+            self.thread = thread
 
     def write(self) -> None:
         """Write this process's files. What goes wrong is raised by `check`."""
@@ -285,10 +296,14 @@ class _Pending:
         if self.error:
             raise self.error
 
-    def give_up(self) -> None:
-        """Leave nothing of it, once the file that is being written is."""
+    def give_up(self, *, wait: bool) -> None:
+        """Leave nothing of it, once the file that is being written is. Without `wait`: others, in
+        a collective, hear first why this process fails, and what is written by then may stay, as of
+        a kill. The thread is none that Python drops at its end: libraries abort the process then.
+        """
         self.given_up = True
-        self.join()
+        if wait:
+            self.join()
         with suppress(_GivenUp), self.published:
             raise _GivenUp
 

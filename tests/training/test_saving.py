@@ -8,14 +8,19 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llmpipe.errors import LOST
+from llmpipe.recipe.sections import Checkpoint
 from llmpipe.run.artifact import Artifact
 from llmpipe.training import saving
 from llmpipe.training.host_copy import File, HostMemory
+from llmpipe.training.saving import Saving, _Pending
 from tests import life
 from tests.models import test_adapters
 from tests.rl import test_ppo
@@ -184,6 +189,102 @@ def test_where_a_copy_has_no_room_it_is_written_at_once(tmp_path, slowly, monkey
 # --- the next checkpoint, a stop, the end ---
 
 
+# --- one of several processes ---
+
+
+class Together:
+    """Some processes, which are threads, as one of them sees them."""
+
+    def __init__(self, rank, size, barrier=None, said=None):
+        self.rank, self.size = rank, size
+        self.is_first = rank == 0
+        self.barrier, self.said = barrier, said
+
+    def gather(self, value):
+        self.said[self.rank] = value
+        self.barrier.wait(10)
+        values = list(self.said)
+        self.barrier.wait(10)
+        return values
+
+    def all(self, value):
+        return all(self.gather(value))
+
+
+def saving_of(home, world):
+    return Saving(home, Checkpoint(asynchronous=True), "cpu", world, lambda line: None)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(2000, False), (4000, True)])
+def test_machines_of_unequal_numbers_of_processes_decide_as_one(tmp_path, monkeypatch, free, fits):
+    """One has one process and another two, which would have no room for both their copies."""
+    known = threading.local()
+    monkeypatch.setattr(saving, "local_world_size", lambda: known.processes)
+    monkeypatch.setattr(saving, "free_memory", lambda: free)
+    barrier, said = threading.Barrier(3), [None] * 3
+
+    def one(rank):
+        known.processes = (1, 2, 2)[rank]
+        world = Together(rank, 3, barrier, said)
+        return saving_of(tmp_path, world)._reserve(1024)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(one, range(3))) == [fits] * 3
+
+
+def pending_of(home, files=2):
+    staging = home / ".step-3.staging"
+    over = threading.Event()
+    file = SimpleNamespace(path=staging / "part", write=lambda: over.wait(10))
+    return _Pending(3, home / "step-3", staging, "", [file] * files), over
+
+
+def test_one_of_several_that_fails_says_so_before_its_file_is_written(tmp_path):
+    """The others stand in a collective meanwhile."""
+    pending, over = pending_of(tmp_path)
+    failing = saving_of(tmp_path, Together(1, 2))
+    failing._pending = pending
+    pending.begin()
+    with pytest.raises(KeyError), failing:
+        raise KeyError("forgotten")
+    assert pending.thread.is_alive()
+    assert not pending.thread.daemon, "or the process would be aborted in the middle of a file"
+    over.set()
+    pending.thread.join(10)
+    assert len(pending.files) == 1, "the next one is not begun"
+
+
+def test_what_no_thread_writes_is_not_published(tmp_path, monkeypatch):
+    def none(thread):
+        raise RuntimeError("can't start new thread")
+
+    pending, _ = pending_of(tmp_path)
+    published = []
+    pending.published.push(lambda kind, *_: published.append(kind is None))
+    world = Together(0, 1)
+    world.as_one = nullcontext
+    alone = saving_of(tmp_path, world)
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with pytest.raises(RuntimeError, match="new thread"), alone:
+        alone._pending = pending
+        pending.begin()
+    assert published == [False]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_kills_have_left_of_checkpoints_is_removed_by_the_first(tmp_path, rank):
+    names = [".step-3.old", ".step-7.staging", ".step-9.staging", "step-6"]
+    for name in names:
+        (tmp_path / name / "sharded").mkdir(parents=True)
+        (tmp_path / name / "sharded" / "part").write_text("state")
+    with saving_of(tmp_path, Together(rank, 2)):
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == (names if rank else [".step-3.old", "step-6"])
+
+
+# --- the whole command ---
+
+
 def beside(run, **how):
     return life.write(run, **BESIDE, **how)
 
@@ -200,7 +301,7 @@ def test_the_next_one_waits_and_says_so(tmp_path, straight, monkeypatch):
     text = trial.text()
     waits = "checkpoint: step 6 waits for that of step 3, which is still being written"
     assert text.count("waits for that of step") == 2 and waits in text, "the first, and the last"
-    assert "3 waited for the one before: raise checkpoint.every" in text
+    assert "2 waited for the one before: raise checkpoint.every" in text, "a step followed"
     artifact = Artifact(path.parent / "run" / "sft")
     assert life.essence(artifact) == life.essence(straight)
 
