@@ -358,8 +358,9 @@ class Checkpoint(Section):
     """Write a checkpoint while the next steps run, from a copy in the host's memory: of what
     learns 4 bytes a weight, and its moments, 8 with adamw. The steps stand still for the copy and
     for publishing; a kill meanwhile goes back to the checkpoint before. `auto` where a GPU computes
-    the steps: on a CPU the writing takes from them what it saves. The files are the same. Where the
-    copy does not fit, and after the last step, it is written at once."""
+    the steps: on a CPU the writing takes from them what it saves. What the files hold is the same.
+    Where the copy does not fit, and after the last step, it is written at once; what machines with
+    a run directory each send to the first one is waited for."""
 
 
 class Log(Section):
