@@ -32,9 +32,10 @@ from llmpipe.export.readers.of_transformers import (
     read_gguf,
     read_model,
 )
-from llmpipe.export.readers.of_vllm import VLLM, Unread
+from llmpipe.export.readers.of_vllm import VLLM, Unread, leaving_room
 from llmpipe.export.source import Source, load_source
 from llmpipe.files import differences, publishing, remove, table
+from llmpipe.run.context import tokens_of
 from llmpipe.run.exports import Export, Reading, read_exports, write_exports
 from llmpipe.run.interpreters import VLLM as COMMAND
 from llmpipe.run.interpreters import python_of
@@ -201,13 +202,14 @@ def export_one(
             notes = form.write(source, staging)
         with screen.doing(f"reading {form.name} back"):
             export = read_back(form, source, standard, staging)
-        export = replace(export, also=read_by_vllm(form, source, standard, staging, say))
+        also, refusals = read_by_vllm(form, source, standard, staging, say)
+        export = replace(export, also=also)
         problem = too_far(export, accept)
         if problem and accept.otherwise == "refuse":
             raise TooFar(f"the export is refused: {problem}")
     if problem:
         say(f"warning: {problem}")
-    export = replace(export, notes=notes, warning=problem, files=table(folder))
+    export = replace(export, notes=notes + refusals, warning=problem, files=table(folder))
     for told in (export.told, *(reading.told for reading in export.also)):
         say(f"{export.format}: {told}")
     for note in export.notes:
@@ -252,30 +254,34 @@ def _most(reader: Reader, form: Format, source: Source) -> float | None:
 
 def read_by_vllm(
     form: Format, source: Source, standard: Yardstick, folder: Path, say: Say
-) -> list[Reading]:
-    """What vLLM makes of a format, where it is installed and takes the model; said, if it does not.
+) -> tuple[list[Reading], list[str]]:
+    """What vLLM makes of a format, where it is installed; and a note, where it does not take it.
 
-    Raises UserError (3) where it makes something else of it.
+    Raises UserError (3) where it makes something else of it, or takes it and then fails.
     """
     python = python_of(COMMAND) if form.for_vllm else None
     if python is None:
-        return []
+        return [], []
+    whole, source = source, leaving_room(source)
+    if left_out := len(whole.probe.asked) - len(source.probe.asked):
+        say(f"{form.name}: vLLM is not asked {left_out} of the questions: they fill the context")
     with screen.doing(f"reading {form.name} by vLLM"):
         try:
             reader = VLLM(python, folder, source, form.dtype)
         except Unread as why:
             say(f"{form.name}: vLLM does not read it: {why}")
-            return []
+            return [], ["vLLM did not take it"]
         try:
             reading = _held_against(reader, form, source, standard)
             if reader.is_adapter:
                 reader.refuse_unapplied(_most(reader, form, source) or 0.0, say)
         except Unread as why:
-            say(f"{form.name}: vLLM does not read it: {why}")
-            return []
+            problem = f"{form.name}, {reader.name}: it took the folder, and then failed: {why}"
+            hint = "export again; with vLLM off PATH it is published without being read by it"
+            raise UserError(problem, hint, INTEGRITY) from None
         finally:
             reader.close()
-    return [reading]
+    return [reading], []
 
 
 def too_far(export: Export, accept: Accept) -> str:
@@ -302,7 +308,8 @@ def _is_whole(home: Path, export: Export) -> bool:
 
 def _yardstick(source: Source, passages: list[Passage], few: bool, say: Say) -> Yardstick:
     """What readers are measured with, said."""
-    sequences = of_probe(source.probe) if few else list(_sequences(source, passages, say))
+    probe = leaving_room(source).probe
+    sequences = of_probe(probe) if few else list(_sequences(source, passages, say))
     with screen.doing("computing the model's own predictions"):
         standard = yardstick(sequences, partial(predictions, source.model))
     what = "the probe's continuations, since held_out: names no rows" if few else "held-out rows"
@@ -315,8 +322,10 @@ def _yardstick(source: Source, passages: list[Passage], few: bool, say: Say) -> 
 def _sequences(source: Source, passages: list[Passage], say: Say) -> Iterator[Marked]:
     """Rows as training encodes them, what they teach marked."""
     candidate = _candidate(source, say)
+    context = tokens_of(source.model.config.to_dict())
+    window = min(WINDOW, context - 1) if context else WINDOW  # vLLM wants room for a token more
     for passage in passages:
-        yield from windows(marked(candidate, passage), WINDOW, WINDOW // 2)
+        yield from windows(marked(candidate, passage), window, window // 2)
 
 
 def _candidate(source: Source, say: Say) -> Candidate:

@@ -18,7 +18,7 @@ def python_of(command: str) -> str | None:
     """The Python that a command belongs to, which lies beside this Python or on PATH; None where
     there is none.
 
-    With PATH=$PATH:./vllm/bin what is installed in the environment ./vllm is known.
+    With PATH=$PATH:./vllm-env/bin what is installed in the environment ./vllm-env is known.
     """
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     place = shutil.which(command, path=places)
@@ -30,7 +30,16 @@ def python_of(command: str) -> str | None:
         return str(beside)
     with file.open("rb") as script:
         first = script.readline().decode(errors="replace").strip()
-    return first.removeprefix("#!") if first.startswith("#!/") else None
+    return _named_in(first)
+
+
+def _named_in(first: str) -> str | None:
+    """The Python that a script's first line names, where it can be run."""
+    program, *given = first.removeprefix("#!").split() or [""]
+    if Path(program).name == "env":
+        program = next((word for word in given if not word.startswith("-")), "")
+    is_python = first.startswith("#!") and Path(program).name.startswith("python")
+    return shutil.which(program) if is_python else None
 
 
 def environment_of(python: str) -> dict[str, str]:

@@ -190,8 +190,8 @@ def foresee(recipe: Schema, outlook: Outlook) -> Iterator[Mistake]:
     """Whether llm-compressor is there, where it is asked for."""
     if outlook.works and recipe.formats.compressed_tensors and not python_of(LLM_COMPRESSOR):
         hint = (
-            "python -m venv lc && lc/bin/pip install llmcompressor, and put lc/bin on PATH, last:"
-            " its versions are not llmpipe's"
+            "python -m venv ./lc-env && ./lc-env/bin/pip install 'llmcompressor==0.14.*',"
+            " and put ./lc-env/bin on PATH, last: its versions are not llmpipe's"
         )
         problem = f"llm-compressor is not installed: no {LLM_COMPRESSOR} on PATH"
         yield Mistake("formats.compressed_tensors", UserError(problem, hint))

@@ -63,6 +63,8 @@ class _Engine:
             **options,
         )
         self.seen: list[Any] = []
+        # an adapter that vLLM does not take, or heads without a kernel, it refuses when computing
+        self._read([0, 0], {"lora_request": self.adapter, "use_tqdm": False})
         self.llm.apply_model(self._watch)
 
     def _watch(self, model: Any) -> None:

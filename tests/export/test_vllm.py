@@ -1,12 +1,14 @@
 """vLLM reads what is exported, and what is not the model is refused by name.
 
 Each test is run with a double for the package, in a Python of its own as vLLM is, and with vLLM
-itself where it is installed (`PATH=$PATH:./vllm/bin`).
+itself where it is installed (`PATH=$PATH:./vllm-env/bin`).
 """
 
 import shutil
 import stat
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.evaluation.tasks.perplexity import Passage
 from llmpipe.export import formats
-from llmpipe.export.formats import formats_of, read_by_vllm
-from llmpipe.export.measure import of_probe, yardstick
-from llmpipe.export.readers.of_transformers import predictions
+from llmpipe.export.formats import _yardstick, export_one, formats_of, read_by_vllm
 from llmpipe.export.source import load_source
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.rng import isolated_rng
 from llmpipe.run.interpreters import VLLM, python_of
 from llmpipe.run.probe import agreement_of
+from llmpipe.stages.export import Accept
 from tests.export.test_export import change, edit, recipe
 from tests.life import TINY
 
@@ -45,10 +47,11 @@ def python(request, tmp_path_factory):
     return str(file)
 
 
-def wide_heads(folder: Path) -> Path:
+def wide_heads(folder: Path, **options) -> Path:
     """The tiny model with heads as wide as vLLM's CPU takes them: 32."""
     config = LlamaConfig.from_pretrained(TINY / "model")
     config.head_dim = 32
+    config.update(options)
     with isolated_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -70,8 +73,11 @@ def source(base):
 
 @pytest.fixture(scope="module")
 def adapted(base, tmp_path_factory):
+    return adapter(tmp_path_factory.mktemp("vllm") / "adapter", base, dora=False)
+
+
+def adapter(folder: Path, base: Path, *, dora: bool):
     """A random adapter of all linear layers, as PEFT names its tensors."""
-    folder = tmp_path_factory.mktemp("vllm") / "adapter"
     shapes = {
         name.removesuffix(".weight"): weight.shape
         for name, weight in load_file(base / "model.safetensors").items()
@@ -80,6 +86,10 @@ def adapted(base, tmp_path_factory):
     draw = torch.Generator().manual_seed(1)
     tensors = {}
     for name, (rows, columns) in shapes.items():
+        if dora:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = torch.rand(
+                rows, generator=draw
+            )
         for part, shape in (("A", (4, columns)), ("B", (rows, 4))):
             tensor = torch.randn(shape, generator=draw) * 0.1
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor
@@ -91,6 +101,7 @@ def adapted(base, tmp_path_factory):
         lora_alpha=8,
         target_modules=modules,
         task_type="CAUSAL_LM",
+        use_dora=dora,
         base_model_name_or_path="base",
     ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
@@ -98,16 +109,18 @@ def adapted(base, tmp_path_factory):
     return load_source(folder, base, print)
 
 
-def read(python, source, home: Path, monkeypatch, damage=None, **formats_):
+def read(python, source, home: Path, monkeypatch, damage=None, passages=(), **formats_):
     """What vLLM makes of one format, and what is said; `damage` is done to its folder before."""
     monkeypatch.setattr(formats, "python_of", lambda command: python)
-    standard = yardstick(of_probe(source.probe), partial(predictions, source.model))
+    standard = _yardstick(source, list(passages), not passages, print)
     [form] = formats_of(recipe(**formats_))
     form.write(source, home)
     if damage:
         damage(home)
     lines: list[str] = []
-    return read_by_vllm(form, source, standard, home, lines.append), "\n".join(lines)
+    readings, notes = read_by_vllm(form, source, standard, home, lines.append)
+    assert notes == ([] if readings else ["vLLM did not take it"])
+    return readings, "\n".join(lines)
 
 
 def refused(python, source, home, monkeypatch, damage, problem, **formats_):
@@ -128,6 +141,86 @@ def test_it_applies_an_adapter_whole(python, adapted, tmp_path, monkeypatch):
     assert 0 <= reading.measured.mean_kl < 1e-6 and reading.agreement.equal_answers == 16
     assert "all of 28 tensors are in its layers; the base alone is" in said
     assert "rounding may be as well" not in said
+
+
+def test_an_adapter_that_it_does_not_take_is_no_failure(python, base, tmp_path, monkeypatch):
+    """vLLM says so at the first request, unless it is asked before."""
+    source = adapter(tmp_path / "dora", base, dora=True)
+    home = tmp_path / "written"
+    home.mkdir()
+    readings, said = read(python, source, home, monkeypatch, adapter=True)
+    assert readings == [] and "adapter: vLLM does not read it: " in said and "DoRA" in said
+
+
+def test_what_fills_the_context_is_cut_or_not_asked(python, source, tmp_path, monkeypatch):
+    """vLLM wants room for a token behind all that it reads."""
+    sizes = [len(one.tokens) + max(len(one.continuation), 8) for one in source.probe.said]
+    context = sorted(sizes)[len(sizes) // 2]
+    short = wide_heads(tmp_path / "short", max_position_embeddings=context)
+    small = load_source(short, None, print)
+    home = tmp_path / "written"
+    home.mkdir()
+    text = "The answer is simple, and nothing else. " * 40
+    row = Passage(id=0, at="rows:1", asks=0, text=text)
+    [reading], said = read(python, small, home, monkeypatch, passages=[row], merged=["fp32"])
+    filled = sizes.count(context)
+    assert reading.agreement.answers == len(small.probe.asked) - filled > 0 < filled
+    assert f"vLLM is not asked {filled} of the questions: they fill the context" in said
+    tokens = len(small.tokenizer(text)["input_ids"])
+    assert tokens > 2 * context and reading.measured.tokens >= tokens - 1
+    of_questions = _yardstick(small, [], True, print)
+    assert max(len(passage.ids) for passage in of_questions.passages) < context
+
+
+def test_what_it_takes_and_then_fails_at_is_refused(source, tmp_path, monkeypatch):
+    """A process that loads, and ends at the first question."""
+    script = tmp_path / "python"
+    script.write_text(
+        '#!/bin/sh\nread order; echo \'{"name": "vLLM 0.0"}\'; echo Broken. >&2; exit 9\n'
+    )
+    script.chmod(stat.S_IRWXU)
+    problem = r"merged-fp32, vLLM 0.0: it took the folder, and then failed: .* 9: Broken\."
+    home = tmp_path / "written"
+    home.mkdir()
+    refused(str(script), source, home, monkeypatch, None, problem, merged=["fp32"])
+
+
+OF_A_KILLED_EXPORT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from llmpipe.export.readers.of_vllm import VLLM
+said = SimpleNamespace(tokens=[1], continuation=[2])
+config = SimpleNamespace(to_dict=dict)
+source = SimpleNamespace(
+    base=None, probe=SimpleNamespace(said=[said]), model=SimpleNamespace(config=config)
+)
+VLLM(sys.argv[1], Path("x"), source, None)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_killed_export_leaves_no_vllm_behind(tmp_path):
+    script, pid = tmp_path / "python", tmp_path / "pid"
+    script.write_text(f'#!/bin/sh\necho $$ > "{pid}.new"; mv "{pid}.new" "{pid}"; exec sleep 100\n')
+    script.chmod(stat.S_IRWXU)
+    export = subprocess.Popen([sys.executable, "-c", OF_A_KILLED_EXPORT, str(script)])
+    try:
+        wait_until(pid.exists, 60)
+        loading = Path("/proc", pid.read_text().strip())
+        assert loading.exists()
+    finally:
+        export.kill()
+        export.wait()
+    wait_until(lambda: not loading.exists() or " Z " in (loading / "stat").read_text(), 10)
+
+
+def wait_until(done, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.faults
@@ -179,8 +272,14 @@ def test_a_lost_end_is_refused(python, source, tmp_path, monkeypatch):
 
 @pytest.mark.faults
 def test_a_model_that_it_does_not_take_is_no_failure(python, tmp_path, monkeypatch):
+    """It is published, with a note that names no place of this machine."""
+    monkeypatch.setattr(formats, "python_of", lambda command: python)
     source = load_source(TINY / "model", None, print)
-    readings, said = read(python, source, tmp_path, monkeypatch, merged=["fp32"])
-    assert readings == []
-    assert "merged-fp32: vLLM does not read it: " in said and "16" in said
-    assert "head" in said.lower()
+    standard = _yardstick(source, [], True, print)
+    [form] = formats_of(recipe(merged=["fp32"]))
+    lines: list[str] = []
+    export = export_one(form, source, standard, tmp_path, Accept(), lines.append)
+    assert export.also == [] and export.notes[-1] == "vLLM did not take it"
+    assert (tmp_path / "merged-fp32" / "model.safetensors").exists()
+    [said] = [line for line in lines if line.startswith("merged-fp32: vLLM does not read it: ")]
+    assert "16" in said and "head" in said.lower()

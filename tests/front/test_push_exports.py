@@ -240,6 +240,23 @@ def test_what_another_package_has_packed_says_who_reads_it(run, llmpipe, method)
     assert f"With transformers and {method}:" in text and method in ModelCard(text).data.tags
     assert "convert_hf_to_gguf" not in text
     assert ("vllm serve me/small" in text) == (method != "torchao")
+    assert ("vLLM has not read them" in text) == (method == "torchao")
+
+
+def test_what_vllm_has_read_of_torchao_is_said(run, llmpipe):
+    home = run / "export"
+    path = home / "merged-bf16" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "torchao"}}
+    path.write_text(json.dumps(config))
+    first, *others = read_exports(home)
+    also = [replace(first.reading, reader="vLLM 0.32.0")]
+    write_exports(home, [replace(first, files=table(path.parent), also=also), *others])
+    reseal(Artifact(home))
+    code, _, err = llmpipe("push", path.parent, "me/small", *LICENCES, "--dry-run", "shown")
+    assert code == 0, err
+    text = Path("shown/README.md").read_text(encoding="utf-8")
+    assert "With vLLM and torchao, which answers" in text and "vllm serve me/small" in text
+    assert "has not read" not in text
 
 
 def test_an_adapter_and_its_sum_name_what_they_were_made_of(hub, run, llmpipe):

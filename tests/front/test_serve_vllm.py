@@ -1,4 +1,4 @@
-"""`llmpipe serve --engine vllm`, with vLLM itself (`PATH=$PATH:./vllm/bin`) and OpenAI's client.
+"""`llmpipe serve --engine vllm`, with vLLM itself and OpenAI's client: `PATH=$PATH:./vllm-env/bin`.
 
 One server for all that is asked of it, since it takes half a minute to begin.
 """

@@ -26,7 +26,24 @@ def test_a_command_on_path_tells_its_python(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(linked.parent))
     assert python_of("vllm-linked") == str(python)
     python.unlink()
-    assert python_of("vllm-linked") == "/nowhere/python"
+    assert python_of("vllm-linked") is None
+
+
+def test_without_a_python_beside_it_the_first_line_of_a_command_tells(tmp_path, monkeypatch):
+    python = put(tmp_path / "pythons" / "python3-of-a-test", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{python.parent}")
+    lines = {
+        f"#!{python} -I\n": str(python),
+        "#!/usr/bin/env python3-of-a-test\n": str(python),
+        "#!/usr/bin/env -S python3-of-a-test -I\n": str(python),
+        "#!/usr/bin/env python-that-is-nowhere\n": None,
+        "#!/bin/sh\n": None,
+        "#!\n": None,
+        "": None,
+    }
+    for line, expected in lines.items():
+        put(tmp_path / "vllm-of-a-test", line)
+        assert python_of("vllm-of-a-test") == expected, line
 
 
 def test_its_process_sees_none_of_our_packages(monkeypatch):

@@ -7,9 +7,12 @@ llmpipe's: the script there is `upstream/vllm_reader.py`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from llmpipe.run.probe import (
     agreement_of,
     as_clients_say,
 )
+from llmpipe.ties import die_with_parent
 
 SCRIPT = Path(upstream.__file__).with_name("vllm_reader.py")
 
@@ -44,7 +48,21 @@ ROW = 1024
 
 
 class Unread(Exception):
-    """vLLM does not take what it is given, in its own words."""
+    """vLLM does not take what it is given, or fails at it, in its own words."""
+
+
+def leaving_room(source: Source) -> Source:
+    """The source without the questions that fill its context: vLLM wants room for a token more."""
+    context = tokens_of(source.model.config.to_dict())
+    if context is None:
+        return source
+    said = [
+        replace(one, continuation=[])
+        if len(one.tokens) + max(len(one.continuation), ANSWER_TOKENS) >= context
+        else one
+        for one in source.probe.said
+    ]
+    return replace(source, probe=replace(source.probe, said=said))
 
 
 class VLLM:
@@ -70,6 +88,7 @@ class VLLM:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=environment_of(python),
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         try:
             self.name: str = self._ask(self._order(dtype))["name"]
@@ -92,7 +111,7 @@ class VLLM:
         }
 
     def _ask(self, asked: dict[str, Any]) -> Any:
-        """Raises Unread where it cannot be done, or vLLM has ended."""
+        """Raises Unread where vLLM fails at it, or has ended."""
         assert self.process.stdin and self.process.stdout
         answer = b""
         with suppress(BrokenPipeError):

@@ -69,7 +69,7 @@ def _automatic(model: Served) -> str:
 def _vllm() -> Engine:
     python = python_of(VLLM)
     if python is None:
-        hint = "python -m venv vllm; vllm/bin/pip install vllm; PATH=$PATH:./vllm/bin"
+        hint = "python -m venv vllm-env; vllm-env/bin/pip install vllm; PATH=$PATH:./vllm-env/bin"
         raise UserError("serve: --engine vllm: there is no command vllm on PATH", hint)
     # by its path: what lies beside it is not imported, since that would bring torch along
     script = Path(__file__).parents[2] / "upstream" / "vllm_server.py"

@@ -1,7 +1,7 @@
 """A double for the package vllm: what llmpipe's reader asks of it, computed by transformers.
 
 As vLLM does, it takes of an adapter what is for layers that it has, and passes over the rest in
-silence.
+silence; DoRA it refuses, and a prompt that leaves no room for an answer.
 """
 
 import json
@@ -48,8 +48,6 @@ class _Model(nn.Module):
         super().__init__()
         kind = "auto" if dtype == "auto" else getattr(torch, dtype)
         self.whole = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
-        if self.whole.config.head_dim < 32:
-            raise ValueError(f"Head size {self.whole.config.head_dim} is not supported.")
         self.layers = {}
         for name, module in list(self.whole.named_modules()) if enable_lora else ():
             if isinstance(module, nn.Linear) and name != "lm_head":
@@ -57,6 +55,8 @@ class _Model(nn.Module):
                 self.whole.set_submodule(name, self.layers[name])
 
     def hidden(self, ids):
+        if self.whole.config.head_dim < 32:
+            raise RuntimeError(f"Head size {self.whole.config.head_dim} is not supported.")
         return self.whole.model(torch.tensor([ids])).last_hidden_state[0]
 
     def compute_logits(self, hidden):
@@ -99,6 +99,8 @@ class LLM:
 
     def _put(self, folder):
         config = json.loads((folder / "adapter_config.json").read_text())
+        if config["use_dora"]:
+            raise ValueError("vLLM does not yet support DoRA.")
         tensors = load_file(folder / "adapter_model.safetensors")
         for name, layer in self.model.layers.items():
             if f"base_model.model.{name}.lora_A.weight" in tensors:
@@ -107,10 +109,11 @@ class LLM:
                 layer.lora_b_stacked = (b[None, None] * config["lora_alpha"] / config["r"],)
 
     def _answer(self, ids, how):
-        if len(ids) > self.most:
-            raise ValueError("the prompt is longer than the model's context")
+        if len(ids) >= self.most:
+            raise ValueError("the prompt leaves no room in the model's context")
+        room = min(how.max_tokens, self.most - len(ids))
         answer, places, said = [], [], None
-        while len(answer) < how.max_tokens and not (answer and answer[-1] in self.ends):
+        while len(answer) < room and not (answer and answer[-1] in self.ends):
             hidden = self.model.hidden(ids + answer)
             log_probs = self.model.compute_logits(hidden[-1:]).float().log_softmax(-1)[0]
             if how.prompt_logprobs is not None:
