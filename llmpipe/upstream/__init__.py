@@ -476,10 +476,6 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "transformers.modeling_utils": "will be initialized from a multivariate normal distribution",
     # of a text that is then cut into windows, by the length that is the tokenizer's own
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",
-    # kernels of GPUs that torchao was built for, on a machine that has none of these
-    "torchao": "Failed to load ",
-    # torchao registers enums in a way that torch has found needless since
-    "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     # what is written in place is not among what selective checkpointing keeps
     "torch._higher_order_ops.wrap": "Detected that context_fn is passed to torch.utils.checkpoint",
     # of micro-batches of one, which cost nothing where documents are attended one by one
