@@ -197,17 +197,17 @@ def _build(
 ) -> PreTrainedModel | None:
     """A model with random weights; None where there is none of these numbers."""
     attention = model.config._attn_implementation
-    try:
-        with isolated_rng():
+    with isolated_rng():
+        try:
             small = plain_class(model)._from_config(config, dtype=torch.float32)
-            _draw(small)
-        small.set_attn_implementation(attention)
-        read_ends(small)
-        return small.to(device).eval()
-    except Exception as error:
-        if of_memory(error):
-            raise
-        return None
+            small.set_attn_implementation(attention)
+        except Exception as error:  # whatever a class thinks of numbers that do not fit
+            if of_memory(error):
+                raise
+            return None
+        _draw(small)
+    read_ends(small)
+    return small.to(device).eval()
 
 
 @torch.no_grad()

@@ -112,18 +112,7 @@ def model(artifact):
 
 def order(model, **changes):
     """What the server's process is told."""
-    values = server.Order(
-        name=model.name,
-        folder=str(model.folder),
-        base=str(model.base) if model.base else None,
-        gguf=str(model.gguf) if model.gguf else None,
-        template_kwargs=model.template_kwargs,
-        stops=model.probe.stops,
-        writes_calls=model.writes_calls,
-        descriptor=-1,
-        key=KEY,
-        word=WORD,
-    )
+    values = server.Order.of(model, -1, KEY, WORD)
     return dataclasses.replace(values, **changes)
 
 

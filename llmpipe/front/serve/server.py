@@ -53,6 +53,22 @@ class Order:
     word: str
     """What the command shows in place of a key, until others are let in."""
 
+    @classmethod
+    def of(cls, model: Served, descriptor: int, key: str | None, word: str) -> Order:
+        """To serve a verified model."""
+        return cls(
+            name=model.name,
+            folder=str(model.folder),
+            base=str(model.base) if model.base else None,
+            gguf=str(model.gguf) if model.gguf else None,
+            template_kwargs=model.template_kwargs,
+            stops=model.probe.stops,
+            writes_calls=model.writes_calls,
+            descriptor=descriptor,
+            key=key,
+            word=word,
+        )
+
 
 class Server:
     """The process, as the command sees it."""
@@ -141,18 +157,7 @@ def running(
     `key_from`: the variable that holds the key, which is none of the process's.
     """
     word = secrets.token_urlsafe(32)
-    order = Order(
-        name=model.name,
-        folder=str(model.folder),
-        base=str(model.base) if model.base else None,
-        gguf=str(model.gguf) if model.gguf else None,
-        template_kwargs=model.template_kwargs,
-        stops=model.probe.stops,
-        writes_calls=model.writes_calls,
-        descriptor=address.socket.fileno(),
-        key=key,
-        word=word,
-    )
+    order = Order.of(model, address.socket.fileno(), key, word)
     process = subprocess.Popen(
         engine.command,
         stdin=subprocess.PIPE,
