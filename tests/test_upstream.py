@@ -37,7 +37,7 @@ from llmpipe.kernels import cpu
 from llmpipe.models.pretrained import load_model
 from llmpipe.training import policy, preferences
 from llmpipe.training.laid import EndToEnd
-from llmpipe.upstream import gguf, later
+from llmpipe.upstream import few_bits, gguf, later
 from llmpipe.upstream.attention import DOCUMENTS
 from llmpipe.upstream.head import LogProbs, read_predictors
 from tests import ggufs, life
@@ -615,7 +615,7 @@ def test_a_quantized_model_says_the_same_before_and_after_its_first_evaluation()
 
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     assert hasattr(layer, "support_avx512bf16_for_cpu")
-    upstream.keep_unpacked(torch.nn.Sequential(layer))
+    few_bits.keep_unpacked(torch.nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
 
 

@@ -29,6 +29,7 @@ from llmpipe.models.pretrained import load_model, resize_embeddings, take_genera
 from llmpipe.parallel import Spread, beside_parts, hold_whole
 from llmpipe.recipe.sections import Adapter, Quantization
 from llmpipe.run.weights import tensors_in
+from llmpipe.upstream import few_bits
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -93,7 +94,7 @@ def load_frozen(
             bnb_4bit_compute_dtype=dtype,
         )
     model = load_model(folder, attention, dtype, config, scores, device)
-    upstream.keep_unpacked(model)
+    few_bits.keep_unpacked(model)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 

@@ -25,7 +25,6 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import upstream
 from llmpipe.data.tokenizer import SEVERAL_LINES
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.faults import reading
@@ -46,6 +45,7 @@ from llmpipe.parallel import Spread, World, looking, part_like, part_of
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.context import tokens_of
 from llmpipe.run.weights import tensors_in
+from llmpipe.upstream import few_bits
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\nWas wäre, wenn? 你好 \U0001f642"
 PROBE_TOKENS = 64
@@ -280,23 +280,23 @@ def _reloaded_on(
         in_file = slice(rows.get(name))
         if frozen.is_files and not _is_files(frozen, weight.data[in_file], base):
             _refuse(f"{name}: what was trained on is not the base's weight")
-        if upstream.is_quantized(frozen.layer):
-            upstream.share_quantized(model, name, frozen.layer)
+        if few_bits.is_quantized(frozen.layer):
+            few_bits.share_quantized(model, name, frozen.layer)
             continue
         precision[weight] = frozen.weight.dtype
         lies_whole = part_of(frozen.weight).shape == weight.shape
         if frozen.is_files and rows.get(name) == len(weight) and lies_whole:
             weight.data = frozen.weight.data
-    upstream.as_quantized(model, trained.get_base_model())
+    few_bits.as_quantized(model, trained.get_base_model())
     return attach(model, folder).eval(), precision
 
 
 def _is_files(frozen: Frozen, saved: torch.Tensor, base: Base) -> bool:
     """Whether a weight that was not trained is the base's, in the precision that it was held in."""
     trained = part_of(frozen.weight)[: len(saved)]
-    if upstream.is_quantized(frozen.layer):
-        again = upstream.quantized_again(frozen.layer, saved, base.dtype)
-        difference = (again - upstream.dequantized(frozen.layer)).abs().mean()
+    if few_bits.is_quantized(frozen.layer) and frozen.weight is frozen.layer.weight:  # no bias
+        again = few_bits.quantized_again(frozen.layer, saved, base.dtype)
+        difference = (again - few_bits.dequantized(frozen.layer)).abs().mean()
         return float(difference) <= REQUANTIZED * float(again.abs().mean())
     saved = part_like(saved, frozen.weight)
     expected = saved.to(trained.device, base.dtype).to(trained.dtype)

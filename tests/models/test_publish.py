@@ -43,6 +43,7 @@ SHAPE = {
     "initializer_range": 0.2,
 }
 LINEAR = {"target_modules": ["q_proj", "down_proj"]}
+ALL_LINEAR = {"target_modules": "all-linear"}
 EXPERTS = {
     "target_modules": ["q_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -252,18 +253,22 @@ def test_another_base_than_was_trained_on_is_found(tmp_path, name, how):
 
 
 @pytest.mark.parametrize(
-    ("bits", "dtype"),
+    ("kind", "bits", "dtype"),
     [
-        (4, torch.bfloat16),
-        life.by_the_dozen(4, torch.float32),
-        life.by_the_dozen(8, torch.float32),
-        life.by_the_dozen(8, torch.bfloat16),
+        ("llama", 4, torch.bfloat16),
+        ("qwen2", 4, torch.float32),  # whose layers have biases
+        ("gpt2", 4, torch.bfloat16),  # and whose have weights the other way round
+        life.by_the_dozen("llama", 4, torch.float32),
+        life.by_the_dozen("llama", 8, torch.float32),
+        life.by_the_dozen("llama", 8, torch.bfloat16),
+        life.by_the_dozen("qwen2", 8, torch.bfloat16),
+        life.by_the_dozen("gpt2", 8, torch.float32),
     ],
 )
-def test_few_bits_are_those_of_the_base(tmp_path, bits, dtype):
-    tokenizer = a_base(tmp_path / "base", "llama", hidden_size=64)
+def test_few_bits_are_those_of_the_base(tmp_path, kind, bits, dtype):
+    tokenizer = a_base(tmp_path / "base", kind, hidden_size=64)
     how = {"quantization": Quantization(bits=bits), "dtype": dtype}
-    adapted, base = an_adapter(tmp_path / "base", tokenizer, LINEAR, **how)
+    adapted, base = an_adapter(tmp_path / "base", tokenizer, ALL_LINEAR, **how)
     folder = tmp_path / "adapter"
     verified = publish.publish_adapter(adapted, tokenizer, folder, base, lambda line: None)
     assert verified.max_logit_difference == 0
