@@ -7,7 +7,7 @@ rotary layout (Llama), 1 added to norms (Gemma), matrices on their side (GPT-2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,16 +115,22 @@ def kind_of(source: Source) -> Kind:
 def renamed(source: Source, kind: Kind) -> Iterator[tuple[str, Tensor]]:
     """The weights under GGUF's names, as llama.cpp wants them."""
     config = source.model.config
+    yield from _renamed(source.weights, config, kind)
+    factors = _rotary_factors(config)
+    if factors is not None:
+        yield "rope_freqs.weight", factors
+
+
+def _renamed(
+    weights: Mapping[str, Tensor], config: Any, kind: Kind
+) -> Iterator[tuple[str, Tensor]]:
     names = gguf.get_tensor_name_map(kind.arch, config.num_hidden_layers)
-    for name, weight in source.weights.items():
+    for name, weight in weights.items():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             problem = f"formats.gguf: {name}: llama.cpp has no place for this weight"
             raise UserError(problem, "take merged")
         yield new, _converted(kind, config, name, weight)
-    factors = _rotary_factors(config)
-    if factors is not None:
-        yield "rope_freqs.weight", factors
 
 
 def _converted(kind: Kind, config: Any, name: str, weight: Tensor) -> Tensor:
@@ -265,4 +271,5 @@ def check_weights(source: Source, file: Path, dtype: torch.dtype | None) -> int:
         name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         for name, tensor in tensors.items()
     }
-    return same_weights(expected, seen, dtype)
+    updates = dict(_renamed(source.updates, source.model.config, kind))
+    return same_weights(expected, seen, dtype, updates=updates)

@@ -18,7 +18,7 @@ from llmpipe import screen, upstream
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.export.ask import ask
 from llmpipe.export.tensors import weights_of
-from llmpipe.models.adapters import is_tied, merged, on_base
+from llmpipe.models.adapters import is_tied, merged, on_base, updates_of
 from llmpipe.models.pretrained import load_model, load_tokenizer
 from llmpipe.run.artifact import manifest_beside
 from llmpipe.run.manifest import Manifest
@@ -48,6 +48,8 @@ class Source:
     """What the model says."""
     in_bf16: Probe
     """What it says where its sums are rounded to bf16, an adapter beside its base."""
+    updates: dict[str, Tensor]
+    """What the adapter has added to weights, by their names, as `updates_of` gives them."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -89,12 +91,14 @@ def load_source(folder: Path, base: Path | None, say: Say) -> Source:
     probe = ask(model, tokenizer, kwargs)
     with torch.autocast("cpu", torch.bfloat16):
         in_bf16 = ask(model, tokenizer, kwargs)
+    updates = {}
     if base:
+        updates = updates_of(model)
         model = merged(model)
         model.config.tie_word_embeddings = is_tied(model)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    source = Source(folder, base, model, tokenizer, kwargs, probe, in_bf16)
+    source = Source(folder, base, model, tokenizer, kwargs, probe, in_bf16, updates)
     if base:
         again = ask(model, tokenizer, kwargs)
         compare(probe, again, "the adapter, merged", source.tolerance(torch.float32))

@@ -15,6 +15,11 @@ UNLIKE = 0.5
 """Of its own length that a weight may be away from the source's at most, however few bits it has:
 another weight of the same size is 1.4 lengths away, and three bits move one by 0.15."""
 
+ABSENT = 0.5
+"""Share of an adapter's update that a weight of few bits may miss, or have too much of."""
+SURE = 4
+"""Standard deviations of rounding that this has to be, too."""
+
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's weights by name; of those that share their numbers the first one."""
@@ -33,13 +38,15 @@ def same_weights(
     seen: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     *,
+    updates: Mapping[str, Tensor],
     moves_scales: bool = False,
 ) -> int:
     """Compare weights by name; returns how many there are.
 
     `dtype`: to which they were rounded, and nothing else was done to them; None where they are
-    quantized. `moves_scales`: they are also scaled by row and by column. Raises UserError (3)
-    naming the first that is missing, left over, or another one.
+    quantized. `updates`: of an adapter, to which quantized weights are held. `moves_scales`: they
+    are also scaled by row and by column. Raises UserError (3) naming the first that is missing,
+    left over, or another one.
     """
     for name in sorted(expected.keys() | seen.keys()):
         if name not in seen:
@@ -50,6 +57,8 @@ def same_weights(
         if moves_scales and ours.shape == theirs.shape:
             theirs = unscaled(ours, theirs)
         _same(name, ours, theirs, dtype)
+        if dtype is None and name in updates:
+            _updated(name, ours, theirs, updates[name])
     return len(expected)
 
 
@@ -82,6 +91,21 @@ def _same(name: str, expected: Tensor, seen: Tensor, dtype: torch.dtype | None) 
     if distance > UNLIKE * length:
         share = distance / max(length, 1e-30)
         refuse(f"{name} is not the weight that was published: {share:.2f} of its length away")
+
+
+def _updated(name: str, expected: Tensor, seen: Tensor, update: Tensor) -> None:
+    """Refuse a weight that an adapter's update is not in, though that is shorter than what bits
+    take away: rounding goes either way, and cancels out along the update."""
+    along = update.float()
+    square = along.square().sum()
+    if not square:
+        return
+    off = expected.float() - seen.float()
+    share = float((off * along).sum() / square)
+    spread = float((off * along).norm() / square)  # of sums of as many roundings, each its own way
+    if abs(share) > max(ABSENT, SURE * spread):
+        there = 1 - share
+        refuse(f"{name} holds {there:.0%} of what the adapter adds to it")
 
 
 def refuse(problem: str) -> NoReturn:

@@ -54,7 +54,7 @@ def read_weight_only(folder: Path, source: Source) -> Loaded:
         name: weight.dequantize() if hasattr(weight, "dequantize") else weight
         for name, weight in weights_of(model).items()
     }
-    tensors = same_weights(source.weights, seen, None)
+    tensors = same_weights(source.weights, seen, None, updates=source.updates)
     return Loaded(named("torchao"), model, load_tokenizer(folder), source, tensors)
 
 

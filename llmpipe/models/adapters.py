@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
@@ -186,6 +186,23 @@ def merged(model: Any) -> PreTrainedModel:
         return model
     whole: PreTrainedModel = model.merge_and_unload()
     return whole
+
+
+def updates_of(model: Any) -> dict[str, Tensor]:
+    """What PEFT's model adds to each weight of its base that it adds to, by its name: bfloat16."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    updates = {}
+    for name, layer in model.get_base_model().named_modules():
+        weight: Any = getattr(plain_layer(layer), "weight", None)
+        if not isinstance(layer, BaseTunerLayer) or not weight.is_floating_point():
+            continue
+        before = weight.detach().clone()
+        layer.merge()
+        updates[f"{name}.weight"] = (weight.detach() - before).to(torch.bfloat16)
+        layer.unmerge()
+        weight.data.copy_(before)  # a sum taken back is the number within rounding alone
+    return updates
 
 
 def make_fit(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:

@@ -157,12 +157,11 @@ def test_scales_that_moved_from_layer_to_layer_explain_what_differs():
     moved = weight * rows * columns
     assert float((unscaled(weight, moved) - weight).norm()) < 0.02 * float(weight.norm())
     norm = torch.rand(6) + 0.1
-    assert same_weights(
-        {"w": weight, "n": norm}, {"w": moved, "n": norm * 9}, None, moves_scales=True
-    )
+    how = {"updates": {}, "moves_scales": True}
+    assert same_weights({"w": weight, "n": norm}, {"w": moved, "n": norm * 9}, None, **how)
     for other in ({"w": torch.randn(8, 6), "n": norm}, {"w": moved, "n": -norm}):
         with pytest.raises(UserError, match="is not the weight that was published"):
-            same_weights({"w": weight, "n": norm}, other, None, moves_scales=True)
+            same_weights({"w": weight, "n": norm}, other, None, **how)
 
 
 # --- calibration ----------------------------------------------------------------------------------

@@ -308,6 +308,28 @@ def test_a_merged_layer_without_its_update_is_refused(adapted, standard, tmp_pat
     refused(adapted, standard, tmp_path, damage, problem, merged=["fp32"])
 
 
+def test_a_layer_of_eight_bits_without_its_update_is_refused(
+    adapted, standard, tmp_path, monkeypatch
+):
+    """Rounding takes away more than the update is long, and the probe sees nothing of it."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    base = load_file(TINY / "model" / "model.safetensors")[name]
+    written = gguf_file.renamed
+    place = "blk.1.attn_q.weight"
+
+    def without(source, kind):
+        weights = dict(written(source, kind))
+        if not without.reads:
+            weights[place] = gguf_file.in_pairs(base, source.model.config.num_attention_heads)
+        without.reads = True
+        yield from weights.items()
+
+    without.reads = False
+    monkeypatch.setattr(gguf_file, "renamed", without)
+    problem = f"{place} holds -?[0-9]% of what the adapter adds to it"
+    refused(adapted, standard, tmp_path, None, problem, gguf=["q8_0"])
+
+
 def test_another_template_is_refused(source, standard, tmp_path):
     def damage(folder):
         path = folder / "chat_template.jinja"

@@ -58,7 +58,7 @@ def read_model(folder: Path, source: Source, dtype: torch.dtype | None) -> Loade
     model = load_model(folder).eval()  # refuses missing and left over tensors
     seen = weights_of(model)
     same_head(model, source)
-    tensors = same_weights(source.weights, seen, dtype)
+    tensors = same_weights(source.weights, seen, dtype, updates=source.updates)
     return Loaded(named("transformers"), model, load_tokenizer(folder), source, tensors)
 
 
@@ -77,7 +77,7 @@ def read_adapter(folder: Path, source: Source) -> Loaded:
     as_published = load_model(source.base)
     make_fit(as_published, source.folder, tokenizer)
     expected = adapter_tensors(attach(as_published, source.folder))
-    same_weights(expected, applied, torch.float32)
+    same_weights(expected, applied, torch.float32, updates={})
     return Loaded(named("peft"), model, tokenizer, source, len(applied))
 
 
@@ -96,7 +96,7 @@ def read_gguf(file: Path, source: Source, dtype: torch.dtype | None) -> Loaded:
             **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         ).eval()
     upstream.forget_routing(model.config)
-    tensors = same_weights(source.weights, weights_of(model), dtype)
+    tensors = same_weights(source.weights, weights_of(model), dtype, updates=source.updates)
     return Loaded(named("transformers"), model, tokenizer, source, tensors)
 
 
