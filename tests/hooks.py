@@ -348,7 +348,7 @@ def small_machine():
 
 def another_stage_of_zero():
     """What the engine is configured for is not what was asked for."""
-    from llmpipe import zero
+    from llmpipe.parallel import zero
 
     original = zero.Zero.config
 
@@ -366,7 +366,7 @@ def says_what_zero_holds():
     """
     import torch
 
-    from llmpipe import zero
+    from llmpipe.parallel import zero
     from llmpipe.training import hosted
 
     def action(self, *_):

@@ -491,7 +491,7 @@ def test_canary_of_files_of_checkpoints():
 
 
 def test_canary_zero():
-    """What `llmpipe.zero` and `training/sharded.py` hold on to of Trainer's way to DeepSpeed."""
+    """What `parallel.zero` and `training/sharded.py` hold on to of Trainer's way to DeepSpeed."""
     from accelerate import Accelerator
     from transformers.integrations import deepspeed
 
@@ -515,7 +515,7 @@ def test_canary_of_deepspeed():
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 
-    from llmpipe.zero import SHARED_MEMORY
+    from llmpipe.parallel.zero import SHARED_MEMORY
 
     assert ShareMemCommBuilder.NAME == SHARED_MEMORY
     assert hasattr(deepspeed.ops, "__compatible_ops__")

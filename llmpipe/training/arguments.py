@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from llmpipe import zero
 from llmpipe.errors import UserError
 from llmpipe.files import write_whole
+from llmpipe.parallel import zero
 from llmpipe.recipe import sections
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.artifact import Artifact

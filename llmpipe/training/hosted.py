@@ -19,12 +19,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from llmpipe import upstream, zero
+from llmpipe import upstream
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.moved import Start
-from llmpipe.parallel import World, whole
+from llmpipe.parallel import World, whole, zero
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import (

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from llmpipe import zero
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import upcast_trained
 from llmpipe.models.load import Setup, load_copy
-from llmpipe.parallel import World, is_sharded, looking, reshard, whole
+from llmpipe.parallel import World, is_sharded, looking, reshard, whole, zero
 from llmpipe.recipe import sections
 from llmpipe.sums import Kept, check, is_sealed, seal
 from llmpipe.training.training import Training

@@ -17,10 +17,11 @@ import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llmpipe import parallel, zero
+from llmpipe import parallel
 from llmpipe.faults import reading
 from llmpipe.files import write_json
 from llmpipe.models.hardware import Hardware
+from llmpipe.parallel import zero
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints
 from llmpipe.run.machine import rank

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmpipe import upstream, zero
+from llmpipe import upstream
 from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
+from llmpipe.parallel import zero
 from llmpipe.recipe.check import locate
 from llmpipe.run import checkpoints, launcher, strategy
 from llmpipe.run.artifact import Artifact

@@ -57,10 +57,10 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmpipe import zero
 from llmpipe.errors import UserError
 from llmpipe.files import FileEntry
 from llmpipe.mirror import copy_of, mirrors
+from llmpipe.parallel import zero
 from llmpipe.peers import meet
 from llmpipe.run.machine import on_several_machines, rank, world_size
 from llmpipe.run.signals import Signals
