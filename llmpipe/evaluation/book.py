@@ -14,7 +14,7 @@ from llmpipe.files import cut_back, digest, to_write, write_whole
 from llmpipe.record import Record
 
 if TYPE_CHECKING:
-    from llmpipe.parallel import World
+    from llmpipe.parallel.world import World
 
 Score = float | list[float]  # a value, or [numerator, denominator] of a ratio of sums
 

@@ -36,7 +36,7 @@ from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.run.artifact import is_reward_model, template_kwargs
 from llmpipe.run.context import tokens_of
 from llmpipe.run.results import MeasuredModel

@@ -31,7 +31,8 @@ from llmpipe.models.pretrained import (
     resize_embeddings,
     rows_of,
 )
-from llmpipe.parallel import Spread, part_like, part_of, plain_class
+from llmpipe.parallel import Spread, plain_class
+from llmpipe.parallel.tensors import part_like, part_of
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpipe.parallel import part_of, whole
+from llmpipe.parallel.tensors import part_of, whole
 
 LOW_RANK = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.sampling import Note, Sampler
 from llmpipe.rl.seeds import Place, Use

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
-from llmpipe.parallel import add_gradients, clipped_norm, refuse_gathered, refuse_whole
+from llmpipe.parallel import add_gradients, refuse_gathered, refuse_whole
+from llmpipe.parallel.tensors import clipped_norm
 from llmpipe.recipe.reinforcement import Mixture, RLRecipe
 from llmpipe.rl.experience import COLUMNS, Experience
 from llmpipe.rl.method import Ground, Method, Total

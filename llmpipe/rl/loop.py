@@ -23,7 +23,7 @@ from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl import heldout, solved
 from llmpipe.rl.build import build

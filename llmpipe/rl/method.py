@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.experience import Experience, Measured

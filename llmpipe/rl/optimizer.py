@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from llmpipe.parallel import is_part
+from llmpipe.parallel.tensors import is_part
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe

@@ -27,7 +27,7 @@ from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.hardware import Hardware, keep_imports, make_exact, take_device
 from llmpipe.models.load import load_any, stop_at
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.rl.actors import Actors, Cast, Distribution, Role
 from llmpipe.rl.build import refuse_no_reward_models

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.models.drawing.draw import Episode
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.rl.rollout.engine import Engine
 from llmpipe.rl.seeds import Place
 from llmpipe.rl.sources.source import Row

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmpipe.errors import INTEGRITY, NUMERIC, Say, UserError
 from llmpipe.files import cut_back, fsync, json_object, to_write
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.sampling import Note, Sampler

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmpipe import parallel
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.files import read_json
+from llmpipe.parallel import shards
 from llmpipe.recipe.reinforcement import KL
 from llmpipe.record import Record
 from llmpipe.rl.learner import Learner
@@ -99,14 +99,14 @@ def record(state: State, learner: Learner, seconds: float, sizes: list[int]) -> 
     )
 
 
-def save_tensors(learner: Learner, folder: Path, write: parallel.Write) -> None:
+def save_tensors(learner: Learner, folder: Path, write: shards.Write) -> None:
     """Weights and moments, as two files of `folder`. Collective where they are in parts: each
     process saves its part."""
     learned = {name: weight.detach() for name, weight in learner.weights.items()}
     moments = tensors_of(learner.optimizer.state_dict()["state"])
     if learner.is_sharded:
         parts = folder / checkpoints.SHARDED
-        parallel.save_tensors(parts, _together(learned, moments), write)
+        shards.save_tensors(parts, _together(learned, moments), write)
         return
     write(learned, folder / LEARNED, {})
     write(moments, folder / OPTIMIZER, {})
@@ -165,7 +165,7 @@ def _load_parts(folder: Path, learner: Learner, optimizer: Any) -> dict[str, Ten
         for name, values in state.items()
     }
     learned = {name: weight.detach() for name, weight in learner.weights.items()}
-    parallel.load_tensors(folder / checkpoints.SHARDED, _together(learned, moments))
+    shards.load_tensors(folder / checkpoints.SHARDED, _together(learned, moments))
     return moments
 
 

@@ -6,9 +6,9 @@ import os
 
 from accelerate import Accelerator
 
-from llmpipe import parallel
 from llmpipe.files import flat
 from llmpipe.models.hardware import Hardware
+from llmpipe.parallel import group
 from llmpipe.recipe.places import portable_paths, with_values
 from llmpipe.recipe.sections import Training
 from llmpipe.run.job import Job
@@ -20,7 +20,7 @@ def accelerator(job: Job[Training], hardware: Hardware) -> Accelerator:
     stages."""
     trackers(job.recipe, job.artifact)
     names = job.recipe.log.trackers
-    accelerator = parallel.accelerator(
+    accelerator = group.accelerator(
         hardware.device,
         log_with=names or None,
         project_dir=os.environ.get("TENSORBOARD_LOGGING_DIR"),

@@ -131,7 +131,7 @@ def settings(checkpoints: Path) -> Mapping[str, Any]:
 
 
 class Together(Protocol):
-    """The processes that decide, of which this is one; `parallel.World` is that."""
+    """The processes that decide, of which this is one; `World` is that."""
 
     @property
     def rank(self) -> int: ...

@@ -12,7 +12,8 @@ from transformers import Trainer
 from llmpipe import screen
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import World, looking
+from llmpipe.parallel import looking
+from llmpipe.parallel.world import World
 from llmpipe.recipe.sections import Evaluation
 
 Batch = dict[str, Any]

@@ -24,7 +24,9 @@ from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
 from llmpipe.models.hardware import release_memory
 from llmpipe.models.moved import Start
-from llmpipe.parallel import World, whole, zero
+from llmpipe.parallel import zero
+from llmpipe.parallel.tensors import whole
+from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.training import resume
 from llmpipe.training.heldout import (

@@ -28,7 +28,7 @@ from llmpipe import upstream
 from llmpipe.faults import of_memory
 from llmpipe.models.activations import copies, of_a_pass
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import part_of
+from llmpipe.parallel.tensors import part_of
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.run.machine import micro_batch_sizes
 from llmpipe.upstream.layers import compile_anew

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from llmpipe import upstream
 from llmpipe.errors import UserError
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.training.laid import Placed, told
 from llmpipe.upstream.attention import read_real_tokens

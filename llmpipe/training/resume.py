@@ -20,7 +20,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.files import staging_of
 from llmpipe.models.hardware import Hardware, platform_of
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.record import Record
 from llmpipe.run import checkpoints

@@ -27,7 +27,7 @@ from torch import Tensor
 from llmpipe.errors import Say
 from llmpipe.faults import writing
 from llmpipe.files import Table, in_bytes, staging_of
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints
 from llmpipe.run.machine import free_memory, local_world_size

@@ -17,11 +17,11 @@ import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llmpipe import parallel
 from llmpipe.faults import reading
 from llmpipe.files import write_json
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import zero
+from llmpipe.parallel import beside_parts, refuse_gathered, refuse_whole, shards, zero
+from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints
 from llmpipe.run.machine import rank
@@ -36,7 +36,7 @@ class Sharded(Trainer):
     """What `Durable` is of a model in parts. All of it is collective."""
 
     training: Training[sections.Hosted]
-    world: parallel.World
+    world: World
     saving: Saving
     optimizer: Any
     lr_scheduler: Any
@@ -88,7 +88,7 @@ class Sharded(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The library's, of weights that are all in parts where they should be."""
         if self.hardware.spread:
-            refuse = parallel.refuse_whole if self.learns_in_parts else parallel.refuse_gathered
+            refuse = refuse_whole if self.learns_in_parts else refuse_gathered
             refuse(self.training.model)
         return super().create_optimizer(model)
 
@@ -112,7 +112,7 @@ class Sharded(Trainer):
         which PEFT would gather first.
         """
         if self.hardware.spread:
-            state_dict = parallel.beside_parts(self.training.model)
+            state_dict = beside_parts(self.training.model)
         with writing_by(self.saving.tensors):
             super()._save(output_dir, state_dict)
 
@@ -129,7 +129,7 @@ class Sharded(Trainer):
             name, tensors = zero.file_of(model, self.model_wrapped)
             self.saving.tensors(tensors, parts / name)
         else:
-            parallel.save(parts, model, self._plain_optimizer(), self.saving.tensors)
+            shards.save(parts, model, self._plain_optimizer(), self.saving.tensors)
         if rank() == 0:
             folder.mkdir(exist_ok=True)  # no file is written yet
             write_json(folder / SCHEDULE, self.lr_scheduler.state_dict())
@@ -139,7 +139,7 @@ class Sharded(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint) / checkpoints.SHARDED
-        load = zero.load_weights if self.hardware.zero else parallel.load_weights
+        load = zero.load_weights if self.hardware.zero else shards.load_weights
         load(folder, self.training.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -151,7 +151,7 @@ class Sharded(Trainer):
         if self.hardware.zero:
             zero.load_optimizer(folder, model, self.model_wrapped)
         else:
-            parallel.load_optimizer(folder, model, optimizer)
+            shards.load_optimizer(folder, model, optimizer)
         path = Path(checkpoint) / SCHEDULE
         with reading(path, "the state of a schedule"):
             self.lr_scheduler.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -13,7 +13,7 @@ from llmpipe.evaluation.tasks.generate import Generate
 from llmpipe.evaluation.tasks.perplexity import Perplexity
 from llmpipe.evaluation.tasks.preference import Preference
 from llmpipe.files import digest
-from llmpipe.parallel import World
+from llmpipe.parallel.world import World
 from llmpipe.run.results import Cell, Results
 
 OLD = Path(__file__).parent.parent / "fixtures" / "run-0.1" / "run" / "eval"

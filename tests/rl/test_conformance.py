@@ -23,7 +23,7 @@ from torch import nn
 
 from llmpipe.front.launch import free_port
 from llmpipe.models.drawing.draw import Episode, Inserted
-from llmpipe.parallel import join
+from llmpipe.parallel.group import join
 from llmpipe.rl import group_relative
 from llmpipe.rl.experience import Measured
 from llmpipe.rl.grpo import GRPO
@@ -35,7 +35,7 @@ from llmpipe.rl.seeds import Use, generator
 from llmpipe.rl.state import State
 from llmpipe.stages import schema
 from tests import life
-from tests.test_parallel import world
+from tests.parallel.test_world import world
 
 WORDS, BATCH, GROUP, MOST = 5, 16, 4, 7
 BETA = 0.3  # of the KL penalty

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from llmpipe import parallel
 from tests import life
 from tests.rl.reads import counted
 from tests.rl.test_ppo import HOW, MIXTURE, write
@@ -51,24 +50,3 @@ def test_what_the_double_counts():
         ones.cpu()
         (ones * 2).sum()
     assert len(reads) == 7
-
-
-def test_tensors_are_sent_together(monkeypatch):
-    """As many as have one type and so many numbers; sums come back where they were."""
-    sent = []
-    monkeypatch.setattr(parallel, "TOGETHER", 10)
-    monkeypatch.setattr(
-        parallel.dist, "all_reduce", lambda flat: (sent.append(len(flat)), flat.mul_(2))
-    )
-    world = object.__new__(parallel.World)
-    world.size = 2
-    shapes = [(2, 3), (4,), (1,), (20,), (), (3,)]
-    tensors = [torch.arange(float(torch.Size(shape).numel())).reshape(shape) for shape in shapes]
-    tensors[-1] = tensors[-1].double()
-    expected = [tensor * 2 for tensor in tensors]
-    world.add_up(tensors)
-    assert sent == [10, 1, 20, 1, 3]
-    assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
-    world.size = 1
-    world.add_up(tensors)
-    assert len(sent) == 5

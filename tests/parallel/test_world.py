@@ -10,14 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType, PartialState
-from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
-from llmpipe import parallel
 from llmpipe.errors import UserError
 from llmpipe.front.launch import free_port
-from llmpipe.parallel import World, join, patient
+from llmpipe.parallel.group import join, patient
+from llmpipe.parallel.world import World
 from tests import life
 
 
@@ -29,15 +27,6 @@ def world(rank: int, size: int) -> World:
         wait_for_everyone=lambda: None,
     )
     return World(accelerator)
-
-
-def test_no_stage_takes_over_what_accelerate_knew_in_the_one_before():
-    """Under one launch both are made in one process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    assert parallel.accelerator("cpu").distributed_type == DistributedType.NO
-    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 def talk(world: World) -> dict:
@@ -114,36 +103,25 @@ def test_two_processes_hear_the_same():
     }
 
 
-@pytest.mark.parametrize(
-    ("device", "offload", "backend"),
-    [
-        ("cpu", False, "gloo"),
-        ("cpu", True, "gloo"),
-        ("cuda", False, "nccl"),
-        ("cuda", True, "cpu:gloo,cuda:nccl"),
-    ],
-)
-def test_tensors_in_the_hosts_memory_have_a_backend(device, offload, backend):
-    assert parallel.backend(device, offload) == backend
-
-
 def test_one_process_raises_its_own_error():
     with pytest.raises(UserError, match="mine"):
         world(0, 1).agree(UserError("mine"))
 
 
-def test_the_interface_by_which_a_host_is_reached():
-    assert parallel.address_toward("127.0.0.1") == "127.0.0.1"
-    assert parallel.interface_of("127.0.0.1") == "lo"
-    assert parallel.address_toward("no such host") is None
-    assert parallel.interface_of("192.0.2.1") is None  # of no machine, by RFC 5737
-
-
-def test_a_machine_that_is_127_0_1_1_to_itself_takes_the_way_to_another_one(monkeypatch):
-    """As Debian's /etc/hosts has it on the first machine, whose address that one says to all."""
-    ways = {"node1": "127.0.1.1", "127.0.1.1": "127.0.0.1", "10.0.0.2": "10.0.0.1"}
-    monkeypatch.setattr(parallel, "address_toward", ways.get)
-    monkeypatch.setattr(parallel, "interface_of", {"127.0.1.1": "lo", "10.0.0.1": "eth1"}.get)
-    assert parallel.outward(["node1", "127.0.1.1", "", "10.0.0.2"]) == "eth1"
-    assert parallel.outward(["node1", "127.0.1.1"]) is None
-    assert parallel.outward(["10.0.0.2", "node1"]) == "eth1"
+def test_tensors_are_sent_together(monkeypatch):
+    """As many as have one type and so many numbers; sums come back where they were."""
+    sent = []
+    monkeypatch.setattr("llmpipe.parallel.world.TOGETHER", 10)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: (sent.append(len(flat)), flat.mul_(2)))
+    world = object.__new__(World)
+    world.size = 2
+    shapes = [(2, 3), (4,), (1,), (20,), (), (3,)]
+    tensors = [torch.arange(float(torch.Size(shape).numel())).reshape(shape) for shape in shapes]
+    tensors[-1] = tensors[-1].double()
+    expected = [tensor * 2 for tensor in tensors]
+    world.add_up(tensors)
+    assert sent == [10, 1, 20, 1, 3]
+    assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
+    world.size = 1
+    world.add_up(tensors)
+    assert len(sent) == 5
