@@ -180,7 +180,7 @@ def work(arguments: argparse.Namespace) -> None:
     from llmpipe import upstream
     from llmpipe.models import publish
     from llmpipe.models.pretrained import load_model, load_tokenizer
-    from llmpipe.parallel import Spread
+    from llmpipe.parallel.parts import Spread
     from llmpipe.parallel.world import World
     from llmpipe.run.folders import tensors_of
 

@@ -309,9 +309,9 @@ def nan_gradient(step):
 
 def never_in_parts_again():
     """What only looked at a model in parts leaves its last weights whole."""
-    from llmpipe import parallel
+    from llmpipe.parallel import parts
 
-    parallel.reshard = lambda model: None
+    parts.reshard = lambda model: None
 
 
 def says_what_is_in_parts():
@@ -320,12 +320,12 @@ def says_what_is_in_parts():
     """
     from torch.distributed.tensor import DTensor
 
-    from llmpipe import parallel
+    from llmpipe.parallel.parts import _groups
     from llmpipe.training import hosted
 
     def action(self, *_):
         model = self.training.model
-        parts = [part for group in parallel._groups(model) for part in group.fsdp_params]
+        parts = [part for group in _groups(model) for part in group.fsdp_params]
         offloaded = [part for part in parts if part.offload_to_cpu and not part.pin_memory]
         count = len({id(part.sharded_param) for part in offloaded})  # tied ones are two parts
         weights = [weight for weight in model.parameters() if weight.requires_grad]

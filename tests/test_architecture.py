@@ -54,6 +54,10 @@ LIGHT = {
 }  # and what in them does not: recipes are checked with it
 CHAT = PACKAGE / "front" / "chat.py"  # and the one file of the front that talks to a model
 NARROWS = {"lora": "sft", "qlora": "lora", "pretrain": "sft", "grpo": "ppo", "sample": "ppo"}
+SPREAD = ("torch.distributed", "transformers.distributed", "deepspeed")
+"""What spreads a model over processes. Only one room knows of it."""
+MEETING = {f"torch.distributed.{name}" for name in ("PrefixStore", "Store", "rendezvous")}
+"""What is not of a model: the store by which processes find one another."""
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl"}
 
 
@@ -152,6 +156,16 @@ def test_heavy_libraries_stay_in_their_rooms(path):
             assert depth, (
                 f"{path.name}:{line}: {other} is reached inside a function: the rest stays light"
             )
+
+
+def test_one_room_knows_how_a_model_is_spread():
+    for path in FILES:
+        if room_of(path) != "parallel":
+            for module, line, _ in imports(parsed(path), path):
+                is_meeting = module in MEETING and room_of(path) in ("peers", "mirror")
+                assert is_meeting or not module.startswith(SPREAD), (
+                    f"{path.name}:{line}: {module}: only llmpipe/parallel/ spreads a model"
+                )
 
 
 def test_stages_do_not_import_each_other():

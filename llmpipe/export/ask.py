@@ -22,7 +22,7 @@ from llmpipe.models.drawing.draw import Sampling, left_padded
 from llmpipe.models.generate import causal_of, draws, render, stop_tokens
 from llmpipe.models.pretrained import rows_of
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import device_of
+from llmpipe.parallel.parts import device_of
 from llmpipe.run.context import tokens_of
 from llmpipe.run.probe import ANSWER_TOKENS, DATE, DECIMALS, QUESTIONS, Probe, Question, Said
 

@@ -26,7 +26,7 @@ from llmpipe import upstream
 from llmpipe.errors import INTEGRITY, UserError, first_line
 from llmpipe.faults import reading
 from llmpipe.models.pretrained import load_model, resize_embeddings, take_generation
-from llmpipe.parallel import Spread, beside_parts, hold_whole
+from llmpipe.parallel.parts import Spread, beside_parts, hold_whole
 from llmpipe.recipe.sections import Adapter, Quantization
 from llmpipe.run.weights import tensors_in
 from llmpipe.upstream import few_bits

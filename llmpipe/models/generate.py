@@ -21,7 +21,7 @@ from llmpipe.models.drawing import replay as replays
 from llmpipe.models.drawing.draw import Sampling, draw
 from llmpipe.models.drawing.replay import Replay
 from llmpipe.models.drawing.token_step import layer_windows
-from llmpipe.parallel import device_of
+from llmpipe.parallel.parts import device_of
 from llmpipe.run.context import tokens_of
 
 

@@ -27,8 +27,8 @@ from transformers.utils import is_flash_attn_2_available
 from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
 from llmpipe.models.pretrained import configuration, model_class
-from llmpipe.parallel import Spread
 from llmpipe.parallel.group import join
+from llmpipe.parallel.parts import Spread
 from llmpipe.parallel.world import World
 from llmpipe.peers import meet
 from llmpipe.recipe.optimizers import OPTIMIZERS

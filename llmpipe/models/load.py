@@ -31,7 +31,7 @@ from llmpipe.models.pretrained import (
     resize_embeddings,
     rows_of,
 )
-from llmpipe.parallel import Spread, plain_class
+from llmpipe.parallel.parts import Spread, plain_class
 from llmpipe.parallel.tensors import part_like, part_of
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints

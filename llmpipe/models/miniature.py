@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmpipe.faults import of_memory
 from llmpipe.models.adapters import plain_layer
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import plain_class
+from llmpipe.parallel.parts import plain_class
 from llmpipe.upstream.attention import read_ends
 
 LAYERS = 2  # at least, so that one reads what another wrote

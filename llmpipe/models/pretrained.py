@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import screen, upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.parallel import Spread, refuse_uncut, unpin
+from llmpipe.parallel.parts import Spread, refuse_uncut, unpin
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import COMPRESSED, quantized_by, tensors_of
 

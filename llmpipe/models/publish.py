@@ -40,7 +40,7 @@ from llmpipe.models.verify import (
     probe_logits,
     same_tensors,
 )
-from llmpipe.parallel import Spread, let_go, plain_class, reshard, whole_tensors
+from llmpipe.parallel.parts import Spread, let_go, plain_class, reshard, whole_tensors
 from llmpipe.parallel.world import World
 from llmpipe.run.artifact import is_reward_model
 from llmpipe.run.folders import INDEX

@@ -41,7 +41,7 @@ from llmpipe.models.generate import render
 from llmpipe.models.mapped import Precision, lending, load_mapped
 from llmpipe.models.pretrained import load_model, load_tokenizer, rows_of, take_generation
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import Spread, looking
+from llmpipe.parallel.parts import Spread, looking
 from llmpipe.parallel.tensors import part_like, part_of
 from llmpipe.parallel.world import World
 from llmpipe.run.artifact import is_reward_model

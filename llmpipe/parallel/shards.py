@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from llmpipe.parallel import reshard
+from llmpipe.parallel.parts import reshard
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by names, not by ranks
 Write = Callable[[dict[str, Tensor], Path, dict[str, str]], None]

@@ -1,7 +1,7 @@
-"""A tensor of which each process holds a part, by whoever has cut it: FSDP2 or DeepSpeed.
+"""A tensor of which each process holds a part, as FSDP2 cuts it.
 
-Code that does not know which it is given asks here: of a tensor that is not in parts, all of this
-is true, too.
+Who asks here need not know whether it is: of a tensor that each process holds whole, all of this is
+true, too. `whole` also takes what DeepSpeed has cut.
 """
 
 from __future__ import annotations

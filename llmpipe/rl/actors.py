@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llmpipe import upstream
 from llmpipe.kernels.log_probs import head_of
-from llmpipe.parallel import device_of, within
+from llmpipe.parallel.parts import device_of, within
 from llmpipe.rl.head import log_probs
 from llmpipe.rl.packing import Packed
 

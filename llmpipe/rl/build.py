@@ -16,7 +16,7 @@ from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.load import Setup, load_copy, load_policy, speed_up
 from llmpipe.models.pretrained import load_model, load_tokenizer
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.parallel.tensors import whole
 from llmpipe.recipe.ppo import Critic, PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe, Scored

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.parallel.world import World
 from llmpipe.rl.actors import Actors
 from llmpipe.rl.packing import Packed, Text, pack, sent, texts_of

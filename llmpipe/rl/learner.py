@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmpipe.data.pack import IGNORED
 from llmpipe.models.drawing.draw import Episode
-from llmpipe.parallel import add_gradients, refuse_gathered, refuse_whole
+from llmpipe.parallel.parts import add_gradients, refuse_gathered, refuse_whole
 from llmpipe.parallel.tensors import clipped_norm
 from llmpipe.recipe.reinforcement import Mixture, RLRecipe
 from llmpipe.rl.experience import COLUMNS, Experience

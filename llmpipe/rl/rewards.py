@@ -12,7 +12,7 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import DATA, NUMERIC, UserError
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.parallel import gathered
+from llmpipe.parallel.parts import gathered
 from llmpipe.parallel.world import World
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.reinforcement import Scored

@@ -16,7 +16,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import rows_of
-from llmpipe.parallel import within
+from llmpipe.parallel.parts import within
 from llmpipe.recipe.reinforcement import RLRecipe, Scored
 from llmpipe.rl.actors import Actors
 from llmpipe.run.job import Job

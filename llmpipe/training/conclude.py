@@ -23,7 +23,7 @@ from llmpipe.models.publish import (
     publish_sharded,
 )
 from llmpipe.models.verify import Verified
-from llmpipe.parallel import is_sharded
+from llmpipe.parallel.parts import is_sharded
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.run.made import Made

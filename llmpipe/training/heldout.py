@@ -12,7 +12,7 @@ from transformers import Trainer
 from llmpipe import screen
 from llmpipe.models.hardware import Hardware
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.parallel.world import World
 from llmpipe.recipe.sections import Evaluation
 

@@ -20,7 +20,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import use_adapter
 
 from llmpipe.data.kinds.labels import FILLER, GOOD
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.training.heldout import Batch, HeldOut, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.preferences import Preferences, leave_out, scored

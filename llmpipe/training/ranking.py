@@ -16,7 +16,7 @@ from trl.trainer.utils import pad
 
 from llmpipe import screen
 from llmpipe.evaluation.statistics import RESAMPLES, bootstrapped, wilson
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.training.heldout import Batch, Measure, Sum
 from llmpipe.training.hosted import Durable
 from llmpipe.training.laid import told

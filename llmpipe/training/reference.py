@@ -18,7 +18,8 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import digest, files_below, remove, settle
 from llmpipe.models.adapters import upcast_trained
 from llmpipe.models.load import Setup, load_copy
-from llmpipe.parallel import is_sharded, looking, reshard, zero
+from llmpipe.parallel import zero
+from llmpipe.parallel.parts import is_sharded, looking, reshard
 from llmpipe.parallel.tensors import whole
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections

@@ -11,7 +11,7 @@ from llmpipe.files import json_lines, write_whole
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.rng import isolated_rng
-from llmpipe.parallel import is_sharded, looking
+from llmpipe.parallel.parts import is_sharded, looking
 from llmpipe.parallel.world import World
 from llmpipe.run.artifact import Artifact
 from llmpipe.training.training import Trained

@@ -20,7 +20,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from llmpipe.faults import reading
 from llmpipe.files import write_json
 from llmpipe.models.hardware import Hardware
-from llmpipe.parallel import beside_parts, refuse_gathered, refuse_whole, shards, zero
+from llmpipe.parallel import shards, zero
+from llmpipe.parallel.parts import beside_parts, refuse_gathered, refuse_whole
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints

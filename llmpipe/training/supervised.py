@@ -10,7 +10,7 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from llmpipe.errors import UserError
-from llmpipe.parallel import looking
+from llmpipe.parallel.parts import looking
 from llmpipe.recipe import sections
 from llmpipe.training.arguments import arguments
 from llmpipe.training.crosstalk import keeps_documents_apart

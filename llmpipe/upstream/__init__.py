@@ -30,7 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel, core_model_loading, 
 from transformers.debug_utils import DebugUnderflowOverflow
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmpipe.parallel import plain_class
+from llmpipe.parallel.parts import plain_class
 from llmpipe.upstream.attention import attend_by_document, fits
 from llmpipe.upstream.checkpointing import as_asked, checkpoint_layers
 from llmpipe.upstream.head import score_labels

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from llmpipe.parallel import device_of
+from llmpipe.parallel.parts import device_of
 
 # Rows whose responses are finished leave the batch once they are at least one in so many.
 FINISHED_SHARE = 8

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmpipe.models.drawing import replay as replays
 from llmpipe.models.drawing.draw import Episode, draw
 from llmpipe.models.drawing.replay import Replay
-from llmpipe.parallel import gathered, is_sharded
+from llmpipe.parallel.parts import gathered, is_sharded
 from llmpipe.rl.rollout.engine import Terms
 from llmpipe.rl.seeds import Place, generator
 
