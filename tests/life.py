@@ -109,13 +109,14 @@ def nobody_early(*_, **__):
 def command(path: Path, sets=(), **options) -> Artifact:
     """Run the recipe's stage to its end in this process; raises what the command would have
     printed."""
-    from llmpipe.front import cli
+    from llmpipe.front.asked import read_recipe
+    from llmpipe.front.make import make
 
     originals = launch.start, launch.begun_early
     launch.start, launch.begun_early = start_here, nobody_early
     try:
-        asked = cli.read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
-        cli.make(asked, **options)
+        asked = read_recipe(yaml.safe_load(path.read_text())["stage"], path, None, list(sets))
+        make(asked, **options)
         return Artifact(Path(asked.recipe.run) / asked.recipe.artifact)
     finally:
         launch.start, launch.begun_early = originals

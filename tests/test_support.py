@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmpipe import errors
-from llmpipe.front import cli
+from llmpipe.front.asked import read_recipe
 from llmpipe.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -50,5 +50,5 @@ def test_what_is_refused(name, stage, monkeypatch, tmp_path):
     feature = FEATURES[name]
     sets = [f"{field}={str(value).lower()}" for field, value in feature["with"].items()]
     with pytest.raises(errors.UserError) as refused:
-        cli.read_recipe(stage, path, str(tmp_path / "run"), sets)
+        read_recipe(stage, path, str(tmp_path / "run"), sets)
     assert feature["refusals"] in str(refused.value)

@@ -1,4 +1,4 @@
-"""The front door: commands, what is printed, and the exit code.
+"""The front door: the commands with their options, and the exit code.
 
 Light: nothing here imports torch, and `--help` does not even import pydantic; a command imports
 what it needs. (No `from __future__ import annotations`: typer evaluates those of every command, and
@@ -20,12 +20,13 @@ import typer
 
 from llmpipe import __version__, screen
 from llmpipe.errors import SIGINT, Stopped, UserError, near
-from llmpipe.faults import a_bug, of_machine, refuse_no_folder
-from llmpipe.front.terminal import exit_code, open_terminal
+from llmpipe.faults import a_bug, of_machine
+from llmpipe.front.asked import overrides, read_recipe, stage_in
+from llmpipe.front.make import make, make_stages
+from llmpipe.front.terminal import exit_code, open_terminal, say
 from llmpipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from llmpipe.recipe.check import Located, Pipeline
     from llmpipe.recipe.sections import Recipe
 
 app = typer.Typer(
@@ -37,14 +38,10 @@ app = typer.Typer(
     help="The whole road of making a language model, one verified stage after the other.",
 )
 
-KNOWN_STAGES = f"there are: {', '.join(STAGES)}"
-
 SHELLS = ("bash", "zsh", "fish")
 
 COMPLETING = "_LLMPIPE_COMPLETE"
 """The variable by which a shell asks how a word may go on."""
-
-LOOKING = "looking at what the recipe names"
 
 RecipeFile = Annotated[
     Path | None,
@@ -67,90 +64,6 @@ InexactOption = Annotated[
     ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
-def read_recipe(
-    name: str,
-    path: Path | None,
-    run: str | None,
-    sets: list[str] | None,
-    *,
-    fresh: bool = False,
-    only_prepare: bool = False,
-) -> "Located":
-    """The recipe of stage `name` with its lines, and what can be known ahead is right: a file, or
-    recipes/NAME.yaml where none is named."""
-    from llmpipe.recipe.check import locate
-    from llmpipe.stages import schema
-
-    if path is None:
-        path = Path("recipes", f"{name}.yaml")
-        if not path.exists():
-            hint = f"llmpipe {name} RECIPE, or llmpipe init DIR"
-            raise UserError(f"no recipe named, and there is no {path} here", hint)
-        say(f"no recipe named: using {path}")
-    located = obeying_launcher(locate(path, schema(name), overrides(sets, run)))
-    from llmpipe.front import ahead  # not for a recipe that is not valid
-
-    with screen.doing(LOOKING), ahead.others_hear():
-        ahead.check([located], fresh=fresh, only_prepare=only_prepare)
-    return located
-
-
-def obeying_launcher(located: "Located") -> "Located":
-    """A recipe with what an outside launcher was configured to do with the model."""
-    if "ACCELERATE_USE_FSDP" not in os.environ:
-        return located
-    from dataclasses import replace
-
-    from llmpipe.run.launcher import obeyed
-
-    recipe = obeyed(located.recipe)
-    if recipe is not located.recipe:
-        name = getattr(recipe.launch, "strategy", "")  # of a stage that trains, as obeyed
-        say(f"accelerate: FSDP: launch.strategy is {name}, and the model is loaded in parts")
-    return replace(located, recipe=recipe)
-
-
-def overrides(sets: list[str] | None, run: str | None) -> list[str]:
-    """What was given with `--set` and `--run`, as KEY=VALUE."""
-    given = list(sets or [])
-    if run is not None:
-        given.append(f"run={json.dumps(run)}")
-    return given
-
-
-def make(
-    located: "Located",
-    *,
-    fresh: bool = False,
-    inexact: bool = False,
-    debug: bool = False,
-    only_prepare: bool = False,
-) -> None:
-    """Make one artifact, alone or as one of an outside launcher's processes."""
-    from llmpipe.front.lines import with_lines
-    from llmpipe.front.session import Session
-    from llmpipe.run.machine import outside
-    from llmpipe.run.machine_paths import said_in_full
-
-    refuse_no_folder()
-    gc.enable()
-    session = Session(located.recipe, say, fresh, inexact, debug, only_prepare)
-    with with_lines(located), said_in_full(session.artifact):
-        if outside():
-            from llmpipe.front.outside import make_together
-            from llmpipe.run.launcher import take_out
-
-            take_out()
-            make_together(session)
-        else:
-            session.make()
 
 
 def _stages_like(begun: str) -> list[str]:
@@ -239,53 +152,6 @@ def reproduce(
     make_stages(asked, debug=debug)
     if rank() == 0:  # others of a launcher may be here before it has published
         compare(asked, say)
-
-
-def make_stages(
-    asked: "Pipeline", *, fresh: bool = False, inexact: bool = False, debug: bool = False
-) -> None:
-    """Make the stages of a pipeline in order, once all that can be known ahead is right."""
-    from dataclasses import replace
-
-    from llmpipe.front import ahead
-    from llmpipe.run.artifact import artifact_of
-    from llmpipe.run.machine import rank
-
-    asked = replace(asked, stages=[each and obeying_launcher(each) for each in asked.stages])
-    with screen.doing(LOOKING), ahead.others_hear():
-        ahead.check(asked.stages, fresh=fresh, pipeline=asked)
-    stages = [located for located in asked.stages if located]
-    for i, located in enumerate(stages, 1):
-        recipe = located.recipe
-        say(f"stage {i} of {len(stages)}: {recipe.stage} -> {artifact_of(recipe).path}")
-        make(located, fresh=fresh, inexact=inexact, debug=debug)
-    if stages and rank() == 0:  # others of a launcher may be here before it has published
-        from llmpipe.report.closing import closing
-
-        made = [artifact_of(located.recipe) for located in stages]
-        for line in closing(Path(stages[0].recipe.run), made):
-            say(line)
-
-
-def stage_in(recipe: Path, command: str) -> str:
-    """The stage that a recipe names. Raises UserError (2) for a pipeline, and for none."""
-    from llmpipe.recipe.check import refuse_foreign
-    from llmpipe.recipe.yaml import read
-
-    values, where = read(recipe)
-    refuse_foreign(values, recipe)
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe}:1: a recipe is a mapping of keys to values")
-    if "stages" in values:
-        problem = f"{where[('stages',)]}: this is a pipeline of several stages"
-        raise UserError(problem, f"{command} takes the recipe of one stage")
-    name = values.get("stage")
-    if not isinstance(name, str) or name not in STAGES:
-        problem = (
-            f"'{name}' is no stage{near(str(name), STAGES)}" if name else "required, but missing"
-        )
-        raise UserError(f"{where.get(('stage',), f'{recipe}:1')}: stage: {problem}", KNOWN_STAGES)
-    return name
 
 
 @app.command()

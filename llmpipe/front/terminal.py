@@ -85,6 +85,12 @@ def _output(stream: TextIO | None, original: TextIO | None, descriptor: int) -> 
     return Output(stream.detach(), encoding, "replace", line_buffering=buffered_by_line)
 
 
+def say(line: str) -> None:
+    """Print a line; of a launcher's processes the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
 def exit_code() -> int:
     """What a command ends with that did all it had to: 0 where everything printed was taken."""
     sys.stdout.flush()

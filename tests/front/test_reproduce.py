@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from llmpipe.front import cli
+from llmpipe.front import make
 from llmpipe.recipe.check import load_pipeline
 from llmpipe.recipe.expected import Expected
 from llmpipe.stages import schema
@@ -47,7 +47,7 @@ def test_the_first_of_a_launchers_processes_says_what_came_of_it(
     llmpipe, tmp_path, monkeypatch, command, rank, code
 ):
     """It publishes, and the others end before: to them a manifest would be missing."""
-    monkeypatch.setattr(cli, "make", lambda *_, **__: None)
+    monkeypatch.setattr(make, "make", lambda *_, **__: None)
     monkeypatch.setenv("RANK", rank)
     path = pipeline(tmp_path, NUMBER | {"tolerance": 1.0})
     assert llmpipe(command, path)[0] == code
