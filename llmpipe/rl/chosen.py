@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Sample:
     """One answer to a prompt, as samples.jsonl has it."""
 
     text: str
@@ -81,7 +81,7 @@ class Outcome:
     """Why there is no row: one of `REASONS`."""
 
 
-def outcome(recipe: SampleRecipe, asked: Asked, answers: Sequence[Answer]) -> Outcome:
+def outcome(recipe: SampleRecipe, asked: Asked, answers: Sequence[Sample]) -> Outcome:
     """The rows that a prompt's answers become.
 
     An answer that never ended would be learned with an end that it did not have, and one that is
@@ -136,7 +136,7 @@ class Tally:
     """The sum over prompts of their highest score."""
     worst: float = 0.0
 
-    def add(self, answers: Sequence[Answer], rows: int, teller: str | None) -> None:
+    def add(self, answers: Sequence[Sample], rows: int, teller: str | None) -> None:
         """A prompt's answers, of which so many rows came; `teller`: which source of reward says by
         a 1 what is right."""
         totals = [answer.score for answer in answers]

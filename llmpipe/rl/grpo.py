@@ -59,7 +59,7 @@ class GRPO:
         without_spread, prompts = self.recipe.rollout.without_spread, self.recipe.prompts
         kept: dict[int, Answer] = {}
         drawn: list[Answer] = []
-        tally = Tally()
+        groups = Groups()
         slots, asked = list(range(prompts)), 0
         for _ in range(1 + (ROUNDS if without_spread == "resample" else 0)):
             answers = draw(slots, asked)
@@ -67,7 +67,7 @@ class GRPO:
             drawn += answers
             kept |= {answer.place: answer for answer in answers}
             worth, score, right = self._of_all(answers, self._told(answers))[:, slots]
-            tally.add(worth, score, right)
+            groups.add(worth, score, right)
             spread = group_relative.have_spread(worth).tolist()
             slots = [slot for slot, has in zip(slots, spread, strict=True) if not has]
             if not slots:
@@ -75,7 +75,7 @@ class GRPO:
         skipped = 0 if without_spread == "keep" else len(slots)
         self.state.replaced += asked - prompts
         self.state.skipped += skipped
-        metrics = tally.metrics(knows_right=self.verifier is not None)
+        metrics = groups.metrics(knows_right=self.verifier is not None)
         return Batch(list(kept.values()), drawn, metrics | {"groups/skipped": float(skipped)})
 
     def _told(self, answers: Sequence[Answer]) -> Tensor:
@@ -178,10 +178,10 @@ class GRPO:
 
 
 @dataclass
-class Tally:
+class Groups:
     """What the groups of an update are like, those as well that made way."""
 
-    groups: int = 0
+    count: int = 0
     mixed: int = 0
     """Whose answers have several scores."""
     all_right: int = 0
@@ -191,7 +191,7 @@ class Tally:
 
     def add(self, worth: Tensor, score: Tensor, right: Tensor) -> None:
         """Of groups, [groups, group] each; `right` is 1 or 0."""
-        self.groups += len(worth)
+        self.count += len(worth)
         self.mixed += int(group_relative.have_spread(worth).sum())
         self.all_right += int(right.all(1).sum())
         self.none_right += int((~right.any(1)).sum())
@@ -202,9 +202,9 @@ class Tally:
         shares = {"mixed": self.mixed}
         if knows_right:
             shares |= {"all_right": self.all_right, "none_right": self.none_right}
-        metrics = {f"groups/{name}": count / self.groups for name, count in shares.items()}
+        metrics = {f"groups/{name}": number / self.count for name, number in shares.items()}
         return {
             **metrics,
-            "groups/drawn": float(self.groups),
-            "objective/scores": self.scores / self.groups,
+            "groups/drawn": float(self.count),
+            "objective/scores": self.scores / self.count,
         }

@@ -31,7 +31,7 @@ from llmpipe.parallel.world import World
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.rl.actors import Actors, Cast, Distribution, Role
 from llmpipe.rl.build import refuse_no_reward_models
-from llmpipe.rl.chosen import REASONS, Answer, Asked, Tally, outcome
+from llmpipe.rl.chosen import REASONS, Asked, Sample, Tally, outcome
 from llmpipe.rl.rewards import Rewards, scored_together
 from llmpipe.rl.rollout.engine import Terms
 from llmpipe.rl.rollout.local import Local
@@ -203,7 +203,7 @@ class Drawing:
         said = self.sampler.draw(each, numbers, lambda *_: None)
         scores = scored_together(self.rewards, said, self.book.world)
         answers = [
-            Answer(
+            Sample(
                 one.response,
                 scores.total[i],
                 {name: values[i] for name, values in scores.by_source.items()},
@@ -232,7 +232,7 @@ class Drawing:
         every: str = self.sampler.tokenizer.decode(tokens)
         return every == said.response
 
-    def _line(self, place: int, asked: Asked, answers: Sequence[Answer]) -> Line:
+    def _line(self, place: int, asked: Asked, answers: Sequence[Sample]) -> Line:
         made = outcome(self.job.recipe, asked, answers)
         shown = asked.shown | {"answers": [asdict(answer) for answer in answers]}
         why = {"without": made.without} if made.without else {}
@@ -249,7 +249,7 @@ def _written(job: Job[SampleRecipe], drawing: Drawing) -> dict[str, Any]:
     tally, without = Tally(), Counter[str]()
     rows: list[dict[str, Any]] = []
     for line in sorted(book.lines.values(), key=lambda line: line.order):
-        answers = [Answer(**answer) for answer in line.shown["answers"]]
+        answers = [Sample(**answer) for answer in line.shown["answers"]]
         asked = Asked(**{name: value for name, value in line.shown.items() if name in ASKED})
         made = outcome(job.recipe, asked, answers)
         without.update([made.without] if made.without else [])

@@ -17,7 +17,7 @@ from llmpipe.recipe.check import load, load_pipeline
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import describe
-from llmpipe.rl.chosen import ALIKE, NO_TEXT, TOO_LOW, UNFINISHED, Answer, Asked, outcome
+from llmpipe.rl.chosen import ALIKE, NO_TEXT, TOO_LOW, UNFINISHED, Asked, Sample, outcome
 from llmpipe.rl.sampling import Sampler
 from llmpipe.run.artifact import Artifact
 from llmpipe.stages import schema
@@ -104,7 +104,7 @@ def recipe(**fields):
 def answers(*given):
     """Of (text, score), with `...` behind those that did not end."""
     return [
-        Answer(text.removesuffix("..."), score, {}, 3, not text.endswith("..."))
+        Sample(text.removesuffix("..."), score, {}, 3, not text.endswith("..."))
         for text, score in given
     ]
 
