@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from llmpipe.data.encode import encoder_of
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
-from llmpipe.errors import Stopped, UserError
-from llmpipe.models.drawing.draw import Sampling
+from llmpipe.errors import Stopped
 from llmpipe.models.hardware import Hardware, platform_of, release_memory
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
@@ -27,26 +25,21 @@ from llmpipe.parallel.world import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl import heldout, solved
 from llmpipe.rl.build import build
-from llmpipe.rl.environment import Environments
 from llmpipe.rl.experience import Experience, measure
 from llmpipe.rl.fitting import fit_passes
 from llmpipe.rl.journal import Journal
 from llmpipe.rl.learner import Learner
+from llmpipe.rl.lengths import Lengths
 from llmpipe.rl.method import Answer, Ground, Method, worths
 from llmpipe.rl.passes import PassSize
 from llmpipe.rl.rewards import Rewards, scored_together
-from llmpipe.rl.rollout.engine import Engine, Terms
-from llmpipe.rl.rollout.local import Local
-from llmpipe.rl.rollout.vllm import PROBES, VLLM
-from llmpipe.rl.sampling import Sampler
+from llmpipe.rl.rollout.build import sampler_of
 from llmpipe.rl.seeds import Place, Shuffled, Use
 from llmpipe.rl.solved import Pass, Rows
 from llmpipe.rl.state import State, record, restore, save_tensors
 from llmpipe.rl.tracking import accelerator
-from llmpipe.rl.turns import Turns
 from llmpipe.rl.watch import PARTIAL, TELLING, Metrics, not_finite, warn
 from llmpipe.run import checkpoints
-from llmpipe.run.context import refuse_rollouts, tokens_of
 from llmpipe.run.job import Job
 from llmpipe.run.made import Made
 from llmpipe.run.manifest import Leg
@@ -106,12 +99,11 @@ class Loop:
         self.say = training.say
         self.accelerator = ground.world.accelerator
         self.start = Start.of(training.model)
-        self.prompts = self._shuffled(training.train_rows())
         self.held_out = training.eval_rows()
-        self._refuse_too_long()
+        self.lengths = Lengths.of(training, self.actors)
         self.journal = Journal(self.artifact, self.world, self.say)
-        self.sampler = Sampler(self._engine(), training.tokenizer, self.world, self._turns())
-        self.prompts = self._shuffled(self._solved(training.train_rows()))
+        self.sampler = sampler_of(training, ground, rewards, self.lengths)
+        self.prompts = Shuffled(self._solved(training.train_rows()), self.recipe.seed, Use.ORDER)
         self.steps = _updates(self.recipe, len(self.prompts.rows))
         say_if_peak_is_missed(self.recipe, self.steps, self.say)
         mixture = _mixture_rows(training)
@@ -129,6 +121,22 @@ class Loop:
         self.resumes = False
         self.exact = True
         self._go_on_from_checkpoint()
+
+    def _solved(self, rows: Rows) -> Rows:
+        """The prompts that are neither too hard nor too easy, where the recipe asks for these."""
+        home = self.artifact
+        first = Pass(
+            self.recipe,
+            self.sampler,
+            self.rewards,
+            self.world,
+            home.path / solved.FILE,
+            self.say,
+            lambda done, count: self.journal.note(f"{done:,} of {count:,} prompts tried"),
+        )
+        # rank 0's alone are told: a mirror may have lost its own
+        has_begun = self.world.told(lambda: any(home.checkpoints.glob("step-*")))
+        return first.choose(rows, has_begun=has_begun)
 
     @property
     def hardware(self) -> Hardware:
@@ -190,7 +198,7 @@ class Loop:
         rate = self.learner.schedule.set_rate(self.state.step)
         batch = self.method.rollout(self._draw)
         if not self.state.step:  # what drawing holds is in memory now
-            fit_passes(self, *self._longest_episode(batch.drawn))
+            fit_passes(self, *self.lengths.longest_episode(batch.drawn, self.world))
         experiences, metrics = self.judge(batch.answers)
         judged = time.monotonic()
         self._note("learning from them")
@@ -400,88 +408,6 @@ class Loop:
             "exact_resume": self.exact,
             "legs": [asdict(leg) for leg in self.legs],
         }
-
-    def _shuffled(self, rows: Rows) -> Shuffled:
-        return Shuffled(rows, self.recipe.seed, Use.ORDER)
-
-    def _solved(self, rows: Rows) -> Rows:
-        """The prompts that are neither too hard nor too easy, where the recipe asks for these."""
-        home = self.artifact
-        first = Pass(
-            self.recipe,
-            self.sampler,
-            self.rewards,
-            self.world,
-            home.path / solved.FILE,
-            self.say,
-            lambda done, count: self.journal.note(f"{done:,} of {count:,} prompts tried"),
-        )
-        # rank 0's alone are told: a mirror may have lost its own
-        has_begun = self.world.told(lambda: any(home.checkpoints.glob("step-*")))
-        return first.choose(rows, has_begun=has_begun)
-
-    def _engine(self) -> Engine:
-        """What draws."""
-        rollout, recipe = self.recipe.rollout, self.recipe
-        terms = Terms(
-            self.actors,
-            self.training.tokenizer,
-            self.hardware,
-            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
-            recipe.launch.rollout_batch_size,
-            recipe.seed,
-            self.say,
-        )
-        if rollout.engine == "local":
-            return Local(terms)
-        if self.world.size > 1:
-            problem = f"rollout.engine: vllm draws in one process, and there are {self.world.size}"
-            raise UserError(problem, "set launch.processes: 1")
-        probe = [
-            self.prompts.rows[i]["prompt_ids"] for i in range(min(PROBES, len(self.prompts.rows)))
-        ]
-        return VLLM(terms, probe, self._longest_prompt())
-
-    def _turns(self) -> Turns | None:
-        """How episodes of several turns are played, where an environment takes part in them."""
-        source = self.recipe.plays
-        if source is None or source.environment is None:
-            return None
-        kwargs = self.training.preparation.template_kwargs
-        return Turns(
-            Environments(source.environment, self.rewards.files),
-            encoder_of(self.training.folder / "tokenizer", kwargs),
-            self.recipe.turns,
-            self.recipe.rollout.max_new_tokens,
-            tokens_of(self.actors.causal.config.to_dict()),
-        )
-
-    # --- what does not fit ---
-
-    def _refuse_too_long(self) -> None:
-        """Refuse prompts that leave no room for a response of the model's context."""
-        response = self.recipe.rollout.max_new_tokens
-        context = tokens_of(self.actors.causal.config.to_dict())
-        refuse_rollouts(context, self._longest_prompt(), response)
-
-    def _longest_episode(self, drawn: Sequence[Answer]) -> tuple[int, int]:
-        """Tokens of the longest one that may come: those that are read, an environment's as many in
-        each of its turns as in any of these answers, and those that are learned."""
-        turns = [ids for answer in drawn for _, ids in answer.episode.inserted]
-        inserted = int(self.world.greatest(max(map(len, turns), default=0)))
-        read = self._longest_prompt() + inserted * (self.recipe.turns - 1)
-        context = tokens_of(self.actors.causal.config.to_dict())
-        if context is None:
-            return read, self.recipe.max_response
-        read = min(read, context - self.recipe.rollout.max_new_tokens)
-        return read, min(self.recipe.max_response, context - read)
-
-    def _longest_prompt(self) -> int:
-        """Tokens of the longest one."""
-        longest = self.training.prepared.lengths.max
-        if self.held_out is not None:
-            longest = max(longest, *map(len, self.held_out["prompt_ids"]))
-        return longest
 
 
 def _updates(recipe: RLRecipe, prompts: int) -> int:
