@@ -103,10 +103,10 @@ class Saving:
             pending.files, self._files = self._files, []
             if content:
                 checkpoints.leave_out(pending.saved)
-            beside = not at_once and self._copy(pending)
+            is_copied = not at_once and self._copy(pending)
             pending.published = published.pop_all()
             self._pending = pending
-            if beside:
+            if is_copied:
                 self.beside += 1
                 pending.begin()
             else:
