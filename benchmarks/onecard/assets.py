@@ -115,7 +115,7 @@ def write_model(folder: Path, config: dict, ranks: bool) -> None:
 
 def computing() -> dict:
     """What computes here, and the bf16 operations per second that its maker promises."""
-    from llmpipe.models.hardware import peak_flops
+    from llmpipe.models.flops import peak_flops
 
     if not torch.cuda.is_available():
         return {"card": "cpu", "gib": 0, "cuda": None, "peak_flops": None}

@@ -29,10 +29,10 @@ from llmpipe.data.pack import IGNORED
 from llmpipe.errors import NUMERIC, Say, UserError
 from llmpipe.evaluation.book import Settings
 from llmpipe.evaluation.task import Answer, Ask, Marked, Tools
+from llmpipe.models.device import has_bf16, release_memory
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.drawing.replay import Replay
 from llmpipe.models.generate import Response, check_rows, generate, render, replayed
-from llmpipe.models.hardware import has_bf16, release_memory
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.models.rng import isolated_rng

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from llmpipe.errors import Say, UserError
 from llmpipe.front.chat_named import Named
 from llmpipe.front.readable import make_readable
+from llmpipe.models.device import has_bf16
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import Response, generate, render
-from llmpipe.models.hardware import has_bf16
 from llmpipe.models.load import load_any
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.run.artifact import template_kwargs

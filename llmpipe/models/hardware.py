@@ -1,18 +1,14 @@
 """What a process trains on, and how the recipe's `auto`s are decided.
 
 `choose` is `detect` what is here, `decide` what to do with it, which is a function of the recipe
-and the host alone, and `announce` what was decided and why. Below it: what training costs and uses.
+and the host alone, and `announce` what was decided and why.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import math
 import os
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.machinery import PathFinder
@@ -26,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llmpipe import __version__, upstream
 from llmpipe.errors import Say, UserError
+from llmpipe.models.device import device_name, has_bf16, keep_imports, make_exact, take_device
 from llmpipe.models.pretrained import configuration, model_class
 from llmpipe.parallel.group import join
 from llmpipe.parallel.parts import Spread
@@ -140,7 +137,7 @@ class Hardware:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {**self._settings(), "device_name": _device_name(self.device)}
+        return {**self._settings(), "device_name": device_name(self.device)}
 
     def resume_key(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be bitwise the straight one."""
@@ -198,32 +195,6 @@ def choose(
         make_exact()
     announce(hardware, recipe, say)
     return hardware
-
-
-def take_device() -> None:
-    """Let `cuda` be this process's GPU, where there are any; before anything is loaded to it.
-
-    Raises UserError (2) where this process has none of its own.
-    """
-    if not torch.cuda.is_available():
-        return
-    count = torch.cuda.device_count()
-    if count == 1 and machine.is_task():  # srun --gpus-per-task 1: each sees its own, as the first
-        os.environ["LOCAL_RANK"] = "0"
-    if machine.local_rank() >= count:
-        problem = f"there are more processes on this machine than GPUs that they see ({count})"
-        raise UserError(problem, "start one process for each GPU")
-    torch.cuda.set_device(machine.local_rank())
-
-
-def make_exact() -> None:
-    """Let a GPU compute the same bits each time, where it has a way to.
-
-    What stays fp32 beside bf16 stays so: it is small, and tensor cores would round it to 19 bits.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def detect(launch: Launch) -> Host:
@@ -415,32 +386,6 @@ def announce(hardware: Hardware, recipe: Training, say: Say) -> None:
         say(f"optimizer: {optimizer}: {why}")
 
 
-def has_bf16() -> bool:
-    """bf16 matrix products in hardware (a GPU's, AVX-512 BF16 or AMX); elsewhere they are slower
-    than fp32.
-    """
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _device_name(device: str) -> str:
-    """What computes: which card, or which CPU and the instructions that PyTorch uses of it."""
-    if device == "cuda":
-        return str(torch.cuda.get_device_name())
-    capability = torch.backends.cpu.get_cpu_capability()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {capability}" if names else str(capability)
-
-
 COMPUTING = "torch transformers trl peft accelerate tokenizers numpy".split()
 """Libraries that another version of may compute other bits with."""
 
@@ -449,7 +394,7 @@ COMPUTING_TOO = {"bitsandbytes", "vllm", "deepspeed"}  # where the recipe asks f
 
 def platform_of(recipe: Training, hardware: Hardware, world: World) -> Platform:
     """On what all processes of a run compute: names of devices, and versions."""
-    devices = sorted(set(world.gather(_device_name(hardware.device))))
+    devices = sorted(set(world.gather(device_name(hardware.device))))
     names = [*COMPUTING, *(name for _, name in recipe.packages() if name in COMPUTING_TOO)]
     if hardware.attention == "flash_attention_2":
         names.append("flash_attn")
@@ -458,67 +403,3 @@ def platform_of(recipe: Training, hardware: Hardware, world: World) -> Platform:
         versions["cuda"] = str(torch.version.cuda or torch.version.hip)
         versions["cudnn"] = str(torch.backends.cudnn.version())
     return {"device": " and ".join(devices), "llmpipe": __version__, **versions}
-
-
-# --- what training costs and uses ---
-
-# 1e12 dense bf16 operations a second, by the data sheets; the first name that fits counts
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "4090": 165,
-}
-
-
-def peak_flops() -> float | None:
-    """Dense bf16 operations per second of this GPU by its maker's data sheet, where it is known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def flops_per_token(model: PreTrainedModel, context: int) -> float:
-    """Operations that a token costs in training (Chowdhery 2022, appendix B).
-
-    2 per weight forward, 2 for the gradient of what it multiplies, 2 for its own where it is
-    trained, and 12 x layers x width x context for the attention.
-    """
-    config = model.config.get_text_config()
-    embeddings = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    tied = head is not None and embeddings.weight is head.weight
-    looked_up = 0 if tied else embeddings.weight.numel()  # untied embeddings multiply nothing
-    multiplied = model.num_parameters() - looked_up
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    attention = 12 * config.num_hidden_layers * config.hidden_size * context
-    return float(4 * multiplied + 2 * trained + attention)
-
-
-def memory_gb() -> float:
-    """Peak memory so far: of the GPU when there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def keep_imports() -> None:
-    """Take everything that is in memory now, the libraries above all, out of later collections.
-
-    Each checkpoint asks for one, and nine tenths of its time went into modules that stay anyway.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps the pages of small tensors, a gigabyte of them in training.
-    """
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

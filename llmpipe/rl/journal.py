@@ -9,7 +9,7 @@ from typing import Any
 
 from llmpipe.errors import Say
 from llmpipe.files import cut_back, fsync, json_lines, to_write
-from llmpipe.models.hardware import memory_gb
+from llmpipe.models.device import memory_gb
 from llmpipe.parallel.world import World
 from llmpipe.rl.method import Answer
 from llmpipe.rl.watch import Metrics

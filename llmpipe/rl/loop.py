@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from llmpipe.data.kinds.prompts import PROMPTS
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import Stopped
-from llmpipe.models.hardware import Hardware, platform_of, release_memory
+from llmpipe.models.device import release_memory
+from llmpipe.models.hardware import Hardware, platform_of
 from llmpipe.models.load import set_up
 from llmpipe.models.moved import Start
 from llmpipe.parallel.world import World

@@ -23,8 +23,9 @@ from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.evaluation.book import Book, Line, Settings
 from llmpipe.evaluation.candidate import settings_of
 from llmpipe.files import write_whole
+from llmpipe.models.device import keep_imports, make_exact, take_device
 from llmpipe.models.drawing.draw import Sampling
-from llmpipe.models.hardware import Hardware, keep_imports, make_exact, take_device
+from llmpipe.models.hardware import Hardware
 from llmpipe.models.load import load_any, stop_at
 from llmpipe.models.pretrained import load_tokenizer
 from llmpipe.parallel.world import World

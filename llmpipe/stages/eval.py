@@ -275,7 +275,7 @@ def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     from llmpipe import upstream
     from llmpipe.evaluation.book import Book
     from llmpipe.evaluation.candidate import candidate, settings_of
-    from llmpipe.models.hardware import keep_imports, take_device
+    from llmpipe.models.device import keep_imports, take_device
     from llmpipe.parallel.world import World
     from llmpipe.report.terminal import measurements
 

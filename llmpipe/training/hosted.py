@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from llmpipe import upstream
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
 from llmpipe.files import fsync
-from llmpipe.models.hardware import release_memory
+from llmpipe.models.device import release_memory
 from llmpipe.models.moved import Start
 from llmpipe.parallel import zero
 from llmpipe.parallel.tensors import whole

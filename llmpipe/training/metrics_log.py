@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from llmpipe import screen
 from llmpipe.errors import Say
 from llmpipe.files import cut_back, fsync, json_lines, to_write
-from llmpipe.models.hardware import flops_per_token, memory_gb, peak_flops
+from llmpipe.models.device import memory_gb
+from llmpipe.models.flops import flops_per_token, peak_flops
 from llmpipe.parallel.world import World
 from llmpipe.run.progress import Progress
 from llmpipe.upstream.layers import compilations

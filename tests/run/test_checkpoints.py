@@ -163,7 +163,7 @@ def test_a_command_goes_on_on_a_sister_card(tmp_path, monkeypatch, capsys, stage
     trial = life.Trial(path, hook=hook)
     assert trial.wait() < 0, trial.text()
     real = hardware.installed
-    monkeypatch.setattr(hardware, "_device_name", lambda device: "its sister")
+    monkeypatch.setattr(hardware, "device_name", lambda device: "its sister")
     monkeypatch.setattr(hardware, "installed", lambda name: "9.9" if name == "trl" else real(name))
     training = life.command(path).verify().training
     assert not training.exact_resume

@@ -106,7 +106,7 @@ def _of_transformers(order: Order) -> tuple[Any, str]:
     upstream.silence()
     logging.set_verbosity_error()  # a line for each request
     logging.disable_progress_bar()
-    from llmpipe.models.hardware import has_bf16
+    from llmpipe.models.device import has_bf16
     from llmpipe.models.load import load_any
     from llmpipe.models.pretrained import load_tokenizer
     from llmpipe.upstream.serving import Terms, application
