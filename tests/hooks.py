@@ -413,9 +413,9 @@ def kill_in_stream():
 
 def another_part():
     """What one process reads of a published model is not what it has."""
-    from llmpipe.models import verify
+    from llmpipe.models.verify import model as verified
 
-    original = verify.load_model
+    original = verified.load_model
 
     def load_model(*arguments, **options):
         import torch
@@ -425,7 +425,7 @@ def another_part():
             next(model.parameters()).to_local()[0] += 1e-3
         return model
 
-    verify.load_model = load_model
+    verified.load_model = load_model
 
 
 def _after_batches(count, act):

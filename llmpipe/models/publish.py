@@ -28,18 +28,15 @@ from llmpipe.files import publishing, write_json
 from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied, make_fit
 from llmpipe.models.mapped import Precision, borrowed, lending, load_mapped, parts_of
 from llmpipe.models.pretrained import load_tokenizer
-from llmpipe.models.verify import (
-    Seen,
-    Verified,
+from llmpipe.models.verify.adapter import (
     compare_adapter,
     compare_adapter_on_parts,
     compare_merged,
-    compare_model,
-    compare_sharded,
     in_fp32,
-    probe_logits,
-    same_tensors,
 )
+from llmpipe.models.verify.logits import probe_logits
+from llmpipe.models.verify.model import Seen, compare_model, compare_sharded
+from llmpipe.models.verify.saved import Verified, same_tensors
 from llmpipe.parallel.parts import Spread, let_go, plain_class, reshard, whole_tensors
 from llmpipe.parallel.world import World
 from llmpipe.run.artifact import is_reward_model

@@ -22,7 +22,7 @@ from llmpipe.models.publish import (
     publish_model,
     publish_sharded,
 )
-from llmpipe.models.verify import Verified
+from llmpipe.models.verify.saved import Verified
 from llmpipe.parallel.parts import is_sharded
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llmpipe.errors import UserError
-from llmpipe.models.verify import compare_model
+from llmpipe.models.verify.model import compare_model
 from tests.data.families import FAMILIES
 
 
