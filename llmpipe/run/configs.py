@@ -1,5 +1,5 @@
-"""What the JSON of a model's folder may say: a closed list for each file, held against it before
-any library reads it.
+"""The JSON of a model's folder, held against what it may say (`config_rules`) before any library
+reads it.
 
 A configuration comes with the model and is as untrusted as the model. transformers and PEFT obey
 keys that load code, fetch from the Hub or open other files: none of them may be there. Numbers that
@@ -10,37 +10,29 @@ family's configuration has is the library's to judge.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
+from llmpipe.run.config_rules import (
+    ADAPTER,
+    BITSANDBYTES,
+    CODE,
+    LAYERS,
+    MODEL,
+    Rule,
+    is_switch,
+    is_text,
+    is_word,
+    lists,
+    or_null,
+)
 
 LIMIT = "llmpipe loads safetensors, JSON and text only"
 
 Config = dict[str, Any]
-
-CODE = {
-    "auto_map": "asks to run code that comes with the model",
-    "auto_mapping": "asks to import a library",
-    "custom_generate": "asks to run code that comes with the model",
-    "custom_pipelines": "asks to run code that comes with the model",
-    "trust_remote_code": "asks to run code that comes with the model",
-    "use_kernels": "asks for native code of the Hub",
-    "allow_all_kernels": "asks for native code of the Hub",
-    "kernel_config": "asks for native code of the Hub",
-    "fusion_config": "asks for other code than the model's own",
-    "distributed_config": "asks for a layout over processes, which is the recipe's",
-    "use_pretrained_backbone": "asks for weights of another model",
-    "transformers_weights": "names other weights than the folder's",
-    "configuration_files": "names other configurations than config.json",
-    "fast_tokenizer_files": "names other tokenizers than tokenizer.json",
-    "init_inputs": "calls a class with arguments of its own",
-    "compile_config": "asks for compilation, which is the recipe's",
-}
-"""Keys of transformers and PEFT that load code, fetch or open something, and what they do; of no
-effect, and so allowed, where they hold nothing."""
 
 AUTO_MAP = "auto_map"
 """Classes that come with a model, which transformers obeys where it has none of its own or is told
@@ -51,8 +43,6 @@ NO_CLASS = "convert it to a kind of models that transformers has itself, or take
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-
-DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 QUANTIZED = ("bitsandbytes", "mxfp4")
 """Weights that can be trained on as they lie there: the latter are unpacked as they are read."""
@@ -77,9 +67,6 @@ OF_COMPRESSED = {
 }
 """What an export says of weights that others read and nobody trains on."""
 
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Each of them has a tensor at least."""
-
 PARTS = re.compile(r"(\w*_)?(layers?|blocks?|depths?|experts?)")
 """Names of other numbers by which modules are built."""
 
@@ -88,246 +75,6 @@ MOST_PARTS = 1_000
 
 MOST_EXPERTS = 32_768
 """Which may be all in one tensor."""
-
-LABELS = 100_000
-
-MOST_STOPS = 1_000
-"""Texts at which an answer ends."""
-
-WORD = re.compile(r"[\w.-]{0,200}")
-
-MODULE = re.compile(r"[\w.]{1,200}")
-
-
-class Rule(NamedTuple):
-    """What a key may hold."""
-
-    holds: Callable[[Any], bool]
-    words: str
-
-
-def _one_of(words: tuple[str, ...]) -> Rule:
-    return Rule(lambda value: value is None or value in words, f"one of {', '.join(words)}")
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a number of things: an integer above 0 that fits a machine's word."""
-    return type(value) is int and 0 < value < 1 << 48
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and -1 <= value < 1 << 32
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1 << 63
-
-
-def _lists(each: Callable[[Any], bool], most: int = LABELS) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) <= most and all(map(each, value))
-
-
-def _or(*rules: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Any of these, or null."""
-    return lambda value: value is None or any(rule(value) for rule in rules)
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and WORD.fullmatch(value) is not None
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_dtype(value: Any) -> bool:
-    names = value.values() if isinstance(value, dict) else [value]
-    return all(isinstance(name, str) and name in DTYPES for name in names)
-
-
-def _is_labels(value: Any) -> bool:
-    """{0: "LABEL_0"}: numbers, which JSON has as texts, and their names."""
-    return (
-        isinstance(value, dict)
-        and len(value) <= LABELS
-        and all(key.isdecimal() and len(key) < 9 for key in value)
-        and all(map(is_text, value.values()))
-    )
-
-
-def _is_rope(value: Any) -> bool:
-    """Scaled positions: one set of numbers, or one a kind of layer."""
-    if not isinstance(value, dict):
-        return False
-    sets = [inner for inner in value.values() if isinstance(inner, dict)] or [value]
-    return all(
-        _or(is_number)(inner.get("factor", 1.0))
-        and _or(is_count)(inner.get("original_max_position_embeddings"))
-        and all(_or(is_text)(inner.get(name)) for name in ("type", "rope_type"))
-        for inner in sets
-    )
-
-
-COUNT = Rule(_or(is_count, _lists(_or(is_count))), "a whole number above 0")
-
-POSITIONS = Rule(_or(_is_id), "a whole number")
-
-TOKENS = Rule(_or(_is_id, _lists(_is_id)), "a token's number, or a list of such")
-
-MODEL: Mapping[str, Rule] = {
-    **dict.fromkeys(LAYERS, COUNT),
-    **dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "d_model"), COUNT),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "head_dim"), COUNT),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), COUNT),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), COUNT),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
-    **dict.fromkeys(("max_seq_len", "n_ctx", "sliding_window"), POSITIONS),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
-    **dict.fromkeys(("dtype", "torch_dtype"), Rule(_or(_is_dtype), f"one of {', '.join(DTYPES)}")),
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), Rule(_or(_is_rope), "numbers by name")),
-    "model_type": Rule(_is_word, "the name of a kind of models"),
-    "architectures": Rule(_or(_lists(_is_word)), "a list of names"),
-    "layer_types": Rule(_or(_lists(_is_word)), "a list of names"),
-    "id2label": Rule(_or(_is_labels), "the names of labels by their numbers"),
-    "label2id": Rule(_or(_is_map), "the numbers of labels by their names"),
-    "num_labels": Rule(_or(lambda value: is_count(value) and value <= LABELS), "a whole number"),
-    "tokenizer_class": Rule(_or(_is_word), "the name of a class"),
-}
-"""Of a model's configuration, and of those that it is made of."""
-
-BITSANDBYTES: Mapping[str, Rule] = {
-    "quant_method": Rule(is_text, "a name"),
-    "bnb_4bit_quant_type": _one_of(("fp4", "nf4")),
-    "bnb_4bit_compute_dtype": _one_of(DTYPES),
-    "bnb_4bit_quant_storage": _one_of((*DTYPES, "uint8")),
-    "llm_int8_skip_modules": Rule(_or(_lists(_is_word)), "a list of names"),
-    "modules_to_not_convert": Rule(_or(_lists(_is_word)), "a list of names"),
-    "llm_int8_threshold": Rule(_or(is_number), "a number"),
-}
-"""Of `quantization_config`, beside switches."""
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, str) and MODULE.fullmatch(value) is not None
-
-
-def _is_pattern(value: Any) -> bool:
-    """Numbers by module: PEFT takes the names for regular expressions, of which only names are
-    allowed here."""
-    return isinstance(value, dict) and all(
-        _is_module(name) and is_number(number) for name, number in value.items()
-    )
-
-
-def _is_rows(value: Any) -> bool:
-    lists = value.values() if isinstance(value, dict) else [value]
-    return all(_lists(_is_id, 1 << 24)(rows) for rows in lists)
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-ADAPTER: Mapping[str, Rule] = {
-    "peft_type": Rule(lambda value: value == "LORA", "LORA, the one kind that llmpipe makes"),
-    "task_type": _one_of(("CAUSAL_LM", "SEQ_CLS")),
-    "peft_version": Rule(_or(is_text), "a version"),
-    "base_model_name_or_path": Rule(_or(is_text), "a text, which is not used"),
-    "revision": Rule(_or(is_text), "a text, which is not used"),
-    "inference_mode": Rule(_is_switch, "true or false"),
-    "r": Rule(is_count, "a whole number above 0"),
-    "lora_alpha": Rule(is_number, "a number"),
-    "lora_dropout": Rule(lambda value: is_number(value) and 0 <= value < 1, "a share below 1"),
-    "target_modules": Rule(_or(_lists(_is_module)), "a list of names"),
-    "target_parameters": Rule(_or(_lists(_is_module)), "a list of names"),
-    "modules_to_save": Rule(_or(_lists(_is_module)), "a list of names"),
-    "trainable_token_indices": Rule(_or(_is_rows), "lists of tokens' numbers"),
-    "rank_pattern": Rule(_or(_is_pattern), "numbers by the names of modules"),
-    "alpha_pattern": Rule(_or(_is_pattern), "numbers by the names of modules"),
-    "bias": Rule(lambda value: value == "none", "none"),
-    "init_lora_weights": Rule(
-        lambda value: _is_switch(value) or value in ("gaussian", "pissa", "pissa_niter_16"),
-        "true or false",
-    ),
-    "fan_in_fan_out": Rule(_is_switch, "true or false"),
-    "use_rslora": Rule(_is_switch, "true or false"),
-    "use_dora": Rule(_is_switch, "true or false"),
-    "megatron_core": Rule(lambda value: value in (None, "megatron.core"), "what PEFT writes there"),
-    "qalora_group_size": Rule(_or(is_count), "a whole number"),
-}
-"""Of adapter_config.json. Every other key has to hold nothing: it is of a kind of adapters that
-llmpipe does not make."""
-
-ANOTHER_WAY = (
-    "assistant_early_exit cache_config constraints continuous_batching_config dola_layers "
-    "exponential_decay_length_penalty force_words_ids is_assistant max_time penalty_alpha "
-    "prompt_lookup_num_tokens sequence_bias speculation_type token_healing use_mtp "
-    "watermarking_config"
-).split()
-"""Of a generation configuration: ways to an answer that are code of the Hub, another package's, or
-not the model's alone."""
-
-NUMBERS = (
-    "temperature top_p top_k min_p top_h typical_p repetition_penalty length_penalty "
-    "guidance_scale no_repeat_ngram_size num_beams num_return_sequences max_length max_new_tokens "
-    "min_length min_new_tokens"
-).split()
-
-GENERATION: Mapping[str, Rule] = {
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKENS),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKENS),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), TOKENS),
-    **dict.fromkeys(NUMBERS, Rule(_or(is_number), "a number")),
-    **dict.fromkeys(
-        ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"),
-        Rule(_or(_is_switch), "true or false"),
-    ),
-    "bad_words_ids": Rule(_or(_lists(_lists(_is_id))), "lists of tokens' numbers"),
-    "stop_strings": Rule(_or(is_text, _lists(is_text, MOST_STOPS)), "a text, or a list of such"),
-    **dict.fromkeys(
-        ANOTHER_WAY, Rule(lambda value: not value, "null: answers are drawn one token by one")
-    ),
-}
-
-
-def _is_token(value: Any) -> bool:
-    return is_text(value.get("content") if isinstance(value, dict) else value)
-
-
-def _is_tokens(value: Any) -> bool:
-    tokens = value.values() if isinstance(value, dict) else value
-    return isinstance(value, dict | list) and len(value) <= LABELS and all(map(_is_token, tokens))
-
-
-TOKENIZER: Mapping[str, Rule] = {
-    **dict.fromkeys(
-        [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")],
-        Rule(_or(_is_token), "a token"),
-    ),
-    **dict.fromkeys(
-        ("additional_special_tokens", "extra_special_tokens"), Rule(_or(_is_tokens), "tokens")
-    ),
-    "tokenizer_class": Rule(_or(_is_word), "the name of a class"),
-    "backend": Rule(_or(_is_word), "a name"),
-    "added_tokens_decoder": Rule(_or(_is_map), "tokens by their numbers"),
-    "model_max_length": Rule(_or(lambda value: type(value) in (int, float)), "a number"),
-    **dict.fromkeys(
-        ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "source_spm", "target_spm"),
-        Rule(_or(_is_word), "the name of a file of the folder"),
-    ),
-}
-
-INDEX: Mapping[str, Rule] = {
-    "metadata": Rule(_is_map, "numbers by name"),
-    "weight_map": Rule(
-        lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
-        "the file of every tensor",
-    ),
-}
 
 
 def check_model(
@@ -394,7 +141,7 @@ def _is_class(name: str, value: Any) -> bool:
     if name != "AutoTokenizer":
         return is_text(value)
     pair = isinstance(value, list) and len(value) == 2 and any(value)
-    return pair and all(map(_or(is_text), value))
+    return pair and all(map(or_null(is_text), value))
 
 
 def has_model(config: Config) -> bool:
@@ -475,7 +222,7 @@ def _is_exported(quantization: Any) -> bool:
             few = quantization.keys() <= OF_COMPRESSED and len(quantization["config_groups"]) == 1
             left = quantization.get("ignore")
             plain = not any(quantization.get(name) for name in NOT_EXPORTED)
-            return few and plain and group.get("targets") == ["Linear"] and _lists(_is_word)(left)
+            return few and plain and group.get("targets") == ["Linear"] and lists(is_word)(left)
     return False
 
 
@@ -494,7 +241,7 @@ def _check_quantization(path: Path, config: Config, within: str) -> None:
         raise UserError(f"{path}: {within}quantization_config: {problem}", hint, INTEGRITY)
     check(path, quantization, BITSANDBYTES, f"{within}quantization_config.")
     for name, value in quantization.items():
-        if name not in BITSANDBYTES and value is not None and not _is_switch(value):
+        if name not in BITSANDBYTES and value is not None and not is_switch(value):
             problem = f"{within}quantization_config.{name}: {_shown(value)} is not known"
             raise refusal(path, problem)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.files import parse_json, read_json, read_text
-from llmpipe.run import configs
-from llmpipe.run.configs import Rule, check, refusal
+from llmpipe.run import config_rules, configs
+from llmpipe.run.config_rules import Rule
+from llmpipe.run.configs import check, refusal
 from llmpipe.run.weights import Tensor, tensors_in
 
 INDEX = "model.safetensors.index.json"
@@ -22,9 +23,9 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 
 OTHERS: dict[str, Mapping[str, Rule]] = {
-    "generation_config.json": configs.GENERATION,
-    "tokenizer_config.json": configs.TOKENIZER,
-    "special_tokens_map.json": configs.TOKENIZER,
+    "generation_config.json": config_rules.GENERATION,
+    "tokenizer_config.json": config_rules.TOKENIZER,
+    "special_tokens_map.json": config_rules.TOKENIZER,
     "added_tokens.json": {},
 }
 """The other JSON that is read of a folder, and what it may say."""
@@ -165,7 +166,7 @@ def _files(folder: Path, single: str) -> list[str]:
     index = _object(folder / INDEX)
     if index is None:
         return [single]
-    check(folder / INDEX, index, configs.INDEX)
+    check(folder / INDEX, index, config_rules.INDEX)
     names = sorted(set(index.get("weight_map", {}).values()))
     for name in names:
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
