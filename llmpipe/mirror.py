@@ -32,22 +32,19 @@ from torch.distributed import Store
 from llmpipe import screen
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
 from llmpipe.faults import writing
-from llmpipe.files import (
+from llmpipe.files.json import read_written
+from llmpipe.files.paths import not_plain, paths_below
+from llmpipe.files.tables import (
     FileEntry,
     Table,
     check_names,
     difference,
-    fsync,
     in_bytes,
-    not_plain,
-    paths_below,
-    read_written,
-    remove,
     sha256_file,
     table,
     table_of,
-    to_write,
 )
+from llmpipe.files.writing import fsync, remove, to_write
 from llmpipe.peers import PAUSE, Peers, missing_rank_0
 from llmpipe.run.artifact import MANIFEST, Artifact
 from llmpipe.run.machine import rank

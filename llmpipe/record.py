@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_json, write_json
+from llmpipe.files.json import read_json, write_json
 
 
 class Record(BaseModel):

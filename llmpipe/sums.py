@@ -24,18 +24,9 @@ from threading import Thread
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import (
-    FileEntry,
-    Seen,
-    Table,
-    check_names,
-    differences,
-    digest,
-    not_plain,
-    read_written,
-    table,
-    write_json,
-)
+from llmpipe.files.json import digest, read_written, write_json
+from llmpipe.files.paths import not_plain
+from llmpipe.files.tables import FileEntry, Seen, Table, check_names, differences, table
 from llmpipe.typed import record
 
 SUMS = "sums.json"

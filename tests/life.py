@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from llmpipe.errors import DONE, Stopped, UserError
-from llmpipe.files import table
+from llmpipe.files.tables import table
 from llmpipe.front import launch, outside
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.outcome import Outcome

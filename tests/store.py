@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from llmpipe.files import digest
+from llmpipe.files.json import digest
 from llmpipe.run.artifact import Artifact
 from tests import life
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmpipe.files import table, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import table
 from llmpipe.run.artifact import MANIFEST, SCRATCH, fingerprint
 
 Attack = Callable[[Path], dict[str, Any] | None]

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from llmpipe.errors import UserError
-from llmpipe.files import table
+from llmpipe.files.tables import table
 from llmpipe.run.artifact import Artifact, artifacts
 from tests import disks, life
 from tests.evaluation import test_eval

@@ -21,7 +21,7 @@ from llmpipe.faults import (
     unwritable,
     writing,
 )
-from llmpipe.files import publishing
+from llmpipe.files.writing import publishing
 from llmpipe.report.starter import write_starter
 from llmpipe.run.machine import for_memory
 

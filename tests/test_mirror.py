@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from llmpipe import mirror, sums
 from llmpipe.errors import INTEGRITY, LOST, RESOURCES, UserError
-from llmpipe.files import table
+from llmpipe.files.tables import table
 from llmpipe.mirror import Channel, Copy, Mirrors, absent, copy_of, lacking
 from llmpipe.peers import Peers
 from llmpipe.run.artifact import Artifact, mirror_of

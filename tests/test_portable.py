@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import write_json
+from llmpipe.files.json import write_json
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import Artifact, fingerprint

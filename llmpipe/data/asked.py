@@ -9,7 +9,7 @@ from typing import Any
 
 from llmpipe.errors import UserError
 from llmpipe.faults import writing
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 from llmpipe.recipe.sections import Source
 from llmpipe.scores.environments import Environment
 

@@ -23,7 +23,8 @@ from llmpipe.data.readers.row import state_of
 from llmpipe.data.splits import Division, Split, listed, named, split_of
 from llmpipe.errors import DATA, UserError, near
 from llmpipe.faults import misread
-from llmpipe.files import expanded, sha256_file
+from llmpipe.files.paths import expanded
+from llmpipe.files.tables import sha256_file
 from llmpipe.recipe.sections import Rows, Source
 
 # What lies beside data and is none: by suffix, and by the beginning of a name.

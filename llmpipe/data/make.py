@@ -35,7 +35,8 @@ from llmpipe.data.spool import Division, Spool, held_out_cut
 from llmpipe.data.tokenize import Task, pieces_of, tokenized
 from llmpipe.data.write import Writer
 from llmpipe.errors import DATA, NUMERIC, Say, UserError
-from llmpipe.files import digest, in_bytes
+from llmpipe.files.json import digest
+from llmpipe.files.tables import in_bytes
 from llmpipe.recipe.sections import Prepared
 
 VERSION = 10  # of what is made; another one is made anew

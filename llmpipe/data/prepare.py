@@ -27,7 +27,9 @@ from llmpipe.data.make import VERSION, make
 from llmpipe.data.prepared import RECORD, PreparedRows
 from llmpipe.errors import Say
 from llmpipe.faults import writing
-from llmpipe.files import digest, files_below, fsync, settle
+from llmpipe.files.json import digest
+from llmpipe.files.paths import files_below
+from llmpipe.files.writing import fsync, settle
 from llmpipe.recipe.sections import Prepared, science
 from llmpipe.sums import is_sealed, seal
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import SMALL
+from llmpipe.files.tables import SMALL
 from llmpipe.record import Record
 from llmpipe.sums import Kept, glance
 

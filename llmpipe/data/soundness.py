@@ -19,7 +19,7 @@ from typing import Any
 
 from llmpipe.data.patterns import check_pattern
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_text
+from llmpipe.files.json import read_text
 
 LARGEST = 256 << 20
 """Bytes; 262,144 pieces take 34 MB."""

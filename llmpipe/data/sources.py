@@ -20,7 +20,7 @@ from llmpipe.data.readers.compressed import suffix_of
 from llmpipe.data.readers.hub import hub_key, hub_revision
 from llmpipe.data.readers.row import state_of
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.sections import Rows, is_local, science
 
 __all__ = [

@@ -22,7 +22,7 @@ from llmpipe.data.sources import Origin
 from llmpipe.data.template import choose
 from llmpipe.data.tokenize import COUNTS, Batch, Task, pieces_of, tokenized
 from llmpipe.errors import NUMERIC, UserError
-from llmpipe.files import cut_back, to_write
+from llmpipe.files.writing import cut_back, to_write
 from llmpipe.recipe.sections import Prepared
 
 ENOUGH = 1000  # rows, from which on the share of rejected ones says something

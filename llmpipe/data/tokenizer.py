@@ -18,7 +18,7 @@ from llmpipe.data.soundness import LARGEST
 from llmpipe.data.vocabulary import Vocabulary
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import misread
-from llmpipe.files import digest, parse_json, read_text
+from llmpipe.files.json import digest, parse_json, read_text
 
 TOOL_USE = "additional_chat_templates/tool_use.jinja"
 FILES = (

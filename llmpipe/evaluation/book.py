@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import cut_back, digest, to_write, write_whole
+from llmpipe.files.json import digest
+from llmpipe.files.writing import cut_back, to_write, write_whole
 from llmpipe.record import Record
 
 if TYPE_CHECKING:

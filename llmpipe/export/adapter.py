@@ -8,7 +8,7 @@ from typing import Any
 
 from llmpipe.errors import UserError
 from llmpipe.export.source import Source
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.run.folders import ADAPTER
 
 LARGEST_RANK = 16

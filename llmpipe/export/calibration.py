@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llmpipe.errors import Say, UserError
 from llmpipe.evaluation.tasks.perplexity import Passage
-from llmpipe.files import digest
+from llmpipe.files.json import digest
 
 MOST_ROWS = 512
 """That are looked at, as llm-compressor does unless told."""

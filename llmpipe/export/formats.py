@@ -34,7 +34,8 @@ from llmpipe.export.readers.of_transformers import (
 )
 from llmpipe.export.readers.of_vllm import VLLM, Unread, leaving_room
 from llmpipe.export.source import Source, load_source
-from llmpipe.files import differences, publishing, remove, table
+from llmpipe.files.tables import differences, table
+from llmpipe.files.writing import publishing, remove
 from llmpipe.run.context import tokens_of
 from llmpipe.run.exports import Export, Reading, read_exports, write_exports
 from llmpipe.run.interpreters import VLLM as COMMAND

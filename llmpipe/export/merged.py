@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmpipe.export.source import Source
-from llmpipe.files import read_json, write_json
+from llmpipe.files.json import read_json, write_json
 from llmpipe.run.folders import CONFIG
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

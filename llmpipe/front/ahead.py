@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from llmpipe.data.folders import named_files
 from llmpipe.data.readers.hub import hub_revision, kept_offline
 from llmpipe.errors import DATA, Mistake, UserError, near
-from llmpipe.files import expanded, unreachable
+from llmpipe.files.paths import expanded, unreachable
 from llmpipe.recipe.check import Located, Pipeline
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here

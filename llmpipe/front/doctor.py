@@ -27,7 +27,7 @@ from typing import NamedTuple
 from llmpipe import __version__, screen
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import RESOURCES, Say, UserError
-from llmpipe.files import in_bytes
+from llmpipe.files.tables import in_bytes
 from llmpipe.front.ahead import OPTIONAL, to_install
 from llmpipe.front.launch import library_environment
 from llmpipe.run.machine import gpus

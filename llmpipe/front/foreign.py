@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.errors import Say, UserError
-from llmpipe.files import read_json, write_whole
+from llmpipe.files.json import read_json
+from llmpipe.files.writing import write_whole
 from llmpipe.recipe.check import AXOLOTL, LLAMA_FACTORY, tool_of, validate
 from llmpipe.recipe.sections import TEMPLATES, is_local
 from llmpipe.recipe.yaml import Where, dump, parse, read

@@ -12,7 +12,7 @@ import os
 from threading import Thread
 
 from llmpipe.errors import UserError
-from llmpipe.files import to_write
+from llmpipe.files.writing import to_write
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine_paths import MachinePaths
 

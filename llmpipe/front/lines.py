@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from llmpipe.errors import UserError
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.check import Located
 from llmpipe.recipe.sections import Recipe
 

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from llmpipe.errors import UserError
-from llmpipe.files import expanded, parse_json, read_text
+from llmpipe.files.json import parse_json, read_text
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.recipe.sections import Recipe, Training, is_local

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, table, write_whole
+from llmpipe.files.json import digest
+from llmpipe.files.tables import table
+from llmpipe.files.writing import write_whole
 from llmpipe.front.verified import converted
 from llmpipe.recipe.sections import Recipe
 from llmpipe.run import checkpoints

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from llmpipe.errors import DONE, LOST, UserError
 from llmpipe.faults import writing
-from llmpipe.files import in_bytes, write_whole
+from llmpipe.files.tables import in_bytes
+from llmpipe.files.writing import write_whole
 from llmpipe.front.launch import library_environment
 from llmpipe.front.mirrored import (
     Sight,

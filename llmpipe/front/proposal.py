@@ -22,7 +22,8 @@ from llmpipe.data.readers.row import Payload
 from llmpipe.data.sources import Origin, first_rows
 from llmpipe.data.tokenizer import own_template
 from llmpipe.errors import Say, UserError
-from llmpipe.files import expanded, unreachable, write_whole
+from llmpipe.files.paths import expanded, unreachable
+from llmpipe.files.writing import write_whole
 from llmpipe.recipe.check import validate
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here

@@ -18,7 +18,7 @@ from pathlib import Path
 from llmpipe import screen, sums
 from llmpipe.data.soundness import check_tokenizer
 from llmpipe.errors import RESOURCES, Say, UserError
-from llmpipe.files import in_bytes
+from llmpipe.files.tables import in_bytes
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.folders import check_folder, unused_code
 from llmpipe.run.gguf import check_gguf

@@ -21,7 +21,7 @@ from llmpipe import screen
 from llmpipe.data.prepared import RECORD
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, of_peer, remembering
-from llmpipe.files import to_write, write_whole
+from llmpipe.files.writing import to_write, write_whole
 from llmpipe.front.readable import make_readable
 from llmpipe.front.terminal import open_terminal
 from llmpipe.front.verified import verifying

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from llmpipe import upstream
 from llmpipe.errors import DATA
 from llmpipe.faults import reading
-from llmpipe.files import in_bytes, publishing
+from llmpipe.files.tables import in_bytes
+from llmpipe.files.writing import publishing
 from llmpipe.models.pretrained import PACKED, SLACK
 from llmpipe.run.gguf import check_gguf
 from llmpipe.run.progress import duration

@@ -22,7 +22,7 @@ from llmpipe import upstream
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.faults import writing
-from llmpipe.files import remove
+from llmpipe.files.writing import remove
 from llmpipe.models import adapters, architecture
 from llmpipe.models.hardware import Hardware, choose
 from llmpipe.models.pretrained import (

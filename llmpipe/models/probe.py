@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmpipe.errors import first_line
-from llmpipe.files import in_bytes
+from llmpipe.files.tables import in_bytes
 from llmpipe.kernels import cpu, cuda
 from llmpipe.kernels.apart import Weighing
 from llmpipe.recipe.sections import Launch

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from llmpipe import screen, upstream
 from llmpipe.errors import Say
 from llmpipe.faults import writing
-from llmpipe.files import publishing, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.writing import publishing
 from llmpipe.models.adapters import WEIGHTS, Base, as_published, attach, is_tied, make_fit
 from llmpipe.models.mapped import Precision, borrowed, lending, load_mapped, parts_of
 from llmpipe.models.pretrained import load_tokenizer

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from llmpipe.errors import UserError
-from llmpipe.files import FileEntry
+from llmpipe.files.tables import FileEntry
 from llmpipe.mirror import copy_of, mirrors
 from llmpipe.parallel.group import accelerator, join, patient
 from llmpipe.parallel.tensors import is_part

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from llmpipe.errors import UserError, near, nearest
-from llmpipe.files import modules_in
+from llmpipe.files.paths import modules_in
 from llmpipe.recipe.sections import Hosted, Recipe
 from llmpipe.recipe.yaml import Loc, Where, apply_sets, dotted, read
 from llmpipe.secrets import secrets_in

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmpipe.files import modules_in
+from llmpipe.files.paths import modules_in
 
 FOLDER = Path(__file__).parent.parent / "data" / "formats"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmpipe.errors import UserError
-from llmpipe.files import flat
+from llmpipe.files.json import flat
 from llmpipe.report.answers import CHARACTERS, FIRST
 from llmpipe.report.measures import measure
 from llmpipe.report.panels import MOST, panels

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from llmpipe.files import json_object
+from llmpipe.files.json import json_object
 from llmpipe.report.text import is_number, number
 
 Point = tuple[float, float]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe import __version__
 from llmpipe.errors import RESOURCES, UserError
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 from llmpipe.report import answers, flow, lineage, origin, summary, training
 from llmpipe.report.compare import comparison
 from llmpipe.report.evaluation import Evaluated, evaluated

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpipe.errors import UserError
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.report.curves import Curves, curves_of, lines_of
 from llmpipe.report.terminal import status_of
 from llmpipe.report.text import text_of

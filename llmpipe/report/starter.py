@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmpipe.errors import RESOURCES, UserError
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 
 
 def write_starter(folder: Path) -> list[Path]:

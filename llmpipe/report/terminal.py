@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmpipe.errors import UserError
-from llmpipe.files import SMALL, Table, in_bytes
+from llmpipe.files.tables import SMALL, Table, in_bytes
 from llmpipe.report.curves import curves_of, rise_of
 from llmpipe.report.sampled import told
 from llmpipe.report.text import counted, in_words

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from llmpipe.files import table_of
+from llmpipe.files.tables import table_of
 from llmpipe.report.panels import MOST, Panels, panels
 from llmpipe.report.parts import Part, dig
 from llmpipe.report.pieces import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.models.apart import Road, keeps_apart
 from llmpipe.models.drawing.draw import Episode
 from llmpipe.models.load import Setup, load_copy, load_policy, speed_up

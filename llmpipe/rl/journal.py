@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmpipe.errors import Say
-from llmpipe.files import cut_back, fsync, json_lines, to_write
+from llmpipe.files.json import json_lines
+from llmpipe.files.writing import cut_back, fsync, to_write
 from llmpipe.models.device import memory_gb
 from llmpipe.parallel.world import World
 from llmpipe.rl.method import Answer

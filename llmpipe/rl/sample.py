@@ -22,7 +22,7 @@ from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.evaluation.book import Book, Line, Settings
 from llmpipe.evaluation.candidate import settings_of
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 from llmpipe.models.device import keep_imports, make_exact, take_device
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.hardware import Hardware

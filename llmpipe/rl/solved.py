@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, NUMERIC, Say, UserError
-from llmpipe.files import cut_back, fsync, json_object, to_write
+from llmpipe.files.json import json_object
+from llmpipe.files.writing import cut_back, fsync, to_write
 from llmpipe.parallel.world import World
 from llmpipe.recipe.reinforcement import RLRecipe
 from llmpipe.rl.rewards import Rewards, scored_together

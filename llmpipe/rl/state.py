@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.parallel import shards
 from llmpipe.recipe.reinforcement import KL
 from llmpipe.record import Record

@@ -6,7 +6,7 @@ import os
 
 from accelerate import Accelerator
 
-from llmpipe.files import flat
+from llmpipe.files.json import flat
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import group
 from llmpipe.recipe.places import portable_paths, with_values

@@ -22,23 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmpipe import screen
 from llmpipe.errors import INTEGRITY, RESOURCES, UserError
-from llmpipe.files import (
-    ADDED,
-    UNREADABLE,
-    Seen,
-    difference,
-    differences,
-    expanded,
-    files_below,
-    fsync,
-    not_plain,
-    read_json,
-    read_written,
-    remove,
-    settle,
-    table,
-    write_json,
-)
+from llmpipe.files.json import read_json, read_written, write_json
+from llmpipe.files.paths import expanded, files_below, not_plain
+from llmpipe.files.tables import ADDED, UNREADABLE, Seen, difference, differences, table
+from llmpipe.files.writing import fsync, remove, settle
 from llmpipe.sums import fingerprint
 
 if TYPE_CHECKING:

@@ -20,19 +20,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import (
-    FileEntry,
-    Seen,
-    Table,
-    check_names,
-    differences,
-    not_plain,
-    publishing,
-    read_written,
-    remove,
-    table,
-    write_json,
-)
+from llmpipe.files.json import read_written, write_json
+from llmpipe.files.paths import not_plain
+from llmpipe.files.tables import FileEntry, Seen, Table, check_names, differences, table
+from llmpipe.files.writing import publishing, remove
 from llmpipe.run.artifact import steps_of
 from llmpipe.run.manifest import Leg, Platform
 from llmpipe.sums import SUMS, fingerprint

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import Mistake, Say, UserError
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.recipe.sections import Training
 from llmpipe.run.folders import tensors_of
 

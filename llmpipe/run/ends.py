@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llmpipe.errors import DONE, RESOURCES, UserError
 from llmpipe.faults import GO_ON
-from llmpipe.files import read_json, write_json
+from llmpipe.files.json import read_json, write_json
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.machine import on_several_machines
 from llmpipe.run.outcome import Outcome, say_to_command

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import differences, digest, expanded, stamp
+from llmpipe.files.json import digest
+from llmpipe.files.paths import expanded
+from llmpipe.files.tables import differences, stamp
 from llmpipe.recipe.yaml import parse
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.exports import EXPORTS, Export, read_exports

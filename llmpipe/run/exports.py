@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import Table, in_bytes, json_object, write_whole
+from llmpipe.files.json import json_object
+from llmpipe.files.tables import Table, in_bytes
+from llmpipe.files.writing import write_whole
 from llmpipe.run.probe import Agreement
 from llmpipe.typed import record
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import parse_json, read_json, read_text
+from llmpipe.files.json import parse_json, read_json, read_text
 from llmpipe.run import config_rules, configs
 from llmpipe.run.config_rules import Rule
 from llmpipe.run.configs import check, refusal

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmpipe.files import parse_json, read_text
+from llmpipe.files.json import parse_json, read_text
 from llmpipe.recipe.optimizers import OPTIMIZERS
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmpipe.data.sources import hub_key, identity_of
-from llmpipe.files import digest
+from llmpipe.files.json import digest
 from llmpipe.recipe.places import portable, portable_paths, value_at, with_values
 from llmpipe.recipe.sections import Recipe, science
 from llmpipe.run.manifest import Asked

@@ -9,7 +9,7 @@ import socket
 import time
 
 from llmpipe.errors import BUSY, UserError
-from llmpipe.files import descriptor_of
+from llmpipe.files.writing import descriptor_of
 from llmpipe.run.artifact import Artifact, make_run, not_writable
 
 PAUSE = 0.05

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from llmpipe.data.counts import Lengths, RowCounts, SequenceCounts, TokenCounts
-from llmpipe.files import Table, check_names
+from llmpipe.files.tables import Table, check_names
 from llmpipe.recipe.names import is_name, is_reference
 from llmpipe.run.probe import Probe
 from llmpipe.typed import record

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from llmpipe.errors import DONE, SIGINT, SIGTERM, Stopped, UserError
-from llmpipe.files import read_json, write_json
+from llmpipe.files.json import read_json, write_json
 from llmpipe.run.artifact import Artifact
 
 EAR = "LLMPIPE_OUTCOME"

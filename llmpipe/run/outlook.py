@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpipe.errors import UserError, near
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.sections import ELSEWHERE, Recipe, Training, is_local
 from llmpipe.run.artifact import PLAN, Artifact, artifact_of, is_artifact, is_reward_model

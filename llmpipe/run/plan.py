@@ -19,18 +19,9 @@ from pydantic import ValidationError
 
 from llmpipe.data.sources import files_of, hub_key, hub_revision
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import (
-    SMALL,
-    digest,
-    expanded,
-    hashing_once,
-    not_plain,
-    read_json,
-    sha256_file,
-    table,
-    unreachable,
-    write_json,
-)
+from llmpipe.files.json import digest, read_json, write_json
+from llmpipe.files.paths import expanded, not_plain, unreachable
+from llmpipe.files.tables import SMALL, hashing_once, sha256_file, table
 from llmpipe.recipe.places import paths_in, portable_paths, with_values
 from llmpipe.recipe.sections import Recipe, Training
 from llmpipe.run.artifact import MANIFEST, PLAN, Artifact

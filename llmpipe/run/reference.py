@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, expanded, sha256_file, stamp, table, unreachable
+from llmpipe.files.json import digest
+from llmpipe.files.paths import expanded, unreachable
+from llmpipe.files.tables import sha256_file, stamp, table
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.recipe.places import is_here, is_narrow, nearest_here, portable
 from llmpipe.recipe.sections import ELSEWHERE, Recipe, is_local

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_json, write_json
+from llmpipe.files.json import read_json, write_json
 from llmpipe.typed import record
 
 LEAST_ITEMS = 20

@@ -24,18 +24,9 @@ from typing import Any
 from llmpipe import sums
 from llmpipe.data.prepared import OF_ARTIFACT, RECORD
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import (
-    Seen,
-    Table,
-    digest,
-    in_bytes,
-    json_object,
-    not_plain,
-    paths_below,
-    read_json,
-    read_written,
-    sha256_file,
-)
+from llmpipe.files.json import digest, json_object, read_json, read_written
+from llmpipe.files.paths import not_plain, paths_below
+from llmpipe.files.tables import Seen, Table, in_bytes, sha256_file
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import ASIDE, MANIFEST, PLAN, Artifact

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import parse_json, unreachable
+from llmpipe.files.json import parse_json
+from llmpipe.files.paths import unreachable
 
 LARGEST_HEADER = 100_000_000
 """Bytes, as the library has it."""

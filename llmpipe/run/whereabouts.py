@@ -18,7 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmpipe.files import digest, expanded
+from llmpipe.files.json import digest
+from llmpipe.files.paths import expanded
 
 if TYPE_CHECKING:
     from llmpipe.run.manifest import Identity

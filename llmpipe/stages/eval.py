@@ -20,7 +20,8 @@ from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import INTEGRITY, NUMERIC, Mistake, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems
 from llmpipe.evaluation.tasks import AnyTask
-from llmpipe.files import digest, publishing
+from llmpipe.files.json import digest
+from llmpipe.files.writing import publishing
 from llmpipe.recipe.sections import (
     Crowd,
     Machine,

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import Mistake, UserError
 from llmpipe.evaluation.tasks.perplexity import Perplexity
-from llmpipe.files import publishing
+from llmpipe.files.writing import publishing
 from llmpipe.recipe.sections import Machine, Recipe, Rows, Section, Start, cosmetic
 from llmpipe.run.exports import EXPORTS
 from llmpipe.run.interpreters import LLM_COMPRESSOR, python_of

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from llmpipe.errors import Mistake, UserError
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.functions import check_environment, check_function
 from llmpipe.recipe.ppo import PPORecipe
 from llmpipe.recipe.reinforcement import RLRecipe, Scored

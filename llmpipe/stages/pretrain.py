@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe.files import digest, publishing
+from llmpipe.files.json import digest
+from llmpipe.files.writing import publishing
 from llmpipe.recipe.sections import (
     AdamW,
     Generating,

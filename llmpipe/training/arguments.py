@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llmpipe.errors import UserError
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 from llmpipe.parallel import zero
 from llmpipe.recipe import sections
 from llmpipe.recipe.optimizers import OPTIMIZERS

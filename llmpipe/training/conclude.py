@@ -13,7 +13,8 @@ from llmpipe.data.stream import Stream, counted
 from llmpipe.errors import NUMERIC, UserError
 from llmpipe.export.ask import ask
 from llmpipe.faults import reading, remembering
-from llmpipe.files import json_lines, to_write
+from llmpipe.files.json import json_lines
+from llmpipe.files.writing import to_write
 from llmpipe.models.adapters import Base
 from llmpipe.models.publish import (
     merge,

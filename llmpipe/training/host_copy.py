@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmpipe.files import FileEntry, fsync, sha256_file
+from llmpipe.files.tables import FileEntry, sha256_file
+from llmpipe.files.writing import fsync
 
 ALIGNED = 64
 """Bytes that a copy begins at a multiple of."""

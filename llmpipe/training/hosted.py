@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from llmpipe import upstream
 from llmpipe.errors import NUMERIC, Stopped, UserError, first_line
-from llmpipe.files import fsync
+from llmpipe.files.writing import fsync
 from llmpipe.models.device import release_memory
 from llmpipe.models.moved import Start
 from llmpipe.parallel import zero

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from llmpipe import screen
 from llmpipe.errors import Say
-from llmpipe.files import cut_back, fsync, json_lines, to_write
+from llmpipe.files.json import json_lines
+from llmpipe.files.writing import cut_back, fsync, to_write
 from llmpipe.models.device import memory_gb
 from llmpipe.models.flops import flops_per_token, peak_flops
 from llmpipe.parallel.world import World

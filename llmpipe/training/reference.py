@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, files_below, remove, settle
+from llmpipe.files.json import digest
+from llmpipe.files.paths import files_below
+from llmpipe.files.writing import remove, settle
 from llmpipe.models.adapters import upcast_trained
 from llmpipe.models.load import Setup, load_copy
 from llmpipe.parallel import zero

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from llmpipe.data.stream import Position
 from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.faults import reading
-from llmpipe.files import staging_of
+from llmpipe.files.writing import staging_of
 from llmpipe.models.hardware import Hardware, platform_of
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe.files import json_lines, write_whole
+from llmpipe.files.json import json_lines
+from llmpipe.files.writing import write_whole
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.rng import isolated_rng

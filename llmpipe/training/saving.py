@@ -26,7 +26,8 @@ from torch import Tensor
 
 from llmpipe.errors import Say
 from llmpipe.faults import writing
-from llmpipe.files import Table, in_bytes, staging_of
+from llmpipe.files.tables import Table, in_bytes
+from llmpipe.files.writing import staging_of
 from llmpipe.parallel.world import World
 from llmpipe.recipe import sections
 from llmpipe.run import checkpoints

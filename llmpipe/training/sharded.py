@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llmpipe.faults import reading
-from llmpipe.files import write_json
+from llmpipe.files.json import write_json
 from llmpipe.models.hardware import Hardware
 from llmpipe.parallel import shards, zero
 from llmpipe.parallel.parts import beside_parts, refuse_gathered, refuse_whole

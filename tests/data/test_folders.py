@@ -19,7 +19,7 @@ from llmpipe.data.folders import select
 from llmpipe.data.readers.compressed import text_bytes
 from llmpipe.data.sources import identity_of
 from llmpipe.errors import UserError
-from llmpipe.files import stamp, table
+from llmpipe.files.tables import stamp, table
 from llmpipe.recipe.sections import Rows, Source, is_local
 from tests import life
 

@@ -12,7 +12,7 @@ from llmpipe.evaluation.tasks.choice import Choice
 from llmpipe.evaluation.tasks.generate import Generate
 from llmpipe.evaluation.tasks.perplexity import Perplexity
 from llmpipe.evaluation.tasks.preference import Preference
-from llmpipe.files import digest
+from llmpipe.files.json import digest
 from llmpipe.parallel.world import World
 from llmpipe.run.results import Cell, Results
 

@@ -23,7 +23,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llmpipe.errors import UserError
-from llmpipe.files import digest, sha256_file, table, write_json
+from llmpipe.files.json import digest, write_json
+from llmpipe.files.tables import sha256_file, table
 from llmpipe.front.push import hub as sending
 from llmpipe.front.push.refusals import asking
 from llmpipe.run.artifact import SCRATCH, Artifact

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from llmpipe.files import sha256_file, table
+from llmpipe.files.tables import sha256_file, table
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.exports import EXPORTS, read_exports, write_exports
 from tests import life, store

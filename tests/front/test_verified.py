@@ -462,7 +462,7 @@ def test_a_template_that_changes_under_way_is_not_used(tmp_path, monkeypatch):
 
 def test_a_plan_hashes_a_file_once(tmp_path):
     """Also where it is a second name, and not where it was written to meanwhile."""
-    from llmpipe.files import hashing_once, sha256_file
+    from llmpipe.files.tables import hashing_once, sha256_file
 
     path, read = tmp_path / "weights", []
     path.write_bytes(b"a" * 100)

@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import table, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import table
 from llmpipe.recipe.check import load
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import Adapter

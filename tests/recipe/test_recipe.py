@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpipe.errors import UserError
-from llmpipe.files import digest
+from llmpipe.files.json import digest
 from llmpipe.recipe.check import load, load_pipeline
 from llmpipe.recipe.sections import Hosted, Recipe, science
 from llmpipe.recipe.trainer import config_fields

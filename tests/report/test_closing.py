@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmpipe.files import write_json
+from llmpipe.files.json import write_json
 from llmpipe.report.closing import closing
 from llmpipe.report.terminal import COLUMNS
 from llmpipe.run.artifact import Artifact

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import table, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import table
 from llmpipe.report.page import write_report
 from llmpipe.report.terminal import show_run
 from llmpipe.run.artifact import SCRATCH, fingerprint

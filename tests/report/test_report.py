@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmpipe.errors import SIGTERM, UserError
-from llmpipe.files import write_json
+from llmpipe.files.json import write_json
 from llmpipe.report import page as pages
 from tests.report.written import HOSTILE, add_eval, add_sft, write_lines
 

@@ -7,7 +7,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from llmpipe.files import table, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import table
 from llmpipe.sums import fingerprint
 
 HOSTILE = "<script>alert(1)</script>"

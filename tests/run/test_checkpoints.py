@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import pytest
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import FileEntry, write_json
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import FileEntry
 from llmpipe.run import checkpoints
 from llmpipe.run.manifest import Leg
 from llmpipe.sums import SUMS, fingerprint

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from llmpipe.errors import UserError
-from llmpipe.files import FileEntry, differences, publishing, sha256_file, table, to_write
+from llmpipe.files.tables import FileEntry, differences, sha256_file, table
+from llmpipe.files.writing import publishing, to_write
 from llmpipe.run.artifact import Artifact
 from tests import life
 

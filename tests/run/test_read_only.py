@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmpipe.files import settle
+from llmpipe.files.writing import settle
 from llmpipe.front import cli
 from llmpipe.run.artifact import Artifact
 from tests import disks, life

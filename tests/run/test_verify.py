@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llmpipe import files
 from llmpipe.errors import UserError
-from llmpipe.files import table, write_json
+from llmpipe.files import json as documents
+from llmpipe.files.json import write_json
+from llmpipe.files.tables import table
 from llmpipe.run import verify
 from llmpipe.run.artifact import SCRATCH, Artifact, fingerprint
 from llmpipe.run.verify import verify_run
@@ -322,12 +323,12 @@ def test_a_sector_that_cannot_be_read(run, monkeypatch, name):
     shutil.copytree(run / "sft", model)
     (model / "recipe.yaml").write_text("changed")
 
-    def read(path, read_text=files.read_text):
+    def read(path, read_text=documents.read_text):
         if path == run / "sft" / name:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return read_text(path)
 
-    monkeypatch.setattr(files, "read_text", read)
+    monkeypatch.setattr(documents, "read_text", read)
     code, lines = verified(run)
     assert code == 3
     assert f"{run}/sft/{name}: cannot be read: Input/output error" in lines

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from llmpipe.errors import Stopped, UserError
-from llmpipe.files import publishing
+from llmpipe.files.writing import publishing
 from llmpipe.run.artifact import Artifact
 from llmpipe.run.lock import Lock
 from llmpipe.run.manifest import Parent

@@ -14,7 +14,7 @@ import pytest
 from llmpipe.data.kinds.blocks import BLOCKS
 from llmpipe.data.write import Writer
 from llmpipe.errors import UserError
-from llmpipe.files import table
+from llmpipe.files.tables import table
 from llmpipe.recipe.check import load
 from llmpipe.recipe.sections import Preparation
 from llmpipe.stages import schema

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from llmpipe.errors import LOST, UserError
-from llmpipe.files import table
+from llmpipe.files.tables import table
 from llmpipe.front import ahead
 from llmpipe.recipe.check import locate
 from llmpipe.run import checkpoints

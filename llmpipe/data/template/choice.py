@@ -15,7 +15,8 @@ from llmpipe.data.template.shipped import shipped
 from llmpipe.data.tokenizer import LARGEST_TEMPLATE, Tokenizer, own_template
 from llmpipe.errors import DATA, UserError
 from llmpipe.faults import misread
-from llmpipe.files import expanded, read_text
+from llmpipe.files.json import read_text
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import TEMPLATES
 from llmpipe.scores.thinking import CLOSING, OPENING, TAG

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from llmpipe.evaluation.task import Task
-from llmpipe.files import modules_in
+from llmpipe.files.paths import modules_in
 
 
 def _tasks() -> Iterator[type[Task]]:

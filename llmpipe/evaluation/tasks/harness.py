@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from llmpipe.errors import Say, UserError, near
 from llmpipe.evaluation.book import Book, Line, Reported
 from llmpipe.evaluation.task import Item, Task, Template
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.sections import ELSEWHERE, Positive
 
 if TYPE_CHECKING:

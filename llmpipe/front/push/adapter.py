@@ -14,7 +14,8 @@ from typing import Any
 
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import INTEGRITY, LATER, Say, UserError
-from llmpipe.files import json_object, sha256_file
+from llmpipe.files.json import json_object
+from llmpipe.files.tables import sha256_file
 from llmpipe.front.push.ancestry import Ancestor, parent_of, place_of
 from llmpipe.front.push.contents import MODEL, RepoFile
 from llmpipe.front.push.facts import RANKS_OF_VLLM, AdapterFacts, OnHub

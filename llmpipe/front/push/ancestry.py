@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import digest, expanded, sha256_file, table
+from llmpipe.files.json import digest
+from llmpipe.files.paths import expanded
+from llmpipe.files.tables import sha256_file, table
 from llmpipe.recipe.names import ARTIFACT, is_name
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import MANIFEST, Artifact

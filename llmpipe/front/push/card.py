@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpipe import __version__
-from llmpipe.files import Table, in_bytes
+from llmpipe.files.tables import Table, in_bytes
 from llmpipe.front.push.ancestry import Ancestor, Ancestry, Link, Outside
 from llmpipe.front.push.facts import (
     GGUF,

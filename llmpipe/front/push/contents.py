@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import FileEntry, Table, differences, publishing, sha256_file
+from llmpipe.files.tables import FileEntry, Table, differences, sha256_file
+from llmpipe.files.writing import publishing
 from llmpipe.run.artifact import MANIFEST, Artifact
 from llmpipe.run.manifest import Manifest
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-from llmpipe.files import Table
+from llmpipe.files.tables import Table
 from llmpipe.front.push.ancestry import Ancestry
 from llmpipe.front.push.licences import Licences
 from llmpipe.front.push.measured import Measured

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import FileEntry, read_json
+from llmpipe.files.json import read_json
+from llmpipe.files.tables import FileEntry
 from llmpipe.front.push.adapter import on_hub
 from llmpipe.front.push.ancestry import Ancestry, Outside
 from llmpipe.front.push.contents import RepoFile

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmpipe import __version__, screen
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import LATER, UserError, first_line
-from llmpipe.files import json_object
+from llmpipe.files.json import json_object
 from llmpipe.front.push.contents import RepoFile, is_record
 from llmpipe.front.push.ollama import FILES as OLLAMA
 from llmpipe.front.push.refusals import GO_ON, TOKENS

@@ -17,7 +17,7 @@ from typing import Any
 from llmpipe.data.cards import CARD
 from llmpipe.data.readers.hub import is_reachable, kept_offline
 from llmpipe.errors import UserError, near
-from llmpipe.files import read_text
+from llmpipe.files.json import read_text
 from llmpipe.front.push.ancestry import Ancestry, Outside, place_of
 from llmpipe.front.push.licence_ids import AS_OF, LICENCES
 from llmpipe.front.push.rows import Rows

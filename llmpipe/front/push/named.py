@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llmpipe import screen
 from llmpipe.errors import INTEGRITY, Say, UserError, first_line
-from llmpipe.files import expanded, stamp
+from llmpipe.files.paths import expanded
+from llmpipe.files.tables import stamp
 from llmpipe.front.push.facts import GGUF
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.artifact import MANIFEST, Artifact, artifacts, is_artifact

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.files import read_text
+from llmpipe.files.json import read_text
 from llmpipe.front.push.contents import RepoFile
 
 NAME = "Modelfile"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llmpipe import screen
 from llmpipe.errors import INTEGRITY, Say, UserError
-from llmpipe.files import in_bytes
+from llmpipe.files.tables import in_bytes
 from llmpipe.front.push import hub
 from llmpipe.front.push.adapter import adapted
 from llmpipe.front.push.ancestry import Ancestry, ancestry

@@ -14,7 +14,7 @@ from typing import Any
 from llmpipe import screen
 from llmpipe.data.tokenizer import own_template
 from llmpipe.errors import INTEGRITY, RESOURCES, Say, UserError
-from llmpipe.files import read_json
+from llmpipe.files.json import read_json
 from llmpipe.front.readable import make_readable
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.artifact import Artifact, is_artifact

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from llmpipe.errors import UserError, near
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.front import ahead
 from llmpipe.recipe.check import Located, Pipeline, load_pipeline, locate
 from llmpipe.recipe.sections import Recipe, is_local

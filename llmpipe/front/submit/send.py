@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from llmpipe.errors import RESOURCES, UserError
-from llmpipe.files import write_whole
+from llmpipe.files.writing import write_whole
 from llmpipe.front.submit.job import Job, SystemName
 from llmpipe.run.artifact import make_run
 

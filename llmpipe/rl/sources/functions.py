@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from llmpipe.errors import UserError
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.rl.sources.source import Row, Score
 
 

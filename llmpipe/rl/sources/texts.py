@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from llmpipe.data.asked import NUMBER
 from llmpipe.data.references import COLUMN
-from llmpipe.files import expanded
+from llmpipe.files.paths import expanded
 from llmpipe.recipe.rewards import AnswerLength, Code, JudgeModel
 from llmpipe.rl.sources.source import Row, Score
 from llmpipe.scores import score

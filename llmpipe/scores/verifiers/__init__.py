@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmpipe.files import modules_in
+from llmpipe.files.paths import modules_in
 from llmpipe.scores.check import Check
 
 VERIFIERS: dict[str, Check] = {

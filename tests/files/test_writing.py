@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llmpipe import files
+from llmpipe.files.json import write_json
+from llmpipe.files.writing import publishing, remove
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def order(monkeypatch):
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
     """And its name is there before anything relies on it."""
     path = tmp_path / "a.json"
-    files.write_json(path, {})
+    write_json(path, {})
     (first, temporary), *then = order
     assert first == "synced" and temporary.parent == tmp_path and temporary != path
     assert then == [("renamed", path), ("synced", tmp_path)]
@@ -36,7 +37,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, order):
     target = tmp_path / "made"
-    with files.publishing(target) as staging:
+    with publishing(target) as staging:
         (staging / "below").mkdir()
         (staging / "a").write_text("a")
         (staging / "below" / "b").write_text("b")
@@ -58,10 +59,10 @@ def test_a_folder_is_removed_however_deep_and_with_its_links_alone(tmp_path):
     (deep.parent / "file").write_text("goes")
     (tmp_path / "deep" / "link").symlink_to(kept)
     (tmp_path / "deep" / "dangling").symlink_to(tmp_path / "nowhere")
-    files.remove(tmp_path / "deep")
+    remove(tmp_path / "deep")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
     assert (kept / "file").read_text() == "stays"
     (tmp_path / "link").symlink_to(kept)
-    files.remove(tmp_path / "link")
-    files.remove(tmp_path / "nothing")
+    remove(tmp_path / "link")
+    remove(tmp_path / "nothing")
     assert (kept / "file").read_text() == "stays" and not (tmp_path / "link").is_symlink()
