@@ -124,21 +124,25 @@ def vocabulary_of(
         tokens[number], types[number] = added.content, kind
     eos = tokenizer.eos_token_id
     others = [stop for stop in stops if stop != eos]
-    first = tokenizer("a")["input_ids"][0]
-    bos = tokenizer.bos_token_id
     return Vocabulary(
         tokens=tokens,
         types=types,
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
         pre=pre_tokenizer(raw),
-        bos=bos,
+        bos=tokenizer.bos_token_id,
         eos=eos,
         eot=others[0] if others else None,
         pad=tokenizer.pad_token_id,
         unk=tokenizer.unk_token_id,
-        begins=bos is not None and first == bos,
+        begins=begins_with_bos(tokenizer),
         template=template_with(tokenizer.chat_template, template_kwargs),
     )
+
+
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether a text begins with the token for that, of itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos
 
 
 def pre_tokenizer(raw: dict[str, Any]) -> str:
