@@ -109,7 +109,9 @@ def test_the_default_system_message_is_in_the_template_whatever_is_in_it(tmp_pat
     assert "SYSTEM" not in text and "\u3000" not in text and "\\U00003000" in text
     assert text.count("\n") == 3 and len(re.findall('"""', text.replace('\\"', ""))) == 2
     turns = turns_of(source_of(CHATML))
-    assert turns.preamble.startswith('<|im_start|>system\nSay "x",\n\\n {{z}}\u3000 """\n<|im_end|>')
+    assert turns.preamble.startswith(
+        '<|im_start|>system\nSay "x",\n\\n {{z}}\u3000 """\n<|im_end|>'
+    )
     assert turns.around["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
     assert turns.opening == "<|im_start|>assistant\n" and turns.anywhere
 
