@@ -118,7 +118,7 @@ def linear_layers(source: Source) -> dict[str, int]:
     if not names:
         kind = source.model.config.model_type
         problem = f"formats.compressed_tensors: no layer of {kind} is a linear one"
-        raise UserError(f"{problem}: nothing would be quantized", "take gguf, or merged")
+        raise UserError(f"{problem}: nothing would be quantized", "take bitsandbytes: [int8]")
     modules = dict(source.model.named_modules())
     return {name: modules[name].in_features for name in names}
 

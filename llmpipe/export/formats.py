@@ -34,6 +34,12 @@ from llmpipe.export.readers.of_transformers import (
 )
 from llmpipe.export.readers.of_vllm import VLLM, Unread, leaving_room
 from llmpipe.export.source import Source, load_source
+from llmpipe.export.weight_only import (
+    read_bitsandbytes,
+    read_torchao,
+    write_bitsandbytes,
+    write_torchao,
+)
 from llmpipe.files.tables import differences, table
 from llmpipe.files.writing import publishing, remove
 from llmpipe.run.context import tokens_of
@@ -63,8 +69,9 @@ class Format:
 
     @property
     def for_vllm(self) -> bool:
-        """Whether vLLM takes it, where it takes the model."""
-        return not self.name.startswith("gguf-")
+        """Whether vLLM takes it, where it takes the model. What bitsandbytes holds it reads on
+        GPUs alone, which nobody has seen here."""
+        return not self.name.startswith(("gguf-", "bitsandbytes-"))
 
 
 def formats_of(recipe: Schema, looked_at: Sequence[list[int]] = ()) -> Iterator[Format]:
@@ -93,8 +100,15 @@ def formats_of(recipe: Schema, looked_at: Sequence[list[int]] = ()) -> Iterator[
     for bits in recipe.formats.torchao:
         yield Format(
             name=f"torchao-{bits}",
-            write=_write_weight_only,
-            read=_read_weight_only,
+            write=partial(write_torchao, bits=bits),
+            read=read_torchao,
+            dtype=None,
+        )
+    for few in recipe.formats.bitsandbytes:
+        yield Format(
+            name=f"bitsandbytes-{few}",
+            write=partial(write_bitsandbytes, bits=few),
+            read=read_bitsandbytes,
             dtype=None,
         )
     for name in recipe.formats.compressed_tensors:
@@ -105,18 +119,6 @@ def formats_of(recipe: Schema, looked_at: Sequence[list[int]] = ()) -> Iterator[
             read=partial(read_compressed, scheme=scheme),
             dtype=None,
         )
-
-
-def _write_weight_only(source: Source, folder: Path) -> list[str]:
-    from llmpipe.export.weight_only import write_weight_only  # torchao may not be installed
-
-    return write_weight_only(source, folder)
-
-
-def _read_weight_only(folder: Path, source: Source) -> Reader:
-    from llmpipe.export.weight_only import read_weight_only
-
-    return read_weight_only(folder, source)
 
 
 GGUF_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

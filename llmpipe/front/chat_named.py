@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpipe.errors import Say, UserError
-from llmpipe.front.ahead import EXTRAS
+from llmpipe.front.ahead import EXTRAS, to_install
 from llmpipe.recipe.names import ARTIFACT
 from llmpipe.run.exported import exported
 from llmpipe.run.folders import reader_of
@@ -54,4 +54,4 @@ def _refuse_unread(name: str, folder: Path) -> None:
     package = reader_of(folder)
     if package and find_spec(package) is None:
         problem = f"chat: {name}: {package} is not installed, which reads its weights"
-        raise UserError(problem, f"pip install '{EXTRAS[package]}'")
+        raise UserError(problem, to_install(package))

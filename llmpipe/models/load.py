@@ -30,13 +30,14 @@ from llmpipe.models.pretrained import (
     load_tokenizer,
     resize_embeddings,
     rows_of,
+    saved_in,
 )
 from llmpipe.parallel.parts import Spread, plain_class
 from llmpipe.parallel.tensors import part_like, part_of
 from llmpipe.recipe.sections import Adapter, Training
 from llmpipe.run import checkpoints
 from llmpipe.run.artifact import is_reward_model
-from llmpipe.run.folders import tensors_of
+from llmpipe.run.folders import BITSANDBYTES, TORCHAO, quantized_by, tensors_of
 from llmpipe.run.footprint import USED
 from llmpipe.run.job import Job
 from llmpipe.upstream.attention import DOCUMENTS
@@ -199,6 +200,8 @@ def load_any(
         problem = f"{folder}: the tokenizer has neither a pad nor an end token"
         raise UserError(problem, "set eos_token in its config")
     dtype = torch.bfloat16 if bf16 else torch.float32  # not cast later: positions are fp32
+    if quantized_by(base or folder) in (BITSANDBYTES, TORCHAO):
+        dtype = saved_in(base or folder)  # transformers casts only a part of what lies beside them
     scores = base is not None and is_reward_model(folder)
     device = _place(base or folder, dtype, alone)
     model = load_model(base or folder, dtype=dtype, scores=scores, device=device, spread=spread)

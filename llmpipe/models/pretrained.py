@@ -53,6 +53,12 @@ def configuration(folder: Path) -> PretrainedConfig:
     return config
 
 
+def saved_in(folder: Path) -> torch.dtype:
+    """The precision of what lies beside weights of few bits. Raises UserError as `configuration`
+    does."""
+    return configuration(folder).dtype or torch.float32
+
+
 def model_class(
     folder: Path, scores: bool = False, config: PretrainedConfig | None = None
 ) -> type[PreTrainedModel]:

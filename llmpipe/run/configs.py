@@ -54,6 +54,7 @@ OF_TORCHAO = {
     "modules_to_not_convert",
     "untie_embedding_weights",
 }
+KINDS_OF_TORCHAO = ("Int8WeightOnlyConfig", "IntxWeightOnlyConfig")
 NOT_EXPORTED = ("kv_cache_scheme", "sparsity_config", "transform_config")
 OF_COMPRESSED = {
     "quant_method",
@@ -217,7 +218,7 @@ def _is_exported(quantization: Any) -> bool:
     match quantization:
         case {"quant_method": "torchao", "quant_type": {"default": {"_type": str(kind)} as only}}:
             known = quantization.keys() <= OF_TORCHAO and len(quantization["quant_type"]) == 1
-            return known and kind == "Int8WeightOnlyConfig" and "_data" in only
+            return known and kind in KINDS_OF_TORCHAO and "_data" in only
         case {"quant_method": "compressed-tensors", "config_groups": {"group_0": dict(group)}}:
             few = quantization.keys() <= OF_COMPRESSED and len(quantization["config_groups"]) == 1
             left = quantization.get("ignore")

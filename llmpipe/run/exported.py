@@ -47,7 +47,7 @@ class Exported:
 
     @property
     def kind(self) -> str:
-        """`merged`, `adapter`, `gguf`, `torchao`."""
+        """`merged`, `adapter`, `gguf`, `torchao`, `bitsandbytes`, `compressed`."""
         return self.export.format.partition("-")[0]
 
     @property

@@ -33,10 +33,14 @@ OTHERS: dict[str, Mapping[str, Rule]] = {
 SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Weights as several processes saved them, which transformers reads by way of torch."""
 
-COMPRESSED, TORCHAO = "compressed-tensors", "torchao"
+COMPRESSED, TORCHAO, BITSANDBYTES = "compressed-tensors", "torchao", "bitsandbytes"
 """By what weights have few bits, as transformers calls it."""
 
-READ_BY = {TORCHAO: "torchao", COMPRESSED: "compressed_tensors"}
+READ_BY = {
+    TORCHAO: "torchao",
+    BITSANDBYTES: "bitsandbytes",
+    COMPRESSED: "compressed_tensors",
+}
 """The package by which transformers reads them."""
 
 MOST_ENTRIES = 100_000

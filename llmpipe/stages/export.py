@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import Mistake, UserError
@@ -54,9 +54,17 @@ class Formats(Section):
     here, all else by llama.cpp, which reads back every one of them where it is installed
     (`pip install 'llmpipe[gguf]'`)."""
 
-    torchao: list[Literal["int8"]] = []
-    """Model folders with linear layers in 8 bits by torchao, for transformers
-    (`pip install 'llmpipe[torchao]'`)."""
+    torchao: list[Literal["int8", "int4"]] = []
+    """Model folders for transformers with linear layers in few bits by torchao, and all else in
+    fp32 (`pip install 'llmpipe[torchao]'`). `int8`: a scale a row; `int4`: a scale for 32 weights,
+    as PyTorch's own models for phones have it. Each of these lies in a byte of its own, so that the
+    folder is as large as one of `int8`: 4 bits on the disk are `bitsandbytes`, `gguf` and
+    `compressed_tensors`."""
+
+    bitsandbytes: list[Literal["int8", "nf4"]] = []
+    """Model folders for transformers with linear layers, GPT-2's too, in few bits by bitsandbytes,
+    and all else in bf16. `int8`: LLM.int8(), which rounds what goes through the layers as well;
+    `nf4`: the 4 bits of QLoRA, with double quantization, which are 4 on the disk, too."""
 
     compressed_tensors: list[Compressed] = []
     """Model folders for vLLM and transformers, in the form of compressed-tensors, made by
@@ -65,20 +73,10 @@ class Formats(Section):
     through the layers; `w4a16`: 4 bits, each rounded to the nearest; `w4a16_gptq` and `w4a16_awq`:
     rounded by what goes through the layers when the rows of `calibration` do."""
 
-    @field_validator("torchao", mode="before")
-    @classmethod
-    def _reads_on_cpu(cls, asked: Any) -> Any:
-        if isinstance(asked, list) and "int4" in asked:
-            raise ValueError(
-                "int4: torchao 0.18 computes 4 bits on CUDA and XPU alone, and an export is read"
-                " back on the CPU; take compressed_tensors: [w4a16], or gguf: [q4_k_m]"
-            )
-        return asked
-
     @model_validator(mode="after")
     def _some(self) -> Formats:
         if not self.names:
-            known = "merged, adapter, gguf, torchao or compressed_tensors"
+            known = "merged, adapter, gguf, torchao, bitsandbytes or compressed_tensors"
             raise ValueError(f"name a format: {known}")
         return self
 
@@ -90,6 +88,7 @@ class Formats(Section):
             *(["adapter"] if self.adapter else []),
             *(f"gguf-{numbers}" for numbers in self.gguf),
             *(f"torchao-{bits}" for bits in self.torchao),
+            *(f"bitsandbytes-{bits}" for bits in self.bitsandbytes),
             *(f"compressed-tensors-{scheme}" for scheme in self.compressed_tensors),
         ]
 
@@ -167,6 +166,10 @@ class Schema(Recipe):
                 if numbers not in WRITTEN
             ),
             *((f"formats.torchao.{i}", "torchao") for i in range(len(formats.torchao))),
+            *(
+                (f"formats.bitsandbytes.{i}", "bitsandbytes")
+                for i in range(len(formats.bitsandbytes))
+            ),
             *(
                 (f"formats.compressed_tensors.{i}", "compressed_tensors")
                 for i in range(len(formats.compressed_tensors))

@@ -395,6 +395,8 @@ NOISE = {  # logger -> words of a line that is of no use to the user, and why
     "DeepSpeed": "torch.autocast is enabled outside DeepSpeed",
     # bitsandbytes probes an optional 4-bit kernel of the Hub at import; the built-in one runs
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # of every layer, each time that it computes
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
     # a tied head is in no checkpoint; that a checkpoint is whole is checked by its sums
     "transformers.trainer": (
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"

@@ -228,11 +228,6 @@ def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeyp
     assert "llm-compressor is not installed: no llmcompressor.trace on PATH" in compressor
 
 
-def test_int4_by_torchao_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"int4: torchao 0.18 computes .*compressed_tensors"):
-        Formats(torchao=["int8", "int4"])
-
-
 # --- who takes it ---------------------------------------------------------------------------------
 
 OF_TORCHAO = {
@@ -248,9 +243,15 @@ OF_LLM_COMPRESSOR = {
 }
 
 
+OF_TORCHAO_IN_4 = OF_TORCHAO | {
+    "quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {}}}
+}
+
+
 @pytest.mark.parametrize(
     ("quantization", "change"),
     [
+        (OF_TORCHAO_IN_4, {"more": 1}),
         (OF_TORCHAO, {"quant_type": {"default": {"_type": "Other", "_data": {}}}}),
         (OF_TORCHAO, {"more": 1}),
         (OF_LLM_COMPRESSOR, {"ignore": ["re:(a+)+$"]}),

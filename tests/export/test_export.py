@@ -4,6 +4,7 @@ not the model is refused by name."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llmpipe.data.train_tokenizer import train_tokenizer
 from llmpipe.errors import INTEGRITY, UserError
-from llmpipe.export import formats, gguf_file
+from llmpipe.export import formats, gguf_file, weight_only
 from llmpipe.export.formats import TooFar, export_one, formats_of
 from llmpipe.export.measure import of_probe, yardstick
 from llmpipe.export.readers.of_transformers import predictions
@@ -34,6 +37,7 @@ QUICK = {"optim__steps": 4, "evaluation": {}, "samples": {}}
 LLAMA_CPP = pytest.mark.skipif(
     not find_spec("llama_cpp"), reason="llama-cpp-python compiles: pip install 'llmpipe[gguf]'"
 )
+FIRST = re.compile(r"embed|wte|wpe|norm|ln_")
 TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="pip install 'llmpipe[torchao]'")
 
 
@@ -186,22 +190,67 @@ def test_gguf_f32_rounds_nothing(source, standard, tmp_path):
     assert export.size > sum(weight.numel() for weight in source.weights.values()) * 4
 
 
-@TORCHAO
-def test_a_model_without_linear_layers_is_refused_by_torchao(standard, tmp_path):
-    folder = tmp_path / "gpt2"
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A random model of GPT-2's shape, whose layers are no linear ones in transformers."""
+    folder = tmp_path_factory.mktemp("gpt2")
     AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 512, "vocab_size": 512}
-    GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=2)).save_pretrained(folder)
-    gpt2 = load_source(folder, None, lambda line: None)
-    with pytest.raises(UserError, match="no layer of gpt2 is a linear one: nothing would be in 8"):
-        exported(gpt2, standard, tmp_path / "home", torchao=["int8"])
-    assert not list((tmp_path / "home").iterdir())
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 64, "n_positions": 512, "vocab_size": 512}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=2, initializer_range=0.2))
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight) if weight.ndim == 1 else 0
+    model.save_pretrained(folder)
+    return load_source(folder, None, lambda line: None)
 
 
 @TORCHAO
-def test_torchao_reads_back_what_it_wrote(source, standard, tmp_path):
-    export = exported(source, standard, tmp_path, torchao=["int8"])
-    assert 0 < export.measured.mean_kl < 0.1
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_model_without_linear_layers_is_refused_by_torchao(gpt2, standard, tmp_path, bits):
+    problem = f"no layer of gpt2 is a linear one: nothing would be in {bits[-1]} bits"
+    with pytest.raises(UserError, match=problem) as refused:
+        exported(gpt2, standard, tmp_path, torchao=[bits])
+    assert refused.value.hint and refused.value.hint.startswith("take bitsandbytes: [int8]")
+    assert not list(tmp_path.iterdir())
+
+
+@TORCHAO
+@pytest.mark.parametrize(("bits", "most"), [("int8", 0.1), ("int4", 0.5)])
+def test_torchao_reads_back_what_it_wrote(source, standard, tmp_path, bits, most):
+    near = Accept(mean_kl=most, perplexity_ratio=2.0)
+    export = exported(source, standard, tmp_path, accept=near, torchao=[bits])
+    assert 0 < export.measured.mean_kl < most and export.tensors == 20
+    assert any("as large as one of int8" in note for note in export.notes) == (bits == "int4")
+
+
+def test_layers_that_groups_do_not_divide_are_named(source):
+    odd = nn.Module()
+    odd.narrow = nn.Linear(48, 8)
+    odd.get_output_embeddings = lambda: None
+    with pytest.raises(UserError, match="int4: narrow is 48 wide, which groups of 32 weights do"):
+        weight_only._refuse_undivided(replace(source, model=odd))
+
+
+@pytest.mark.parametrize(("bits", "most", "smaller"), [("int8", 0.1, 0.35), ("nf4", 0.5, 0.25)])
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_bitsandbytes_reads_back_what_it_wrote(
+    request, tmp_path, caplog, shape, bits, most, smaller
+):
+    model = request.getfixturevalue({"llama": "source"}.get(shape, shape))
+    standard = yardstick(of_probe(model.probe), lambda ids: predictions(model.model, ids))
+    near = Accept(mean_kl=most, perplexity_ratio=2.0)
+    export = exported(model, standard, tmp_path, accept=near, bitsandbytes=[bits])
+    folder = tmp_path / f"bitsandbytes-{bits}"
+    written = load_file(folder / "model.safetensors")
+    assert 0 < export.measured.mean_kl < most and export.tensors == len(model.weights)
+    assert f"layers in {bits}, all else in bf16" in export.notes[0]
+    assert "lm_head.weight" not in written, "it is saved once, as the embeddings"
+    rest = {name: it for name, it in written.items() if it.ndim > 1 and it.is_floating_point()}
+    assert rest and {it.dtype for it in rest.values()} == {torch.bfloat16}
+    in_layers = sum(it.numel() for name, it in model.weights.items() if not FIRST.search(name))
+    in_few = sum(it.nbytes for name, it in written.items() if name not in rest)
+    assert in_few < smaller * 4 * in_layers
+    assert "inputs will be cast" not in caplog.text
 
 
 # --- bounds ---------------------------------------------------------------------------------------
@@ -246,8 +295,9 @@ def test_a_refused_format_ends_the_stage_and_the_others_stay(trained):
 
 def change(folder: Path, name: str, work) -> None:
     """Write a file of tensors anew."""
-    tensors = load_file(folder / name)
-    save_file(work(tensors), folder / name, metadata={"format": "pt"})
+    with safe_open(folder / name, framework="pt") as file:
+        words = file.metadata()
+    save_file(work(load_file(folder / name)), folder / name, metadata=words)
 
 
 def edit(folder: Path, name: str, **values) -> None:
@@ -385,6 +435,31 @@ def test_a_weight_of_another_model_in_a_gguf_is_refused(
     refused(source, standard, tmp_path, None, problem, gguf=[numbers])
 
 
+@pytest.mark.parametrize(
+    ("library", "bits"),
+    [
+        ("bitsandbytes", "int8"),
+        ("bitsandbytes", "nf4"),
+        pytest.param("torchao", "int8", marks=TORCHAO),
+        pytest.param("torchao", "int4", marks=TORCHAO),
+    ],
+)
+def test_a_layer_of_another_model_in_few_bits_is_refused(source, standard, tmp_path, library, bits):
+    name = "model.layers.0.mlp.up_proj"
+
+    def damage(folder):
+        def mix(tensors):
+            for kind in ("weight", "_weight_qdata"):
+                if (packed := tensors.get(f"{name}.{kind}")) is not None:
+                    tensors[f"{name}.{kind}"] = packed.flip(0).contiguous()
+            return tensors
+
+        change(folder, "model.safetensors", mix)
+
+    problem = f"{name}.weight is not the weight that was published"
+    refused(source, standard, tmp_path, damage, problem, **{library: [bits]})
+
+
 def test_another_pre_tokenizer_is_refused(source, standard, tmp_path, monkeypatch):
     vocabulary_of = gguf_file.vocabulary_of
     calls = []
@@ -494,7 +569,12 @@ def test_a_probe_in_bf16_is_held_against_bf16(trained, source):
 def test_formats_are_named():
     with pytest.raises(ValueError, match="name a format"):
         Formats()
-    some = Formats(merged=["bf16"], gguf=["q4_k_m", "f16"], torchao=["int8"])
-    assert some.names == ["merged-bf16", "gguf-q4_k_m", "gguf-f16", "torchao-int8"]
-    asked = recipe(gguf=["q8_0", "q4_k_m"], torchao=["int8"])
-    assert asked.packages() == [("formats.gguf.1", "llama_cpp"), ("formats.torchao.0", "torchao")]
+    some = Formats(merged=["bf16"], gguf=["q4_k_m"], torchao=["int8"], bitsandbytes=["nf4"])
+    assert some.names == ["merged-bf16", "gguf-q4_k_m", "torchao-int8", "bitsandbytes-nf4"]
+    asked = recipe(gguf=["q8_0", "q4_k_m"], torchao=["int8"], bitsandbytes=["int8"])
+    assert [form.name for form in formats_of(asked)] == asked.formats.names
+    assert asked.packages() == [
+        ("formats.gguf.1", "llama_cpp"),
+        ("formats.torchao.0", "torchao"),
+        ("formats.bitsandbytes.0", "bitsandbytes"),
+    ]

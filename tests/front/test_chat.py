@@ -184,7 +184,8 @@ def exports(voice):
         "stage": "export",
         "run": str(voice.run),
         "model": f"artifact:{voice.name}",
-        "formats": {"merged": ["bf16"], "gguf": ["f32", "q8_0"]},
+        "formats": {"merged": ["bf16"], "gguf": ["f32", "q8_0"], "bitsandbytes": ["int8", "nf4"]},
+        "accept": {"otherwise": "warn"},
     }
     path = voice.run.parent / "export.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -199,7 +200,9 @@ def asked(monkeypatch, capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["merged-bf16", "gguf-f32", "gguf-q8_0"])
+@pytest.mark.parametrize(
+    "name", ["merged-bf16", "gguf-f32", "gguf-q8_0", "bitsandbytes-int8", "bitsandbytes-nf4"]
+)
 def test_every_format_answers_as_it_was_trained(exports, monkeypatch, capsys, name):
     out = asked(monkeypatch, capsys, exports.path / name)
     assert out.splitlines()[-1] == "Green."

@@ -224,7 +224,7 @@ def test_a_merged_format_is_a_model_like_any_other(hub, run, llmpipe, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["torchao", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "compressed-tensors"])
 def test_what_another_package_has_packed_says_who_reads_it(run, llmpipe, method):
     """By config.json, which is all that a loader goes by."""
     home = run / "export"
@@ -239,8 +239,9 @@ def test_what_another_package_has_packed_says_who_reads_it(run, llmpipe, method)
     text = Path("shown/README.md").read_text(encoding="utf-8")
     assert f"With transformers and {method}:" in text and method in ModelCard(text).data.tags
     assert "convert_hf_to_gguf" not in text
-    assert ("vllm serve me/small" in text) == (method != "torchao")
-    assert ("vLLM has not read them" in text) == (method == "torchao")
+    is_read = method == "compressed-tensors"
+    assert ("vllm serve me/small" in text) == is_read
+    assert (f"{method}'s, which llama.cpp does not read; vLLM has not" in text) != is_read
 
 
 def test_what_vllm_has_read_of_torchao_is_said(run, llmpipe):

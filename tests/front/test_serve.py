@@ -478,17 +478,51 @@ def test_a_merged_folder_is_served_by_its_own_probe(exported, tmp_path):
     assert agreed.asked == 16 and agreed.equal >= 14
 
 
-@pytest.mark.skipif(not find_spec("torchao"), reason="pip install 'llmpipe[torchao]'")
-def test_eight_bits_are_served_too(artifact, tmp_path):
+TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="pip install 'llmpipe[torchao]'")
+
+
+@pytest.mark.parametrize(
+    ("library", "bits", "precision"),
+    [
+        ("bitsandbytes", "nf4", "bfloat16"),
+        life.by_the_dozen("bitsandbytes", "int8", "bfloat16"),
+        pytest.param("torchao", "int8", "float32", marks=TORCHAO),
+        pytest.param("torchao", "int4", "float32", marks=TORCHAO),
+    ],
+)
+def test_few_bits_are_served_too(artifact, tmp_path, library, bits, precision):
+    """In the precision that they were saved in, whatever the hardware has."""
     recipe = tmp_path / "export.yaml"
-    asked = {"stage": "export", "name": "few", "run": str(artifact.run), "model": "artifact:sft"}
-    recipe.write_text(json.dumps(asked | {"formats": {"torchao": ["int8"]}}))
-    folder = life.command(recipe).path / "torchao-int8"
+    asked = {"stage": "export", "name": f"few-{bits}", "run": str(artifact.run)}
+    asked |= {"model": "artifact:sft", "formats": {library: [bits]}}
+    recipe.write_text(json.dumps(asked | {"accept": {"otherwise": "warn"}}))
+    folder = life.command(recipe).path / f"{library}-{bits}"
     model = named.served(str(folder), tmp_path, print)
-    assert model.rounded == "int8"
+    assert model.rounded == bits
     with hosted(order(model)) as (gate, line):
+        assert gate.precision == precision
         agreed = agree(line, model, gate.precision)
-    assert agreed.asked == 16 and agreed.equal >= 14
+    assert agreed.asked == 16 and agreed.equal >= (14 if bits == "int8" else 8)
+
+
+def test_what_bitsandbytes_holds_is_left_to_transformers(exported, tmp_path, monkeypatch):
+    """On a GPU as well, where vLLM is: nobody has seen it read one."""
+    folder = tmp_path / "few"
+    shutil.copytree(exported.path / "merged-bf16", folder)
+    merged = named.served(str(exported.path / "merged-bf16"), tmp_path, print)
+    monkeypatch.setattr(engines, "gpus", lambda: ["a GPU"])
+    monkeypatch.setattr(engines, "python_of", lambda command: sys.executable)
+    few = dataclasses.replace(merged, folder=folder)
+    assert engines.engine_for(few, "auto").name == "vllm"
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert engines.engine_for(few, "auto").name == "transformers"
+    assert engines.engine_for(few, "vllm").name == "vllm"
+    monkeypatch.setattr(engines, "find_spec", lambda name: name != "bitsandbytes")
+    with pytest.raises(UserError, match="serve: needs bitsandbytes, which is not") as refused:
+        engines.engine_for(few, "auto")
+    assert refused.value.hint == "pip install 'bitsandbytes'"
 
 
 def test_what_reads_few_bits_is_named_where_it_is_missing(exported, tmp_path, monkeypatch):

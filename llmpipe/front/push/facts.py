@@ -91,7 +91,7 @@ class ExportFacts:
     """An export, or the one format of it that is pushed."""
 
     kind: str
-    """`gguf`, `merged`, `adapter`, `torchao`."""
+    """`gguf`, `merged`, `adapter`, `torchao`, `bitsandbytes`, `compressed`."""
     formats: list[FormatFacts]
     packages: list[str]
     """That transformers needs to load it."""

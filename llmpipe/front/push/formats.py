@@ -24,8 +24,8 @@ from llmpipe.run.exported import Exported
 from llmpipe.run.gguf import check_gguf
 from llmpipe.run.manifest import Base, ModelKind
 
-PACKAGES = {"torchao": "torchao", "compressed-tensors": "compressed-tensors"}
-"""What transformers needs, by `quant_method` in config.json."""
+PACKAGES = ("torchao", "bitsandbytes", "compressed-tensors")
+"""What transformers needs: called as `quant_method` in config.json."""
 
 
 def files_of(named: Named, repo: str) -> tuple[list[RepoFile], list[FormatFacts]]:
@@ -100,7 +100,7 @@ def _packages(folder: Path) -> list[str]:
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return [PACKAGES[method]] if method in PACKAGES else []
+    return [method] if method in PACKAGES else []
 
 
 # --- what it was made of, on the Hub --------------------------------------------------------------

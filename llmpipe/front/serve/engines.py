@@ -11,7 +11,7 @@ from pathlib import Path
 from llmpipe.errors import UserError
 from llmpipe.front import ahead
 from llmpipe.front.serve.named import Served
-from llmpipe.run.folders import reader_of
+from llmpipe.run.folders import BITSANDBYTES, quantized_by, reader_of
 from llmpipe.run.interpreters import VLLM, environment_of, python_of
 from llmpipe.run.machine import gpus
 
@@ -39,7 +39,7 @@ class Engine:
 def engine_for(model: Served, asked: str) -> Engine:
     """The engine that is `asked` for; `auto` is llama.cpp for a GGUF file, vLLM where it is
     installed and there is a GPU, else transformers: on a CPU vLLM takes minutes to begin, and
-    refuses small heads.
+    refuses small heads. What bitsandbytes holds is transformers' everywhere.
 
     Raises UserError (2) for one that does not take the model, or is not installed.
     """
@@ -51,7 +51,7 @@ def engine_for(model: Served, asked: str) -> Engine:
         return _vllm()
     reader = None if model.gguf else reader_of(model.folder)
     needed = dict.fromkeys(PACKAGES[name], EXTRAS[name])
-    needed |= {reader: ahead.EXTRAS[reader]} if reader else {}
+    needed |= {reader: ahead.EXTRAS.get(reader, reader)} if reader else {}
     if missing := [package for package in needed if not find_spec(package)]:
         problem = f"serve: needs {', '.join(missing)}, which {'are' if missing[1:] else 'is'} not"
         extras = " ".join(f"'{extra}'" for extra in {needed[package]: 0 for package in missing})
@@ -63,7 +63,8 @@ def engine_for(model: Served, asked: str) -> Engine:
 def _automatic(model: Served) -> str:
     if model.gguf:
         return "llama-cpp"
-    return "vllm" if gpus() and python_of(VLLM) else "transformers"
+    is_tried = quantized_by(model.folder) != BITSANDBYTES  # which nobody has seen vLLM read
+    return "vllm" if is_tried and gpus() and python_of(VLLM) else "transformers"
 
 
 def _vllm() -> Engine:
