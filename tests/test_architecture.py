@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,9 +106,15 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def imports_of(path: Path) -> list[tuple[str, int, int]]:
+    """Those of a file, which four tests ask for."""
+    return list(imports(parsed(path), path))
+
+
 def own_rooms(path: Path) -> Iterator[tuple[str, list[str], int, int]]:
     """(room, parts of the module, line, depth) of every import from llmpipe."""
-    for module, line, depth in imports(parsed(path), path):
+    for module, line, depth in imports_of(path):
         parts = module.split(".")
         if parts[0] == "llmpipe" and len(parts) > 1:
             room = parts[1] if parts[1] in FLOOR else "__init__"  # from llmpipe import __version__
@@ -131,7 +138,7 @@ def test_modules_form_no_ring():
     """Not even one that an import inside a function hides."""
     needs: dict[str, set[str]] = {module_of(path): set() for path in FILES}
     for path in FILES:
-        for name, *_ in imports(parsed(path), path):
+        for name, *_ in imports_of(path):
             known = next((m for m in (name, name.rpartition(".")[0]) if m in needs), None)
             needs[module_of(path)] |= {known} - {None, module_of(path)}
     done: set[str] = set()
@@ -144,7 +151,7 @@ def test_modules_form_no_ring():
 def test_heavy_libraries_stay_in_their_rooms(path):
     room = room_of(path)
     is_light = room not in TORCH or tuple(module_of(path).split(".")[1:3]) in LIGHT
-    for module, line, depth in imports(parsed(path), path):
+    for module, line, depth in imports_of(path):
         name = module.split(".")[0]
         if is_light and path != CHAT and name in HEAVY:
             assert depth, (
@@ -161,7 +168,7 @@ def test_heavy_libraries_stay_in_their_rooms(path):
 def test_one_room_knows_how_a_model_is_spread():
     for path in FILES:
         if room_of(path) != "parallel":
-            for module, line, _ in imports(parsed(path), path):
+            for module, line, _ in imports_of(path):
                 is_meeting = module in MEETING and room_of(path) in ("peers", "mirror")
                 assert is_meeting or not module.startswith(SPREAD), (
                     f"{path.name}:{line}: {module}: only llmpipe/parallel/ spreads a model"
