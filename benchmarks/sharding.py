@@ -8,8 +8,8 @@ Processes on CPU (gloo) load it in parts, as a training does, and publish it, as
 Printed, of each: the peak of all processes' memory over what they held before they loaded, in
 models, and seconds.
 
-One model is the bytes of all weights as they are held: 4 a weight in fp32, as weights that are
-trained are, or 2 with `--dtype bfloat16`. Memory is PSS: a page that several processes share counts
+One model is the bytes of all weights as they are held: 4 a weight, as weights that are trained are
+held in fp32. Memory is PSS: a page that several processes share counts
 once. Pages of files that are mapped stand apart: the system takes them back when it needs them.
 What is freed is given back at once (MALLOC_MMAP_THRESHOLD_), as glibc would not do of small blocks.
 """
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--file-bytes", type=int, help="of a published file (default: llmpipe's)")
     parser.add_argument("--folder", type=Path, help="where models are kept (default: nowhere)")
     parser.add_argument("--part", choices=["make", "work"], help=argparse.SUPPRESS)
@@ -185,15 +184,15 @@ def work(arguments: argparse.Namespace) -> None:
     from llmpipe.run.folders import tensors_of
 
     upstream.silence()
-    base, dtype = arguments.folder / BASE, getattr(torch, arguments.dtype)
+    base = arguments.folder / BASE
     publish.SHARD = arguments.file_bytes or publish.SHARD
     world, spread = World(Accelerator(cpu=True)), Spread(arguments.processes, False)
     weights = sum(math.prod(tensor.shape) for tensor in tensors_of(base).values())
-    tell = _Telling(world, weights * dtype.itemsize)
+    tell = _Telling(world, weights * torch.float32.itemsize)
     tokenizer = load_tokenizer(base)
 
     def load(folder: Path) -> Any:
-        model = load_model(folder, dtype=dtype, spread=spread).eval()
+        model = load_model(folder, spread=spread).eval()
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         return model
 

@@ -257,6 +257,7 @@ def _save_parts(
         files[name] = list(tensors_in(folder / name))
         parameters += sum(tensor.numel() for tensor in shard.values())
         size += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()
     shutil.rmtree(work)
     model.config.save_pretrained(folder)
     if model.can_generate():
@@ -298,11 +299,18 @@ def _merged_tensors(adapted: Any, precision: Precision) -> Iterator[dict[str, Te
 
 
 def _shards(parts: Iterable[dict[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
-    """Parts together, as many as fit a file of `most` bytes."""
+    """Parts together, as many as fit a file of `most` bytes when the next one is like the last:
+    none is made before the file in front of it is written, and these are emptied then.
+    """
     shard: dict[str, Tensor] = {}
+    size = 0
     for part in parts:
-        if shard and sum(tensor.nbytes for tensor in (shard | part).values()) > most:
-            yield shard
-            shard = {}
+        bytes_of_part = sum(tensor.nbytes for tensor in part.values())
+        size += bytes_of_part
         shard |= part
-    yield shard
+        del part
+        if size + bytes_of_part > most:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard

@@ -165,10 +165,21 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def looking(model: nn.Module) -> Iterator[None]:
     """Around passes that no backward pass follows; of any model."""
+    _free_at_once(model, True)
     try:
         yield
     finally:
         reshard(model)
+        _free_at_once(model, False)
+
+
+def _free_at_once(model: nn.Module, is_so: bool) -> None:
+    """On a CPU, free what was gathered for a layer when its weights are made of it. Else FSDP2
+    keeps it until the next layer's are, so that a GPU computes beside.
+    """
+    for unit in _units(model):
+        if unit._get_fsdp_state()._device.type == "cpu":
+            unit._set_unshard_async_op(is_so)
 
 
 @contextmanager
