@@ -20,7 +20,7 @@ from contextlib import nullcontext
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from llmpipe import upstream
+from llmpipe import noise, upstream
 from llmpipe.models.drawing.draw import Sampling, draw, left_padded
 from llmpipe.models.drawing.replay import DEVICES, Replay
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--pairs", type=int, default=4)
     args = parser.parse_args()
-    upstream.silence()
+    noise.silence()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = policy(args, device)
     half = torch.autocast(device, torch.bfloat16) if device == "cuda" else nullcontext()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llmpipe import upstream
+from llmpipe import noise
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import generate, render
 from llmpipe.models.pretrained import load_model, load_tokenizer
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=24)
     args = parser.parse_args()
-    upstream.silence()
+    noise.silence()
     model, tokenizer = load_model(args.model).eval(), load_tokenizer(args.model)
     rows = [
         json.loads(line)["messages"][:-1]

@@ -176,14 +176,14 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
     from accelerate import Accelerator
 
-    from llmpipe import upstream
+    from llmpipe import noise
     from llmpipe.models import publish
     from llmpipe.models.pretrained import load_model, load_tokenizer
     from llmpipe.parallel.parts import Spread
     from llmpipe.parallel.world import World
     from llmpipe.run.folders import tensors_of
 
-    upstream.silence()
+    noise.silence()
     base = arguments.folder / BASE
     publish.SHARD = arguments.file_bytes or publish.SHARD
     world, spread = World(Accelerator(cpu=True)), Spread(arguments.processes, False)

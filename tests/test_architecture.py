@@ -18,7 +18,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 # A room may import its own floor and the floors below.
 FLOORS = [
     {"__init__"},
-    {"errors", "screen", "secrets", "ties"},
+    {"errors", "noise", "screen", "secrets", "ties"},
     {"faults"},
     {"files", "scores", "recipe"},
     {"record", "typed"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import screen, upstream
+from llmpipe import noise, screen
 from llmpipe.errors import INTEGRITY, Say, UserError
 from llmpipe.export.ask import ask
 from llmpipe.export.tensors import weights_of
@@ -81,7 +81,7 @@ def load_source(folder: Path, base: Path | None, say: Say) -> Source:
 
     Raises UserError (3) where it says something else than when it was published.
     """
-    upstream.silence()
+    noise.silence()
     manifest = manifest_beside(folder)
     kwargs = manifest.asked.chat_template_kwargs if manifest else {}
     tokenizer = load_tokenizer(folder)

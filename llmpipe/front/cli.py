@@ -18,7 +18,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
-from llmpipe import __version__, screen
+from llmpipe import __version__, noise, screen
 from llmpipe.errors import SIGINT, Stopped, UserError, near
 from llmpipe.faults import a_bug, of_machine
 from llmpipe.front.asked import overrides, read_recipe, stage_in
@@ -292,9 +292,7 @@ def chat(
         spoken_to = [named(name, say) for name in models]
 
     with screen.doing("importing the libraries"):
-        from llmpipe import upstream
-
-        upstream.silence()
+        noise.silence()
         from llmpipe.front import chat as conversation
         from llmpipe.models.drawing.draw import Sampling
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+from llmpipe import noise
 from llmpipe.recipe.sample import SampleRecipe
 from llmpipe.recipe.sections import Recipe, Training
 from llmpipe.run.signals import heed, hold, stopping
@@ -92,9 +93,7 @@ def wait_for_work(arguments: list[str]) -> list[str]:
 def _imported(module: str) -> bool:
     """Whether an import went well; what failed is met again, and said, by the process anew."""
     try:
-        from llmpipe import upstream
-
-        upstream.silence()
+        noise.silence()
         import_module(module)
     except Exception:
         return False

@@ -17,7 +17,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from llmpipe import screen
+from llmpipe import noise, screen
 from llmpipe.data.prepared import RECORD
 from llmpipe.errors import DONE, INTEGRITY, Say, Stopped, UserError
 from llmpipe.faults import a_bug, of_machine, of_peer, remembering
@@ -205,9 +205,7 @@ def train(job: Job[Recipe]) -> None:
     module = stage(job.recipe.stage)
     prepared = prepared_by(module).of_artifact(artifact.path)
     finish_verifying = verifying(job, prepared)
-    from llmpipe import upstream
-
-    upstream.silence()
+    noise.silence()
     finish_verifying()
     alone = Lock(artifact, "write").acquire(wait=10) if leads else nullcontext()
     with screen.doing("getting ready"), alone:

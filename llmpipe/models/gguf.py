@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from llmpipe import upstream
+from llmpipe import noise, upstream
 from llmpipe.errors import DATA
 from llmpipe.faults import reading
 from llmpipe.files.tables import in_bytes
@@ -29,7 +29,7 @@ def convert_gguf(file: Path, folder: Path, show: Callable[[str], None]) -> None:
     transformers cannot read it.
     """
     header = check_gguf(file)
-    upstream.silence()
+    noise.silence()
     source = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,

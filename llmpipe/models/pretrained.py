@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from llmpipe import screen, upstream
+from llmpipe import noise, screen, upstream
 from llmpipe.errors import DATA, INTEGRITY, UserError
 from llmpipe.faults import reading
 from llmpipe.parallel.parts import Spread, refuse_uncut, unpin
@@ -156,7 +156,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: Tokenizer, seed: int = 
     if needed > rows:
         # new rows are drawn from the old ones' distribution (Hewitt 2021), to start out harmless
         torch.manual_seed(seed)
-        with upstream.quiet("transformers.modeling_utils"):
+        with noise.quiet("transformers.modeling_utils"):
             model.resize_token_embeddings(needed, mean_resizing=True)
     return rows
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmpipe import noise
 from llmpipe.errors import first_line
 from llmpipe.files.tables import in_bytes
 from llmpipe.kernels import cpu, cuda
@@ -109,9 +110,7 @@ def _compile() -> None:
 
 def _choose(usable: bool) -> None:
     """Say what a recipe gets that leaves everything to `auto`, and why."""
-    from llmpipe import upstream  # here, since this imports most of transformers
-
-    upstream.silence()
+    noise.silence()
     from llmpipe.models.hardware import detect, precision
 
     host = detect(Launch())

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from llmpipe import upstream
+from llmpipe import noise
 from llmpipe.data.prepared import PreparedRows
 from llmpipe.errors import INTEGRITY, NUMERIC, UserError
 from llmpipe.evaluation.book import Book, Line, Settings
@@ -63,7 +63,7 @@ def train(job: Job[SampleRecipe], prepared: PreparedRows) -> Made:
 
     Raises UserError (3) where a model is of the wrong kind, and (4) where no row came of it.
     """
-    upstream.silence()
+    noise.silence()
     keep_imports()
     _refuse_other_kinds(job)
     take_device()

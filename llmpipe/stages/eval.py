@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmpipe import screen
+from llmpipe import noise, screen
 from llmpipe.data.prepared import RECORD, PreparedFolder
 from llmpipe.errors import INTEGRITY, NUMERIC, Mistake, Say, UserError, near
 from llmpipe.evaluation.task import Item, OnItems
@@ -273,14 +273,13 @@ def prepare(job: Job[Schema]) -> PreparedItems:
 
 def train(job: Job[Schema], prepared: PreparedItems) -> Made:
     """Score every model on every task, then put intervals to it all."""
-    from llmpipe import upstream
     from llmpipe.evaluation.book import Book
     from llmpipe.evaluation.candidate import candidate, settings_of
     from llmpipe.models.device import keep_imports, take_device
     from llmpipe.parallel.world import World
     from llmpipe.report.terminal import measurements
 
-    upstream.silence()
+    noise.silence()
     keep_imports()
     recipe, artifact, say = job.recipe, job.artifact, job.say
     take_device()

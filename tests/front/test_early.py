@@ -18,13 +18,9 @@ from llmpipe.run.outcome import Outcome
 from llmpipe.stages import schema
 from tests import life
 
-# a worker in place of llmpipe's: it says what it has imported, and what is left of its arguments;
-# no test of it has the seconds that torch takes, which is imported to be silenced
+# a worker in place of llmpipe's: it says what it has imported, and what is left of its arguments
 WORKER = """
     import sys
-    from types import SimpleNamespace
-    import llmpipe
-    llmpipe.upstream = SimpleNamespace(silence=lambda: None)
     from llmpipe.front.early import wait_for_work
     print("waits" if any("--early" in a for a in sys.argv) else "waits no more", flush=True)
     arguments = wait_for_work(sys.argv[1:])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmpipe import upstream
+from llmpipe import noise
 from llmpipe.errors import LOST, UserError
 from llmpipe.front import ahead
 from llmpipe.parallel import zero
@@ -278,7 +278,7 @@ def test_a_reference_rounds_inside_an_engine_that_stops_a_cards_autocast(monkeyp
     zero._import_quietly("cpu")
     from deepspeed.runtime import torch_autocast
 
-    upstream.silence()
+    noise.silence()
     said = []
     monkeypatch.setattr(torch_autocast, "dist", SimpleNamespace(get_rank=lambda: 0))
     monkeypatch.setattr(torch_autocast.logger, "handle", said.append)

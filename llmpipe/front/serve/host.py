@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpipe import noise
 from llmpipe.ties import PARENT, die_with_parent
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ def _of_transformers(order: Order) -> tuple[Any, str]:
     what it computes in. Raises UserError."""
     from transformers.utils import logging
 
-    from llmpipe import upstream
-
-    upstream.silence()
+    noise.silence()
     logging.set_verbosity_error()  # a line for each request
     logging.disable_progress_bar()
     from llmpipe.models.device import has_bf16
