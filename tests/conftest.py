@@ -21,7 +21,7 @@ if "LLMPIPE_TESTS_WITH_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # What a power cut would take no test can see, and a third of a run's seconds here would go by
-# waiting for the disk. tests/test_files.py holds what is synced; real processes sync, too.
+# waiting for the disk. tests/files/test_writing.py holds what is synced; real processes sync, too.
 os.fsync = lambda descriptor: None
 
 # A shell that starts something in the background lets it ignore SIGINT, and so its children do.

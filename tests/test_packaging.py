@@ -277,6 +277,41 @@ def test_no_paths_of_somebodys_machine():
     assert found == []
 
 
+NAMED = re.compile(r"(?<![\w./-])(?:llmpipe|tests|benchmarks|docs/make|recipes)/[a-z0-9_/-]+\.py\b")
+"""A script by its path. A capital stands for a name that is somebody's."""
+HISTORY = {"CHANGELOG.md", "RESULTS.md"}  # what they tell of may have gone since
+
+
+def test_scripts_that_are_named_are_there():
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in shipped()
+        if path.name not in HISTORY
+        for name in NAMED.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
+def test_what_contributing_names_of_the_package_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:[a-z_]+/)+[a-z_]+(?:\.py|/))`", text)
+    assert "front/asked.py" in names and "models/verify/" in names
+    places = (ROOT / "llmpipe", ROOT)
+    assert [n for n in names if not any((place / n).exists() for place in places)] == []
+
+
+def test_rules_of_the_tools_are_for_files_that_are_there():
+    """One for `llmpipe.files` would not hold for what lies in a folder of that name."""
+    tool = PROJECT["tool"]
+    for pattern in tool["ruff"]["lint"]["per-file-ignores"]:
+        assert any(ROOT.glob(pattern)), pattern
+    modules = [each for rule in tool["mypy"]["overrides"] for each in rule["module"]]
+    for module in (each for each in modules if each.startswith("llmpipe.")):
+        path = ROOT.joinpath(*module.removesuffix(".*").split("."))
+        assert path.is_dir() if module.endswith(".*") else path.with_suffix(".py").is_file(), module
+
+
 def test_what_is_not_tested_here_is_bounded_and_not_installed_here():
     groups = PROJECT["project"]["optional-dependencies"]
     for extra in UNTESTED:
