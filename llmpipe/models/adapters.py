@@ -194,12 +194,17 @@ def updates_of(model: Any) -> dict[str, Tensor]:
 
     updates = {}
     for name, layer in model.get_base_model().named_modules():
-        weight: Any = getattr(plain_layer(layer), "weight", None)
-        if not isinstance(layer, BaseTunerLayer) or not weight.is_floating_point():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        # experts hold all of theirs in parameters, and PEFT wraps them once for each of these
+        held_as = getattr(layer, "parameter_name", "weight")
+        weight: Any = getattr(plain_layer(layer), held_as)
+        if not weight.is_floating_point():
             continue
         before = weight.detach().clone()
         layer.merge()
-        updates[f"{name}.weight"] = (weight.detach() - before).to(torch.bfloat16)
+        place = name.replace(".base_layer", "")
+        updates[f"{place}.{held_as}"] = (weight.detach() - before).to(torch.bfloat16)
         layer.unmerge()
         weight.data.copy_(before)  # a sum taken back is the number within rounding alone
     return updates

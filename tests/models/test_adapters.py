@@ -5,12 +5,17 @@ and on no other.
 import json
 import shutil
 import signal
+import warnings
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from llmpipe.errors import UserError
 from llmpipe.files.json import write_json
 from llmpipe.files.tables import table
+from llmpipe.models.adapters import updates_of
 from llmpipe.recipe.check import load
 from llmpipe.recipe.places import portable
 from llmpipe.recipe.sections import Adapter
@@ -633,3 +638,30 @@ def test_a_name_of_several_parts_is_of_the_layers_that_end_so():
         adapter = Adapter(targets=targets)
         adapter.check_targets(layers)
         assert [i for i, layer in enumerate(layers) if adapter.is_on(layer)] == of
+
+
+def test_what_an_adapter_adds_is_known_of_every_weight():
+    """Of experts as well, whose weights are no layers'."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    adapter = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+    with warnings.catch_warnings(action="ignore"):  # of PEFT's own patterns for experts
+        model = get_peft_model(base, adapter)
+    updates = updates_of(model)
+    after = model.merge_and_unload().state_dict()
+    sums = {name: (after[name] - before[name]).bfloat16() for name in before}
+    assert updates.keys() == {name for name, difference in sums.items() if difference.any()}
+    assert {name.rpartition(".")[2] for name in updates} >= {"gate_up_proj", "down_proj"}
+    assert all(torch.equal(update, sums[name]) for name, update in updates.items())
