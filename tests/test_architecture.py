@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,16 @@ def own_rooms(path: Path) -> Iterator[tuple[str, list[str], int, int]]:
 
 def test_every_file_has_a_floor():
     assert {room_of(path) for path in FILES} <= set(FLOOR)
+
+
+def test_contributing_tells_of_every_room():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("\nllmpipe/\n")[2].partition("```")[0]
+    heads = re.findall(r"^  ((?:[\w.]+/? )+) ", tree, re.M)
+    rooms = {name.strip("/").removesuffix(".py") for head in heads for name in head.split()}
+    assert rooms == FLOOR.keys() - {"__init__"}
+    (words,) = re.findall(r"^(`kernels`.*) import torch;", text, re.M)
+    assert set(re.findall(r"`(\w+)`", words)) == TORCH
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
