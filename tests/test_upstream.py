@@ -15,6 +15,7 @@ import torch
 import transformers.masking_utils
 import trl.trainer.utils
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -316,6 +317,14 @@ def test_canary_what_is_offloaded_is_loaded_to_the_host(monkeypatch):
     assert f'is_env_variable_true("{upstream.NOT_AHEAD}")' in source
     (policy,) = fsdp._get_fsdp_policy_kwargs(DistributedConfig(fsdp_cpu_offload=True)).values()
     assert policy == CPUOffloadPolicy(pin_memory=True), "or there is nothing to unpin"
+
+
+def test_canary_what_is_gathered_outlives_its_use():
+    """FSDP2 keeps it for the next layer, unless it is gathered as `parts.looking` has it be."""
+    source = inspect.getsource(FSDPParamGroup.wait_for_unshard)
+    assert "async_op = self._all_gather_result.all_gather_work is not None" in source
+    kept = re.search(r"if \(([^)]*)\):\s*(?:#.*\s*)+self\.comm_ctx\.all_gather_state = ", source)
+    assert kept and "not async_op" in kept[1]
 
 
 def test_canary_no_kernels_without_the_package():
