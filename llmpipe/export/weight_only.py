@@ -127,12 +127,19 @@ def read_bitsandbytes(folder: Path, source: Source) -> Loaded:
 
 
 def _write(source: Source, folder: Path, config: Any, dtype: torch.dtype) -> int:
-    """How many layers have few bits; where none has, nothing is saved."""
+    """How many layers have few bits, all else in `dtype`; where none has, nothing is saved.
+
+    They are rounded from fp32: bf16 would take an adapter's update away first, where it is shorter
+    than half a step of a base that was in bf16 itself.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         whole = Path(place)
-        write_merged(source, whole, dtype)
+        write_merged(source, whole, torch.float32)
         model = _load(whole, quantization_config=config)
-    layers = sum(type(weight) is not nn.Parameter for weight in model.parameters())
+    rest = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
+    layers = len(list(model.parameters())) - len(rest)
+    for weight in rest:
+        weight.data = weight.data.to(dtype)
     if layers:
         model.save_pretrained(folder)
         source.tokenizer.save_pretrained(folder)

@@ -189,25 +189,35 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def updates_of(model: Any) -> dict[str, Tensor]:
-    """What PEFT's model adds to each weight of its base that it adds to, by its name: bfloat16."""
+    """What PEFT's model adds to each weight of its base that it changes, by its name: bfloat16.
+
+    Matrices add to it, rows of tokens take the place of its own, and so do whole modules.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     updates = {}
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        path = [part for part in name.split(".") if part not in ("base_layer", "token_adapter")]
+        last = getattr(layer, "parameter_name", "weight")  # of experts, which are no layers
+        weight: Any = getattr(plain_layer(layer), last, None)
+        if weight is None or not weight.is_floating_point():
             continue
-        # experts hold all of theirs in parameters, and PEFT wraps them once for each of these
-        held_as = getattr(layer, "parameter_name", "weight")
-        weight: Any = getattr(plain_layer(layer), held_as)
-        if not weight.is_floating_point():
-            continue
-        before = weight.detach().clone()
-        layer.merge()
-        place = name.replace(".base_layer", "")
-        updates[f"{place}.{held_as}"] = (weight.detach() - before).to(torch.bfloat16)
-        layer.unmerge()
-        weight.data.copy_(before)  # a sum taken back is the number within rounding alone
+        if isinstance(layer, BaseTunerLayer):
+            updates[".".join([*path, last])] = _added(layer, weight)
+        elif isinstance(whole := getattr(layer, "modules_to_save", None), nn.ModuleDict):
+            learned = whole["default"].get_parameter(last).detach() - weight.detach()
+            updates[".".join([*path, last])] = learned.to(torch.bfloat16)
     return updates
+
+
+def _added(layer: Any, weight: Any) -> Tensor:
+    """What a layer of PEFT's adds to a weight of its base."""
+    before = weight.detach().clone()
+    layer.merge()
+    update: Tensor = (weight.detach() - before).to(torch.bfloat16)
+    layer.unmerge()
+    weight.data.copy_(before)  # a sum taken back is the number within rounding alone
+    return update
 
 
 def make_fit(base: PreTrainedModel, folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:

@@ -23,7 +23,7 @@ from llmpipe.export import formats, gguf_file, weight_only
 from llmpipe.export.formats import TooFar, export_one, formats_of
 from llmpipe.export.measure import of_probe, yardstick
 from llmpipe.export.readers.of_transformers import predictions
-from llmpipe.export.source import _as_published, load_source
+from llmpipe.export.source import Source, _as_published, load_source
 from llmpipe.models.adapters import WEIGHTS
 from llmpipe.models.pretrained import load_model
 from llmpipe.run.artifact import manifest_beside
@@ -32,6 +32,7 @@ from llmpipe.run.probe import agreement_of
 from llmpipe.stages.export import Accept, Formats, Schema
 from tests import life
 from tests.life import TINY
+from tests.models.test_publish import a_base
 
 QUICK = {"optim__steps": 4, "evaluation": {}, "samples": {}}
 LLAMA_CPP = pytest.mark.skipif(
@@ -251,6 +252,27 @@ def test_bitsandbytes_reads_back_what_it_wrote(
     in_few = sum(it.nbytes for name, it in written.items() if name not in rest)
     assert in_few < smaller * 4 * in_layers
     assert "inputs will be cast" not in caplog.text
+
+
+def test_few_bits_hold_an_update_that_bf16_would_lose(tmp_path):
+    """Of a base that was in bf16 itself: where the update is shorter than half a step, a sum that
+    is rounded to bf16 first is the base."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 1}
+    tokenizer = a_base(tmp_path, "llama", dtype=torch.bfloat16, **shape)
+    model = load_model(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = model.get_parameter(name)
+    update = torch.randn(256, 2) @ torch.randn(2, 256)
+    update *= 3e-4 * weight.detach().norm() / update.norm()
+    before, weight.data = weight.data, weight.data + update
+    rounded = weight.detach().bfloat16().float() - before
+    assert (rounded * update).sum() < 0.3 * update.square().sum()
+    fields = dict.fromkeys(("probe", "in_bf16"))
+    source = Source(tmp_path, None, model, tokenizer, {}, updates={name: update}, **fields)
+    folder = tmp_path / "few"
+    folder.mkdir()
+    weight_only.write_bitsandbytes(source, folder, "int8")
+    assert weight_only.read_bitsandbytes(folder, source).tensors == len(source.weights)
 
 
 # --- bounds ---------------------------------------------------------------------------------------

@@ -149,6 +149,31 @@ def test_merged_part_by_part_is_what_peft_merges_at_once(tmp_path, monkeypatch, 
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+TOLD = ["lora", "dora", "conv1d", "tied embeddings learn apart", "tokens, tied", "experts"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in TOLD else life.by_the_dozen(name) for name in KINDS if name != "reward"],
+)
+def test_what_an_adapter_adds_is_told_by_the_names_of_the_weights(tmp_path, name):
+    """Whatever PEFT calls what learns, and however it is laid; nothing of the base has moved."""
+    kind, shape, options = KINDS[name]
+    tokenizer = a_base(tmp_path / "base", kind, **shape)
+    adapted, _ = an_adapter(tmp_path / "base", tokenizer, options)
+    base = load_model(tmp_path / "base").state_dict()
+    before = {it: weight.clone() for it, weight in adapted.state_dict().items()}
+    updates = adapters.updates_of(adapted)
+    after = adapted.state_dict()
+    assert all(torch.equal(weight, after[it]) for it, weight in before.items())
+    whole = adapted.merge_and_unload().float().state_dict()
+    changed = {it for it in base if not torch.equal(base[it].float(), whole[it])}
+    assert updates.keys() == changed and changed
+    for it, update in updates.items():
+        near = 0.01 * update.abs().max().item()  # of sums in the precision of the base
+        torch.testing.assert_close(update.float(), whole[it] - base[it].float(), rtol=0, atol=near)
+
+
 DEEP = {"num_hidden_layers": 70, "initializer_range": 0.1}
 BF16 = {"dtype": torch.bfloat16}
 
