@@ -1083,3 +1083,18 @@ def test_canary_bars_of_compressed_tensors():
     upstream.show_no_bars()
     for module in (dispatch, apply):
         assert module.tqdm([1, 2], desc="x", disable=False, position=0) == [1, 2]
+
+
+@pytest.mark.parametrize(("flags", "are_laid_out"), [("avx2 amx_tile", False), ("avx2", True)])
+def test_llama_cpp_leaves_weights_as_in_the_file_where_amx_is(
+    tmp_path, monkeypatch, flags, are_laid_out
+):
+    llama_cpp = pytest.importorskip("llama_cpp").llama_cpp
+    from llmpipe.upstream import llama_cpp_weights
+
+    original = llama_cpp.llama_model_default_params
+    monkeypatch.setattr(llama_cpp, "llama_model_default_params", lambda: original())
+    (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
+    monkeypatch.setattr(llama_cpp_weights, "PROCESSOR", tmp_path / "cpuinfo")
+    llama_cpp_weights.leave_as_in_file.__wrapped__()
+    assert llama_cpp.llama_model_default_params().use_extra_bufts is are_laid_out

@@ -19,6 +19,7 @@ from llmpipe.errors import INTEGRITY, UserError
 from llmpipe.models.drawing.draw import Sampling
 from llmpipe.models.generate import Response
 from llmpipe.run.gguf import check_gguf
+from llmpipe.upstream.llama_cpp_weights import leave_as_in_file
 
 WHOLE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 """All of the model's distribution, as others draw from it."""
@@ -34,6 +35,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path, template_kwargs: dict[str, Any], seed: int):
         """Raises UserError (3) where llama.cpp does not load it."""
+        leave_as_in_file()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         threads = len(os.sched_getaffinity(0))
         options: dict[str, Any] = {

@@ -24,6 +24,8 @@ from llama_cpp.llama_chat_format import get_chat_completion_handler
 from llama_cpp.server import types
 from sse_starlette.sse import AppStatus
 
+from llmpipe.upstream.llama_cpp_weights import leave_as_in_file
+
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
 """Of a request that says nothing of it, as OpenAI has them: all of the model's distribution."""
 
@@ -43,6 +45,7 @@ def application(
     from llama_cpp.server import app as server  # which reads the defaults when it is imported
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
+    leave_as_in_file()
     AppStatus.disable_automatic_graceful_drain()
     os.environ.pop("CONFIG_FILE", None)
     threads = len(os.sched_getaffinity(0))

@@ -493,7 +493,7 @@ TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="pip install 'llmp
 def test_few_bits_are_served_too(artifact, tmp_path, library, bits, precision):
     """In the precision that they were saved in, whatever the hardware has."""
     recipe = tmp_path / "export.yaml"
-    asked = {"stage": "export", "name": f"few-{bits}", "run": str(artifact.run)}
+    asked = {"stage": "export", "name": f"{library}-{bits}", "run": str(artifact.run)}
     asked |= {"model": "artifact:sft", "formats": {library: [bits]}}
     recipe.write_text(json.dumps(asked | {"accept": {"otherwise": "warn"}}))
     folder = life.command(recipe).path / f"{library}-{bits}"

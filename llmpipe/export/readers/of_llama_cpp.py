@@ -22,6 +22,7 @@ from llmpipe.export.source import Source
 from llmpipe.export.tensors import refuse
 from llmpipe.export.vocabulary import battery_of
 from llmpipe.run.probe import ANSWER_TOKENS, DATE, DECIMALS, Probe, Question, Said
+from llmpipe.upstream.llama_cpp_weights import leave_as_in_file
 
 CONTEXT = 1024
 """Tokens of a row that is measured at most; longer questions of the probe have room as well."""
@@ -41,6 +42,7 @@ class LlamaCpp:
     def __init__(self, file: Path, source: Source, tensors: int):
         """Raises UserError (3) where llama.cpp does not load the file, or splits texts otherwise
         than the tokenizer."""
+        leave_as_in_file()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         self.name = f"llama.cpp ({version('llama_cpp_python')})"
         self.tensors = tensors
