@@ -166,7 +166,8 @@ def read_compressed(folder: Path, source: Source, scheme: Scheme) -> Loaded:
     predictions(model, source.probe.asked[0].tokens)  # which unpacks the weights
     weights = weights_of(model)
     seen = {name: weight for name, weight in weights.items() if not name.endswith(BESIDE)}
+    updates = source.updates if scheme.bits == "fp8" else {}
     tensors = same_weights(
-        source.weights, seen, None, updates=source.updates, moves_scales=scheme.moves_scales
+        source.weights, seen, None, updates=updates, moves_scales=scheme.moves_scales
     )
     return Loaded(named("compressed-tensors"), model, load_tokenizer(folder), source, tensors)

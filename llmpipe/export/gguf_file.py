@@ -271,5 +271,9 @@ def check_weights(source: Source, file: Path, dtype: torch.dtype | None) -> int:
         name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         for name, tensor in tensors.items()
     }
-    updates = dict(_renamed(source.updates, source.model.config, kind))
+    updates = {
+        name: update
+        for name, update in _renamed(source.updates, source.model.config, kind)
+        if name in tensors and tensors[name].tensor_type == GGMLQuantizationType.Q8_0
+    }
     return same_weights(expected, seen, dtype, updates=updates)

@@ -16,7 +16,9 @@ UNLIKE = 0.5
 another weight of the same size is 1.4 lengths away, and three bits move one by 0.15."""
 
 ABSENT = 0.5
-"""Share of an adapter's update that a weight of few bits may miss, or have too much of."""
+"""Share of an adapter's update that a weight of 8 bits may miss, or have too much of. 4 bits are
+not held to it: a base that had 4 bits itself, as one that was a GGUF file, is rounded back to them,
+and a small update is gone; how far the model is away then, `accept:` judges."""
 SURE = 4
 """Standard deviations of rounding that this has to be, too."""
 
@@ -44,9 +46,9 @@ def same_weights(
     """Compare weights by name; returns how many there are.
 
     `dtype`: to which they were rounded, and nothing else was done to them; None where they are
-    quantized. `updates`: of an adapter, to which quantized weights are held. `moves_scales`: they
-    are also scaled by row and by column. Raises UserError (3) naming the first that is missing,
-    left over, or another one.
+    quantized. `updates`: of an adapter, to which quantized weights are held, where they have 8
+    bits. `moves_scales`: they are also scaled by row and by column. Raises UserError (3) naming the
+    first that is missing, left over, or another one.
     """
     for name in sorted(expected.keys() | seen.keys()):
         if name not in seen:

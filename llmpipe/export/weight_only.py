@@ -160,9 +160,17 @@ def _load(folder: Path, **options: Any) -> Any:
         ).eval()
 
 
+def _is_of_8_bits(model: Any) -> bool:
+    config = model.config.quantization_config
+    if isinstance(config, BitsAndBytesConfig):
+        return bool(config.load_in_8bit)
+    return type(config.quant_type).__name__.startswith("Int8")
+
+
 def _held(
     folder: Path, source: Source, model: Any, seen: dict[str, Tensor], library: str
 ) -> Loaded:
     same_head(model, source)
-    tensors = same_weights(source.weights, seen, None, updates=source.updates)
+    updates = source.updates if _is_of_8_bits(model) else {}
+    tensors = same_weights(source.weights, seen, None, updates=updates)
     return Loaded(named(library), model, load_tokenizer(folder), source, tensors)
